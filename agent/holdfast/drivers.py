@@ -1,0 +1,188 @@
+"""The driver contracts: what a driver is given, what it hands back, and the four verbs of them all.
+
+    check(want)    raises what would go wrong, touches nothing
+    ensure(want)   makes it so, idempotent → Receipt
+    observe()      what of this driver is really on the host → Receipts (data as far as it can be read back)
+    remove(receipt)  takes it away; succeeds when it is already gone
+
+Drivers are plain blocking functions, called from worker threads, several at once for different ids and never twice
+at once for one id. They raise `holdfast.errors`; any other exception is reported as a bug in the driver.
+Every host object that a driver makes bears `Host.name`, so that `observe` finds it without a receipt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from holdfast.observed import FirewallWant, Json, Receipt
+from holdfast.spec.model import Mount, Resources
+
+__all__ = [
+    "CgroupPolicy",
+    "CgroupWant",
+    "Driver",
+    "EndpointWant",
+    "FirewallWant",
+    "Host",
+    "MountWant",
+    "NetworkWant",
+    "Receipt",
+    "RootfsWant",
+    "VolumeWant",
+]
+
+BASE36 = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What a driver may know of the agent it serves: its name and the places that are its own.
+
+    root: survives a reboot (volumes, layers, writable layers). run_root: on tmpfs, does not.
+    pool: the IPv4 range that subnets are taken from. name is [a-z][a-z0-9]{0,7}.
+    """
+
+    name: str
+    root: Path
+    run_root: Path
+    pool: str = "10.209.0.0/16"
+
+    def link(self, kind: str, id: str) -> str:
+        """A link name for id, at most 15 characters (IFNAMSIZ - 1): `NAME-xxxxxx`."""
+        number = int.from_bytes(hashlib.sha256(f"{kind}:{id}".encode()).digest()[:8], "big")
+        tail = "".join(BASE36[number // 36**place % 36] for place in range(6))
+        return f"{self.name}-{tail}"
+
+    def netns(self, instance: str) -> Path:
+        """Where the network namespace of an instance is bound, as ip-netns(8) has it."""
+        return Path("/run/netns") / f"{self.name}-{instance}"
+
+    def instance(self, instance: str) -> Path:
+        """The run folder of an instance (bundle, hosts, resolv.conf, mounted root file system)."""
+        return self.run_root / "instances" / instance
+
+    @property
+    def cgroup(self) -> str:
+        """The parent cgroup of every container, relative to each hierarchy's root."""
+        return f"/{self.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RootfsWant:
+    """A root file system for one instance: read-only layers, lowest first, under a writable one of its own.
+
+    Receipt: kind "rootfs", id = owner = instance, data["path"] = the mounted directory,
+    data["upper"] = the writable layer.
+    """
+
+    instance: str
+    layers: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeWant:
+    """A named volume. seed: a directory of the image whose content a new volume starts with (None: empty).
+
+    Receipt: kind "volume", id = `app/name`, owner "", data["path"] = the directory to mount.
+    """
+
+    id: str
+    driver_opts: Mapping[str, str] = field(default_factory=dict)
+    seed: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountWant:
+    """A mount of one instance that is not a named volume: bind, tmpfs or file.
+
+    content: for kind file, where the revision's content is stored (file or directory).
+    Receipt: kind "volume", id = `instance:target`, owner = instance, data = {"type", "source", "options"} as an
+    entry of `mounts` in the OCI runtime spec.
+    """
+
+    instance: str
+    mount: Mount
+    content: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkWant:
+    """A network. subnet None: taken from Host.pool, and kept.
+
+    Receipt: kind "network", id = `app/name` or `bridge`, owner "", data["interface"], data["subnet"],
+    data["gateway"], data["internal"].
+    """
+
+    id: str
+    subnet: str | None = None
+    gateway: str | None = None
+    internal: bool = False
+    driver_opts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointWant:
+    """The attachment of one instance's network namespace to one network.
+
+    interface: its name inside (eth0, …). default_route: whether this network is its way out.
+    network: the receipt of the network. Receipt: kind "endpoint", id = `instance/network`, owner = instance,
+    data["address"] (without prefix length; "" if it has none), data["interface"], data["host_interface"].
+    """
+
+    instance: str
+    network: Receipt
+    netns: Path
+    interface: str
+    default_route: bool
+    ipv4_address: str | None = None
+    mac_address: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CgroupWant:
+    """What a cgroup policy turns into kernel settings, and the host it does so for."""
+
+    resources: Resources
+    version: int  # of the cgroup tree that owns the memory and cpu controllers: 1 or 2
+    memory_total: int
+    cpus: int
+
+
+W = TypeVar("W", contravariant=True)
+
+
+class Driver(Protocol[W]):
+    """The four verbs; W is one of the wants above."""
+
+    name: str
+
+    def check(self, want: W) -> None:
+        """Raise what `ensure(want)` would, as far as that is knowable; touch nothing."""
+
+    def ensure(self, want: W) -> Receipt:
+        """Make it so and say what was made. Calling it again changes nothing and returns an equal receipt."""
+        ...
+
+    def observe(self) -> Iterable[Receipt]:
+        """Read what of this driver is on the host: one receipt for each, with an empty data where unreadable."""
+        ...
+
+    def remove(self, receipt: Receipt) -> None:
+        """Take it away, even from a receipt without data; succeed when it is gone already."""
+
+
+class CgroupPolicy(Protocol):
+    """Pure: turns a resources table into OCI settings. Several policies compose, later ones win key by key."""
+
+    name: str
+
+    def check(self, want: CgroupWant) -> None:
+        """Raise WrongState if the table can't be turned into settings on this host."""
+
+    def settings(self, want: CgroupWant) -> Json:
+        """The contribution: {"resources": linux.resources of the OCI runtime spec, "oom_score_adj": int}."""
+        ...

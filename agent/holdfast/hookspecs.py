@@ -1,0 +1,106 @@
+"""Every extension point, in the order in which the agent calls them: the plugin author's manual.
+
+A plugin is a module (or object) in the entry-point group `holdfast` that implements any of these with
+`from holdfast.hookspecs import hookimpl`. Offering hooks hand over drivers once, when the agent starts; telling hooks
+report what happened and can't change it: what they raise is listed by `holdfast plugin list`, and the rest goes on.
+Built-in drivers come in by the same door (`holdfast_plugins`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pluggy
+
+from holdfast.observed import Json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from holdfast.drivers import (
+        CgroupPolicy,
+        Driver,
+        EndpointWant,
+        FirewallWant,
+        Host,
+        MountWant,
+        NetworkWant,
+        RootfsWant,
+        VolumeWant,
+    )
+
+hookspec = pluggy.HookspecMarker("holdfast")
+hookimpl = pluggy.HookimplMarker("holdfast")
+
+
+class RegisterNetwork(Protocol):
+    """Takes a network driver together with the driver of its endpoints; both bear the same name."""
+
+    def __call__(self, network: Driver[NetworkWant], endpoints: Driver[EndpointWant]) -> None: ...
+
+
+@hookspec
+def register_rootfs_drivers(register: Callable[[Driver[RootfsWant]], None], host: Host) -> None:
+    """Offer drivers that make root file systems out of layers.
+
+    register: call it with each driver. host: the agent's name and places.
+    """
+
+
+@hookspec
+def register_volume_drivers(register: Callable[[Driver[VolumeWant]], None], host: Host) -> None:
+    """Offer drivers of named volumes, as `[volumes.x] driver = "…"` names them."""
+
+
+@hookspec
+def register_mount_drivers(register: Callable[[Driver[MountWant]], None], host: Host) -> None:
+    """Offer drivers of unnamed mounts; the name is the mount's kind: bind, tmpfs or file."""
+
+
+@hookspec
+def register_network_drivers(register: RegisterNetwork, host: Host) -> None:
+    """Offer network drivers, as `[networks.x] driver = "…"` names them, each with its endpoints."""
+
+
+@hookspec
+def register_firewall_drivers(register: Callable[[Driver[FirewallWant]], None], host: Host) -> None:
+    """Offer drivers that hold port maps, masquerading and isolation; agent.toml names the one in use."""
+
+
+@hookspec
+def register_cgroup_policies(register: Callable[[CgroupPolicy], None], host: Host) -> None:
+    """Offer cgroup policies, as `resources.policy` names them."""
+
+
+@hookspec
+def adjust_oci_config(app: str, container: str, config: Json) -> Json | None:
+    """Contribute to a container's config.json before it is created.
+
+    app, container: whose it is. config: what the agent would write (OCI runtime spec), not to be changed in place.
+    Return a JSON merge patch (RFC 7396), or None.
+    """
+
+
+@hookspec
+def after_stage(app: str, generation: int, error: str) -> None:
+    """Hear that a generation is staged, or with error non-empty that it could not be."""
+
+
+@hookspec
+def after_start(app: str, container: str, instance: str, pid: int) -> None:
+    """Hear that an instance runs."""
+
+
+@hookspec
+def after_exit(app: str, container: str, instance: str, exit: dict[str, Any]) -> None:
+    """Hear that an instance ended: exit has code, signal, oom, at."""
+
+
+@hookspec
+def after_outcome(outcome: dict[str, Any]) -> None:
+    """Hear what one action did: action, subject, reason, ok, error, took (seconds)."""
+
+
+@hookspec
+def after_pass(status: dict[str, Any]) -> None:
+    """Hear the status at the end of a pass that changed it."""

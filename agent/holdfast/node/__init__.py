@@ -1,0 +1,1 @@
+"""The machine behind three verbs: check, observe, apply."""

@@ -1,0 +1,212 @@
+"""What is really there, and what happened before: the two values that a plan is made from besides the Spec.
+
+`node` makes Observed from the kernel, the runtime and the receipts; `store` makes History.
+All of it is frozen and JSON-able. Times are seconds since the epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NewType
+
+from holdfast.spec.model import App, Container
+
+InstanceId = NewType("InstanceId", str)
+Json = Mapping[str, Any]
+
+Kind = Literal["rootfs", "volume", "network", "endpoint", "netns", "firewall", "run"]
+Phase = Literal["creating", "running", "exited", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a driver's `ensure` made and its `remove` will need.
+
+    kind and id name the thing (a volume `app/name`, an endpoint `instance/network`, …); owner is the instance that
+    it was made for, or "" for things that instances share. data is the driver's own, JSON-able and enough on its
+    own to remove the thing after a restart of the agent. What other rooms may read of data is said by the
+    contract of the kind in `drivers`.
+    """
+
+    kind: Kind
+    driver: str
+    id: str
+    owner: str = ""
+    data: Json = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a process ended: code, or 128 + signal; code None when nobody saw it."""
+
+    code: int | None
+    signal: int | None = None
+    oom: bool = False
+    at: float = 0.0
+
+    def __str__(self) -> str:
+        if self.oom:
+            return "was killed for want of memory (OOM)"
+        if self.signal is not None:
+            return f"was killed by signal {self.signal}"
+        return "ended unseen" if self.code is None else f"exited with {self.code}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """One container run: its intent (want, image, files), its state, and what is wrong with it.
+
+    image: digest of what it runs. files: mount target → digest of the revision content mounted there.
+    restarts: how often it was started again; streak: how many of these in a row without a stable run.
+    faults: what of it is missing or altered on the host, in words; a healthy instance has none.
+    """
+
+    id: InstanceId
+    app: str
+    container: str
+    generation: int
+    want: Container
+    image: str
+    files: Mapping[str, str] = field(default_factory=dict)
+    phase: Phase = "creating"
+    created_at: float = 0.0
+    started_at: float | None = None
+    pid: int | None = None
+    exit: Exit | None = None
+    restarts: int = 0
+    streak: int = 0
+    addresses: Mapping[str, str] = field(default_factory=dict)
+    names: str = ""  # digest of the hosts file it has
+    faults: tuple[str, ...] = ()
+    drifted: tuple[str, ...] = ()  # live settings altered by hand: put right without touching the process
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return f"{self.app}/{self.container}"
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkState:
+    """A network that stands on the host, from its receipt; faults as of an instance."""
+
+    id: str
+    driver: str
+    want: str  # digest of the NetworkWant that made it
+    data: Json
+    faults: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeState:
+    """A volume that exists, used or not."""
+
+    id: str
+    driver: str
+    data: Json = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedPort:
+    """One port (or `count` of them) of the host that leads to a container's address."""
+
+    protocol: str
+    host_ip: str
+    host_port: int
+    address: str
+    container_port: int
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FirewallNetwork:
+    """What the firewall knows of a network: its bridge, its subnet, whether it leads out of the host."""
+
+    id: str
+    interface: str
+    subnet: str
+    internal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FirewallWant:
+    """The whole content of the agent's own table: a function of Observed. Both tuples are sorted."""
+
+    networks: tuple[FirewallNetwork, ...] = ()
+    ports: tuple[PublishedPort, ...] = ()
+
+    @property
+    def empty(self) -> bool:
+        return not self.networks and not self.ports
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """The host as it was read at `at`.
+
+    firewall: what the table holds; None when it is not there or was altered.
+    orphans: what bears the agent's name and has no receipt.
+    """
+
+    at: float = 0.0
+    instances: tuple[Instance, ...] = ()
+    networks: Mapping[str, NetworkState] = field(default_factory=dict)
+    volumes: Mapping[str, VolumeState] = field(default_factory=dict)
+    firewall: FirewallWant | None = None
+    orphans: tuple[Receipt, ...] = ()
+
+
+GenerationState = Literal["staged", "active", "good", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """An app resolved: numbered per app, staged → active → good, or failed (quarantined).
+
+    images: container → digest of its image. files: container → mount target → content digest.
+    """
+
+    app: App
+    number: int
+    state: GenerationState
+    revision: str = ""
+    images: Mapping[str, str] = field(default_factory=dict)
+    error: str = ""
+    staged_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """What a person asked for by hand, which overrules the commit until it is released."""
+
+    kind: Literal["stopped", "started", "restarted"]
+    at: float
+    by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The last failures in a row of an action on one subject. digest: what was tried; another digest is another try.
+
+    retry_at None: only a change helps (quarantine).
+    """
+
+    digest: str
+    error: str
+    count: int
+    at: float
+    retry_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What survives a restart of the agent, as far as decisions need it.
+
+    generations: app → its kept generations, oldest first. holds: `app/container` → hold.
+    failures: action subject → failure.
+    """
+
+    generations: Mapping[str, tuple[Generation, ...]] = field(default_factory=dict)
+    holds: Mapping[str, Hold] = field(default_factory=dict)
+    failures: Mapping[str, Failure] = field(default_factory=dict)

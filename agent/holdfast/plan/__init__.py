@@ -1,0 +1,1 @@
+"""(Spec, Observed, History, now) → Plan. Pure."""

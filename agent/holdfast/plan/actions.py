@@ -1,0 +1,210 @@
+"""What a plan is made of: actions, imperative and complete, each with the reason a person reads.
+
+Subjects are what two actions must not do at once: an app (`shop`), a container (`shop/web`), a network
+(`network shop/front`), or the node's derived files (`firewall`, `names`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from holdfast.observed import FirewallWant, InstanceId, Receipt
+from holdfast.spec.model import App
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One field that differs: its key path, both values as a person reads them, and what changing it takes."""
+
+    field: str
+    old: str
+    new: str
+    effect: str  # replace | live | record | signal NAME
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.old} → {self.new}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Action:
+    """The common part. app is "" for what belongs to the node; its lane is the node's own."""
+
+    app: str
+    reason: str
+
+    @property
+    def subject(self) -> str:
+        return self.app
+
+    @property
+    def verb(self) -> str:
+        return type(self).__name__
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageGeneration(Action):
+    """Resolve images, store mounted files, let every driver check; nothing that runs is touched."""
+
+    spec: App
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnsureNetwork(Action):
+    network: str
+
+    @property
+    def subject(self) -> str:
+        return f"network {self.network}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveNetwork(Action):
+    network: str
+
+    @property
+    def subject(self) -> str:
+        return f"network {self.network}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartInstance(Action):
+    """Bring up a container of a staged generation: a new instance, or (instance set) a known one again.
+
+    streak: restarts in a row without a stable run, this one included; 0 for a first start.
+    """
+
+    container: str
+    generation: int
+    instance: InstanceId | None = None
+    streak: int = 0
+
+    @property
+    def subject(self) -> str:
+        return f"{self.app}/{self.container}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopInstance(Action):
+    """stop_signal, then grace seconds, then SIGKILL; the instance stays, exited."""
+
+    container: str
+    instance: InstanceId
+    signal: str
+    grace: float
+
+    @property
+    def subject(self) -> str:
+        return f"{self.app}/{self.container}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateInstance(Action):
+    """Bring a running instance to a generation without touching its process (or with a signal at the most)."""
+
+    container: str
+    instance: InstanceId
+    generation: int
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def subject(self) -> str:
+        return f"{self.app}/{self.container}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveInstance(Action):
+    """Take away an instance that does not run, with everything it has a receipt for."""
+
+    container: str
+    instance: InstanceId
+
+    @property
+    def subject(self) -> str:
+        return f"{self.app}/{self.container}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveVolume(Action):
+    """Delete a volume and its data: its app is gone and said on_remove = "delete"."""
+
+    volume: str
+
+    @property
+    def subject(self) -> str:
+        return f"volume {self.volume}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MarkGood(Action):
+    """Note that every container of an app runs as its generation says."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForgetApp(Action):
+    """Drop the generations, holds and failures of an app that is gone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteFirewall(Action):
+    want: FirewallWant
+
+    @property
+    def subject(self) -> str:
+        return "firewall"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteNames(Action):
+    """Bring hosts files up to date, in place. hosts: instance → (address, names) lines."""
+
+    hosts: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]]
+
+    @property
+    def subject(self) -> str:
+        return "names"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveOrphan(Action):
+    """Take away something that bears the agent's name and has no receipt."""
+
+    receipt: Receipt
+
+    @property
+    def subject(self) -> str:
+        return f"orphan {self.receipt.kind} {self.receipt.id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What can be done now, side by side, and why the rest waits.
+
+    waiting: subject → why nothing is done about it now. drift: what a person holds against the commit, in words.
+    wake_at: when to look again though nothing happens.
+    """
+
+    actions: tuple[Action, ...] = ()
+    waiting: Mapping[str, str] = field(default_factory=dict)
+    drift: Mapping[str, str] = field(default_factory=dict)
+    wake_at: float | None = None
+
+    @property
+    def empty(self) -> bool:
+        return not self.actions
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one action did. retry: whether the same may help later."""
+
+    action: Action
+    ok: bool
+    took: float
+    at: float
+    error: str = ""
+    retry: bool = True
+    detail: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Runs containers: OCI configuration, conmon with crun or runc, and the store of images."""

@@ -1,0 +1,269 @@
+"""The nouns of the state language: what one node is asked to hold, typed, frozen and JSON-able.
+
+A value of these types is *resolved*: interpolated, validated across files, with qualified names
+(network and volume keys are `app/name`, or one of the built-in `none`, `host`, `bridge`).
+`spec.load` makes them; everything downstream only reads them.
+
+Units: sizes are bytes, durations are seconds, CPU is in cores, rates are per second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+BUILTIN_NETWORKS = ("none", "host", "bridge")
+
+OnChange = Literal["restart", "none"] | str  # or a signal's name, as "SIGHUP"
+
+
+class Frozen(BaseModel):
+    """A frozen record that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ignored_types=(cached_property,))
+
+
+class When(Frozen):
+    """Which nodes an app is for: any of the name globs, and all of the labels."""
+
+    nodes: tuple[str, ...] = ()
+    labels: dict[str, str] = {}
+
+
+class Port(Frozen):
+    """One published port, or a range of `count` consecutive ones. host_ip "" means every address."""
+
+    host_ip: str = ""
+    host_port: int
+    container_port: int
+    protocol: Literal["tcp", "udp"] = "tcp"
+    count: int = 1
+
+    def __str__(self) -> str:
+        last = self.count - 1
+        host = f"{self.host_port}-{self.host_port + last}" if last else str(self.host_port)
+        inner = f"{self.container_port}-{self.container_port + last}" if last else str(self.container_port)
+        return f"{self.host_ip + ':' if self.host_ip else ''}{host}:{inner}/{self.protocol}"
+
+
+class Mount(Frozen):
+    """Something mounted into a container.
+
+    kind      source
+    bind      an absolute path of the host
+    volume    a volume's qualified name, `app/name`
+    tmpfs     "" (size and mode apply)
+    file      a path in the revision, file or directory; its digest is in App.files
+    """
+
+    kind: Literal["bind", "volume", "tmpfs", "file"]
+    source: str = ""
+    target: str
+    read_only: bool = False
+    create_host_path: bool = False
+    on_change: OnChange = "restart"
+    size: int | None = None
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+
+
+class Attachment(Frozen):
+    """How a container is attached to one network."""
+
+    aliases: tuple[str, ...] = ()
+    ipv4_address: str | None = None
+    mac_address: str | None = None
+
+
+class Device(Frozen):
+    """A device node of the host inside the container; permissions as in cgroup v1's devices.allow."""
+
+    source: str
+    target: str
+    permissions: str = "rwm"
+
+
+class Ulimit(Frozen):
+    """A resource limit (getrlimit(2)); -1 is unlimited."""
+
+    soft: int
+    hard: int
+
+
+class RestartPolicy(Frozen):
+    """When an exited container runs again. The n-th restart in a row waits delay * factor**(n-2); the first none."""
+
+    policy: Literal["no", "on-failure", "always", "unless-stopped"] = "no"
+    max_attempts: int | None = None
+    delay: float = 0.1
+    factor: float = 2.0
+    max_delay: float = 60.0
+    reset_after: float = 10.0
+    jitter: float = 0.1
+
+
+class Resources(Frozen):
+    """What a container may use; every field is changeable while it runs. None: no limit."""
+
+    memory: int | None = None
+    memory_swap: int | None = None
+    memory_reservation: int | None = None
+    cpus: float | None = None
+    cpu_weight: int | None = None
+    cpuset: str | None = None
+    pids: int | None = None
+    io_weight: int | None = None
+    device_read_bps: dict[str, int] = {}
+    device_write_bps: dict[str, int] = {}
+    device_read_iops: dict[str, int] = {}
+    device_write_iops: dict[str, int] = {}
+    oom_score_adj: int | None = None
+    service_class: Literal["guaranteed", "burstable", "besteffort"] | None = None
+    policy: tuple[str, ...] = ()
+
+
+class Logging(Frozen):
+    """How much of a container's output is kept: max_files files of max_size bytes."""
+
+    max_size: int = 10 * 1024 * 1024
+    max_files: int = 3
+
+
+class Container(Frozen):
+    """One container, resolved. Exactly one of image and rootfs is set.
+
+    networks: qualified network key → attachment; {"none": …} and {"host": …} stand alone.
+    mounts: volumes and configs, in the order in which they are mounted.
+    depends_on: name of a container of the same app → what it must have reached.
+    """
+
+    image: str | None = None
+    rootfs: str | None = None
+    command: tuple[str, ...] | None = None
+    entrypoint: tuple[str, ...] | None = None
+    working_dir: str | None = None
+    user: str | None = None
+    environment: dict[str, str] = {}
+    hostname: str | None = None
+    labels: dict[str, str] = {}
+    ports: tuple[Port, ...] = ()
+    networks: dict[str, Attachment] = {"bridge": Attachment()}
+    mounts: tuple[Mount, ...] = ()
+    cap_add: tuple[str, ...] = ()
+    cap_drop: tuple[str, ...] = ()
+    privileged: bool = False
+    no_new_privileges: bool = True
+    seccomp: str = "default"  # default | unconfined | an absolute path of the host
+    read_only: bool = False
+    devices: tuple[Device, ...] = ()
+    sysctls: dict[str, str] = {}
+    ulimits: dict[str, Ulimit] = {}
+    group_add: tuple[str, ...] = ()
+    init: bool = False
+    shm_size: int = 64 * 1024 * 1024
+    pid: Literal["host"] | None = None
+    ipc: Literal["host"] | None = None
+    stop_signal: str | None = None
+    stop_grace_period: float = 10.0
+    restart_policy: RestartPolicy = RestartPolicy()
+    depends_on: dict[str, Literal["started", "completed"]] = {}
+    resources: Resources = Resources()
+    logging: Logging = Logging()
+
+
+class Network(Frozen):
+    """A network that an app defines."""
+
+    driver: str = "bridge"
+    subnet: str | None = None
+    gateway: str | None = None
+    internal: bool = False
+    driver_opts: dict[str, str] = {}
+
+
+class Volume(Frozen):
+    """A volume that an app defines. Its data outlives the app unless on_remove is "delete"."""
+
+    driver: str = "managed"
+    driver_opts: dict[str, str] = {}
+    on_remove: Literal["keep", "delete"] = "keep"
+
+
+class App(Frozen):
+    """One state file: the unit of change, of failure and of rollback.
+
+    path: the state file in the revision. files: every revision file that a container mounts → its sha256 (hex).
+    networks and volumes are keyed by their short names; their qualified names are `app/name`.
+    """
+
+    name: str
+    path: str
+    depends_on: tuple[str, ...] = ()
+    containers: dict[str, Container] = {}
+    networks: dict[str, Network] = {}
+    volumes: dict[str, Volume] = {}
+    files: dict[str, str] = {}
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 (hex) of the app's canonical JSON, mounted files included."""
+        return digest_of(self.model_dump(mode="json"))
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong in one state file; str() is the line that a person reads."""
+
+    path: str
+    line: int
+    message: str
+    key: str = ""
+    column: int = 0
+
+    def __str__(self) -> str:
+        where = f"{self.path}:{self.line}" + (f":{self.column}" if self.column else "")
+        return f"{where}: {self.key}: {self.message}" if self.key else f"{where}: {self.message}"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What the state language may ask about the node: names for `when`, values for `${…}`, rules for privilege.
+
+    forbid: rules of agent.toml's [policy] that a state file may not break, as `spec.policy` names them.
+    bind_roots: where bind mounts may come from; None means anywhere.
+    """
+
+    name: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    vars: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    forbid: frozenset[str] = frozenset()
+    bind_roots: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Everything one revision asks of this node.
+
+    apps: what loads, by name. broken: state files that do not load → the names that their apps may have
+    (those apps stay at their last good generation). problems: all of them, in file and line order.
+    blobs: sha256 (hex) → content of every file that some app mounts.
+    """
+
+    apps: Mapping[str, App] = field(default_factory=dict)
+    broken: Mapping[str, str] = field(default_factory=dict)
+    problems: tuple[Problem, ...] = ()
+    blobs: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+
+
+def digest_of(value: Any) -> str:
+    """The sha256 (hex) of a JSON-able value in canonical form (sorted keys, no white space)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
