@@ -1,13 +1,50 @@
+# The two commands are `make demo` and `make test` (as root); both begin with `make setup`.
 SHELL := /bin/bash
-PY := .venv/bin/python
+.DEFAULT_GOAL := help
+.PHONY: help setup check unit test demo run bench clean
+bin := .venv/bin
+jobs ?= 4
 
-.PHONY: setup check
+help:
+	@echo "make demo    see it work: real containers, about a minute, cleans up after itself (as root)"
+	@echo "make run     keep an agent in the foreground on a copy of examples/state (as root)"
+	@echo "make test    the whole suite, on the real kernel (as root)"
+	@echo "make check   format, lint, types, import law     make unit   the tests that touch nothing"
+	@echo "make bench   how fast, beside what else is installed (PEERS=yes installs docker.io and podman first)"
+	@echo "make setup   install what is missing             make clean  remove what make made"
+
 setup:
-	@test -x .venv/bin/python || python3 -m venv .venv
-	@.venv/bin/pip -q install -e '.[dev]'
+	@packaging/setup.sh
 
-check:
-	.venv/bin/ruff format --check .
-	.venv/bin/ruff check .
-	.venv/bin/mypy
-	.venv/bin/lint-imports
+# Four checkers side by side; each one's output stays together.
+check: setup
+	@$(MAKE) --no-print-directory -j4 --output-sync=target check-format check-lint check-types check-imports
+.PHONY: check-format check-lint check-types check-imports
+check-format:
+	@$(bin)/ruff format --check --quiet . || { echo "run: .venv/bin/ruff format ."; exit 1; }
+check-lint:
+	@$(bin)/ruff check --quiet .
+check-types:
+	@$(bin)/mypy
+check-imports:
+	@$(bin)/lint-imports
+
+unit: setup
+	@$(bin)/pytest tests/unit -q
+
+test: setup
+	@$(bin)/pytest -n $(jobs) --dist worksteal --durations 10
+
+demo: setup
+	@$(bin)/python examples/demo.py
+
+run: setup
+	@$(bin)/python examples/demo.py --keep
+
+bench: setup
+	@if [[ "$(PEERS)" == yes ]]; then packaging/setup.sh docker.io docker-compose podman; fi
+	@$(bin)/python bench/run.py $(BENCH)
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist
+	find agent plugins tests bench examples -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,65 @@
+#!/bin/bash
+# Brings a Debian machine to where holdfast can be run, tested and demonstrated: `make setup`.
+# Idempotent; does nothing, quickly, when nothing is missing. With further arguments it installs these packages only.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
+
+packages=(
+    crun runc conmon                          # what runs and watches a container
+    nftables libnftables1 iproute2            # published ports, and tools to look at networks with
+    golang-github-containers-common           # the default seccomp profile
+    catatonit                                 # `init = true`
+    git ca-certificates                       # the source of the state
+    busybox-static                            # the image of the demo and of the tests
+    e2fsprogs mount                           # examples/plugin: volumes in ext4 images
+    python3 python3-venv
+)
+
+install() {
+    local missing=() package
+    for package in "$@"; do
+        # ${Status} would have to be asked of dpkg-query; the file list is there exactly when the package is.
+        compgen -G "/var/lib/dpkg/info/${package}.list" >/dev/null \
+            || compgen -G "/var/lib/dpkg/info/${package}:*.list" >/dev/null || missing+=("$package")
+    done
+    ((${#missing[@]})) || return 0
+    if ! command -v apt-get >/dev/null; then
+        echo "setup: these Debian packages are missing, and this is not Debian: ${missing[*]}" >&2
+        return 1
+    fi
+    if ((EUID != 0)); then
+        echo "setup: not root; install what is missing with: sudo apt-get install ${missing[*]}" >&2
+        return 1
+    fi
+    echo "setup: installing ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get -qq update </dev/null
+    apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=120 install --yes --no-install-recommends "${missing[@]}" </dev/null >/dev/null
+}
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.11 python3.12 python3.13 python3.14 /usr/bin/python3; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    echo "setup: no python3 is 3.11 or newer and has venv (Debian 12: apt-get install python3-venv)" >&2
+    return 1
+}
+
+if (($#)); then
+    install "$@"
+    exit
+fi
+install "${packages[@]}"
+stamp=.venv/.setup
+if [[ -x .venv/bin/holdfast && $stamp -nt pyproject.toml ]] && .venv/bin/python -c '' 2>/dev/null; then
+    exit 0
+fi
+echo "setup: making .venv"
+.venv/bin/python -c '' 2>/dev/null || "$(find_python)" -m venv --clear .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input --editable '.[dev]' </dev/null
+touch "$stamp"
