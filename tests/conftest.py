@@ -1,0 +1,70 @@
+"""What every test may ask for: a place of its own on this host (`site`), ports, and a small root file system.
+
+A live test that can't run here is skipped with the reason, and fails where CI=true.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from busybox_image import write_busybox_tar
+from ground import Rootfs, find_port, make_site
+from holdfast.drivers import Host
+
+PROGRAMS = ("conmon", "nft", "ip", "git", "busybox")
+
+os.environ["PATH"] += os.pathsep + "/usr/local/sbin:/usr/sbin:/sbin"
+
+
+def why_not_live() -> str | None:
+    """What keeps live tests from running here; None: nothing."""
+    if os.geteuid() != 0:
+        return "not root"
+    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    if shutil.which("crun") is None and shutil.which("runc") is None:
+        missing.append("crun or runc")
+    return f"missing: {', '.join(missing)} (make setup)" if missing else None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("live") and (reason := why_not_live()):
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"a live test can't run here: {reason}", pytrace=False)
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def new_site() -> Iterator[Callable[[], Host]]:
+    """Make any number of sites, each with a name, places and an address pool of its own."""
+    with ExitStack() as stack:
+        yield lambda: make_site(stack)
+
+
+@pytest.fixture
+def site(new_site: Callable[[], Host]) -> Host:
+    """A name, places and an address pool that no other test has."""
+    return new_site()
+
+
+@pytest.fixture
+def free_port() -> Iterator[Callable[[], int]]:
+    """Find ports of the host that nobody listens on and that no other test is given meanwhile."""
+    with ExitStack() as stack:
+        yield lambda: find_port(stack)
+
+
+@pytest.fixture(scope="session")
+def busybox_rootfs(tmp_path_factory: pytest.TempPathFactory) -> Rootfs:
+    """busybox with all its applets, /etc/passwd and the usual empty folders."""
+    folder = tmp_path_factory.mktemp("busybox")
+    rootfs = Rootfs(folder / "rootfs", folder / "rootfs.tar")
+    write_busybox_tar(rootfs.tar)
+    with tarfile.open(rootfs.tar) as tar:
+        tar.extractall(rootfs.path, filter="fully_trusted")
+    return rootfs

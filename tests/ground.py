@@ -1,0 +1,105 @@
+"""Makes the ground that a test stands on: a site (name, places, addresses) and ports that no other test has."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import socket
+import struct
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+from pathlib import Path
+
+from holdfast.drivers import BASE36, Host
+
+PORTS = range(20_000, 30_000)  # below the kernel's ephemeral range, which any client may take from
+POOLS = tuple(IPv4Network("10.192.0.0/10").subnets(new_prefix=20))
+
+
+@dataclass(frozen=True, slots=True)
+class Rootfs:
+    """A busybox root file system, as a directory and as a tar."""
+
+    path: Path
+    tar: Path
+
+
+class Claims:
+    """Numbers that no other test process on this host has: byte locks in one file, which die with their owner."""
+
+    def __init__(self) -> None:
+        self.fd = os.open(Path(tempfile.gettempdir()) / "holdfast-tests.lock", os.O_RDWR | os.O_CREAT, 0o600)
+
+    def take(self, number: int) -> bool:
+        claim = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0)
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, claim)
+        except BlockingIOError:
+            return False
+        return True
+
+    def release(self) -> None:
+        os.close(self.fd)
+
+
+def make_site(stack: ExitStack) -> Host:
+    """A site that lives until stack ends; its pool and name are its own on the whole host."""
+    name = "t" + "".join(secrets.choice(BASE36) for _ in range(5))
+    start = int(name, 36) % len(POOLS)
+    claims = _claims(stack)
+    index = next(i % len(POOLS) for i in range(start, start + len(POOLS)) if claims.take(i % len(POOLS)))
+    root = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=_real_disk()))
+    stack.callback(_remove_tree, root)
+    return Host(name, root, Path("/run") / name, str(POOLS[index]))
+
+
+def find_port(stack: ExitStack) -> int:
+    """A port that nobody listens on, and that is promised to nobody else until stack ends."""
+    claims = _claims(stack)
+    while True:
+        port = secrets.choice(PORTS)
+        if claims.take(port) and _bindable(port):
+            return port
+
+
+def _claims(stack: ExitStack) -> Claims:
+    claims = Claims()
+    stack.callback(claims.release)
+    return claims
+
+
+def _bindable(port: int) -> bool:
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        with socket.socket(socket.AF_INET, kind) as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                return False
+    return True
+
+
+def _real_disk() -> str:
+    """A folder that overlayfs takes as its upper layer: not itself on an overlay."""
+    for folder in (tempfile.gettempdir(), "/var/tmp", "/dev/shm"):
+        if _file_system(folder) != "overlay":
+            return folder
+    raise AssertionError("every place for temporary files is on overlayfs, which can't carry another overlay")
+
+
+def _file_system(folder: str) -> str:
+    device = Path(folder).stat().st_dev
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        if fields[2] == f"{os.major(device)}:{os.minor(device)}":
+            return fields[fields.index("-") + 1]
+    return "unknown"
+
+
+def _remove_tree(root: Path) -> None:
+    """Delete, unless something is still mounted below: then deleting could reach what is not ours."""
+    if str(root) not in Path("/proc/self/mountinfo").read_text():
+        shutil.rmtree(root, ignore_errors=True)

@@ -1,0 +1,61 @@
+"""What every live test is held to (nothing of it is left on the host), and an agent of its own for those that ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from ground import Rootfs
+from holdfast.drivers import Host
+from live.agent import LiveAgent
+from live.leftovers import sweep, wait_clean
+
+
+@pytest.fixture(autouse=True)
+def clean_host(site: Host) -> Iterator[None]:
+    """Fail when the test leaves anything on the host that bears its site's name; sweep it away all the same."""
+    yield
+    left = wait_clean(site)
+    if left:
+        sweep(site)
+        pytest.fail("left on the host:\n  " + "\n  ".join(left), pytrace=False)
+
+
+@pytest.fixture
+def new_agent(
+    tmp_path: Path, busybox_rootfs: Rootfs, request: pytest.FixtureRequest
+) -> Iterator[Callable[[Host], LiveAgent]]:
+    """Make agents for any sites; each is brought back to nothing at the end, and its host checked."""
+    made: list[LiveAgent] = []
+
+    def make(host: Host) -> LiveAgent:
+        made.append(LiveAgent(host, tmp_path / host.name, busybox_rootfs))
+        request.node.stash.setdefault(AGENTS, []).append(made[-1])
+        return made[-1]
+
+    yield make
+    for agent in made:
+        agent.close()
+
+
+@pytest.fixture
+def agent(new_agent: Callable[[Host], LiveAgent], site: Host) -> LiveAgent:
+    """An agent of the test's own, running, with nothing to hold yet and the image `busybox:1`."""
+    agent = new_agent(site)
+    agent.start()
+    agent.image("busybox:1")
+    return agent
+
+
+AGENTS = pytest.StashKey[list[LiveAgent]]()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.CallInfo[None], None]:
+    """Show the agents' logs with a failure."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    if report.failed:
+        report.sections += [(f"agent {agent.host.name}", agent.log()) for agent in item.stash.get(AGENTS, [])]

@@ -1,0 +1,119 @@
+"""What on this host bears a site's name: read after every live test, listed if there is anything, then swept away.
+
+ip_forward may stay on: it belongs to the whole host, and others may rely on it by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from holdfast.drivers import Host
+
+
+def leftovers(host: Host) -> list[str]:
+    """Everything of this host's that is still there, one line each; nothing is touched."""
+    return [
+        *(f"process {pid}: {line}" for pid, line in processes(host)),
+        *(f"mount {point}" for point in mounts(host)),
+        *(f"netns {path.name}" for path in netns(host)),
+        *(f"link {path.name}" for path in links(host)),
+        *(f"cgroup {path}" for path in cgroups(host)),
+        *(f"nft table {family} {name}" for family, name in tables(host)),
+        *(f"loop device {device}" for device in loops(host)),
+        *(f"file {path}" for path in _files(host.run_root)),
+    ]
+
+
+def wait_clean(host: Host, timeout: float = 3.0) -> list[str]:
+    """What is left once nothing is left, or once the time is up: the kernel takes a moment for some of it."""
+    deadline = time.monotonic() + timeout
+    while (left := leftovers(host)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+def sweep(host: Host) -> None:
+    """Take away by force all that bears the name, so that the next test starts on clean ground."""
+    for pid, _ in processes(host):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for point in reversed(list(mounts(host))):
+        subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)
+    for path in netns(host):
+        path.unlink(missing_ok=True)
+    for path in links(host):
+        subprocess.run(["ip", "link", "delete", path.name], check=False, capture_output=True)
+    for family, name in tables(host):
+        subprocess.run(["nft", "delete", "table", family, name], check=False, capture_output=True)
+    for device in loops(host):
+        subprocess.run(["losetup", "--detach", device], check=False, capture_output=True)
+    _sweep_cgroups(host)
+    if not list(mounts(host)):
+        shutil.rmtree(host.run_root, ignore_errors=True)
+
+
+def processes(host: Host) -> Iterator[tuple[int, str]]:
+    """Processes that bear the name in their command line or live in a cgroup of that name."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        pid = int(folder.name)
+        with contextlib.suppress(OSError):
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            groups = (folder / "cgroup").read_text()
+            if line and pid != os.getpid() and (host.name in line or f":{host.cgroup}" in groups):
+                yield pid, line
+
+
+def mounts(host: Host) -> Iterator[str]:
+    """Mount points that lie in the site's places or bear its name, in the order in which they were mounted."""
+    marks = (str(host.root), f"{host.run_root}/", f"/{host.name}-")
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        if any(mark in line for mark in marks):
+            yield line.split()[4]
+
+
+def netns(host: Host) -> list[Path]:
+    return sorted(Path("/run/netns").glob(f"{host.name}-*"))
+
+
+def links(host: Host) -> list[Path]:
+    return sorted(Path("/sys/class/net").glob(f"{host.name}-*"))
+
+
+def cgroups(host: Host) -> list[Path]:
+    hierarchies = Path("/sys/fs/cgroup")
+    return [path for path in (hierarchies / host.name, *hierarchies.glob(f"*/{host.name}")) if path.is_dir()]
+
+
+def tables(host: Host) -> list[tuple[str, str]]:
+    """Tables of nftables that bear the name, as (family, name)."""
+    listing = subprocess.run(["nft", "list", "tables"], check=True, capture_output=True, text=True).stdout
+    words = [line.split() for line in listing.splitlines()]
+    return [(family, name) for _, family, name in words if host.name in name]
+
+
+def loops(host: Host) -> list[str]:
+    """Loop devices that are backed by a file in the site's places."""
+    found = []
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            if str(host.root) in backing.read_text():
+                found.append(f"/dev/{backing.parents[1].name}")
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if not path.is_dir()) if folder.is_dir() else []
+
+
+def _sweep_cgroups(host: Host) -> None:
+    for top in cgroups(host):
+        for folder, _, _ in sorted(os.walk(top), reverse=True):
+            with contextlib.suppress(OSError):
+                Path(folder).rmdir()
