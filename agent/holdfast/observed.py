@@ -38,12 +38,13 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a process ended: code, or 128 + signal; code None when nobody saw it."""
+    """How a process ended: code, or 128 + signal; code None when nobody saw it. asked: by our own stop."""
 
     code: int | None
     signal: int | None = None
     oom: bool = False
     at: float = 0.0
+    asked: bool = False
 
     def __str__(self) -> str:
         if self.oom:
@@ -59,7 +60,8 @@ class Instance:
 
     image: digest of what it runs. files: mount target → digest of the revision content mounted there.
     restarts: how often it was started again; streak: how many of these in a row without a stable run.
-    faults: what of it is missing or altered on the host, in words; a healthy instance has none.
+    faults: what of it is gone so that only a new start puts it right; drifted: what was altered but can be put
+    right while it runs. Both in words; a healthy instance has neither. names: digest of the hosts file it has.
     """
 
     id: InstanceId
@@ -77,9 +79,9 @@ class Instance:
     restarts: int = 0
     streak: int = 0
     addresses: Mapping[str, str] = field(default_factory=dict)
-    names: str = ""  # digest of the hosts file it has
+    names: str = ""
     faults: tuple[str, ...] = ()
-    drifted: tuple[str, ...] = ()  # live settings altered by hand: put right without touching the process
+    drifted: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
@@ -157,14 +159,14 @@ class Observed:
     orphans: tuple[Receipt, ...] = ()
 
 
-GenerationState = Literal["staged", "active", "good", "failed"]
+GenerationState = Literal["staged", "active", "good"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """An app resolved: numbered per app, staged → active → good, or failed (quarantined).
+    """An app resolved: numbered per app, staged → active (something runs by it) → good (everything does).
 
-    images: container → digest of its image. files: container → mount target → content digest.
+    What can't be staged has no generation, but a Failure. images: container → digest of its image.
     """
 
     app: App
@@ -172,7 +174,6 @@ class Generation:
     state: GenerationState
     revision: str = ""
     images: Mapping[str, str] = field(default_factory=dict)
-    error: str = ""
     staged_at: float = 0.0
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from holdfast.observed import FirewallWant, InstanceId, Receipt
-from holdfast.spec.model import App
+from holdfast.spec.model import App, Network, digest_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,11 @@ class Action:
     def verb(self) -> str:
         return type(self).__name__
 
+    @property
+    def tried(self) -> str:
+        """What a failure is remembered by: another value is another try, without the wait of the earlier one."""
+        return self.verb
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageGeneration(Action):
@@ -49,10 +54,21 @@ class StageGeneration(Action):
 
     spec: App
 
+    @property
+    def tried(self) -> str:
+        return self.spec.digest
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnsureNetwork(Action):
+    """Make a network, or mend it."""
+
     network: str
+    spec: Network
+
+    @property
+    def tried(self) -> str:
+        return digest_of(self.spec.model_dump(mode="json"))
 
     @property
     def subject(self) -> str:
@@ -61,6 +77,8 @@ class EnsureNetwork(Action):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoveNetwork(Action):
+    """Take away a network that nothing is attached to any more."""
+
     network: str
 
     @property
@@ -83,6 +101,10 @@ class StartInstance(Action):
     @property
     def subject(self) -> str:
         return f"{self.app}/{self.container}"
+
+    @property
+    def tried(self) -> str:
+        return f"StartInstance {self.generation}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +133,10 @@ class UpdateInstance(Action):
     @property
     def subject(self) -> str:
         return f"{self.app}/{self.container}"
+
+    @property
+    def tried(self) -> str:
+        return f"UpdateInstance {self.generation} {' '.join(map(str, self.changes))}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +176,8 @@ class ForgetApp(Action):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteFirewall(Action):
+    """Replace the agent's own table in one transaction."""
+
     want: FirewallWant
 
     @property
@@ -157,11 +185,19 @@ class WriteFirewall(Action):
         return "firewall"
 
 
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What a hosts file says of others: (address, names) lines, and their digest."""
+
+    digest: str
+    lines: tuple[tuple[str, tuple[str, ...]], ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteNames(Action):
-    """Bring hosts files up to date, in place. hosts: instance → (address, names) lines."""
+    """Bring hosts files up to date, in place."""
 
-    hosts: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]]
+    hosts: Mapping[InstanceId, Names]
 
     @property
     def subject(self) -> str:

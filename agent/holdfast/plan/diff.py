@@ -1,0 +1,129 @@
+"""What differs between an instance and what its generation wants, field by field, and what each change takes.
+
+Least disruption is decided here, in one table: a field that it does not name replaces the container.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from holdfast.observed import Instance
+from holdfast.plan.actions import Change
+from holdfast.spec.model import App, Container, Frozen, Mount, digest_of
+
+EFFECTS: Mapping[str, str] = {
+    "resources": "live",  # written into the running container's cgroup
+    "restart_policy": "record",  # what only the agent reads: noted, the process knows nothing of it
+    "labels": "record",
+    "ports": "record",  # the firewall follows in a plan of its own
+    "stop_signal": "record",
+    "stop_grace_period": "record",
+    "depends_on": "record",
+    "logging": "record",
+}
+SIZES = frozenset({"memory", "memory_swap", "memory_reservation", "shm_size", "max_size"})
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def changes(instance: Instance, want: Container, image: str, files: Mapping[str, str]) -> tuple[Change, ...]:
+    """List what has to change for an instance to be as wanted; empty when it is."""
+    same = instance.want is want or instance.want == want
+    if same and instance.image == image and instance.files == files:
+        return ()
+    found = [*_image(instance, want, image), *_files(instance, want, files)]
+    for name in Container.model_fields:
+        old, new = getattr(instance.want, name), getattr(want, name)
+        if name != "image" and old != new:
+            found.extend(_field(name, old, new, EFFECTS.get(name, "replace")))
+    return tuple(found)
+
+
+def replaces(found: tuple[Change, ...]) -> bool:
+    """Whether any of these changes takes a new container."""
+    return any(change.effect == "replace" for change in found)
+
+
+def mounted_files(app: App, container: Container) -> dict[str, str]:
+    """Mount target → digest of the revision's content mounted there (a file's sha256, or a folder's digest)."""
+    return {
+        mount.target: app.files.get(mount.source) or digest_of(folder_files(app, mount))
+        for mount in container.mounts
+        if mount.kind == "file"
+    }
+
+
+def folder_files(app: App, mount: Mount) -> dict[str, str]:
+    """Relative path → sha256 of the files below a mounted folder of the revision."""
+    prefix = mount.source.rstrip("/") + "/"
+    return {path.removeprefix(prefix): sha for path, sha in app.files.items() if path.startswith(prefix)}
+
+
+def readable(field: str, value: Any) -> str:
+    """A value as a person reads it."""
+    match value:
+        case None | () | "":
+            return "none"
+        case int() if field in SIZES and not isinstance(value, bool):
+            return _size(value)
+        case bool():
+            return "true" if value else "false"
+        case float():
+            return f"{value:g}"
+        case tuple():
+            return "[" + ", ".join(readable(field, each) for each in value) + "]"
+        case Frozen():
+            return str(value) if type(value).__str__ is not Frozen.__str__ else _set_fields(value)
+        case _:
+            return str(value)
+
+
+def _set_fields(value: Frozen) -> str:
+    return ", ".join(f"{key}={item}" for key, item in value.model_dump(exclude_defaults=True).items()) or "defaults"
+
+
+def _size(value: int) -> str:
+    if value < 0:
+        return "unlimited"
+    unit = 0
+    while value and value % 1024 == 0 and unit < len(UNITS) - 1:
+        value, unit = value // 1024, unit + 1
+    return f"{value}{UNITS[unit]}"
+
+
+def _image(instance: Instance, want: Container, image: str) -> Iterator[Change]:
+    old, new = instance.want.image or "", want.image or ""
+    if instance.image != image:
+        if old == new:
+            old, new = f"{old} ({_short(instance.image)})", f"({_short(image)})"
+        yield Change("image", old, new, "replace")
+    elif old != new:
+        yield Change("image", old, new, "record")
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:12]
+
+
+def _files(instance: Instance, want: Container, files: Mapping[str, str]) -> Iterator[Change]:
+    for mount in want.mounts:
+        old, new = instance.files.get(mount.target), files.get(mount.target)
+        if old and new and old != new:
+            effect = {"restart": "replace", "none": "record"}.get(mount.on_change, f"signal {mount.on_change}")
+            yield Change(f"content of {mount.target}", _short(old), _short(new), effect)
+
+
+def _field(name: str, old: Any, new: Any, effect: str) -> Iterator[Change]:
+    """One change for a plain field; one per key for a table, so that the reason names just what differs."""
+    match old, new:
+        case Frozen(), Frozen():
+            for key in type(new).model_fields:
+                before, after = getattr(old, key), getattr(new, key)
+                if before != after:
+                    yield Change(f"{name}.{key}", readable(key, before), readable(key, after), effect)
+        case dict(), dict():
+            for key in sorted(old.keys() | new.keys()):
+                if old.get(key) != new.get(key):
+                    yield Change(f"{name}.{key}", readable(key, old.get(key)), readable(key, new.get(key)), effect)
+        case _:
+            yield Change(name, readable(name, old), readable(name, new), effect)
