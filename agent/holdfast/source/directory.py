@@ -1,0 +1,223 @@
+"""A plain directory → Revision: the tree is listed each time, and only what changed is read.
+
+`reconcile` calls `current` at the start of every pass, so an unchanged tree must cost next to nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+from holdfast.errors import HoldfastError, TryAgain, UnfitHost
+from holdfast.source.revision import Revision, SourceState, Watch, check_size, is_noise
+from holdfast.source.watch import DirectoryWatch
+
+ATTEMPTS = 8
+# File systems stamp with the kernel's tick (up to 10 ms at HZ=100): two writes within one look alike.
+RACY_NS = 20_000_000
+
+
+class Stamp(NamedTuple):
+    """What tells one state of a file from another without reading it."""
+
+    mtime_ns: int
+    ctime_ns: int
+    size: int
+    inode: int
+    device: int
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A file as it was read. settled: it was old enough that any later write must change the stamp."""
+
+    stamp: Stamp
+    data: bytes
+    digest: bytes
+    settled: bool
+
+
+@dataclass(slots=True)
+class Listing:
+    """A tree without its content: relative path → where the file really is, and its stamp."""
+
+    files: dict[str, tuple[str, Stamp]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+class DirectorySource:
+    """The state in a directory of this host, which may be a symbolic link, and may be replaced at any time."""
+
+    def __init__(self, path: Path | str, debounce: float = 0.02) -> None:
+        """debounce: seconds of quiet to wait for after a plain write, so that half a save is not acted on."""
+        self._path = os.path.abspath(path)  # absolute, but its links unresolved: they may flip
+        self._debounce = debounce
+        self._lock = threading.Lock()
+        self._known: dict[str, Content] = {}
+        self._revision: Revision | None = None
+        self._state = SourceState(kind="directory", url=self._path)
+        self._watch: DirectoryWatch | None = None
+
+    def current(self) -> Revision:
+        """Read what changed since the last call; see Source.current."""
+        with self._lock:
+            try:
+                revision = self._read()
+            except HoldfastError as error:
+                self._fail(error)
+                raise
+            if revision is not self._revision or self._state.error:
+                self._revision = revision
+                self._state = SourceState(
+                    kind="directory", url=self._path, revision=revision.id, fetched_at=time.time()
+                )
+            return revision
+
+    def refresh(self, *, accept_rewrite: bool = False) -> None:
+        """Do nothing: a directory is always here."""
+
+    def watch(self, wake: Callable[[str], None]) -> Watch:
+        """Watch the tree, and every link and folder on the way to it; see Source.watch."""
+        self._watch = DirectoryWatch(self._path, wake, self._debounce)
+        return self._watch
+
+    def state(self) -> SourceState:
+        return self._state
+
+    def _fail(self, error: HoldfastError) -> None:
+        last = self._revision.id if self._revision else ""
+        self._state = SourceState(
+            kind="directory", url=self._path, revision=last, error=str(error), failures=self._state.failures + 1
+        )
+
+    def _read(self) -> Revision:
+        for _ in range(ATTEMPTS):
+            try:
+                listing = list_tree(self._path)
+                known = {path: self._content(path, *where) for path, where in listing.files.items()}
+            except (FileNotFoundError, NotADirectoryError, Torn):
+                continue  # it moved under our hands: look again
+            except OSError as error:
+                raise UnfitHost(f"read '{error.filename}': {(error.strerror or '').lower()}") from error
+            return self._revise(known, listing.left_out)
+        raise TryAgain(f"read '{self._path}': it keeps changing while it is read")
+
+    def _content(self, path: str, real: str, stamp: Stamp) -> Content:
+        known = self._known.get(path)
+        if known is not None and known.settled and known.stamp == stamp:
+            return known
+        return read_file(real)
+
+    def _revise(self, known: dict[str, Content], left_out: dict[str, str]) -> Revision:
+        before, self._known = self._known, known
+        last = self._revision
+        if last is not None and last.left_out == left_out and alike(before, known):
+            return last
+        files = {path: known[path].data for path in sorted(known)}
+        return Revision(
+            id=f"dir:{digest(known)[:12]}",
+            files=MappingProxyType(files),
+            left_out=MappingProxyType(left_out),
+            url=self._path,
+        )
+
+
+class Torn(Exception):
+    """A file was written to while it was read."""
+
+
+def alike(one: dict[str, Content], other: dict[str, Content]) -> bool:
+    """Whether both hold the same files with the same content."""
+    if one.keys() != other.keys():
+        return False
+    return all(one[path] is content or one[path].digest == content.digest for path, content in other.items())
+
+
+def digest(known: dict[str, Content]) -> str:
+    """A digest of all paths and contents; independent of order."""
+    total = hashlib.sha256()
+    for path in sorted(known):
+        total.update(os.fsencode(path) + b"\0" + known[path].digest)
+    return total.hexdigest()
+
+
+def read_file(path: str) -> Content:
+    """Read a file whole, in one state of it; raises Torn when it does not hold still."""
+    # O_NONBLOCK: should it have become a FIFO meanwhile, open(2) must not wait for a writer.
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(handle, "rb", buffering=0) as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise Torn(path)
+        check_size(path, status.st_size, 1)
+        now = time.time_ns()
+        data = file.read()
+        stamp = stamp_of(status)
+        if stamp_of(os.fstat(handle)) != stamp or len(data) != stamp.size:
+            raise Torn(path)
+    settled = max(stamp.mtime_ns, stamp.ctime_ns) + RACY_NS < now
+    return Content(stamp, data, hashlib.sha256(data).digest(), settled)
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    return Stamp(status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino, status.st_dev)
+
+
+def list_tree(root: str) -> Listing:
+    """List the regular files under root, following links that stay inside it.
+
+    Raises TryAgain when root is not a directory, WrongState when it holds too much, OSError.
+    """
+    real = os.path.realpath(root)
+    if not os.path.isdir(real):
+        found = "not a directory" if os.path.lexists(root) else "no such directory"
+        raise TryAgain(f"read '{root}': {found} (what runs stays)")
+    listing = Listing()
+    total = 0
+    for path, where, status in walk(real, real, "", (real,), listing.left_out):
+        listing.files[path] = (where, stamp_of(status))
+        total += status.st_size
+    check_size(root, total, len(listing.files))
+    return listing
+
+
+def walk(
+    root: str, folder: str, prefix: str, chain: tuple[str, ...], left_out: dict[str, str]
+) -> Iterator[tuple[str, str, os.stat_result]]:
+    """Yield (relative path, real path, status) of each file under folder, which is seen as prefix from root."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if is_noise(entry.name):
+                continue
+            path = prefix + entry.name
+            if entry.is_symlink():
+                yield from walk_link(root, entry.path, path, chain, left_out)
+            elif entry.is_dir(follow_symlinks=False):
+                yield from walk(root, entry.path, path + "/", (*chain, entry.path), left_out)
+            elif entry.is_file(follow_symlinks=False):
+                yield path, entry.path, entry.stat(follow_symlinks=False)
+
+
+def walk_link(
+    root: str, link: str, path: str, chain: tuple[str, ...], left_out: dict[str, str]
+) -> Iterator[tuple[str, str, os.stat_result]]:
+    """The same for a symbolic link: what it leads to appears under the link's own name."""
+    real = os.path.realpath(link)
+    if not real.startswith(root + "/"):
+        left_out[path] = "a symbolic link that leads out of the state directory"
+    elif real in chain:
+        left_out[path] = "a symbolic link to a folder that it is in"
+    elif not os.path.exists(real):
+        left_out[path] = "a symbolic link that leads nowhere"
+    elif os.path.isdir(real):
+        yield from walk(root, real, path + "/", (*chain, real), left_out)
+    elif stat.S_ISREG((status := os.stat(real)).st_mode):
+        yield path, real, status

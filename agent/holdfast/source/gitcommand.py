@@ -1,0 +1,97 @@
+"""One git process at a time, run so that it asks nothing, runs no hook and dies when it hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+from holdfast.errors import TryAgain, UnfitHost
+
+# Hooks and helpers that a configuration may name would run as the agent's user; `ext::` URLs run anything at all.
+OPTIONS = (
+    "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "protocol.ext.allow=never",
+    "-c", "gc.autoDetach=false", "-c", "maintenance.autoDetach=false", "-c", "core.logAllRefUpdates=false",
+)  # fmt: skip
+# A GIT_DIR inherited from a hook would send us into somebody else's repository (git-rev-parse(1), --local-env-vars).
+STRAY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_NAMESPACE",
+         "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_PREFIX", "GIT_SHALLOW_FILE")  # fmt: skip
+
+
+class GitFailed(TryAgain):
+    """git ended with a status other than 0; said is the line of its stderr that tells why."""
+
+    def __init__(self, verb: str, status: int, said: str) -> None:
+        super().__init__(f"run 'git {verb}': {redact(said)}")
+        self.status = status
+        self.said = said
+
+
+class Git:
+    """Runs git in one bare repository. held: descriptors that every process inherits (see GitSource)."""
+
+    def __init__(self, repository: Path, timeout: float) -> None:
+        self.repository = repository
+        self.held: tuple[int, ...] = ()
+        self._timeout = timeout
+
+    def init(self) -> None:
+        """Make the repository; completes one that was left half made."""
+        self.run("init", "--quiet", "--bare", "--template=", "--initial-branch=none", "--", str(self.repository))
+
+    def run(self, verb: str, *arguments: str, feed: bytes = b"") -> bytes:
+        """Run a git command and return its output. Raises GitFailed, UnfitHost (no git), TryAgain (too slow)."""
+        command = ["git", f"--git-dir={self.repository}", *OPTIONS, verb, *arguments]
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment(),
+                pass_fds=self.held,
+                start_new_session=True,  # no terminal for ssh to ask on, and one group to kill
+            )
+        except FileNotFoundError as error:
+            raise UnfitHost("run 'git': not found (install the package git)") from error
+        with process:
+            try:
+                output, errors = process.communicate(feed, self._timeout)
+            except subprocess.TimeoutExpired:
+                raise TryAgain(f"run 'git {verb}': no end after {self._timeout:g} s") from None
+            finally:
+                if process.returncode is None:
+                    kill_group(process)
+        if process.returncode != 0:
+            raise GitFailed(verb, process.returncode, telling_line(errors.decode(errors="replace")))
+        return output
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill git and the transport helpers it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in STRAY}
+    return kept | {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"}
+
+
+def telling_line(errors: str) -> str:
+    """The line that says what went wrong: the first fatal one, with what the transport said before it."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    fatal = [line.removeprefix("fatal: ") for line in lines if line.startswith("fatal: ")]
+    remote = [line for line in lines if re.match(r"remote: |ssh: |ERROR|.*permission denied", line, re.I)]
+    if fatal and "could not read from remote repository" in fatal[0].lower() and remote:
+        return remote[0].removeprefix("remote: ")
+    return (fatal or lines or ["git said nothing"])[0]
+
+
+def redact(text: str) -> str:
+    """The text without the user names and passwords of URLs in it; ssh user names, which are no secret, stay."""
+    text = re.sub(r"(?<=://)([^\s/@:']*):[^\s/']*@", r"\1:***@", text)
+    return re.sub(r"(https?://)[^\s/@']*(:\*\*\*)?@", r"\1***@", text)

@@ -1,0 +1,113 @@
+"""The nouns of the source room, and the rules that both kinds share: which names count, how much is too much.
+
+A directory and a git repository that hold the same files give revisions with the same `files`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from holdfast.errors import WrongState
+
+MAX_BYTES = 64 << 20
+MAX_FILES = 100_000
+
+# What editors and copying programs leave beside the file they are about to replace (vim, emacs, gedit, NFS), what
+# belongs to git, Kubernetes' atomic writer (`..data`), and hidden TOML files: no app can be called like that.
+NOISE = re.compile(
+    r"\.git|\.\..*|\..*\.toml|\.#.*|#.*#|.*~|4913|.*\.sw[a-z]|\.goutputstream-.*|\.nfs[0-9a-f]+|.*\.toml\.tmp", re.S
+)
+
+
+def is_noise(name: str) -> bool:
+    """Whether a file or folder of this name is left out of every revision."""
+    return NOISE.fullmatch(name) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """One commit, or one snapshot of a directory: nothing that happens later changes it.
+
+    files: POSIX path relative to the state directory → content; regular files, and links to files that stay inside.
+    left_out: path → why it is not in files (a submodule, a git LFS pointer, a link that leads out), in words.
+    id: the commit's hash, or `dir:` and the start of a digest of files. message: its first line.
+    at: when it was committed, seconds since the epoch; None for a directory. url: without any password.
+    """
+
+    id: str
+    files: Mapping[str, bytes]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    author: str = ""
+    message: str = ""
+    at: float | None = None
+    url: str = ""
+    branch: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceState:
+    """What the operator reads about a source; JSON-able. Times are seconds since the epoch.
+
+    url: where it reads from, without any password (a directory's path for kind directory). path: the folder in
+    the repository. error: one line, "" while all is well. failures: in a row.
+    """
+
+    kind: Literal["directory", "git"]
+    url: str
+    branch: str = ""
+    path: str = ""
+    revision: str = ""
+    author: str = ""
+    message: str = ""
+    committed_at: float | None = None
+    fetched_at: float | None = None
+    error: str = ""
+    failures: int = 0
+    next_try_at: float | None = None
+
+
+class Watch(Protocol):
+    """A running watch: threads of its own that call `wake` with a reason."""
+
+    def poke(self) -> None:
+        """Look now, instead of at the next event or poll."""
+
+    def close(self) -> None:
+        """End the watch and wait for its threads; wake is not called afterwards. Idempotent."""
+
+
+class Source(Protocol):
+    """Where revisions come from. Every method is thread-safe; current and refresh block."""
+
+    def current(self) -> Revision:
+        """Read the newest revision that is here, without touching the network.
+
+        The same object is returned as long as nothing changed. Raises TryAgain (nothing readable just now: what
+        runs stays), UnfitHost, WrongState (it is too large).
+        """
+        ...
+
+    def refresh(self, *, accept_rewrite: bool = False) -> None:
+        """Bring the newest revision here; for a directory, nothing.
+
+        accept_rewrite: take a branch whose history was rewritten. Raises TryAgain, WrongState, UnfitHost.
+        """
+
+    def watch(self, wake: Callable[[str], None]) -> Watch:
+        """Call wake(reason), from a thread of the watch, whenever `current` may have something new."""
+        ...
+
+    def state(self) -> SourceState:
+        """Say what is known, at once, without reading anything."""
+        ...
+
+
+def check_size(where: str, bytes: int, files: int) -> None:
+    """Raise WrongState when a tree is more than an agent should hold in memory."""
+    if bytes > MAX_BYTES:
+        raise WrongState(f"read '{where}': holds {bytes >> 20} MiB of files (at most {MAX_BYTES >> 20} MiB)")
+    if files > MAX_FILES:
+        raise WrongState(f"read '{where}': holds {files} files (at most {MAX_FILES})")

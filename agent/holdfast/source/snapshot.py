@@ -1,0 +1,165 @@
+"""A commit in a bare repository → Revision: one `ls-tree`, one `cat-file`, links followed within the commit."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from holdfast.errors import TryAgain
+from holdfast.source.gitcommand import Git
+from holdfast.source.revision import Revision, check_size, is_noise
+
+LINK, SUBMODULE = "120000", "160000"
+LFS = b"version https://git-lfs.github.com/spec/"
+LFS_LONGEST = 1024  # bytes, of a pointer file
+MOST_LINKS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of git-ls-tree(1); size is 0 for a submodule."""
+
+    mode: str
+    id: str
+    size: int
+
+
+def read_commit(git: Git, commit: str, path: str, url: str) -> Revision:
+    """Read the files under path of a commit.
+
+    Raises TryAgain when the path is gone or not a folder, WrongState when it holds too much.
+    """
+    author, at, message = git.run("show", "-s", "--format=%an <%ae>%x00%ct%x00%s", commit).decode(
+        errors="replace"
+    ).rstrip("\n").split("\0", 2)  # fmt: skip
+    entries = list_commit(git, commit)
+    links = {name: blob.decode(errors="replace") for name, blob in read_links(git, entries).items()}
+    tree = Tree(entries, links)
+    top = tree.follow(path) if path else ""
+    if top is None or (path and top not in tree.folders):
+        raise TryAgain(f"read '{url}': folder '{path}' is not in commit {commit[:10]} ({message}): what runs stays")
+    found, left_out = choose(tree, top)
+    check_size(url, sum(entry.size for entry in found.values()), len(found))
+    blobs = read_blobs(git, sorted({entry.id for entry in found.values()}))
+    files = {name: blobs[entry.id] for name, entry in sorted(found.items())}
+    for name in [name for name, data in files.items() if len(data) < LFS_LONGEST and data.startswith(LFS)]:
+        del files[name]
+        left_out[name] = "a git LFS pointer, and LFS is not supported (commit the file itself)"
+    return Revision(
+        id=commit,
+        files=MappingProxyType(files),
+        left_out=MappingProxyType(left_out),
+        author=author,
+        message=message,
+        at=float(at),
+    )
+
+
+def list_commit(git: Git, commit: str) -> dict[str, Entry]:
+    """Every file, link and submodule of a commit, by path."""
+    entries: dict[str, Entry] = {}
+    for line in git.run("ls-tree", "-r", "-z", "-l", "--full-tree", commit).split(b"\0")[:-1]:
+        head, name = line.split(b"\t", 1)
+        mode, _, id, size = head.decode().split()
+        entries[name.decode(errors="surrogateescape")] = Entry(mode, id, 0 if size == "-" else int(size))
+    return entries
+
+
+def read_links(git: Git, entries: Mapping[str, Entry]) -> dict[str, bytes]:
+    links = {name: entry.id for name, entry in entries.items() if entry.mode == LINK}
+    blobs = read_blobs(git, sorted(set(links.values())))
+    return {name: blobs[id] for name, id in links.items()}
+
+
+def read_blobs(git: Git, ids: list[str]) -> dict[str, bytes]:
+    """The content of blobs, through one git-cat-file(1): `id type size`, newline, content, newline."""
+    if not ids:
+        return {}
+    output = memoryview(git.run("cat-file", "--batch", feed="".join(f"{id}\n" for id in ids).encode()))
+    blobs: dict[str, bytes] = {}
+    at = 0
+    for id in ids:
+        end = at + len(id) + 1 + len("blob ")
+        newline = bytes(output[end : end + 24]).find(b"\n") + end
+        if bytes(output[at:end]) != f"{id} blob ".encode():
+            raise TryAgain(f"read '{git.repository}': object {id} is missing (remove the mirror, it is fetched anew)")
+        size = int(bytes(output[end:newline]))
+        blobs[id] = bytes(output[newline + 1 : newline + 1 + size])
+        at = newline + 1 + size + 1
+    return blobs
+
+
+class Tree:
+    """The paths of a commit, with its symbolic links resolvable."""
+
+    def __init__(self, entries: Mapping[str, Entry], links: Mapping[str, str]) -> None:
+        self.entries = entries
+        self.links = links
+        self.folders: dict[str, list[str]] = {"": []}  # folder → paths of what is in it
+        for path in entries:
+            self._place(path)
+
+    def _place(self, path: str) -> None:
+        while path:
+            folder = posixpath.dirname(path)
+            known = folder in self.folders
+            self.folders.setdefault(folder, []).append(path)
+            if known:
+                return
+            path = folder
+
+    def follow(self, path: str) -> str | None:
+        """Where path leads within the commit, without links; None when that is outside of it or nowhere."""
+        pending = path.split("/")[::-1]
+        here, links = "", 0
+        while pending:
+            name = pending.pop()
+            if name in ("", "."):
+                continue
+            if name == "..":
+                if not here:
+                    return None
+                here = posixpath.dirname(here)
+                continue
+            step = posixpath.join(here, name)
+            target = self.links.get(step)
+            if target is None:
+                here = step
+            elif target.startswith("/") or (links := links + 1) > MOST_LINKS:
+                return None
+            else:
+                pending.extend(target.split("/")[::-1])
+        return here if here in self.entries or here in self.folders else None
+
+
+def choose(tree: Tree, top: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The files to read, by the path under which they are seen from top, and what is left out, and why."""
+    found: dict[str, Entry] = {}
+    left_out: dict[str, str] = {}
+    for seen, real in walk(tree, top, "", (top,)):
+        entry = tree.entries.get(real)
+        match entry:
+            case None:
+                left_out[seen] = "a symbolic link that leads nowhere within the commit, or to a folder that it is in"
+            case Entry(mode="160000"):
+                left_out[seen] = "a git submodule, and submodules are not followed (commit the files themselves)"
+            case _:
+                found[seen] = entry
+    return found, left_out
+
+
+def walk(tree: Tree, folder: str, prefix: str, chain: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Yield (path as seen, path in the commit, "" if there is none) of all that is under folder."""
+    for path in tree.folders[folder]:
+        name = posixpath.basename(path)
+        if is_noise(name):
+            continue
+        real = tree.follow(path) if path in tree.links else path
+        if real is None or real in chain:
+            yield prefix + name, ""
+        elif real in tree.folders:
+            yield from walk(tree, real, f"{prefix}{name}/", (*chain, real))
+        else:
+            yield prefix + name, real
