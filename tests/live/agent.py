@@ -14,7 +14,7 @@ from typing import Any
 
 from ground import Rootfs
 from holdfast.drivers import Host
-from live.leftovers import leftovers
+from footprint import leftovers
 
 HOLDFAST = str(Path(sys.executable).with_name("holdfast"))
 Status = Mapping[str, Any]

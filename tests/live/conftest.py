@@ -10,7 +10,7 @@ import pytest
 from ground import Rootfs
 from holdfast.drivers import Host
 from live.agent import LiveAgent
-from live.leftovers import sweep, wait_clean
+from footprint import sweep, wait_clean
 
 
 @pytest.fixture(autouse=True)

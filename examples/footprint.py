@@ -1,6 +1,7 @@
-"""What on this host bears a site's name: read after every live test, listed if there is anything, then swept away.
+"""Reads what on this host bears an agent's name, and sweeps it away by force when asked to.
 
-ip_forward may stay on: it belongs to the whole host, and others may rely on it by then.
+The demo shows with it that nothing is left, and every live test is held to it. ip_forward does not count: it belongs
+to the whole host, and others may rely on it by then.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from holdfast.drivers import Host
 
 
 def leftovers(host: Host) -> list[str]:
-    """Everything of this host's that is still there, one line each; nothing is touched."""
+    """Everything that bears the name, one line each; nothing is touched."""
     return [
         *(f"process {pid}: {line}" for pid, line in processes(host)),
         *(f"mount {point}" for point in mounts(host)),
@@ -40,7 +41,7 @@ def wait_clean(host: Host, timeout: float = 3.0) -> list[str]:
 
 
 def sweep(host: Host) -> None:
-    """Take away by force all that bears the name, so that the next test starts on clean ground."""
+    """Take away by force all that bears the name, whether an agent runs or not."""
     for pid, _ in processes(host):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -71,7 +72,7 @@ def processes(host: Host) -> Iterator[tuple[int, str]]:
 
 
 def mounts(host: Host) -> Iterator[str]:
-    """Mount points that lie in the site's places or bear its name, in the order in which they were mounted."""
+    """Mount points that lie in the agent's places or bear its name, in the order in which they were mounted."""
     marks = (str(host.root), f"{host.run_root}/", f"/{host.name}-")
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         if any(mark in line for mark in marks):
@@ -99,7 +100,7 @@ def tables(host: Host) -> list[tuple[str, str]]:
 
 
 def loops(host: Host) -> list[str]:
-    """Loop devices that are backed by a file in the site's places."""
+    """Loop devices that are backed by a file in the agent's places."""
     found = []
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
