@@ -1,0 +1,342 @@
+"""What must survive a crash: one SQLite database (WAL) below the agent's root, and the same values in memory.
+
+Every write goes to the database first and to memory second; reads never touch the disk. Commits are not synced one
+by one (synchronous = NORMAL): after a power cut the database is consistent, and what it forgot of the last moments
+is found again on the host, as any other crash's traces are.
+
+    instances    the intent and the last known state of every container run
+    receipts     what drivers made
+    generations  the last few of every app
+    holds        what people did by hand
+    failures     what went wrong, how often, when to try again
+    intents      actions under way: those found at start were cut short
+    events       the log that `holdfast events` reads
+    facts        single values (the firewall as it was last written, the revision in force)
+
+Threads share one Store; a lock makes each verb atomic.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+
+from holdfast.errors import UnfitHost
+from holdfast.observed import (
+    Failure,
+    Generation,
+    GenerationState,
+    History,
+    Hold,
+    Instance,
+    InstanceId,
+    Receipt,
+)
+
+T = TypeVar("T")
+Event = dict[str, Any]
+
+VERSION = 1
+KEPT_GENERATIONS = 5
+KEPT_EVENTS = 20_000
+SCHEMA = """
+CREATE TABLE instances   (id TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE receipts    (kind TEXT, id TEXT, at INTEGER, value BLOB NOT NULL, PRIMARY KEY (kind, id)) WITHOUT ROWID;
+CREATE TABLE generations (app TEXT, number INTEGER, value BLOB NOT NULL, PRIMARY KEY (app, number)) WITHOUT ROWID;
+CREATE TABLE holds       (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE failures    (subject TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE intents     (subject TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE facts       (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE events      (seq INTEGER PRIMARY KEY AUTOINCREMENT, value BLOB NOT NULL);
+"""
+
+_instance: TypeAdapter[Instance] = TypeAdapter(Instance)
+_receipt: TypeAdapter[Receipt] = TypeAdapter(Receipt)
+_generation: TypeAdapter[Generation] = TypeAdapter(Generation)
+_hold: TypeAdapter[Hold] = TypeAdapter(Hold)
+_failure: TypeAdapter[Failure] = TypeAdapter(Failure)
+
+
+class Store:
+    """The agent's memory. Raises UnfitHost if the database can't be opened or written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        self._listeners: list[Callable[[Event], None]] = []
+        self._db = _open(path)
+        self.instances: dict[InstanceId, Instance] = {
+            InstanceId(id): _instance.validate_json(value) for id, value in self._rows("id, value", "instances")
+        }
+        self._receipts: dict[tuple[str, str], Receipt] = {
+            (kind, id): _receipt.validate_json(value)
+            for kind, id, value in self._rows("kind, id, value", "receipts ORDER BY at")
+        }
+        self._owned: dict[str, dict[tuple[str, str], Receipt]] = {}
+        for key, receipt in self._receipts.items():
+            self._owned.setdefault(receipt.owner, {})[key] = receipt
+        self._generations: dict[str, tuple[Generation, ...]] = {}
+        for app, value in self._rows("app, value", "generations ORDER BY app, number"):
+            self._generations[app] = (*self._generations.get(app, ()), _generation.validate_json(value))
+        self._holds = {key: _hold.validate_json(value) for key, value in self._rows("key, value", "holds")}
+        self._failures = {
+            key: _failure.validate_json(value) for key, value in self._rows("subject, value", "failures")
+        }
+        self._facts = {name: json.loads(value) for name, value in self._rows("name, value", "facts")}
+        self._share_wants()
+
+    def close(self) -> None:
+        """Close the database; the Store is of no use afterwards."""
+        with self._lock:
+            self._db.close()
+
+    # -- what decisions are made from --
+
+    def history(self) -> History:
+        """The past as a value."""
+        with self._lock:
+            return History(dict(self._generations), dict(self._holds), dict(self._failures))
+
+    # -- instances and receipts --
+
+    def put_instance(self, instance: Instance) -> None:
+        """Keep an instance, new or changed."""
+        with self._lock:
+            self._put("instances", instance.id, _instance.dump_json(instance))
+            self.instances[instance.id] = instance
+
+    def change_instance(self, id: InstanceId, **fields: Any) -> Instance:
+        """Change some fields of an instance and return it; KeyError if it is gone."""
+        with self._lock:
+            changed = replace(self.instances[id], **fields)
+            self.put_instance(changed)
+            return changed
+
+    def drop_instance(self, id: InstanceId) -> None:
+        """Forget an instance: the last step of its removal."""
+        with self._lock:
+            self._drop("instances", "id", id)
+            self.instances.pop(id, None)
+
+    def put_receipt(self, receipt: Receipt) -> None:
+        """Keep what a driver made."""
+        with self._lock:
+            if self._receipts.get((receipt.kind, receipt.id)) == receipt:
+                return
+            self._db.execute(
+                "INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?)",
+                (receipt.kind, receipt.id, time.time_ns(), _receipt.dump_json(receipt)),
+            )
+            self._receipts[receipt.kind, receipt.id] = receipt
+            self._owned.setdefault(receipt.owner, {})[receipt.kind, receipt.id] = receipt
+
+    def drop_receipt(self, receipt: Receipt) -> None:
+        """Forget a receipt: only once the thing is gone."""
+        with self._lock:
+            self._db.execute("DELETE FROM receipts WHERE kind = ? AND id = ?", (receipt.kind, receipt.id))
+            self._receipts.pop((receipt.kind, receipt.id), None)
+            owned = self._owned.get(receipt.owner, {})
+            owned.pop((receipt.kind, receipt.id), None)
+            if not owned:
+                self._owned.pop(receipt.owner, None)
+
+    def receipt(self, kind: str, id: str) -> Receipt | None:
+        """The receipt of one thing."""
+        return self._receipts.get((kind, id))
+
+    def receipts(self, kind: str) -> list[Receipt]:
+        """Receipts of a kind."""
+        with self._lock:
+            return [each for each in self._receipts.values() if each.kind == kind]
+
+    def owned(self, owner: str) -> list[Receipt]:
+        """What belongs to an instance ("": to none), in the order in which it was made."""
+        with self._lock:
+            return list(self._owned.get(owner, {}).values())
+
+    # -- generations --
+
+    def put_generation(self, generation: Generation) -> None:
+        """Keep a generation; of an app's older ones the last few stay, and always the one in force."""
+        app = generation.app.name
+        with self._lock:
+            self._db.execute(
+                "INSERT OR REPLACE INTO generations VALUES (?, ?, ?)",
+                (app, generation.number, _generation.dump_json(generation)),
+            )
+            known = {each.number: each for each in self._generations.get(app, ())}
+            known[generation.number] = generation
+            ordered = tuple(known[number] for number in sorted(known))
+            self._generations[app] = self._pruned(app, ordered)
+
+    def mark_generation(self, app: str, number: int, state: GenerationState) -> None:
+        """Move a generation on: staged → active → good, never back."""
+        order = ("staged", "active", "good")
+        with self._lock:
+            for each in self._generations.get(app, ()):
+                if each.number == number and order.index(each.state) < order.index(state):
+                    self.put_generation(replace(each, state=state))
+
+    def generation(self, app: str, number: int) -> Generation:
+        """One generation; KeyError if it is not kept any more."""
+        for each in self._generations.get(app, ()):
+            if each.number == number:
+                return each
+        raise KeyError(f"{app} generation {number}")
+
+    def forget_app(self, app: str) -> None:
+        """Drop everything that is kept of an app."""
+        with self._lock, self._transaction():
+            self._drop("generations", "app", app)
+            self._generations.pop(app, None)
+            for key in [key for key in self._holds if key.startswith(f"{app}/")]:
+                self.release(key)
+            for subject in [each for each in self._failures if each == app or each.startswith(f"{app}/")]:
+                self.clear_failure(subject)
+
+    def _pruned(self, app: str, known: tuple[Generation, ...]) -> tuple[Generation, ...]:
+        in_force = next((each for each in reversed(known) if each.state != "staged"), None)
+        kept = tuple(each for each in known if each in known[-KEPT_GENERATIONS:] or each is in_force)
+        for each in known:
+            if each not in kept:
+                self._db.execute("DELETE FROM generations WHERE app = ? AND number = ?", (app, each.number))
+        return kept
+
+    # -- holds, failures, intents, facts --
+
+    def hold(self, key: str, hold: Hold) -> None:
+        """Note what a person did to `app/container`."""
+        with self._lock:
+            self._put("holds", key, _hold.dump_json(hold))
+            self._holds[key] = hold
+
+    def release(self, key: str) -> bool:
+        """End a hold; False if there was none."""
+        with self._lock:
+            self._drop("holds", "key", key)
+            return self._holds.pop(key, None) is not None
+
+    def put_failure(self, subject: str, failure: Failure) -> None:
+        """Remember that an action on a subject failed."""
+        with self._lock:
+            self._put("failures", subject, _failure.dump_json(failure))
+            self._failures[subject] = failure
+
+    def failure(self, subject: str) -> Failure | None:
+        """The failure that a subject is remembered by."""
+        return self._failures.get(subject)
+
+    def clear_failure(self, subject: str) -> None:
+        """Forget it: the action went well, or what was tried is no longer wanted."""
+        with self._lock:
+            if subject in self._failures:
+                self._drop("failures", "subject", subject)
+                del self._failures[subject]
+
+    def retry_now(self) -> None:
+        """Let everything that waits for its next try be tried at once."""
+        with self._lock:
+            for subject, failure in list(self._failures.items()):
+                if failure.retry_at is not None:
+                    self.put_failure(subject, replace(failure, retry_at=0.0))
+
+    def put_intent(self, subject: str, intent: Mapping[str, Any]) -> None:
+        """Write down what is about to be done."""
+        with self._lock:
+            self._put("intents", subject, json.dumps(intent).encode())
+
+    def drop_intent(self, subject: str) -> None:
+        """It is done, or has failed and been undone."""
+        with self._lock:
+            self._drop("intents", "subject", subject)
+
+    def intents(self) -> dict[str, Any]:
+        """Subject → what was under way. Right after a start: what a crash cut short."""
+        with self._lock:
+            return {subject: json.loads(value) for subject, value in self._rows("subject, value", "intents")}
+
+    def put_fact(self, name: str, value: Any) -> None:
+        """Keep one JSON-able value by its name."""
+        with self._lock:
+            if self._facts.get(name) != value:
+                self._put("facts", name, json.dumps(value).encode())
+                self._facts[name] = value
+
+    def fact(self, name: str) -> Any:
+        """A kept value, None if there is none."""
+        return self._facts.get(name)
+
+    # -- events --
+
+    def event(self, kind: str, message: str, *, app: str = "", container: str = "", **more: Any) -> None:
+        """Append to the log and tell the listeners. Keys: seq, at, kind, app, container, message, and more."""
+        value = {"at": time.time(), "kind": kind, "app": app, "container": container, "message": message, **more}
+        with self._lock:
+            text = json.dumps(value, default=str)
+            seq = self._db.execute("INSERT INTO events (value) VALUES (?)", (text,)).lastrowid or 0
+            if seq % 1000 == 0:
+                self._db.execute("DELETE FROM events WHERE seq <= ?", (seq - KEPT_EVENTS,))
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener({"seq": seq, **value})
+
+    def events(self, after: int = 0, limit: int = 1000) -> list[Event]:
+        """Events after a sequence number, oldest first; the newest `limit` of them."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT seq, value FROM events WHERE seq > ? ORDER BY seq DESC LIMIT ?", (after, limit)
+            ).fetchall()
+        return [{"seq": seq, **json.loads(value)} for seq, value in reversed(rows)]
+
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """Have every later event told to a callable, in the thread that appends it."""
+        self._listeners.append(listener)
+
+    # -- the database --
+
+    def _rows(self, columns: str, table: str) -> Iterable[tuple[Any, ...]]:
+        return self._db.execute(f"SELECT {columns} FROM {table}").fetchall()
+
+    def _put(self, table: str, key: str, value: bytes) -> None:
+        self._db.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", (key, value))
+
+    def _drop(self, table: str, column: str, key: str) -> None:
+        self._db.execute(f"DELETE FROM {table} WHERE {column} = ?", (key,))
+
+    def _transaction(self) -> sqlite3.Connection:
+        self._db.execute("BEGIN")
+        return self._db  # as a context manager it commits, or rolls back
+
+    def _share_wants(self) -> None:
+        """Let instances share the objects of their generations: equal values then compare by identity."""
+        for id, instance in self.instances.items():
+            for generation in self._generations.get(instance.app, ()):
+                want = generation.app.containers.get(instance.container)
+                if want == instance.want and want is not None:
+                    self.instances[id] = replace(instance, want=want)
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            with closing(db.cursor()) as cursor:
+                cursor.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+        elif version != VERSION:
+            raise UnfitHost(f"open store '{path}': it is of version {version} (this holdfast writes {VERSION})")
+    except (sqlite3.Error, OSError) as error:
+        raise UnfitHost(f"open store '{path}': {error}") from error
+    return db
