@@ -1,0 +1,154 @@
+"""The programs that run containers: which are installed, which of them work on this host, and what to do if none.
+
+Called by the agent when it starts, and by `holdfast doctor`.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.errors import UnfitHost
+from holdfast.runtime import capabilities
+from holdfast.runtime.oci import RLIMITS, HostLimits
+
+CANDIDATES = ("crun", "runc")
+INITS = ("catatonit", "tini")
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeBinary:
+    """An OCI runtime: its kind (crun or runc), absolute path, and version as it prints it ("" if it did not)."""
+
+    name: str
+    path: Path
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of `holdfast doctor`: what was looked at, whether it will do, and what to do if not."""
+
+    subject: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+
+def find_program(name: str) -> Path | None:
+    """Find a program in the places where root's programs are, whatever PATH the agent was started with."""
+    found = shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), _PATH)))
+    return Path(found).resolve() if found else None
+
+
+def find_runtime(setting: str = "auto") -> RuntimeBinary:
+    """Find the runtime that agent.toml names: a path, a name, or `auto`, the first of crun and runc that works here.
+
+    Starts the program once, for its version. Raises UnfitHost with the reason for each that will not do.
+    """
+    if setting != "auto":
+        return _named(setting)
+    refused = []
+    for name in CANDIDATES:
+        path = find_program(name)
+        obstacle = "not installed" if path is None else obstacle_for(name)
+        if path is not None and not obstacle:
+            return RuntimeBinary(name, path, version_of(path))
+        refused.append(f"{name}: {obstacle}")
+    raise UnfitHost(f"runtime 'auto': {'; '.join(refused)} (apt-get install runc)")
+
+
+def _named(setting: str) -> RuntimeBinary:
+    path = Path(setting) if "/" in setting else find_program(setting)
+    if path is None or not os.access(path, os.X_OK):
+        raise UnfitHost(f"runtime '{setting}': no such program (apt-get install {Path(setting).name})")
+    name = "crun" if "crun" in path.name else "runc"
+    if obstacle := obstacle_for(name):
+        raise UnfitHost(f"runtime '{setting}': {obstacle} (runtime = \"auto\" takes one that works)")
+    return RuntimeBinary(name, path, version_of(path))
+
+
+def obstacle_for(name: str, cgroup_root: Path = _CGROUP_ROOT) -> str:
+    """Say why a runtime can't work on this host, "" if nothing speaks against it.
+
+    crun refuses a host whose controllers are mounted as cgroup v1 while the v2 tree still owns some.
+    """
+    try:
+        owned = (cgroup_root / "unified" / "cgroup.controllers").read_text().split()
+    except OSError:
+        return ""
+    if name == "crun" and owned:
+        return f"does not run where cgroup v1 is in use and v2 owns {', '.join(owned)} (mount that one as v1 too)"
+    return ""
+
+
+def find_conmon() -> RuntimeBinary:
+    """Find conmon; raises UnfitHost if it is not installed."""
+    path = find_program("conmon")
+    if path is None:
+        raise UnfitHost("program 'conmon': not installed (apt-get install conmon)")
+    return RuntimeBinary("conmon", path, version_of(path))
+
+
+def find_init() -> Path | None:
+    """Find the init program that containers with `init = true` are given."""
+    return next((path for name in INITS if (path := find_program(name))), None)
+
+
+def version_of(path: Path) -> str:
+    """Ask a program for its version: the last word of the first line that it prints."""
+    try:
+        answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    words = answer.stdout.partition("\n")[0].split()
+    return words[-1] if words else ""
+
+
+def host_limits() -> HostLimits:
+    """Read what this process may hand on to containers."""
+    status = Path("/proc/self/status").read_text()
+    masks = dict(line.split(":\t", 1) for line in status.splitlines() if line.startswith("Cap"))
+    numbers = {name: getattr(resource, f"RLIMIT_{name.upper()}", None) for name in RLIMITS}
+    return HostLimits(
+        capabilities=capabilities.from_mask(int(masks["CapPrm"], 16)),
+        rlimits={name: resource.getrlimit(number)[1] for name, number in numbers.items() if number is not None},
+        oom_score_adj=int(Path("/proc/self/oom_score_adj").read_text()),
+    )
+
+
+def findings() -> Iterator[Finding]:
+    """Look at everything that running containers needs here; for `holdfast doctor`."""
+    for name in CANDIDATES:
+        yield _runtime_finding(name)
+    conmon = find_program("conmon")
+    yield Finding(
+        "conmon",
+        conmon is not None,
+        version_of(conmon) if conmon else "not installed",
+        "" if conmon else "apt-get install conmon",
+    )
+    init = find_init()
+    yield Finding("init", init is not None, str(init or "not installed"), "" if init else "apt-get install catatonit")
+    if not host_limits().may_exceed:
+        yield Finding(
+            "CAP_SYS_RESOURCE",
+            False,
+            "ulimits can't be raised, oom_score_adj can't be lowered",
+            "run the agent with CAP_SYS_RESOURCE",
+        )
+
+
+def _runtime_finding(name: str) -> Finding:
+    path = find_program(name)
+    if path is None:
+        return Finding(name, False, "not installed", f"apt-get install {name}")
+    obstacle = obstacle_for(name)
+    return Finding(name, not obstacle, obstacle or f"{version_of(path)} at {path}")

@@ -1,0 +1,71 @@
+"""Capabilities of a container (capabilities(7)): from what a state file adds and drops to the set that it gets.
+
+Called by `runtime.oci`; the seccomp profile asks for the same set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from holdfast.errors import UnfitHost, WrongState
+
+#: In the order of their numbers, so that a bit mask of the kernel can be read.
+ALL = tuple(
+    f"CAP_{name}"
+    for name in ["CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP", "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER", "SYS_MODULE", "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE", "SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP", "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG", "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF", "CHECKPOINT_RESTORE"]
+)
+
+#: What Docker gives a container that asks for nothing.
+DEFAULT = frozenset(
+    f"CAP_{name}"
+    for name in ["CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "MKNOD", "NET_RAW", "SETGID", "SETUID", "SETFCAP", "SETPCAP", "NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE"]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """The capabilities of a container, sorted, and those it would have had on a host that has them."""
+
+    names: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+
+
+def from_mask(mask: int) -> frozenset[str]:
+    """Read a bit mask as /proc/PID/status prints it (CapBnd and the like)."""
+    return frozenset(name for number, name in enumerate(ALL) if mask >> number & 1)
+
+
+def grant(add: Collection[str], drop: Collection[str], *, privileged: bool, available: Collection[str]) -> Granted:
+    """Apply add and drop to the default set with Docker's precedence: a name beats ALL, drop beats an added ALL.
+
+    available: what the host can give at all. Raises WrongState for an unknown name and UnfitHost for one that was
+    added by name and can't be given.
+    """
+    added, dropped = {canonical(name) for name in add}, {canonical(name) for name in drop}
+    wanted = _wanted(added, dropped, privileged=privileged)
+    missing = wanted - set(available)
+    if named := sorted(missing & added):
+        raise UnfitHost(f"cap_add '{named[0]}': this agent does not have it (run it with that capability)")
+    return Granted(tuple(sorted(wanted - missing)), tuple(sorted(missing)))
+
+
+def _wanted(added: set[str], dropped: set[str], *, privileged: bool) -> set[str]:
+    if privileged:
+        return set(ALL)
+    if "ALL" in added:
+        return set(ALL) - dropped
+    if "ALL" in dropped:
+        return added
+    return (DEFAULT - dropped) | added
+
+
+def canonical(name: str) -> str:
+    """Turn `net_admin`, `NET_ADMIN` or `CAP_NET_ADMIN` into the last, `all` into ALL; WrongState if there is none."""
+    upper = name.upper()
+    if upper == "ALL":
+        return upper
+    full = upper if upper.startswith("CAP_") else f"CAP_{upper}"
+    if full not in ALL:
+        raise WrongState(f"capability '{name}': there is no such capability (see capabilities(7))")
+    return full

@@ -1,0 +1,327 @@
+"""Control groups: the settings that policies make, what the kernel really holds, and taking cgroups away.
+
+Files are cgroup v1's (Documentation/admin-guide/cgroup-v1) or v2's (cgroup-v2.rst), whichever tree owns the memory
+and cpu controllers. Paths are relative to each hierarchy's root, as `Host.cgroup` is. Called by the node, and by
+`runtime.conmon` for what `runc update` and `runc delete` leave undone.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.drivers import CgroupPolicy, CgroupWant
+from holdfast.errors import UnfitHost
+from holdfast.observed import Json
+from holdfast.spec.model import Resources
+
+ROOT = Path("/sys/fs/cgroup")
+NO_LIMIT = -1
+DEFAULT_SHARES = 1024
+DEFAULT_PERIOD = 100_000  # microseconds
+
+#: What limits touch, as controller → files. Weights have one name or another, depending on the I/O scheduler.
+_FILES: Mapping[int, Mapping[str, tuple[str, ...]]] = {
+    1: {
+        "memory": ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.soft_limit_in_bytes"),
+        "cpu": ("cpu.shares", "cpu.cfs_quota_us", "cpu.cfs_period_us"),
+        "cpuset": ("cpuset.cpus",),
+        "pids": ("pids.max",),
+        "blkio": (
+            "blkio.weight",
+            "blkio.bfq.weight",
+            "blkio.throttle.read_bps_device",
+            "blkio.throttle.write_bps_device",
+            "blkio.throttle.read_iops_device",
+            "blkio.throttle.write_iops_device",
+        ),
+    },
+    2: {
+        "memory": ("memory.max", "memory.swap.max", "memory.low", "memory.min"),
+        "cpu": ("cpu.max", "cpu.weight"),
+        "cpuset": ("cpuset.cpus",),
+        "pids": ("pids.max",),
+        "io": ("io.weight", "io.bfq.weight", "io.max"),
+    },
+}
+_DEFAULT_WEIGHTS = {
+    "blkio.weight": "500",
+    "blkio.bfq.weight": "100",
+    "io.weight": "default 100",
+    "io.bfq.weight": "default 100",
+}
+#: OCI throttle lists → v1 file, v2 key in io.max.
+_THROTTLES = {
+    "throttleReadBpsDevice": ("blkio.throttle.read_bps_device", "rbps"),
+    "throttleWriteBpsDevice": ("blkio.throttle.write_bps_device", "wbps"),
+    "throttleReadIOPSDevice": ("blkio.throttle.read_iops_device", "riops"),
+    "throttleWriteIOPSDevice": ("blkio.throttle.write_iops_device", "wiops"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the policies of a container come to: `linux.resources`, oom_score_adj, and what this host leaves out."""
+
+    resources: Json
+    oom_score_adj: int | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a host's cgroups can do beyond the ordinary."""
+
+    swap: bool = True
+    io_weight: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a container uses: bytes of memory, seconds of CPU so far, processes. None: not known here."""
+
+    memory: int | None
+    cpu: float | None
+    pids: int | None
+
+
+def policy_names(resources: Resources) -> tuple[str, ...]:
+    """The policies that turn a table into settings: those it names, else `limits`, with `qos` if it has a class."""
+    return resources.policy or (("limits", "qos") if resources.service_class else ("limits",))
+
+
+def compose(policies: Iterable[CgroupPolicy], want: CgroupWant, features: Features | None = None) -> Settings:
+    """Merge what the policies contribute, later ones winning key by key, and leave out what the host can't do."""
+    merged: dict[str, Any] = {}
+    for policy in policies:
+        merged = _merge(merged, policy.settings(want))
+    resources, warnings = _fit(merged.get("resources", {}), features or Features())
+    return Settings(resources, merged.get("oom_score_adj"), warnings)
+
+
+def _merge(old: Json, new: Json) -> dict[str, Any]:
+    merged = dict(old)
+    for key, value in new.items():
+        before = merged.get(key)
+        merged[key] = _merge(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _fit(resources: Json, features: Features) -> tuple[Json, tuple[str, ...]]:
+    warnings = []
+    if not features.swap and "swap" in resources.get("memory", {}):
+        resources = _without(resources, "memory", "swap")
+        warnings.append("memory_swap is left out: this kernel does not account for swap")
+    if not features.io_weight and "weight" in resources.get("blockIO", {}):
+        resources = _without(resources, "blockIO", "weight")
+        warnings.append("io_weight is left out: this kernel has no I/O scheduler with weights")
+    return resources, tuple(warnings)
+
+
+def _without(resources: Json, table: str, key: str) -> Json:
+    return {**resources, table: {name: value for name, value in resources[table].items() if name != key}}
+
+
+def version() -> int:
+    """Which cgroup tree owns the memory and cpu controllers: 2 where the v2 tree is at the root, else 1."""
+    return 2 if (ROOT / "cgroup.controllers").exists() else 1
+
+
+def features() -> Features:
+    """Read what this host's cgroups can do."""
+    if version() == 2:
+        owned = (ROOT / "cgroup.controllers").read_text().split()
+        return Features(swap=Path("/proc/swaps").exists(), io_weight="io" in owned)
+    weights = any((ROOT / "blkio").glob("blkio.*weight*")) or any((ROOT / "blkio").glob("blkio.bfq.*"))
+    return Features(swap=(ROOT / "memory/memory.memsw.limit_in_bytes").exists(), io_weight=weights)
+
+
+def hierarchies() -> tuple[Path, ...]:
+    """The mount points of every cgroup hierarchy of this host, wherever they are."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        if right.split(" ", 1)[0] in ("cgroup", "cgroup2"):
+            found.append(Path(left.split()[4]))
+    return tuple(dict.fromkeys(found))
+
+
+def folder(controller: str, path: str) -> Path:
+    """The directory of a cgroup in the hierarchy that owns a controller."""
+    return ROOT / path.lstrip("/") if version() == 2 else ROOT / controller / path.lstrip("/")
+
+
+def folders(path: str) -> list[Path]:
+    """The directories of a cgroup that exist, one for each hierarchy."""
+    return [place for root in hierarchies() if (place := root / path.lstrip("/")).is_dir()]
+
+
+def snapshot(path: str) -> dict[str, str]:
+    """Read every file that limits touch: file name → content. Files that this kernel lacks are left out.
+
+    A later snapshot that differs from the one taken right after the limits were applied is drift.
+    """
+    found = {}
+    for controller, names in _FILES[version()].items():
+        place = str(folder(controller, path))
+        for name in names:
+            content = _read(f"{place}/{name}")
+            if content is not None:
+                found[name] = content
+    return found
+
+
+def _read(path: str) -> str | None:
+    try:
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - a thousand containers are read in one pass
+            return file.read().decode().strip()
+    except OSError:
+        return None
+
+
+def explicit(resources: Json, features: Features) -> dict[str, Any]:
+    """Say "no limit" for every limit that is absent: to the runtimes' `update`, absent means "as it was"; pure."""
+    memory = {"limit": NO_LIMIT, **({"swap": NO_LIMIT} if features.swap else {})}
+    cpu = {"shares": DEFAULT_SHARES, "quota": NO_LIMIT, "period": DEFAULT_PERIOD}
+    defaults = {"memory": memory, "cpu": cpu, "pids": {"limit": NO_LIMIT}}
+    return _merge(defaults, resources)
+
+
+def apply(path: str, resources: Json) -> None:
+    """Write what no runtime's `update` does: device throttles, raw v2 files, and lifting what is not asked for."""
+    tree = version()
+    block = resources.get("blockIO", {})
+    _apply_throttles(path, block, tree)
+    if "weight" not in block:
+        _reset_weight(path, tree)
+    if not resources.get("cpu", {}).get("cpus"):
+        _reset_cpuset(path)
+    if tree == 1 and "reservation" not in resources.get("memory", {}):
+        _write(folder("memory", path) / "memory.soft_limit_in_bytes", "-1")
+    if tree == 2:
+        _apply_protection(path, resources)
+
+
+def _apply_throttles(path: str, block: Json, tree: int) -> None:
+    for key, (v1_file, v2_key) in _THROTTLES.items():
+        asked = {f"{entry['major']}:{entry['minor']}": entry["rate"] for entry in block.get(key, ())}
+        if tree == 1:
+            place, lift, line = folder("blkio", path) / v1_file, "0", "{} {}"
+        else:
+            place, lift, line = folder("io", path) / "io.max", "max", f"{{}} {v2_key}={{}}"
+        held = {row.split()[0] for row in (_read(str(place)) or "").splitlines() if row}
+        for device in sorted(held - asked.keys()):
+            _write(place, line.format(device, lift))
+        for device, rate in asked.items():
+            _write(place, line.format(device, rate))
+
+
+def _reset_weight(path: str, tree: int) -> None:
+    place = folder("blkio" if tree == 1 else "io", path)
+    for name, weight in _DEFAULT_WEIGHTS.items():
+        if (place / name).exists():
+            _write(place / name, weight)
+
+
+def _reset_cpuset(path: str) -> None:
+    place = folder("cpuset", path)
+    if not (place / "cpuset.cpus").exists():
+        return
+    every = "" if version() == 2 else _read(str(place.parent / "cpuset.cpus"))
+    if every is not None and _read(str(place / "cpuset.cpus")) != every:
+        _write(place / "cpuset.cpus", every or "\n")
+
+
+def _apply_protection(path: str, resources: Json) -> None:
+    place = folder("memory", path)
+    raw = {"memory.min": "0", **resources.get("unified", {})}
+    if "reservation" not in resources.get("memory", {}):
+        raw.setdefault("memory.low", "0")
+    for name, value in raw.items():
+        if (place / name).exists() or name in resources.get("unified", {}):
+            _write(place / name, value)
+
+
+def _write(path: Path, value: str) -> None:
+    try:
+        path.write_text(value)
+    except OSError as error:
+        raise UnfitHost(f"write of '{value.strip()}' to '{path}': {(error.strerror or '').lower()}") from error
+
+
+def pids(path: str) -> set[int]:
+    """The processes in a cgroup, nested ones included; zombies are not among them."""
+    found: set[int] = set()
+    for place in folders(path):
+        for current, _, _ in os.walk(place):
+            listed = _read(f"{current}/cgroup.procs") or ""
+            found.update(int(pid) for pid in listed.split())
+    return found - {0}
+
+
+def oom_kills(path: str) -> int:
+    """How many processes of a cgroup the kernel killed for want of memory; 0 when it is gone."""
+    name = "memory.events" if version() == 2 else "memory.oom_control"
+    for line in (_read(str(folder("memory", path) / name)) or "").splitlines():
+        key, _, value = line.partition(" ")
+        if key == "oom_kill":
+            return int(value)
+    return 0
+
+
+def usage(path: str) -> Usage:
+    """Read what a container uses now."""
+    if version() == 2:
+        place = folder("memory", path)
+        memory, count = _read(str(place / "memory.current")), _read(str(place / "pids.current"))
+        stat = dict(line.split() for line in (_read(str(place / "cpu.stat")) or "").splitlines())
+        cpu = float(stat["usage_usec"]) / 1e6 if "usage_usec" in stat else None
+    else:
+        memory = _read(str(folder("memory", path) / "memory.usage_in_bytes"))
+        count = _read(str(folder("pids", path) / "pids.current"))
+        nanoseconds = _read(str(folder("cpuacct", path) / "cpuacct.usage"))
+        cpu = float(nanoseconds) / 1e9 if nanoseconds else None
+    return Usage(int(memory) if memory else None, cpu, int(count) if count else None)
+
+
+def remove(path: str, *, timeout: float = 5.0) -> None:
+    """Remove a cgroup and all below it from every hierarchy; succeed when it is gone.
+
+    A cgroup whose last process just ended is busy for a moment: it is tried again until timeout (seconds), then
+    UnfitHost tells which one is still in use.
+    """
+    deadline = time.monotonic() + timeout
+    for place in folders(path):
+        for current in _deepest_first(place):
+            while not _rmdir(current):
+                if time.monotonic() > deadline:
+                    raise UnfitHost(f"removal of cgroup '{current}': processes are left in it")
+                time.sleep(0.002)
+
+
+def remove_if_empty(path: str) -> None:
+    """Remove an agent's parent cgroup from every hierarchy, where no container is left in it."""
+    for place in folders(path):
+        _rmdir(place)
+
+
+def _deepest_first(place: Path) -> Iterator[Path]:
+    for current, _, _ in os.walk(place, topdown=False):
+        yield Path(current)
+
+
+def _rmdir(place: Path) -> bool:
+    try:
+        place.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
+            raise
+        return False
+    return True

@@ -1,0 +1,440 @@
+"""Runs containers: one conmon each, with crun or runc below it; what lives on when the agent does not.
+
+Everything about a container is on disk under `Host.run_root` (the runtime's own state, conmon's pid and exit files,
+a record of the run), so an agent that starts again adopts what it finds. Called by the node, from worker threads.
+Conmon's arguments and its sync pipe are those of conmon(8); exit files hold what wait(2) said, as a shell counts it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from holdfast.drivers import Host
+from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
+from holdfast.observed import Exit, Json
+from holdfast.runtime import cgroup
+from holdfast.runtime.binaries import RuntimeBinary
+
+CREATE_TIMEOUT = 60.0  # seconds
+#: How long conmon may need to write the last output and the exit file after its container ended.
+CONMON_GRACE = 10.0
+
+_PR_SET_CHILD_SUBREAPER = 36
+_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One life of a container: enough to tell its processes from later ones with the same numbers.
+
+    started_ticks and conmon_ticks: field 22 of /proc/PID/stat. boot_id: /proc/sys/kernel/random/boot_id.
+    """
+
+    pid: int
+    conmon_pid: int
+    started_ticks: int
+    conmon_ticks: int
+    boot_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Creates, starts, updates and deletes the containers of one agent; every verb blocks, and is thread-safe."""
+
+    host: Host
+    binary: RuntimeBinary
+    conmon: Path
+
+    @property
+    def root(self) -> Path:
+        """The runtime's own state directory (`--root`)."""
+        return self.host.run_root / "runtime"
+
+    @property
+    def exits(self) -> Path:
+        """Where conmon leaves the exit status of each container, in a file named after it."""
+        return self.host.run_root / "exits"
+
+    def cgroup(self, id: str) -> str:
+        """The cgroup of a container, relative to each hierarchy's root."""
+        return f"{self.host.cgroup}/{id}"
+
+    def prepare(self) -> None:
+        """Make the directories that conmon and the runtime expect; once, when the agent starts."""
+        for place in (self.root, self.exits, self._sockets, self.host.run_root / "runs"):
+            place.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def create(self, id: str, bundle: Path, log_path: Path, *, name: str = "") -> Run:
+        """Create a container from the config.json in bundle: its process waits for `start`.
+
+        name: what it is called in errors (default: id). Raises WrongState if its program can't be run, and
+        UnfitHost for every other refusal, with the runtime's own words; what was begun stays for `delete`.
+        """
+        record = self._record(id)
+        record.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (self.exits / id).unlink(missing_ok=True)
+        pid = self._spawn(id, bundle, log_path, name or id)
+        conmon_pid = int((record / "conmon.pid").read_text())
+        run = Run(pid, conmon_pid, _ticks(pid), _ticks(conmon_pid), boot_id())
+        _write_atomically(record / "run.json", json.dumps(asdict(run)))
+        return run
+
+    def start(self, id: str, *, name: str = "") -> None:
+        """Let a created container's program run."""
+        self._call("start", id, name=name or id)
+
+    def kill(self, id: str, signal: int | str, *, all: bool = False) -> None:
+        """Send a signal to the first process of a container, or to all of them; nothing happens if it has ended."""
+        number = signal_number(signal)
+        if all:
+            _kill_each(cgroup.pids(self.cgroup(id)), number)
+        elif (run := self.run_of(id)) and self.alive(run):
+            _kill_each((run.pid,), number)
+
+    def delete(self, id: str, *, force: bool = False) -> None:
+        """Forget a container that has ended; with force, whatever is left of it is ended first.
+
+        force copes with all that a create can leave when it is cut off: processes of the runtime, conmon, state
+        half written, cgroups in some hierarchies. Succeeds when nothing is there.
+        """
+        if force:
+            self._end(id)
+        if (self.root / id).exists():
+            self._delete(id, force=force)
+        shutil.rmtree(self.root / id, ignore_errors=True)
+        cgroup.remove(self.cgroup(id))
+        (self.exits / id).unlink(missing_ok=True)
+        (self._sockets / id).unlink(missing_ok=True)
+        shutil.rmtree(self._record(id), ignore_errors=True)
+
+    def update(self, id: str, resources: Json) -> None:
+        """Give a running container these resources (OCI `linux.resources`) and no others: absent limits are lifted."""
+        cgroup_features = cgroup.features()
+        place = self._record(id) / "resources.json"
+        _write_atomically(place, json.dumps(cgroup.explicit(resources, cgroup_features)))
+        self._call("update", "--resources", str(place), id, name=id)
+        cgroup.apply(self.cgroup(id), resources)
+
+    def set_oom_score_adj(self, id: str, value: int) -> None:
+        """Set the oom_score_adj of every process of a running container."""
+        for pid in cgroup.pids(self.cgroup(id)):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                _write_oom_score_adj(id, pid, value)
+
+    def state(self) -> frozenset[str]:
+        """The ids of all containers that the runtime or conmon left something of on disk."""
+        places = (self.root, self.host.run_root / "runs")
+        return frozenset(entry.name for place in places if place.is_dir() for entry in place.iterdir())
+
+    def run_of(self, id: str) -> Run | None:
+        """The run that `create` recorded; None if it did not get that far."""
+        try:
+            return Run(**json.loads((self._record(id) / "run.json").read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    def exec_argv(
+        self,
+        id: str,
+        argv: Iterable[str],
+        *,
+        tty: bool = False,
+        environment: Mapping[str, str] | None = None,
+        user: str | None = None,
+        cwd: str | None = None,
+    ) -> list[str]:
+        """The command line that runs argv in a running container, for the CLI to become. user: `uid[:gid]`."""
+        options = ["--tty"] if tty else []
+        options += [part for name, value in (environment or {}).items() for part in ("--env", f"{name}={value}")]
+        options += ["--user", user] if user else []
+        options += ["--cwd", cwd] if cwd else []
+        return [*self._command("exec"), *options, id, *argv]
+
+    def exit_of(self, id: str) -> Exit | None:
+        """How a container ended, as conmon wrote it down; None if it did not (it runs, or conmon was killed).
+
+        Call it before `delete`, which takes the cgroup's memory of an OOM away.
+        """
+        place = self.exits / id
+        try:
+            text, at = place.read_text(), place.stat().st_mtime
+        except FileNotFoundError:
+            return None
+        if not text.strip().isdecimal():
+            return None
+        code = int(text)
+        oom = code == 128 + signal.SIGKILL and (
+            (self._record(id) / "oom").exists() or cgroup.oom_kills(self.cgroup(id)) > 0
+        )
+        return Exit(code, code - 128 if code > 128 else None, oom, at)
+
+    def alive(self, run: Run) -> bool:
+        """Whether the first process of a run still runs: the same process, in the same boot, and no zombie."""
+        return run.boot_id == boot_id() and _is_running(run.pid, run.started_ticks)
+
+    def supervised(self, run: Run) -> bool:
+        """Whether conmon is still there to write down how the run ends."""
+        return run.boot_id == boot_id() and _is_running(run.conmon_pid, run.conmon_ticks)
+
+    def wait_exit(self, id: str, run: Run, timeout: float | None = None) -> Exit | None:
+        """Wait until a run has ended, however it did; None if it has not within timeout (seconds).
+
+        Exit.code is None when conmon did not live to see the end.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if self.alive(run) and not _wait_end(run.pid, deadline):
+            return None
+        if self.supervised(run):
+            _wait_end(run.conmon_pid, time.monotonic() + CONMON_GRACE)
+        return self.exit_of(id) or Exit(None, at=time.time())
+
+    def remove_parent_cgroup(self) -> None:
+        """Remove the agent's own cgroup from every hierarchy unless containers are left; succeed when it is gone."""
+        cgroup.remove_if_empty(self.host.cgroup)
+
+    @property
+    def _sockets(self) -> Path:
+        return self.host.run_root / "attach"
+
+    def _record(self, id: str) -> Path:
+        return self.host.run_root / "runs" / id
+
+    def _command(self, verb: str) -> list[str]:
+        return [str(self.binary.path), "--root", str(self.root), verb]
+
+    def _spawn(self, id: str, bundle: Path, log_path: Path, name: str) -> int:
+        """Start conmon, which detaches, and read the container's pid from its sync pipe."""
+        ours, theirs = os.pipe()
+        try:
+            process = subprocess.Popen(
+                self._conmon_argv(id, bundle, log_path),
+                env={**_ENVIRONMENT, "_OCI_SYNCPIPE": str(theirs)},
+                pass_fds=(theirs,),
+                cwd=bundle,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+        with os.fdopen(ours, "rb") as pipe:
+            process.wait(CREATE_TIMEOUT)
+            answer = _read_line(pipe.fileno(), time.monotonic() + CREATE_TIMEOUT)
+        return _pid_from(answer, name)
+
+    def _conmon_argv(self, id: str, bundle: Path, log_path: Path) -> list[str]:
+        record = self._record(id)
+        options = {
+            "--api-version": "1",
+            "--cid": id,
+            "--cuuid": id,
+            "--name": id,
+            "--runtime": self.binary.path,
+            "--runtime-arg": f"--root={self.root}",
+            "--bundle": bundle,
+            "--log-path": f"k8s-file:{log_path}",
+            "--log-level": "error",
+            "--exit-dir": self.exits,
+            "--persist-dir": record,
+            "--conmon-pidfile": record / "conmon.pid",
+            "--container-pidfile": record / "pid",
+            "--socket-dir-path": self._sockets,
+        }
+        pairs = (str(part) for option in options.items() for part in option)
+        return [str(self.conmon), *pairs, "--no-sync-log"]
+
+    def _call(self, verb: str, *args: str, name: str) -> None:
+        """Run a verb of the runtime that starts no lasting process, and turn what it says into an error."""
+        answer = subprocess.run(
+            [*self._command(verb), *args],
+            env=_ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=CREATE_TIMEOUT,
+            check=False,
+        )
+        if answer.returncode:
+            raise _error(verb, name, answer.stderr)
+
+    def _delete(self, id: str, *, force: bool) -> None:
+        """Let the runtime delete; what it can't after a forced end, the caller takes away by hand."""
+        try:
+            self._call("delete", *(("--force",) if force else ()), id, name=id)
+        except HoldfastError:
+            if not force:
+                raise
+
+    def _end(self, id: str) -> None:
+        """End whatever runs in a container's name: its processes, then conmon and the runtime's own."""
+        deadline = time.monotonic() + CONMON_GRACE
+        conmons = [pid for pid, argv in _commands(id, str(self.root)) if argv[0] == str(self.conmon)]
+        _kill_each(cgroup.pids(self.cgroup(id)), signal.SIGKILL)
+        for pid in conmons:
+            _wait_end(pid, time.monotonic() + 1.0)
+        while left := {pid for pid, _ in _commands(id, str(self.root))} | cgroup.pids(self.cgroup(id)):
+            if time.monotonic() > deadline:
+                raise TryAgain(f"end of '{id}': processes {sorted(left)} do not die")
+            _kill_each(left, signal.SIGKILL)
+            for pid in left:
+                _wait_end(pid, time.monotonic() + 0.5)
+
+
+@lru_cache(maxsize=1)
+def boot_id() -> str:
+    """The kernel's name for this boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def become_subreaper() -> None:
+    """Become the parent of processes whose own has ended (prctl(2)), so that `reap` can take them at once."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise UnfitHost(f"prctl 'PR_SET_CHILD_SUBREAPER': {os.strerror(ctypes.get_errno()).lower()}")
+
+
+def reap(pid: int) -> bool:
+    """Take the exit status of a child that has ended; False if it runs, or is no child of ours."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return False
+
+
+def signal_number(signal_name: int | str) -> int:
+    """Turn 15, "15", "TERM", "SIGTERM" or "SIGRTMIN+3" into a number; WrongState if there is none."""
+    text = str(signal_name).upper().removeprefix("SIG")
+    base, plus, offset = text.partition("+")
+    try:
+        number = int(text) if text.isdecimal() else signal.Signals[f"SIG{base}"] + (int(offset) if plus else 0)
+    except (KeyError, ValueError):
+        number = 0
+    if not 1 <= number <= signal.SIGRTMAX:
+        raise WrongState(f"signal '{signal_name}': there is no such signal (SIGTERM, SIGQUIT, …)")
+    return int(number)
+
+
+def _read_line(pipe: int, deadline: float) -> bytes:
+    """Read up to a line end, the end of the pipe or the deadline."""
+    answer, poller = b"", select.poll()
+    poller.register(pipe, select.POLLIN)
+    while not answer.endswith(b"\n") and poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        chunk = os.read(pipe, 65536)
+        if not chunk:
+            break
+        answer += chunk
+    return answer
+
+
+def _pid_from(answer: bytes, name: str) -> int:
+    try:
+        said: dict[str, Any] = json.loads(answer)
+    except ValueError as error:
+        raise UnfitHost(f"start of '{name}': conmon ended without a word (see `holdfast doctor`)") from error
+    pid = int(said.get("data", said.get("pid", -1)))
+    if pid > 0:
+        return pid
+    raise _error("start", name, str(said.get("message") or "no reason given"))
+
+
+_SPOKEN = re.compile(r'msg="((?:[^"\\]|\\.)*)"')
+_NOISE = re.compile(
+    r"^(?:runc \w+ failed: |unable to start container process: |container_linux\.go:\d+: |OCI runtime error: |"
+    r"error executing setns process: |unable to apply cgroup configuration: |\S*crun: |\d{4}-\d\d-\d\dT\S+: )+"
+)
+_PROGRAM = re.compile(r"executable file .*not found|^exec: |exec format error|^chdir to |no such file.*exec", re.I)
+
+
+def _error(verb: str, name: str, text: str) -> HoldfastError:
+    """Make the runtime's own message one clear line; what the program itself can't do is the state's fault."""
+    spoken = _SPOKEN.findall(text)
+    plain = spoken[-1].replace('\\"', '"') if spoken else " ".join(text.split())
+    plain = _NOISE.sub("", plain).removesuffix(": unknown").strip() or "no reason given"
+    plain = re.sub(r"executable file (\S+ )?not found in \$?PATH", r"\1not found in PATH", plain)
+    kind = WrongState if verb == "start" and _PROGRAM.search(plain + text) else UnfitHost
+    return kind(f"{verb} of '{name}': {plain}")
+
+
+def _stat(pid: int) -> list[str]:
+    """/proc/PID/stat from field 3 on; [] if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def _ticks(pid: int) -> int:
+    fields = _stat(pid)
+    return int(fields[19]) if fields else 0
+
+
+def _is_running(pid: int, ticks: int) -> bool:
+    fields = _stat(pid)
+    return bool(fields) and fields[0] not in "ZX" and int(fields[19]) == ticks
+
+
+def _wait_end(pid: int, deadline: float | None) -> bool:
+    """Wait until a process has ended (a zombie has); False at the deadline (monotonic). Reaps a child of ours."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        poller = select.poll()
+        poller.register(handle, select.POLLIN)
+        left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+        ended = bool(poller.poll(left))
+    finally:
+        os.close(handle)
+    return ended
+
+
+def _kill_each(pids: Iterable[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _commands(id: str, root: str) -> Iterator[tuple[int, list[str]]]:
+    """The live processes that conmon and the runtime run for a container of this root, by their command lines."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        try:
+            argv = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if id in argv and any(root in part for part in argv):
+            yield int(entry.name), argv
+
+
+def _write_oom_score_adj(id: str, pid: int, value: int) -> None:
+    try:
+        Path(f"/proc/{pid}/oom_score_adj").write_text(str(value))
+    except PermissionError as error:
+        raise UnfitHost(f"oom_score_adj '{value}' of '{id}': {(error.strerror or '').lower()}") from error
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, after a crash too."""
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(text)
+    draft.replace(path)

@@ -1,0 +1,363 @@
+"""The OCI runtime configuration: a resolved container and what was prepared for it → config.json. Pure.
+
+The semantics of every field are Docker's; the words are those of the OCI runtime spec 1.0.2 (config.md,
+config-linux.md). Called by the node when it stages (to hear what is wrong) and when it starts an instance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import UnfitHost, WrongState
+from holdfast.runtime import capabilities
+from holdfast.runtime.devices import DeviceNode
+from holdfast.runtime.users import User
+from holdfast.spec.model import Container
+
+Json = Mapping[str, Any]
+
+OCI_VERSION = "1.0.2"
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+INIT_PATH = "/dev/init"  # on the container's own /dev: leaves nothing behind in its root file system
+
+MASKED_PATHS = (
+    "/proc/asound",
+    "/proc/acpi",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/firmware",
+    "/sys/devices/virtual/powercap",
+)
+READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+
+#: getrlimit(2)
+RLIMITS = frozenset(
+    ["as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss", "rtprio", "rttime", "sigpending", "stack"]
+)
+IPC_SYSCTLS = frozenset(
+    f"kernel.{name}" for name in ["msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced"]
+)
+
+#: Character devices of every container: (major, minor, access); None stands for all.
+_DEVICE_RULES: tuple[tuple[str, int | None, int | None, str], ...] = (
+    ("c", None, None, "m"),
+    ("b", None, None, "m"),
+    ("c", 1, 3, "rwm"),  # null
+    ("c", 1, 5, "rwm"),  # zero
+    ("c", 1, 7, "rwm"),  # full
+    ("c", 1, 8, "rwm"),  # random
+    ("c", 1, 9, "rwm"),  # urandom
+    ("c", 5, 0, "rwm"),  # tty
+    ("c", 5, 2, "rwm"),  # ptmx
+    ("c", 136, None, "rwm"),  # pts/*
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HostLimits:
+    """What this agent may hand on: its capabilities, hard rlimits (name → value, -1 unlimited), oom_score_adj."""
+
+    capabilities: frozenset[str] = frozenset(capabilities.ALL)
+    rlimits: Mapping[str, int] = field(default_factory=dict)
+    oom_score_adj: int = 0
+
+    @property
+    def may_exceed(self) -> bool:
+        """Whether hard limits can be raised and oom_score_adj be lowered."""
+        return "CAP_SYS_RESOURCE" in self.capabilities
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OciRequest:
+    """Everything that a config.json is made from.
+
+    image: the OCI image configuration (its `config` object is read). rootfs: the mounted root file system.
+    netns: path of the network namespace, None for the host's. mounts: OCI mounts, as the receipts hold them.
+    hosts, resolv_conf, hostname_file: files of the host to bind. cgroup: path relative to each hierarchy's root.
+    resources, oom_score_adj: what the cgroup policies made. seccomp: `linux.seccomp`, None for no filter.
+    init: program to bind as process 1 if the container asks for one. devices: see `runtime.devices`.
+    """
+
+    want: Container
+    image: Json
+    rootfs: Path
+    hostname: str
+    cgroup: str
+    netns: Path | None = None
+    mounts: tuple[Json, ...] = ()
+    hosts: Path | None = None
+    resolv_conf: Path | None = None
+    hostname_file: Path | None = None
+    resources: Json = field(default_factory=dict)
+    oom_score_adj: int | None = None
+    user: User = User()
+    seccomp: Json | None = None
+    init: Path | None = None
+    devices: tuple[DeviceNode, ...] = ()
+    limits: HostLimits = HostLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class OciConfig:
+    """A config.json, and what of it is less than was meant, in words."""
+
+    config: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+
+
+def oci_config(request: OciRequest) -> OciConfig:
+    """Make the config.json of one container.
+
+    Raises WrongState for what can't be (unknown names, no command, sysctls that are not namespaced) and UnfitHost
+    for what the state file asks for by value and this host does not allow.
+    """
+    granted = granted_capabilities(request.want, request.limits)
+    score, score_warning = _oom_score_adj(request)
+    missing = (f"capabilities not available here: {', '.join(granted.missing)}",) if granted.missing else ()
+    config = {
+        "ociVersion": OCI_VERSION,
+        "process": _process(request, granted.names, score),
+        "root": {"path": str(request.rootfs), "readonly": request.want.read_only},
+        "hostname": request.hostname,
+        "mounts": _mounts(request),
+        "linux": _linux(request),
+    }
+    return OciConfig(config, missing + score_warning)
+
+
+def granted_capabilities(want: Container, limits: HostLimits) -> capabilities.Granted:
+    """Say which capabilities a container gets on this host; its seccomp profile depends on them."""
+    return capabilities.grant(want.cap_add, want.cap_drop, privileged=want.privileged, available=limits.capabilities)
+
+
+def command_line(want: Container, image: Json) -> tuple[str, ...]:
+    """Combine entrypoint and command as Docker does: an entrypoint of our own makes the image's command void."""
+    config = image.get("config") or {}
+    if want.entrypoint is not None:
+        args = [entry for entry in want.entrypoint if entry] + list(want.command or ())
+    else:
+        command = want.command if want.command is not None else config.get("Cmd") or ()
+        args = [*(config.get("Entrypoint") or ()), *command]
+    if not args:
+        raise WrongState('command: neither the state file nor the image names a program (command = ["…"])')
+    return tuple(args)
+
+
+def environment(want: Container, image: Json, hostname: str, home: str = "") -> dict[str, str]:
+    """Merge the environment, later wins: PATH and HOSTNAME, the image's, the state file's; HOME where nobody set it."""
+    merged = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
+    for entry in (image.get("config") or {}).get("Env") or ():
+        name, _, value = entry.partition("=")
+        merged[name] = value
+    merged |= want.environment
+    if home:
+        merged.setdefault("HOME", home)
+    return merged
+
+
+def working_dir(want: Container, image: Json) -> str:
+    """Where the first process starts: the state file's, the image's, or /."""
+    folder = want.working_dir or (image.get("config") or {}).get("WorkingDir") or "/"
+    if not folder.startswith("/"):
+        raise WrongState(f"working_dir '{folder}': not an absolute path (/{folder})")
+    return folder
+
+
+def stop_signal(want: Container, image: Json) -> str:
+    """The signal that asks a container to end: the state file's, the image's, or SIGTERM."""
+    return want.stop_signal or (image.get("config") or {}).get("StopSignal") or "SIGTERM"
+
+
+def _process(request: OciRequest, names: tuple[str, ...], score: int) -> dict[str, Any]:
+    want, user = request.want, request.user
+    args = command_line(want, request.image)
+    if want.init:
+        args = (INIT_PATH, "--", *args)
+    env = environment(want, request.image, request.hostname, user.home)
+    process: dict[str, Any] = {
+        "terminal": False,
+        "user": {"uid": user.uid, "gid": user.gid, "additionalGids": list(user.groups)},
+        "args": list(args),
+        "env": [f"{name}={value}" for name, value in env.items()],
+        "cwd": working_dir(want, request.image),
+        "capabilities": {kind: list(names) for kind in ("bounding", "effective", "permitted")},
+        "noNewPrivileges": want.no_new_privileges and not want.privileged,
+        "oomScoreAdj": score,
+    }
+    if want.ulimits:
+        process["rlimits"] = [_rlimit(name, request) for name in sorted(want.ulimits)]
+    return process
+
+
+def _rlimit(name: str, request: OciRequest) -> dict[str, Any]:
+    limit, largest = request.want.ulimits[name], request.limits.rlimits.get(name, -1)
+    if name not in RLIMITS:
+        raise WrongState(f"ulimits '{name}': there is no such limit ({', '.join(sorted(RLIMITS))})")
+    if _unsigned(limit.soft) > _unsigned(limit.hard):
+        raise WrongState(f"ulimits '{name}': soft {limit.soft} is above hard {limit.hard}")
+    if _unsigned(limit.hard) > _unsigned(largest) and not request.limits.may_exceed:
+        raise UnfitHost(f"ulimits '{name}': {limit.hard} is more than this agent may give (at most {largest})")
+    return {"type": f"RLIMIT_{name.upper()}", "soft": _unsigned(limit.soft), "hard": _unsigned(limit.hard)}
+
+
+def _unsigned(value: int) -> int:
+    """-1 as the kernel's RLIM_INFINITY."""
+    return value % 2**64
+
+
+def _oom_score_adj(request: OciRequest) -> tuple[int, tuple[str, ...]]:
+    """Clamp to what is allowed. It is always set: a container must not inherit the agent's own."""
+    asked = request.want.resources.oom_score_adj
+    wanted = asked if asked is not None else request.oom_score_adj or 0
+    least = request.limits.oom_score_adj
+    if wanted >= least or request.limits.may_exceed:
+        return wanted, ()
+    if asked is not None:
+        raise UnfitHost(f"oom_score_adj '{asked}': needs CAP_SYS_RESOURCE, which this agent lacks (at least {least})")
+    if request.oom_score_adj is None:
+        return least, ()
+    return least, (f"oom_score_adj is {least} instead of {wanted}: the agent lacks CAP_SYS_RESOURCE",)
+
+
+def _mounts(request: OciRequest) -> list[dict[str, Any]]:
+    """The mounts in order: the container's own file systems, our files, then the state file's, parents first.
+
+    What the state file mounts at the place of one of ours replaces it.
+    """
+    ours = [*_default_mounts(request), *_files(request)]
+    theirs = sorted((dict(mount) for mount in request.mounts), key=lambda mount: _depth(mount["destination"]))
+    taken = {_clean(mount["destination"]) for mount in theirs}
+    return [mount for mount in ours if mount["destination"] not in taken] + theirs
+
+
+def _clean(path: str) -> str:
+    return path.rstrip("/") or "/"
+
+
+def _depth(path: str) -> int:
+    return _clean(path).count("/")
+
+
+def _mount(target: str, kind: str, *options: str, source: str = "") -> dict[str, Any]:
+    return {"destination": target, "type": kind, "source": source or kind, "options": list(options)}
+
+
+def _bind(target: str, source: Path | str, *options: str) -> dict[str, Any]:
+    return _mount(target, "bind", "rbind", "rprivate", *options, source=str(source))
+
+
+def _default_mounts(request: OciRequest) -> Iterable[dict[str, Any]]:
+    want = request.want
+    secure = ("nosuid", "noexec", "nodev")
+    access = "rw" if want.privileged else "ro"
+    yield _mount("/proc", "proc", *secure)
+    yield _mount("/dev", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k")
+    yield _mount("/dev/pts", "devpts", "nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5")
+    yield _mount("/sys", "sysfs", *secure, access)
+    yield _mount("/sys/fs/cgroup", "cgroup", *secure, "relatime", access)
+    if want.ipc == "host":
+        yield _bind("/dev/mqueue", "/dev/mqueue", *secure)
+        yield _bind("/dev/shm", "/dev/shm", *secure)
+    else:
+        yield _mount("/dev/mqueue", "mqueue", *secure)
+        yield _mount("/dev/shm", "tmpfs", *secure, "mode=1777", f"size={want.shm_size}", source="shm")
+
+
+def _files(request: OciRequest) -> Iterable[dict[str, Any]]:
+    files = {
+        "/etc/hosts": request.hosts,
+        "/etc/resolv.conf": request.resolv_conf,
+        "/etc/hostname": request.hostname_file,
+    }
+    for target, source in files.items():
+        if source is not None:
+            yield _bind(target, source, "rw")
+    if request.want.init:
+        yield _init(request)
+
+
+def _init(request: OciRequest) -> dict[str, Any]:
+    if request.init is None:
+        raise UnfitHost("init 'true': neither catatonit nor tini is installed (apt-get install catatonit)")
+    if request.want.pid == "host":
+        raise WrongState("init 'true': it can't be process 1 with pid = \"host\" (take one of them away)")
+    return _bind(INIT_PATH, request.init, "ro")
+
+
+def _linux(request: OciRequest) -> dict[str, Any]:
+    want = request.want
+    linux: dict[str, Any] = {
+        "namespaces": _namespaces(request),
+        "cgroupsPath": request.cgroup,
+        "resources": {**request.resources, "devices": _device_rules(request)},
+        "rootfsPropagation": "private",
+    }
+    if sysctls := _sysctls(request):
+        linux["sysctl"] = sysctls
+    if request.devices:
+        linux["devices"] = [_device(node) for node in request.devices]
+    if not want.privileged:
+        linux |= {"maskedPaths": list(MASKED_PATHS), "readonlyPaths": list(READONLY_PATHS)}
+        if request.seccomp is not None:
+            linux["seccomp"] = request.seccomp
+    return linux
+
+
+def _namespaces(request: OciRequest) -> list[dict[str, str]]:
+    namespaces = [{"type": "mount"}, {"type": "uts"}, {"type": "cgroup"}]
+    if request.want.pid is None:
+        namespaces.append({"type": "pid"})
+    if request.want.ipc is None:
+        namespaces.append({"type": "ipc"})
+    if request.netns is not None:
+        namespaces.append({"type": "network", "path": str(request.netns)})
+    return namespaces
+
+
+def _sysctls(request: OciRequest) -> dict[str, str]:
+    """Check that each is of a namespace of the container's own, and add Docker's two defaults of the network's."""
+    want = request.want
+    for name in want.sysctls:
+        net, ipc = name.startswith("net."), name in IPC_SYSCTLS or name.startswith("fs.mqueue.")
+        if not net and not ipc:
+            raise WrongState(f"sysctls '{name}': not of a container, but of the whole host (net.*, fs.mqueue.*, …)")
+        if (net and request.netns is None) or (ipc and want.ipc == "host"):
+            raise WrongState(
+                f"sysctls '{name}': would change the host, whose {'network' if net else 'ipc'} is shared"
+            )
+    if request.netns is None:
+        return dict(want.sysctls)
+    return {"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.ping_group_range": "0 2147483647", **want.sysctls}
+
+
+def _device(node: DeviceNode) -> dict[str, Any]:
+    return {
+        "path": node.path,
+        "type": node.kind,
+        "major": node.major,
+        "minor": node.minor,
+        "fileMode": node.mode,
+        "uid": node.uid,
+        "gid": node.gid,
+    }
+
+
+def _device_rules(request: OciRequest) -> list[dict[str, Any]]:
+    if request.want.privileged:
+        return [{"allow": True, "access": "rwm"}]
+    asked = ((node.kind, node.major, node.minor, node.permissions) for node in request.devices)
+    return [{"allow": False, "access": "rwm"}, *(_device_rule(*rule) for rule in (*_DEVICE_RULES, *asked))]
+
+
+def _device_rule(kind: str, major: int | None, minor: int | None, access: str) -> dict[str, Any]:
+    numbers = {name: number for name, number in (("major", major), ("minor", minor)) if number is not None}
+    return {"allow": True, "type": kind, **numbers, "access": access}

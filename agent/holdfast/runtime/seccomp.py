@@ -1,0 +1,120 @@
+"""Seccomp: from a profile in the containers project's format to `linux.seccomp` of one container.
+
+The profile file (seccomp.json(5): rules with `includes` and `excludes`) comes with the host's
+golang-github-containers-common package. Called by the node before it makes a config.json.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import UnfitHost, WrongState
+
+DEFAULT_PROFILE = Path("/usr/share/containers/seccomp.json")
+
+_GO_ARCH = {
+    "x86_64": "amd64",
+    "aarch64": "arm64",
+    "armv7l": "arm",
+    "i686": "x86",
+    "ppc64le": "ppc64le",
+    "s390x": "s390x",
+    "riscv64": "riscv64",
+}
+_SCMP_ARCH = {
+    "amd64": "SCMP_ARCH_X86_64",
+    "arm64": "SCMP_ARCH_AARCH64",
+    "arm": "SCMP_ARCH_ARM",
+    "x86": "SCMP_ARCH_X86",
+    "ppc64le": "SCMP_ARCH_PPC64LE",
+    "s390x": "SCMP_ARCH_S390X",
+    "riscv64": "SCMP_ARCH_RISCV64",
+}
+
+
+def profile(name: str, capabilities: Collection[str], *, privileged: bool = False) -> Mapping[str, Any] | None:
+    """Resolve `default`, `unconfined` or a profile's path for a container with these capabilities; None: no filter.
+
+    Cached: the answer is shared, and not to be changed. Raises UnfitHost without Debian's profile, WrongState for a
+    path that can't be read.
+    """
+    if name == "unconfined" or privileged:
+        return None
+    path = DEFAULT_PROFILE if name == "default" else Path(name)
+    try:
+        stamp = path.stat().st_mtime_ns
+        return _resolved(path, stamp, frozenset(capabilities))
+    except (OSError, ValueError) as error:
+        if name == "default":
+            raise UnfitHost(
+                f"seccomp profile '{path}': {_cause(error)} (apt-get install golang-github-containers-common)"
+            ) from error
+        raise WrongState(
+            f"seccomp profile '{path}': {_cause(error)} (default, unconfined or a profile's path)"
+        ) from error
+
+
+def _cause(error: Exception) -> str:
+    return (error.strerror or str(error)).lower() if isinstance(error, OSError) else f"not a profile: {error}"
+
+
+@lru_cache(maxsize=64)
+def _resolved(path: Path, stamp: int, capabilities: frozenset[str]) -> Mapping[str, Any]:
+    kernel = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
+    arch = _GO_ARCH.get(platform.machine(), platform.machine())
+    return resolve(json.loads(path.read_bytes()), capabilities, arch, kernel)
+
+
+def resolve(
+    source: Mapping[str, Any], capabilities: Collection[str], arch: str, kernel: tuple[int, ...]
+) -> dict[str, Any]:
+    """Keep the rules that hold for these capabilities, this architecture (GOARCH) and kernel version; pure."""
+    rules = [_rule(rule) for rule in source.get("syscalls") or () if _holds(rule, set(capabilities), arch, kernel)]
+    result = {
+        "defaultAction": source["defaultAction"],
+        "architectures": _architectures(source, arch),
+        "syscalls": rules,
+    }
+    if "defaultErrnoRet" in source:
+        result["defaultErrnoRet"] = source["defaultErrnoRet"]
+    return result
+
+
+def _holds(rule: Mapping[str, Any], capabilities: set[str], arch: str, kernel: tuple[int, ...]) -> bool:
+    includes, excludes = rule.get("includes") or {}, rule.get("excludes") or {}
+    return (
+        capabilities >= set(includes.get("caps") or ())
+        and arch in (includes.get("arches") or (arch,))
+        and kernel >= _version(includes.get("minKernel"))
+        and not capabilities & set(excludes.get("caps") or ())
+        and arch not in (excludes.get("arches") or ())
+        and not ("minKernel" in excludes and kernel >= _version(excludes["minKernel"]))
+    )
+
+
+def _version(text: str | None) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")) if text else ()
+
+
+def _rule(rule: Mapping[str, Any]) -> dict[str, Any]:
+    kept: dict[str, Any] = {"names": rule.get("names") or [rule["name"]], "action": rule["action"]}
+    if "errnoRet" in rule:
+        kept["errnoRet"] = rule["errnoRet"]
+    if rule.get("args"):
+        kept["args"] = rule["args"]
+    return kept
+
+
+def _architectures(source: Mapping[str, Any], arch: str) -> list[str]:
+    native = _SCMP_ARCH.get(arch)
+    if native is None:
+        return list(source.get("architectures") or ())
+    for entry in source.get("archMap") or ():
+        if entry["architecture"] == native:
+            return [native, *(entry.get("subArchitectures") or ())]
+    return [native]

@@ -1,0 +1,107 @@
+"""Users of a container: from `user[:group]` and `group_add` to numbers, by the image's own passwd and group.
+
+Docker's rules: a name must be known; a number need not be. Without a group, a known user has the one of passwd and
+the groups that list it; an unknown number has group 0. Called by the node with a reader of the image's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from holdfast.errors import WrongState
+
+ReadFile = Callable[[str], bytes | None]
+
+_LARGEST_ID = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """Whom a container's first process runs as. groups: the additional ones. home: "" if nobody knows."""
+
+    uid: int = 0
+    gid: int = 0
+    groups: tuple[int, ...] = ()
+    home: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Account:
+    name: str
+    uid: int
+    gid: int
+    home: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    name: str
+    gid: int
+    members: tuple[str, ...]
+
+
+def resolve(text: str, group_add: Iterable[str], read_file: ReadFile) -> User:
+    """Resolve `user`, `user:group`, `uid` or `uid:gid` ("" is root) and additional groups.
+
+    read_file: the content of a file of the image, None if there is none. Raises WrongState for an unknown name.
+    """
+    name, _, group_name = text.partition(":")
+    accounts, groups = list(_accounts(read_file)), list(_groups(read_file))
+    account = _account(name or "0", accounts)
+    if group_name:
+        gid, extra = _gid(group_name, groups), ()
+    else:
+        gid = account.gid
+        extra = tuple(group.gid for group in groups if account.name and account.name in group.members)
+    added = tuple(_gid(entry, groups) for entry in group_add)
+    return User(account.uid, gid, tuple(sorted({*extra, *added} - {gid})), account.home)
+
+
+def _account(name: str, accounts: list[_Account]) -> _Account:
+    for account in accounts:
+        if account.name == name:
+            return account
+    if not name.isdecimal():
+        raise WrongState(f"user '{name}': the image's /etc/passwd does not know it (a name in it, or a number)")
+    uid = _number("user", name)
+    for account in accounts:
+        if account.uid == uid:
+            return account
+    return _Account("", uid, 0, "/root" if uid == 0 else "/")
+
+
+def _gid(name: str, groups: list[_Group]) -> int:
+    for group in groups:
+        if group.name == name:
+            return group.gid
+    if not name.isdecimal():
+        raise WrongState(f"group '{name}': the image's /etc/group does not know it (a name in it, or a number)")
+    return _number("group", name)
+
+
+def _number(what: str, text: str) -> int:
+    if int(text) > _LARGEST_ID:
+        raise WrongState(f"{what} '{text}': number out of range (0 to {_LARGEST_ID})")
+    return int(text)
+
+
+def _accounts(read_file: ReadFile) -> Iterator[_Account]:
+    for fields in _records(read_file("/etc/passwd"), 6):
+        if fields[2].isdecimal() and fields[3].isdecimal():
+            yield _Account(fields[0], int(fields[2]), int(fields[3]), fields[5])
+
+
+def _groups(read_file: ReadFile) -> Iterator[_Group]:
+    for fields in _records(read_file("/etc/group"), 3):
+        if fields[2].isdecimal():
+            members = tuple(fields[3].split(",")) if len(fields) > 3 else ()
+            yield _Group(fields[0], int(fields[2]), members)
+
+
+def _records(content: bytes | None, least: int) -> Iterator[list[str]]:
+    """The records of a passwd(5)-like file; lines that are none are skipped, as the C library does."""
+    for line in (content or b"").decode(errors="replace").splitlines():
+        fields = line.strip().split(":")
+        if len(fields) >= least and not line.startswith("#"):
+            yield fields

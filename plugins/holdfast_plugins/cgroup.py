@@ -1,0 +1,212 @@
+"""The built-in cgroup policies: `limits`, a resources table word for word, and `qos`, its service class.
+
+Both are pure arithmetic on the table, but for the numbers of block devices, which are read from their nodes.
+Come in by the entry point `cgroup`.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from holdfast.drivers import CgroupPolicy, CgroupWant, Host
+from holdfast.errors import WrongState
+from holdfast.hookspecs import hookimpl
+from holdfast.observed import Json
+from holdfast.spec.model import Resources
+
+ServiceClass = Literal["guaranteed", "burstable", "besteffort"]
+DeviceNumbers = Callable[[str], tuple[int, int]]
+
+PERIOD = 100_000  # microseconds
+SHARES_PER_CPU = 1024
+MINIMAL_SHARES = 2
+
+GUARANTEED_SCORE = -997
+BESTEFFORT_SCORE = 1000
+
+
+@hookimpl
+def register_cgroup_policies(register: Callable[[CgroupPolicy], None], host: Host) -> None:
+    """Offer both policies."""
+    register(LimitsPolicy())
+    register(QosPolicy())
+
+
+def device_numbers(path: str) -> tuple[int, int]:
+    """The major and minor number of a block device; WrongState for anything else."""
+    try:
+        status = Path(path).stat()
+    except OSError as error:
+        raise WrongState(f"device '{path}': {(error.strerror or '').lower()} (the path of a block device)") from error
+    if not stat.S_ISBLK(status.st_mode):
+        raise WrongState(f"device '{path}': not a block device (as /dev/vda)")
+    return os.major(status.st_rdev), os.minor(status.st_rdev)
+
+
+class LimitsPolicy:
+    """Every field of the table as the kernel's setting of that name, read as `docker run` reads it."""
+
+    name = "limits"
+
+    def __init__(self, numbers: DeviceNumbers = device_numbers) -> None:
+        self._numbers = numbers
+
+    def check(self, want: CgroupWant) -> None:
+        """Raise WrongState for limits that contradict each other or the host, and for unknown devices."""
+        resources = want.resources
+        _check_memory(resources)
+        if resources.cpus is not None and not 0 < resources.cpus <= want.cpus:
+            raise WrongState(f"cpus '{resources.cpus:g}': out of range (above 0, up to {want.cpus} on this node)")
+        if resources.cpu_weight is not None and not 2 <= resources.cpu_weight <= 262_144:
+            raise WrongState(f"cpu_weight '{resources.cpu_weight}': out of range (2 to 262144)")
+        if resources.io_weight is not None and not 10 <= resources.io_weight <= 1000:
+            raise WrongState(f"io_weight '{resources.io_weight}': out of range (10 to 1000)")
+        if resources.cpuset is not None:
+            _check_cpuset(resources.cpuset, want.cpus)
+        _block_io(resources, self._numbers)
+
+    def settings(self, want: CgroupWant) -> Json:
+        """Turn the table into `linux.resources`; what it does not name is not in there."""
+        resources = want.resources
+        tables: dict[str, Any] = {
+            "memory": _memory(resources),
+            "cpu": _cpu(resources),
+            "pids": {} if resources.pids is None else {"limit": resources.pids},
+            "blockIO": _block_io(resources, self._numbers),
+        }
+        settings: dict[str, Any] = {"resources": {name: table for name, table in tables.items() if table}}
+        if resources.oom_score_adj is not None:
+            settings["oom_score_adj"] = resources.oom_score_adj
+        return settings
+
+
+def _check_memory(resources: Resources) -> None:
+    memory, swap, reservation = resources.memory, resources.memory_swap, resources.memory_reservation
+    if swap is not None and swap >= 0 and (memory is None or swap < memory):
+        limit = "no memory limit" if memory is None else f"less than memory {memory}"
+        raise WrongState(f"memory_swap '{swap}': {limit} (memory and swap together, at least as much as memory)")
+    if reservation is not None and memory is not None and reservation > memory:
+        raise WrongState(f"memory_reservation '{reservation}': more than memory {memory}")
+
+
+def _check_cpuset(text: str, cpus: int) -> None:
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+            raise WrongState(f"cpuset '{text}': not a list of CPUs (as 0-2,4)")
+        if int(last or first) >= cpus:
+            raise WrongState(f"cpuset '{text}': there is no CPU {last or first} (0 to {cpus - 1} on this node)")
+
+
+def _memory(resources: Resources) -> dict[str, int]:
+    """As Docker does, a memory limit alone allows as much swap again."""
+    swap = resources.memory_swap
+    if swap is None and resources.memory is not None:
+        swap = 2 * resources.memory
+    limits = {"limit": resources.memory, "swap": swap, "reservation": resources.memory_reservation}
+    return {name: value for name, value in limits.items() if value is not None}
+
+
+def _cpu(resources: Resources) -> dict[str, Any]:
+    cpu: dict[str, Any] = {}
+    if resources.cpus is not None:
+        cpu |= {"quota": max(1000, round(resources.cpus * PERIOD)), "period": PERIOD}
+    if resources.cpu_weight is not None:
+        cpu["shares"] = resources.cpu_weight
+    if resources.cpuset is not None:
+        cpu["cpus"] = resources.cpuset
+    return cpu
+
+
+def _block_io(resources: Resources, numbers: DeviceNumbers) -> dict[str, Any]:
+    throttles: Mapping[str, Mapping[str, int]] = {
+        "throttleReadBpsDevice": resources.device_read_bps,
+        "throttleWriteBpsDevice": resources.device_write_bps,
+        "throttleReadIOPSDevice": resources.device_read_iops,
+        "throttleWriteIOPSDevice": resources.device_write_iops,
+    }
+    block: dict[str, Any] = {} if resources.io_weight is None else {"weight": resources.io_weight}
+    for name, rates in throttles.items():
+        if rates:
+            block[name] = [_throttle(path, rate, numbers) for path, rate in sorted(rates.items())]
+    return block
+
+
+def _throttle(path: str, rate: int, numbers: DeviceNumbers) -> dict[str, int]:
+    major, minor = numbers(path)
+    return {"major": major, "minor": minor, "rate": rate}
+
+
+class QosPolicy:
+    """Kubernetes' service classes: who gets CPU first, whose memory is kept, who dies first when there is none.
+
+    memory and cpus are a container's limits, memory_reservation and cpu_weight its requests. Compose it after
+    `limits`: it adds weights and protection, and an explicit cpu_weight or oom_score_adj stays as it was asked for.
+    """
+
+    name = "qos"
+
+    def check(self, want: CgroupWant) -> None:
+        """Raise WrongState for a class that the rest of the table contradicts."""
+        if want.resources.service_class == "guaranteed" and want.resources.memory is None:
+            raise WrongState("service_class 'guaranteed': no memory limit (memory = …, which is what it guarantees)")
+
+    def settings(self, want: CgroupWant) -> Json:
+        """The class's CPU weight, memory protection and oom_score_adj."""
+        resources, quality = want.resources, service_class(want.resources)
+        table: dict[str, Any] = {"cpu": {"shares": _shares(resources, quality)}}
+        request = _memory_request(resources)
+        if request and quality != "besteffort":
+            table |= _protection(request, want.version, hard=quality == "guaranteed")
+        score = resources.oom_score_adj
+        return {"resources": table, "oom_score_adj": _score(want, quality) if score is None else score}
+
+
+def service_class(resources: Resources) -> ServiceClass:
+    """The class that a table names, or that follows from it as in Kubernetes.
+
+    guaranteed: memory and CPU are limited, and all of the memory is asked for; besteffort: nothing is asked for.
+    """
+    if resources.service_class is not None:
+        return resources.service_class
+    requests = (resources.memory, resources.cpus, resources.memory_reservation, resources.cpu_weight)
+    if all(request is None for request in requests):
+        return "besteffort"
+    limited = resources.memory is not None and resources.cpus is not None
+    return "guaranteed" if limited and resources.memory_reservation in (None, resources.memory) else "burstable"
+
+
+def _memory_request(resources: Resources) -> int | None:
+    return resources.memory_reservation if resources.memory_reservation is not None else resources.memory
+
+
+def _shares(resources: Resources, quality: ServiceClass) -> int:
+    if resources.cpu_weight is not None:
+        return resources.cpu_weight
+    if quality == "besteffort" or resources.cpus is None:
+        return MINIMAL_SHARES
+    return max(MINIMAL_SHARES, int(resources.cpus * SHARES_PER_CPU))
+
+
+def _protection(request: int, version: int, *, hard: bool) -> dict[str, Any]:
+    """cgroup v1 knows no protection: its soft limit at least spares who stays below its request."""
+    if version == 2:
+        return {"unified": {"memory.min" if hard else "memory.low": str(request)}}
+    return {"memory": {"reservation": request}}
+
+
+def _score(want: CgroupWant, quality: ServiceClass) -> int:
+    """Kubernetes' formula: the more of the node's memory a burstable container asks for, the later it dies."""
+    match quality:
+        case "guaranteed":
+            return GUARANTEED_SCORE
+        case "besteffort":
+            return BESTEFFORT_SCORE
+        case "burstable":
+            request = _memory_request(want.resources) or 0
+            score = 1000 - 1000 * request // max(1, want.memory_total)
+            return min(max(score, 1000 + GUARANTEED_SCORE), BESTEFFORT_SCORE - 1)
