@@ -1,0 +1,95 @@
+"""Addresses and names → the hosts and resolv.conf files of instances, kept current in place. Called by node.
+
+The texts are pure. The files are bind-mounted into containers, so they must stay the same inode: they are
+overwritten, never replaced.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+Names = Iterable[tuple[str, Iterable[str]]]
+
+HOST_RESOLV_CONF = Path("/etc/resolv.conf")
+UPSTREAM_RESOLV_CONF = Path("/run/systemd/resolve/resolv.conf")
+
+
+def hosts_text(hostname: str, own: Names, others: Names) -> str:
+    """Write a hosts(5) file: localhost, the instance's own addresses, then its peers, in the order given.
+
+    hostname leads the names of each own address; an instance without one finds its hostname at 127.0.1.1, as Debian
+    does. Repeated names on a line are written once, lines without an address or names not at all.
+    """
+    lines = ["127.0.0.1 localhost", "::1 localhost ip6-localhost ip6-loopback"]
+    mine = [_hosts_line(address, (hostname, *names)) for address, names in own if address]
+    lines += mine or [f"127.0.1.1 {hostname}"]
+    lines += [_hosts_line(address, names) for address, names in others if address and names]
+    return "\n".join(lines) + "\n"
+
+
+def resolv_conf(host_text: str, upstream_text: str = "") -> str:
+    """Follow the host's resolv.conf(5) without resolvers on loopback, which a container can't reach.
+
+    When none is left, upstream_text (what systemd-resolved keeps in UPSTREAM_RESOLV_CONF) takes the host's place. When
+    that has none either, no nameserver is written: a libc then asks 127.0.0.1 and fails at once, and no resolver
+    that the operator did not choose hears of the names. search, options and sortlist are kept.
+    """
+    own, upstream = _reachable(host_text), _reachable(upstream_text)
+    chosen = upstream if not _has_resolver(own) and _has_resolver(upstream) else own
+    return "".join(f"{line}\n" for line in chosen)
+
+
+def read_resolv_conf() -> str:
+    """Read the host's files and return the text for containers; a host without them gives ""."""
+    return resolv_conf(_read(HOST_RESOLV_CONF), _read(UPSTREAM_RESOLV_CONF))
+
+
+def write_in_place(path: Path, text: str) -> None:
+    """Make text the content of path without changing its inode; nothing is written when it is that already.
+
+    The new text goes over the old one before the rest is cut off, so that a reader never sees an empty file.
+    """
+    content = text.encode()
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        size = os.fstat(file).st_size
+        if size == len(content) and os.pread(file, size, 0) == content:
+            return
+        os.pwrite(file, content, 0)
+        if size > len(content):
+            os.ftruncate(file, len(content))
+    finally:
+        os.close(file)
+
+
+def _hosts_line(address: str, names: Iterable[str]) -> str:
+    return " ".join((address, *dict.fromkeys(names)))
+
+
+def _reachable(text: str) -> list[str]:
+    lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if line and line[0] not in "#;" and not _on_loopback(line)]
+
+
+def _on_loopback(line: str) -> bool:
+    match line.split():
+        case ["nameserver", address, *_]:
+            try:
+                return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+            except ValueError:
+                return False
+    return False
+
+
+def _has_resolver(lines: Iterable[str]) -> bool:
+    return any(line.split()[0] == "nameserver" for line in lines)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

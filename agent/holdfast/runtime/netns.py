@@ -1,0 +1,169 @@
+"""Instances → network namespaces bound under /run/netns, where ip-netns(8) sees them. Called by node.
+
+A namespace is made by a thread that unshares its own, brings lo up in it, binds it to a file and ends: no process
+is forked, and the namespace lives on by the mount alone. Nothing here reads or changes what others keep there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from holdfast.drivers import Host
+from holdfast.errors import NotPermitted, UnfitHost
+from holdfast.observed import Receipt
+
+CLONE_NEWNET = 0x40000000
+MS_BIND, MS_REC, MS_SHARED = 0x1000, 0x4000, 0x100000
+MNT_DETACH, UMOUNT_NOFOLLOW = 0x2, 0x8
+NSFS_MAGIC = 0x6E736673
+SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1
+
+FOLDER = Path("/run/netns")
+MARK = "netns-shared"
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def ensure(host: Host, instance: str) -> Receipt:
+    """Have a network namespace with lo up for an instance. Idempotent; raises NotPermitted, UnfitHost.
+
+    Receipt: kind "netns", id = owner = instance, data["path"] = the file that it is bound to.
+    """
+    path = host.netns(instance)
+    if not _is_namespace(path):
+        _share_folder(host)
+        _make(path)
+    return _receipt(path, instance)
+
+
+def observe(host: Host) -> Iterable[Receipt]:
+    """List the namespaces that bear the agent's name, and files of that name which lost their namespace."""
+    prefix = f"{host.name}-"
+    try:
+        names = os.listdir(FOLDER)  # noqa: PTH208 - names, not paths, and a thousand of them
+    except FileNotFoundError:
+        return []
+    ours = [name for name in names if name.startswith(prefix)]
+    bound = _bound() if ours else frozenset()
+    return [_receipt(FOLDER / n, n.removeprefix(prefix), n in bound) for n in sorted(ours)]
+
+
+def remove(host: Host, receipt: Receipt) -> None:
+    """Let go of a namespace; the kernel takes it apart, with its links, once no process is left in it."""
+    path = host.netns(receipt.id)
+    with contextlib.suppress(FileNotFoundError):
+        while _libc.umount2(bytes(path), MNT_DETACH | UMOUNT_NOFOLLOW) == 0:
+            pass  # once for each time that it was bound
+        path.unlink()
+    _unshare_folder(host)
+
+
+def _receipt(path: Path, instance: str, bound: bool = True) -> Receipt:
+    data = {"path": str(path)} if bound else {}
+    return Receipt("netns", "kernel", instance, instance, data)
+
+
+def _is_namespace(path: Path) -> bool:
+    """Whether path is bound to a namespace: only then its file is on another device than the folder's."""
+    try:
+        return path.stat().st_dev != FOLDER.stat().st_dev
+    except FileNotFoundError:
+        return False
+
+
+def _bound() -> frozenset[str]:
+    """The names under /run/netns that are mounts of nsfs."""
+    with open("/proc/self/mountinfo") as table:  # noqa: PTH123 - read at once, line by line
+        rows = [line.split(" ") for line in table if " nsfs " in line]
+    return frozenset(row[4].rpartition("/")[2] for row in rows if row[4].startswith("/run/netns/"))
+
+
+def _make(path: Path) -> None:
+    """Run the thread that makes the namespace, and raise here what it met there."""
+    failure: list[OSError] = []
+
+    def work() -> None:
+        try:
+            _check(_libc.unshare(CLONE_NEWNET), "unshare the network of", path)
+            _raise_loopback()
+            path.touch(mode=0o444)
+            _check(_libc.mount(b"/proc/thread-self/ns/net", bytes(path), b"none", MS_BIND, None), "bind", path)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name=f"netns {path.name}")
+    thread.start()
+    thread.join()
+    if failure:
+        _fail(f"make network namespace '{path.name}'", failure[0])
+
+
+def _raise_loopback() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
+
+
+def _share_folder(host: Host) -> None:
+    """Make /run/netns a shared mount of its own, as ip-netns(8) does, so that what it does later hides nothing of ours.
+
+    That we did it is noted in the run root, for `_unshare_folder`. Under the lock that ip takes, too.
+    """
+    FOLDER.mkdir(mode=0o755, exist_ok=True)
+    if _libc.mount(b"", bytes(FOLDER), b"none", MS_SHARED | MS_REC, None) == 0:
+        return
+    with _folder_lock():
+        if _libc.mount(b"", bytes(FOLDER), b"none", MS_SHARED | MS_REC, None) == 0:
+            return
+        host.run_root.mkdir(parents=True, exist_ok=True)
+        (host.run_root / MARK).touch()
+        try:
+            _check(_libc.mount(bytes(FOLDER), bytes(FOLDER), b"none", MS_BIND | MS_REC, None), "bind", FOLDER)
+            _check(_libc.mount(b"", bytes(FOLDER), b"none", MS_SHARED | MS_REC, None), "share", FOLDER)
+        except OSError as error:
+            _fail(f"share '{FOLDER}'", error)
+
+
+def _unshare_folder(host: Host) -> None:
+    """Undo `_share_folder` if it was ours and nobody has a namespace left there."""
+    mark = host.run_root / MARK
+    if not mark.exists() or any(FOLDER.iterdir()):
+        return
+    with _folder_lock():
+        if any(FOLDER.iterdir()):
+            return
+        _libc.umount2(bytes(FOLDER), 0)  # EBUSY: someone is in it just now, and it stays theirs
+        mark.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        FOLDER.rmdir()
+
+
+@contextlib.contextmanager
+def _folder_lock() -> Iterator[None]:
+    folder = os.open(FOLDER, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _check(result: int, what: str, path: Path) -> None:
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{what} '{path}': {os.strerror(code).lower()}")
+
+
+def _fail(operation: str, error: OSError) -> None:
+    if error.errno in (errno.EPERM, errno.EACCES):
+        raise NotPermitted(f"{operation}: not permitted (root with CAP_SYS_ADMIN)") from error
+    raise UnfitHost(f"{operation}: {error.strerror or error}") from error

@@ -1,0 +1,110 @@
+"""Ports that are to be published → the processes of the host that listen on them already. Called by node at staging.
+
+The sockets come from /proc/net (proc(5)); who holds one is looked up only to name it in the error.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.errors import Conflict
+from holdfast.spec.model import Port
+
+LISTEN, UNCONNECTED = "0A", "07"  # the states in which a TCP and a UDP socket take what comes
+ANY = ("0.0.0.0", "::")
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A socket that takes what arrives at a port; address is that of the socket, IPv4-mapped ones as IPv4."""
+
+    protocol: str
+    address: str
+    port: int
+    inode: int
+
+
+def check_free(ports: Iterable[Port]) -> None:
+    """Raise Conflict, naming the port and its holder, if a process of the host listens on any of the ports.
+
+    Ports published by the agent itself are rules, not sockets, and never seen here.
+    """
+    wanted = list(ports)
+    if not wanted:
+        return
+    taken = taken_ports({port.protocol for port in wanted})
+    for port in wanted:
+        for listener in taken:
+            if _clashes(port, listener):
+                where = f"{listener.address}:{listener.port}/{listener.protocol}"
+                raise Conflict(f"publish '{port}': {where} is taken by {_holder(listener.inode)} (a free port)")
+
+
+def taken_ports(protocols: Iterable[str] = ("tcp", "udp")) -> tuple[Listener, ...]:
+    """List the listening sockets of this network namespace."""
+    return tuple(listener for protocol in sorted(protocols) for listener in _listeners(protocol))
+
+
+def _clashes(port: Port, listener: Listener) -> bool:
+    if port.protocol != listener.protocol or not 0 <= listener.port - port.host_port < port.count:
+        return False
+    wide = not port.host_ip or port.host_ip in ANY or listener.address in ANY
+    return wide or port.host_ip == listener.address
+
+
+def _listeners(protocol: str) -> Iterator[Listener]:
+    state = LISTEN if protocol == "tcp" else UNCONNECTED
+    for table in (protocol, f"{protocol}6"):
+        try:
+            rows = Path("/proc/net", table).read_text().splitlines()[1:]
+        except FileNotFoundError:  # a host without IPv6
+            continue
+        for row in rows:
+            fields = row.split()
+            if fields[3] == state:
+                address, port = fields[1].split(":")
+                yield Listener(protocol, _address(address), int(port, 16), int(fields[9]))
+
+
+def _address(text: str) -> str:
+    """Read an address as /proc/net prints it: 32-bit words in the byte order of the host."""
+    words = [int(text[start : start + 8], 16) for start in range(0, len(text), 8)]
+    raw = struct.pack(f"={len(words)}I", *words)
+    if len(raw) == 4:
+        return socket.inet_ntop(socket.AF_INET, raw)
+    if raw[:12] == bytes(10) + b"\xff\xff":
+        return socket.inet_ntop(socket.AF_INET, raw[12:])
+    return socket.inet_ntop(socket.AF_INET6, raw)
+
+
+def _holder(inode: int) -> str:
+    """Name the program that has a socket open; another's process may hide it, then it is 'another process'."""
+    link = f"socket:[{inode}]"
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and link in _open_files(process):
+            return f"'{_program(process)}' (pid {process.name})"
+    return "another process"
+
+
+def _program(process: Path) -> str:
+    try:
+        return (process / "comm").read_text().strip()
+    except OSError:  # it has just ended
+        return "a process"
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    try:
+        names = os.listdir(process / "fd")  # noqa: PTH208 - names are enough
+    except OSError:  # it has just ended, or is not ours to see
+        return
+    for name in names:
+        try:
+            yield os.readlink(process / "fd" / name)  # noqa: PTH115 - its text, not a path
+        except OSError:
+            continue

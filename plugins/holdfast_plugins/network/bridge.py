@@ -1,0 +1,339 @@
+"""Bridge networks → Linux bridges and veth pairs, by rtnetlink; addresses come from `addresses`.
+
+A link's ifalias says in full what it is, where its name has room for a hash only:
+
+    holdfast:network:<id>                      the bridge
+    holdfast:endpoint:<instance>/<network id>  the host's end of a veth pair
+    holdfast:gone:<instance>/<network id>      an end that was removed, until the kernel takes it away with its namespace
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterable
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+from holdfast.drivers import EndpointWant, Host, NetworkWant
+from holdfast.errors import Conflict, HoldfastError, NotPermitted, TryAgain, UnfitHost, WrongState
+from holdfast.observed import Receipt
+from holdfast_plugins.network.addresses import Ledger, first_free, parse_address, parse_subnet
+from holdfast_plugins.network.netlink import Link, Netlink, Sockets, open_in
+
+NETWORK, ENDPOINT, GONE = "holdfast:network:", "holdfast:endpoint:", "holdfast:gone:"
+OPTIONS = ("mtu",)
+MTU = range(68, 65536)
+DEFAULT_MTU = 1500
+BRIDGE_PORTS = 1023
+IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
+
+_sockets = Sockets()
+
+
+class BridgeNetwork:
+    """One Linux bridge with the gateway's address on it for each network. Options: mtu (bytes)."""
+
+    name = "bridge"
+
+    def __init__(self, host: Host) -> None:
+        self.ledger = Ledger(host.root)
+        self._host = host
+        self._choosing = threading.Lock()
+
+    def check(self, want: NetworkWant) -> None:
+        """Raise WrongState for options and addresses that can't be, Conflict for a subnet that is in use."""
+        _mtu(want)
+        subnet = self._asked(want) or self.ledger.subnet(want.id) or self._choose(want)
+        _gateway(want, subnet)
+        self._refuse_overlap(want.id, subnet)
+
+    def ensure(self, want: NetworkWant) -> Receipt:
+        """Have the bridge up with its address; turn on ip_forward when the network leads out of the host."""
+        mtu = _mtu(want)
+        name = self._host.link("bridge", want.id)
+        with self._choosing:
+            subnet = self._asked(want) or self.ledger.subnet(want.id) or self._choose(want)
+            gateway = _gateway(want, subnet)
+            link = _own_link(name, NETWORK + want.id)
+            if link is not None and self.ledger.subnet(want.id) != subnet:
+                _delete(link, f"renumber network '{want.id}'")
+                link = None
+            if link is None:
+                self._refuse_overlap(want.id, subnet)
+            self.ledger.keep(want.id, subnet)
+        forwarding = not want.internal and _enable_forwarding()
+        try:
+            self._bring_up(want.id, link, name, subnet, gateway, mtu)
+        except OSError as error:
+            raise _explained(error, f"make network '{want.id}'") from error
+        data = {"interface": name, "subnet": str(subnet), "gateway": str(gateway), "internal": want.internal, "mtu": mtu}
+        if forwarding:
+            data["enabled"] = "net.ipv4.ip_forward"
+        return Receipt("network", self.name, want.id, data=data)
+
+    def observe(self) -> Iterable[Receipt]:
+        """List our bridges; addresses are those that the bridge really has."""
+        links = [link for link in _our_links(self._host) if link.alias.startswith(NETWORK)]
+        addresses = dict(_sockets.host.addresses()) if links else {}
+        return [self._observed(link, addresses.get(link.index)) for link in links]
+
+    def remove(self, receipt: Receipt) -> None:
+        """Delete the bridge and forget the subnet and its leases. ip_forward stays: others may have come to need it."""
+        name = self._host.link("bridge", receipt.id)
+        link = _sockets.host.link(name)
+        if link is not None and link.alias == NETWORK + receipt.id:
+            _delete(link, f"remove network '{receipt.id}'")
+        self.ledger.forget(receipt.id)
+
+    def _observed(self, link: Link, subnet: IPv4Network | None) -> Receipt:
+        id = link.alias.removeprefix(NETWORK)
+        healthy = link.up and subnet is not None and subnet == self.ledger.subnet(id)
+        data = {"interface": link.name, "subnet": str(subnet)} if healthy else {}
+        return Receipt("network", self.name, id, data=data)
+
+    def _asked(self, want: NetworkWant) -> IPv4Network | None:
+        return parse_subnet(want.id, want.subnet) if want.subnet else None
+
+    def _choose(self, want: NetworkWant) -> IPv4Network:
+        """The next free subnet of the pool."""
+        taken = [*self.ledger.subnets().values(), *(subnet for _, subnet in self._foreign(want.id))]
+        if want.gateway:  # a gateway alone does not say how wide its subnet is
+            raise WrongState(f"network '{want.id}': gateway '{want.gateway}': has no subnet (subnet = \"…\" beside it)")
+        chosen = first_free(IPv4Network(self._host.pool), taken)
+        if chosen is None:
+            raise Conflict(f"network '{want.id}': no subnet is left in pool {self._host.pool} (a larger [network] pool)")
+        return chosen
+
+    def _refuse_overlap(self, id: str, subnet: IPv4Network) -> None:
+        kept = ((f"network '{other}'", taken) for other, taken in self.ledger.subnets().items() if other != id)
+        for holder, taken in (*kept, *self._foreign(id)):
+            if subnet.overlaps(taken):
+                raise Conflict(f"network '{id}': subnet {subnet} overlaps {taken} of {holder} (another subnet)")
+
+    def _foreign(self, id: str) -> list[tuple[str, IPv4Network]]:
+        """(who has it, subnet) of every address and route of the host that is not the network's own."""
+        own = self._host.link("bridge", id)
+        names = {link.index: link.name for link in _sockets.host.links()}
+        known = [*_sockets.host.addresses(), *_sockets.host.routes()]
+        known = [(index, subnet) for index, subnet in known if subnet.prefixlen and not subnet.is_loopback]
+        return [(f"host interface '{names.get(i, '?')}'", subnet) for i, subnet in known if names.get(i) != own]
+
+    def _bring_up(
+        self, id: str, link: Link | None, name: str, subnet: IPv4Network, gateway: IPv4Address, mtu: int
+    ) -> None:
+        from holdfast_plugins.network import messages
+
+        host = _sockets.host
+        if link is None:
+            host.request(messages.new_bridge(name, _mac(gateway), mtu), messages.name_link(name, NETWORK + id))
+            link = host.link(name)
+            assert link is not None, name
+        wanted = [messages.address(link.index, str(gateway), subnet.prefixlen, str(subnet.broadcast_address))]
+        if link.mtu != mtu:
+            wanted.append(messages.link_mtu(name, mtu))
+        host.request(*wanted, messages.link_up(name))
+        # Replies to 127.0.0.1 come back through the bridge; our table drops anything else for 127/8 that does.
+        _write_sysctl(Path(f"/proc/sys/net/ipv4/conf/{name}/route_localnet"), "1")
+
+
+class BridgeEndpoint:
+    """A veth pair: one end in the instance's namespace, the other one a port of the bridge."""
+
+    name = "bridge"
+
+    def __init__(self, host: Host, ledger: Ledger) -> None:
+        self._host = host
+        self._ledger = ledger
+
+    def check(self, want: EndpointWant) -> None:
+        """Raise WrongState for an address that can't be, Conflict for one that is another instance's."""
+        if want.ipv4_address is None:
+            return
+        subnet, gateway = _range(want.network)
+        address = str(parse_address(want.network.id, "address", want.ipv4_address, subnet))
+        holder = "the gateway" if address == gateway else self._ledger.leases(want.network.id).holder(address)
+        if holder not in (None, want.instance):
+            raise Conflict(f"network '{want.network.id}': address '{address}' is taken by {holder}")
+
+    def ensure(self, want: EndpointWant) -> Receipt:
+        """Have the pair, its address and its routes; what is there already is kept, what is missing is added."""
+        self.check(want)
+        subnet, gateway = _range(want.network)
+        leases = self._ledger.leases(want.network.id)
+        address = leases.take(want.instance, subnet, gateway, want.ipv4_address)
+        mac = (want.mac_address or _mac(IPv4Address(address))).lower()
+        name = self._host.link("endpoint", f"{want.instance}/{want.network.id}")
+        try:
+            self._join(want, name, mac)
+            self._number(want, name, mac, address, subnet, gateway)
+        except OSError as error:
+            raise _explained(error, f"attach '{want.instance}' to network '{want.network.id}'") from error
+        data = {"address": address, "interface": want.interface, "host_interface": name, "mac": mac}
+        return Receipt("endpoint", self.name, f"{want.instance}/{want.network.id}", want.instance, data)
+
+    def observe(self) -> Iterable[Receipt]:
+        """List our ends of pairs; data is empty for one that is down or not attached to a bridge."""
+        return [_observed_endpoint(link) for link in _our_links(self._host) if link.alias.startswith(ENDPOINT)]
+
+    def remove(self, receipt: Receipt) -> None:
+        """Give the address back and take the pair away.
+
+        Deleting a link blocks for 16 ms while the kernel waits out its readers. As the namespace is removed next, which
+        deletes the pair in the background and many at a time, the host's end is only cut off from the bridge
+        and given the alias of what is gone; it is deleted here when there is no namespace to go with.
+        """
+        instance, _, network = receipt.id.partition("/")
+        self._ledger.leases(network).release(instance)
+        link = _sockets.host.link(self._host.link("endpoint", receipt.id))
+        if link is None or link.alias not in (ENDPOINT + receipt.id, GONE + receipt.id):
+            return
+        if self._host.netns(instance).exists():
+            _abandon(link, receipt.id)
+        else:
+            _delete(link, f"detach '{instance}' from network '{network}'")
+
+    def _join(self, want: EndpointWant, name: str, mac: str) -> None:
+        """Have the pair, its end on the host up and attached to the bridge."""
+        from holdfast_plugins.network import messages
+
+        id = f"{want.instance}/{want.network.id}"
+        bridge = _sockets.host.link(want.network.data["interface"])
+        if bridge is None:
+            raise TryAgain(f"attach '{want.instance}' to network '{want.network.id}': its bridge is gone for now")
+        link = _own_link(name, ENDPOINT + id, GONE + id)
+        if link is not None and link.up and link.master == bridge.index and link.alias == ENDPOINT + id:
+            return
+        wanted = [messages.name_link(name, ENDPOINT + id, bridge.index), messages.link_up(name)]
+        if link is not None and link.alias == GONE + id:
+            _delete(link, f"replace '{name}'")
+            link = None
+        if link is not None:
+            _sockets.host.request(*wanted)
+            return
+        with want.netns.open("rb") as netns:
+            pair = messages.new_veth(name, bridge.mtu, want.interface, mac, netns.fileno())
+            _sockets.host.request(pair, *wanted)
+
+    def _number(
+        self, want: EndpointWant, name: str, mac: str, address: str, subnet: IPv4Network, gateway: str
+    ) -> None:
+        """Have address and route inside the namespace; a pair whose inner end is elsewhere is made anew."""
+        from holdfast_plugins.network import messages
+
+        with open_in(want.netns) as inside:
+            link = inside.link(want.interface)
+            if link is None:
+                stray = _sockets.host.link(name)
+                if stray is not None:
+                    _delete(stray, f"replace '{name}'")
+                self._join(want, name, mac)
+                link = inside.link(want.interface)
+            if link is None:
+                raise OSError(errno.ENODEV, f"no '{want.interface}' in its namespace")
+            wanted = [] if link.up else [messages.link_up(want.interface)]
+            if link.mac != mac:
+                wanted.append(messages.link_mac(want.interface, mac))
+            wanted.append(messages.address(link.index, address, subnet.prefixlen, str(subnet.broadcast_address)))
+            if want.default_route and not want.network.data["internal"]:
+                wanted.append(messages.default_route(link.index, gateway))
+            inside.request(*wanted)
+
+
+def _observed_endpoint(link: Link) -> Receipt:
+    id = link.alias.removeprefix(ENDPOINT)
+    data = {"host_interface": link.name} if link.up and link.master else {}
+    return Receipt("endpoint", "bridge", id, id.partition("/")[0], data)
+
+
+def _our_links(host: Host) -> list[Link]:
+    return [link for link in _sockets.host.links() if link.name.startswith(f"{host.name}-")]
+
+
+def _own_link(name: str, *aliases: str) -> Link | None:
+    """The link of that name; raise Conflict if it is there for something else."""
+    link = _sockets.host.link(name)
+    if link is not None and link.alias not in aliases:
+        what = link.alias.partition(":")[2] or "something unknown"
+        raise Conflict(f"make '{aliases[0].partition(':')[2]}': link '{name}' is there for {what} (remove or rename it)")
+    return link
+
+
+def _abandon(link: Link, id: str) -> None:
+    """Cut the link off its bridge without waiting, and leave its deletion to that of its namespace."""
+    from holdfast_plugins.network import messages
+
+    try:
+        _sockets.host.request(messages.link_alias(link.index, GONE + id))
+        _sockets.host.request(messages.port_off(link.index))
+    except OSError as error:
+        if error.errno not in (errno.ENODEV, errno.EOPNOTSUPP, errno.EINVAL):  # it is gone, or on no bridge
+            raise _explained(error, f"detach '{id}'") from error
+
+
+def _delete(link: Link, operation: str) -> None:
+    from holdfast_plugins.network import messages
+
+    try:
+        _sockets.host.request(messages.delete_link(link.index))
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise _explained(error, operation) from error
+
+
+def _mtu(want: NetworkWant) -> int:
+    """Read the options; raise WrongState for one that is unknown or out of range."""
+    for option in want.driver_opts:
+        if option not in OPTIONS:
+            raise WrongState(f"network '{want.id}': driver_opts '{option}': unknown to driver 'bridge' (mtu)")
+    text = want.driver_opts.get("mtu", str(DEFAULT_MTU))
+    if not text.isdecimal() or int(text) not in MTU:
+        raise WrongState(f"network '{want.id}': mtu '{text}': not a size in bytes ({MTU.start} to {MTU.stop - 1})")
+    return int(text)
+
+
+def _gateway(want: NetworkWant, subnet: IPv4Network) -> IPv4Address:
+    if want.gateway is None:
+        return subnet.network_address + 1
+    return parse_address(want.id, "gateway", want.gateway, subnet)
+
+
+def _range(network: Receipt) -> tuple[IPv4Network, str]:
+    return IPv4Network(network.data["subnet"]), network.data["gateway"]
+
+
+def _mac(address: IPv4Address) -> str:
+    """A locally administered MAC that goes with the address, so that neighbours' caches stay right."""
+    return "02:42:" + address.packed.hex(":")
+
+
+def _enable_forwarding() -> bool:
+    """Let the host forward IPv4; return whether it did not before."""
+    if IP_FORWARD.read_text().strip() == "1":
+        return False
+    _write_sysctl(IP_FORWARD, "1")
+    return True
+
+
+def _write_sysctl(path: Path, value: str) -> None:
+    try:
+        path.write_text(value)
+    except OSError as error:
+        raise UnfitHost(f"write '{path}': {(error.strerror or str(error)).lower()}") from error
+
+
+def _explained(error: OSError, operation: str) -> HoldfastError:
+    """The error that tells the reader of a refused request what to do about it."""
+    text = os.strerror(error.errno).lower() if error.errno else str(error)
+    match error.errno:
+        case errno.EXFULL:
+            return Conflict(f"{operation}: its bridge is full (at most {BRIDGE_PORTS} containers on a network)")
+        case errno.EPERM | errno.EACCES:
+            return NotPermitted(f"{operation}: not permitted (root with CAP_NET_ADMIN)")
+        case errno.EOPNOTSUPP | errno.EAFNOSUPPORT:
+            return UnfitHost(f"{operation}: {text} (a kernel with bridge and veth)")
+        case errno.EEXIST:
+            return Conflict(f"{operation}: {text}")
+        case _:
+            return TryAgain(f"{operation}: {text}")

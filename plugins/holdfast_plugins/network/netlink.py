@@ -1,0 +1,226 @@
+"""rtnetlink(7): requests as bytes (made by `messages`) → acknowledgements, links, addresses and routes.
+
+A socket of our own instead of pyroute2's IPRoute: several requests travel in one datagram, any thread may use it,
+a dump of a thousand links takes milliseconds, and a socket may belong to another network namespace than its caller.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+CLONE_NEWNET = 0x40000000
+SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_GET_STRICT_CHK = 270, 10, 12
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
+RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE = 18, 22, 26
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_IFALIAS, IFLA_EXT_MASK = 1, 3, 4, 10, 20, 29
+IFA_LOCAL, RTA_DST, RTA_OIF = 2, 1, 4
+SKIP_STATS = 1 << 3  # RTEXT_FILTER_SKIP_STATS: half of a link's reply is counters
+IFF_UP = 0x1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_header = struct.Struct("=IHHII")
+_link = struct.Struct("=BxHiII")
+_attribute = struct.Struct("=HH")
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A network interface; alias is its ifalias, "" if it has none."""
+
+    index: int
+    name: str
+    alias: str = ""
+    up: bool = False
+    mtu: int = 0
+    master: int = 0
+    mac: str = ""
+
+
+class Netlink:
+    """One rtnetlink socket, in the network namespace of the thread that opens it. Not for two threads at once."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+        self._socket.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
+        self._socket.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
+        self._socket.bind((0, 0))
+        self._sequence = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def request(self, *messages: bytes) -> None:
+        """Send all messages in one datagram; raise the OSError of the first that the kernel refused.
+
+        The kernel works through all of them within the one system call: a crash of the agent can't part them.
+        """
+        first = self._sequence + 1
+        self._socket.send(b"".join(self._stamp(message) for message in messages))
+        refused = {number: code for number, code in self._acknowledgements(first, len(messages)) if code}
+        if refused:
+            code = refused[min(refused)]
+            raise OSError(code, os.strerror(code))
+
+    def links(self) -> list[Link]:
+        """List every link of the namespace."""
+        mask = struct.pack("=HHI", 8, IFLA_EXT_MASK, SKIP_STATS)
+        return [_read_link(body) for body in self._dump(RTM_GETLINK, _link.pack(0, 0, 0, 0, 0) + mask)]
+
+    def link(self, name: str) -> Link | None:
+        """Find a link by name."""
+        text = name.encode() + b"\0"
+        body = _link.pack(0, 0, 0, 0, 0) + _padded(struct.pack("=HH", 4 + len(text), IFLA_IFNAME) + text)
+        body += struct.pack("=HHI", 8, IFLA_EXT_MASK, SKIP_STATS)
+        self._send(RTM_GETLINK, NLM_F_REQUEST, body)
+        for kind, _, answer in self._receive():
+            if kind == NLMSG_ERROR:
+                return None
+            return _read_link(answer)
+        return None
+
+    def addresses(self) -> list[tuple[int, IPv4Network]]:
+        """List (index of the link, subnet) of every IPv4 address."""
+        found = []
+        for body in self._dump(RTM_GETADDR, struct.pack("=BBBBI", socket.AF_INET, 0, 0, 0, 0)):
+            _, prefix, _, _, index = struct.unpack_from("=BBBBI", body)
+            local = dict(_attributes(body, 8)).get(IFA_LOCAL)
+            if local is not None:
+                found.append((index, IPv4Network((IPv4Address(local), prefix), strict=False)))
+        return found
+
+    def routes(self) -> list[tuple[int, IPv4Network]]:
+        """List (index of the link, destination) of every IPv4 route but default ones; 0 where no link is named."""
+        found = []
+        for body in self._dump(RTM_GETROUTE, struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)):
+            attributes = dict(_attributes(body, 12))
+            if (destination := attributes.get(RTA_DST)) is not None:
+                index = _number(attributes.get(RTA_OIF))
+                found.append((index, IPv4Network((IPv4Address(destination), body[1]), strict=False)))
+        return found
+
+    def _stamp(self, message: bytes) -> bytes:
+        """Number a message and ask for its acknowledgement."""
+        self._sequence += 1
+        length, kind, flags, _, _ = _header.unpack_from(message)
+        return _padded(_header.pack(length, kind, flags | NLM_F_REQUEST | NLM_F_ACK, self._sequence, 0) + message[16:])
+
+    def _send(self, kind: int, flags: int, body: bytes) -> None:
+        self._sequence += 1
+        self._socket.send(_header.pack(16 + len(body), kind, flags, self._sequence, 0) + body)
+
+    def _acknowledgements(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        left = count
+        while left:
+            for kind, number, body in self._receive():
+                if kind == NLMSG_ERROR and number >= first:
+                    left -= 1
+                    yield number, -struct.unpack_from("=i", body)[0]
+
+    def _dump(self, kind: int, body: bytes) -> Iterator[bytes]:
+        self._send(kind, NLM_F_REQUEST | NLM_F_DUMP, body)
+        while True:
+            for answer, _, content in self._receive():
+                if answer == NLMSG_DONE:
+                    return
+                if answer == NLMSG_ERROR:
+                    code = -struct.unpack_from("=i", content)[0]
+                    raise OSError(code, os.strerror(code))
+                yield content
+
+    def _receive(self) -> Iterator[tuple[int, int, bytes]]:
+        """Read one datagram: (type, sequence number, body) of each message in it."""
+        data = self._socket.recv(1 << 16)
+        at = 0
+        while at < len(data):
+            length, kind, _, number, _ = _header.unpack_from(data, at)
+            yield kind, number, data[at + 16 : at + length]
+            at += (length + 3) & ~3
+
+
+class Sockets(threading.local):
+    """The host's rtnetlink socket of each thread, opened when first asked for."""
+
+    def __init__(self) -> None:
+        self._netlink: Netlink | None = None
+
+    @property
+    def host(self) -> Netlink:
+        if self._netlink is None:
+            self._netlink = Netlink()
+        return self._netlink
+
+
+def open_in(netns: Path) -> Netlink:
+    """Open a socket in another network namespace. Raises OSError.
+
+    A thread enters it, opens the socket and ends there; the socket stays in that namespace, the caller in its own.
+    """
+    opened: list[Netlink] = []
+    failed: list[OSError] = []
+
+    def work() -> None:
+        try:
+            with open(netns, "rb") as file:  # noqa: PTH123 - its descriptor is all we want
+                if _libc.setns(file.fileno(), CLONE_NEWNET) != 0:
+                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(netns))
+            opened.append(Netlink())
+        except OSError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, name=f"enter {netns.name}")
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return opened[0]
+
+
+def _read_link(body: bytes) -> Link:
+    _, _, index, flags, _ = _link.unpack_from(body)
+    found = dict(_attributes(body, _link.size))
+    return Link(
+        index=index,
+        name=_text(found.get(IFLA_IFNAME)),
+        alias=_text(found.get(IFLA_IFALIAS)),
+        up=bool(flags & IFF_UP),
+        mtu=_number(found.get(IFLA_MTU)),
+        master=_number(found.get(IFLA_MASTER)),
+        mac=found.get(IFLA_ADDRESS, b"").hex(":"),
+    )
+
+
+def _text(value: bytes | None) -> str:
+    return (value or b"").rstrip(b"\0").decode(errors="replace")
+
+
+def _number(value: bytes | None) -> int:
+    return int.from_bytes(value or b"", sys.byteorder)
+
+
+def _padded(message: bytes) -> bytes:
+    return message + bytes(-len(message) % 4)
+
+
+def _attributes(body: bytes, at: int) -> Iterator[tuple[int, bytes]]:
+    while at + 4 <= len(body):
+        length, kind = _attribute.unpack_from(body, at)
+        yield kind & 0x3FFF, body[at + 4 : at + length]
+        at += (length + 3) & ~3

@@ -1,0 +1,56 @@
+"""The networks that need no link: `none` (a namespace with loopback only) and `host` (no namespace of its own).
+
+Node makes the namespace or does without it; there is nothing left to do here but to say so in receipts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from holdfast.drivers import EndpointWant, NetworkWant
+from holdfast.errors import WrongState
+from holdfast.observed import Receipt
+
+
+class BareNetwork:
+    """A network without interface and addresses; it is always there and takes no options."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def check(self, want: NetworkWant) -> None:
+        if want.subnet or want.gateway or want.internal or want.driver_opts:
+            raise WrongState(f"network '{want.id}': driver '{self.name}' takes no settings (driver = \"bridge\")")
+
+    def ensure(self, want: NetworkWant) -> Receipt:
+        self.check(want)
+        data = {"interface": "", "subnet": "", "gateway": "", "internal": False}
+        return Receipt("network", self.name, want.id, data=data)
+
+    def observe(self) -> Iterable[Receipt]:
+        return ()
+
+    def remove(self, receipt: Receipt) -> None:
+        """Nothing was made."""
+
+
+class BareEndpoint:
+    """An attachment that changes nothing; it can't be asked for an address."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def check(self, want: EndpointWant) -> None:
+        if want.ipv4_address or want.mac_address:
+            raise WrongState(f"network '{want.network.id}': driver '{self.name}' gives no addresses (a bridge network)")
+
+    def ensure(self, want: EndpointWant) -> Receipt:
+        self.check(want)
+        data = {"address": "", "interface": "", "host_interface": ""}
+        return Receipt("endpoint", self.name, f"{want.instance}/{want.network.id}", want.instance, data)
+
+    def observe(self) -> Iterable[Receipt]:
+        return ()
+
+    def remove(self, receipt: Receipt) -> None:
+        """Nothing was made."""
