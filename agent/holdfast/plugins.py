@@ -1,0 +1,284 @@
+"""Entry points → drivers by kind and name, and hooks to tell; each plugin's failures stay its own.
+
+The agent and the command line call `load_plugins` once at start. This is the only user of pluggy's PluginManager:
+pluggy lets one broken entry point abort loading, and one raising implementation abort its siblings, so entry
+points are loaded and hooks are called one by one here.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import EntryPoint
+from importlib.metadata import entry_points as installed_entry_points
+from typing import Any, Literal, Protocol
+
+import pluggy
+
+from holdfast import hookspecs
+from holdfast.drivers import (
+    CgroupPolicy,
+    Driver,
+    EndpointWant,
+    FirewallWant,
+    Host,
+    MountWant,
+    NetworkWant,
+    RootfsWant,
+    VolumeWant,
+)
+from holdfast.errors import HoldfastError, WrongState
+from holdfast.observed import Json
+
+GROUP = "holdfast"
+
+DriverKind = Literal["rootfs", "volume", "mount", "network", "endpoint", "firewall", "policy"]
+
+OFFERS: tuple[tuple[str, tuple[DriverKind, ...]], ...] = (
+    ("register_rootfs_drivers", ("rootfs",)),
+    ("register_volume_drivers", ("volume",)),
+    ("register_mount_drivers", ("mount",)),
+    ("register_network_drivers", ("network", "endpoint")),
+    ("register_firewall_drivers", ("firewall",)),
+    ("register_cgroup_policies", ("policy",)),
+)
+HOOKS = tuple(name for name, item in vars(hookspecs).items() if hasattr(item, "holdfast_spec"))
+
+
+class Named(Protocol):
+    """What every driver and policy is, whatever else it does."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class PluginState:
+    """How a plugin fares: ok; failed (it offers nothing); raised (a hook of it did, the last time it was called).
+
+    hooks: what it implements. drivers: what it offers, as `volume managed`. error: why it failed or raised, or
+    which of its drivers were refused.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    state: Literal["ok", "failed", "raised"] = "ok"
+    error: str = ""
+    hooks: tuple[str, ...] = ()
+    drivers: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Plugins:
+    """Every driver by name, and the hooks of all plugins that loaded. Safe to use from several threads."""
+
+    rootfs: dict[str, Driver[RootfsWant]] = field(default_factory=dict)
+    volumes: dict[str, Driver[VolumeWant]] = field(default_factory=dict)
+    mounts: dict[str, Driver[MountWant]] = field(default_factory=dict)
+    networks: dict[str, Driver[NetworkWant]] = field(default_factory=dict)
+    endpoints: dict[str, Driver[EndpointWant]] = field(default_factory=dict)
+    firewalls: dict[str, Driver[FirewallWant]] = field(default_factory=dict)
+    policies: dict[str, CgroupPolicy] = field(default_factory=dict)
+    _manager: pluggy.PluginManager = field(default_factory=lambda: _new_manager())
+    _states: dict[str, PluginState] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def states(self) -> tuple[PluginState, ...]:
+        """Every plugin that was found, in the order of loading."""
+        with self._lock:
+            return tuple(self._states.values())
+
+    def driver(self, kind: DriverKind, name: str) -> Any:
+        """The driver of that kind and name. Raises WrongState that names the known ones."""
+        known = self._kinds()[kind]
+        if name not in known:
+            broken = [state.name for state in self.states if state.state == "failed"]
+            hint = f"; failed plugins: {', '.join(broken)}" if broken else ""
+            raise WrongState(
+                f"{kind} driver {name!r}: no plugin offers it (known: {', '.join(known) or 'none'}{hint})"
+            )
+        return known[name]
+
+    def check_volume(self, driver: str, want: VolumeWant) -> None:
+        """Let the driver check, after making sure that no other driver has made a volume of that name."""
+        chosen: Driver[VolumeWant] = self.driver("volume", driver)
+        for name, other in self.volumes.items():
+            if name != driver and any(receipt.id == want.id for receipt in other.observe()):
+                raise WrongState(
+                    f"volume {want.id!r}: driver {name!r} made it, and now driver {driver!r} is asked for "
+                    "(give the volume another name, or remove the old one)"
+                )
+        chosen.check(want)
+
+    def tell(self, hook: str, **arguments: Any) -> None:
+        """Call every implementation of a telling hook; what one raises is recorded, and the rest are called."""
+        for name, implementation in self._implementations(hook):
+            self._call(name, hook, implementation, arguments)
+
+    def adjust_oci_config(self, app: str, container: str, config: Json) -> dict[str, Any]:
+        """Apply the merge patch of each plugin in turn (RFC 7396); one that raises contributes nothing."""
+        adjusted: dict[str, Any] = dict(config)
+        for name, implementation in self._implementations("adjust_oci_config"):
+            arguments = {"app": app, "container": container, "config": copy.deepcopy(adjusted)}
+            patch = self._call(name, "adjust_oci_config", implementation, arguments)
+            if isinstance(patch, Mapping):
+                adjusted = merge_patch(adjusted, patch)
+            elif patch is not None:
+                self._record(name, "adjust_oci_config", f"returned {type(patch).__name__} (expected a table or None)")
+        return adjusted
+
+    def _kinds(self) -> dict[DriverKind, dict[str, Any]]:
+        return {
+            "rootfs": self.rootfs,
+            "volume": self.volumes,
+            "mount": self.mounts,
+            "network": self.networks,
+            "endpoint": self.endpoints,
+            "firewall": self.firewalls,
+            "policy": self.policies,
+        }
+
+    def _implementations(self, hook: str) -> Iterator[tuple[str, pluggy.HookImpl]]:
+        """In the order of loading; pluggy's own order is the reverse, but no plugin could rely on either."""
+        for implementation in getattr(self._manager.hook, hook).get_hookimpls():
+            yield implementation.plugin_name, implementation
+
+    def _call(self, name: str, hook: str, implementation: pluggy.HookImpl, arguments: Mapping[str, Any]) -> Any:
+        """Call one implementation. This is the edge at which a plugin's exceptions end."""
+        try:
+            return _plain_result(implementation, arguments)
+        except Exception as error:
+            self._record(name, hook, _account(error))
+            return None
+
+    def _record(self, name: str, hook: str, error: str) -> None:
+        with self._lock:
+            self._states[name] = replace(self._states[name], state="raised", error=f"{hook}: {error}")
+
+    def _load(self, entry_point: EntryPoint, host: Host) -> None:
+        name = entry_point.name
+        distribution = entry_point.dist
+        state = PluginState(
+            name, distribution.name if distribution else "", distribution.version if distribution else ""
+        )
+        if name in self._states:
+            state = replace(state, name=f"{name} ({state.distribution or entry_point.value})")
+            taken = (
+                f"load plugin {name!r}: the name is taken by {self._states[name].distribution or 'another plugin'}"
+            )
+            self._states[state.name] = replace(state, state="failed", error=taken)
+            return
+        try:
+            self._manager.register(entry_point.load(), name=name)
+            self._manager.check_pending()
+            state = replace(state, hooks=self._hooks_of(name))
+            offers = self._offers(name, host)
+        except Exception as error:  # the edge at which a plugin's exceptions end
+            if self._manager.has_plugin(name):
+                self._manager.unregister(name=name)
+            self._states[name] = replace(state, state="failed", error=_account(error))
+            return
+        accepted, refused = self._accept(offers)
+        self._states[name] = replace(state, drivers=accepted, error="; ".join(refused))
+
+    def _hooks_of(self, name: str) -> tuple[str, ...]:
+        """The hooks that a plugin implements, in call order. Raises WrongState for what can't be called alone."""
+        found = []
+        for hook in HOOKS:
+            for plugin, implementation in self._implementations(hook):
+                if plugin == name:
+                    found.append(hook)
+                    _refuse_unusual(hook, implementation)
+        return tuple(found)
+
+    def _offers(self, name: str, host: Host) -> list[tuple[DriverKind, Named]]:
+        """All that a plugin registers; nothing of it counts when one of its hooks raises."""
+        offers: list[tuple[DriverKind, Named]] = []
+        for hook, kinds in OFFERS:
+            for plugin, implementation in self._implementations(hook):
+                if plugin == name:
+                    arguments = {"register": _collector(kinds, offers), "host": host}
+                    _plain_result(implementation, arguments)
+        return offers
+
+    def _accept(self, offers: Iterable[tuple[DriverKind, Named]]) -> tuple[tuple[str, ...], list[str]]:
+        accepted, refused = [], []
+        for kind, driver in offers:
+            known = self._kinds()[kind]
+            if driver.name in known:
+                refused.append(f"{kind} driver {driver.name!r}: refused, an earlier plugin offers one of that name")
+            else:
+                known[driver.name] = driver
+                accepted.append(f"{kind} {driver.name}")
+        return tuple(accepted), refused
+
+
+def load_plugins(
+    host: Host, *, entry_points: Iterable[EntryPoint] | None = None, disabled: Collection[str] = ()
+) -> Plugins:
+    """Load the plugins of this installation, holdfast's own first; never raises for a plugin's faults.
+
+    entry_points: instead of the installed ones of group `holdfast`. disabled: names not to load.
+    """
+    found = installed_entry_points(group=GROUP) if entry_points is None else entry_points
+    plugins = Plugins()
+    for entry_point in sorted(found, key=_own_first) if entry_points is None else found:
+        if entry_point.name not in disabled:
+            plugins._load(entry_point, host)
+    return plugins
+
+
+def merge_patch(target: Any, patch: Any) -> Any:
+    """Apply a JSON merge patch (RFC 7396): tables merge, None deletes, all else replaces. Neither is changed."""
+    if not isinstance(patch, Mapping):
+        return patch
+    merged = dict(target) if isinstance(target, Mapping) else {}
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = merge_patch(merged.get(key), value)
+    return merged
+
+
+def _new_manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager("holdfast")
+    manager.add_hookspecs(hookspecs)
+    return manager
+
+
+def _own_first(entry_point: EntryPoint) -> tuple[bool, str, str]:
+    distribution = entry_point.dist.name if entry_point.dist else ""
+    return distribution != "holdfast", distribution, entry_point.name
+
+
+def _collector(kinds: tuple[DriverKind, ...], offers: list[tuple[DriverKind, Named]]) -> Callable[..., None]:
+    def register(*drivers: Named) -> None:
+        if len(drivers) != len(kinds):
+            raise TypeError(f"register() takes {len(kinds)} drivers ({', '.join(kinds)}), not {len(drivers)}")
+        offers.extend(zip(kinds, drivers, strict=True))
+
+    return register
+
+
+def _refuse_unusual(hook: str, implementation: pluggy.HookImpl) -> None:
+    if implementation.wrapper or implementation.hookwrapper:
+        raise WrongState(f"hook {hook!r}: is a wrapper (hooks are plain functions)")
+    if inspect.iscoroutinefunction(implementation.function):
+        raise WrongState(f"hook {hook!r}: is async (hooks are plain blocking functions)")
+
+
+def _plain_result(implementation: pluggy.HookImpl, arguments: Mapping[str, Any]) -> Any:
+    result = implementation.function(*(arguments[name] for name in implementation.argnames))
+    if inspect.iscoroutine(result):
+        result.close()
+        raise TypeError("returned a coroutine (hooks are plain blocking functions)")
+    return result
+
+
+def _account(error: Exception) -> str:
+    return str(error) if isinstance(error, HoldfastError) else f"{type(error).__name__}: {error}"

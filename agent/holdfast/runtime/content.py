@@ -1,0 +1,123 @@
+"""The revision's mounted files → content-addressed, immutable copies that containers can mount.
+
+`node` stores files while it stages a generation and prunes what no generation names any more; the `file` mount
+driver mounts what it is given from here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from holdfast.errors import NotFound, WrongState
+
+FILE_MODE = 0o444
+FOLDER_MODE = 0o755
+
+
+class ContentStore:
+    """Files and trees by their sha256 (hex). Safe for several threads and processes at once.
+
+    An entry appears whole or not at all, and never changes; storing it again costs one stat(2).
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._partial = root / "partial"
+        self._partial.mkdir(parents=True, exist_ok=True)
+
+    def store_file(self, data: bytes) -> str:
+        """Store one file; its digest is that of its bytes."""
+        digest = hashlib.sha256(data).hexdigest()
+        self._store(digest, lambda path: _write(path, data))
+        return digest
+
+    def store_tree(self, files: Mapping[str, str]) -> str:
+        """Store a directory of stored files, {relative path: digest}; its digest is that of this mapping."""
+        for name in files:
+            if name.startswith("/") or not name or {"", ".", ".."} & set(name.split("/")):
+                raise WrongState(f"store tree: {name!r}: is not a path below the tree")
+        canonical = json.dumps(dict(sorted(files.items())), separators=(",", ":")).encode()
+        digest = hashlib.sha256(b"tree\0" + canonical).hexdigest()
+        self._store(digest, lambda path: self._build(path, files))
+        return digest
+
+    def put(self, files: Mapping[str, bytes]) -> dict[str, str]:
+        """Store several files and say the digest of each."""
+        return {name: self.store_file(data) for name, data in files.items()}
+
+    def path(self, digest: str) -> Path:
+        """Where the file or directory lies. Raises NotFound for what was never stored, or is pruned."""
+        path = self._entry(digest)
+        if not path.exists():
+            raise NotFound(f"find content {digest!r}: it is not stored")
+        return path
+
+    def prune(self, keep: Collection[str]) -> None:
+        """Delete every entry that keep does not name.
+
+        The files of a kept tree are links of their own, so they need not be kept as well.
+        """
+        for folder in self.root.glob("[0-9a-f][0-9a-f]"):
+            for path in folder.iterdir():
+                if path.name not in keep:
+                    self._delete(path)
+
+    def _entry(self, digest: str) -> Path:
+        return self.root / digest[:2] / digest
+
+    def _store(self, digest: str, make: Callable[[Path], None]) -> None:
+        path = self._entry(digest)
+        if path.exists():
+            return
+        path.parent.mkdir(exist_ok=True)
+        temporary = self._partial / f"{digest}.{uuid.uuid4().hex}"
+        make(temporary)
+        try:
+            temporary.rename(path)
+        except OSError:  # another thread's tree, just now: a directory is not replaced
+            if not path.is_dir():
+                raise
+            shutil.rmtree(temporary)
+        _sync(path.parent)
+
+    def _build(self, root: Path, files: Mapping[str, str]) -> None:
+        root.mkdir()
+        for name, digest in files.items():
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.hardlink_to(self.path(digest))
+        for folder, _, _ in os.walk(root):
+            Path(folder).chmod(FOLDER_MODE)
+            _sync(Path(folder))
+
+    def _delete(self, path: Path) -> None:
+        """Out of sight first: a reader sees an entry whole or not at all."""
+        doomed = self._partial / f"{path.name}.{uuid.uuid4().hex}"
+        with suppress(FileNotFoundError):
+            path.rename(doomed)
+            if doomed.is_dir():
+                shutil.rmtree(doomed)
+            else:
+                doomed.unlink()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        os.fchmod(file.fileno(), FILE_MODE)
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

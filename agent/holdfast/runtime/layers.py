@@ -1,0 +1,392 @@
+"""Layer archives → directories that overlayfs can stack, and the reading of such a stack without mounting it.
+
+`images` calls `unpack` for each layer of an image; `Image.lookup` and `Image.read_file` call `find`.
+
+An archive is hostile until proven otherwise: no name in it is ever handed to the kernel as a path. Each component is
+opened on its own, relative to its parent's descriptor and without following links; a link among the parents is
+resolved by hand, below the layer's own root. Whiteouts (OCI image spec, layer.md) become what overlayfs reads:
+a character device 0/0, and `trusted.overlay.opaque`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import stat
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from holdfast.errors import WrongState
+
+WHITEOUT = ".wh."
+OPAQUE = ".wh..wh..opq"
+OPAQUE_XATTR = "trusted.overlay.opaque"
+OVERLAY_XATTRS = ("trusted.overlay.", "user.overlay.")
+PAX_XATTR = "SCHILY.xattr."
+MAX_LINKS = 40  # as path_resolution(7)
+CHUNK = 1 << 20
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """What an archive held: the digest and size (bytes) of its plain form, the newest time (seconds) in it."""
+
+    diff_id: str
+    size: int
+    newest: int
+
+
+def unpack(archive: BinaryIO, root: Path) -> Unpacked:
+    """Unpack a plain tar stream into the empty directory root, and sync it to disk.
+
+    Nothing outside root changes, whatever the archive says. Raises WrongState for an archive that is damaged or
+    reaches outside; root is then the caller's to delete.
+    """
+    hashed = _Hashed(archive)
+    tree = _Tree(root)
+    newest = 0
+    try:
+        with tarfile.open(fileobj=hashed, mode="r|", errors="surrogateescape", bufsize=CHUNK) as tar:  # type: ignore[call-overload]
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # a layer may hold a million files
+                tree.add(member, tar.extractfile(member) if member.isreg() else None)
+                newest = max(newest, int(member.mtime))
+        hashed.drain()
+        tree.finish()
+    except (tarfile.TarError, EOFError) as error:
+        raise WrongState(f"unpack layer: {error} (expected a tar archive)") from error
+    finally:
+        tree.close()
+    return Unpacked(f"sha256:{hashed.digest.hexdigest()}", hashed.size, newest)
+
+
+class _Hashed:
+    """A stream that is hashed and counted while it is read."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def read(self, size: int = CHUNK) -> bytes:
+        data = self.stream.read(size)
+        self.digest.update(data)
+        self.size += len(data)
+        return data
+
+    def drain(self) -> None:
+        """Read what follows the end-of-archive mark: it counts for the digest."""
+        while self.read(CHUNK):
+            pass
+
+
+class _Tree:
+    """A layer's directory while it is filled."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = os.open(root, DIRECTORY)
+        self.directories: dict[tuple[str, ...], tarfile.TarInfo] = {}
+        self._parent: tuple[tuple[str, ...], int] | None = None
+
+    def close(self) -> None:
+        self._forget_parent()
+        os.close(self.root)
+
+    def add(self, member: tarfile.TarInfo, content: IO[bytes] | None) -> None:
+        """Make one entry of the archive; a later entry of the same name replaces an earlier one."""
+        *parent, name = _parts(member.name) or ("",)
+        if not name:
+            self._add_root(member)
+            return
+        folder = self._open_parent(tuple(parent))
+        if name == OPAQUE:
+            os.setxattr(folder, OPAQUE_XATTR, b"y")
+        elif name.startswith(WHITEOUT + WHITEOUT):
+            return  # aufs bookkeeping, as .wh..wh.plnk
+        elif name.startswith(WHITEOUT):
+            _whiteout(folder, _whited(member, name))
+        else:
+            self._make(folder, (*parent, name), member, content)
+
+    def finish(self) -> None:
+        """Set the directories' times, which filling them has changed, and sync the file system."""
+        self._forget_parent()
+        for parts in sorted(self.directories, key=len, reverse=True):
+            with suppress(WrongState, OSError), self._opened(parts) as folder:  # replaced by a later entry
+                _set_times(folder, self.directories[parts])
+        if _libc.syncfs(self.root) != 0:
+            raise OSError(ctypes.get_errno(), "syncfs")
+
+    def _add_root(self, member: tarfile.TarInfo) -> None:
+        if member.isdir():
+            _set_owner_and_mode(self.root, member)
+            self.directories[()] = member
+
+    def _make(self, folder: int, parts: tuple[str, ...], member: tarfile.TarInfo, content: IO[bytes] | None) -> None:
+        name = parts[-1]
+        hidden = _clear_way(folder, name, keep_directory=member.isdir())
+        if member.isdir():
+            _make_directory(folder, name, member, hidden=hidden)
+            self.directories[parts] = member
+            return
+        self.directories.pop(parts, None)
+        if member.islnk():
+            self._link(folder, name, member)
+        elif member.issym():
+            os.symlink(member.linkname, name, dir_fd=folder)
+            _dress_link(folder, name, member)
+        elif content is not None:
+            _make_file(folder, name, member, content)
+        else:
+            _make_node(folder, name, member)
+
+    def _link(self, folder: int, name: str, member: tarfile.TarInfo) -> None:
+        *parent, source = _parts(member.linkname) or ("",)
+        try:
+            with self._opened(tuple(parent)) as origin:
+                os.link(source, name, src_dir_fd=origin, dst_dir_fd=folder, follow_symlinks=False)
+        except OSError as error:
+            raise WrongState(
+                f"unpack layer: {member.name!r}: links to {member.linkname!r}, which is not in this layer"
+            ) from error
+
+    def _open_parent(self, parts: tuple[str, ...]) -> int:
+        """The directory parts, made where missing. Entries come sorted mostly, so the last one is kept open."""
+        if self._parent is None or self._parent[0] != parts:
+            self._forget_parent()
+            self._parent = (parts, self._walk(parts, create=True))
+        return self._parent[1]
+
+    def _forget_parent(self) -> None:
+        if self._parent is not None:
+            os.close(self._parent[1])
+            self._parent = None
+
+    @contextmanager
+    def _opened(self, parts: tuple[str, ...]) -> Iterator[int]:
+        descriptor = self._walk(parts, create=False)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _walk(self, parts: Sequence[str], *, create: bool) -> int:
+        """Open a directory by its components, resolving links among them as chroot(2) would."""
+        trail = [os.dup(self.root)]
+        todo = list(reversed(parts))
+        links = 0
+        try:
+            while todo:
+                name = todo.pop()
+                if name == "..":
+                    if len(trail) > 1:
+                        os.close(trail.pop())
+                    continue
+                target = _readlink(trail[-1], name)
+                if target is None:
+                    trail.append(_enter(trail[-1], name, create=create))
+                    continue
+                links += 1
+                if links > MAX_LINKS:
+                    raise WrongState(f"unpack layer: {'/'.join(parts)!r}: too many symbolic links")
+                if target.startswith("/"):
+                    while len(trail) > 1:
+                        os.close(trail.pop())
+                todo.extend(part for part in reversed(target.split("/")) if part not in ("", "."))
+            return trail.pop()
+        finally:
+            for descriptor in trail:
+                os.close(descriptor)
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    parts = tuple(part for part in name.split("/") if part not in ("", "."))
+    if ".." in parts or any("\0" in part for part in parts):
+        raise WrongState(f"unpack layer: {name!r}: reaches outside of the layer")
+    return parts
+
+
+def _whited(member: tarfile.TarInfo, name: str) -> str:
+    hidden = name.removeprefix(WHITEOUT)
+    if hidden in ("", ".", ".."):
+        raise WrongState(f"unpack layer: {member.name!r}: reaches outside of the layer")
+    return hidden
+
+
+def _readlink(folder: int, name: str) -> str | None:
+    try:
+        return os.readlink(name, dir_fd=folder)
+    except OSError:
+        return None
+
+
+def _enter(folder: int, name: str, *, create: bool) -> int:
+    try:
+        return os.open(name, DIRECTORY, dir_fd=folder)
+    except NotADirectoryError as error:
+        if not _is_whiteout(os.stat(name, dir_fd=folder, follow_symlinks=False)) or not create:
+            raise WrongState(f"unpack layer: {name!r}: is a parent of another entry, but no directory") from error
+        _clear_way(folder, name, keep_directory=False)
+        hidden = True
+    except FileNotFoundError:
+        if not create:
+            raise
+        hidden = False
+    os.mkdir(name, 0o755, dir_fd=folder)
+    descriptor = os.open(name, DIRECTORY, dir_fd=folder)
+    os.fchmod(descriptor, 0o755)  # whatever the umask is
+    if hidden:
+        os.setxattr(descriptor, OPAQUE_XATTR, b"y")
+    return descriptor
+
+
+def _is_whiteout(entry: os.stat_result) -> bool:
+    return stat.S_ISCHR(entry.st_mode) and entry.st_rdev == 0
+
+
+def _whiteout(folder: int, name: str) -> None:
+    """Hide name of the layers below; what this layer itself holds under the name stays (layer.md)."""
+    try:
+        entry = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        os.mknod(name, stat.S_IFCHR, os.makedev(0, 0), dir_fd=folder)
+        return
+    if stat.S_ISDIR(entry.st_mode):
+        descriptor = os.open(name, DIRECTORY, dir_fd=folder)
+        os.setxattr(descriptor, OPAQUE_XATTR, b"y")
+        os.close(descriptor)
+
+
+def _clear_way(folder: int, name: str, *, keep_directory: bool) -> bool:
+    """Remove what stands at name; say whether that was a whiteout."""
+    try:
+        entry = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISDIR(entry.st_mode):
+        os.unlink(name, dir_fd=folder)
+    elif not keep_directory:
+        shutil.rmtree(name, dir_fd=folder)
+    return _is_whiteout(entry)
+
+
+def _make_directory(folder: int, name: str, member: tarfile.TarInfo, *, hidden: bool) -> None:
+    with suppress(FileExistsError):
+        os.mkdir(name, 0o700, dir_fd=folder)
+    descriptor = os.open(name, DIRECTORY, dir_fd=folder)
+    try:
+        _set_owner_and_mode(descriptor, member)
+        if hidden:
+            os.setxattr(descriptor, OPAQUE_XATTR, b"y")
+    finally:
+        os.close(descriptor)
+
+
+def _make_file(folder: int, name: str, member: tarfile.TarInfo, content: IO[bytes]) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(name, flags, 0o600, dir_fd=folder)
+    with os.fdopen(descriptor, "wb") as file:
+        shutil.copyfileobj(content, file, CHUNK)
+        file.flush()
+        _set_owner_and_mode(descriptor, member)
+        _set_times(descriptor, member)
+
+
+def _make_node(folder: int, name: str, member: tarfile.TarInfo) -> None:
+    kinds = {tarfile.CHRTYPE: stat.S_IFCHR, tarfile.BLKTYPE: stat.S_IFBLK, tarfile.FIFOTYPE: stat.S_IFIFO}
+    if member.type not in kinds:
+        raise WrongState(f"unpack layer: {member.name!r}: entry of unknown type {member.type!r}")
+    device = 0 if member.isfifo() else os.makedev(member.devmajor, member.devminor)
+    os.mknod(name, kinds[member.type] | 0o600, device, dir_fd=folder)
+    os.chown(name, member.uid, member.gid, dir_fd=folder, follow_symlinks=False)
+    os.chmod(name, member.mode & 0o7777, dir_fd=folder)  # made just now, and no link: nothing to follow
+    os.utime(name, ns=_times(member), dir_fd=folder, follow_symlinks=False)
+
+
+def _dress_link(folder: int, name: str, member: tarfile.TarInfo) -> None:
+    os.chown(name, member.uid, member.gid, dir_fd=folder, follow_symlinks=False)
+    os.utime(name, ns=_times(member), dir_fd=folder, follow_symlinks=False)
+
+
+def _set_owner_and_mode(descriptor: int, member: tarfile.TarInfo) -> None:
+    """Owner first: chown(2) takes set-user-ID bits and security.capability away."""
+    os.fchown(descriptor, member.uid, member.gid)
+    os.fchmod(descriptor, member.mode & 0o7777)
+    for key, value in member.pax_headers.items():
+        name = key.removeprefix(PAX_XATTR)
+        if name != key and not name.startswith(OVERLAY_XATTRS):  # these steer overlayfs: never the archive's to set
+            os.setxattr(descriptor, name, value.encode("utf-8", "surrogateescape"))
+
+
+def _set_times(descriptor: int, member: tarfile.TarInfo) -> None:
+    os.utime(descriptor, ns=_times(member))
+
+
+def _times(member: tarfile.TarInfo) -> tuple[int, int]:
+    moment = int(member.mtime * 1_000_000_000)
+    return moment, moment
+
+
+def find(layers: Sequence[Path], path: str) -> Path | None:
+    """Where path of the stacked layers (lowest first) really lies; None when there is no such entry.
+
+    Links are followed inside the stack; what a whiteout or an opaque directory hides is not there.
+    """
+    trail: list[list[Path]] = [list(reversed(layers))]
+    todo = [part for part in reversed(path.split("/")) if part not in ("", ".")]
+    links = 0
+    while todo:
+        name = todo.pop()
+        if name == "..":
+            if len(trail) > 1:
+                trail.pop()
+            continue
+        entries = _merged(trail[-1], name)
+        if not entries:
+            return None
+        if entries[0].is_symlink():
+            links += 1
+            target = str(entries[0].readlink())
+            if links > MAX_LINKS:
+                return None
+            if target.startswith("/"):
+                del trail[1:]
+            todo.extend(part for part in reversed(target.split("/")) if part not in ("", "."))
+        elif todo and not entries[0].is_dir():
+            return None
+        else:
+            trail.append(entries)
+    return trail[-1][0] if trail[-1] else None
+
+
+def _merged(folders: Sequence[Path], name: str) -> list[Path]:
+    """The entries that make up name in a merged directory, highest first: one file, or directories."""
+    entries: list[Path] = []
+    for folder in folders:
+        entry = folder / name
+        try:
+            found = entry.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if not stat.S_ISDIR(found.st_mode):
+            return entries if entries or _is_whiteout(found) else [entry]
+        entries.append(entry)
+        if _is_opaque(entry):
+            break
+    return entries
+
+
+def _is_opaque(folder: Path) -> bool:
+    try:
+        return os.getxattr(folder, OPAQUE_XATTR, follow_symlinks=False) == b"y"
+    except OSError:
+        return False

@@ -1,0 +1,164 @@
+"""The kernel's mount calls, spoken directly: a fork of mount(8) costs more than the mount.
+
+The overlay driver calls these. System call numbers are alike on every architecture since Linux 5.1.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MOVE_MOUNT, FSOPEN, FSCONFIG, FSMOUNT = 429, 430, 431, 432  # asm-generic/unistd.h
+FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 1, 6  # linux/mount.h
+CLOEXEC = 1  # FSOPEN_CLOEXEC, FSMOUNT_CLOEXEC
+MOVE_MOUNT_F_EMPTY_PATH = 4
+AT_FDCWD = -100
+MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
+LONGEST_OPTION = 255  # fsconfig(2) takes 256 bytes with the terminating zero
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class MountPoint:
+    """One line of /proc/self/mountinfo (proc(5)): where, what type, from what, with which options."""
+
+    path: str
+    type: str
+    source: str
+    options: str
+
+
+def mount_points() -> Iterator[MountPoint]:
+    """Every mount in this mount namespace, read at once."""
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        left, _, right = line.partition(" - ")
+        kind, source, options = right.split(" ", 2)
+        yield MountPoint(_unescape(left.split(" ", 5)[4]), kind, _unescape(source), options)
+
+
+def is_mounted(path: Path) -> bool:
+    """Say whether something is mounted at path, with two stat(2)."""
+    try:
+        return path.stat().st_dev != path.parent.stat().st_dev
+    except FileNotFoundError:
+        return False
+
+
+def mount_overlay(source: str, layers: Sequence[Path], upper: Path, work: Path, target: Path) -> None:
+    """Mount layers (lowest first) under upper at target.
+
+    Takes the fsopen(2) family with one `lowerdir+` a layer, which bears any number of layers that the kernel allows
+    (500); kernels before 6.5 get mount(2), whose one page of options bears about 200.
+    Raises OSError; its text is the kernel's own account where there is one.
+    """
+    names = [*layers[::-1], upper, work]
+    descriptors: list[int] = []
+    try:
+        short = [str(path) if _fits(path) else _by_descriptor(path, descriptors) for path in names]
+        _mount_by_context(source, short[:-2], short[-2], short[-1], target)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EINVAL):
+            raise
+        short = [_by_descriptor(path, descriptors) for path in names]
+        try:
+            _mount_by_page(source, short[:-2], short[-2], short[-1], target)
+        except OSError:
+            raise error from None  # the first one knows more
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def unmount(target: Path) -> None:
+    """Take away everything that is mounted at target; lazily what is busy. Succeeds when nothing is."""
+    flags = UMOUNT_NOFOLLOW
+    while (fault := _umount(target, flags)) in (0, errno.EBUSY):
+        if fault == errno.EBUSY:
+            flags |= MNT_DETACH
+    if fault not in (errno.EINVAL, errno.ENOENT):  # EINVAL: no mount point (any more)
+        raise OSError(fault, os.strerror(fault), str(target))
+
+
+def _umount(target: Path, flags: int) -> int:
+    return 0 if _libc.umount2(os.fsencode(target), flags) == 0 else ctypes.get_errno()
+
+
+def sync_filesystem(path: Path) -> None:
+    """Write everything of the file system that holds path to disk (syncfs(2))."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if _libc.syncfs(descriptor) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+    finally:
+        os.close(descriptor)
+
+
+def _fits(path: Path) -> bool:
+    return len(os.fsencode(path)) <= LONGEST_OPTION
+
+
+def _by_descriptor(path: Path, descriptors: list[int]) -> str:
+    """A short name for path, without a colon or comma, that is good until its descriptor is closed."""
+    descriptors.append(os.open(path, os.O_PATH | os.O_CLOEXEC))
+    return f"/proc/self/fd/{descriptors[-1]}"
+
+
+def _mount_by_context(source: str, lowers: Sequence[str], upper: str, work: str, target: Path) -> None:
+    context = _call(FSOPEN, b"overlay", CLOEXEC)
+    try:
+        options = [
+            ("source", source),
+            *(("lowerdir+", path) for path in lowers),
+            ("upperdir", upper),
+            ("workdir", work),
+        ]
+        for key, value in options:
+            _call(FSCONFIG, context, FSCONFIG_SET_STRING, key.encode(), os.fsencode(value), 0)
+        _call(FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
+        mount = _call(FSMOUNT, context, CLOEXEC, 0)
+    except OSError as error:
+        raise OSError(error.errno, _account(context) or error.strerror) from error
+    finally:
+        os.close(context)
+    try:
+        _call(MOVE_MOUNT, mount, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
+    finally:
+        os.close(mount)
+
+
+def _mount_by_page(source: str, lowers: Sequence[str], upper: str, work: str, target: Path) -> None:
+    options = f"lowerdir={':'.join(lowers)},upperdir={upper},workdir={work}".encode()
+    if len(options) >= os.sysconf("SC_PAGE_SIZE"):
+        raise OSError(errno.E2BIG, f"{len(lowers)} layers are too many for this kernel (Linux 6.5 takes 500)")
+    if _libc.mount(source.encode(), os.fsencode(target), b"overlay", 0, options) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(target))
+
+
+def _account(context: int) -> str:
+    """What the kernel wrote into the context's log: lines such as `e overlay: …`."""
+    lines = []
+    try:
+        while line := os.read(context, 4096):
+            lines.append(line.decode(errors="replace").strip().removeprefix("e ").removeprefix("w "))
+    except OSError:  # ENODATA: all read
+        return "; ".join(lines)
+    return "; ".join(lines)
+
+
+def _call(number: int, *arguments: int | bytes | None) -> int:
+    words = [ctypes.c_long(word) if isinstance(word, int) else ctypes.c_char_p(word) for word in arguments]
+    result: int = _libc.syscall(ctypes.c_long(number), *words)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def _unescape(field: str) -> str:
+    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        field = field.replace(code, character)
+    return field

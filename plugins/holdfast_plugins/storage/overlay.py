@@ -1,0 +1,97 @@
+"""Root file systems out of layers, by overlayfs: shared layers below, one writable layer per instance above.
+
+root/instances/ID/{upper,work}    survive a reboot
+run_root/instances/ID/rootfs      where it is mounted
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from holdfast.drivers import Host, Receipt, RootfsWant
+from holdfast.errors import NotPermitted, UnfitHost, WrongCall, WrongState
+from holdfast_plugins.storage.mounts import is_mounted, mount_overlay, mount_points, unmount
+
+MOST_LAYERS = 500  # OVL_MAX_STACK of the kernel
+
+
+class OverlayRootfs:
+    """The rootfs driver `overlay`."""
+
+    name = "overlay"
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    def check(self, want: RootfsWant) -> None:
+        """Raise UnfitHost without overlayfs, WrongState for layers that are missing or too many."""
+        if os.geteuid() != 0:
+            raise NotPermitted(f"mount root file system of {want.instance!r}: only root may mount")
+        if not 0 < len(want.layers) <= MOST_LAYERS:
+            raise WrongState(
+                f"mount root file system of {want.instance!r}: {len(want.layers)} layers "
+                f"(overlayfs takes 1 to {MOST_LAYERS})"
+            )
+        for layer in want.layers:
+            if not layer.is_dir():
+                raise WrongState(f"mount root file system of {want.instance!r}: {str(layer)!r} is no directory")
+
+    def ensure(self, want: RootfsWant) -> Receipt:
+        """Mount it; where it is mounted already, that costs two stat(2)."""
+        target, upper, work = self._places(want.instance)
+        if not is_mounted(target):
+            for folder in (target, work):
+                folder.mkdir(parents=True, exist_ok=True)
+            _make_upper(upper, want.layers[-1])
+            try:
+                mount_overlay(self.host.name, want.layers, upper, work, target)
+            except OSError as error:
+                raise UnfitHost(f"mount root file system {str(target)!r}: {error.strerror}") from error
+        return self._receipt(want.instance)
+
+    def observe(self) -> Iterable[Receipt]:
+        """What is mounted, and (with an empty data) what has a writable layer but is not mounted."""
+        parent = str(self.host.instance("x").parent) + "/"
+        mounted = {
+            point.path.removeprefix(parent).removesuffix("/rootfs")
+            for point in mount_points()
+            if point.type == "overlay" and point.path.startswith(parent) and point.path.endswith("/rootfs")
+        }
+        stored = {path.parent.name for path in (self.host.root / "instances").glob("*/upper")}
+        for instance in sorted(mounted | stored):
+            known = instance in mounted
+            yield self._receipt(instance) if known else Receipt("rootfs", self.name, instance, instance)
+
+    def remove(self, receipt: Receipt) -> None:
+        """Unmount it and delete what was written into it."""
+        target, upper, _ = self._places(receipt.id)
+        if is_mounted(target):
+            unmount(target)
+        for folder in (target, target.parent):
+            with suppress(OSError):  # gone, or others keep things there
+                folder.rmdir()
+        with suppress(FileNotFoundError):
+            shutil.rmtree(upper.parent)
+
+    def _places(self, instance: str) -> tuple[Path, Path, Path]:
+        if not instance or "/" in instance or instance in (".", ".."):
+            raise WrongCall(f"mount root file system of {instance!r}: not an instance (expected one path component)")
+        layer = self.host.root / "instances" / instance
+        return self.host.instance(instance) / "rootfs", layer / "upper", layer / "work"
+
+    def _receipt(self, instance: str) -> Receipt:
+        target, upper, _ = self._places(instance)
+        return Receipt("rootfs", self.name, instance, instance, {"path": str(target), "upper": str(upper)})
+
+
+def _make_upper(upper: Path, top: Path) -> None:
+    """The merged root directory takes its owner and mode from the upper one, so that has to look like the image's."""
+    if not upper.exists():
+        like = top.stat()
+        upper.mkdir(mode=0o700)
+        os.chown(upper, like.st_uid, like.st_gid)
+        upper.chmod(like.st_mode & 0o7777)
