@@ -1,0 +1,383 @@
+"""The agent → HTTP over a unix socket: what the CLI, and anyone in the agent's group, may ask of it.
+
+`daemon` serves it with `serving(agent, …)`; `cli.client` speaks it. Bodies are JSON; an error is
+`{"error": line, "class": name, "exit_code": number}`, so that a caller sees the very error that was raised here.
+
+    GET    /v1/status                              GET    /v1/events?after=N&limit=N[&follow=1]   (JSON lines)
+    GET    /v1/plan                                POST   /v1/sync         {"accept_rewrite": bool}
+    GET    /v1/containers/APP/NAME                 POST   /v1/containers/APP/NAME/{stop,start,restart,release}
+    GET    /v1/containers/APP/NAME/logs?tail=&since=&follow=&timestamps=                          (text)
+    GET    /v1/containers/APP/NAME/files           POST   /v1/containers/APP/NAME/exec   {"command": […], …}
+    GET    /v1/volumes[/APP/NAME]                  DELETE /v1/volumes/APP/NAME?force=
+    POST   /v1/volumes/prune                       GET    /v1/networks[/ID]
+    GET    /v1/images                              DELETE /v1/images?ref=
+    POST   /v1/images/{import,load}                GET    /v1/plugins
+    GET    /v1/stats
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import grp
+import json
+import os
+import pwd
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from aiohttp import web
+
+from holdfast.errors import (
+    Conflict,
+    HoldfastError,
+    NotFound,
+    NotPermitted,
+    TryAgain,
+    UnfitHost,
+    WrongCall,
+    WrongConfig,
+    WrongState,
+)
+from holdfast.observed import Json
+
+HEARTBEAT = 1.0  # seconds: a follower hears an empty line that often, and so knows that the agent lives
+
+HTTP_STATUS: tuple[tuple[type[HoldfastError], int], ...] = (
+    (NotFound, 404),
+    (WrongCall, 400),
+    (WrongState, 422),
+    (NotPermitted, 403),
+    (Conflict, 409),
+    (TryAgain, 503),
+    (UnfitHost, 503),
+)
+HOLDS: dict[str, Literal["stopped", "started", "restarted"]] = {
+    "stop": "stopped",
+    "start": "started",
+    "restart": "restarted",
+}
+
+
+class Agent(Protocol):
+    """What the API asks of the agent. Plain methods may block and are called from threads.
+
+    A target is `app/container`, and names something that is there, or NotFound is raised.
+    """
+
+    def status(self) -> Json:
+        """`Status.json()` of the last pass."""
+        ...
+
+    def plan(self) -> Json:
+        """`plan_json` of a preview made now; touches nothing."""
+        ...
+
+    async def sync(self, accept_rewrite: bool) -> Json:
+        """Ask the source, make a pass, and return the status after it."""
+        ...
+
+    def events(self, after: int, limit: int) -> Sequence[Json]:
+        """The events with an id above `after`, oldest first; the newest `limit` of them.
+
+        An event is {"id", "at" (epoch seconds), "kind", "subject", "message", …}.
+        """
+        ...
+
+    async def wait_events(self, after: int) -> None:
+        """Return when there is an event with an id above `after`; safe to cancel."""
+
+    def hold(self, target: str, kind: Literal["stopped", "started", "restarted"], by: str) -> None:
+        """Record what a person asks for, and wake the loop."""
+
+    def release(self, target: str) -> None:
+        """End a hold, and wake the loop."""
+
+    def inspect(self, target: str) -> Json:
+        """Everything known of a container: want, instances, receipts, paths."""
+        ...
+
+    def logs_of(self, target: str) -> Json:
+        """{"paths": the log file of each instance, oldest first}."""
+        ...
+
+    def exec_of(
+        self,
+        target: str,
+        command: Sequence[str],
+        *,
+        user: str = "",
+        env: Sequence[str] = (),
+        workdir: str = "",
+        tty: bool = False,
+    ) -> Sequence[str]:
+        """The argument list that runs a command inside the container's newest running instance."""
+        ...
+
+    def stats(self) -> Sequence[Json]:
+        """{"target", "instance", "memory", "memory_limit", "cpu_seconds", "pids"} of every running instance."""
+        ...
+
+    def volumes(self) -> Sequence[Json]:
+        """{"id", "driver", "path", "used_by": […], "orphan": bool} of every volume."""
+        ...
+
+    def volume(self, id: str) -> Json:
+        """One volume, in full."""
+        ...
+
+    def remove_volume(self, id: str, force: bool = False) -> None:
+        """Delete a volume and its data; Conflict when a container has it mounted, or (without force) declares it."""
+
+    def prune_volumes(self) -> Sequence[str]:
+        """Delete every volume that no app declares; return their ids."""
+        ...
+
+    def networks(self) -> Sequence[Json]:
+        """{"id", "driver", "subnet", "gateway", "interface", "internal", "endpoints": […]} of every network."""
+        ...
+
+    def network(self, id: str) -> Json:
+        """One network, in full."""
+        ...
+
+    def images(self) -> Sequence[Json]:
+        """{"ref", "digest", "size", "created", "used_by": […]} of every image in the store."""
+        ...
+
+    def import_image(self, path: str, ref: str) -> Json:
+        """Make an image of one layer out of a root file system's tar archive."""
+        ...
+
+    def load_image(self, path: str) -> Sequence[Json]:
+        """Take in the images of an OCI layout (directory or archive) or a docker-archive."""
+        ...
+
+    def remove_image(self, ref: str) -> Json:
+        """Forget a reference, and what only it needs."""
+        ...
+
+    def plugins(self) -> Sequence[Json]:
+        """{"name", "version", "state": "loaded" | "failed", "error", "drivers": […]} of every plugin."""
+        ...
+
+
+AGENT: web.AppKey[Agent] = web.AppKey("agent")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@asynccontextmanager
+async def serving(agent: Agent, path: Path, *, group: str | None = None) -> AsyncIterator[None]:
+    """Answer on a unix socket at `path` until the block ends.
+
+    The socket is its owner's alone (0600), or also its group's (0660). A socket that nobody listens on is replaced;
+    raises Conflict when somebody does.
+    """
+    application = web.Application(middlewares=[report])
+    application[AGENT] = agent
+    application.add_routes(ROUTES)
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    try:
+        listener = listen(path, group=group)
+        await web.SockSite(runner, listener).start()
+        yield
+    finally:
+        await runner.cleanup()
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+
+def listen(path: Path, *, group: str | None = None) -> socket.socket:
+    """Bind a unix socket that nobody but the owner and the group can connect to."""
+    if answers(path):
+        raise Conflict(f"listen on '{path}': another agent answers there (two agents need two names in agent.toml)")
+    gid = group_id(group) if group else -1
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        os.fchmod(listener.fileno(), 0o600)  # Linux gives the file this mode at bind: a chmod after it leaves a gap
+        listener.bind(str(path))
+        if group:
+            os.chown(path, -1, gid)
+            path.chmod(0o660)
+        listener.listen(64)
+    except OSError as error:
+        listener.close()
+        raise UnfitHost(f"listen on '{path}': {error.strerror}") from error
+    return listener
+
+
+def answers(path: Path) -> bool:
+    """Whether a process listens on the socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except OSError as error:
+            raise UnfitHost(f"connect to '{path}': {error.strerror}") from error
+        return True
+
+
+def group_id(name: str) -> int:
+    """The number of a group that agent.toml names."""
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise WrongConfig(f"socket group '{name}': there is no such group on this host") from None
+
+
+def caller(request: web.Request) -> str:
+    """Who asks, from the kernel (SO_PEERCRED, unix(7)): a user's name, or `uid N`."""
+    transport = request.transport
+    peer = transport.get_extra_info("socket") if transport else None
+    if peer is None:
+        return ""
+    _, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
+
+
+def error_json(error: HoldfastError) -> dict[str, Any]:
+    """An error as the API writes it."""
+    return {"error": str(error), "class": type(error).__name__, "exit_code": error.exit_code}
+
+
+@web.middleware
+async def report(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn what a handler raises on purpose into its JSON."""
+    try:
+        return await handler(request)
+    except HoldfastError as error:
+        code = next((code for kind, code in HTTP_STATUS if isinstance(error, kind)), 500)
+        return web.json_response(error_json(error), status=code)
+    except web.HTTPException as error:
+        wrong = WrongCall(f"{request.method} '{request.path}': {error.reason.lower()}")
+        return web.json_response(error_json(wrong), status=error.status)
+
+
+def target_of(request: web.Request) -> str:
+    return f"{request.match_info['app']}/{request.match_info['name']}"
+
+
+def number(request: web.Request, name: str, default: int) -> int:
+    text = request.query.get(name, "")
+    try:
+        return int(text) if text else default
+    except ValueError:
+        raise WrongCall(f"query '{name}={text}': not a whole number") from None
+
+
+async def body(request: web.Request) -> dict[str, Any]:
+    """The JSON object that a request carries; none is an empty one."""
+    text = await request.text()
+    try:
+        value = json.loads(text) if text else {}
+    except ValueError as error:
+        raise WrongCall(f"{request.method} '{request.path}': body is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise WrongCall(f"{request.method} '{request.path}': body is not a JSON object")
+    return value
+
+
+async def asked(value: dict[str, Any], key: str) -> str:
+    text = value.get(key)
+    if not isinstance(text, str) or not text:
+        raise WrongCall(f"body '{key}': a string is needed")
+    return text
+
+
+def answer(call: Callable[[Agent, web.Request], Any]) -> Handler:
+    """A handler that makes one blocking call in a thread and writes what it returns."""
+
+    async def handle(request: web.Request) -> web.Response:
+        return web.json_response(await asyncio.to_thread(call, request.app[AGENT], request))
+
+    return handle
+
+
+async def sync(request: web.Request) -> web.Response:
+    value = await body(request)
+    return web.json_response(await request.app[AGENT].sync(bool(value.get("accept_rewrite"))))
+
+
+async def hold(request: web.Request) -> web.Response:
+    agent, target, verb = request.app[AGENT], target_of(request), request.match_info["verb"]
+    if verb == "release":
+        await asyncio.to_thread(agent.release, target)
+    else:
+        await asyncio.to_thread(agent.hold, target, HOLDS[verb], caller(request))
+    return web.json_response({})
+
+
+async def exec_argv(request: web.Request) -> web.Response:
+    value = await body(request)
+    argv = await asyncio.to_thread(
+        request.app[AGENT].exec_of,
+        target_of(request),
+        [str(word) for word in value.get("command") or ()],
+        user=str(value.get("user") or ""),
+        env=[str(entry) for entry in value.get("env") or ()],
+        workdir=str(value.get("workdir") or ""),
+        tty=bool(value.get("tty")),
+    )
+    return web.json_response({"argv": list(argv)})
+
+
+async def take_image(request: web.Request) -> web.Response:
+    agent, value = request.app[AGENT], await body(request)
+    path = await asked(value, "path")
+    if request.match_info["verb"] == "load":
+        return web.json_response(await asyncio.to_thread(agent.load_image, path))
+    return web.json_response(await asyncio.to_thread(agent.import_image, path, await asked(value, "ref")))
+
+
+async def events(request: web.Request) -> web.StreamResponse:
+    """Events as JSON lines; with follow=1 until the caller goes, with an empty line when nothing happens."""
+    agent, after, limit = request.app[AGENT], number(request, "after", 0), number(request, "limit", 1000)
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+    await response.prepare(request)
+    with contextlib.suppress(ConnectionError):
+        while True:
+            found = await asyncio.to_thread(agent.events, after, limit)
+            after = max((int(event["id"]) for event in found), default=after)
+            await response.write("".join(json.dumps(event) + "\n" for event in found).encode() or b"\n")
+            if "follow" not in request.query:
+                break
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(agent.wait_events(after), HEARTBEAT)
+    return response
+
+
+ROUTES = [
+    web.get("/v1/status", answer(lambda agent, _: agent.status())),
+    web.get("/v1/plan", answer(lambda agent, _: agent.plan())),
+    web.post("/v1/sync", sync),
+    web.get("/v1/events", events),
+    web.get("/v1/containers/{app}/{name}", answer(lambda agent, request: agent.inspect(target_of(request)))),
+    web.get("/v1/containers/{app}/{name}/files", answer(lambda agent, request: agent.logs_of(target_of(request)))),
+    web.post("/v1/containers/{app}/{name}/exec", exec_argv),
+    web.post("/v1/containers/{app}/{name}/{verb:stop|start|restart|release}", hold),
+    web.get("/v1/stats", answer(lambda agent, _: agent.stats())),
+    web.get("/v1/volumes", answer(lambda agent, _: agent.volumes())),
+    web.post("/v1/volumes/prune", answer(lambda agent, _: agent.prune_volumes())),
+    web.get("/v1/volumes/{app}/{name}", answer(lambda agent, request: agent.volume(target_of(request)))),
+    web.delete(
+        "/v1/volumes/{app}/{name}",
+        answer(lambda agent, request: agent.remove_volume(target_of(request), "force" in request.query)),
+    ),
+    web.get("/v1/networks", answer(lambda agent, _: agent.networks())),
+    web.get("/v1/networks/{id:.+}", answer(lambda agent, request: agent.network(request.match_info["id"]))),
+    web.get("/v1/images", answer(lambda agent, _: agent.images())),
+    web.post("/v1/images/{verb:import|load}", take_image),
+    web.delete("/v1/images", answer(lambda agent, request: agent.remove_image(request.query.get("ref", "")))),
+    web.get("/v1/plugins", answer(lambda agent, _: agent.plugins())),
+]

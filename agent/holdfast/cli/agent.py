@@ -1,0 +1,83 @@
+"""agent, plugin list, schema, version, completion: the program itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from holdfast.cli import render
+from holdfast.cli.command import Group, command, config_path, json_option, reach
+
+if TYPE_CHECKING:
+    from click.shell_completion import ShellComplete
+
+
+@command("agent")
+def agent() -> int:
+    """Run the agent in the foreground.
+
+    SIGTERM and SIGINT end it and leave the containers running; SIGHUP reads agent.toml again.
+    """
+    from holdfast.daemon import run_agent
+
+    return run_agent(config_path())
+
+
+@click.group("plugin", cls=Group)
+def plugin() -> None:
+    """Plugins: where drivers come from."""
+
+
+@plugin.command("list")
+@json_option()
+def list_(json_: bool) -> None:
+    """List the plugins, what each offers, and why those failed that did."""
+    with reach() as node:
+        found = node.plugins()
+    if json_:
+        render.as_json(found)
+        return
+    rows = [
+        [each["name"], each.get("version") or "", render.state(each["state"]), " ".join(each.get("drivers") or ())]
+        for each in found
+    ]
+    errors = [[each["error"]] if each.get("error") else [] for each in found]
+    render.table(["PLUGIN", "VERSION", "STATE", "DRIVERS"], rows, notes=errors)
+
+
+@command("schema")
+def schema() -> None:
+    """Print the JSON Schema of state files, for editors."""
+    from holdfast.spec import json_schema
+
+    render.as_json(json_schema())
+
+
+@command("version")
+@json_option()
+def version(json_: bool) -> None:
+    """Print the version."""
+    from importlib.metadata import version as version_of
+
+    found = version_of("holdfast")
+    if json_:
+        render.as_json({"version": found})
+    else:
+        click.echo(f"holdfast {found}")
+
+
+@command("completion")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of a shell: eval "$(holdfast completion bash)"."""
+    from click.shell_completion import get_completion_class
+
+    kind: type[ShellComplete] | None = get_completion_class(shell)
+    if kind is None:
+        raise AssertionError(f"click knows no completion for {shell}")
+    root = click.get_current_context().find_root().command
+    click.echo(kind(root, {}, "holdfast", "_HOLDFAST_COMPLETE").source())
+
+
+COMMANDS = [agent, plugin, schema, version, completion]

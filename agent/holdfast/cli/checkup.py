@@ -1,0 +1,236 @@
+"""This host → a list of checks: what `holdfast doctor` prints. Reads; starts programs for their versions only."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from holdfast.errors import UnfitHost
+from holdfast.runtime import binaries
+
+if TYPE_CHECKING:
+    from holdfast.config import Config
+
+SECCOMP = Path("/usr/share/containers/seccomp.json")
+CGROUP = Path("/sys/fs/cgroup")
+NEEDED_KERNEL = (5, 3)  # pidfd_open(2)
+LITTLE_SPACE = 1 << 30
+FEW_WATCHES = 8192
+CONTROLLERS = ("cpu", "memory", "pids", "cpuset", "blkio")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at. warn: containers run, and something is less than it could be."""
+
+    subject: str
+    verdict: Literal["ok", "warn", "bad"]
+    detail: str
+    remedy: str = ""
+
+
+def checkup(config: Config | None) -> Iterator[Check]:
+    """Look at everything that the agent needs here; config None stands for its defaults."""
+    yield root()
+    yield kernel()
+    yield from cgroups()
+    yield runtime(config.runtime if config else "auto")
+    yield from programs()
+    yield seccomp()
+    yield overlay()
+    yield firewall()
+    yield forwarding()
+    yield from other_firewalls()
+    yield resolvers()
+    yield space(config.root if config else Path("/var/lib/holdfast"))
+    yield watches()
+
+
+def read(path: Path | str) -> str:
+    """A small file of the kernel's, "" if it is not there or not for us."""
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def root() -> Check:
+    if os.geteuid() == 0:
+        limits = binaries.host_limits()
+        if limits.may_exceed:
+            return Check("root", "ok", "with CAP_SYS_RESOURCE")
+        told = "without CAP_SYS_RESOURCE: limits are clamped to this process's, oom_score_adj can't be lowered"
+        return Check("root", "warn", told, "give the agent CAP_SYS_RESOURCE if state files ask for more")
+    return Check("root", "bad", f"uid {os.geteuid()}", "run the agent and this command as root")
+
+
+def kernel() -> Check:
+    release = platform.release()
+    numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit())
+    if numbers < NEEDED_KERNEL:
+        return Check("kernel", "bad", release, "5.3 or newer is needed (pidfd_open)")
+    return Check("kernel", "ok", release)
+
+
+def cgroups() -> Iterator[Check]:
+    """The layout, and which tree owns the controllers that limits need."""
+    unified = read(CGROUP / "cgroup.controllers").split()
+    hybrid = read(CGROUP / "unified" / "cgroup.controllers").split()
+    v1 = sorted(
+        line.split()[0] for line in read("/proc/cgroups").splitlines()[1:] if line.split()[1] != "0"
+    )
+    if unified:
+        missing = [name for name in CONTROLLERS if name.replace("blkio", "io") not in unified]
+        yield Check("cgroups", "warn" if missing else "ok", "v2" + lacking(missing), enable(missing))
+        return
+    if not v1:
+        yield Check("cgroups", "bad", f"nothing is mounted at {CGROUP}", "mount -t cgroup2 cgroup2 /sys/fs/cgroup")
+        return
+    missing = [name for name in CONTROLLERS if name not in v1]
+    layout = "hybrid: v1 and v2" if (CGROUP / "unified").is_dir() else "v1"
+    yield Check("cgroups", "warn" if missing else "ok", layout + lacking(missing), enable(missing))
+    if hybrid:
+        owned = ",".join(hybrid)
+        yield Check(
+            "cgroups: crun",
+            "warn",
+            f"v2 owns {owned}: crun refuses such a host, runc is used",
+            f"to use crun: mkdir -p {CGROUP}/{hybrid[0]} && mount -t cgroup -o {owned} cgroup {CGROUP}/{hybrid[0]}",
+        )
+
+
+def lacking(missing: list[str]) -> str:
+    return f", without {', '.join(missing)}" if missing else ""
+
+
+def enable(missing: list[str]) -> str:
+    return "enable these controllers on the kernel's command line: their limits can't be held" if missing else ""
+
+
+def runtime(setting: str) -> Check:
+    try:
+        found = binaries.find_runtime(setting)
+    except UnfitHost as error:
+        return Check("runtime", "bad", str(error), "apt-get install crun runc")
+    passed = [name for name in binaries.CANDIDATES if name != found.name]
+    others = "; ".join(f"{name} {binaries.obstacle_for(name)}" for name in passed if binaries.obstacle_for(name))
+    why = f"runtime = \"{setting}\"" + (f"; {others}" if others and setting == "auto" else "")
+    return Check("runtime", "ok", f"{found.name} {found.version} at {found.path} ({why})")
+
+
+def programs() -> Iterator[Check]:
+    yield program("conmon", "bad", "conmon")
+    yield program("git", "warn", "git", "needed when `state` is a git repository")
+    init = binaries.find_init()
+    if init:
+        yield Check("init", "ok", str(init))
+    else:
+        yield Check("init", "warn", "neither catatonit nor tini (for init = true)", "apt-get install catatonit")
+
+
+def program(name: str, without: Literal["warn", "bad"], package: str, told: str = "") -> Check:
+    path = binaries.find_program(name)
+    if path is None:
+        return Check(name, without, "not installed" + (f": {told}" if told else ""), f"apt-get install {package}")
+    return Check(name, "ok", f"{binaries.version_of(path)} at {path}")
+
+
+def seccomp() -> Check:
+    if SECCOMP.is_file():
+        return Check("seccomp profile", "ok", str(SECCOMP))
+    return Check(
+        "seccomp profile", "bad", f"no {SECCOMP}", "apt-get install golang-github-containers-common"
+    )
+
+
+def overlay() -> Check:
+    if "overlay" in read("/proc/filesystems").split():
+        return Check("overlayfs", "ok", "known to the kernel")
+    return Check("overlayfs", "bad", "not known to the kernel", "modprobe overlay")
+
+
+def firewall() -> Check:
+    library = ctypes.util.find_library("nftables")
+    path = binaries.find_program("nft")
+    if library is None and path is None:
+        return Check("nftables", "bad", "neither libnftables nor nft", "apt-get install nftables")
+    return Check("nftables", "ok", " and ".join(filter(None, (library, str(path) if path else ""))))
+
+
+def forwarding() -> Check:
+    if read("/proc/sys/net/ipv4/ip_forward") == "1":
+        return Check("ip_forward", "ok", "on")
+    return Check("ip_forward", "ok", "off: turned on when the first bridge needs it")
+
+
+def other_firewalls() -> Iterator[Check]:
+    """Who else decides about forwarded packets: an accept in our table does not undo a drop in theirs."""
+    if drops := forward_drops():
+        yield Check(
+            "other firewalls",
+            "warn",
+            f"{drops} drops what is forwarded by default",
+            "accept the agent's bridges there (Docker: in chain DOCKER-USER)",
+        )
+    if "ENABLED=yes" in read("/etc/ufw/ufw.conf"):
+        yield Check("ufw", "warn", "active: a reload flushes rules", "ufw route allow in on the agent's bridges")
+    if Path("/run/firewalld").is_dir() or Path("/var/run/firewalld.pid").exists():
+        yield Check("firewalld", "warn", "active", "add the agent's bridges to a zone that accepts forwarding")
+
+
+def forward_drops() -> str:
+    """The foreign base chain on the forward hook whose policy is drop, as `table chain`; "" if none is or none may be read."""
+    nft = binaries.find_program("nft")
+    if nft is None or os.geteuid() != 0:
+        return ""
+    try:
+        done = subprocess.run([nft, "list", "chains"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    table = chain = ""
+    for line in done.stdout.splitlines():
+        words = line.split()
+        if words[:1] == ["table"]:
+            table = " ".join(words[1:3])
+        elif words[:1] == ["chain"]:
+            chain = words[1]
+        elif "hook forward" in line and "policy drop" in line:
+            return f"{table} {chain}"
+    return ""
+
+
+def resolvers() -> Check:
+    lines = [line.split() for line in read("/etc/resolv.conf").splitlines()]
+    servers = [words[1] for words in lines if words[:1] == ["nameserver"] and len(words) > 1]
+    outside = [server for server in servers if not server.startswith("127.") and server != "::1"]
+    if outside:
+        return Check("name servers", "ok", ", ".join(outside))
+    upstream = Path("/run/systemd/resolve/resolv.conf")
+    if upstream.exists():
+        return Check("name servers", "ok", f"loopback only; containers get those of {upstream}")
+    told = "loopback only: not reachable from containers" if servers else "none in /etc/resolv.conf"
+    return Check("name servers", "warn", told, "name one in /etc/resolv.conf that is not on loopback")
+
+
+def space(place: Path) -> Check:
+    """Free space where images, volumes and writable layers are kept."""
+    there = next((parent for parent in (place, *place.parents) if parent.exists()), Path("/"))
+    free = shutil.disk_usage(there).free
+    told = f"{free / (1 << 30):.1f}GiB free at {place}"
+    if free < LITTLE_SPACE:
+        return Check("disk space", "warn", told, "free some, or set `root` in agent.toml to a larger file system")
+    return Check("disk space", "ok", told)
+
+
+def watches() -> Check:
+    limit = int(read("/proc/sys/fs/inotify/max_user_watches") or 0)
+    if limit < FEW_WATCHES:
+        return Check("inotify watches", "warn", f"{limit} allowed", "sysctl fs.inotify.max_user_watches=65536")
+    return Check("inotify watches", "ok", f"{limit} allowed")

@@ -1,0 +1,161 @@
+"""What every command has in common: `--config` before or after its name, the way to the agent, and targets.
+
+A command gets at all of it through `reach()`, `client()` and `settings()`, which load what they need when they are
+called: a command that only asks the agent must not wait for a schema library.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from holdfast.cli.client import Client
+from holdfast.errors import HoldfastError, NoAgent, NotFound, WrongCall
+
+if TYPE_CHECKING:
+    from holdfast.config import Config
+
+DEFAULT_CONFIG = "/etc/holdfast/agent.toml"
+META = "holdfast.config"
+
+
+class Command(click.Command):
+    """A command that takes --config."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(config_option())
+
+
+class Group(click.Group):
+    """A group whose commands all take --config, as it does itself."""
+
+    command_class = Command
+    group_class = type
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(config_option())
+
+
+def config_option() -> click.Option:
+    return click.Option(
+        ["--config"],
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        expose_value=False,
+        callback=remember_config,
+        help=f"The agent's settings.  [env: HOLDFAST_CONFIG; default: {DEFAULT_CONFIG}]",
+    )
+
+
+def remember_config(ctx: click.Context, _: click.Parameter, value: Path | None) -> None:
+    if value is not None:
+        ctx.meta[META] = value
+
+
+def config_path() -> Path:
+    """The agent.toml of this call: --config, HOLDFAST_CONFIG, or the default."""
+    chosen = click.get_current_context().meta.get(META)
+    return chosen if isinstance(chosen, Path) else Path(os.environ.get("HOLDFAST_CONFIG") or DEFAULT_CONFIG)
+
+
+def settings() -> Config:
+    """The whole agent.toml, read and validated."""
+    from holdfast.config import load_config
+
+    return load_config(config_path())
+
+
+def socket_path() -> Path:
+    """Where the agent listens. Reads the two keys that say so, and leaves the rest of agent.toml to the agent."""
+    try:
+        table = tomllib.loads(config_path().read_text())
+    except (OSError, ValueError):
+        return settings().socket  # raises what is wrong, as whoever validates the file says it
+    name, run_root = table.get("name", "holdfast"), table.get("run_root")
+    if not isinstance(name, str) or not isinstance(run_root, str | None):
+        return settings().socket
+    return Path(run_root or f"/run/{name}") / "agent.sock"
+
+
+def client() -> Client:
+    """The agent that agent.toml leads to; raises NoAgent if it does not run."""
+    found = Client(socket_path())
+    if not found.answers():
+        raise NoAgent(f"ask the agent on '{found.path}': nobody answers (start it with 'holdfast agent')")
+    return found
+
+
+@contextmanager
+def reach() -> Iterator[Any]:
+    """The running agent, or without one the node itself, which answers the same questions (`holdfast.api.Agent`)."""
+    found = Client(socket_path())
+    if found.answers():
+        yield found
+        return
+    from holdfast.daemon import open_node
+
+    with open_node(settings()) as node:
+        yield node
+
+
+def containers_of(status: Mapping[str, Any]) -> list[str]:
+    """Every container of a status, as `app/name`."""
+    return [f"{app}/{name}" for app, value in status["apps"].items() for name in value["containers"]]
+
+
+def resolve(status: Mapping[str, Any], target: str) -> str:
+    """The `app/name` that a target means; raises WrongCall where it means several, NotFound where it means none."""
+    known = containers_of(status)
+    if target in known:
+        return target
+    meant = [each for each in known if each.partition("/")[2] == target]
+    match meant:
+        case [one]:
+            return one
+        case []:
+            raise NotFound(f"container '{target}': no such container{nearest(target, known)}")
+        case _:
+            raise WrongCall(f"container '{target}': there are several ({', '.join(meant)})")
+
+
+def nearest(target: str, known: list[str]) -> str:
+    """A hint at what may have been meant, in parentheses."""
+    import difflib
+
+    by_name = {each if "/" in target else each.partition("/")[2]: each for each in known}
+    if close := difflib.get_close_matches(target, by_name, n=1):
+        return f" (did you mean '{by_name[close[0]]}'?)"
+    return f" (there is {', '.join(known)})" if 0 < len(known) <= 8 else ""
+
+
+def complete_target(ctx: click.Context, _: click.Parameter, typed: str) -> list[str]:
+    """For the shell: every container, and its short name where that is unique."""
+    try:
+        with ctx.scope(), reach() as node:
+            known = containers_of(node.status())
+    except HoldfastError:
+        return []
+    short = [each.partition("/")[2] for each in known]
+    unique = [name for name in short if short.count(name) == 1]
+    return [each for each in [*unique, *known] if each.startswith(typed)]
+
+
+def json_option() -> Any:
+    return click.option("--json", "json_", is_flag=True, help="Print JSON.")
+
+
+def target_argument() -> Any:
+    return click.argument("target", metavar="APP/NAME", shell_complete=complete_target)
+
+
+def command(name: str, **kwargs: Any) -> Any:
+    """A command of the top level."""
+    return click.command(name, cls=Command, **kwargs)

@@ -1,0 +1,184 @@
+"""logs, exec, stop, start, restart, release, inspect, stats: one container at a time."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import click
+
+from holdfast.cli import render
+from holdfast.cli.client import Client
+from holdfast.cli.command import client, command, json_option, reach, resolve, target_argument
+from holdfast.cli.since import Moment
+from holdfast.errors import NotPermitted, TryAgain, WrongCall
+
+Json = Mapping[str, Any]
+
+
+@command("logs")
+@target_argument()
+@click.option("-f", "--follow", is_flag=True, help="Go on as the container writes.")
+@click.option("--tail", type=click.IntRange(min=0), metavar="N", help="The last N lines only.")
+@click.option("--since", type=Moment(), help="Only what was written since then.")
+@click.option("-t", "--timestamps", is_flag=True, help="Say when each line was written.")
+def logs(target: str, follow: bool, tail: int | None, since: float | None, timestamps: bool) -> None:
+    """Print what a container wrote to stdout and stderr (the latter on stderr)."""
+    with reach() as node:
+        known = resolve(node.status(), target)
+        if os.geteuid() != 0 and isinstance(node, Client):
+            lines = node.logs(known, tail=tail, since=since, follow=int(follow) or None, timestamps=int(timestamps) or None)
+            for line in lines:
+                sys.stdout.buffer.write(line)
+                sys.stdout.buffer.flush()
+            return
+        print_logs(node.logs_of(known)["paths"], follow=follow, tail=tail, since=since, timestamps=timestamps)
+
+
+def print_logs(paths: list[str], *, follow: bool, tail: int | None, since: float | None, timestamps: bool) -> None:
+    from pathlib import Path
+
+    from holdfast.runtime import logs
+
+    places = [Path(path) for path in paths]
+    lines = logs.follow(places, tail, since) if follow else logs.read(places, tail, since)
+    for line in lines:
+        start = f"{render.clock(line.at)} " if timestamps else ""
+        click.echo(start + line.text, err=line.stream == "stderr")
+
+
+@command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("-i", "--interactive", is_flag=True, help="Hand on standard input.")
+@click.option("-t", "--tty", is_flag=True, help="Give it a terminal.")
+@click.option("-u", "--user", default="", metavar="USER[:GROUP]", help="Run as this user of the container.")
+@click.option("-e", "--env", multiple=True, metavar="KEY=VALUE", help="Add to its environment; may be repeated.")
+@click.option("-w", "--workdir", default="", metavar="PATH", help="Run in this directory of the container.")
+@target_argument()
+@click.argument("words", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND [ARGUMENT]...")
+def exec_(
+    interactive: bool, tty: bool, user: str, env: tuple[str, ...], workdir: str, target: str, words: tuple[str, ...]
+) -> None:
+    """Run a command inside a running container; its exit code becomes this one's."""
+    if os.geteuid() != 0:
+        raise NotPermitted("exec: only root may enter a container (sudo holdfast exec …)")
+    if tty and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise WrongCall("exec --tty: standard input and output are no terminal (leave out -t)")
+    for entry in env:
+        if "=" not in entry:
+            raise WrongCall(f"exec --env '{entry}': no value (expected KEY=VALUE)")
+    with reach() as node:
+        known = resolve(node.status(), target)
+        argv = list(node.exec_of(known, words, user=user, env=env, workdir=workdir, tty=tty))
+    if not interactive:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.execvp(argv[0], argv)
+
+
+def holding(verb: str, text: str, reached: Callable[[Json, frozenset[str]], bool]) -> click.Command:
+    """A command that asks the agent for something by hand and waits until that is so."""
+
+    @command(verb, help=text)
+    @target_argument()
+    @click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds to wait at most.")
+    @click.option("--no-wait", is_flag=True, help="Only ask.")
+    def act(target: str, timeout: float, no_wait: bool) -> None:
+        agent = client()
+        status = agent.status()
+        known = resolve(status, target)
+        before = running(container(status, known))
+        agent.act(known, verb)
+        if not no_wait:
+            wait(agent, known, verb, timeout, lambda now: reached(now, before))
+
+    return act  # type: ignore[no-any-return]
+
+
+def container(status: Json, target: str) -> Json:
+    app, _, name = target.partition("/")
+    found: Json = status["apps"].get(app, {}).get("containers", {}).get(name, {})
+    return found
+
+
+def running(container: Json) -> frozenset[str]:
+    """The processes of a container: instance and start time, so that one that was started anew is another."""
+    live = (each for each in container.get("instances", ()) if each["state"] == "running")
+    return frozenset(f"{each['id']} {each['started_at']}" for each in live)
+
+
+def wait(agent: Client, target: str, verb: str, timeout: float, reached: Callable[[Json], bool]) -> None:
+    deadline = time.monotonic() + timeout
+    for _ in agent.follow(limit=1):
+        now = container(agent.status(), target)
+        if reached(now):
+            return
+        if now.get("state") == "failed" or time.monotonic() >= deadline:
+            told = f": {now['reason']}" if now.get("reason") else ""
+            raise TryAgain(f"{verb} '{target}': it is {now.get('state', 'gone')} after {render.span(timeout)}{told}")
+
+
+stop = holding(
+    "stop", "Stop a container and keep it stopped until it is released.", lambda now, _: not running(now)
+)
+start = holding("start", "Start a container that does not run.", lambda now, _: bool(running(now)))
+restart = holding(
+    "restart", "Stop a container and start it again.", lambda now, before: bool(running(now) - before)
+)
+release = holding("release", "End what was asked for by hand: the commit decides again.", lambda now, _: not now["held"])
+
+
+@command("inspect")
+@target_argument()
+@json_option()
+def inspect(target: str, json_: bool) -> None:
+    """Print everything that is known of a container: what is wanted, what runs, what was made for it."""
+    with reach() as node:
+        found = node.inspect(resolve(node.status(), target))
+    if json_:
+        render.as_json(found)
+        return
+    for line in render.pairs(found):
+        click.echo(line)
+
+
+@command("stats")
+@json_option()
+def stats(json_: bool) -> None:
+    """Show what each running container uses: CPU over half a second, memory, processes."""
+    with reach() as node:
+        before = {each["instance"]: each for each in node.stats()}
+        started = time.monotonic()
+        time.sleep(0.5 if before else 0)
+        found = list(node.stats())
+        passed = max(time.monotonic() - started, 0.001)
+    rows = list(usage(before, found, passed))
+    if json_:
+        render.as_json(rows)
+    elif not rows:
+        click.echo("nothing runs")
+    else:
+        render.table(
+            ["CONTAINER", "CPU", "MEMORY", "LIMIT", "PROCESSES"],
+            [
+                [
+                    row["target"],
+                    f"{row['cpu_percent']:.1f}%",
+                    render.size(row["memory"]),
+                    render.size(row["memory_limit"]) or "-",
+                    str(row["pids"]),
+                ]
+                for row in rows
+            ],
+        )
+
+
+def usage(before: Mapping[str, Json], found: list[Json], passed: float) -> Iterator[dict[str, Any]]:
+    """The later reading, with the share of one core that was used since the earlier one."""
+    for each in found:
+        earlier = before.get(each["instance"], each)
+        yield {**each, "cpu_percent": 100 * (each["cpu_seconds"] - earlier["cpu_seconds"]) / passed}
+
+
+COMMANDS = [logs, exec_, stop, start, restart, release, inspect, stats]

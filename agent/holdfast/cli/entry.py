@@ -1,0 +1,88 @@
+"""From the process to a command and back to an exit code: the one place where errors become lines."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from holdfast.cli import agent, containers, doctor, events, images, networks, state, volumes
+from holdfast.cli.command import Group
+from holdfast.errors import HoldfastError
+
+BUG = 70  # EX_SOFTWARE
+USAGE = 64  # EX_USAGE; click's own 2 means "there are changes" here
+INTERRUPTED = 130
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def holdfast() -> None:
+    """Hold this host fast to what was committed.
+
+    Containers are addressed as APP/NAME, or as NAME where that is unique.
+    """
+
+
+for module in (state, containers, events, images, volumes, networks, doctor, agent):
+    for command in module.COMMANDS:
+        holdfast.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code. Called by the console script."""
+    try:
+        code = run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone; Python would say so once more at exit, when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    return code
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    try:
+        result = holdfast.main(arguments, prog_name="holdfast", standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        return USAGE
+    except click.ClickException as error:
+        click.echo(f"holdfast: {error.format_message()}", err=True)
+        return USAGE
+    except (click.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except HoldfastError as error:
+        click.echo(f"holdfast: {error}", err=True)
+        return error.exit_code
+    except ExceptionGroup as group:
+        return told(group)
+    except Exception:
+        click.echo(traceback.format_exc() + "holdfast: this is a bug; please report it with the lines above", err=True)
+        return BUG
+    return result if isinstance(result, int) else 0
+
+
+def told(group: ExceptionGroup[Exception]) -> int:
+    """Print every deliberate error of a group, a line each; anything else in it is a bug."""
+    expected, bugs = group.split(HoldfastError)
+    if bugs is not None:
+        click.echo("".join(traceback.format_exception(group)), err=True)
+        return BUG
+    code = 0
+    for error in leaves(expected):
+        click.echo(f"holdfast: {error}", err=True)
+        code = code or error.exit_code
+    return code
+
+
+def leaves(group: ExceptionGroup[HoldfastError] | None) -> list[HoldfastError]:
+    """The errors of a group and of the groups in it."""
+    found: list[HoldfastError] = []
+    for error in group.exceptions if group else ():
+        found.extend(leaves(error) if isinstance(error, ExceptionGroup) else [error])
+    return found

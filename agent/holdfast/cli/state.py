@@ -1,0 +1,261 @@
+"""check, plan, apply, sync, status: what was asked for, what will happen, how it stands."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from holdfast.cli import render
+from holdfast.cli.client import Client
+from holdfast.cli.command import client, command, config_path, json_option, reach, settings, socket_path
+from holdfast.errors import HoldfastError, TryAgain, WrongCall, WrongState
+
+Json = Mapping[str, Any]
+CHANGES = 2
+PATIENCE = 300.0  # seconds that apply and sync --wait wait by default
+
+
+@command("check")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+def check(paths: tuple[Path, ...]) -> None:
+    """Read state files (or directories of them) and print everything that is wrong with them."""
+    from holdfast.spec import load
+    from holdfast.spec.model import NodeFacts
+
+    facts = settings().facts if config_path().exists() else NodeFacts(name="")
+    spec = load(dict(read_state(paths)), facts)
+    for problem in spec.problems:
+        click.echo(str(problem))
+    if spec.problems:
+        files = len({problem.path for problem in spec.problems})
+        raise WrongState(f"check: {counted(len(spec.problems), 'problem')} in {counted(files, 'file')}")
+    containers = sum(len(app.containers) for app in spec.apps.values())
+    click.echo(f"{counted(len(spec.apps), 'app')}, {counted(containers, 'container')}: ok")
+
+
+def read_state(paths: tuple[Path, ...]) -> Iterator[tuple[str, bytes]]:
+    """The files of a snapshot, named as the caller named them; a state file brings what lies beside it."""
+    for path in paths:
+        if not path.exists():
+            raise WrongCall(f"check '{path}': no such file or directory")
+        try:
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
+                    yield str(file.relative_to(path) if path.is_dir() else file), file.read_bytes()
+        except OSError as error:
+            raise WrongCall(f"check '{error.filename}': {error.strerror}") from error
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+@command("plan")
+@json_option()
+def plan(json_: bool) -> int:
+    """Show what the agent would do now, and why. Touches nothing.
+
+    Exits 0 when there is nothing to do, 2 when there are changes, 1 on any error.
+    """
+    try:
+        with reach() as node:
+            found = node.plan()
+    except HoldfastError as error:
+        click.echo(f"holdfast: {error}", err=True)
+        return 1
+    if json_:
+        render.as_json(found)
+    else:
+        show_plan(found)
+    return 0 if found["empty"] else CHANGES
+
+
+def show_plan(plan: Json) -> None:
+    for app, steps in plan["apps"].items():
+        click.echo(render.paint(app or "the node", None, bold=True))
+        for step in steps:
+            show_step(step)
+    for title, colour in (("waiting", render.BUSY), ("drift", render.BUSY)):
+        if lines := plan[title]:
+            click.echo(render.paint(title, colour))
+            for subject, why in lines.items():
+                render.note(f"{subject}: {why}", indent=2, colour=None)
+    if plan["empty"]:
+        click.echo("nothing to do")
+    else:
+        click.echo(f"\n{counted(sum(len(steps) for steps in plan['apps'].values()), 'change')}; 'holdfast sync' asks for them now")
+
+
+MARKS = {"start": ("+", render.GOOD), "create": ("+", render.GOOD), "stage": ("·", render.QUIET)} | {
+    verb: ("-", render.BAD) for verb in ("stop", "remove", "delete", "forget")
+}
+
+
+def show_step(step: Json) -> None:
+    """One line: a mark, verb and object, and the reason in the colour of remarks."""
+    mark, colour = MARKS.get(step["verb"].split()[0], ("~", render.BUSY))
+    told = f"{step['verb']} {step['object']}".strip()
+    reasons = step["changes"] or [step["reason"]]
+    head = f"  {mark} {told}"
+    if len(reasons) == 1 and len(head) + len(reasons[0]) + 2 <= (render.width() or 10_000):
+        click.echo(render.paint(head, colour) + "  " + render.paint(reasons[0], render.QUIET))
+        return
+    click.echo(render.paint(head, colour))
+    for reason in reasons:
+        render.note(reason, indent=6)
+
+
+@command("sync")
+@click.option("--accept-rewrite", is_flag=True, help="Take a branch whose history was rewritten as it is now.")
+@click.option("--wait", is_flag=True, help="Wait until the node is converged.")
+@click.option("--timeout", type=float, default=PATIENCE, show_default=True, help="Seconds to wait at most.")
+def sync(accept_rewrite: bool, wait: bool, timeout: float) -> None:
+    """Have the agent read the source and make a pass now."""
+    agent = client()
+    status = agent.sync(accept_rewrite)
+    if wait:
+        status = converge(agent, timeout)
+    click.echo(headline(status))
+    if status["source"].get("error"):
+        raise TryAgain(f"sync: {status['source']['error']}")
+
+
+@command("apply")
+@click.option("--timeout", type=float, default=PATIENCE, show_default=True, help="Seconds to wait at most.")
+@json_option()
+def apply(timeout: float, json_: bool) -> None:
+    """Converge once and exit, with or without an agent running. Exits 0 only when the node is converged."""
+    agent = Client(socket_path())
+    if agent.answers():
+        agent.sync(False)
+        status = converge(agent, timeout)
+    else:
+        from holdfast.daemon import apply_once
+
+        status = apply_once(settings(), timeout)
+    if json_:
+        render.as_json(status)
+    elif status["converged"]:
+        click.echo(headline(status))
+    if not status["converged"]:
+        raise TryAgain(f"apply: not converged after {render.span(timeout)}: " + "; ".join(status["blockers"]))
+
+
+def converge(agent: Client, timeout: float) -> Json:
+    """Follow the agent until the node is converged or the time is up; return its last status."""
+    deadline = time.monotonic() + timeout
+    status: Json = agent.status()
+    for _ in agent.follow(limit=1):
+        if status["converged"] or time.monotonic() >= deadline:
+            break
+        status = agent.status()
+    return status
+
+
+@command("status")
+@json_option()
+@click.option("--watch", is_flag=True, help="Show it anew whenever something happens.")
+def status(json_: bool, watch: bool) -> None:
+    """Show how the node stands: per app what is asked for, what runs, and why it differs."""
+    show = render.as_json if json_ else show_status
+    if watch:
+        agent = client()
+        for _ in agent.follow(limit=1):
+            now = agent.status()
+            render.clear()
+            show(now)
+        return
+    with reach() as node:
+        show(node.status())
+
+
+def headline(status: Json) -> str:
+    """The node in one line: its name, whether it is converged, and the commit that it holds."""
+    verdict = render.state("converged" if status["converged"] else "not converged")
+    parts = [f"{render.paint(status['node'] or 'this node', None, bold=True)}: {verdict}"]
+    commit = status["commit"]
+    if revision := status["revision"]:
+        parts.append(revision[:10])
+    if message := commit.get("message"):
+        parts.append(message.splitlines()[0][:50])
+    about = [text for text in (commit.get("author"), render.ago(commit.get("at"))) if text]
+    return "  ".join(parts) + (render.paint(f"  ({', '.join(about)})", render.QUIET) if about else "")
+
+
+def show_status(status: Json) -> None:
+    click.echo(headline(status))
+    if note := status["agent"].get("note"):
+        render.note(str(note), colour=render.BUSY)
+    if status["apps"]:
+        click.echo()
+        show_apps(status)
+    source = status["source"]
+    if source.get("error"):
+        later = f" (tried again {render.ago(source['next_try'])})" if source.get("next_try") else ""
+        listed("source", [f"{source['error']}{later}"])
+    listed("state files", status["problems"])
+    listed("plugins", [f"{plugin['name']}: {plugin['error']}" for plugin in status["plugins"]])
+    listed("held by hand", [f"{subject}: {why}" for subject, why in status["drift"].items()])
+
+
+def listed(title: str, lines: list[str]) -> None:
+    if lines:
+        click.echo("\n" + render.paint(title, render.BUSY))
+        for line in lines:
+            render.note(line, indent=2, colour=None)
+
+
+def show_apps(status: Json) -> None:
+    """A row for each app and each of its instances; what needs words follows below its row."""
+    rows: list[tuple[list[str], list[str]]] = []
+    for name, app in status["apps"].items():
+        generation = f"gen {app['generation']}" if app["generation"] is not None else ""
+        reason = app["reason"] if app["state"] not in ("degraded", "converged", "held") else ""
+        rows.append(([render.paint(name, None, bold=True), render.state(app["state"]), generation, "", "", ""], [reason]))
+        for container, value in app["containers"].items():
+            rows.extend(container_rows(container, value, status["at"]))
+    head = ["NAME", "STATE", "SINCE", "RESTARTS", "ADDRESS", "PORTS"]
+    render.table(head, [row for row, _ in rows], notes=[notes for _, notes in rows])
+
+
+def container_rows(name: str, container: Json, at: float) -> Iterator[tuple[list[str], list[str]]]:
+    instances = container["instances"] or [None]
+    for number, instance in enumerate(instances):
+        newest = number == len(instances) - 1
+        word = container["state"] if newest else instance["state"]
+        notes = list(container_notes(container, at)) if newest else []
+        yield (
+            [f"  {name}" if number == 0 else "", render.state(word), *instance_cells(instance, at), ports(container, newest)],
+            [*notes, *(instance_notes(instance) if instance else ())],
+        )
+
+
+def ports(container: Json, newest: bool) -> str:
+    return " ".join(port.removesuffix("/tcp") for port in container["ports"]) if newest else ""
+
+
+def instance_cells(instance: Json | None, at: float) -> list[str]:
+    if instance is None:
+        return ["", "", ""]
+    since = instance["exited_at"] or instance["started_at"]
+    address = next((address for address in instance["addresses"].values() if address), "")
+    restarts = str(instance["restarts"]) if instance["restarts"] else ""
+    return [render.ago(since, at).removesuffix(" ago"), restarts, address if instance["state"] == "running" else ""]
+
+
+def container_notes(container: Json, at: float) -> Iterator[str]:
+    later = f" (next try {render.ago(container['next_at'], at)})" if container["next_at"] else ""
+    if container["reason"] or later:
+        yield (container["reason"] + later).strip()
+
+
+def instance_notes(instance: Json) -> Iterator[str]:
+    yield from instance["faults"]
+    yield from (f"warning: {warning}" for warning in instance["warnings"])
+
+
+COMMANDS = [check, plan, apply, sync, status]

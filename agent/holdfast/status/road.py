@@ -1,0 +1,154 @@
+"""The rounds of a preview → steps in words, grouped by app: what `holdfast plan` prints. Pure.
+
+Several actions on one container are one step to a person: stop, remove and start are "replace". A step stands where
+the last of its actions stands, so reading down is the order in which things come to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from holdfast.plan.actions import (
+    Action,
+    EnsureNetwork,
+    ForgetApp,
+    MarkGood,
+    Plan,
+    RemoveInstance,
+    RemoveNetwork,
+    RemoveOrphan,
+    RemoveVolume,
+    StageGeneration,
+    StartInstance,
+    StopInstance,
+    UpdateInstance,
+    WriteFirewall,
+    WriteNames,
+)
+
+
+@dataclass(slots=True)
+class Step:
+    """One line of a plan: verb and object in words, why, and the actions that carry it out."""
+
+    verb: str
+    object: str
+    reason: str
+    round: int
+    subject: str
+    changes: list[str] = field(default_factory=list)
+    actions: list[str] = field(default_factory=list)
+
+
+def plan_json(rounds: Sequence[Plan]) -> dict[str, Any]:
+    """The value that `holdfast plan --json` prints.
+
+    empty: nothing to do. apps: name → steps; what belongs to the node itself is under "". waiting and drift:
+    subject → why, as far as no round of the preview does something about it.
+    """
+    steps: dict[tuple[str, str], Step] = {}
+    apps: dict[str, list[Step]] = {}
+    for number, action in _actions(rounds):
+        key = (action.app, action.subject)
+        if (step := steps.pop(key, None)) is None:
+            step = Step(verb="", object="", reason=action.reason, round=number, subject=action.subject)
+        else:
+            apps[action.app].remove(step)
+        steps[key] = step
+        apps.setdefault(action.app, []).append(step)
+        _extend(step, action, number)
+    last = rounds[-1] if rounds else Plan()
+    done = {action.subject for _, action in _actions(rounds)}
+    return {
+        "empty": not steps,
+        "rounds": sum(not plan.empty for plan in rounds),
+        "apps": {name: [_step_json(step) for step in apps[name]] for name in sorted(apps) if apps[name]},
+        "waiting": {subject: why for subject, why in last.waiting.items() if subject not in done},
+        "drift": dict(rounds[0].drift) if rounds else {},
+    }
+
+
+def _actions(rounds: Sequence[Plan]) -> Iterator[tuple[int, Action]]:
+    """Every action that changes something, with its round, from 1. To note that an app is good changes nothing."""
+    for number, plan in enumerate(rounds, start=1):
+        yield from ((number, action) for action in plan.actions if not isinstance(action, MarkGood))
+
+
+def _extend(step: Step, action: Action, number: int) -> None:
+    verb, name = words(action)
+    step.verb = _merged(step, action) if step.actions else verb
+    step.object = name
+    step.round = number
+    step.actions.append(action.verb)
+    if isinstance(action, UpdateInstance):
+        step.changes.extend(f"{change} ({_effect(change.effect)})" for change in action.changes)
+
+
+def _merged(step: Step, action: Action) -> str:
+    """The verb of a step that is carried out by several actions, this one being the last."""
+    match action:
+        case StartInstance(instance=None) if "StopInstance" in step.actions or "RemoveInstance" in step.actions:
+            return "replace"
+        case StartInstance():
+            return "restart" if "StopInstance" in step.actions else step.verb
+        case RemoveInstance():
+            return "replace" if "StartInstance" in step.actions else "remove"
+        case StopInstance():
+            return "replace" if "StartInstance" in step.actions else step.verb
+        case _:
+            return step.verb
+
+
+def _effect(effect: str) -> str:
+    return {"live": "applied live", "record": "noted", "replace": "replaces it"}.get(effect, effect)
+
+
+def words(action: Action) -> tuple[str, str]:
+    """An action's verb and object as a person says them; the object leaves out the app."""
+    match action:
+        case StageGeneration():
+            return "stage", ""
+        case EnsureNetwork(network=network):
+            return "create network", _short(network)
+        case RemoveNetwork(network=network):
+            return "remove network", _short(network)
+        case StartInstance(container=container, instance=instance):
+            return ("start" if instance is None else "restart"), container
+        case StopInstance(container=container):
+            return "stop", container
+        case UpdateInstance(container=container):
+            return "update", container
+        case RemoveInstance(container=container):
+            return "remove", container
+        case RemoveVolume(volume=volume):
+            return "delete volume", _short(volume)
+        case MarkGood(generation=generation):
+            return "note as good", f"generation {generation}"
+        case ForgetApp():
+            return "forget", ""
+        case WriteFirewall():
+            return "write firewall", ""
+        case WriteNames():
+            return "write names", ""
+        case RemoveOrphan(receipt=receipt):
+            return f"remove orphan {receipt.kind}", receipt.id
+        case _:
+            raise AssertionError(f"no words for {action.verb}")
+
+
+def _short(qualified: str) -> str:
+    return qualified.rpartition("/")[2]
+
+
+def _step_json(step: Step) -> Mapping[str, Any]:
+    return {
+        "verb": step.verb,
+        "object": step.object,
+        "reason": step.reason,
+        "round": step.round,
+        "subject": step.subject,
+        "changes": step.changes,
+        "actions": step.actions,
+    }

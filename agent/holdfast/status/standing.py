@@ -1,0 +1,341 @@
+"""(Spec, Observed, History, Plan) → Status: what the operator reads. Pure.
+
+The daemon makes one at the end of each pass; `api` and `cli` hand its JSON on. The states and their laws:
+
+    an app is …  when                                                                  what follows
+    removing     it is not in the revision any more, and something of it is still here  it is taken away
+    invalid      its state file does not load                                           its last good generation stays
+    failed       its newest generation could not be staged, or is quarantined           what ran before runs on
+    degraded     a container that should run does not, or something of it is missing    it is restarted, or given up
+    changing     the plan has actions for it                                            they are carried out
+    waiting      it waits for another app, a dependency or a moment                     it goes on when that comes
+    held         a person stopped a container of it by hand                             `holdfast release` ends that
+    converged    none of these                                                          nothing
+
+    a container is …  when
+    running           its process runs
+    starting          it is about to be started, or being made
+    restarting        its process ended, or its start failed, and another try is due (back-off)
+    failed            its process ended too often, or its start can't succeed: only a change helps
+    exited            its process ended badly and its policy says no
+    completed         its process ended well and its policy says that this is the end
+    stopped           a person stopped it
+    waiting           it was not started yet, because of what `reason` names
+    missing           it should be there, and nothing is being done about it
+
+The first row of the first table that is true is the app's state. The node is converged when every app is, the plan
+is empty, nothing waits and every state file loads. An unreachable source is shown, and changes nothing of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from holdfast.observed import Exit, Failure, Generation, History, Hold, Instance, Json, Observed
+from holdfast.plan.actions import Action, MarkGood, Plan, StartInstance
+from holdfast.plan.restart import verdict
+from holdfast.spec.model import App, Container, Spec
+
+AppState = Literal["removing", "invalid", "failed", "degraded", "changing", "waiting", "held", "converged"]
+ContainerState = Literal[
+    "running", "starting", "restarting", "failed", "exited", "completed", "stopped", "waiting", "missing"
+]
+
+DEGRADING: frozenset[ContainerState] = frozenset({"restarting", "failed", "exited", "missing"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceStatus:
+    """One run of a container. exit_code is 128 + signal after a signal; None while it runs or when nobody saw it."""
+
+    id: str
+    generation: int
+    state: str
+    pid: int | None
+    restarts: int
+    exit_code: int | None
+    signal: int | None
+    oom: bool
+    addresses: Mapping[str, str]
+    started_at: float | None
+    exited_at: float | None
+    warnings: tuple[str, ...]
+    faults: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerStatus:
+    """One container of an app. next_at: when it is started again after a failure. held: by whom, how and since when."""
+
+    state: ContainerState
+    reason: str
+    image: str
+    ports: tuple[str, ...]
+    next_at: float | None
+    held: Hold | None
+    instances: tuple[InstanceStatus, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppStatus:
+    """One app. generation and revision are those of what runs (or of the newest try, when nothing runs)."""
+
+    state: AppState
+    reason: str
+    path: str
+    generation: int | None
+    revision: str
+    containers: Mapping[str, ContainerStatus]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """The node as a person reads it. blockers: why it is not converged, a line each; empty when it is."""
+
+    node: str
+    at: float
+    converged: bool
+    blockers: tuple[str, ...]
+    revision: str
+    commit: Json
+    source: Json
+    problems: tuple[str, ...]
+    plugins: tuple[Json, ...]
+    apps: Mapping[str, AppStatus]
+    waiting: Mapping[str, str]
+    drift: Mapping[str, str]
+    agent: Json = field(default_factory=dict)
+
+    def json(self) -> dict[str, Any]:
+        """The value that `holdfast status --json` prints."""
+        return asdict(self)
+
+
+def make_status(
+    *,
+    spec: Spec | None,
+    observed: Observed,
+    history: History,
+    plan: Plan,
+    source: Json,
+    node: str = "",
+    plugins: Iterable[Json] = (),
+    agent: Json | None = None,
+) -> Status:
+    """Say how the node stands.
+
+    spec: None when no revision was ever read. source: revision (id), commit {id, author, message, at}, error,
+    next_try (epoch seconds or None). plugins: name and error of those that failed. agent: version, pid and the like.
+    """
+    apps = {name: _app(name, spec, observed, history, plan) for name in _names(spec, observed, history)}
+    blockers = tuple(_blockers(spec, source, apps, plan))
+    return Status(
+        node=node,
+        at=observed.at,
+        converged=not blockers,
+        blockers=blockers,
+        revision=str(source.get("revision") or ""),
+        commit=dict(source.get("commit") or {}),
+        source=dict(source),
+        problems=tuple(str(problem) for problem in spec.problems) if spec else (),
+        plugins=tuple(plugins),
+        apps=apps,
+        waiting=dict(plan.waiting),
+        drift=dict(plan.drift),
+        agent=dict(agent or {}),
+    )
+
+
+def app_of(subject: str) -> str:
+    """The app that a plan's subject belongs to: `shop/web` and `network shop/front` are shop's; "" is the node's."""
+    kind, _, rest = subject.rpartition(" ")
+    if kind.startswith("orphan") or (not kind and rest in ("firewall", "names")):
+        return ""
+    return rest.split("/")[0] if not kind or "/" in rest else ""
+
+
+def _names(spec: Spec | None, observed: Observed, history: History) -> list[str]:
+    names = set(history.generations) | {instance.app for instance in observed.instances}
+    if spec:
+        names |= set(spec.apps) | set(spec.broken.values())
+    return sorted(names)
+
+
+def _blockers(spec: Spec | None, source: Json, apps: Mapping[str, AppStatus], plan: Plan) -> Iterator[str]:
+    if spec is None:
+        yield f"no revision was read yet: {source.get('error') or 'the source was not asked so far'}"
+    else:
+        yield from (str(problem) for problem in spec.problems if problem.path in spec.broken)
+        told = {problem.path for problem in spec.problems}
+        yield from (f"{path}: does not load" for path in spec.broken if path not in told)
+    for name, app in apps.items():
+        if app.state != "converged":
+            yield f"{name}: {app.state}" + (f": {app.reason}" if app.reason else "")
+    for subject, why in plan.waiting.items():
+        if app_of(subject) not in apps:
+            yield f"{subject}: {why}"
+    for action in plan.actions:
+        if action.app not in apps:
+            yield f"{action.subject}: {action.reason}"
+
+
+def _app(name: str, spec: Spec | None, observed: Observed, history: History, plan: Plan) -> AppStatus:
+    generations = history.generations.get(name, ())
+    wanted = spec.apps.get(name) if spec else None
+    shown = wanted or (generations[-1].app if generations else None)
+    containers = {
+        container: _container(f"{name}/{container}", shown, observed, history, plan)
+        for container in _containers(name, shown, observed)
+    }
+    state, reason = _app_state(name, spec, containers, history, plan)
+    current = _current(generations)
+    return AppStatus(
+        state=state,
+        reason=reason,
+        path=shown.path if shown else next((p for p, n in spec.broken.items() if n == name), "") if spec else "",
+        generation=current.number if current else None,
+        revision=current.revision if current else "",
+        containers=containers,
+    )
+
+
+def _containers(name: str, app: App | None, observed: Observed) -> list[str]:
+    declared = list(app.containers) if app else []
+    left = {i.container for i in observed.instances if i.app == name} - set(declared)
+    return [*declared, *sorted(left)]
+
+
+def _current(generations: Sequence[Generation]) -> Generation | None:
+    running = [generation for generation in generations if generation.state in ("active", "good")]
+    return (running or list(generations) or [None])[-1]
+
+
+def _app_state(
+    name: str,
+    spec: Spec | None,
+    containers: Mapping[str, ContainerStatus],
+    history: History,
+    plan: Plan,
+) -> tuple[AppState, str]:
+    broken = name in spec.broken.values() if spec else False
+    wanted = spec.apps.get(name) if spec else None
+    actions = [action for action in plan.actions if action.app == name]
+    waiting = [f"{subject}: {why}" for subject, why in plan.waiting.items() if app_of(subject) == name]
+    if broken and not wanted:
+        return "invalid", _broken_reason(name, spec)
+    if spec and not wanted:
+        return "removing", waiting[0] if waiting else "it is not in the revision any more"
+    if failure := _stage_failure(name, wanted, history):
+        return "failed", failure
+    for container, status in containers.items():
+        if status.state in DEGRADING:
+            return "degraded", f"{container} {status.state}" + (f": {status.reason}" if status.reason else "")
+    for container, status in containers.items():
+        if faults := [fault for instance in status.instances for fault in instance.faults]:
+            return "degraded", f"{container}: {faults[0]}"
+    if actions:
+        return "changing", next((a.reason for a in actions if not isinstance(a, MarkGood)), actions[0].reason)
+    if waiting:
+        return "waiting", waiting[0]
+    if stopped := [container for container, status in containers.items() if status.state == "stopped"]:
+        return "held", f"{', '.join(stopped)} stopped by hand"
+    return "converged", ""
+
+
+def _broken_reason(name: str, spec: Spec | None) -> str:
+    paths = {path for path, broken in spec.broken.items() if broken == name} if spec else set()
+    problems = [str(problem) for problem in spec.problems if problem.path in paths] if spec else []
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return problems[0] + more if problems else f"{', '.join(sorted(paths))}: does not load"
+
+
+def _stage_failure(name: str, wanted: App | None, history: History) -> str:
+    """Why the newest generation of an app can't be staged or is quarantined; "" when neither is so."""
+    if failure := history.failures.get(name):
+        return failure.error
+    newest = history.generations.get(name, ())[-1:]
+    if newest and newest[0].state == "failed" and (wanted is None or newest[0].app.digest == wanted.digest):
+        return newest[0].error or f"generation {newest[0].number} is quarantined"
+    return ""
+
+
+def _container(subject: str, app: App | None, observed: Observed, history: History, plan: Plan) -> ContainerStatus:
+    want = app.containers.get(subject.split("/")[1]) if app else None
+    instances = sorted((i for i in observed.instances if i.key == subject), key=lambda i: i.created_at)
+    hold = history.holds.get(subject)
+    failure = history.failures.get(subject)
+    actions = [action for action in plan.actions if action.subject == subject]
+    state, reason, next_at = _container_state(want, instances, hold, failure, actions, _waits_for(subject, plan))
+    shown = want or (instances[-1].want if instances else Container())
+    return ContainerStatus(
+        state=state,
+        reason=reason,
+        image=shown.image or shown.rootfs or "",
+        ports=tuple(str(port) for port in shown.ports),
+        next_at=next_at,
+        held=hold,
+        instances=tuple(_instance(instance) for instance in instances),
+    )
+
+
+def _waits_for(subject: str, plan: Plan) -> str:
+    return plan.waiting.get(subject) or plan.waiting.get(app_of(subject)) or ""
+
+
+def _container_state(
+    want: Container | None,
+    instances: Sequence[Instance],
+    hold: Hold | None,
+    failure: Failure | None,
+    actions: Sequence[Action],
+    waits_for: str,
+) -> tuple[ContainerState, str, float | None]:
+    newest = instances[-1] if instances else None
+    due = actions[0].reason if actions else ""
+    if any(instance.phase == "running" for instance in instances):
+        return "running", due or (failure.error if failure else ""), failure.retry_at if failure else None
+    if hold and hold.kind == "stopped":
+        return "stopped", f"stopped by {hold.by or 'hand'}", None
+    if failure:
+        return ("failed" if failure.retry_at is None else "restarting"), failure.error, failure.retry_at
+    if actions and isinstance(actions[-1], StartInstance):
+        return "starting", due, None
+    if newest is None:
+        return ("waiting" if waits_for else "starting" if due else "missing"), waits_for or due, None
+    if newest.phase == "creating":
+        return "starting", due, None
+    if want is None:
+        return "exited", due or str(newest.exit or Exit(None)), None
+    return _after_exit(want, newest)
+
+
+def _after_exit(want: Container, instance: Instance) -> tuple[ContainerState, str, float | None]:
+    follows = verdict(instance, want.restart_policy)
+    match follows.kind:
+        case "again":
+            return "restarting", follows.reason, follows.at or None
+        case "done":
+            return "completed", "", None
+        case "failed":
+            return ("exited" if want.restart_policy.policy == "no" else "failed"), follows.reason, None
+
+
+def _instance(instance: Instance) -> InstanceStatus:
+    ended = instance.exit if instance.phase != "running" else None
+    return InstanceStatus(
+        id=instance.id,
+        generation=instance.generation,
+        state=instance.phase,
+        pid=instance.pid if instance.phase == "running" else None,
+        restarts=instance.restarts,
+        exit_code=ended.code if ended else None,
+        signal=ended.signal if ended else None,
+        oom=ended.oom if ended else False,
+        addresses=dict(instance.addresses),
+        started_at=instance.started_at,
+        exited_at=ended.at if ended else None,
+        warnings=instance.warnings,
+        faults=instance.faults + instance.drifted,
+    )
