@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
 
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost
 from holdfast.source.revision import Revision, SourceState, Watch, check_size, is_noise
@@ -25,14 +24,9 @@ ATTEMPTS = 8
 RACY_NS = 20_000_000
 
 
-class Stamp(NamedTuple):
-    """What tells one state of a file from another without reading it."""
-
-    mtime_ns: int
-    ctime_ns: int
-    size: int
-    inode: int
-    device: int
+# What tells one state of a file from another without reading it: mtime and ctime (ns), size, inode, device.
+# A plain tuple, because an unchanged tree costs little more than making and comparing these.
+Stamp = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +39,7 @@ class Content:
     settled: bool
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Listing:
     """A tree without its content: relative path → where the file really is, and its stamp."""
 
@@ -61,10 +55,11 @@ class DirectorySource:
         self._path = os.path.abspath(path)  # absolute, but its links unresolved: they may flip
         self._debounce = debounce
         self._lock = threading.Lock()
+        self._listing = Listing()
+        self._settled = False
         self._known: dict[str, Content] = {}
         self._revision: Revision | None = None
         self._state = SourceState(kind="directory", url=self._path)
-        self._watch: DirectoryWatch | None = None
 
     def current(self) -> Revision:
         """Read what changed since the last call; see Source.current."""
@@ -85,9 +80,15 @@ class DirectorySource:
         """Do nothing: a directory is always here."""
 
     def watch(self, wake: Callable[[str], None]) -> Watch:
-        """Watch the tree, and every link and folder on the way to it; see Source.watch."""
-        self._watch = DirectoryWatch(self._path, wake, self._debounce)
-        return self._watch
+        """Watch the tree, and every link and folder on the way to it; see Source.watch.
+
+        Raises UnfitHost when the host has no inotify instance or watch left: only the slow pass sees changes then.
+        """
+        try:
+            return DirectoryWatch(self._path, wake, self._debounce)
+        except OSError as error:
+            cause = f"{(error.strerror or str(error)).lower()} (raise fs.inotify.max_user_watches, max_user_instances)"
+            raise UnfitHost(f"watch '{self._path}': {cause}") from error
 
     def state(self) -> SourceState:
         return self._state
@@ -102,12 +103,14 @@ class DirectorySource:
         for _ in range(ATTEMPTS):
             try:
                 listing = list_tree(self._path)
+                if self._revision is not None and self._settled and listing == self._listing:
+                    return self._revision
                 known = {path: self._content(path, *where) for path, where in listing.files.items()}
             except (FileNotFoundError, NotADirectoryError, Torn):
                 continue  # it moved under our hands: look again
             except OSError as error:
                 raise UnfitHost(f"read '{error.filename}': {(error.strerror or '').lower()}") from error
-            return self._revise(known, listing.left_out)
+            return self._revise(listing, known)
         raise TryAgain(f"read '{self._path}': it keeps changing while it is read")
 
     def _content(self, path: str, real: str, stamp: Stamp) -> Content:
@@ -116,9 +119,11 @@ class DirectorySource:
             return known
         return read_file(real)
 
-    def _revise(self, known: dict[str, Content], left_out: dict[str, str]) -> Revision:
+    def _revise(self, listing: Listing, known: dict[str, Content]) -> Revision:
         before, self._known = self._known, known
-        last = self._revision
+        self._listing = listing
+        self._settled = all(content.settled for content in known.values())
+        last, left_out = self._revision, listing.left_out
         if last is not None and last.left_out == left_out and alike(before, known):
             return last
         files = {path: known[path].data for path in sorted(known)}
@@ -161,14 +166,14 @@ def read_file(path: str) -> Content:
         now = time.time_ns()
         data = file.read()
         stamp = stamp_of(status)
-        if stamp_of(os.fstat(handle)) != stamp or len(data) != stamp.size:
+        if stamp_of(os.fstat(handle)) != stamp or len(data) != status.st_size:
             raise Torn(path)
-    settled = max(stamp.mtime_ns, stamp.ctime_ns) + RACY_NS < now
+    settled = max(status.st_mtime_ns, status.st_ctime_ns) + RACY_NS < now
     return Content(stamp, data, hashlib.sha256(data).digest(), settled)
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
-    return Stamp(status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino, status.st_dev)
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino, status.st_dev
 
 
 def list_tree(root: str) -> Listing:

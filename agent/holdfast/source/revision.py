@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, Protocol
 
 from holdfast.errors import WrongState
@@ -22,6 +23,7 @@ NOISE = re.compile(
 )
 
 
+@lru_cache(maxsize=16384)
 def is_noise(name: str) -> bool:
     """Whether a file or folder of this name is left out of every revision."""
     return NOISE.fullmatch(name) is not None

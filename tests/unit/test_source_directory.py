@@ -1,0 +1,203 @@
+"""A plain directory → Revision, on real files."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from holdfast.errors import TryAgain, WrongState
+from holdfast.source import revision as rules
+from holdfast.source.directory import DirectorySource
+from holdfast.source.revision import Revision, is_noise
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    (folder / "shop.toml").write_text("[app]\n")
+    return folder
+
+
+def read(state: Path) -> Revision:
+    return DirectorySource(state).current()
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.001)
+
+
+def test_files_at_any_depth_are_read(state: Path) -> None:
+    (state / "edge/web").mkdir(parents=True)
+    (state / "edge/web/nginx.conf").write_bytes(b"\x00\xff")
+    assert read(state).files == {"edge/web/nginx.conf": b"\x00\xff", "shop.toml": b"[app]\n"}
+
+
+def test_an_unchanged_tree_gives_the_same_object(state: Path) -> None:
+    source = DirectorySource(state)
+    assert source.current() is source.current()
+
+
+def test_a_touched_file_gives_the_same_object(state: Path) -> None:
+    source = DirectorySource(state)
+    before = source.current()
+    os.utime(state / "shop.toml")
+    assert source.current() is before
+
+
+def test_a_change_of_the_same_size_within_one_tick_is_seen(state: Path) -> None:
+    source = DirectorySource(state)
+    for number in range(200):
+        (state / "shop.toml").write_text(f"{number:05}\n")
+        assert source.current().files["shop.toml"] == b"%05d\n" % number
+
+
+def test_a_change_that_restores_its_mtime_is_seen(state: Path) -> None:
+    source, file = DirectorySource(state), state / "shop.toml"
+    os.utime(file, ns=(0, 0))
+    wait_until(lambda: source.current() is not None and source._settled, "the tree settles")
+    file.write_text("[APP]\n")
+    os.utime(file, ns=(0, 0))
+    assert source.current().files["shop.toml"] == b"[APP]\n"
+
+
+def test_a_revision_is_not_changed_by_what_happens_later(state: Path) -> None:
+    source = DirectorySource(state)
+    before = source.current()
+    (state / "shop.toml").write_text("other")
+    (state / "new.toml").write_text("")
+    after = source.current()
+    assert before.files == {"shop.toml": b"[app]\n"}
+    assert after.id != before.id
+    with pytest.raises(TypeError):
+        before.files["x"] = b""  # type: ignore[index]
+
+
+def test_the_id_depends_on_content_alone(state: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "shop.toml").write_text("[app]\n")
+    assert read(state).id == read(other).id
+    assert read(state).id.startswith("dir:")
+    (other / "shop.toml").rename(other / "shop2.toml")
+    assert read(state).id != read(other).id
+
+
+@pytest.mark.parametrize(
+    "name", [".git", "..data", ".shop.toml", ".shop.toml.swp", ".#shop.toml", "#shop.toml#", "shop.toml~", "4913"]
+)
+def test_what_editors_leave_behind_is_left_out(state: Path, name: str) -> None:
+    (state / name).write_text("x")
+    assert is_noise(name)
+    assert list(read(state).files) == ["shop.toml"]
+
+
+def test_hidden_files_that_containers_may_mount_are_kept(state: Path) -> None:
+    (state / ".htpasswd").write_text("x")
+    assert ".htpasswd" in read(state).files
+
+
+def test_links_are_followed_as_long_as_they_stay_inside(state: Path, tmp_path: Path) -> None:
+    (tmp_path / "passwd").write_text("secret")
+    (state / "..v1/conf").mkdir(parents=True)
+    (state / "..v1/conf/a.conf").write_text("a")
+    (state / "..data").symlink_to("..v1")
+    (state / "conf").symlink_to("..data/conf")
+    (state / "out").symlink_to(tmp_path / "passwd")
+    (state / "loop").symlink_to(".")
+    (state / "broken").symlink_to("nothing")
+    revision = read(state)
+    assert revision.files == {"conf/a.conf": b"a", "shop.toml": b"[app]\n"}
+    assert set(revision.left_out) == {"out", "loop", "broken"}
+    assert revision.left_out["out"] == "a symbolic link that leads out of the state directory"
+
+
+def test_a_flipped_link_is_followed_to_its_new_place(state: Path, tmp_path: Path) -> None:
+    link, second = tmp_path / "current", tmp_path / "second"
+    second.mkdir()
+    (second / "shop.toml").write_text("second")
+    link.symlink_to(state)
+    source = DirectorySource(link)
+    source.current()
+    (tmp_path / "new").symlink_to(second)
+    (tmp_path / "new").rename(link)
+    assert source.current().files == {"shop.toml": b"second"}
+
+
+def test_a_missing_directory_is_told_and_found_again(state: Path) -> None:
+    source = DirectorySource(state)
+    before = source.current()
+    state.rename(state.with_name("away"))
+    for failures in (1, 2):
+        with pytest.raises(TryAgain, match=r"no such directory \(what runs stays\)"):
+            source.current()
+        assert source.state().failures == failures
+    assert "no such directory" in source.state().error
+    assert source.state().revision == before.id
+    state.with_name("away").rename(state)
+    assert source.current() is before
+    assert source.state().error == ""
+
+
+def test_fifos_and_sockets_do_not_hang_the_reader(state: Path) -> None:
+    os.mkfifo(state / "fifo.toml")
+    assert list(read(state).files) == ["shop.toml"]
+
+
+def test_a_tree_that_is_too_large_is_refused(state: Path) -> None:
+    with (state / "image.tar").open("wb") as file:
+        file.truncate(rules.MAX_BYTES + 1)
+    with pytest.raises(WrongState, match=r"64 MiB of files \(at most 64 MiB\)"):
+        read(state)
+
+
+def test_a_file_is_never_seen_in_two_states_at_once(state: Path) -> None:
+    """A writer replaces the content in place, all bytes alike, while the reader reads."""
+    file, stop = state / "big.bin", threading.Event()
+    file.write_bytes(b"0" * 300_000)
+
+    def write() -> None:
+        with file.open("r+b", buffering=0) as handle:
+            while not stop.is_set():
+                for digit in b"0123456789":
+                    handle.seek(0)
+                    handle.write(bytes([digit]) * 300_000)
+                    stop.wait(0.001)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    source, seen = DirectorySource(state), 0
+    try:
+        for _ in range(100):
+            try:
+                content = source.current().files["big.bin"]
+            except TryAgain:
+                continue
+            seen += 1
+            assert len(set(content)) == 1
+    finally:
+        stop.set()
+        writer.join()
+    assert seen
+
+
+def test_a_thousand_unchanged_files_are_listed_and_not_read(state: Path) -> None:
+    for number in range(1000):
+        (state / f"app{number}.toml").write_text("[app]\n" * 50)
+    source = DirectorySource(state)
+    wait_until(lambda: source.current() is not None and source._settled, "the tree settles")
+    took = []
+    for _ in range(10):
+        begin = time.perf_counter()
+        source.current()
+        took.append(time.perf_counter() - begin)
+    print(f"1,000 unchanged files: {min(took) * 1e3:.1f} ms")
+    assert min(took) < 0.02  # 4 ms where nothing else runs
