@@ -1,1 +1,12 @@
-"""The state language: files of a revision → Spec. Pure: no clock, no disk, no kernel."""
+"""The state language: files of a revision → Spec. Pure: no clock, no disk, no kernel.
+
+`load` is the way in; `model` holds the nouns that it makes. The rooms, in reading order: `model`, `load`, `authored`
+(the language's tables), `forms` (its short forms), `interpolate`, `resolve`, `policy`, `links`, `schema`.
+"""
+
+from holdfast.spec.forms import signal_number
+from holdfast.spec.load import Cache, load
+from holdfast.spec.model import App, Container, NodeFacts, Problem, Spec
+from holdfast.spec.schema import schema
+
+__all__ = ["App", "Cache", "Container", "NodeFacts", "Problem", "Spec", "load", "schema", "signal_number"]

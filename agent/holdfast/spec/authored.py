@@ -1,0 +1,529 @@
+"""The tables of a state file as a person writes them, short forms included: the one definition of the language.
+
+From these types come both the checks and the JSON Schema. `resolve` turns a checked `StateFile` into the nouns of
+`model`. Keys are Compose's wherever it has a word for the thing.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from holdfast.spec import forms, model
+from holdfast.tables import Checked, Duration, Short, Size, Table, Text, size, text_of
+
+STRING = {"type": "string"}
+PORT_FORM = "[HOST_IP:]HOST:CONTAINER[/PROTOCOL]"
+VOLUME_FORM = "SOURCE:TARGET[:ro]"
+TMPFS_FORM = "TARGET[:size=64m,mode=1777]"
+DEVICE_FORM = "/dev/NAME[:/dev/NAME[:rwm]]"
+STRINGS = {"type": "array", "items": STRING}
+
+Name = Annotated[str, Checked(forms.name, {"pattern": f"^{forms.NAME.pattern}$"})]
+Reference = Annotated[str, Checked(forms.reference, {"description": "a name, or app/name for another app's"})]
+Words = Annotated[list[str], Short(forms.words, ({**STRING, "description": "split as a shell would, run by none"},))]
+Pairs = Annotated[
+    dict[Annotated[str, Checked(forms.variable, {})], Text],
+    Short(forms.pairs, ({**STRINGS, "description": "NAME=VALUE"},)),
+]
+Absolute = Annotated[str, Checked(forms.absolute, {"description": "an absolute path"})]
+Mode = Annotated[int, Short(forms.mode, ()), Checked(lambda bits: bits, {"type": "string", "examples": ["0644"]})]
+Signal = Annotated[str, Short(forms.stop_signal, ({"type": "integer"},))]
+OnChange = Annotated[
+    str, Checked(forms.on_change, {"description": "restart, none, or a signal as SIGHUP", "examples": ["restart"]})
+]
+Capability = Annotated[str, Checked(forms.capability, {"examples": ["NET_BIND_SERVICE", "ALL"]})]
+Address = Annotated[str, Checked(forms.address, {"examples": ["10.90.1.2"]})]
+Ports = Annotated[Text, Checked(lambda text: text, {})]
+Id = Annotated[int, Field(ge=0, le=2**32 - 2)]
+
+
+def _only_strings(value: Any) -> Any:
+    """A string as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+def _names(value: Any) -> Any:
+    """A list of names as a table of them, each without settings."""
+    if not isinstance(value, list):
+        return value
+    for item in value:
+        if not isinstance(item, str):
+            raise ValueError("expected a list of names, or a table of them")
+    twice = next((item for index, item in enumerate(value) if item in value[:index]), None)
+    if twice is not None:
+        raise ValueError(f"'{twice}' is named twice")
+    return {item: {} for item in value}
+
+
+def _dependencies(value: Any) -> Any:
+    """`["a", "b"]` as a table of what each must have reached: started."""
+    table = _names(value)
+    return dict.fromkeys(table, "started") if isinstance(value, list) else table
+
+
+def _reached(value: str) -> str:
+    if value == "healthy":
+        raise ValueError("'healthy' is not supported yet (expected 'started' or 'completed')")
+    if value not in ("started", "completed"):
+        raise ValueError(f"'{value}' is not known (expected 'started' or 'completed')")
+    return value
+
+
+def _both(value: Any) -> Any:
+    """One number as the soft and the hard limit."""
+    return {"soft": value, "hard": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _from(read: Callable[[str], Any], form: str) -> Short:
+    """The marker of a table that may be one string instead."""
+    return Short(lambda value: read(value) if isinstance(value, str) else value, ({**STRING, "description": form},))
+
+
+Strings = Annotated[list[str], Short(_only_strings, (STRING,))]
+Reached = Annotated[str, Checked(_reached, {"enum": ["started", "completed"]})]
+
+
+class WhenTable(Table):
+    """Which nodes the app is for: any of the name globs, and all of the labels."""
+
+    nodes: Annotated[list[str], Field(description="globs of node names; any of them")] = []
+    labels: Annotated[dict[str, Text], Field(description="labels that the node must have; all of them")] = {}
+
+
+class AppTable(Table):
+    """The app that the file describes."""
+
+    not_yet: ClassVar = ("update", "rolling", "window", "rollback")
+
+    name: Annotated[Name | None, Field(description="default: the file's name without .toml")] = None
+    depends_on: Annotated[list[Name], Field(description="apps that come up first")] = []
+    when: Annotated[WhenTable, Field(description="absent: every node")] = WhenTable()
+
+
+class PortTable(Table):
+    """One published port, or a range of them."""
+
+    target: Annotated[Ports, Field(description="the container's port, or a range")]
+    published: Annotated[Ports, Field(description="the host's port, or a range as long")]
+    host_ip: Annotated[Address | None, Field(description="absent: every address of the host")] = None
+    protocol: Literal["tcp", "udp"] = "tcp"
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        found: dict[str, range] = {}
+        for key, text in (("published", self.published), ("target", self.target)):
+            try:
+                found[key] = forms.ports(text, f"'{text}'")
+            except ValueError as error:
+                yield key, str(error)
+        if len(found) == 2 and len(found["published"]) != len(found["target"]):
+            host, inner = (len(found[key]) for key in ("published", "target"))
+            yield "", f"{host} host ports lead to {inner} container ports (expected as many)"
+
+    def port(self) -> model.Port:
+        host, inner = forms.ports(self.published, "published"), forms.ports(self.target, "target")
+        host_ip = "" if self.host_ip in (None, "0.0.0.0") else str(self.host_ip)
+        return model.Port(
+            host_ip=host_ip,
+            host_port=host.start,
+            container_port=inner.start,
+            protocol=self.protocol,
+            count=len(host),
+        )
+
+
+class MountTable(Table):
+    """Something mounted into the container."""
+
+    type: Annotated[
+        Literal["bind", "volume", "tmpfs", "file"] | None,
+        Field(description="absent: bind for /path, file for ./path, volume for a name"),
+    ] = None
+    source: Annotated[str, Field(description="/path of the host, ./path in the repository, or a volume's name")] = ""
+    target: Absolute
+    read_only: bool = False
+    create_host_path: Annotated[bool, Field(description="bind: make a missing source directory")] = False
+    on_change: Annotated[OnChange | None, Field(description="file: what follows a changed content")] = None
+    size: Annotated[Size | None, Field(description="tmpfs: how much it holds")] = None
+    mode: Annotated[Mode | None, Field(description="tmpfs, file: permissions, octal")] = None
+    uid: Annotated[Id | None, Field(description="tmpfs, file: the owner")] = None
+    gid: Annotated[Id | None, Field(description="tmpfs, file: the group")] = None
+
+    @property
+    def kind(self) -> Literal["bind", "volume", "tmpfs", "file"]:
+        if self.type is not None:
+            return self.type
+        if self.source.startswith("/"):
+            return "bind"
+        return "file" if self.source.startswith(".") else "volume"
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.target == "/":
+            yield "target", "'/' is the container's root (expected a path below it)"
+        yield from self._wrong_source()
+        belongs = {
+            "create_host_path": ("bind",),
+            "on_change": ("file",),
+            "size": ("tmpfs",),
+            "mode": ("tmpfs", "file"),
+            "uid": ("tmpfs", "file"),
+            "gid": ("tmpfs", "file"),
+        }
+        for key, kinds in belongs.items():
+            if getattr(self, key) not in (None, False) and self.kind not in kinds:
+                yield key, f"does not apply to a mount of type {self.kind} (expected type {' or '.join(kinds)})"
+
+    def _wrong_source(self) -> Iterator[tuple[str, str]]:
+        source = self.source
+        match self.kind:
+            case "tmpfs" if source:
+                yield "source", f"'{source}': a tmpfs has no source (leave it out)"
+            case "tmpfs":
+                pass
+            case _ if not source:
+                yield "source", "is missing (expected /path of the host, ./path in the repository, or a volume's name)"
+            case "bind" if not source.startswith("/"):
+                yield "source", f"'{source}' is not an absolute path (expected /path; files of the repository are type file)"
+            case "file" if source.startswith("/"):
+                yield "source", f"'{source}' is not a path in the repository (expected ./path; /path is type bind)"
+            case "volume" if source.startswith("~"):
+                yield "source", f"'{source}': '~' stands for nobody's home here (expected /path or ./path)"
+            case "volume":
+                try:
+                    forms.reference(source)
+                except ValueError as error:
+                    yield "source", f"{error}; a path begins with / or ./"
+
+    def mount(self, source: str) -> model.Mount:
+        """The resolved mount; source is what self.source stands for."""
+        return model.Mount(
+            kind=self.kind,
+            source=source,
+            target=self.target,
+            read_only=self.read_only,
+            create_host_path=self.create_host_path,
+            on_change=self.on_change or "restart",
+            size=self.size,
+            mode=self.mode,
+            uid=self.uid,
+            gid=self.gid,
+        )
+
+
+class ConfigUse(Table):
+    """A config of this app, mounted into the container."""
+
+    source: Annotated[Name, Field(description="a name of [configs]")]
+    target: Annotated[Absolute | None, Field(description="default: /NAME")] = None
+    mode: Mode | None = None
+    uid: Id | None = None
+    gid: Id | None = None
+    on_change: OnChange | None = None
+
+    @property
+    def path(self) -> str:
+        return self.target or f"/{self.source}"
+
+
+class AttachmentTable(Table):
+    """How the container is attached to one network."""
+
+    not_yet: ClassVar = ("ipv6_address",)
+
+    aliases: Annotated[list[str], Field(description="further names it has in this network")] = []
+    ipv4_address: Annotated[Address | None, Field(description="a fixed address of the network's subnet")] = None
+    mac_address: Annotated[Annotated[str, Checked(forms.mac, {})] | None, Field()] = None
+
+
+class DeviceTable(Table):
+    """A device node of the host inside the container."""
+
+    source: Absolute
+    target: Absolute | None = None
+    permissions: Annotated[str, Checked(forms.access, {"pattern": "^[rwm]{1,3}$"})] = "rwm"
+
+
+class UlimitTable(Table):
+    """A resource limit (getrlimit(2)); -1 is unlimited."""
+
+    soft: Annotated[int, Field(ge=-1)]
+    hard: Annotated[int, Field(ge=-1)]
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.hard != -1 and (self.soft > self.hard or self.soft == -1):
+            yield "soft", f"{self.soft} is more than the hard limit (expected at most {self.hard})"
+
+
+class RestartTable(Table):
+    """When an exited container runs again, and how long each try waits."""
+
+    policy: Literal["no", "on-failure", "always", "unless-stopped"]
+    max_attempts: Annotated[int | None, Field(ge=1, description="on-failure: give up after so many in a row")] = None
+    delay: Annotated[Duration, Field(description="before the second restart; the first is immediate")] = 0.1
+    factor: Annotated[float, Field(ge=1, description="each further one waits so many times longer")] = 2.0
+    max_delay: Duration = 60.0
+    reset_after: Annotated[Duration, Field(description="running this long forgets earlier failures")] = 10.0
+    jitter: Annotated[float, Field(ge=0, le=1, description="share of the delay that is random")] = 0.1
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.max_attempts is not None and self.policy != "on-failure":
+            yield "max_attempts", f"does not apply to policy '{self.policy}' (expected policy on-failure)"
+        if self.max_delay < self.delay:
+            yield "max_delay", f"{self.max_delay:g}s is less than delay (expected at least {self.delay:g}s)"
+
+
+def _swap(value: Any) -> Any:
+    return -1 if value in ("unlimited", -1) else size(value)
+
+
+Memory = Annotated[Size, Field(ge=0)]
+DevicePath = Annotated[str, Checked(forms.absolute, {})]
+
+
+class ResourcesTable(Table):
+    """What the container may use; all of it is changeable while it runs."""
+
+    memory: Annotated[Memory | None, Field(description="the most memory it gets")] = None
+    memory_swap: Annotated[
+        Annotated[int, Short(_swap, ({**STRING, "description": "a size, or unlimited"},))] | None,
+        Field(description="memory and swap together; -1 or unlimited: no limit to swap"),
+    ] = None
+    memory_reservation: Annotated[Memory | None, Field(description="what it keeps when memory is short")] = None
+    cpus: Annotated[float | None, Field(gt=0, description="cores")] = None
+    cpu_weight: Annotated[int | None, Field(ge=2, le=262144, description="relative, 1024 is normal")] = None
+    cpuset: Annotated[Annotated[str, Checked(forms.cpuset, {"examples": ["0-3,6"]})] | None, Field()] = None
+    pids: Annotated[int | None, Field(ge=-1, description="the most processes and threads; -1: no limit")] = None
+    io_weight: Annotated[int | None, Field(ge=10, le=1000, description="relative, 500 is normal")] = None
+    device_read_bps: Annotated[dict[DevicePath, Memory], Field(description="bytes a second")] = {}
+    device_write_bps: Annotated[dict[DevicePath, Memory], Field(description="bytes a second")] = {}
+    device_read_iops: Annotated[dict[DevicePath, Annotated[int, Field(ge=1)]], Field()] = {}
+    device_write_iops: Annotated[dict[DevicePath, Annotated[int, Field(ge=1)]], Field()] = {}
+    oom_score_adj: Annotated[int | None, Field(ge=-1000, le=1000)] = None
+    service_class: Annotated[
+        Literal["guaranteed", "burstable", "besteffort"] | None,
+        Field(alias="class", description="what the cgroup policy qos gives it"),
+    ] = None
+    policy: Annotated[Strings, Field(description="cgroup policy drivers; later ones win")] = []
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.memory is not None and self.memory < 1:
+            yield "memory", "0 is no memory at all (expected a size; absent: no limit)"
+        if self.pids == 0:
+            yield "pids", "0 leaves no process (expected at least 1; absent: no limit)"
+        if self.memory_swap is not None and self.memory is None:
+            yield "memory_swap", "needs a memory limit (expected memory beside it)"
+        elif self.memory_swap not in (None, -1) and (self.memory_swap or 0) < (self.memory or 0):
+            yield "memory_swap", f"{self.memory_swap} is less than memory, which it includes (expected at least {self.memory})"
+        if self.memory is not None and (self.memory_reservation or 0) > self.memory:
+            yield "memory_reservation", f"{self.memory_reservation} is more than memory (expected at most {self.memory})"
+
+    def resources(self) -> model.Resources:
+        return model.Resources.model_validate(self.model_dump(by_alias=False))
+
+
+class LoggingTable(Table):
+    """How much of the container's output is kept."""
+
+    max_size: Annotated[Memory, Field(description="of one log file")] = 10 * 1024 * 1024
+    max_files: Annotated[int, Field(ge=1)] = 3
+
+
+class ContainerTable(Table):
+    """One container."""
+
+    not_yet: ClassVar = (
+        *("healthcheck", "replicas", "scale", "deploy", "secrets", "build", "update", "update_config"),
+        *("rolling", "pull", "pull_policy", "update_image"),
+    )
+    hints: ClassVar = {
+        "network_mode": 'networks = ["none"] or ["host"]',
+        "container_name": "the name in [containers.NAME]",
+        "mem_limit": "memory in [containers.NAME.resources]",
+        "memory": "memory in [containers.NAME.resources]",
+        "mem_reservation": "memory_reservation in [containers.NAME.resources]",
+        "memswap_limit": "memory_swap in [containers.NAME.resources]",
+        "cpus": "cpus in [containers.NAME.resources]",
+        "cpu_shares": "cpu_weight in [containers.NAME.resources]",
+        "cpuset": "cpuset in [containers.NAME.resources]",
+        "pids_limit": "pids in [containers.NAME.resources]",
+        "oom_score_adj": "oom_score_adj in [containers.NAME.resources]",
+        "security_opt": "seccomp or no_new_privileges",
+        "env": "environment",
+        "workdir": "working_dir",
+    }
+
+    image: Annotated[Annotated[str, Checked(forms.image, {})] | None, Field(description="REGISTRY/PATH:TAG@DIGEST")] = None
+    rootfs: Annotated[Absolute | None, Field(description="instead of an image: a directory of the host")] = None
+    command: Annotated[Words | None, Field(description="instead of the image's command")] = None
+    entrypoint: Annotated[Words | None, Field(description="instead of the image's entrypoint")] = None
+    working_dir: Absolute | None = None
+    user: Annotated[
+        Annotated[str, Short(text_of, ({"type": "integer"},)), Checked(forms.user, {})] | None,
+        Field(description="USER[:GROUP], names of the image's or numbers"),
+    ] = None
+    environment: Pairs = {}
+    hostname: Annotated[
+        Annotated[str, Checked(forms.hostname, {})] | None, Field(description="default: the container's name")
+    ] = None
+    labels: Pairs = {}
+    ports: list[
+        Annotated[PortTable, _from(forms.port, PORT_FORM)]
+    ] = []
+    networks: Annotated[
+        Annotated[dict[Reference, AttachmentTable], Short(_names, (STRINGS,))] | None,
+        Field(description="absent: the node's default network, bridge"),
+    ] = None
+    volumes: list[
+        Annotated[MountTable, _from(forms.volume, VOLUME_FORM)]
+    ] = []
+    tmpfs: Annotated[
+        list[Annotated[MountTable, _from(forms.tmpfs, TMPFS_FORM)]],
+        Short(_only_strings, (STRING,)),
+    ] = []
+    configs: list[
+        Annotated[ConfigUse, _from(lambda name: {"source": name}, "a name of [configs]")]
+    ] = []
+    cap_add: list[Capability] = []
+    cap_drop: list[Capability] = []
+    privileged: Annotated[bool, Field(description="every capability and device of the host")] = False
+    no_new_privileges: Annotated[bool, Field(description="setuid programs gain nothing")] = True
+    seccomp: Annotated[str, Field(description="default, unconfined, or a profile's absolute path")] = "default"
+    read_only: Annotated[bool, Field(description="the root file system can't be written")] = False
+    devices: list[
+        Annotated[DeviceTable, _from(forms.device, DEVICE_FORM)]
+    ] = []
+    sysctls: Annotated[
+        dict[Annotated[str, Checked(forms.sysctl, {})], Text], Short(forms.pairs, (STRINGS,))
+    ] = {}
+    ulimits: dict[
+        Annotated[str, Checked(forms.ulimit, {"enum": sorted(forms.ULIMITS)})],
+        Annotated[UlimitTable, Short(_both, ({"type": "integer"},))],
+    ] = {}
+    group_add: list[Annotated[str, Short(text_of, ({"type": "integer"},)), Checked(forms.group, {})]] = []
+    init: Annotated[bool, Field(description="a tiny init reaps zombies and passes signals on")] = False
+    shm_size: Memory = 64 * 1024 * 1024
+    pid: Literal["host"] | None = None
+    ipc: Literal["host"] | None = None
+    stop_signal: Signal | None = None
+    stop_grace_period: Annotated[Duration, Field(description="between stop_signal and SIGKILL")] = 10.0
+    restart: Annotated[
+        Annotated[str, Checked(lambda v: forms.restart(v) and v, {"examples": ["always", "on-failure:5"]})] | None,
+        Field(description="no, on-failure[:N], always or unless-stopped"),
+    ] = None
+    restart_policy: Annotated[RestartTable | None, Field(description="the long form of restart")] = None
+    depends_on: Annotated[dict[Reference, Reached], Short(_dependencies, (STRINGS,))] = {}
+    resources: ResourcesTable = ResourcesTable()
+    logging: LoggingTable = LoggingTable()
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if (self.image is None) == (self.rootfs is None):
+            wrong = "is missing (expected an image, or a rootfs)" if self.image is None else "and rootfs exclude each other"
+            yield "image", wrong
+        if self.rootfs is not None and not (self.command or self.entrypoint):
+            yield "rootfs", "says nothing about what to run (expected command or entrypoint beside it)"
+        if self.restart is not None and self.restart_policy is not None:
+            yield "restart", "and restart_policy exclude each other (expected one of them)"
+        if self.seccomp not in ("default", "unconfined") and not self.seccomp.startswith("/"):
+            yield "seccomp", f"'{self.seccomp}' is not known (expected default, unconfined or an absolute path)"
+        yield from self._wrong_networks()
+        if self.ipc == "host":
+            for key in self.sysctls:
+                if not key.startswith("net."):
+                    yield "sysctls", f"'{key}' belongs to the host with ipc = \"host\" (leave one of them out)"
+
+    def _wrong_networks(self) -> Iterator[tuple[str, str]]:
+        if self.networks is None:
+            return
+        if not self.networks:
+            yield "networks", 'is empty (expected ["none"] for no network at all; absent: bridge)'
+        for alone in ("none", "host"):
+            if alone not in self.networks:
+                continue
+            if len(self.networks) > 1:
+                yield "networks", f"'{alone}' stands alone (expected no other network beside it)"
+            if self.networks[alone] != AttachmentTable():
+                yield "networks", f"'{alone}' takes no settings (expected networks = [\"{alone}\"])"
+            if self.ports:
+                yield "ports", f"can't be published from network '{alone}' (expected a network of its own, as bridge)"
+        if "host" in self.networks:
+            for key in self.sysctls:
+                if key.startswith("net."):
+                    yield "sysctls", f"'{key}' belongs to the host with networks = [\"host\"] (leave one of them out)"
+
+
+class NetworkTable(Table):
+    """A network that this app defines."""
+
+    not_yet: ClassVar = ("enable_ipv6", "ipv6_subnet")
+    hints: ClassVar = {"ipam": "subnet and gateway"}
+
+    driver: Annotated[str, Field(description="bridge, or a plugin's")] = "bridge"
+    subnet: Annotated[
+        Annotated[str, Checked(forms.subnet, {"examples": ["10.90.1.0/24"]})] | None,
+        Field(description="absent: taken from the node's pool"),
+    ] = None
+    gateway: Annotated[Address | None, Field(description="default: the subnet's first address")] = None
+    internal: Annotated[bool, Field(description="no way out of the host")] = False
+    driver_opts: dict[str, Text] = {}
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.gateway is None:
+            return
+        if self.subnet is None:
+            yield "gateway", "needs a subnet (expected subnet beside it)"
+            return
+        reason = unusable(self.gateway, ipaddress.IPv4Network(self.subnet))
+        if reason:
+            yield "gateway", reason
+
+
+def unusable(address: str, subnet: ipaddress.IPv4Network) -> str:
+    """Why an address can't be given to a machine of a subnet; empty if it can."""
+    found = ipaddress.IPv4Address(address)
+    if found not in subnet:
+        return f"'{address}' is outside the subnet (expected an address of {subnet})"
+    if found in (subnet.network_address, subnet.broadcast_address):
+        return f"'{address}' is the subnet's own first or last address (expected one between them)"
+    return ""
+
+
+class VolumeTable(Table):
+    """A volume that this app defines; its data outlives the app unless on_remove says otherwise."""
+
+    driver: Annotated[str, Field(description="managed, or a plugin's")] = "managed"
+    driver_opts: dict[str, Text] = {}
+    on_remove: Annotated[Literal["keep", "delete"], Field(description="what becomes of the data")] = "keep"
+
+
+class ConfigTable(Table):
+    """A file, or a text, that containers mount by name."""
+
+    file: Annotated[str | None, Field(description="./path in the repository")] = None
+    content: Annotated[str | None, Field(description="the text itself")] = None
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if (self.file is None) == (self.content is None):
+            yield "", "holds nothing or two things (expected either file or content)"
+        if self.file is not None and (not self.file or self.file.startswith("/")):
+            yield "file", f"'{self.file}' is not a path in the repository (expected ./path)"
+
+
+class StateFile(Table):
+    """One state file: one app."""
+
+    not_yet: ClassVar = ("images", "secrets")
+    hints: ClassVar = {"services": "[containers.NAME]", "container": "[containers.NAME]"}
+
+    app: AppTable = AppTable()
+    containers: dict[Name, ContainerTable] = {}
+    networks: dict[Name, NetworkTable] = {}
+    volumes: dict[Name, Annotated[VolumeTable, Field()]] = {}
+    configs: dict[Name, ConfigTable] = {}
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        for name in model.BUILTIN_NETWORKS:
+            if name in self.networks:
+                yield "networks", f"'{name}' is always there and can't be defined (expected another name)"

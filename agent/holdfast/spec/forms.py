@@ -1,0 +1,369 @@
+"""The short forms of the state language: one string → its parts or its canonical spelling.
+
+Every reader takes what was written and returns plain values, or raises ValueError with a message that quotes it and
+says what would be right. Called by the tables in `authored`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import shlex
+import signal
+from typing import Any
+
+from holdfast.tables import shown, size
+from holdfast.toml import suggestion
+
+Parts = dict[str, Any]
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
+
+CAPABILITIES = frozenset(
+    "CAP_" + name
+    for name in """
+    AUDIT_CONTROL AUDIT_READ AUDIT_WRITE BLOCK_SUSPEND BPF CHECKPOINT_RESTORE CHOWN DAC_OVERRIDE DAC_READ_SEARCH
+    FOWNER FSETID IPC_LOCK IPC_OWNER KILL LEASE LINUX_IMMUTABLE MAC_ADMIN MAC_OVERRIDE MKNOD NET_ADMIN
+    NET_BIND_SERVICE NET_BROADCAST NET_RAW PERFMON SETFCAP SETGID SETPCAP SETUID SYSLOG SYS_ADMIN SYS_BOOT SYS_CHROOT
+    SYS_MODULE SYS_NICE SYS_PACCT SYS_PTRACE SYS_RAWIO SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG WAKE_ALARM
+    """.split()
+)
+"""capabilities(7), as of Linux 6.x, in the spelling of the OCI runtime spec."""
+
+ULIMITS = frozenset(
+    "core cpu data fsize locks memlock msgqueue nice nofile nproc rss rtprio rttime sigpending stack as".split()
+)
+"""getrlimit(2), without RLIMIT_ and in lower case."""
+
+
+def name(value: str) -> str:
+    """The name of an app, container, network, volume or config."""
+    if not NAME.fullmatch(value):
+        raise ValueError(
+            f"'{value}' is not a name (expected a-z, 0-9, '_', '.', '-', at most 63, beginning with a letter or digit)"
+        )
+    return value
+
+
+def reference(value: str) -> str:
+    """A name, or `app/name` for what another app defines."""
+    app, slash, inner = value.rpartition("/")
+    if slash:
+        name(app)
+    name(inner)
+    return value
+
+
+def words(value: Any) -> Any:
+    """A command: a list stays, a string is split as a shell would and run by none."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return shlex.split(value)
+    except ValueError as error:
+        raise ValueError(f"'{value}': {str(error).lower()} (expected words as a shell reads them)") from None
+
+
+def pairs(value: Any) -> Any:
+    """`["K=V", …]` as a table; a table stays."""
+    if not isinstance(value, list):
+        return value
+    table: dict[str, str] = {}
+    for item in value:
+        if not isinstance(item, str) or "=" not in item:
+            raise ValueError(f"{shown(item)}: no value is given (expected NAME=VALUE)")
+        key, _, text = item.partition("=")
+        if key in table:
+            raise ValueError(f"'{item}': {key} is given twice")
+        table[key] = text
+    return table
+
+
+def variable(value: str) -> str:
+    """The name of an environment variable."""
+    if not value or "=" in value or "\0" in value:
+        raise ValueError(f"'{value}' is not the name of a variable (expected no '=' and at least one character)")
+    return value
+
+
+def image(value: str) -> str:
+    """A Docker-style reference, `[REGISTRY/]PATH[:TAG][@DIGEST]` (the distribution project's reference grammar)."""
+    transport = _TRANSPORT.match(value)
+    if transport:
+        raise ValueError(f"'{value}': the transport '{transport[1]}' is not supported yet (expected {_REFERENCE_FORM})")
+    if not _REFERENCE.fullmatch(value) or len(value) > 512:
+        raise ValueError(f"'{value}' is not an image reference (expected {_REFERENCE_FORM}, the path in lower case)")
+    return value
+
+
+_REFERENCE_FORM = "[REGISTRY/]PATH[:TAG][@DIGEST]"
+_TRANSPORT = re.compile(r"(oci|oci-archive|docker-archive|docker|docker-daemon|containers-storage|dir):(?=[./]|.*/)")
+_LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
+_REGISTRY = rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9a-fA-F:]+\])(?::\d+)?"
+_COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_REFERENCE = re.compile(
+    rf"(?:{_REGISTRY}/)?{_COMPONENT}(?:/{_COMPONENT})*(?::[\w][\w.-]{{0,127}})?(?:@sha256:[0-9a-f]{{64}})?", re.ASCII
+)
+
+
+def port(value: str) -> Parts:
+    """`[HOST_IP:]HOST:CONTAINER[/PROTOCOL]`; HOST and CONTAINER may be ranges of one length."""
+    form = "expected [HOST_IP:]HOST:CONTAINER[/PROTOCOL]"
+    text, _, protocol = value.partition("/")
+    match text.rsplit(":", 2):
+        case [published, target]:
+            host_ip = None
+        case [host_ip, published, target]:
+            host_ip = ipv4(host_ip, f"'{value}': host address", form)
+        case _:
+            raise ValueError(f"'{value}': the host port is missing ({form})")
+    if protocol not in ("", "tcp", "udp"):
+        raise ValueError(f"'{value}': protocol '{protocol}' is not known (expected tcp or udp)")
+    host = ports(published, f"'{value}': host port", form)
+    inner = ports(target, f"'{value}': container port", form)
+    if len(host) != len(inner):
+        raise ValueError(f"'{value}': {len(host)} host ports lead to {len(inner)} container ports (expected as many)")
+    return {"host_ip": host_ip, "published": published, "target": target, "protocol": protocol or "tcp"}
+
+
+def ports(value: str | int, what: str, form: str = "expected a port or a range as 8000-8010") -> range:
+    """One port or a range of them; what and form go into the error."""
+    first, _, last = str(value).partition("-")
+    if not (first.isascii() and first.isdigit() and (last or first).isascii() and (last or first).isdigit()):
+        raise ValueError(f"{what} is not a number ({form})")
+    found = range(int(first), int(last or first) + 1)
+    if not found:
+        raise ValueError(f"{what} range ends before it begins ({form})")
+    if found.start < 1 or found.stop > 65536:
+        raise ValueError(f"{what} is out of range (expected 1 to 65535)")
+    return found
+
+
+def ipv4(value: str, what: str, form: str) -> str:
+    try:
+        return str(ipaddress.IPv4Address(value))
+    except ValueError:
+        raise ValueError(f"{what} is not an IPv4 address ({form})") from None
+
+
+def address(value: str) -> str:
+    """An IPv4 address in canonical form."""
+    return ipv4(value, f"'{value}'", "expected four numbers as 10.90.1.2")
+
+
+def subnet(value: str) -> str:
+    """An IPv4 network in canonical form; /30 is the smallest that holds a gateway and a container."""
+    try:
+        network = ipaddress.IPv4Network(value)
+    except ValueError as error:
+        host_bits = "host bits" in str(error)
+        near = f"expected {ipaddress.IPv4Network(value, strict=False)}" if host_bits else "expected as 10.90.1.0/24"
+        raise ValueError(f"'{value}' is not an IPv4 network ({near})") from None
+    if network.prefixlen > 30:
+        raise ValueError(f"'{value}' has no room for a gateway and a container (expected /30 or larger)")
+    return str(network)
+
+
+def mac(value: str) -> str:
+    """A unicast MAC address in lower case."""
+    if not re.fullmatch(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", value):
+        raise ValueError(f"'{value}' is not a MAC address (expected six hexadecimal pairs as 02:42:ac:11:00:02)")
+    if int(value[:2], 16) & 1:
+        raise ValueError(f"'{value}' is a multicast address (expected an even first pair, as 02)")
+    return value.lower()
+
+
+def hostname(value: str) -> str:
+    """A host name: RFC 1123 labels, at most 64 characters in all (HOST_NAME_MAX of Linux)."""
+    if len(value) > 64 or not all(re.fullmatch(rf"{_LABEL}", part) and len(part) <= 63 for part in value.split(".")):
+        raise ValueError(f"'{value}' is not a host name (expected letters, digits, '-' and '.', at most 64)")
+    return value
+
+
+def volume(value: str) -> Parts:
+    """`SOURCE:TARGET[:ro|rw]`."""
+    form = "expected SOURCE:TARGET[:ro]"
+    match value.split(":"):
+        case [source, target] if source and target:
+            option = "rw"
+        case [source, target, option] if source and target:
+            pass
+        case _:
+            raise ValueError(f"'{value}' is not a volume ({form})")
+    if option not in ("ro", "rw"):
+        raise ValueError(f"'{value}': option '{option}' is not known (expected ro or rw)")
+    try:
+        return {"source": source, "target": absolute(target), "read_only": option == "ro"}
+    except ValueError as error:
+        raise ValueError(f"'{value}': target {error}") from None
+
+
+def tmpfs(value: str) -> Parts:
+    """`TARGET[:size=…,mode=…,uid=…,gid=…,ro|rw]`, as Compose has it."""
+    target, _, options = value.partition(":")
+    parts: Parts = {"type": "tmpfs", "target": absolute(target)}
+    for option in filter(None, options.split(",")):
+        key, _, text = option.partition("=")
+        match key:
+            case "size":
+                parts["size"] = size(text)
+            case "mode":
+                parts["mode"] = mode(text)
+            case "uid" | "gid" if text.isdigit():
+                parts[key] = int(text)
+            case "ro" | "rw" if not text:
+                parts["read_only"] = key == "ro"
+            case _:
+                raise ValueError(f"'{value}': option '{option}' is not known (expected size, mode, uid, gid, ro, rw)")
+    return parts
+
+
+def absolute(value: str) -> str:
+    """An absolute path, normalised."""
+    if not value.startswith("/"):
+        raise ValueError(f"'{value}' is not an absolute path (expected it to begin with /)")
+    return "/" + "/".join(_collapsed(value))
+
+
+def _collapsed(path: str) -> list[str]:
+    """The steps of a path without `.` and `..`; above the top there is the top."""
+    steps: list[str] = []
+    for step in path.split("/"):
+        if step == "..":
+            steps = steps[:-1]
+        elif step not in ("", "."):
+            steps.append(step)
+    return steps
+
+
+def mode(value: Any) -> Any:
+    """Permission bits, as an octal string: a bare number would read as decimal."""
+    if isinstance(value, str) and re.fullmatch(r"(0o?)?[0-7]{1,4}", value):
+        return int(value.removeprefix("0o"), 8)
+    raise ValueError(f"{shown(value)} is not a mode (expected an octal string as \"0644\")")
+
+
+def device(value: str) -> Parts:
+    """`SOURCE[:TARGET][:PERMISSIONS]`."""
+    source, *rest = value.split(":")
+    permissions = rest.pop() if rest and not rest[-1].startswith("/") else "rwm"
+    if len(rest) > 1 or not source.startswith("/"):
+        raise ValueError(f"'{value}' is not a device (expected /dev/NAME[:/dev/NAME[:rwm]])")
+    try:
+        return {"source": source, "target": rest[0] if rest else source, "permissions": access(permissions)}
+    except ValueError as error:
+        raise ValueError(f"'{value}': {error}") from None
+
+
+def access(value: str) -> str:
+    """What may be done with a device: some of r (read), w (write) and m (mknod)."""
+    if not value or set(value) - set("rwm") or len(set(value)) != len(value):
+        raise ValueError(f"permissions '{value}' are not known (expected some of r, w and m)")
+    return value
+
+
+def capability(value: str) -> str:
+    """A capability as the OCI runtime spec spells it, CAP_X, or ALL."""
+    found = value.upper()
+    if found == "ALL":
+        return found
+    found = found if found.startswith("CAP_") else f"CAP_{found}"
+    if found not in CAPABILITIES:
+        known = {capability.removeprefix("CAP_") for capability in CAPABILITIES}
+        near = suggestion(found.removeprefix("CAP_"), known) or " (expected a name of capabilities(7), or ALL)"
+        raise ValueError(f"'{value}' is not a capability{near}")
+    return found
+
+
+def stop_signal(value: Any) -> Any:
+    """A signal's name: `TERM`, `SIGTERM` and 15 are all SIGTERM; SIGRTMIN+N and SIGRTMAX-N stay as they are."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return value
+    text = str(value).upper()
+    if text.isdigit() and int(text) in {known.value for known in signal.Signals}:
+        return signal.Signals(int(text)).name
+    text = text if text.startswith("SIG") else f"SIG{text}"
+    try:
+        signal_number(text)
+    except ValueError:
+        near = suggestion(text, signal.Signals.__members__) or " (expected a name as SIGTERM, or its number)"
+        raise ValueError(f"'{value}' is not a signal{near}") from None
+    return text
+
+
+def signal_number(text: str) -> int:
+    """The number of a signal as `Container.stop_signal` names it; raise ValueError if there is none such."""
+    base, sign, offset = re.fullmatch(r"(\w+?)(?:([+-])(\d+))?", text, re.ASCII).groups()  # type: ignore[union-attr]
+    known = signal.Signals.__members__.get(base)
+    number = (known or 0) + int(f"{sign or '+'}{offset or 0}")
+    if known is None or (sign and not signal.SIGRTMIN <= min(known, number) <= max(known, number) <= signal.SIGRTMAX):
+        raise ValueError(f"'{text}' is not a signal")
+    return int(number)
+
+
+def on_change(value: str) -> str:
+    """What follows when a mounted file changes: restart, none, or a signal's name."""
+    if value in ("restart", "none"):
+        return value
+    try:
+        return str(stop_signal(value))
+    except ValueError:
+        raise ValueError(f"'{value}' is not known (expected 'restart', 'none' or a signal as 'SIGHUP')") from None
+
+
+def restart(value: str) -> Parts:
+    """`no | on-failure[:N] | always | unless-stopped`."""
+    policy, colon, attempts = value.partition(":")
+    if policy not in ("no", "on-failure", "always", "unless-stopped"):
+        known = "expected no, on-failure[:N], always or unless-stopped"
+        raise ValueError(f"'{value}' is not known ({known})")
+    if not colon:
+        return {"policy": policy}
+    if policy != "on-failure" or not attempts.isdigit() or int(attempts) < 1:
+        raise ValueError(f"'{value}': a number of attempts goes with on-failure only (expected on-failure:N, N from 1)")
+    return {"policy": policy, "max_attempts": int(attempts)}
+
+
+def cpuset(value: str) -> str:
+    """CPUs as cpuset(7) lists them: `0-3,6`."""
+    for part in value.split(","):
+        first, _, last = part.partition("-")
+        if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first)):
+            raise ValueError(f"'{value}' is not a list of CPUs (expected as 0-3,6)")
+    return value
+
+
+def user(value: str) -> str:
+    """`USER[:GROUP]`, names or numbers."""
+    if not re.fullmatch(r"[^\s:/]+(:[^\s:/]+)?", value):
+        raise ValueError(f"'{value}' is not a user (expected USER[:GROUP], names or numbers)")
+    return value
+
+
+def group(value: str) -> str:
+    """A group, name or number."""
+    if not re.fullmatch(r"[^\s:/]+", value):
+        raise ValueError(f"'{value}' is not a group (expected a name or a number)")
+    return value
+
+
+def ulimit(value: str) -> str:
+    """A resource that getrlimit(2) limits."""
+    if value not in ULIMITS:
+        near = suggestion(value, ULIMITS) or f" (expected one of {', '.join(sorted(ULIMITS))})"
+        raise ValueError(f"'{value}' is not a limit{near}")
+    return value
+
+
+def sysctl(value: str) -> str:
+    """A kernel setting that is the container's own (namespaced); others would change the host."""
+    if value.startswith("net.") or value.startswith("fs.mqueue.") or value in _IPC_SYSCTLS:
+        return value
+    near = suggestion(value, _IPC_SYSCTLS) or f" (expected net.*, fs.mqueue.* or one of {', '.join(_IPC_SYSCTLS)})"
+    raise ValueError(f"'{value}' is not a setting that a container has of its own{near}")
+
+
+_IPC_SYSCTLS = tuple(
+    f"kernel.{inner}"
+    for inner in ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced", "domainname")
+)

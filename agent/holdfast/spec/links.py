@@ -1,0 +1,222 @@
+"""What only all state files together can tell: files that are missing, names that dangle or are taken, cycles.
+
+Each check yields findings; a finding breaks the file that it stands in and no other. Of two files that want the same
+port, address or subnet the first by path keeps it. Called by `load`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from holdfast.spec.authored import unusable
+from holdfast.spec.model import BUILTIN_NETWORKS, App, Network, Port
+from holdfast.spec.resolve import Draft
+from holdfast.tables import Fault
+from holdfast.toml import KeyPath, suggestion
+
+Finding = tuple[Draft, Fault]
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """What a file's references may point at.
+
+    here: the apps of this node. elsewhere: names of apps that `when` gives to other nodes. broken: names of apps that
+    did not load, of which nothing is known, so that what points at them passes.
+    """
+
+    here: Mapping[str, Draft]
+    elsewhere: frozenset[str] = frozenset()
+    broken: frozenset[str] = field(default_factory=frozenset)
+
+
+def place(draft: Draft, path: KeyPath) -> str:
+    """`file:line` of a key path, as findings name the other side."""
+    return f"{draft.app.path}:{draft.document.line(path)}"
+
+
+def duplicate_names(drafts: Iterable[Draft]) -> Iterator[Finding]:
+    """Two files that describe an app of one name: neither can be preferred, so both are refused."""
+    by_name: dict[str, list[Draft]] = {}
+    for draft in drafts:
+        by_name.setdefault(draft.app.name, []).append(draft)
+    for name, several in by_name.items():
+        for draft in several if len(several) > 1 else []:
+            others = ", ".join(place(other, ("app", "name")) for other in several if other is not draft)
+            message = f"the app name '{name}' is taken by {others} too (expected another name)"
+            yield draft, Fault(("app", "name"), message)
+
+
+def missing_files(draft: Draft, is_there: Callable[[str], bool]) -> Iterator[Finding]:
+    """Paths of the revision that are mounted and not there."""
+    for path, wanted in draft.wanted.items():
+        if not is_there(wanted):
+            yield draft, Fault(path, f"'{wanted}' is not in this revision (expected a file or directory)")
+
+
+def dangling(draft: Draft, around: Neighbours) -> Iterator[Finding]:
+    """References to apps, networks and volumes that nobody defines."""
+    app = draft.app
+    for other in app.depends_on:
+        wrong = _unknown_app(other, around)
+        if wrong:
+            yield draft, Fault(("app", "depends_on", other), wrong)
+    for name, container in app.containers.items():
+        at: KeyPath = ("containers", name)
+        for network in container.networks:
+            if network in BUILTIN_NETWORKS:
+                continue
+            wrong = _unknown(network, app, "network", around)
+            if wrong:
+                yield draft, Fault((*at, "networks", _as_written(network, app)), wrong)
+        for index, mount in enumerate(container.mounts):
+            if mount.kind == "volume":
+                wrong = _unknown(mount.source, app, "volume", around)
+                if wrong:
+                    yield draft, Fault((*at, "volumes", index), wrong)
+
+
+def _as_written(qualified: str, app: App) -> str:
+    return qualified.removeprefix(f"{app.name}/")
+
+
+def _unknown_app(name: str, around: Neighbours) -> str:
+    if name in around.here or name in around.broken:
+        return ""
+    if name in around.elsewhere:
+        return f"app '{name}' is not for this node (expected one whose `when` this node meets)"
+    return f"no app is called '{name}'" + (suggestion(name, around.here) or " (expected the name of a state file)")
+
+
+def _unknown(qualified: str, asking: App, kind: str, around: Neighbours) -> str:
+    """What is wrong with a reference to a network or volume; empty if nothing is."""
+    owner, _, name = qualified.partition("/")
+    if owner != asking.name:
+        wrong = _unknown_app(owner, around)
+        if wrong or owner in around.broken:
+            path = " (a path of the repository begins with ./)" if kind == "volume" else ""
+            return f"'{qualified}': {wrong}{path}" if wrong else ""
+    app = asking if owner == asking.name else around.here[owner].app
+    known: Mapping[str, object] = app.networks if kind == "network" else app.volumes
+    if name in known:
+        return ""
+    builtin = BUILTIN_NETWORKS if kind == "network" else ()
+    near = suggestion(name, [*known, *builtin]) or f" (expected [{kind}s.{name}] in {app.path})"
+    return f"no {kind} of app '{owner}' is called '{name}'{near}"
+
+
+def cycles_of_containers(draft: Draft) -> Iterator[Finding]:
+    """Containers that wait for each other."""
+    edges = {name: tuple(container.depends_on) for name, container in draft.app.containers.items()}
+    for cycle in _cycles(edges):
+        path = ("containers", cycle[0], "depends_on", cycle[1])
+        yield draft, Fault(path, f"a cycle: {' → '.join(cycle)} (leave out one of them)")
+
+
+def cycles_of_apps(drafts: Mapping[str, Draft]) -> Iterator[Finding]:
+    """Apps that wait for each other; each of them is told."""
+    for cycle in _cycles({name: draft.app.depends_on for name, draft in drafts.items()}):
+        for index, name in enumerate(cycle[:-1]):
+            turned = [*cycle[index:-1], *cycle[: index + 1]]
+            path = ("app", "depends_on", turned[1])
+            yield drafts[name], Fault(path, f"a cycle: {' → '.join(turned)} (leave out one of them)")
+
+
+def _cycles(edges: Mapping[str, Iterable[str]]) -> Iterator[list[str]]:
+    """Every cycle that a depth-first walk meets, closed (its first node is its last), without recursion."""
+    done: set[str] = set()
+    for start in edges:
+        if start in done:
+            continue
+        trail: dict[str, Iterator[str]] = {start: iter(edges[start])}
+        while trail:
+            node, rest = next(reversed(trail.items()))
+            following = next(rest, None)
+            if following is None:
+                done.add(node)
+                del trail[node]
+            elif following in trail:
+                way = list(trail)
+                yield [*way[way.index(following) :], following]
+            elif following in edges and following not in done:
+                trail[following] = iter(edges[following])
+
+
+def networks_of(drafts: Iterable[Draft]) -> dict[str, Network]:
+    """Every network that these files define, by its qualified name."""
+    return {f"{draft.app.name}/{name}": net for draft in drafts for name, net in draft.app.networks.items()}
+
+
+class Claims:
+    """Who has which host port, static address and subnet of this node; files are let in one by one, in path order."""
+
+    def __init__(self) -> None:
+        self.ports: dict[tuple[str, int], list[tuple[str, Draft, KeyPath]]] = {}
+        self.addresses: dict[tuple[str, str], tuple[Draft, KeyPath]] = {}
+        self.subnets: list[tuple[ipaddress.IPv4Network, Draft, KeyPath]] = []
+
+    def claim(self, draft: Draft, networks: Mapping[str, Network]) -> list[Finding]:
+        """Note what a file wants, or say what of it is taken; a refused file has claimed nothing that matters."""
+        return [*self.claim_subnets(draft), *self.claim_ports(draft), *self.claim_addresses(draft, networks)]
+
+    def claim_subnets(self, draft: Draft) -> Iterator[Finding]:
+        for name, network in draft.app.networks.items():
+            if network.subnet is None:
+                continue
+            path: KeyPath = ("networks", name, "subnet")
+            subnet = ipaddress.IPv4Network(network.subnet)
+            for other, owner, where in self.subnets:
+                if subnet.overlaps(other):
+                    message = f"'{subnet}' overlaps {other} of {place(owner, where)} (expected a range of its own)"
+                    yield draft, Fault(path, message)
+                    break
+            self.subnets.append((subnet, draft, path))
+
+    def claim_ports(self, draft: Draft) -> Iterator[Finding]:
+        for name, container in draft.app.containers.items():
+            for index, port in enumerate(container.ports):
+                path: KeyPath = ("containers", name, "ports", index)
+                taken = self.port_taken(port)
+                if taken:
+                    number, owner, where = taken
+                    what = f"host port {number}/{port.protocol} is taken by {place(owner, where)}"
+                    yield draft, Fault(path, f"'{port}': {what} (expected a free one)")
+                for number in range(port.host_port, port.host_port + port.count):
+                    self.ports.setdefault((port.protocol, number), []).append((port.host_ip, draft, path))
+
+    def port_taken(self, port: Port) -> tuple[int, Draft, KeyPath] | None:
+        for number in range(port.host_port, port.host_port + port.count):
+            for host_ip, owner, where in self.ports.get((port.protocol, number), ()):
+                if not host_ip or not port.host_ip or host_ip == port.host_ip:
+                    return number, owner, where
+        return None
+
+    def claim_addresses(self, draft: Draft, networks: Mapping[str, Network]) -> Iterator[Finding]:
+        for name, container in draft.app.containers.items():
+            for key, attachment in container.networks.items():
+                if attachment.ipv4_address is None:
+                    continue
+                path: KeyPath = ("containers", name, "networks", _as_written(key, draft.app), "ipv4_address")
+                wrong = self.address_wrong(attachment.ipv4_address, key, networks)
+                if wrong:
+                    yield draft, Fault(path, wrong)
+                self.addresses.setdefault((key, attachment.ipv4_address), (draft, path))
+
+    def address_wrong(self, address: str, key: str, networks: Mapping[str, Network]) -> str:
+        network = networks.get(key)
+        if network is None and key not in BUILTIN_NETWORKS:
+            return ""  # its app did not load
+        if network is None or network.subnet is None:
+            return f"'{address}': network '{key}' names no subnet (expected subnet in its table)"
+        subnet = ipaddress.IPv4Network(network.subnet)
+        reason = unusable(address, subnet)
+        if reason:
+            return reason
+        if address == (network.gateway or str(subnet[1])):
+            return f"'{address}' is the gateway of network '{key}' (expected another address of {subnet})"
+        if (key, address) in self.addresses:
+            owner = place(*self.addresses[key, address])
+            return f"'{address}' of network '{key}' is taken by {owner} (expected a free address of {subnet})"
+        return ""

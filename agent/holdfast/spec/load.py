@@ -1,0 +1,180 @@
+"""The files of a revision → Spec: every app of this node that loads, and everything that is wrong with the rest.
+
+Three steps: read each state file by itself (kept in a Cache while its text stays the same), hold all of them against
+each other, then collect the files that are mounted. Called by `reconcile` with each revision and by `holdfast check`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+
+from holdfast.spec import links
+from holdfast.spec.authored import StateFile
+from holdfast.spec.interpolate import interpolated
+from holdfast.spec.model import App, NodeFacts, Problem, Spec, When
+from holdfast.spec.resolve import Draft, app_name, digest, draft_of
+from holdfast.tables import Fault, faults_of, shown, text_of
+from holdfast.toml import Document, Unreadable, dotted
+
+VARS_FILE = "vars.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one state file came to by itself: a draft, or problems and the name its app may have."""
+
+    raw: bytes
+    name: str
+    draft: Draft | None
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(slots=True)
+class Cache:
+    """What a caller keeps from one `load` to the next, so that only changed files are read again.
+
+    It answers for one set of facts at a time, and is not for several threads at once.
+    """
+
+    facts: NodeFacts | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    spec: Spec = field(default_factory=Spec)
+    readings: dict[str, Reading] = field(default_factory=dict)
+
+
+def load(files: Mapping[str, bytes], facts: NodeFacts, *, cache: Cache | None = None) -> Spec:
+    """Read a revision: relative path → content. Never raises for what a file holds; that is in Spec.problems.
+
+    Every *.toml is an app, whatever folder it is in, but for vars.toml at the top (vars for all files; agent.toml's
+    own win) and for what begins with a dot. Apps that `when` gives to other nodes are checked and left out.
+    """
+    cache = cache if cache is not None else Cache()
+    if cache.facts == facts and cache.files == files:
+        return cache.spec
+    shared, faulty = _with_vars(files, facts)
+    old = cache.readings if cache.facts == facts and cache.files.get(VARS_FILE) == files.get(VARS_FILE) else {}
+    readings = {path: _reading(path, files[path], shared, old.get(path)) for path in sorted(filter(is_state, files))}
+    drafts, broken, problems = _linked(readings, files, facts, faulty)
+    blobs: dict[str, bytes] = {}
+    apps: dict[str, App] = {}
+    for draft in drafts:
+        path, name = draft.app.path, draft.app.name
+        unchanged = path in old and old[path].draft is draft
+        apps[name] = _finished(draft, files, blobs, cache.spec.apps.get(name) if unchanged else None)
+    problems.sort(key=lambda problem: (problem.path, problem.line))
+    spec = Spec(apps, broken, tuple(problems), blobs)
+    cache.facts, cache.files, cache.spec, cache.readings = facts, dict(files), spec, readings
+    return spec
+
+
+def is_state(path: str) -> bool:
+    """Whether a path of the revision is a state file."""
+    hidden = path.startswith(".") or "/." in path
+    return path.endswith(".toml") and path != VARS_FILE and not hidden
+
+
+def _with_vars(files: Mapping[str, bytes], facts: NodeFacts) -> tuple[NodeFacts, tuple[Problem, ...]]:
+    """The facts with the vars of the whole repository below the node's own."""
+    if VARS_FILE not in files:
+        return facts, ()
+    try:
+        document = Document(files[VARS_FILE])
+    except Unreadable as error:
+        return facts, (Problem(VARS_FILE, error.line, str(error), column=error.column),)
+    texts = {key: text_of(value) for key, value in document.data.items()}
+    faults = [
+        Fault((key,), f"{shown(value)} is not a value of a variable (expected a string, number or boolean)")
+        for key, value in texts.items()
+        if not isinstance(value, str)
+    ]
+    good = {key: value for key, value in texts.items() if isinstance(value, str)}
+    return replace(facts, vars={**good, **facts.vars}), tuple(_problems(VARS_FILE, document, faults))
+
+
+def _reading(path: str, raw: bytes, facts: NodeFacts, before: Reading | None) -> Reading:
+    """Read one state file, unless it was read before with this very text."""
+    if before is not None and before.raw == raw:
+        return before
+    try:
+        document = Document(raw)
+    except Unreadable as error:
+        problem = Problem(path, error.line, str(error), column=error.column)
+        return Reading(raw, app_name(path, None), None, (problem,))
+    faults: list[Fault] = []
+    data = interpolated(document.data, facts, faults)
+    table = faults_of(StateFile, data)
+    draft = None
+    if isinstance(table, StateFile):
+        draft, found = draft_of(path, table, document, facts)
+        faults.extend(found)
+    else:
+        known = {fault.path for fault in faults}
+        faults.extend(fault for fault in table if fault.path not in known)
+    name = app_name(path, document)
+    return Reading(raw, name, None if faults else draft, tuple(_problems(path, document, faults)))
+
+
+def _problems(path: str, document: Document, faults: Iterable[Fault]) -> Iterable[Problem]:
+    return (
+        Problem(path, document.line(fault.path), fault.message, key=dotted(document.written(fault.path)))
+        for fault in faults
+    )
+
+
+def _linked(
+    readings: Mapping[str, Reading], files: Mapping[str, bytes], facts: NodeFacts, problems: Iterable[Problem]
+) -> tuple[list[Draft], dict[str, str], list[Problem]]:
+    """The readings held against each other: this node's drafts that stand, what is broken, and why."""
+    broken = {path: reading.name for path, reading in readings.items() if reading.draft is None}
+    found = [*problems, *(problem for reading in readings.values() for problem in reading.problems)]
+    drafts = [reading.draft for reading in readings.values() if reading.draft is not None]
+    here = [draft for draft in drafts if matches(draft.when, facts)]
+
+    def refuse(findings: Iterable[links.Finding]) -> None:
+        for draft, fault in findings:
+            broken[draft.app.path] = draft.app.name
+            found.extend(_problems(draft.app.path, draft.document, [fault]))
+
+    refuse(links.duplicate_names(here))
+    mine = {draft.app.name: draft for draft in here}
+    others = {draft.app.name: draft for draft in drafts} | mine
+    unknown = frozenset(broken.values())
+    around_here = links.Neighbours(mine, frozenset(others) - frozenset(mine), unknown)
+    around_others = links.Neighbours(others, frozenset(), unknown)
+    for draft in drafts:
+        refuse(links.missing_files(draft, lambda path: bool(below(files, path))))
+        refuse(links.cycles_of_containers(draft))
+        refuse(links.dangling(draft, around_here if mine.get(draft.app.name) is draft else around_others))
+    refuse(links.cycles_of_apps(mine))
+    claims, networks = links.Claims(), links.networks_of(here)
+    for draft in here:
+        if draft.app.path not in broken:
+            refuse(claims.claim(draft, networks))
+    return [draft for draft in here if draft.app.path not in broken], broken, found
+
+
+def matches(when: When, facts: NodeFacts) -> bool:
+    """Whether an app is for this node."""
+    named = not when.nodes or any(fnmatchcase(facts.name, glob) for glob in when.nodes)
+    return named and all(facts.labels.get(key) == value for key, value in when.labels.items())
+
+
+def below(files: Mapping[str, bytes], path: str) -> list[str]:
+    """The file at path, or all files in the directory of that name."""
+    if path in files:
+        return [path]
+    prefix = f"{path}/" if path else ""
+    return [name for name in files if name.startswith(prefix)]
+
+
+def _finished(draft: Draft, files: Mapping[str, bytes], blobs: dict[str, bytes], before: App | None) -> App:
+    """The draft's app with the digests of what it mounts; their contents go to blobs."""
+    contents = {path: files[path] for wanted in draft.wanted.values() for path in below(files, wanted)}
+    contents |= draft.inline
+    digests = {path: digest(contents[path]) for path in sorted(contents)}
+    blobs.update((digests[path], content) for path, content in contents.items())
+    if before is not None and before.files == digests:
+        return before  # its own digest is computed already
+    return draft.app.model_copy(update={"files": digests}) if digests else draft.app

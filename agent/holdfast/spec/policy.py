@@ -1,0 +1,45 @@
+"""The privileges that agent.toml may forbid: what a container asks for → which rules that breaks.
+
+The rules stand where a commit can't lift them, in agent.toml's [policy]. Called by `authored`; `config` checks the
+names in `forbid` against RULES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from holdfast.spec.model import Container, NodeFacts
+
+RULES: dict[str, tuple[str, Callable[[Container], bool]]] = {
+    "privileged": ("privileged", lambda c: c.privileged),
+    "host-network": ("networks", lambda c: "host" in c.networks),
+    "host-pid": ("pid", lambda c: c.pid == "host"),
+    "host-ipc": ("ipc", lambda c: c.ipc == "host"),
+    "cap-add": ("cap_add", lambda c: bool(c.cap_add)),
+    "devices": ("devices", lambda c: bool(c.devices)),
+    "bind-mounts": ("volumes", lambda c: any(mount.kind == "bind" for mount in c.mounts)),
+    "rootfs": ("rootfs", lambda c: c.rootfs is not None),
+    "seccomp-unconfined": ("seccomp", lambda c: c.seccomp == "unconfined"),
+    "new-privileges": ("no_new_privileges", lambda c: not c.no_new_privileges),
+}
+"""Rule → the key of the container that is at fault, and whether the container breaks it."""
+
+
+def broken_rules(container: Container, facts: NodeFacts) -> Iterator[tuple[str, str]]:
+    """The rules of this node that a container breaks: (key, message) pairs."""
+    for rule in sorted(facts.forbid):
+        key, breaks = RULES[rule]
+        if breaks(container):
+            yield key, f"is forbidden by the rule '{rule}' in [policy] forbid of agent.toml"
+
+
+def outside_roots(path: str, facts: NodeFacts) -> str | None:
+    """What is wrong with taking a path of the host into a container; None if it may be."""
+    if facts.bind_roots is None or any(_within(path, root) for root in facts.bind_roots):
+        return None
+    allowed = " or ".join(facts.bind_roots) or "nowhere"
+    return f"'{path}' is outside what [policy] bind_roots of agent.toml allows (expected a path below {allowed})"
+
+
+def _within(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip("/") + "/")

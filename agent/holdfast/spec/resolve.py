@@ -1,0 +1,257 @@
+"""One checked state file → a Draft: its App in the nouns of `model`, and what only the whole revision can tell.
+
+Everything that a single file decides is decided here: qualified names, paths, local references, privileges. `links`
+looks at the drafts of all files together, `load` calls both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from holdfast.spec import forms, model
+from holdfast.spec.authored import ConfigUse, ContainerTable, MountTable, StateFile
+from holdfast.spec.policy import broken_rules, outside_roots
+from holdfast.tables import Fault
+from holdfast.toml import Document, KeyPath, suggestion
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An App whose mounted files and references to other apps are still to be looked up.
+
+    wanted: key path → the file or directory of the revision that is named there. inline: synthetic path → content.
+    """
+
+    app: model.App
+    when: model.When
+    document: Document
+    wanted: Mapping[KeyPath, str] = field(default_factory=dict)
+    inline: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def draft_of(
+    path: str, table: StateFile, document: Document, facts: model.NodeFacts
+) -> tuple[Draft, list[Fault]]:
+    """The draft of a state file at path, and what is wrong with it."""
+    return _Resolver(path, table, facts).draft(document)
+
+
+def app_name(path: str, document: Document | None) -> str:
+    """The name of the app that a file describes, even of one that does not load: [app] name, or the file's stem."""
+    app = document.data.get("app") if document else None
+    written = app.get("name") if isinstance(app, dict) else None
+    return written if isinstance(written, str) else path.rpartition("/")[2].removesuffix(".toml")
+
+
+class _Resolver:
+    """Holds what every step needs: the file's path and table, the node, and the faults so far."""
+
+    def __init__(self, path: str, table: StateFile, facts: model.NodeFacts) -> None:
+        self.path = path
+        self.table = table
+        self.facts = facts
+        self.name = app_name(path, None) if table.app.name is None else table.app.name
+        self.faults: list[Fault] = []
+        self.wanted: dict[KeyPath, str] = {}
+
+    def draft(self, document: Document) -> tuple[Draft, list[Fault]]:
+        self.check_name()
+        for name, config in self.table.configs.items():
+            if config.file is not None:
+                self.file(("configs", name, "file"), config.file)
+        app = model.App(
+            name=self.name,
+            path=self.path,
+            depends_on=tuple(self.table.app.depends_on),
+            containers={name: self.container(name, table) for name, table in self.table.containers.items()},
+            networks={n: model.Network.model_validate(t.model_dump()) for n, t in self.table.networks.items()},
+            volumes={n: model.Volume.model_validate(t.model_dump()) for n, t in self.table.volumes.items()},
+        )
+        when = model.When(nodes=tuple(self.table.app.when.nodes), labels=self.table.app.when.labels)
+        return Draft(app, when, document, self.wanted, self.inline()), self.faults
+
+    def check_name(self) -> None:
+        try:
+            forms.name(self.name)
+        except ValueError as error:
+            message = f"the file's name gives the app's, and {error}; or name it in [app] name"
+            self.fault((), message)
+        if self.name in self.table.app.depends_on:
+            self.fault(("app", "depends_on", self.name), f"'{self.name}' depends on itself (leave it out)")
+
+    def fault(self, path: KeyPath, message: str) -> None:
+        self.faults.append(Fault(path, message))
+
+    def inline(self) -> dict[str, bytes]:
+        contents = {name: config.content for name, config in self.table.configs.items()}
+        return {self.inline_path(name): text.encode() for name, text in contents.items() if text is not None}
+
+    def inline_path(self, config: str) -> str:
+        """Where an inline config is kept: below the state file, where the revision itself can't have a file."""
+        return f"{self.path}/configs/{config}"
+
+    def container(self, name: str, table: ContainerTable) -> model.Container:
+        at: KeyPath = ("containers", name)
+        container = model.Container(
+            image=table.image,
+            rootfs=table.rootfs,
+            command=None if table.command is None else tuple(table.command),
+            entrypoint=None if table.entrypoint is None else tuple(table.entrypoint),
+            working_dir=table.working_dir,
+            user=table.user,
+            environment=table.environment,
+            hostname=table.hostname,
+            labels=table.labels,
+            ports=tuple(port.port() for port in table.ports),
+            networks=self.networks(at, table),
+            mounts=tuple(self.mounts(at, table)),
+            cap_add=tuple(dict.fromkeys(table.cap_add)),
+            cap_drop=tuple(dict.fromkeys(table.cap_drop)),
+            privileged=table.privileged,
+            no_new_privileges=table.no_new_privileges,
+            seccomp=table.seccomp,
+            read_only=table.read_only,
+            devices=tuple(
+                model.Device(source=d.source, target=d.target or d.source, permissions=d.permissions)
+                for d in table.devices
+            ),
+            sysctls=table.sysctls,
+            ulimits={kind: model.Ulimit(soft=u.soft, hard=u.hard) for kind, u in table.ulimits.items()},
+            group_add=tuple(dict.fromkeys(table.group_add)),
+            init=table.init,
+            shm_size=table.shm_size,
+            pid=table.pid,
+            ipc=table.ipc,
+            stop_signal=table.stop_signal,
+            stop_grace_period=table.stop_grace_period,
+            restart_policy=restart_policy(table),
+            depends_on=self.depends_on(at, table),
+            resources=table.resources.resources(),
+            logging=model.Logging(max_size=table.logging.max_size, max_files=table.logging.max_files),
+        )
+        for key, message in broken_rules(container, self.facts):
+            self.fault((*at, key), message)
+        return container
+
+    def networks(self, at: KeyPath, table: ContainerTable) -> dict[str, model.Attachment]:
+        if table.networks is None:
+            return {"bridge": model.Attachment()}
+        return {
+            self.qualified(network): model.Attachment(
+                aliases=tuple(given.aliases), ipv4_address=given.ipv4_address, mac_address=given.mac_address
+            )
+            for network, given in table.networks.items()
+        }
+
+    def qualified(self, reference: str) -> str:
+        """`app/name` of a network or volume; the built-in networks stay as they are."""
+        return reference if "/" in reference or reference in model.BUILTIN_NETWORKS else f"{self.name}/{reference}"
+
+    def depends_on(self, at: KeyPath, table: ContainerTable) -> dict[str, str]:
+        for other in table.depends_on:
+            if other not in self.table.containers:
+                self.fault((*at, "depends_on", other), self.no_container(other))
+        return table.depends_on
+
+    def no_container(self, other: str) -> str:
+        app, slash, _ = other.rpartition("/")
+        if slash:
+            return f"'{other}' is a container of another app (expected depends_on = [\"{app}\"] in [app])"
+        return f"no container is called '{other}'" + (suggestion(other, self.table.containers) or _HERE)
+
+    def mounts(self, at: KeyPath, table: ContainerTable) -> Iterator[model.Mount]:
+        """volumes, tmpfs and configs, in this order; each target once."""
+        taken: dict[str, KeyPath] = {}
+        for path, target, mount in self.all_mounts(at, table):
+            if target in taken:
+                self.fault(path, f"target '{target}' is taken by another mount of this container (expected another)")
+            taken.setdefault(target, path)
+            if mount is not None:
+                yield mount
+
+    def all_mounts(
+        self, at: KeyPath, table: ContainerTable
+    ) -> Iterator[tuple[KeyPath, str, model.Mount | None]]:
+        for key, several in (("volumes", table.volumes), ("tmpfs", table.tmpfs)):
+            for index, given in enumerate(several):
+                path = (*at, key, index)
+                yield path, given.target, given.mount(self.source(path, given))
+        for index, use in enumerate(table.configs):
+            path = (*at, "configs", index)
+            yield path, use.path, self.config(path, use)
+
+    def source(self, path: KeyPath, mount: MountTable) -> str:
+        """What the source of a mount stands for."""
+        match mount.kind:
+            case "tmpfs":
+                return ""
+            case "volume":
+                return f"{self.name}/{mount.source}" if "/" not in mount.source else mount.source
+            case "file":
+                return self.file(path, mount.source)
+            case "bind":
+                source = forms.absolute(mount.source)
+                wrong = outside_roots(source, self.facts)
+                if wrong:
+                    self.fault(path, wrong)
+                return source
+
+    def config(self, path: KeyPath, use: ConfigUse) -> model.Mount | None:
+        config = self.table.configs.get(use.source)
+        if config is None:
+            near = suggestion(use.source, self.table.configs) or _HERE
+            self.fault(path, f"no config is called '{use.source}'{near}")
+            return None
+        if config.file is None:
+            source = self.inline_path(use.source)
+        else:
+            source = resolved(self.path, config.file) or ""
+        return model.Mount(
+            kind="file",
+            source=source,
+            target=use.path,
+            read_only=True,
+            on_change=use.on_change or "restart",
+            mode=use.mode,
+            uid=use.uid,
+            gid=use.gid,
+        )
+
+    def file(self, path: KeyPath, source: str) -> str:
+        """A path beside the state file as a path of the revision."""
+        found = resolved(self.path, source)
+        if found is None:
+            self.fault(path, f"'{source}' leaves the repository's state (expected a path inside it)")
+            return ""
+        self.wanted[path] = found
+        return found
+
+
+_HERE = " in this file (expected one that it defines)"
+
+
+def resolved(state_file: str, path: str) -> str | None:
+    """A path relative to a state file's folder, as a path of the revision; None if it leaves that. "" is the top."""
+    steps = state_file.split("/")[:-1]
+    for step in path.split("/"):
+        if step == ".." and not steps:
+            return None
+        if step == "..":
+            steps.pop()
+        elif step not in ("", "."):
+            steps.append(step)
+    return "/".join(steps)
+
+
+def restart_policy(table: ContainerTable) -> model.RestartPolicy:
+    """The restart policy that a container asks for, in the short form or the long one."""
+    if table.restart is not None:
+        return model.RestartPolicy(**forms.restart(table.restart))
+    long = table.restart_policy
+    return model.RestartPolicy() if long is None else model.RestartPolicy.model_validate(long.model_dump())
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

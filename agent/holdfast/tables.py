@@ -1,0 +1,266 @@
+"""What every table of TOML that we read has in common: strict types, short forms, units, and errors in plain words.
+
+A `Table` is a pydantic model of what a person may write. `faults_of` runs one over data and says everything that is
+wrong with it, each with its key path. Called by `spec` and `config`, which own the tables.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
+
+from holdfast.toml import KeyPath, suggestion
+
+JsonSchema = dict[str, Any]
+T = TypeVar("T", bound="Table")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that is wrong at a key path."""
+
+    path: KeyPath
+    message: str
+
+
+class Contradiction(ValueError):
+    """Fields of one table that don't go together: what `Table.conflicts` found, key by key."""
+
+    def __init__(self, found: list[tuple[str, str]]) -> None:
+        super().__init__(found)
+        self.found = found
+
+
+class Table(BaseModel):
+    """A table as it is written: strict types, unknown keys refused.
+
+    not_yet: keys that later work brings, which are refused as such. hints: words of neighbouring languages → what
+    to write here.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=False)
+
+    not_yet: ClassVar[tuple[str, ...]] = ()
+    hints: ClassVar[Mapping[str, str]] = {}
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Which fields contradict each other: (key, message) pairs; ("", message) speaks of the whole table."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Table:
+        found = list(self.conflicts())
+        if found:
+            raise Contradiction(found)
+        return self
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Short:
+    """Marks a field that also takes a shorter form: `read` turns that into the long one and leaves others alone.
+
+    read raises ValueError with a message for people. schema: the JSON Schemas of the short forms.
+    """
+
+    read: Callable[[Any], Any]
+    schema: tuple[JsonSchema, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self.read, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchema:
+        return {"anyOf": [*self.schema, handler(schema)]}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checked:
+    """Marks a field whose value `check` reads once its type is right; it returns the canonical value or raises."""
+
+    check: Callable[[Any], Any]
+    schema: JsonSchema
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchema:
+        return {**handler(schema), **self.schema}
+
+
+def faults_of(table: type[T], data: Mapping[str, Any]) -> T | list[Fault]:
+    """The data as a table, or everything that is wrong with it."""
+    try:
+        return table.model_validate(data)
+    except ValidationError as error:
+        return [fault for detail in error.errors(include_url=False) for fault in _faults(table, dict(detail))]
+
+
+def _faults(table: type[Table], detail: dict[str, Any]) -> Iterator[Fault]:
+    path: KeyPath = tuple(step for step in detail["loc"] if step != "[key]")
+    match detail["type"], detail.get("ctx", {}).get("error"):
+        case "value_error", Contradiction() as several:
+            yield from (Fault((*path, *filter(None, [key])), message) for key, message in several.found)
+        case "value_error", error:
+            yield Fault(path, str(error))
+        case "extra_forbidden", _:
+            yield Fault(path, _unknown_key(_table_at(table, path[:-1]), str(path[-1])))
+        case kind, _:
+            yield Fault(path, _plain(kind, detail))
+
+
+def _unknown_key(table: type[Table] | None, key: str) -> str:
+    if table is None:
+        return f"unknown key '{key}'"
+    if key in table.not_yet:
+        return "not supported yet (leave it out)"
+    if key in table.hints:
+        return f"unknown key '{key}' (write {table.hints[key]})"
+    known = [field.alias or name for name, field in table.model_fields.items()]
+    few = f" (expected one of {', '.join(known)})" if len(known) <= 12 else ""
+    return f"unknown key '{key}'" + (suggestion(key, known) or few)
+
+
+def _table_at(kind: Any, path: KeyPath) -> type[Table] | None:
+    """The table that stands at a key path below a type."""
+    for step in path:
+        table = _table_in(kind)
+        if table is not None:
+            fields = {field.alias or name: field.annotation for name, field in table.model_fields.items()}
+            kind = fields.get(str(step))
+        else:
+            kind = _item_of(kind)
+    return _table_in(kind)
+
+
+def _table_in(kind: Any) -> type[Table] | None:
+    """The table that a type is, seen through Annotated and Optional."""
+    if isinstance(kind, type) and get_origin(kind) is None:
+        return kind if issubclass(kind, Table) else None
+    if get_origin(kind) in (list, dict, Literal):
+        return None
+    return next((found for part in get_args(kind) if (found := _table_in(part))), None)
+
+
+def _item_of(kind: Any) -> Any:
+    """What a list or dict type, seen through Annotated and Optional, holds."""
+    if get_origin(kind) in (list, dict):
+        return get_args(kind)[-1]
+    return next((item for part in get_args(kind) if (item := _item_of(part)) is not None), None)
+
+
+_EXPECTED = {
+    "string_type": "a string",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+}
+
+
+def _plain(kind: str, detail: Mapping[str, Any]) -> str:
+    """pydantic's finding in our words."""
+    context = detail.get("ctx", {})
+    match kind:
+        case "missing":
+            return "is missing"
+        case "literal_error":
+            return f"{shown(detail['input'])} is not known (expected {context['expected']})"
+        case "greater_than_equal":
+            return f"{detail['input']} is too small (expected at least {context['ge']})"
+        case "greater_than":
+            return f"{detail['input']} is too small (expected more than {context['gt']})"
+        case "less_than_equal":
+            return f"{detail['input']} is too large (expected at most {context['le']})"
+        case _ if kind in _EXPECTED:
+            return f"expected {_EXPECTED[kind]}, not {named(detail['input'])}"
+        case _:
+            return f"{shown(detail['input'])}: {detail['msg'][:1].lower()}{detail['msg'][1:]}"
+
+
+def named(value: Any) -> str:
+    """What TOML calls the kind of a value: `a string`, `a table`."""
+    match value:
+        case bool():
+            return "a boolean"
+        case str():
+            return f"the string {value!r}" if len(value) < 60 else "a string"
+        case int() | float():
+            return f"the number {value}"
+        case list() | tuple():
+            return "a list"
+        case dict() | BaseModel():
+            return "a table"
+        case _:
+            return "a date or time"
+
+
+def shown(value: Any) -> str:
+    """A value as an error quotes it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"'{value}'" if isinstance(value, str | int | float) else named(value)
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_BYTES = {
+    "": 1,
+    "b": 1,
+    **{unit: 1024**power for power, letter in enumerate("kmgt", 1) for unit in (letter, f"{letter}ib")},
+    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
+}
+
+
+def size(value: Any) -> Any:
+    """Bytes of a size: `64MiB` (and `64m`, as Docker reads it) is 1024-based, `64MB` 1000-based, a number is bytes."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    factor = _BYTES.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"'{value}' is not a size (expected a number and one of KiB, MiB, GiB, KB, MB, GB, k, m, g)")
+    return int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
+
+
+def duration(value: Any) -> Any:
+    """Seconds of a duration: `1m30s`, `100ms`; a number is refused, since its unit would be a guess."""
+    if isinstance(value, str) and value == "0":
+        return 0.0
+    if isinstance(value, str) and _DURATION.sub("", value) == "" and value:
+        return round(sum(float(number) * _SECONDS[unit] for number, unit in _DURATION.findall(value)), 9)
+    raise ValueError(f"{shown(value)} is not a duration (expected a number and a unit, ms, s, m, h or d, as in '1m30s')")
+
+
+def text_of(value: Any) -> Any:
+    """A scalar as text: numbers as written, booleans as true and false; anything else is left to be refused."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if isinstance(value, int | float) else value
+
+
+Size = Annotated[
+    int,
+    Short(size, ({"type": "string", "description": "a size: 64MiB, 64MB, 64m", "examples": ["64MiB"]},)),
+]
+Duration = Annotated[
+    float,
+    Short(duration, ()),
+    WithJsonSchema({"type": "string", "description": "a duration: 100ms, 10s, 1m30s", "examples": ["10s"]}),
+]
+Text = Annotated[str, Short(text_of, ({"type": ["number", "boolean"]},))]

@@ -1,0 +1,222 @@
+"""TOML text → data, and for every key path the line where it stands: what lets an error point at its cause.
+
+`tomllib` reads the data and drops the positions, so a second, much smaller reader finds them, and only when somebody
+asks: a document without faults is read once. Called by the two readers of TOML, `spec` and `config`.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+KeyPath = tuple[str | int, ...]
+
+MAX_SIZE = 1024 * 1024
+
+_BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
+_SPACE = re.compile(r"[ \t]*")
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_STRING = re.compile(
+    r'"""(?:[^\\]|\\.)*?"""(?:"{0,2})'
+    r"|'''.*?'''(?:'{0,2})"
+    r'|"(?:[^"\\\n]|\\.)*"'
+    r"|'[^'\n]*'",
+    re.DOTALL,
+)
+_SCALAR = re.compile(r"[^,\]}#\n]+")
+_WHERE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
+
+
+class Unreadable(ValueError):
+    """The text is not TOML. line and column count from 1; column 0 is unknown."""
+
+    def __init__(self, message: str, line: int = 1, column: int = 0) -> None:
+        super().__init__(message)
+        self.line = line
+        self.column = column
+
+
+class Document:
+    """One TOML text, read: its data, and on demand the line of every key path."""
+
+    def __init__(self, raw: bytes) -> None:
+        """Read raw; raise Unreadable if it is larger than MAX_SIZE, not UTF-8 or not TOML."""
+        if len(raw) > MAX_SIZE:
+            raise Unreadable(f"{len(raw)} bytes are too many (expected at most {MAX_SIZE})")
+        try:
+            self.text = raw.decode()
+        except UnicodeDecodeError as error:
+            before = raw[: error.start]
+            line = before.count(b"\n") + 1
+            column = error.start - (before.rfind(b"\n") + 1) + 1
+            raise Unreadable(f"byte 0x{raw[error.start]:02x} is not UTF-8", line, column) from error
+        try:
+            self.data: dict[str, Any] = tomllib.loads(self.text)
+        except tomllib.TOMLDecodeError as error:
+            raise _unreadable(str(error), self.text) from error
+        except RecursionError as error:
+            raise Unreadable("is nested too deeply") from error
+
+    def line(self, path: KeyPath) -> int:
+        """The line of a key path, or of the nearest table around it that the text has; 1 if there is none."""
+        path = self.written(path)
+        while path and path not in self._offsets:
+            path = path[:-1]
+        return self.text.count("\n", 0, self._offsets.get(path, 0)) + 1
+
+    def written(self, path: KeyPath) -> KeyPath:
+        """path as the text has it: a name under a key that holds a list of names becomes its index."""
+        here: Any = self.data
+        steps: list[str | int] = []
+        for step in path:
+            if isinstance(here, list) and isinstance(step, str):
+                if step not in here:
+                    break
+                step = here.index(step)
+            steps.append(step)
+            try:
+                here = here[step]
+            except (KeyError, IndexError, TypeError):
+                here = None
+        return tuple(steps)
+
+    @cached_property
+    def _offsets(self) -> dict[KeyPath, int]:
+        return _Places(self.text.replace("\r\n", " \n")).found
+
+
+def dotted(path: KeyPath) -> str:
+    """A key path as a person writes it: `containers.web.ports[0]`."""
+    text = ""
+    for step in path:
+        if isinstance(step, int):
+            text += f"[{step}]"
+        else:
+            name = step if _BARE_KEY.fullmatch(step) else f'"{step}"'
+            text += f".{name}" if text else name
+    return text
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the nearest known word, or the empty string."""
+    from difflib import get_close_matches  # slow to import, and most runs have no errors
+
+    near = get_close_matches(word, list(known), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def _unreadable(message: str, text: str) -> Unreadable:
+    """tomllib's error with its position taken out of the words."""
+    match = _WHERE.search(message)
+    line, column = text.count("\n") + 1, 0
+    if match and match[1]:
+        line, column = int(match[1]), int(match[2])
+    words = _WHERE.sub("", message)
+    return Unreadable(words[:1].lower() + words[1:], line, column)
+
+
+class _Places:
+    """Walks over valid TOML (tomllib has read it) and notes where each key path begins."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.at = 0
+        self.found: dict[KeyPath, int] = {}
+        self.lengths: dict[KeyPath, int] = {}  # of arrays of tables
+        table: KeyPath = ()
+        while self.skip(_BLANK) < len(text):
+            table = self.header() if text[self.at] == "[" else self.pair(table)
+
+    def skip(self, pattern: re.Pattern[str]) -> int:
+        match = pattern.match(self.text, self.at)
+        self.at = match.end() if match else self.at
+        return self.at
+
+    def header(self) -> KeyPath:
+        start = self.at
+        many = self.text.startswith("[[", start)
+        self.at += 2 if many else 1
+        steps = self.key()
+        self.at += 2 if many else 1
+        table = self.inside(steps[:-1]) + steps[-1:]
+        if many:
+            self.lengths[table] = self.lengths.get(table, 0) + 1
+        table = self.inside(steps)
+        self.note(table, start)
+        return table
+
+    def inside(self, steps: tuple[str, ...]) -> KeyPath:
+        """The path of a header's steps: below an array of tables, its last table is meant."""
+        path: KeyPath = ()
+        for step in steps:
+            path = (*path, step)
+            if path in self.lengths:
+                path = (*path, self.lengths[path] - 1)
+        return path
+
+    def pair(self, table: KeyPath) -> KeyPath:
+        """Read one `key = value`; return the table, which stays the current one."""
+        self.skip(_SPACE)
+        start = self.at
+        path = table + self.key()
+        self.note(path, start)
+        self.at += 1  # the equals sign
+        self.value(path)
+        return table
+
+    def key(self) -> tuple[str, ...]:
+        return tuple(self.steps())
+
+    def steps(self) -> Iterator[str]:
+        """The parts of a dotted key; stops behind it and the white space that follows."""
+        while True:
+            self.skip(_SPACE)
+            start = self.at
+            if self.text[start] in "\"'":
+                quoted = self.text[start : self.skip(_STRING)]
+                yield next(iter(tomllib.loads(f"{quoted} = 0")))
+            else:
+                yield self.text[start : self.skip(_BARE_KEY)]
+            if self.skip(_SPACE) >= len(self.text) or self.text[self.at] != ".":
+                return
+            self.at += 1
+
+    def value(self, path: KeyPath) -> None:
+        self.skip(_SPACE)
+        match self.text[self.at]:
+            case "[":
+                self.array(path)
+            case "{":
+                self.inline_table(path)
+            case '"' | "'":
+                self.skip(_STRING)
+            case _:
+                self.skip(_SCALAR)
+
+    def array(self, path: KeyPath) -> None:
+        self.at += 1
+        index = 0
+        while self.text[self.skip(_BLANK)] != "]":
+            self.note((*path, index), self.at)
+            self.value((*path, index))
+            index += 1
+            if self.text[self.skip(_BLANK)] == ",":
+                self.at += 1
+        self.at += 1
+
+    def inline_table(self, path: KeyPath) -> None:
+        self.at += 1
+        while self.text[self.skip(_BLANK)] != "}":
+            self.pair(path)
+            if self.text[self.skip(_BLANK)] == ",":
+                self.at += 1
+        self.at += 1
+
+    def note(self, path: KeyPath, at: int) -> None:
+        """A path begins here, and so do the tables around it that have no place of their own."""
+        self.found[path] = at
+        for length in range(1, len(path)):
+            self.found.setdefault(path[:length], at)
