@@ -27,7 +27,9 @@ def parse_subnet(network: str, text: str) -> IPv4Network:
     try:
         subnet = IPv4Network(text)
     except (AddressValueError, NetmaskValueError, ValueError) as error:
-        raise WrongState(f"network '{network}': subnet '{text}': {error} (an IPv4 range such as 10.90.1.0/24)") from error
+        raise WrongState(
+            f"network '{network}': subnet '{text}': {error} (an IPv4 range such as 10.90.1.0/24)"
+        ) from error
     if subnet.prefixlen > 30:
         raise WrongState(f"network '{network}': subnet '{text}': has no room for containers (a prefix of 30 or less)")
     return subnet

@@ -20,7 +20,7 @@ from holdfast.drivers import EndpointWant, Host, NetworkWant
 from holdfast.errors import Conflict, HoldfastError, NotPermitted, TryAgain, UnfitHost, WrongState
 from holdfast.observed import Receipt
 from holdfast_plugins.network.addresses import Ledger, first_free, parse_address, parse_subnet
-from holdfast_plugins.network.netlink import Link, Netlink, Sockets, open_in
+from holdfast_plugins.network.netlink import Link, Sockets, open_in
 
 NETWORK, ENDPOINT, GONE = "holdfast:network:", "holdfast:endpoint:", "holdfast:gone:"
 OPTIONS = ("mtu",)
@@ -68,7 +68,13 @@ class BridgeNetwork:
             self._bring_up(want.id, link, name, subnet, gateway, mtu)
         except OSError as error:
             raise _explained(error, f"make network '{want.id}'") from error
-        data = {"interface": name, "subnet": str(subnet), "gateway": str(gateway), "internal": want.internal, "mtu": mtu}
+        data = {
+            "interface": name,
+            "subnet": str(subnet),
+            "gateway": str(gateway),
+            "internal": want.internal,
+            "mtu": mtu,
+        }
         if forwarding:
             data["enabled"] = "net.ipv4.ip_forward"
         return Receipt("network", self.name, want.id, data=data)
@@ -100,10 +106,14 @@ class BridgeNetwork:
         """The next free subnet of the pool."""
         taken = [*self.ledger.subnets().values(), *(subnet for _, subnet in self._foreign(want.id))]
         if want.gateway:  # a gateway alone does not say how wide its subnet is
-            raise WrongState(f"network '{want.id}': gateway '{want.gateway}': has no subnet (subnet = \"…\" beside it)")
+            raise WrongState(
+                f"network '{want.id}': gateway '{want.gateway}': has no subnet (subnet = \"…\" beside it)"
+            )
         chosen = first_free(IPv4Network(self._host.pool), taken)
         if chosen is None:
-            raise Conflict(f"network '{want.id}': no subnet is left in pool {self._host.pool} (a larger [network] pool)")
+            raise Conflict(
+                f"network '{want.id}': no subnet is left in pool {self._host.pool} (a larger [network] pool)"
+            )
         return chosen
 
     def _refuse_overlap(self, id: str, subnet: IPv4Network) -> None:
@@ -256,7 +266,9 @@ def _own_link(name: str, *aliases: str) -> Link | None:
     link = _sockets.host.link(name)
     if link is not None and link.alias not in aliases:
         what = link.alias.partition(":")[2] or "something unknown"
-        raise Conflict(f"make '{aliases[0].partition(':')[2]}': link '{name}' is there for {what} (remove or rename it)")
+        raise Conflict(
+            f"make '{aliases[0].partition(':')[2]}': link '{name}' is there for {what} (remove or rename it)"
+        )
     return link
 
 

@@ -34,7 +34,9 @@ def new_bridge(name: str, mac: str, mtu: int | None) -> bytes:
 
 def new_veth(name: str, mtu: int, peer: str, peer_mac: str, netns: int) -> bytes:
     """Make a pair of links, both down, the other one in the namespace open as netns."""
-    inside = {"attrs": [("IFLA_IFNAME", peer), ("IFLA_ADDRESS", peer_mac), ("IFLA_MTU", mtu), ("IFLA_NET_NS_FD", netns)]}
+    inside = {
+        "attrs": [("IFLA_IFNAME", peer), ("IFLA_ADDRESS", peer_mac), ("IFLA_MTU", mtu), ("IFLA_NET_NS_FD", netns)]
+    }
     pair: Attributes = [("VETH_INFO_PEER", inside)]
     return _link(RTM_NEWLINK, [("IFLA_IFNAME", name), ("IFLA_MTU", mtu), _kind("veth", pair)], flags=CREATE | EXCL)
 
@@ -69,7 +71,10 @@ def link_alias(index: int, alias: str) -> bytes:
 def port_off(index: int) -> bytes:
     """Let a bridge pass nothing through one of its ports any more."""
     return _link(
-        RTM_SETLINK, [("IFLA_PROTINFO", {"attrs": [("IFLA_BRPORT_STATE", PORT_DISABLED)]})], index=index, family=AF_BRIDGE
+        RTM_SETLINK,
+        [("IFLA_PROTINFO", {"attrs": [("IFLA_BRPORT_STATE", PORT_DISABLED)]})],
+        index=index,
+        family=AF_BRIDGE,
     )
 
 

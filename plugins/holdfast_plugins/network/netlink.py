@@ -61,7 +61,9 @@ class Netlink:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -120,7 +122,9 @@ class Netlink:
         """Number a message and ask for its acknowledgement."""
         self._sequence += 1
         length, kind, flags, _, _ = _header.unpack_from(message)
-        return _padded(_header.pack(length, kind, flags | NLM_F_REQUEST | NLM_F_ACK, self._sequence, 0) + message[16:])
+        return _padded(
+            _header.pack(length, kind, flags | NLM_F_REQUEST | NLM_F_ACK, self._sequence, 0) + message[16:]
+        )
 
     def _send(self, kind: int, flags: int, body: bytes) -> None:
         self._sequence += 1

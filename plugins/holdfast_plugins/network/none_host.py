@@ -42,7 +42,9 @@ class BareEndpoint:
 
     def check(self, want: EndpointWant) -> None:
         if want.ipv4_address or want.mac_address:
-            raise WrongState(f"network '{want.network.id}': driver '{self.name}' gives no addresses (a bridge network)")
+            raise WrongState(
+                f"network '{want.network.id}': driver '{self.name}' gives no addresses (a bridge network)"
+            )
 
     def ensure(self, want: EndpointWant) -> Receipt:
         self.check(want)

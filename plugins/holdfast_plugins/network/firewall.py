@@ -1,0 +1,202 @@
+"""FirewallWant → the agent's own nftables table, written whole and found again unaltered. Called by node.
+
+Whether the table is still what we wrote is told by comparing a listing with the one taken right after writing; and
+no listing is needed while the rule set's generation has not moved. Both are kept in the run root, so that a
+restarted agent need not write the table again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from ipaddress import AddressValueError, IPv4Address
+from pathlib import Path
+from typing import Any
+
+from holdfast.drivers import Host
+from holdfast.errors import Conflict, NotPermitted, UnfitHost, WrongState
+from holdfast.observed import FirewallNetwork, FirewallWant, PublishedPort, Receipt
+from holdfast.spec.model import digest_of
+from holdfast_plugins.network import forwarding, rules
+from holdfast_plugins.network.nftables import Nft, NftError, generation, open_nft
+
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What we wrote last: the want, the listing it gave, and the generation it made (0: someone wrote beside us)."""
+
+    want: FirewallWant
+    digest: str
+    listing: str
+    generation: int
+
+
+class NftablesFirewall:
+    """One table `inet NAME`; id of its receipt is the table's name, data["digest"] that of the want it holds."""
+
+    name = "nftables"
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._file = host.run_root / "firewall.json"
+        self._lock = threading.RLock()
+        self._snapshot: Snapshot | None = None
+        self._opened: Nft | None = None
+
+    def check(self, want: FirewallWant) -> None:
+        """Raise WrongState for addresses that are none, Conflict for two that publish one port, UnfitHost without nft."""
+        _refuse_bad_addresses(want)
+        _refuse_doubles(want)
+        _ = self._nft
+
+    def ensure(self, want: FirewallWant) -> Receipt:
+        """Have exactly the wanted table, or none when nothing is wanted; nothing is written if it stands."""
+        self.check(want)
+        digest = digest_of(_plain(want))
+        with self._lock:
+            if want.empty:
+                self.remove(self._receipt(digest))
+            elif not self._intact() or self._snapshot is None or self._snapshot.digest != digest:
+                self._write(want, digest)
+        return self._receipt(digest)
+
+    def observe(self) -> Iterable[Receipt]:
+        """The table's receipt; its data is empty if the table, or an accept that it needs elsewhere, was altered."""
+        with self._lock:
+            if self._intact() and self._snapshot is not None:
+                return [self._receipt(self._snapshot.digest)]
+            return [self._receipt("")] if self._listing() is not None else []
+
+    def applied(self) -> FirewallWant | None:
+        """What the table holds; None when it is not there or was altered."""
+        with self._lock:
+            return self._snapshot.want if self._intact() and self._snapshot is not None else None
+
+    def remove(self, receipt: Receipt) -> None:
+        with self._lock:
+            forwarding.withdraw(self._host, self._nft)
+            if self._listing() is not None:
+                self._run(rules.deletion(self._host.name))
+            self._snapshot = None
+            self._file.unlink(missing_ok=True)
+
+    def findings(self) -> list[str]:
+        """What other firewalls do to ours, a line each, for `holdfast doctor`."""
+        return forwarding.findings(self._host, self._nft)
+
+    @property
+    def _nft(self) -> Nft:
+        if self._opened is None:
+            self._opened = open_nft()
+        return self._opened
+
+    def _receipt(self, digest: str) -> Receipt:
+        return Receipt("firewall", self.name, self._host.name, data={"digest": digest} if digest else {})
+
+    def _intact(self) -> bool:
+        """Whether the table is what the snapshot says; refreshes the snapshot's generation."""
+        self._snapshot = self._snapshot or _load(self._file)
+        if self._snapshot is None:
+            return False
+        now = generation()
+        if now == self._snapshot.generation:
+            return True
+        if self._listing() != self._snapshot.listing or not forwarding.allowed(self._host, self._nft):
+            return False
+        self._keep(replace(self._snapshot, generation=now))
+        return True
+
+    def _write(self, want: FirewallWant, digest: str) -> None:
+        """Write the table and note what it looks like; again if someone changed the rule set in between."""
+        forwarding.allow(self._host, self._nft)
+        text = rules.script(self._host.name, want)
+        for _ in range(ATTEMPTS):
+            before = generation()
+            self._run(text)
+            listing = self._listing() or ""
+            alone = generation() == before + 1
+            self._keep(Snapshot(want, digest, listing, before + 1 if alone else 0))
+            if alone:
+                return
+
+    def _listing(self) -> str | None:
+        try:
+            return digest_of(self._nft.run(f"list table inet {self._host.name}"))
+        except NftError:
+            return None
+
+    def _run(self, text: str) -> None:
+        try:
+            self._nft.run(text)
+        except NftError as error:
+            if "not permitted" in str(error):
+                raise NotPermitted(
+                    f"write table 'inet {self._host.name}': not permitted (root with CAP_NET_ADMIN)"
+                ) from error
+            raise UnfitHost(
+                f"write table 'inet {self._host.name}': {error} (a kernel with nf_tables and NAT)"
+            ) from error
+
+    def _keep(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self._file.with_suffix(".new")
+        fresh.write_text(json.dumps([_plain(snapshot.want), snapshot.listing, snapshot.generation]))
+        fresh.replace(self._file)
+
+
+def _load(file: Path) -> Snapshot | None:
+    """Read what `_keep` wrote; None if it is not there, or not whole."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        want, listing, number = json.loads(file.read_text())
+        networks = tuple(FirewallNetwork(**network) for network in want["networks"])
+        ports = tuple(PublishedPort(**port) for port in want["ports"])
+        return Snapshot(FirewallWant(networks, ports), digest_of(want), listing, number)
+    return None
+
+
+def _plain(want: FirewallWant) -> dict[str, Any]:
+    """As dataclasses.asdict, which copies deeply and takes ten times as long for a thousand ports."""
+    networks = [{name: getattr(network, name) for name in NETWORK_FIELDS} for network in want.networks]
+    return {
+        "networks": networks,
+        "ports": [{name: getattr(port, name) for name in PORT_FIELDS} for port in want.ports],
+    }
+
+
+NETWORK_FIELDS = tuple(field.name for field in fields(FirewallNetwork))
+PORT_FIELDS = tuple(field.name for field in fields(PublishedPort))
+
+
+def _refuse_bad_addresses(want: FirewallWant) -> None:
+    for port in want.ports:
+        for address in (port.host_ip or "0.0.0.0", port.address):
+            try:
+                IPv4Address(address)
+            except AddressValueError as error:
+                raise WrongState(
+                    f"publish '{_named(port)}': address '{address}': {error} (an IPv4 address)"
+                ) from error
+
+
+def _refuse_doubles(want: FirewallWant) -> None:
+    """A host port leads to one place: the same one twice, or a range over it, is a conflict."""
+    seen: dict[tuple[str, str, int], PublishedPort] = {}
+    for port in want.ports:
+        for step in range(port.count):
+            host_ip = "" if port.host_ip in rules.WILDCARDS else port.host_ip
+            other = seen.setdefault((port.protocol, host_ip, port.host_port + step), port)
+            if other is not port:
+                raise Conflict(
+                    f"publish '{_named(port)}': port {port.host_port + step}/{port.protocol} leads to"
+                    f" {other.address} already (another port)"
+                )
+
+
+def _named(port: PublishedPort) -> str:
+    return f"{port.host_ip + ':' if port.host_ip else ''}{port.host_port}:{port.container_port}/{port.protocol}"

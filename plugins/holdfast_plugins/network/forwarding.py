@@ -1,0 +1,95 @@
+"""The accept that our bridges need where another product drops what the host forwards (dockerd does, ufw may).
+
+An accept in our own table does not undo a drop in another's, so the one rule goes where it counts: the chain
+DOCKER-USER if there is one, else FORWARD of the table filter. Its comment bears the agent's name. Through the program
+iptables, since the tables are its own; nothing of this runs on a host that does not drop.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+from holdfast.drivers import Host
+from holdfast.errors import UnfitHost
+from holdfast_plugins.network.nftables import Nft, NftError
+
+FORWARD, DOCKER_USER = "FORWARD", "DOCKER-USER"
+
+
+def dropping_chain(nft: Nft) -> str | None:
+    """The chain that needs our accept; None where iptables' table does not drop by policy."""
+    try:
+        if "policy drop" not in nft.run(f"list chain ip filter {FORWARD}"):
+            return None
+        nft.run(f"list chain ip filter {DOCKER_USER}")
+    except NftError as missing:
+        return FORWARD if DOCKER_USER in str(missing) else None
+    return DOCKER_USER
+
+
+def allowed(host: Host, nft: Nft) -> bool:
+    """Whether nothing stands in the way of what our own table lets through."""
+    chain = dropping_chain(nft)
+    return chain is None or all(_run("-C", chain, *rule) for rule in _rules(host))
+
+
+def allow(host: Host, nft: Nft) -> None:
+    """Have the accept where it is needed. Idempotent; raises UnfitHost."""
+    chain = dropping_chain(nft)
+    if chain is None:
+        return
+    for rule in _rules(host):
+        if not _run("-C", chain, *rule) and not _run("-I", chain, *rule):
+            raise UnfitHost(f"accept forwarding in chain '{chain}': iptables refuses (a policy other than drop)")
+
+
+def withdraw(host: Host, nft: Nft) -> None:
+    """Take the accept away wherever it is. Idempotent."""
+    try:
+        listing = nft.run("list table ip filter")
+    except NftError:
+        return
+    for chain in (FORWARD, DOCKER_USER):
+        if f"chain {chain} " in listing:
+            for rule in _rules(host):
+                while _run("-D", chain, *rule):
+                    pass
+
+
+def findings(host: Host, nft: Nft) -> list[str]:
+    """What a person should know of other firewalls here, a line each; for `holdfast doctor`."""
+    lines = []
+    chain = dropping_chain(nft)
+    if chain is not None:
+        lines.append(
+            f"iptables drops forwarded traffic by policy (dockerd or a firewall set it): holdfast keeps an accept for"
+            f" '{host.name}-+' in chain {chain} while it has networks"
+        )
+    try:
+        tables = nft.run("list tables")
+    except NftError as error:
+        return [*lines, f"nftables can't be read: {error}"]
+    if "firewalld" in tables:
+        lines.append(
+            "firewalld is active: it may reject traffic of unknown interfaces"
+            f" (firewall-cmd --permanent --zone=trusted --add-interface for the bridges '{host.name}-…')"
+        )
+    if chain is not None and "ufw-" in nft.run("list table ip filter"):
+        lines.append("ufw is active: its reload drops our accept; the next pass puts it back")
+    return lines
+
+
+def _rules(host: Host) -> Iterator[tuple[str, ...]]:
+    for direction in ("-i", "-o"):
+        comment = ("-m", "comment", "--comment", f"holdfast:{host.name}")
+        yield (direction, f"{host.name}-+", *comment, "-j", "ACCEPT")
+
+
+def _run(*arguments: str) -> bool:
+    program = shutil.which("iptables", path="/usr/sbin:/sbin:/usr/bin:/bin")
+    if program is None:
+        raise UnfitHost("change table 'ip filter': the program iptables is missing (apt install iptables)")
+    done = subprocess.run([program, "-w", *arguments], capture_output=True, check=False)
+    return done.returncode == 0
