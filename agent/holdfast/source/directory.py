@@ -87,7 +87,9 @@ class DirectorySource:
         try:
             return DirectoryWatch(self._path, wake, self._debounce)
         except OSError as error:
-            cause = f"{(error.strerror or str(error)).lower()} (raise fs.inotify.max_user_watches, max_user_instances)"
+            cause = (
+                f"{(error.strerror or str(error)).lower()} (raise fs.inotify.max_user_watches, max_user_instances)"
+            )
             raise UnfitHost(f"watch '{self._path}': {cause}") from error
 
     def state(self) -> SourceState:

@@ -22,8 +22,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from holdfast.errors import HoldfastError, TryAgain, WrongConfig
+from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongConfig, WrongState
 from holdfast.source.gitcommand import Git, GitFailed, redact
 from holdfast.source.revision import Revision, SourceState, Watch
 from holdfast.source.snapshot import read_commit
@@ -32,12 +33,15 @@ CURRENT = "refs/holdfast/current"
 FETCHED = "refs/holdfast/fetched"
 LONGEST_BACKOFF = 600.0
 JITTER = 0.1
-NO_REF = 2  # git-ls-remote(1), --exit-code
 REFUSED = re.compile(
     r"authentication failed|could not read (username|password)|permission denied|terminal prompts disabled"
     r"|access denied|host key verification failed|requested url returned error: 40[13]",
     re.I,
 )
+
+
+class Rewritten(TryAgain):
+    """The branch does not contain the commit that was last accepted; somebody has to say that this is right."""
 
 
 class GitSource:
@@ -63,7 +67,10 @@ class GitSource:
         self._git = Git(self._mirror, timeout)
         self._working = threading.Lock()
         self._reading = threading.Lock()
-        self._refused: tuple[str, str] | None = None  # a tip that can't be taken, and why: not fetched again
+        self._noting = threading.Lock()
+        self._refused: tuple[str, HoldfastError] | None = (
+            None  # a tip that can't be taken, and why: not fetched again
+        )
         self._revision: Revision | None = None
         self._state = SourceState(kind="git", url=self._shown, branch=branch, path=self._path)
 
@@ -90,9 +97,13 @@ class GitSource:
             except HoldfastError as error:
                 self._fail(error)
                 raise
+            except OSError as error:
+                failure = UnfitHost(f"fetch '{self._shown}' into '{self._mirror}': {(error.strerror or '').lower()}")
+                self._fail(failure)
+                raise failure from error
             with self._reading:
                 self._show(revision)
-            self._state = replace(self._state, error="", failures=0, fetched_at=time.time(), next_try_at=None)
+            self._note(error="", failures=0, fetched_at=time.time())
 
     def watch(self, wake: Callable[[str], None]) -> Watch:
         """Poll in a thread of its own; wake when the commit, or what is wrong, changed."""
@@ -100,7 +111,7 @@ class GitSource:
 
     def plan_next(self, seconds: float) -> None:
         """Note when the next poll will be, for `state`."""
-        self._state = replace(self._state, next_try_at=time.time() + seconds)
+        self._note(next_try_at=time.time() + seconds)
 
     def _advance(self, accept_rewrite: bool) -> Revision:
         tip, before = self._tip(), self._accepted()
@@ -108,39 +119,42 @@ class GitSource:
             self._refused = None
             return self._revision if self._revision and self._revision.id == tip else self._read(tip)
         if self._refused and self._refused[0] == tip and not accept_rewrite:
-            raise TryAgain(self._refused[1])
+            cause = self._refused[1]
+            raise type(cause)(*cause.args)
         tip = self._fetch()
-        if before and not accept_rewrite and not self._descends(tip, before):
-            raise self._refuse(
-                tip,
-                f"fetch '{self._shown}': the history of branch '{self._branch}' was rewritten: {tip[:10]} does not "
-                f"follow {before[:10]}: what runs stays (`holdfast sync --accept-rewrite` takes it)",
-            )
         try:
+            if before and not accept_rewrite:
+                self._check_descent(tip, before)
             revision = self._read(tip)
-        except TryAgain as error:
-            raise self._refuse(tip, str(error)) from error
+        except (Rewritten, WrongState) as error:
+            self._refused = (tip, error)
+            raise
         self._git.run("update-ref", CURRENT, tip)
         self._refused = None
         return revision
 
-    def _refuse(self, tip: str, reason: str) -> TryAgain:
-        self._refused = (tip, reason)
-        return TryAgain(reason)
+    def _check_descent(self, tip: str, before: str) -> None:
+        try:
+            self._git.run("merge-base", "--is-ancestor", before, tip)
+        except GitFailed as error:
+            if error.status != 1:
+                raise
+            raise Rewritten(
+                f"fetch '{self._shown}': the history of branch '{self._branch}' was rewritten: {tip[:10]} does not "
+                f"follow {before[:10]}: what runs stays (`holdfast sync --accept-rewrite` takes it)"
+            ) from None
 
     def _tip(self) -> str:
         ref = f"refs/heads/{self._branch}"
         try:
-            said = self._git.run("ls-remote", "--exit-code", "--", self._url, ref).decode()
+            said = self._git.run("ls-remote", "--", self._url, ref).decode()
         except GitFailed as error:
-            if error.status == NO_REF:
-                raise TryAgain(
-                    f"fetch '{self._shown}': branch '{self._branch}' is gone: what runs stays"
-                    if self._accepted()
-                    else f"fetch '{self._shown}': there is no branch '{self._branch}'"
-                ) from error
             raise self._unreachable(error) from error
-        return next(line.split("\t")[0] for line in said.splitlines() if line.endswith("\t" + ref))
+        for line in said.splitlines():  # a pattern without wildcards also matches the tails of longer names
+            if line.endswith(f"\t{ref}"):
+                return line.split("\t")[0]
+        gone = f"branch '{self._branch}' is gone: what runs stays" if self._accepted() else ""
+        raise TryAgain(f"fetch '{self._shown}': {gone or f'there is no branch {self._branch!r}'}")
 
     def _fetch(self) -> str:
         try:
@@ -153,17 +167,9 @@ class GitSource:
         return self._git.run("rev-parse", "--verify", FETCHED).decode().strip()
 
     def _unreachable(self, error: GitFailed) -> TryAgain:
-        what = "refused" if REFUSED.search(error.said) else "can't be fetched"
-        return TryAgain(f"fetch '{self._shown}': {what}: {redact(error.said)}")
-
-    def _descends(self, tip: str, before: str) -> bool:
-        try:
-            self._git.run("merge-base", "--is-ancestor", before, tip)
-        except GitFailed as error:
-            if error.status != 1:
-                raise
-            return False
-        return True
+        what = "access refused" if REFUSED.search(error.said) else "can't be fetched"
+        hint = " (git config --system --add safe.directory PATH)" if "dubious ownership" in error.said else ""
+        return TryAgain(f"fetch '{self._shown}': {what}: {redact(error.said)}{hint}")
 
     def _accepted(self) -> str:
         """The commit last accepted, or ""."""
@@ -183,16 +189,14 @@ class GitSource:
 
     def _show(self, revision: Revision) -> None:
         self._revision = revision
-        self._state = replace(
-            self._state,
-            revision=revision.id,
-            author=revision.author,
-            message=revision.message,
-            committed_at=revision.at,
-        )
+        self._note(revision=revision.id, author=revision.author, message=revision.message, committed_at=revision.at)
 
     def _fail(self, error: HoldfastError) -> None:
-        self._state = replace(self._state, error=str(error), failures=self._state.failures + 1)
+        self._note(error=str(error), failures=self._state.failures + 1)
+
+    def _note(self, **known: Any) -> None:
+        with self._noting:
+            self._state = replace(self._state, **known)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -221,6 +225,7 @@ class GitSource:
         left = [*self._mirror.glob("*.lock"), *self._mirror.glob("refs/**/*.lock")]
         left += [*self._mirror.glob("objects/pack/tmp_*"), *self._mirror.glob("objects/??/tmp_obj_*")]
         left += [path for path in self._mirror.glob("objects/tmp_objdir-*/**/*") if path.is_file()]
+        left += [ref for ref in self._mirror.glob("refs/holdfast/*") if not ref.stat().st_size]  # a power cut's
         for path in left:
             path.unlink(missing_ok=True)
 

@@ -15,6 +15,7 @@ from holdfast.errors import TryAgain, UnfitHost
 OPTIONS = (
     "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "protocol.ext.allow=never",
     "-c", "gc.autoDetach=false", "-c", "maintenance.autoDetach=false", "-c", "core.logAllRefUpdates=false",
+    "-c", "core.fsync=committed,loose-object,reference",
 )  # fmt: skip
 # A GIT_DIR inherited from a hook would send us into somebody else's repository (git-rev-parse(1), --local-env-vars).
 STRAY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_NAMESPACE",
@@ -84,7 +85,12 @@ def environment() -> dict[str, str]:
 def telling_line(errors: str) -> str:
     """The line that says what went wrong: the first fatal one, with what the transport said before it."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    fatal = [line.removeprefix("fatal: ") for line in lines if line.startswith("fatal: ")]
+    after = [*lines[1:], ""]  # "unable to connect to HOST:" goes on in the next line
+    fatal = [
+        line.removeprefix("fatal: ") + (f" {next}" if line.endswith(":") else "")
+        for line, next in zip(lines, after, strict=False)
+        if line.startswith("fatal: ")
+    ]
     remote = [line for line in lines if re.match(r"remote: |ssh: |ERROR|.*permission denied", line, re.I)]
     if fatal and "could not read from remote repository" in fatal[0].lower() and remote:
         return remote[0].removeprefix("remote: ")

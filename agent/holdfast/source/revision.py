@@ -95,7 +95,9 @@ class Source(Protocol):
     def refresh(self, *, accept_rewrite: bool = False) -> None:
         """Bring the newest revision here; for a directory, nothing.
 
-        accept_rewrite: take a branch whose history was rewritten. Raises TryAgain, WrongState, UnfitHost.
+        accept_rewrite: take a branch whose history was rewritten. Raises TryAgain (remote down, access refused,
+        branch gone, history rewritten), WrongState (folder gone, too large), UnfitHost (no git, disk full); what
+        `current` returns is then as before, and state().error says the same.
         """
 
     def watch(self, wake: Callable[[str], None]) -> Watch:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from holdfast.errors import TryAgain
+from holdfast.errors import TryAgain, WrongState
 from holdfast.source.gitcommand import Git
 from holdfast.source.revision import Revision, check_size, is_noise
 
@@ -29,7 +29,7 @@ class Entry:
 def read_commit(git: Git, commit: str, path: str, url: str) -> Revision:
     """Read the files under path of a commit.
 
-    Raises TryAgain when the path is gone or not a folder, WrongState when it holds too much.
+    Raises WrongState when the path is gone or not a folder, or holds too much; TryAgain when git fails.
     """
     author, at, message = git.run("show", "-s", "--format=%an <%ae>%x00%ct%x00%s", commit).decode(
         errors="replace"
@@ -39,7 +39,7 @@ def read_commit(git: Git, commit: str, path: str, url: str) -> Revision:
     tree = Tree(entries, links)
     top = tree.follow(path) if path else ""
     if top is None or (path and top not in tree.folders):
-        raise TryAgain(f"read '{url}': folder '{path}' is not in commit {commit[:10]} ({message}): what runs stays")
+        raise WrongState(f"read '{url}': folder '{path}' is not in commit {commit[:10]} ({message}): what runs stays")
     found, left_out = choose(tree, top)
     check_size(url, sum(entry.size for entry in found.values()), len(found))
     blobs = read_blobs(git, sorted({entry.id for entry in found.values()}))
