@@ -6,7 +6,7 @@
     GET    /v1/status                              GET    /v1/events?after=N&limit=N[&follow=1]   (JSON lines)
     GET    /v1/plan                                POST   /v1/sync         {"accept_rewrite": bool}
     GET    /v1/containers/APP/NAME                 POST   /v1/containers/APP/NAME/{stop,start,restart,release}
-    GET    /v1/containers/APP/NAME/logs?tail=&since=&follow=&timestamps=                          (text)
+    GET    /v1/containers/APP/NAME/logs?tail=N&since=EPOCH[&follow=1]                       (JSON lines)
     GET    /v1/containers/APP/NAME/files           POST   /v1/containers/APP/NAME/exec   {"command": […], …}
     GET    /v1/volumes[/APP/NAME]                  DELETE /v1/volumes/APP/NAME?force=
     POST   /v1/volumes/prune                       GET    /v1/networks[/ID]
@@ -25,8 +25,10 @@ import os
 import pwd
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -44,6 +46,8 @@ from holdfast.errors import (
     WrongState,
 )
 from holdfast.observed import Json
+from holdfast.runtime.logs import LogLine
+from holdfast.runtime.output import output
 
 HEARTBEAT = 1.0  # seconds: a follower hears an empty line that often, and so knows that the agent lives
 
@@ -82,14 +86,14 @@ class Agent(Protocol):
         ...
 
     def events(self, after: int, limit: int) -> Sequence[Json]:
-        """The events with an id above `after`, oldest first; the newest `limit` of them.
+        """The events with a seq above `after`, oldest first; the newest `limit` of them.
 
-        An event is {"id", "at" (epoch seconds), "kind", "subject", "message", …}.
+        An event is {"seq", "at" (epoch seconds), "kind", "app", "container", "message", …}.
         """
         ...
 
     async def wait_events(self, after: int) -> None:
-        """Return when there is an event with an id above `after`; safe to cancel."""
+        """Return when there is an event with a seq above `after`; safe to cancel."""
 
     def hold(self, target: str, kind: Literal["stopped", "started", "restarted"], by: str) -> None:
         """Record what a person asks for, and wake the loop."""
@@ -102,7 +106,7 @@ class Agent(Protocol):
         ...
 
     def logs_of(self, target: str) -> Json:
-        """{"paths": the log file of each instance, oldest first}."""
+        """{"paths": the log of each instance that has one, oldest first} (see `runtime.logs`)."""
         ...
 
     def exec_of(
@@ -119,7 +123,7 @@ class Agent(Protocol):
         ...
 
     def stats(self) -> Sequence[Json]:
-        """{"target", "instance", "memory", "memory_limit", "cpu_seconds", "pids"} of every running instance."""
+        """{"target", "instance", "memory", "memory_limit", "cpu" (seconds), "pids"} of every running instance."""
         ...
 
     def volumes(self) -> Sequence[Json]:
@@ -162,7 +166,7 @@ class Agent(Protocol):
         ...
 
     def plugins(self) -> Sequence[Json]:
-        """{"name", "version", "state": "loaded" | "failed", "error", "drivers": […]} of every plugin."""
+        """{"name", "version", "state": ok | failed | raised, "error", "drivers": […]} of every plugin."""
         ...
 
 
@@ -188,8 +192,7 @@ async def serving(agent: Agent, path: Path, *, group: str | None = None) -> Asyn
         yield
     finally:
         await runner.cleanup()
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+        await asyncio.to_thread(path.unlink, missing_ok=True)
 
 
 def listen(path: Path, *, group: str | None = None) -> socket.socket:
@@ -269,11 +272,12 @@ def target_of(request: web.Request) -> str:
 
 
 def number(request: web.Request, name: str, default: int) -> int:
+    """A whole number of the query; epoch seconds lose their fraction."""
     text = request.query.get(name, "")
     try:
-        return int(text) if text else default
+        return int(float(text)) if text else default
     except ValueError:
-        raise WrongCall(f"query '{name}={text}': not a whole number") from None
+        raise WrongCall(f"query '{name}={text}': not a number") from None
 
 
 async def body(request: web.Request) -> dict[str, Any]:
@@ -288,7 +292,7 @@ async def body(request: web.Request) -> dict[str, Any]:
     return value
 
 
-async def asked(value: dict[str, Any], key: str) -> str:
+def asked(value: dict[str, Any], key: str) -> str:
     text = value.get(key)
     if not isinstance(text, str) or not text:
         raise WrongCall(f"body '{key}': a string is needed")
@@ -334,10 +338,10 @@ async def exec_argv(request: web.Request) -> web.Response:
 
 async def take_image(request: web.Request) -> web.Response:
     agent, value = request.app[AGENT], await body(request)
-    path = await asked(value, "path")
+    path = asked(value, "path")
     if request.match_info["verb"] == "load":
         return web.json_response(await asyncio.to_thread(agent.load_image, path))
-    return web.json_response(await asyncio.to_thread(agent.import_image, path, await asked(value, "ref")))
+    return web.json_response(await asyncio.to_thread(agent.import_image, path, asked(value, "ref")))
 
 
 async def events(request: web.Request) -> web.StreamResponse:
@@ -348,13 +352,66 @@ async def events(request: web.Request) -> web.StreamResponse:
     with contextlib.suppress(ConnectionError):
         while True:
             found = await asyncio.to_thread(agent.events, after, limit)
-            after = max((int(event["id"]) for event in found), default=after)
+            after = max((int(event["seq"]) for event in found), default=after)
             await response.write("".join(json.dumps(event) + "\n" for event in found).encode() or b"\n")
             if "follow" not in request.query:
                 break
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(agent.wait_events(after), HEARTBEAT)
     return response
+
+
+async def logs(request: web.Request) -> web.StreamResponse:
+    """A container's output as JSON lines; with follow=1 until the caller goes, empty ones in silence."""
+    tail = number(request, "tail", 0) if "tail" in request.query else None
+    since = float(number(request, "since", 0)) if "since" in request.query else None
+    stop = threading.Event()
+    found = await asyncio.to_thread(request.app[AGENT].logs_of, target_of(request))
+    paths = [Path(path) for path in found["paths"]]
+    lines = output(paths, tail, since, stop if "follow" in request.query else None)
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+    await response.prepare(request)
+    queue = pumped(lines)
+    try:
+        while (line := await next_line(queue)) is not None:
+            await response.write((json.dumps(asdict(line)) if line else "").encode() + b"\n")
+    except ConnectionError:
+        pass  # the reader has gone, as readers do
+    finally:
+        stop.set()
+        while await queue.get() is not None:
+            pass
+    return response
+
+
+def pumped(lines: Iterator[LogLine]) -> asyncio.Queue[LogLine | None]:
+    """Read blocking lines in a thread of their own: a silent log must not hold one of the pool's. None ends them."""
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[LogLine | None] = asyncio.Queue(256)
+
+    def put(line: LogLine | None) -> None:
+        asyncio.run_coroutine_threadsafe(queue.put(line), loop).result()
+
+    def pump() -> None:
+        try:
+            for line in lines:
+                put(line)
+        finally:
+            put(None)
+
+    threading.Thread(target=pump, name="log reader", daemon=True).start()
+    return queue
+
+
+async def next_line(queue: asyncio.Queue[LogLine | None]) -> LogLine | Literal[""] | None:
+    """The next line; "" when there was none for a while; None at the end, which stays in the queue."""
+    try:
+        line = await asyncio.wait_for(queue.get(), HEARTBEAT)
+    except TimeoutError:
+        return ""
+    if line is None:
+        queue.put_nowait(None)
+    return line
 
 
 ROUTES = [
@@ -364,6 +421,7 @@ ROUTES = [
     web.get("/v1/events", events),
     web.get("/v1/containers/{app}/{name}", answer(lambda agent, request: agent.inspect(target_of(request)))),
     web.get("/v1/containers/{app}/{name}/files", answer(lambda agent, request: agent.logs_of(target_of(request)))),
+    web.get("/v1/containers/{app}/{name}/logs", logs),
     web.post("/v1/containers/{app}/{name}/exec", exec_argv),
     web.post("/v1/containers/{app}/{name}/{verb:stop|start|restart|release}", hold),
     web.get("/v1/stats", answer(lambda agent, _: agent.stats())),

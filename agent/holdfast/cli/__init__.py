@@ -1,7 +1,7 @@
 """The command `holdfast`: arguments → calls on the agent, or on the node itself when no agent runs.
 
-Exit codes are those of the error tree (`holdfast.errors`, sysexits.h), and besides these: 0 done; 2 `plan` has changes;
-70 a bug, with its traceback; 130 interrupted.
+Exit codes are those of the error tree (`holdfast.errors`, sysexits.h), and besides these: 0 done; 2 `plan` has
+changes; 70 a bug, with its traceback; 130 interrupted.
 """
 
 from holdfast.cli.entry import main

@@ -83,9 +83,7 @@ def cgroups() -> Iterator[Check]:
     """The layout, and which tree owns the controllers that limits need."""
     unified = read(CGROUP / "cgroup.controllers").split()
     hybrid = read(CGROUP / "unified" / "cgroup.controllers").split()
-    v1 = sorted(
-        line.split()[0] for line in read("/proc/cgroups").splitlines()[1:] if line.split()[1] != "0"
-    )
+    v1 = sorted(line.split()[0] for line in read("/proc/cgroups").splitlines()[1:] if line.split()[1] != "0")
     if unified:
         missing = [name for name in CONTROLLERS if name.replace("blkio", "io") not in unified]
         yield Check("cgroups", "warn" if missing else "ok", "v2" + lacking(missing), enable(missing))
@@ -121,7 +119,7 @@ def runtime(setting: str) -> Check:
         return Check("runtime", "bad", str(error), "apt-get install crun runc")
     passed = [name for name in binaries.CANDIDATES if name != found.name]
     others = "; ".join(f"{name} {binaries.obstacle_for(name)}" for name in passed if binaries.obstacle_for(name))
-    why = f"runtime = \"{setting}\"" + (f"; {others}" if others and setting == "auto" else "")
+    why = f'runtime = "{setting}"' + (f"; {others}" if others and setting == "auto" else "")
     return Check("runtime", "ok", f"{found.name} {found.version} at {found.path} ({why})")
 
 
@@ -145,9 +143,7 @@ def program(name: str, without: Literal["warn", "bad"], package: str, told: str 
 def seccomp() -> Check:
     if SECCOMP.is_file():
         return Check("seccomp profile", "ok", str(SECCOMP))
-    return Check(
-        "seccomp profile", "bad", f"no {SECCOMP}", "apt-get install golang-github-containers-common"
-    )
+    return Check("seccomp profile", "bad", f"no {SECCOMP}", "apt-get install golang-github-containers-common")
 
 
 def overlay() -> Check:
@@ -186,7 +182,7 @@ def other_firewalls() -> Iterator[Check]:
 
 
 def forward_drops() -> str:
-    """The foreign base chain on the forward hook whose policy is drop, as `table chain`; "" if none is or none may be read."""
+    """A base chain on the forward hook whose policy is drop, as `family table chain`; "" if there is none to see."""
     nft = binaries.find_program("nft")
     if nft is None or os.geteuid() != 0:
         return ""

@@ -60,11 +60,10 @@ class Client:
     def logs_of(self, target: str) -> Json:
         return self._call("GET", f"/v1/containers/{quote(target)}/files")
 
-    def logs(self, target: str, **query: Any) -> Iterator[bytes]:
-        """The log of a container as the agent reads it: for those who may ask the agent and not read its files."""
+    def logs(self, target: str, **query: Any) -> Iterator[Json | None]:
+        """Lines of output as the agent reads them, for those who may not read its files; None when it is silent."""
         asked = urlencode({key: value for key, value in query.items() if value is not None})
-        with self._answer("GET", f"/v1/containers/{quote(target)}/logs?{asked}") as answer:
-            yield from answer
+        return self._lines(f"/v1/containers/{quote(target)}/logs?{asked}")
 
     def exec_of(self, target: str, command: Sequence[str], **options: Any) -> Sequence[str]:
         answer = self._call("POST", f"/v1/containers/{quote(target)}/exec", {"command": list(command), **options})
@@ -146,7 +145,7 @@ class Client:
                 return NoAgent(f"ask the agent on '{self.path}': nobody answers (start it with 'holdfast agent')")
             case PermissionError():
                 return NotPermitted(
-                    f"ask the agent on '{self.path}': permission denied (become root, or join the group in agent.toml)"
+                    f"ask the agent on '{self.path}': permission denied (become root, or join its group)"
                 )
             case _:
                 return UnfitHost(f"ask the agent on '{self.path}': {error.strerror or error}")

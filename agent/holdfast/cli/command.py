@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = "/etc/holdfast/agent.toml"
 META = "holdfast.config"
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Command(click.Command):
@@ -148,14 +149,14 @@ def complete_target(ctx: click.Context, _: click.Parameter, typed: str) -> list[
     return [each for each in [*unique, *known] if each.startswith(typed)]
 
 
-def json_option() -> Any:
+def json_option() -> Callable[[F], F]:
     return click.option("--json", "json_", is_flag=True, help="Print JSON.")
 
 
-def target_argument() -> Any:
+def target_argument() -> Callable[[F], F]:
     return click.argument("target", metavar="APP/NAME", shell_complete=complete_target)
 
 
-def command(name: str, **kwargs: Any) -> Any:
+def command(name: str, **kwargs: Any) -> Callable[[Callable[..., Any]], Command]:
     """A command of the top level."""
     return click.command(name, cls=Command, **kwargs)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +17,8 @@ from holdfast.cli.client import Client
 from holdfast.cli.command import client, command, json_option, reach, resolve, target_argument
 from holdfast.cli.since import Moment
 from holdfast.errors import NotPermitted, TryAgain, WrongCall
+from holdfast.runtime.logs import LogLine
+from holdfast.runtime.output import output
 
 Json = Mapping[str, Any]
 
@@ -29,24 +33,17 @@ def logs(target: str, follow: bool, tail: int | None, since: float | None, times
     """Print what a container wrote to stdout and stderr (the latter on stderr)."""
     with reach() as node:
         known = resolve(node.status(), target)
-        if os.geteuid() != 0 and isinstance(node, Client):
-            lines = node.logs(known, tail=tail, since=since, follow=int(follow) or None, timestamps=int(timestamps) or None)
-            for line in lines:
-                sys.stdout.buffer.write(line)
-                sys.stdout.buffer.flush()
+        if os.geteuid() != 0:
+            asked = {"tail": tail, "since": since, "follow": 1 if follow else None}
+            show_lines((LogLine(**line) for line in node.logs(known, **asked) if line), timestamps)
             return
-        print_logs(node.logs_of(known)["paths"], follow=follow, tail=tail, since=since, timestamps=timestamps)
+        paths = [Path(path) for path in node.logs_of(known)["paths"]]
+    show_lines(output(paths, tail, since, threading.Event() if follow else None), timestamps)
 
 
-def print_logs(paths: list[str], *, follow: bool, tail: int | None, since: float | None, timestamps: bool) -> None:
-    from pathlib import Path
-
-    from holdfast.runtime import logs
-
-    places = [Path(path) for path in paths]
-    lines = logs.follow(places, tail, since) if follow else logs.read(places, tail, since)
+def show_lines(lines: Iterable[LogLine], timestamps: bool) -> None:
     for line in lines:
-        start = f"{render.clock(line.at)} " if timestamps else ""
+        start = render.paint(render.clock(line.at), render.QUIET) + "  " if timestamps else ""
         click.echo(start + line.text, err=line.stream == "stderr")
 
 
@@ -119,14 +116,12 @@ def wait(agent: Client, target: str, verb: str, timeout: float, reached: Callabl
             raise TryAgain(f"{verb} '{target}': it is {now.get('state', 'gone')} after {render.span(timeout)}{told}")
 
 
-stop = holding(
-    "stop", "Stop a container and keep it stopped until it is released.", lambda now, _: not running(now)
-)
+stop = holding("stop", "Stop a container and keep it stopped until it is released.", lambda now, _: not running(now))
 start = holding("start", "Start a container that does not run.", lambda now, _: bool(running(now)))
-restart = holding(
-    "restart", "Stop a container and start it again.", lambda now, before: bool(running(now) - before)
+restart = holding("restart", "Stop a container and start it again.", lambda now, before: bool(running(now) - before))
+release = holding(
+    "release", "End what was asked for by hand: the commit decides again.", lambda now, _: not now["held"]
 )
-release = holding("release", "End what was asked for by hand: the commit decides again.", lambda now, _: not now["held"])
 
 
 @command("inspect")
@@ -178,7 +173,7 @@ def usage(before: Mapping[str, Json], found: list[Json], passed: float) -> Itera
     """The later reading, with the share of one core that was used since the earlier one."""
     for each in found:
         earlier = before.get(each["instance"], each)
-        yield {**each, "cpu_percent": 100 * (each["cpu_seconds"] - earlier["cpu_seconds"]) / passed}
+        yield {**each, "cpu_percent": 100 * ((each["cpu"] or 0) - (earlier["cpu"] or 0)) / passed}
 
 
 COMMANDS = [logs, exec_, stop, start, restart, release, inspect, stats]

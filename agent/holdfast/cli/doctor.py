@@ -24,7 +24,9 @@ def doctor(json_: bool) -> None:
     try:
         config = settings() if config_path().exists() else None
         told = str(config_path()) if config else f"no {config_path()}: its defaults are assumed"
-        checks.append(Check("settings", "ok" if config else "warn", told, "" if config else "write one, or give --config"))
+        checks.append(
+            Check("settings", "ok" if config else "warn", told, "" if config else "write one, or give --config")
+        )
     except HoldfastError as error:
         config = None
         checks.append(Check("settings", "bad", str(error), "correct agent.toml"))
@@ -33,7 +35,9 @@ def doctor(json_: bool) -> None:
         render.as_json([asdict(check) for check in checks])
     else:
         rows = [[check.subject, render.state(check.verdict), check.detail] for check in checks]
-        render.table(["CHECK", "", "FOUND"], rows, notes=[[f"→ {check.remedy}"] if check.remedy else [] for check in checks])
+        render.table(
+            ["CHECK", "", "FOUND"], rows, notes=[[f"→ {check.remedy}"] if check.remedy else [] for check in checks]
+        )
     bad = [check.subject for check in checks if check.verdict == "bad"]
     if bad:
         raise UnfitHost(f"doctor: this host can't run containers yet: {', '.join(bad)}")

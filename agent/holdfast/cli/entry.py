@@ -62,7 +62,9 @@ def run(arguments: Sequence[str] | None) -> int:
     except ExceptionGroup as group:
         return told(group)
     except Exception:
-        click.echo(traceback.format_exc() + "holdfast: this is a bug; please report it with the lines above", err=True)
+        click.echo(
+            traceback.format_exc() + "holdfast: this is a bug; please report it with the lines above", err=True
+        )
         return BUG
     return result if isinstance(result, int) else 0
 

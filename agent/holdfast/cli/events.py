@@ -15,7 +15,9 @@ from holdfast.cli.since import Moment
 
 @command("events")
 @click.option("-f", "--follow", is_flag=True, help="Go on as things happen.")
-@click.option("-n", "--tail", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="How many.")
+@click.option(
+    "-n", "--tail", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="How many."
+)
 @click.option("--since", type=Moment(), help="Only what happened since then.")
 @click.option("--json", "json_", is_flag=True, help="Print each event as one line of JSON.")
 def events(follow: bool, tail: int, since: float | None, json_: bool) -> None:
@@ -41,8 +43,10 @@ def line(event: Mapping[str, Any]) -> str:
     kind = str(event["kind"])
     colour = render.BAD if "fail" in kind or event.get("ok") is False else None
     when = render.paint(render.clock(event["at"]), render.QUIET)
-    subject = str(event.get("subject") or "")
-    return "  ".join(part for part in (when, render.paint(f"{kind:<9}", colour), subject, str(event["message"])) if part)
+    subject = "/".join(filter(None, (event.get("app"), event.get("container"))))
+    return "  ".join(
+        part for part in (when, render.paint(f"{kind:<9}", colour), subject, str(event["message"])) if part
+    )
 
 
 COMMANDS = [events]

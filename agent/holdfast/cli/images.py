@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ def image() -> None:
 def import_(tar: Path, ref: str) -> None:
     """Make an image of one layer out of a root file system's tar archive."""
     with reach() as node:
-        told(node.import_image(os.path.abspath(tar), ref))
+        told(node.import_image(str(tar.resolve()), ref))
 
 
 @image.command("load")
@@ -34,7 +33,7 @@ def import_(tar: Path, ref: str) -> None:
 def load(path: Path) -> None:
     """Take in the images of an OCI layout (directory or archive) or a docker-archive."""
     with reach() as node:
-        for found in node.load_image(os.path.abspath(path)):
+        for found in node.load_image(str(path.resolve())):
             told(found)
 
 

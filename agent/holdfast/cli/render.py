@@ -12,7 +12,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from itertools import zip_longest
+from itertools import chain, repeat
 
 import click
 
@@ -24,7 +24,6 @@ COLOURS = {
     "completed": GOOD,
     "good": GOOD,
     "ok": GOOD,
-    "loaded": GOOD,
     "changing": BUSY,
     "waiting": BUSY,
     "starting": BUSY,
@@ -67,7 +66,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[Se
     widths = [max(len(click.unstyle(line[place])) for line in lines) for place in range(len(kept))]
     left = sum(widths[:-1]) + 2 * (len(kept) - 1)
     limit = width()
-    for line, remarks in zip_longest(lines, [(), *notes], fillvalue=()):
+    for line, remarks in zip(lines, chain([()], notes, repeat(())), strict=False):
         start = "".join(_padded(cell, size) + "  " for cell, size in zip(line, widths[:-1], strict=False))
         for number, part in enumerate(_folded(line[-1], limit - left if limit else None)):
             click.echo(((start if number == 0 else " " * left) + part).rstrip())

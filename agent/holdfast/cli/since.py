@@ -12,7 +12,7 @@ SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 SPAN = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 
 
-class Moment(click.ParamType):
+class Moment(click.ParamType[float]):
     """A moment: a duration before now, an ISO 8601 time (local unless it says where), or seconds since the epoch."""
 
     name = "10m|TIME"
@@ -24,7 +24,9 @@ class Moment(click.ParamType):
         try:
             return moment(text, time.time())
         except ValueError:
-            self.fail(f"'{text}' is not a moment (expected 10m, 2h, 2026-11-21T07:30:00 or epoch seconds)", param, ctx)
+            self.fail(
+                f"'{text}' is not a moment (expected 10m, 2h, 2026-11-21T07:30:00 or epoch seconds)", param, ctx
+            )
 
 
 def moment(text: str, now: float) -> float:

@@ -74,8 +74,8 @@ def plan(json_: bool) -> int:
     return 0 if found["empty"] else CHANGES
 
 
-def show_plan(plan: Json) -> None:
-    for app, steps in plan["apps"].items():
+def show_plan(found: Json) -> None:
+    for app, steps in found["apps"].items():
         click.echo(render.paint(app or "the node", None, bold=True))
         for step in steps:
             show_step(step)
@@ -84,14 +84,20 @@ def show_plan(plan: Json) -> None:
             click.echo(render.paint(title, colour))
             for subject, why in lines.items():
                 render.note(f"{subject}: {why}", indent=2, colour=None)
-    if plan["empty"]:
+    if found["empty"]:
         click.echo("nothing to do")
     else:
-        click.echo(f"\n{counted(sum(len(steps) for steps in plan['apps'].values()), 'change')}; 'holdfast sync' asks for them now")
+        click.echo(f"\n{counted(sum(len(steps) for steps in found['apps'].values()), 'change')}")
 
 
-MARKS = {"start": ("+", render.GOOD), "create": ("+", render.GOOD), "stage": ("·", render.QUIET)} | {
-    verb: ("-", render.BAD) for verb in ("stop", "remove", "delete", "forget")
+MARKS = {
+    "start": ("+", render.GOOD),
+    "create": ("+", render.GOOD),
+    "stage": ("·", render.QUIET),
+    "stop": ("-", render.BAD),
+    "remove": ("-", render.BAD),
+    "delete": ("-", render.BAD),
+    "forget": ("-", render.BAD),
 }
 
 
@@ -195,7 +201,7 @@ def show_status(status: Json) -> None:
         show_apps(status)
     source = status["source"]
     if source.get("error"):
-        later = f" (tried again {render.ago(source['next_try'])})" if source.get("next_try") else ""
+        later = f" (tried again {render.ago(source['next_try_at'])})" if source.get("next_try_at") else ""
         listed("source", [f"{source['error']}{later}"])
     listed("state files", status["problems"])
     listed("plugins", [f"{plugin['name']}: {plugin['error']}" for plugin in status["plugins"]])
@@ -215,7 +221,9 @@ def show_apps(status: Json) -> None:
     for name, app in status["apps"].items():
         generation = f"gen {app['generation']}" if app["generation"] is not None else ""
         reason = app["reason"] if app["state"] not in ("degraded", "converged", "held") else ""
-        rows.append(([render.paint(name, None, bold=True), render.state(app["state"]), generation, "", "", ""], [reason]))
+        rows.append(
+            ([render.paint(name, None, bold=True), render.state(app["state"]), generation, "", "", ""], [reason])
+        )
         for container, value in app["containers"].items():
             rows.extend(container_rows(container, value, status["at"]))
     head = ["NAME", "STATE", "SINCE", "RESTARTS", "ADDRESS", "PORTS"]
@@ -229,7 +237,12 @@ def container_rows(name: str, container: Json, at: float) -> Iterator[tuple[list
         word = container["state"] if newest else instance["state"]
         notes = list(container_notes(container, at)) if newest else []
         yield (
-            [f"  {name}" if number == 0 else "", render.state(word), *instance_cells(instance, at), ports(container, newest)],
+            [
+                f"  {name}" if number == 0 else "",
+                render.state(word),
+                *instance_cells(instance, at),
+                ports(container, newest),
+            ],
             [*notes, *(instance_notes(instance) if instance else ())],
         )
 

@@ -5,7 +5,7 @@ The daemon makes one at the end of each pass; `api` and `cli` hand its JSON on. 
     an app is …  when                                                                  what follows
     removing     it is not in the revision any more, and something of it is still here  it is taken away
     invalid      its state file does not load                                           its last good generation stays
-    failed       its newest generation could not be staged, or is quarantined           what ran before runs on
+    failed       what is asked for now can't be staged: an image, a driver, a file      what ran before runs on
     degraded     a container that should run does not, or something of it is missing    it is restarted, or given up
     changing     the plan has actions for it                                            they are carried out
     waiting      it waits for another app, a dependency or a moment                     it goes on when that comes
@@ -67,7 +67,7 @@ class InstanceStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerStatus:
-    """One container of an app. next_at: when it is started again after a failure. held: by whom, how and since when."""
+    """One container of an app. next_at: when it is started again after a failure. held: by whom and since when."""
 
     state: ContainerState
     reason: str
@@ -126,8 +126,8 @@ def make_status(
 ) -> Status:
     """Say how the node stands.
 
-    spec: None when no revision was ever read. source: revision (id), commit {id, author, message, at}, error,
-    next_try (epoch seconds or None). plugins: name and error of those that failed. agent: version, pid and the like.
+    spec: None when no revision was read yet. source: its state as JSON (`source.SourceState`). plugins: those that
+    failed, each with name and error. agent: version, pid and the like.
     """
     apps = {name: _app(name, spec, observed, history, plan) for name in _names(spec, observed, history)}
     blockers = tuple(_blockers(spec, source, apps, plan))
@@ -137,7 +137,7 @@ def make_status(
         converged=not blockers,
         blockers=blockers,
         revision=str(source.get("revision") or ""),
-        commit=dict(source.get("commit") or {}),
+        commit=_commit(source),
         source=dict(source),
         problems=tuple(str(problem) for problem in spec.problems) if spec else (),
         plugins=tuple(plugins),
@@ -146,6 +146,14 @@ def make_status(
         drift=dict(plan.drift),
         agent=dict(agent or {}),
     )
+
+
+def _commit(source: Json) -> dict[str, Any]:
+    """Who said so, and when; {} for a source without authors."""
+    if not source.get("author") and not source.get("message"):
+        return {}
+    told = {"id": source.get("revision"), "author": source.get("author"), "message": source.get("message")}
+    return told | {"at": source.get("committed_at")}
 
 
 def app_of(subject: str) -> str:
@@ -209,7 +217,7 @@ def _containers(name: str, app: App | None, observed: Observed) -> list[str]:
 
 def _current(generations: Sequence[Generation]) -> Generation | None:
     running = [generation for generation in generations if generation.state in ("active", "good")]
-    return (running or list(generations) or [None])[-1]
+    return next(reversed(running or list(generations)), None)
 
 
 def _app_state(
@@ -227,8 +235,8 @@ def _app_state(
         return "invalid", _broken_reason(name, spec)
     if spec and not wanted:
         return "removing", waiting[0] if waiting else "it is not in the revision any more"
-    if failure := _stage_failure(name, wanted, history):
-        return "failed", failure
+    if failure := _failure(name, history, plan):
+        return "failed", failure.error
     for container, status in containers.items():
         if status.state in DEGRADING:
             return "degraded", f"{container} {status.state}" + (f": {status.reason}" if status.reason else "")
@@ -251,21 +259,16 @@ def _broken_reason(name: str, spec: Spec | None) -> str:
     return problems[0] + more if problems else f"{', '.join(sorted(paths))}: does not load"
 
 
-def _stage_failure(name: str, wanted: App | None, history: History) -> str:
-    """Why the newest generation of an app can't be staged or is quarantined; "" when neither is so."""
-    if failure := history.failures.get(name):
-        return failure.error
-    newest = history.generations.get(name, ())[-1:]
-    if newest and newest[0].state == "failed" and (wanted is None or newest[0].app.digest == wanted.digest):
-        return newest[0].error or f"generation {newest[0].number} is quarantined"
-    return ""
+def _failure(subject: str, history: History, plan: Plan) -> Failure | None:
+    """The failure that keeps the plan from acting on a subject now; one that was overcome or outdated is none."""
+    return history.failures.get(subject) if subject in plan.waiting else None
 
 
 def _container(subject: str, app: App | None, observed: Observed, history: History, plan: Plan) -> ContainerStatus:
     want = app.containers.get(subject.split("/")[1]) if app else None
     instances = sorted((i for i in observed.instances if i.key == subject), key=lambda i: i.created_at)
     hold = history.holds.get(subject)
-    failure = history.failures.get(subject)
+    failure = _failure(subject, history, plan)
     actions = [action for action in plan.actions if action.subject == subject]
     state, reason, next_at = _container_state(want, instances, hold, failure, actions, _waits_for(subject, plan))
     shown = want or (instances[-1].want if instances else Container())
