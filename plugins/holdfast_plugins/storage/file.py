@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -113,7 +114,10 @@ def _bring_folder(copy: Path, content: Path) -> None:
 def _dress(copy: Path, mode: int | None, uid: int | None, gid: int | None) -> None:
     """Set owner and mode; mode is that of files, directories can be searched by whom it lets read."""
     for path in (copy, *copy.rglob("*")) if copy.is_dir() else (copy,):
-        if uid is not None or gid is not None:
-            os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid, follow_symlinks=False)
-        if mode is not None and not path.is_symlink():
-            path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
+        found = path.stat()
+        owner = (found.st_uid if uid is None else uid, found.st_gid if gid is None else gid)
+        if owner != (found.st_uid, found.st_gid):
+            os.chown(path, *owner)
+        wanted = None if mode is None else mode | (mode & 0o444) >> 2 if path.is_dir() else mode
+        if wanted is not None and wanted != stat.S_IMODE(path.stat().st_mode):
+            path.chmod(wanted)
