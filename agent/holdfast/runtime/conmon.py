@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import re
@@ -122,10 +123,9 @@ class Runtime:
         shutil.rmtree(self._record(id), ignore_errors=True)
 
     def update(self, id: str, resources: Json) -> None:
-        """Give a running container these resources (OCI `linux.resources`) and no others: absent limits are lifted."""
-        cgroup_features = cgroup.features()
+        """Give a running container these resources (OCI `linux.resources`) and no others: limits left out end."""
         place = self._record(id) / "resources.json"
-        _write_atomically(place, json.dumps(cgroup.explicit(resources, cgroup_features)))
+        _write_atomically(place, json.dumps(cgroup.explicit(resources, cgroup.features())))
         self._call("update", "--resources", str(place), id, name=id)
         cgroup.apply(self.cgroup(id), resources)
 
@@ -286,22 +286,43 @@ class Runtime:
     def _end(self, id: str) -> None:
         """End whatever runs in a container's name: its processes, then conmon and the runtime's own."""
         deadline = time.monotonic() + CONMON_GRACE
-        conmons = [pid for pid, argv in _commands(id, str(self.root)) if argv[0] == str(self.conmon)]
+        conmons = [pid for pid, program in self._processes(id) if program == str(self.conmon)]
         _kill_each(cgroup.pids(self.cgroup(id)), signal.SIGKILL)
         for pid in conmons:
             _wait_end(pid, time.monotonic() + 1.0)
-        while left := {pid for pid, _ in _commands(id, str(self.root))} | cgroup.pids(self.cgroup(id)):
+        while left := {pid for pid, _ in self._processes(id)} | cgroup.pids(self.cgroup(id)):
             if time.monotonic() > deadline:
                 raise TryAgain(f"end of '{id}': processes {sorted(left)} do not die")
             _kill_each(left, signal.SIGKILL)
             for pid in left:
                 _wait_end(pid, time.monotonic() + 0.5)
 
+    def _processes(self, id: str) -> Iterator[tuple[int, str]]:
+        """The conmon and the runtime processes of a container that are alive: pid and program."""
+        programs, root = (str(self.conmon), str(self.binary.path)), str(self.root)
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                argv = _command_line(entry)
+                if argv[0] in programs and id in argv and any(root in part for part in argv):
+                    yield int(entry.name), argv[0]
+
 
 @lru_cache(maxsize=1)
 def boot_id() -> str:
     """The kernel's name for this boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def reopen_log(bundle: Path) -> None:
+    """Make the conmon of a bundle open its log file anew, by its control FIFO; nothing happens if it has ended."""
+    try:
+        control = os.open(bundle / "ctl", os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENXIO):
+            return
+        raise
+    with os.fdopen(control, "wb") as fifo:
+        fifo.write(b"2 0 0\n")
 
 
 def become_subreaper() -> None:
@@ -381,6 +402,14 @@ def _stat(pid: int) -> list[str]:
         return []
 
 
+def _command_line(process: Path) -> list[str]:
+    """The arguments of a process; [""] for zombies, kernel threads and what has ended."""
+    try:
+        return (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return [""]
+
+
 def _ticks(pid: int) -> int:
     fields = _stat(pid)
     return int(fields[19]) if fields else 0
@@ -392,7 +421,7 @@ def _is_running(pid: int, ticks: int) -> bool:
 
 
 def _wait_end(pid: int, deadline: float | None) -> bool:
-    """Wait until a process has ended (a zombie has); False at the deadline (monotonic). Reaps a child of ours."""
+    """Wait until a process has ended (a zombie has); False at the deadline (monotonic)."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -411,19 +440,6 @@ def _kill_each(pids: Iterable[int], number: int) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-
-
-def _commands(id: str, root: str) -> Iterator[tuple[int, list[str]]]:
-    """The live processes that conmon and the runtime run for a container of this root, by their command lines."""
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal():
-            continue
-        try:
-            argv = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        if id in argv and any(root in part for part in argv):
-            yield int(entry.name), argv
 
 
 def _write_oom_score_adj(id: str, pid: int, value: int) -> None:

@@ -41,10 +41,15 @@ READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysr
 
 #: getrlimit(2)
 RLIMITS = frozenset(
-    ["as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss", "rtprio", "rttime", "sigpending", "stack"]
+    (
+        *("as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss"),
+        *("rtprio", "rttime", "sigpending", "stack"),
+    )
 )
+#: Those of an ipc namespace, beside fs.mqueue.*: ipc_namespaces(7)
 IPC_SYSCTLS = frozenset(
-    f"kernel.{name}" for name in ["msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced"]
+    f"kernel.{name}"
+    for name in ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced")
 )
 
 #: Character devices of every container: (major, minor, access); None stands for all.
@@ -99,11 +104,11 @@ class OciRequest:
     hostname_file: Path | None = None
     resources: Json = field(default_factory=dict)
     oom_score_adj: int | None = None
-    user: User = User()
+    user: User = field(default_factory=User)
     seccomp: Json | None = None
     init: Path | None = None
     devices: tuple[DeviceNode, ...] = ()
-    limits: HostLimits = HostLimits()
+    limits: HostLimits = field(default_factory=HostLimits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +158,7 @@ def command_line(want: Container, image: Json) -> tuple[str, ...]:
 
 
 def environment(want: Container, image: Json, hostname: str, home: str = "") -> dict[str, str]:
-    """Merge the environment, later wins: PATH and HOSTNAME, the image's, the state file's; HOME where nobody set it."""
+    """Merge, later wins: PATH and HOSTNAME, the image's, the state file's; HOME where nobody set it."""
     merged = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
     for entry in (image.get("config") or {}).get("Env") or ():
         name, _, value = entry.partition("=")

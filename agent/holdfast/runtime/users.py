@@ -49,13 +49,12 @@ def resolve(text: str, group_add: Iterable[str], read_file: ReadFile) -> User:
     name, _, group_name = text.partition(":")
     accounts, groups = list(_accounts(read_file)), list(_groups(read_file))
     account = _account(name or "0", accounts)
+    gid, extra = account.gid, {_gid(entry, groups) for entry in group_add}
     if group_name:
-        gid, extra = _gid(group_name, groups), ()
-    else:
-        gid = account.gid
-        extra = tuple(group.gid for group in groups if account.name and account.name in group.members)
-    added = tuple(_gid(entry, groups) for entry in group_add)
-    return User(account.uid, gid, tuple(sorted({*extra, *added} - {gid})), account.home)
+        gid = _gid(group_name, groups)
+    elif account.name:
+        extra |= {group.gid for group in groups if account.name in group.members}
+    return User(account.uid, gid, tuple(sorted(extra - {gid})), account.home)
 
 
 def _account(name: str, accounts: list[_Account]) -> _Account:

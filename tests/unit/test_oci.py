@@ -1,0 +1,269 @@
+"""config.json: Docker's semantics, field by field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.errors import UnfitHost, WrongState
+from holdfast.runtime import capabilities, oci, seccomp, users
+from holdfast.runtime.devices import DeviceNode
+from holdfast.runtime.executables import find_executable
+from holdfast.spec.model import Container, Resources, Ulimit
+
+IMAGE = {
+    "config": {
+        "Entrypoint": ["/entry"],
+        "Cmd": ["serve"],
+        "Env": ["PATH=/app/bin", "LEVEL=info"],
+        "WorkingDir": "/srv",
+        "StopSignal": "SIGQUIT",
+    }
+}
+PASSWD = b"root:x:0:0:root:/root:/bin/sh\nweb:x:101:102::/var/www:/bin/false\n"
+GROUP = b"root:x:0:\nweb:x:102:\nvideo:x:44:web,other\naudio:x:29:\n"
+
+
+def read_file(path: str) -> bytes | None:
+    return {"/etc/passwd": PASSWD, "/etc/group": GROUP}.get(path)
+
+
+def make(want: Container, **given: Any) -> oci.OciConfig:
+    request: dict[str, Any] = {
+        "image": IMAGE,
+        "rootfs": Path("/r"),
+        "hostname": "box",
+        "cgroup": "/t/x",
+        "netns": Path("/run/netns/t-x"),
+    }
+    return oci.oci_config(oci.OciRequest(want=want, **(request | given)))
+
+
+def container(**fields: Any) -> Container:
+    return Container(**({"image": "app:1"} | fields))
+
+
+def mount_at(config: dict[str, Any], target: str) -> dict[str, Any]:
+    found = [mount for mount in config["mounts"] if mount["destination"] == target]
+    assert len(found) == 1
+    return dict(found[0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "args"),
+    [
+        ({}, ["/entry", "serve"]),
+        ({"command": ("other", "-v")}, ["/entry", "other", "-v"]),
+        ({"command": ()}, ["/entry"]),
+        ({"entrypoint": ("/mine",)}, ["/mine"]),
+        ({"entrypoint": ("/mine",), "command": ("x",)}, ["/mine", "x"]),
+        ({"entrypoint": (), "command": ("x",)}, ["x"]),
+        ({"entrypoint": ("",), "command": ("x",)}, ["x"]),
+    ],
+)
+def test_entrypoint_of_ours_makes_the_images_command_void(fields: dict[str, Any], args: list[str]) -> None:
+    assert make(container(**fields)).config["process"]["args"] == args
+
+
+def test_image_and_state_without_a_program_are_refused() -> None:
+    with pytest.raises(WrongState, match="neither the state file nor the image"):
+        make(container(), image={})
+
+
+def test_environment_of_the_state_file_beats_the_images_and_home_comes_from_passwd() -> None:
+    user = users.resolve("web", (), read_file)
+    process = make(container(environment={"LEVEL": "debug"}), user=user).config["process"]
+    assert process["env"] == ["PATH=/app/bin", "HOSTNAME=box", "LEVEL=debug", "HOME=/var/www"]
+
+
+def test_path_has_a_default_and_a_working_dir_must_be_absolute() -> None:
+    want = container(command=("x",))
+    assert f"PATH={oci.DEFAULT_PATH}" in make(want, image={}).config["process"]["env"]
+    assert make(want).config["process"]["cwd"] == "/srv"
+    with pytest.raises(WrongState, match="not an absolute path"):
+        make(container(working_dir="srv"))
+
+
+def test_stop_signal_is_the_state_files_then_the_images_then_sigterm() -> None:
+    assert oci.stop_signal(container(stop_signal="SIGHUP"), IMAGE) == "SIGHUP"
+    assert oci.stop_signal(container(), IMAGE) == "SIGQUIT"
+    assert oci.stop_signal(container(), {}) == "SIGTERM"
+
+
+def test_capabilities_are_dockers_fourteen_unless_asked_otherwise() -> None:
+    def names(**fields: Any) -> set[str]:
+        return set(make(container(**fields)).config["process"]["capabilities"]["bounding"])
+
+    assert len(names()) == 14
+    assert names(cap_drop=("ALL",), cap_add=("net_bind_service",)) == {"CAP_NET_BIND_SERVICE"}
+    assert names(cap_drop=("CHOWN",)) == capabilities.DEFAULT - {"CAP_CHOWN"}
+    assert names(cap_add=("ALL",), cap_drop=("SYS_ADMIN",)) == set(capabilities.ALL) - {"CAP_SYS_ADMIN"}
+    with pytest.raises(WrongState, match="there is no such capability"):
+        names(cap_add=("FLY",))
+
+
+def test_capability_that_the_agent_lacks_is_refused_by_name_and_left_out_otherwise() -> None:
+    limits = oci.HostLimits(capabilities=frozenset(capabilities.ALL) - {"CAP_SYS_RESOURCE"})
+    made = make(container(privileged=True), limits=limits)
+    assert "CAP_SYS_RESOURCE" not in made.config["process"]["capabilities"]["bounding"]
+    assert made.warnings == ("capabilities not available here: CAP_SYS_RESOURCE",)
+    with pytest.raises(UnfitHost, match="cap_add 'CAP_SYS_RESOURCE'"):
+        make(container(cap_add=("SYS_RESOURCE",)), limits=limits)
+
+
+def test_privileged_has_every_device_no_masks_no_filter_and_a_writable_sysfs() -> None:
+    node = DeviceNode("/dev/vda", "b", 254, 0)
+    config = make(container(privileged=True), devices=(node,), seccomp={"defaultAction": "x"}).config
+    assert config["linux"]["resources"]["devices"] == [{"allow": True, "access": "rwm"}]
+    assert not {"seccomp", "maskedPaths", "readonlyPaths"} & config["linux"].keys()
+    assert "rw" in mount_at(config, "/sys")["options"]
+    assert config["linux"]["devices"][0]["path"] == "/dev/vda"
+
+
+def test_ordinary_container_has_masks_a_filter_no_new_privileges_and_few_devices() -> None:
+    config = make(container(), seccomp={"defaultAction": "x"}).config
+    assert "/proc/kcore" in config["linux"]["maskedPaths"]
+    assert config["linux"]["seccomp"] == {"defaultAction": "x"}
+    assert config["process"]["noNewPrivileges"] is True
+    assert config["linux"]["resources"]["devices"][0] == {"allow": False, "access": "rwm"}
+
+
+def test_device_is_made_and_allowed_with_its_permissions() -> None:
+    config = make(container(), devices=(DeviceNode("/dev/fuse", "c", 10, 229, "rw"),)).config
+    rule = {"allow": True, "type": "c", "major": 10, "minor": 229, "access": "rw"}
+    assert rule in config["linux"]["resources"]["devices"]
+
+
+def test_mounts_of_the_state_file_come_parents_first_and_replace_ours() -> None:
+    theirs = (
+        {"destination": "/data/deep", "type": "bind", "source": "/b", "options": []},
+        {"destination": "/data", "type": "bind", "source": "/a", "options": []},
+        {"destination": "/etc/hosts", "type": "bind", "source": "/c", "options": []},
+    )
+    config = make(container(), mounts=theirs, hosts=Path("/run/x/hosts")).config
+    targets = [mount["destination"] for mount in config["mounts"]]
+    assert targets.index("/data") < targets.index("/data/deep")
+    assert mount_at(config, "/etc/hosts")["source"] == "/c"
+
+
+def test_host_namespaces_are_shared_only_when_asked() -> None:
+    def kinds(config: dict[str, Any]) -> set[str]:
+        return {namespace["type"] for namespace in config["linux"]["namespaces"]}
+
+    assert kinds(make(container()).config) == {"mount", "uts", "cgroup", "pid", "ipc", "network"}
+    shared = make(container(pid="host", ipc="host"), netns=None).config
+    assert kinds(shared) == {"mount", "uts", "cgroup"}
+    assert mount_at(shared, "/dev/shm")["type"] == "bind"
+
+
+def test_sysctls_of_the_whole_host_are_refused() -> None:
+    assert make(container(sysctls={"net.core.somaxconn": "9"})).config["linux"]["sysctl"]["net.core.somaxconn"] == "9"
+    with pytest.raises(WrongState, match="whole host"):
+        make(container(sysctls={"vm.swappiness": "1"}))
+    with pytest.raises(WrongState, match="network is shared"):
+        make(container(sysctls={"net.core.somaxconn": "9"}), netns=None)
+    with pytest.raises(WrongState, match="ipc is shared"):
+        make(container(sysctls={"kernel.shmmax": "9"}, ipc="host"))
+
+
+def test_ulimit_beyond_the_agents_own_is_refused() -> None:
+    limits = oci.HostLimits(capabilities=frozenset(), rlimits={"nofile": 1000})
+    want = container(ulimits={"nofile": Ulimit(soft=10, hard=20)}, cap_drop=("ALL",))
+    rlimits = make(want, limits=limits).config["process"]["rlimits"]
+    assert rlimits == [{"type": "RLIMIT_NOFILE", "soft": 10, "hard": 20}]
+    for hard in (2000, -1):
+        want = container(ulimits={"nofile": Ulimit(soft=10, hard=hard)}, cap_drop=("ALL",))
+        with pytest.raises(UnfitHost, match="at most 1000"):
+            make(want, limits=limits)
+    with pytest.raises(WrongState, match="no such limit"):
+        make(container(ulimits={"files": Ulimit(soft=1, hard=1)}))
+
+
+def test_oom_score_of_a_policy_is_clamped_with_a_warning_and_one_asked_for_is_refused() -> None:
+    limits = oci.HostLimits(capabilities=frozenset(), oom_score_adj=0)
+    made = make(container(cap_drop=("ALL",)), limits=limits, oom_score_adj=-997)
+    assert made.config["process"]["oomScoreAdj"] == 0
+    assert "instead of -997" in made.warnings[0]
+    with pytest.raises(UnfitHost, match="oom_score_adj '-5'"):
+        make(container(cap_drop=("ALL",), resources=Resources(oom_score_adj=-5)), limits=limits)
+
+
+def test_init_runs_the_command_as_its_child_and_needs_a_pid_namespace() -> None:
+    config = make(container(init=True), init=Path("/usr/bin/catatonit")).config
+    assert config["process"]["args"][:3] == [oci.INIT_PATH, "--", "/entry"]
+    assert mount_at(config, oci.INIT_PATH)["source"] == "/usr/bin/catatonit"
+    with pytest.raises(UnfitHost, match="neither catatonit nor tini"):
+        make(container(init=True))
+    with pytest.raises(WrongState, match="process 1"):
+        make(container(init=True, pid="host"), init=Path("/usr/bin/catatonit"))
+
+
+@pytest.mark.parametrize(
+    ("text", "added", "expected"),
+    [
+        ("", (), users.User(0, 0, (), "/root")),
+        ("web", (), users.User(101, 102, (44,), "/var/www")),
+        ("101", (), users.User(101, 102, (44,), "/var/www")),
+        ("web:audio", (), users.User(101, 29, (), "/var/www")),
+        ("web", ("audio", "7"), users.User(101, 102, (7, 29, 44), "/var/www")),
+        ("4000", (), users.User(4000, 0, (), "/")),
+        ("4000:5000", (), users.User(4000, 5000, (), "/")),
+    ],
+)
+def test_users_resolve_by_the_images_own_files(text: str, added: tuple[str, ...], expected: users.User) -> None:
+    assert users.resolve(text, added, read_file) == expected
+
+
+@pytest.mark.parametrize("text", ["nobody", "web:nogroup", "99999999999"])
+def test_unknown_users_and_groups_are_refused(text: str) -> None:
+    with pytest.raises(WrongState):
+        users.resolve(text, (), read_file)
+
+
+def test_seccomp_rules_follow_capabilities_architecture_and_kernel() -> None:
+    def rule(name: str, **conditions: Any) -> dict[str, Any]:
+        return {"names": [name], "action": "SCMP_ACT_ALLOW", "args": None, **conditions}
+
+    source = {
+        "defaultAction": "SCMP_ACT_ERRNO",
+        "defaultErrnoRet": 38,
+        "archMap": [{"architecture": "SCMP_ARCH_X86_64", "subArchitectures": ["SCMP_ARCH_X86"]}],
+        "syscalls": [
+            rule("read"),
+            rule("mount", includes={"caps": ["CAP_SYS_ADMIN"]}),
+            rule("clone", excludes={"caps": ["CAP_SYS_ADMIN"]}),
+            rule("swapcontext", includes={"arches": ["ppc64le"]}),
+            rule("ptrace", includes={"minKernel": "4.8"}),
+        ],
+    }
+    resolved = seccomp.resolve(source, {"CAP_CHOWN"}, "amd64", (6, 1))
+    assert [entry["names"] for entry in resolved["syscalls"]] == [["read"], ["clone"], ["ptrace"]]
+    assert resolved["architectures"] == ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"]
+    resolved = seccomp.resolve(source, {"CAP_SYS_ADMIN"}, "amd64", (4, 7))
+    assert [entry["names"] for entry in resolved["syscalls"]] == [["read"], ["mount"]]
+
+
+def test_seccomp_profile_that_is_not_there_is_the_states_fault() -> None:
+    assert seccomp.profile("unconfined", ()) is None
+    with pytest.raises(WrongState, match="no such file"):
+        seccomp.profile("/nowhere.json", ())
+
+
+FILES = {"/bin/sh": 0o100755, "/bin/data": 0o100644, "/srv/run": 0o100755, "/srv": 0o040755}
+
+
+def test_program_is_found_as_execvp_would() -> None:
+    assert find_executable("sh", "/usr/bin:/bin", "/", FILES.get) == "/bin/sh"
+    assert find_executable("./run", "/bin", "/srv", FILES.get) == "/srv/run"
+    assert find_executable("/app/x", "/bin", "/", FILES.get, mounts=("/app",)) is None
+
+
+@pytest.mark.parametrize(
+    ("program", "cause"),
+    [("nginxx", "not found in the image's PATH"), ("/no", "no such file"), ("data", "chmod"), ("/srv", "directory")],
+)
+def test_program_that_can_not_run_is_told_beforehand(program: str, cause: str) -> None:
+    with pytest.raises(WrongState, match=cause):
+        find_executable(program, "/usr/bin:/bin", "/", FILES.get)
