@@ -228,7 +228,7 @@ _BYTES = {
 
 
 def size(value: Any) -> Any:
-    """Bytes of a size: `64MiB` (and `64m`, as Docker reads it) is 1024-based, `64MB` 1000-based, a number is bytes."""
+    """Bytes of a size: `64MiB` (and `64m`, as Docker reads it) is 1024-based, `64MB` 1000-based; numbers are bytes."""
     if not isinstance(value, str):
         return value
     match = _SIZE.fullmatch(value.strip())
@@ -244,7 +244,9 @@ def duration(value: Any) -> Any:
         return 0.0
     if isinstance(value, str) and _DURATION.sub("", value) == "" and value:
         return round(sum(float(number) * _SECONDS[unit] for number, unit in _DURATION.findall(value)), 9)
-    raise ValueError(f"{shown(value)} is not a duration (expected a number and a unit, ms, s, m, h or d, as in '1m30s')")
+    raise ValueError(
+        f"{shown(value)} is not a duration (expected a number and a unit, ms, s, m, h or d, as in '1m30s')"
+    )
 
 
 def text_of(value: Any) -> Any:

@@ -26,7 +26,7 @@ def check(paths: tuple[Path, ...]) -> None:
     from holdfast.spec import load
     from holdfast.spec.model import NodeFacts
 
-    facts = settings().facts if config_path().exists() else NodeFacts(name="")
+    facts = settings().facts() if config_path().exists() else NodeFacts(name="")
     spec = load(dict(read_state(paths)), facts)
     for problem in spec.problems:
         click.echo(str(problem))

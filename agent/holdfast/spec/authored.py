@@ -4,6 +4,8 @@ From these types come both the checks and the JSON Schema. `resolve` turns a che
 `model`. Keys are Compose's wherever it has a word for the thing.
 """
 
+# ruff: noqa: RUF012 (pydantic copies the defaults of fields)
+
 from __future__ import annotations
 
 import ipaddress
@@ -50,9 +52,8 @@ def _names(value: Any) -> Any:
     """A list of names as a table of them, each without settings."""
     if not isinstance(value, list):
         return value
-    for item in value:
-        if not isinstance(item, str):
-            raise ValueError("expected a list of names, or a table of them")
+    if not all(isinstance(item, str) for item in value):
+        raise ValueError("expected a list of names, or a table of them")
     twice = next((item for index, item in enumerate(value) if item in value[:index]), None)
     if twice is not None:
         raise ValueError(f"'{twice}' is named twice")
@@ -184,9 +185,15 @@ class MountTable(Table):
             case "tmpfs":
                 pass
             case _ if not source:
-                yield "source", "is missing (expected /path of the host, ./path in the repository, or a volume's name)"
+                yield (
+                    "source",
+                    "is missing (expected /path of the host, ./path in the repository, or a volume's name)",
+                )
             case "bind" if not source.startswith("/"):
-                yield "source", f"'{source}' is not an absolute path (expected /path; files of the repository are type file)"
+                yield (
+                    "source",
+                    f"'{source}' is not an absolute path (expected /path; files of the repository are type file)",
+                )
             case "file" if source.startswith("/"):
                 yield "source", f"'{source}' is not a path in the repository (expected ./path; /path is type bind)"
             case "volume" if source.startswith("~"):
@@ -316,9 +323,15 @@ class ResourcesTable(Table):
         if self.memory_swap is not None and self.memory is None:
             yield "memory_swap", "needs a memory limit (expected memory beside it)"
         elif self.memory_swap not in (None, -1) and (self.memory_swap or 0) < (self.memory or 0):
-            yield "memory_swap", f"{self.memory_swap} is less than memory, which it includes (expected at least {self.memory})"
+            yield (
+                "memory_swap",
+                f"{self.memory_swap} is less than memory, which it includes (expected at least {self.memory})",
+            )
         if self.memory is not None and (self.memory_reservation or 0) > self.memory:
-            yield "memory_reservation", f"{self.memory_reservation} is more than memory (expected at most {self.memory})"
+            yield (
+                "memory_reservation",
+                f"{self.memory_reservation} is more than memory (expected at most {self.memory})",
+            )
 
     def resources(self) -> model.Resources:
         return model.Resources.model_validate(self.model_dump(by_alias=False))
@@ -355,7 +368,9 @@ class ContainerTable(Table):
         "workdir": "working_dir",
     }
 
-    image: Annotated[Annotated[str, Checked(forms.image, {})] | None, Field(description="REGISTRY/PATH:TAG@DIGEST")] = None
+    image: Annotated[
+        Annotated[str, Checked(forms.image, {})] | None, Field(description="REGISTRY/PATH:TAG@DIGEST")
+    ] = None
     rootfs: Annotated[Absolute | None, Field(description="instead of an image: a directory of the host")] = None
     command: Annotated[Words | None, Field(description="instead of the image's command")] = None
     entrypoint: Annotated[Words | None, Field(description="instead of the image's entrypoint")] = None
@@ -369,35 +384,25 @@ class ContainerTable(Table):
         Annotated[str, Checked(forms.hostname, {})] | None, Field(description="default: the container's name")
     ] = None
     labels: Pairs = {}
-    ports: list[
-        Annotated[PortTable, _from(forms.port, PORT_FORM)]
-    ] = []
+    ports: list[Annotated[PortTable, _from(forms.port, PORT_FORM)]] = []
     networks: Annotated[
         Annotated[dict[Reference, AttachmentTable], Short(_names, (STRINGS,))] | None,
         Field(description="absent: the node's default network, bridge"),
     ] = None
-    volumes: list[
-        Annotated[MountTable, _from(forms.volume, VOLUME_FORM)]
-    ] = []
+    volumes: list[Annotated[MountTable, _from(forms.volume, VOLUME_FORM)]] = []
     tmpfs: Annotated[
         list[Annotated[MountTable, _from(forms.tmpfs, TMPFS_FORM)]],
         Short(_only_strings, (STRING,)),
     ] = []
-    configs: list[
-        Annotated[ConfigUse, _from(lambda name: {"source": name}, "a name of [configs]")]
-    ] = []
+    configs: list[Annotated[ConfigUse, _from(lambda name: {"source": name}, "a name of [configs]")]] = []
     cap_add: list[Capability] = []
     cap_drop: list[Capability] = []
     privileged: Annotated[bool, Field(description="every capability and device of the host")] = False
     no_new_privileges: Annotated[bool, Field(description="setuid programs gain nothing")] = True
     seccomp: Annotated[str, Field(description="default, unconfined, or a profile's absolute path")] = "default"
     read_only: Annotated[bool, Field(description="the root file system can't be written")] = False
-    devices: list[
-        Annotated[DeviceTable, _from(forms.device, DEVICE_FORM)]
-    ] = []
-    sysctls: Annotated[
-        dict[Annotated[str, Checked(forms.sysctl, {})], Text], Short(forms.pairs, (STRINGS,))
-    ] = {}
+    devices: list[Annotated[DeviceTable, _from(forms.device, DEVICE_FORM)]] = []
+    sysctls: Annotated[dict[Annotated[str, Checked(forms.sysctl, {})], Text], Short(forms.pairs, (STRINGS,))] = {}
     ulimits: dict[
         Annotated[str, Checked(forms.ulimit, {"enum": sorted(forms.ULIMITS)})],
         Annotated[UlimitTable, Short(_both, ({"type": "integer"},))],
@@ -420,7 +425,11 @@ class ContainerTable(Table):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if (self.image is None) == (self.rootfs is None):
-            wrong = "is missing (expected an image, or a rootfs)" if self.image is None else "and rootfs exclude each other"
+            wrong = (
+                "is missing (expected an image, or a rootfs)"
+                if self.image is None
+                else "and rootfs exclude each other"
+            )
             yield "image", wrong
         if self.rootfs is not None and not (self.command or self.entrypoint):
             yield "rootfs", "says nothing about what to run (expected command or entrypoint beside it)"

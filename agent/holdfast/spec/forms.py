@@ -19,28 +19,32 @@ Parts = dict[str, Any]
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 
-CAPABILITIES = frozenset(
-    "CAP_" + name
-    for name in """
-    AUDIT_CONTROL AUDIT_READ AUDIT_WRITE BLOCK_SUSPEND BPF CHECKPOINT_RESTORE CHOWN DAC_OVERRIDE DAC_READ_SEARCH
-    FOWNER FSETID IPC_LOCK IPC_OWNER KILL LEASE LINUX_IMMUTABLE MAC_ADMIN MAC_OVERRIDE MKNOD NET_ADMIN
-    NET_BIND_SERVICE NET_BROADCAST NET_RAW PERFMON SETFCAP SETGID SETPCAP SETUID SYSLOG SYS_ADMIN SYS_BOOT SYS_CHROOT
-    SYS_MODULE SYS_NICE SYS_PACCT SYS_PTRACE SYS_RAWIO SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG WAKE_ALARM
-    """.split()
-)
+# fmt: off
+CAPABILITIES = frozenset({
+    "CAP_AUDIT_CONTROL", "CAP_AUDIT_READ", "CAP_AUDIT_WRITE", "CAP_BLOCK_SUSPEND", "CAP_BPF",
+    "CAP_CHECKPOINT_RESTORE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER",
+    "CAP_FSETID", "CAP_IPC_LOCK", "CAP_IPC_OWNER", "CAP_KILL", "CAP_LEASE", "CAP_LINUX_IMMUTABLE",
+    "CAP_MAC_ADMIN", "CAP_MAC_OVERRIDE", "CAP_MKNOD", "CAP_NET_ADMIN", "CAP_NET_BIND_SERVICE",
+    "CAP_NET_BROADCAST", "CAP_NET_RAW", "CAP_PERFMON", "CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP",
+    "CAP_SETUID", "CAP_SYSLOG", "CAP_SYS_ADMIN", "CAP_SYS_BOOT", "CAP_SYS_CHROOT", "CAP_SYS_MODULE",
+    "CAP_SYS_NICE", "CAP_SYS_PACCT", "CAP_SYS_PTRACE", "CAP_SYS_RAWIO", "CAP_SYS_RESOURCE", "CAP_SYS_TIME",
+    "CAP_SYS_TTY_CONFIG", "CAP_WAKE_ALARM",
+})
 """capabilities(7), as of Linux 6.x, in the spelling of the OCI runtime spec."""
 
-ULIMITS = frozenset(
-    "core cpu data fsize locks memlock msgqueue nice nofile nproc rss rtprio rttime sigpending stack as".split()
-)
+ULIMITS = frozenset({
+    "as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss",
+    "rtprio", "rttime", "sigpending", "stack",
+})
 """getrlimit(2), without RLIMIT_ and in lower case."""
+# fmt: on
 
 
 def name(value: str) -> str:
     """The name of an app, container, network, volume or config."""
     if not NAME.fullmatch(value):
         raise ValueError(
-            f"'{value}' is not a name (expected a-z, 0-9, '_', '.', '-', at most 63, beginning with a letter or digit)"
+            f"'{value}' is not a name (expected a-z, 0-9, '_', '.', '-', at most 63, first a letter or digit)"
         )
     return value
 
@@ -90,7 +94,9 @@ def image(value: str) -> str:
     """A Docker-style reference, `[REGISTRY/]PATH[:TAG][@DIGEST]` (the distribution project's reference grammar)."""
     transport = _TRANSPORT.match(value)
     if transport:
-        raise ValueError(f"'{value}': the transport '{transport[1]}' is not supported yet (expected {_REFERENCE_FORM})")
+        raise ValueError(
+            f"'{value}': the transport '{transport[1]}' is not supported yet (expected {_REFERENCE_FORM})"
+        )
     if not _REFERENCE.fullmatch(value) or len(value) > 512:
         raise ValueError(f"'{value}' is not an image reference (expected {_REFERENCE_FORM}, the path in lower case)")
     return value
@@ -240,7 +246,7 @@ def mode(value: Any) -> Any:
     """Permission bits, as an octal string: a bare number would read as decimal."""
     if isinstance(value, str) and re.fullmatch(r"(0o?)?[0-7]{1,4}", value):
         return int(value.removeprefix("0o"), 8)
-    raise ValueError(f"{shown(value)} is not a mode (expected an octal string as \"0644\")")
+    raise ValueError(f'{shown(value)} is not a mode (expected an octal string as "0644")')
 
 
 def device(value: str) -> Parts:
@@ -320,7 +326,9 @@ def restart(value: str) -> Parts:
     if not colon:
         return {"policy": policy}
     if policy != "on-failure" or not attempts.isdigit() or int(attempts) < 1:
-        raise ValueError(f"'{value}': a number of attempts goes with on-failure only (expected on-failure:N, N from 1)")
+        raise ValueError(
+            f"'{value}': a number of attempts goes with on-failure only (expected on-failure:N, N from 1)"
+        )
     return {"policy": policy, "max_attempts": int(attempts)}
 
 
@@ -357,7 +365,7 @@ def ulimit(value: str) -> str:
 
 def sysctl(value: str) -> str:
     """A kernel setting that is the container's own (namespaced); others would change the host."""
-    if value.startswith("net.") or value.startswith("fs.mqueue.") or value in _IPC_SYSCTLS:
+    if value.startswith(("net.", "fs.mqueue.")) or value in _IPC_SYSCTLS:
         return value
     near = suggestion(value, _IPC_SYSCTLS) or f" (expected net.*, fs.mqueue.* or one of {', '.join(_IPC_SYSCTLS)})"
     raise ValueError(f"'{value}' is not a setting that a container has of its own{near}")

@@ -71,7 +71,7 @@ def load(files: Mapping[str, bytes], facts: NodeFacts, *, cache: Cache | None = 
 
 def is_state(path: str) -> bool:
     """Whether a path of the revision is a state file."""
-    hidden = path.startswith(".") or "/." in path
+    hidden = any(step.startswith(".") and step != ".." for step in path.split("/"))
     return path.endswith(".toml") and path != VARS_FILE and not hidden
 
 
@@ -149,9 +149,10 @@ def _linked(
         refuse(links.dangling(draft, around_here if mine.get(draft.app.name) is draft else around_others))
     refuse(links.cycles_of_apps(mine))
     claims, networks = links.Claims(), links.networks_of(here)
-    for draft in here:
-        if draft.app.path not in broken:
-            refuse(claims.claim(draft, networks))
+    standing = [draft for draft in here if draft.app.path not in broken]
+    # Those that are broken come last: they are told what is taken, and take nothing from the others.
+    for draft in [*standing, *(draft for draft in here if draft.app.path in broken)]:
+        refuse(claims.claim(draft, networks))
     return [draft for draft in here if draft.app.path not in broken], broken, found
 
 

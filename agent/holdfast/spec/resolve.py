@@ -31,9 +31,7 @@ class Draft:
     inline: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def draft_of(
-    path: str, table: StateFile, document: Document, facts: model.NodeFacts
-) -> tuple[Draft, list[Fault]]:
+def draft_of(path: str, table: StateFile, document: Document, facts: model.NodeFacts) -> tuple[Draft, list[Fault]]:
     """The draft of a state file at path, and what is wrong with it."""
     return _Resolver(path, table, facts).draft(document)
 
@@ -171,9 +169,7 @@ class _Resolver:
             if mount is not None:
                 yield mount
 
-    def all_mounts(
-        self, at: KeyPath, table: ContainerTable
-    ) -> Iterator[tuple[KeyPath, str, model.Mount | None]]:
+    def all_mounts(self, at: KeyPath, table: ContainerTable) -> Iterator[tuple[KeyPath, str, model.Mount | None]]:
         for key, several in (("volumes", table.volumes), ("tmpfs", table.tmpfs)):
             for index, given in enumerate(several):
                 path = (*at, key, index)

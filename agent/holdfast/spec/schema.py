@@ -7,7 +7,7 @@ from typing import Any
 from holdfast.spec.authored import StateFile
 
 
-def schema() -> dict[str, Any]:
+def json_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of a state file as it is written, short forms included."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -1,0 +1,278 @@
+"""agent.toml → Config: the agent's own settings, which no commit can change.
+
+Read by `cli` and `daemon`, once at the start and again on SIGHUP. What is wrong is said all at once, line by line, as
+for state files.
+"""
+
+# ruff: noqa: RUF012 (pydantic copies the defaults of fields)
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network
+from pathlib import Path
+from socket import gethostname
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from holdfast.errors import WrongConfig
+from holdfast.spec.forms import absolute
+from holdfast.spec.model import NodeFacts
+from holdfast.spec.policy import RULES
+from holdfast.tables import Checked, Duration, Fault, Short, Table, Text, faults_of
+from holdfast.toml import Document, Unreadable, dotted, suggestion
+
+DEFAULT_PATH = Path("/etc/holdfast/agent.toml")
+VARIABLE = "HOLDFAST_CONFIG"
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9]{0,7}", value):
+        raise ValueError(
+            f"'{value}' is not an agent's name (expected a-z and 0-9, at most 8, beginning with a letter)"
+        )
+    return value
+
+
+def _runtime(value: str) -> str:
+    if value not in ("auto", "crun", "runc") and not value.startswith("/"):
+        raise ValueError(f"'{value}' is not a runtime (expected auto, crun, runc or an absolute path)")
+    return value
+
+
+def _pool(value: str) -> str:
+    try:
+        pool = IPv4Network(value)
+    except ValueError:
+        raise ValueError(f"'{value}' is not an IPv4 network (expected as 10.209.0.0/16)") from None
+    if pool.prefixlen > 24:
+        raise ValueError(f"'{value}' has no room for subnets (expected /24 or larger)")
+    return str(pool)
+
+
+def _rule(value: str) -> str:
+    if value not in RULES:
+        raise ValueError(f"no rule is called '{value}'{suggestion(value, RULES) or f' (expected one of {_LISTED})'}")
+    return value
+
+
+_LISTED = ", ".join(RULES)
+
+
+def _tree_path(value: str) -> str:
+    steps = [step for step in value.split("/") if step not in ("", ".")]
+    if ".." in steps or value.startswith("/"):
+        raise ValueError(f"'{value}' leaves the repository (expected a folder inside it)")
+    return "/".join(steps)
+
+
+Directory = Annotated[str, Checked(absolute, {})]
+
+
+class StateTable(Table):
+    """Where the state is committed: a directory, or a branch of a git repository."""
+
+    directory: Directory | None = None
+    git: Annotated[str | None, Field(min_length=1)] = None
+    branch: Annotated[str, Field(min_length=1)] = "main"
+    path: Annotated[str, Checked(_tree_path, {})] = ""
+    interval: Duration = 30.0
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if (self.directory is None) == (self.git is None):
+            yield "", 'names nothing or two things (expected a directory, or git = "URL or path")'
+        if self.directory is not None:
+            for key in sorted(self.model_fields_set & {"branch", "path", "interval"}):
+                yield key, "does not apply to a directory (expected git beside it)"
+        if self.interval <= 0:
+            yield "interval", "0 is no interval (expected a duration as 30s)"
+
+
+class NodeTable(Table):
+    name: str | None = None
+    labels: dict[str, Text] = {}
+
+
+class EnvTable(Table):
+    allow: list[str] = []
+
+
+class NetworkSettings(Table):
+    pool: Annotated[str, Checked(_pool, {})] = "10.209.0.0/16"
+    default_driver: str = "bridge"
+    firewall: str = "nftables"
+
+
+class LimitsTable(Table):
+    workers: Annotated[int, Field(ge=1, le=1024)] = 16
+    start_concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
+
+
+class CgroupTable(Table):
+    policy: Annotated[list[str], Short(lambda v: [v] if isinstance(v, str) else v, ({"type": "string"},))] = [
+        "limits"
+    ]
+
+
+class PolicyTable(Table):
+    forbid: list[Annotated[str, Checked(_rule, {})]] = []
+    bind_roots: list[Directory] | None = None
+
+
+class AgentTable(Table):
+    """agent.toml as it is written."""
+
+    name: Annotated[str, Checked(_name, {})] = "holdfast"
+    state: Annotated[
+        StateTable,
+        Short(lambda value: {"directory": value} if isinstance(value, str) else value, ({"type": "string"},)),
+    ] = StateTable(directory="/etc/holdfast/state")
+    root: Directory | None = None
+    run_root: Directory | None = None
+    runtime: Annotated[str, Checked(_runtime, {})] = "auto"
+    socket: Directory | None = None
+    group: Annotated[str | None, Field(min_length=1)] = None
+    on_invalid: Literal["keep-app", "reject-revision"] = "keep-app"
+    full_pass_interval: Duration = 60.0
+    debounce: Duration = 0.02
+    node: NodeTable = NodeTable()
+    vars: dict[str, Text] = {}
+    env: EnvTable = EnvTable()
+    network: NetworkSettings = NetworkSettings()
+    limits: LimitsTable = LimitsTable()
+    cgroup: CgroupTable = CgroupTable()
+    policy: PolicyTable = PolicyTable()
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.full_pass_interval <= 0:
+            yield "full_pass_interval", "0 is no interval (expected a duration as 60s)"
+
+
+@dataclass(frozen=True, slots=True)
+class StateSource:
+    """Where the state comes from: git is empty for a plain directory. interval: seconds between polls."""
+
+    directory: Path = Path("/etc/holdfast/state")
+    git: str = ""
+    branch: str = "main"
+    path: str = ""
+    interval: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The agent's settings, resolved. Durations are seconds.
+
+    name: what every host object of this agent bears. root survives a reboot, run_root does not; both default to
+    places of that name. group: who besides root may use the socket, None: nobody. workers: threads for actions;
+    start_concurrency: how many containers start at once. cgroup_policy: for containers that name none.
+    env: the variables of the agent's environment that state files may read.
+    """
+
+    name: str = "holdfast"
+    state: StateSource = StateSource()
+    root: Path = Path("/var/lib/holdfast")
+    run_root: Path = Path("/run/holdfast")
+    runtime: str = "auto"
+    socket: Path = Path("/run/holdfast/agent.sock")
+    group: str | None = None
+    on_invalid: Literal["keep-app", "reject-revision"] = "keep-app"
+    full_pass_interval: float = 60.0
+    debounce: float = 0.02
+    node_name: str = ""
+    node_labels: Mapping[str, str] = field(default_factory=dict)
+    vars: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    pool: str = "10.209.0.0/16"
+    default_driver: str = "bridge"
+    firewall: str = "nftables"
+    workers: int = 16
+    start_concurrency: int = 8
+    cgroup_policy: tuple[str, ...] = ("limits",)
+    forbid: frozenset[str] = frozenset()
+    bind_roots: tuple[str, ...] | None = None
+
+    def facts(self) -> NodeFacts:
+        """What state files may ask about this node."""
+        return NodeFacts(
+            name=self.node_name,
+            labels=self.node_labels,
+            vars=self.vars,
+            env=self.env,
+            forbid=self.forbid,
+            bind_roots=self.bind_roots,
+        )
+
+
+def load_config(path: Path | None = None, env: Mapping[str, str] | None = None) -> Config:
+    """Read agent.toml: path, else HOLDFAST_CONFIG, else /etc/holdfast/agent.toml, which alone may be missing.
+
+    env: the environment (os.environ if None). Raise WrongConfig with one line for each thing that is wrong.
+    """
+    env = os.environ if env is None else env
+    named = path or (Path(env[VARIABLE]) if env.get(VARIABLE) else DEFAULT_PATH)
+    try:
+        raw = named.read_bytes()
+    except FileNotFoundError:
+        if named == DEFAULT_PATH:
+            return _config(AgentTable(), env)
+        raise WrongConfig(f"read '{named}': no such file (expected the agent's settings)") from None
+    except OSError as error:
+        raise WrongConfig(f"read '{named}': {(error.strerror or str(error)).lower()}") from error
+    try:
+        document = Document(raw)
+    except Unreadable as error:
+        column = f":{error.column}" if error.column else ""
+        raise WrongConfig(f"{named}:{error.line}{column}: {error}") from error
+    table = faults_of(AgentTable, document.data)
+    if isinstance(table, AgentTable):
+        return _config(table, env)
+    raise WrongConfig("\n".join(_line(named, document, fault) for fault in _in_order(document, table)))
+
+
+def _in_order(document: Document, faults: list[Fault]) -> list[Fault]:
+    return sorted(faults, key=lambda fault: document.line(fault.path))
+
+
+def _line(path: Path, document: Document, fault: Fault) -> str:
+    key = dotted(document.written(fault.path))
+    return f"{path}:{document.line(fault.path)}: {key}: {fault.message}"
+
+
+def _config(table: AgentTable, env: Mapping[str, str]) -> Config:
+    run_root = Path(table.run_root or f"/run/{table.name}")
+    roots = table.policy.bind_roots
+    return Config(
+        name=table.name,
+        state=_source(table.state),
+        root=Path(table.root or f"/var/lib/{table.name}"),
+        run_root=run_root,
+        runtime=table.runtime,
+        socket=Path(table.socket or run_root / "agent.sock"),
+        group=table.group,
+        on_invalid=table.on_invalid,
+        full_pass_interval=table.full_pass_interval,
+        debounce=table.debounce,
+        node_name=table.node.name or gethostname(),
+        node_labels=table.node.labels,
+        vars=table.vars,
+        env={name: env[name] for name in table.env.allow if name in env},
+        pool=table.network.pool,
+        default_driver=table.network.default_driver,
+        firewall=table.network.firewall,
+        workers=table.limits.workers,
+        start_concurrency=table.limits.start_concurrency,
+        cgroup_policy=tuple(table.cgroup.policy),
+        forbid=frozenset(table.policy.forbid),
+        bind_roots=None if roots is None else tuple(roots),
+    )
+
+
+def _source(table: StateTable) -> StateSource:
+    if table.git is None:
+        return StateSource(directory=Path(table.directory or "/"))
+    return StateSource(git=table.git, branch=table.branch, path=table.path, interval=table.interval)
