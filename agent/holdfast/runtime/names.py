@@ -33,9 +33,9 @@ def hosts_text(hostname: str, own: Names, others: Names) -> str:
 def resolv_conf(host_text: str, upstream_text: str = "") -> str:
     """Follow the host's resolv.conf(5) without resolvers on loopback, which a container can't reach.
 
-    When none is left, upstream_text (what systemd-resolved keeps in UPSTREAM_RESOLV_CONF) takes the host's place. When
-    that has none either, no nameserver is written: a libc then asks 127.0.0.1 and fails at once, and no resolver
-    that the operator did not choose hears of the names. search, options and sortlist are kept.
+    When none is left, upstream_text (what systemd-resolved keeps in UPSTREAM_RESOLV_CONF) takes the host's place.
+    When that has none either, no nameserver is written: a libc then asks 127.0.0.1 and fails at once, and no
+    resolver that the operator did not choose hears of the names. search, options and sortlist are kept.
     """
     own, upstream = _reachable(host_text), _reachable(upstream_text)
     chosen = upstream if not _has_resolver(own) and _has_resolver(upstream) else own

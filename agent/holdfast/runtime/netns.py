@@ -114,9 +114,8 @@ def _raise_loopback() -> None:
 
 
 def _share_folder(host: Host) -> None:
-    """Make /run/netns a shared mount of its own, as ip-netns(8) does, so that what it does later hides nothing of ours.
-
-    That we did it is noted in the run root, for `_unshare_folder`. Under the lock that ip takes, too.
+    """Make /run/netns a shared mount of its own, as ip-netns(8) does on first use: were it to do so later, its mount
+    would hide ours. That we did it is noted in the run root, for `_unshare_folder`.
     """
     FOLDER.mkdir(mode=0o755, exist_ok=True)
     if _libc.mount(b"", bytes(FOLDER), b"none", MS_SHARED | MS_REC, None) == 0:

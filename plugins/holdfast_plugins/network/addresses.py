@@ -2,6 +2,7 @@
 
     ROOT/networks/<app~name>/subnet         what the network's subnet was decided to be
     ROOT/networks/<app~name>/leases/<ip>    the instance that has the address
+    ROOT/networks/<app~name>/forwarding     it is there if ip_forward was turned on for the network
 
 A lease is a file made with O_EXCL: two givers can't give one address twice. What is on disk is the truth; a copy in
 memory spares reading a thousand files for each new address.
@@ -88,6 +89,13 @@ class Ledger:
         shutil.rmtree(self._of(network), ignore_errors=True)
         with contextlib.suppress(OSError):
             self._folder.rmdir()  # once the last one is gone
+
+    def note_forwarding(self, network: str) -> None:
+        """Remember that ip_forward was turned on for a network."""
+        (self._of(network) / "forwarding").touch()
+
+    def noted_forwarding(self, network: str) -> bool:
+        return (self._of(network) / "forwarding").exists()
 
     def leases(self, network: str) -> Leases:
         with self._lock:

@@ -4,7 +4,7 @@ A link's ifalias says in full what it is, where its name has room for a hash onl
 
     holdfast:network:<id>                      the bridge
     holdfast:endpoint:<instance>/<network id>  the host's end of a veth pair
-    holdfast:gone:<instance>/<network id>      an end that was removed, until the kernel takes it away with its namespace
+    holdfast:gone:<instance>/<network id>      a removed end, until the kernel takes it away with its namespace
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class BridgeNetwork:
             if link is None:
                 self._refuse_overlap(want.id, subnet)
             self.ledger.keep(want.id, subnet)
-        forwarding = not want.internal and _enable_forwarding()
+        if not want.internal and _enable_forwarding():
+            self.ledger.note_forwarding(want.id)
         try:
             self._bring_up(want.id, link, name, subnet, gateway, mtu)
         except OSError as error:
@@ -75,7 +76,7 @@ class BridgeNetwork:
             "internal": want.internal,
             "mtu": mtu,
         }
-        if forwarding:
+        if self.ledger.noted_forwarding(want.id):
             data["enabled"] = "net.ipv4.ip_forward"
         return Receipt("network", self.name, want.id, data=data)
 
@@ -86,7 +87,7 @@ class BridgeNetwork:
         return [self._observed(link, addresses.get(link.index)) for link in links]
 
     def remove(self, receipt: Receipt) -> None:
-        """Delete the bridge and forget the subnet and its leases. ip_forward stays: others may have come to need it."""
+        """Delete the bridge, forget subnet and leases. ip_forward stays: others may have come to need it."""
         name = self._host.link("bridge", receipt.id)
         link = _sockets.host.link(name)
         if link is not None and link.alias == NETWORK + receipt.id:
@@ -190,9 +191,9 @@ class BridgeEndpoint:
     def remove(self, receipt: Receipt) -> None:
         """Give the address back and take the pair away.
 
-        Deleting a link blocks for 16 ms while the kernel waits out its readers. As the namespace is removed next, which
-        deletes the pair in the background and many at a time, the host's end is only cut off from the bridge
-        and given the alias of what is gone; it is deleted here when there is no namespace to go with.
+        Deleting a link blocks for 16 ms while the kernel waits out its readers. As the namespace is removed next,
+        which deletes the pair in the background and many at a time, the host's end is only cut off from the
+        bridge and given the alias of what is gone; it is deleted here when there is no namespace to go with.
         """
         instance, _, network = receipt.id.partition("/")
         self._ledger.leases(network).release(instance)

@@ -1,8 +1,8 @@
 """FirewallWant → the agent's own nftables table, written whole and found again unaltered. Called by node.
 
-Whether the table is still what we wrote is told by comparing a listing with the one taken right after writing; and
-no listing is needed while the rule set's generation has not moved. Both are kept in the run root, so that a
-restarted agent need not write the table again.
+Whether the table is still what we wrote is told by the rule set's generation while nobody else changes any rule, and
+by comparing a listing with our first one after somebody did. Both are kept in the run root, so that a restarted
+agent need not write the table again.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ from holdfast.errors import Conflict, NotPermitted, UnfitHost, WrongState
 from holdfast.observed import FirewallNetwork, FirewallWant, PublishedPort, Receipt
 from holdfast.spec.model import digest_of
 from holdfast_plugins.network import forwarding, rules
-from holdfast_plugins.network.nftables import Nft, NftError, generation, open_nft
-
-ATTEMPTS = 3
+from holdfast_plugins.network.nftables import Nft, NftError, RuleSet, open_nft
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What we wrote last: the want, the listing it gave, and the generation it made (0: someone wrote beside us)."""
+    """What we wrote last, the generation it made (0: not told from another's), and its listing ("": not read yet)."""
 
     want: FirewallWant
     digest: str
@@ -47,28 +45,33 @@ class NftablesFirewall:
         self._lock = threading.RLock()
         self._snapshot: Snapshot | None = None
         self._opened: Nft | None = None
+        self._rule_set: RuleSet | None = None
 
     def check(self, want: FirewallWant) -> None:
-        """Raise WrongState for addresses that are none, Conflict for two that publish one port, UnfitHost without nft."""
+        """Raise WrongState for a bad address, Conflict for two that publish one port, UnfitHost without nft."""
         _refuse_bad_addresses(want)
         _refuse_doubles(want)
         _ = self._nft
 
     def ensure(self, want: FirewallWant) -> Receipt:
         """Have exactly the wanted table, or none when nothing is wanted; nothing is written if it stands."""
-        self.check(want)
-        digest = digest_of(_plain(want))
         with self._lock:
-            if want.empty:
-                self.remove(self._receipt(digest))
-            elif not self._intact() or self._snapshot is None or self._snapshot.digest != digest:
-                self._write(want, digest)
-        return self._receipt(digest)
+            intact = self._intact()
+            if self._snapshot is None or not intact or self._snapshot.want != want:
+                self.check(want)
+                digest = digest_of(_plain(want))
+                if want.empty:
+                    self.remove(self._receipt(digest))
+                    return self._receipt(digest)
+                self._write(want, digest, self._snapshot.want if self._snapshot and intact else None)
+            assert self._snapshot is not None
+            return self._receipt(self._snapshot.digest)
 
     def observe(self) -> Iterable[Receipt]:
         """The table's receipt; its data is empty if the table, or an accept that it needs elsewhere, was altered."""
         with self._lock:
             if self._intact() and self._snapshot is not None:
+                self._note_listing(self._snapshot)
                 return [self._receipt(self._snapshot.digest)]
             return [self._receipt("")] if self._listing() is not None else []
 
@@ -95,15 +98,20 @@ class NftablesFirewall:
             self._opened = open_nft()
         return self._opened
 
+    def _generation(self) -> int:
+        if self._rule_set is None:
+            self._rule_set = RuleSet()
+        return self._rule_set.generation()
+
     def _receipt(self, digest: str) -> Receipt:
         return Receipt("firewall", self.name, self._host.name, data={"digest": digest} if digest else {})
 
     def _intact(self) -> bool:
-        """Whether the table is what the snapshot says; refreshes the snapshot's generation."""
+        """Whether the table is what the snapshot says; if the rule set has moved otherwise, by listing the table."""
         self._snapshot = self._snapshot or _load(self._file)
         if self._snapshot is None:
             return False
-        now = generation()
+        now = self._generation()
         if now == self._snapshot.generation:
             return True
         if self._listing() != self._snapshot.listing or not forwarding.allowed(self._host, self._nft):
@@ -111,18 +119,27 @@ class NftablesFirewall:
         self._keep(replace(self._snapshot, generation=now))
         return True
 
-    def _write(self, want: FirewallWant, digest: str) -> None:
-        """Write the table and note what it looks like; again if someone changed the rule set in between."""
-        forwarding.allow(self._host, self._nft)
-        text = rules.script(self._host.name, want)
-        for _ in range(ATTEMPTS):
-            before = generation()
-            self._run(text)
-            listing = self._listing() or ""
-            alone = generation() == before + 1
-            self._keep(Snapshot(want, digest, listing, before + 1 if alone else 0))
-            if alone:
-                return
+    def _write(self, want: FirewallWant, digest: str, old: FirewallWant | None) -> None:
+        """Write the table, only the difference where old stands; all of it if someone else writes at that moment.
+
+        How the table looks is read by the next observation, so that a start waits for nothing but the rules.
+        """
+        if old is None:
+            forwarding.allow(self._host, self._nft)
+        text = rules.script(self._host.name, want) if old is None else rules.update(self._host.name, old, want)
+        before = self._generation()
+        self._run(text)
+        after = self._generation()
+        alone = after == before + bool(text)
+        self._snapshot = Snapshot(want, digest, "", after if alone else 0)
+
+    def _note_listing(self, snapshot: Snapshot) -> None:
+        """Complete a snapshot while the generation vouches for the table, and keep it for the next agent."""
+        if snapshot.listing:
+            return
+        listing = self._listing()
+        if listing is not None and self._generation() == snapshot.generation:
+            self._keep(replace(snapshot, listing=listing))
 
     def _listing(self) -> str | None:
         try:

@@ -81,19 +81,27 @@ class Program:
         return done.stdout
 
 
-def generation() -> int:
-    """The number that every change of this namespace's rule set, whoever makes it, adds one to."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER) as netlink:
-        netlink.bind((0, 0))
-        netlink.send(struct.pack("=IHHIIBBH", 20, NFT_MSG_GETGEN, NLM_F_REQUEST, 1, 0, 0, 0, 0))
-        answer = netlink.recv(4096)
-    at = 20
-    while at + 8 <= len(answer):
-        length, kind = struct.unpack_from("=HH", answer, at)
-        if kind == NFTA_GEN_ID:
-            return int(struct.unpack_from(">I", answer, at + 4)[0])
-        at += (length + 3) & ~3
-    raise UnfitHost("read the rule set's generation: the kernel does not tell (a kernel with nf_tables)")
+class RuleSet:
+    """The generation of this namespace's rule set: a number that every change, whoever makes it, adds one to.
+
+    The socket is kept: closing one waits until the kernel has freed what was deleted, some 20 ms.
+    """
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
+        self._socket.bind((0, 0))
+
+    def generation(self) -> int:
+        """Read it; not for two threads at once."""
+        self._socket.send(struct.pack("=IHHIIBBH", 20, NFT_MSG_GETGEN, NLM_F_REQUEST, 1, 0, 0, 0, 0))
+        answer = self._socket.recv(4096)
+        at = 20
+        while at + 8 <= len(answer):
+            length, kind = struct.unpack_from("=HH", answer, at)
+            if kind == NFTA_GEN_ID:
+                return int(struct.unpack_from(">I", answer, at + 4)[0])
+            at += (length + 3) & ~3
+        raise UnfitHost("read the rule set's generation: the kernel does not tell (a kernel with nf_tables)")
 
 
 def _first_line(text: str) -> str:
