@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -159,34 +160,57 @@ def test_a_tree_that_is_too_large_is_refused(state: Path) -> None:
         read(state)
 
 
-def test_a_file_is_never_seen_in_two_states_at_once(state: Path) -> None:
-    """A writer replaces the content in place, all bytes alike, while the reader reads."""
+def test_a_file_that_is_written_in_place_is_read_again_until_it_is_whole(state: Path) -> None:
+    """A writer replaces the content again and again, in parts, without changing its size."""
     file, stop = state / "big.bin", threading.Event()
     file.write_bytes(b"0" * 300_000)
 
     def write() -> None:
         with file.open("r+b", buffering=0) as handle:
+            for digit in b"123456789" * 10:
+                handle.seek(0)
+                for _ in range(10):
+                    handle.write(bytes([digit]) * 30_000)
+                    stop.wait(0.0001)
+
+    writer = threading.Thread(target=write)
+    source = DirectorySource(state)
+    writer.start()
+    while writer.is_alive():
+        with contextlib.suppress(TryAgain):
+            source.current()
+    writer.join()
+    assert source.current().files["big.bin"] == b"9" * 300_000
+
+
+def test_a_tree_that_never_holds_still_is_told(state: Path) -> None:
+    stop = threading.Event()
+
+    def write() -> None:
+        with (state / "shop.toml").open("r+b", buffering=0) as handle:
             while not stop.is_set():
-                for digit in b"0123456789":
-                    handle.seek(0)
-                    handle.write(bytes([digit]) * 300_000)
-                    stop.wait(0.001)
+                handle.truncate(0)
+                handle.seek(0)
+                handle.write(b"x" * 2_000_000)
 
     writer = threading.Thread(target=write)
     writer.start()
-    source, seen = DirectorySource(state), 0
+    source = DirectorySource(state)
     try:
-        for _ in range(100):
-            try:
-                content = source.current().files["big.bin"]
-            except TryAgain:
-                continue
-            seen += 1
-            assert len(set(content)) == 1
+        wait_until(lambda: is_refused(source), "it is refused")
     finally:
         stop.set()
         writer.join()
-    assert seen
+    assert "keeps changing while it is read" in source.state().error
+    assert len(source.current().files["shop.toml"]) == 2_000_000
+
+
+def is_refused(source: DirectorySource) -> bool:
+    try:
+        source.current()
+    except TryAgain:
+        return True
+    return False
 
 
 def test_a_thousand_unchanged_files_are_listed_and_not_read(state: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import TryAgain, UnfitHost, WrongConfig, WrongState
+from holdfast.source.directory import DirectorySource
 from holdfast.source.git import GitSource, next_pause
 from holdfast.source.gitcommand import redact, telling_line
 from holdfast.source.revision import MAX_BYTES
@@ -267,6 +269,40 @@ def test_a_remote_that_hangs_is_given_up(make: Callable[..., GitSource]) -> None
             source.refresh()
 
 
+def test_a_server_that_refuses_is_told_apart(make: Callable[..., GitSource]) -> None:
+    """An HTTP server that wants a password; nobody is asked for one."""
+
+    class Guard(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", 'Basic realm="git"')
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Guard) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(TryAgain, match="access refused: could not read Username"):
+                make(f"http://127.0.0.1:{server.server_port}/x.git").refresh()
+            with pytest.raises(TryAgain, match="access refused: Authentication failed for 'http://127"):
+                make(f"http://me:s3cret@127.0.0.1:{server.server_port}/x.git").refresh()
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_directory_source_and_a_git_source_give_the_same_files(
+    repository: Repository, make: Callable[..., GitSource]
+) -> None:
+    for name in (".hidden.toml", "shop.toml~", ".htpasswd", "#shop.toml#"):
+        (repository.path / name).write_text("x")
+    (repository.path / "link").symlink_to("nodes")
+    repository.commit("Add")
+    assert fetched(make()) == dict(DirectorySource(repository.path).current().files)
+
+
 def test_two_agents_do_not_write_to_one_mirror_at_once(make: Callable[..., GitSource]) -> None:
     source, other = make(), make()
     source.refresh()
@@ -278,6 +314,7 @@ def test_two_agents_do_not_write_to_one_mirror_at_once(make: Callable[..., GitSo
 FETCH_AND_DIE = """
 import sys
 from pathlib import Path
+from holdfast.source.directory import DirectorySource
 from holdfast.source.git import GitSource
 print("begin", flush=True)
 GitSource(sys.argv[1], Path(sys.argv[2])).refresh()
@@ -287,11 +324,11 @@ GitSource(sys.argv[1], Path(sys.argv[2])).refresh()
 def test_a_fetch_killed_at_any_moment_leaves_a_mirror_that_works(
     repository: Repository, make: Callable[..., GitSource], tmp_path: Path
 ) -> None:
-    (repository.path / "blob.bin").write_bytes(os.urandom(3_000_000))
+    (repository.path / "blob.bin").write_bytes(os.urandom(1_000_000))
     source = make()
     source.refresh()
-    for number in range(8):
-        (repository.path / "blob.bin").write_bytes(os.urandom(3_000_000))
+    for number in range(6):
+        (repository.path / "blob.bin").write_bytes(os.urandom(1_000_000))
         repository.commit(f"Change {number}", shop=str(number))
         child = subprocess.Popen(
             [sys.executable, "-c", FETCH_AND_DIE, str(repository.path), str(tmp_path / "root")],
@@ -303,7 +340,7 @@ def test_a_fetch_killed_at_any_moment_leaves_a_mirror_that_works(
             assert child.stdout is not None
             child.stdout.readline()
             with pytest.raises(subprocess.TimeoutExpired):
-                child.wait(0.004 * (number + 1))
+                child.wait(0.006 * (number + 1))
             child.send_signal(signal.SIGKILL)
         assert source.current().files["shop.toml"] in (b"1", str(number - 1).encode(), str(number).encode())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 import time
@@ -286,10 +285,10 @@ def test_a_poke_wakes(watched: Watched) -> None:
 
 
 def test_a_closed_watch_is_silent_and_leaves_nothing(state: Path) -> None:
-    before = (threading.active_count(), len(os.listdir("/proc/self/fd")))
+    before = (threading.active_count(), len(list(Path("/proc/self/fd").iterdir())))
     watched = Watched(state)
     watched.watch.close()
     watched.watch.close()
     (state / "shop.toml").write_text("2")
     assert watched.wakes.wait_quiet() == 0
-    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+    assert (threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))) == before

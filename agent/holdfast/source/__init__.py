@@ -13,8 +13,11 @@ if TYPE_CHECKING:
 __all__ = ["Revision", "Source", "SourceState", "Watch", "make_source"]
 
 
-def make_source(state: StateSource, root: Path) -> Source:
-    """Make the source that `state` in agent.toml names; root: the agent's, where a git mirror is kept."""
+def make_source(state: StateSource, root: Path, *, debounce: float = 0.02) -> Source:
+    """Make the source that `state` in agent.toml names.
+
+    root: the agent's, where a git mirror is kept. debounce: seconds of quiet after a plain write in a directory.
+    """
     # Imported here: a host with a plain directory needs no git, one with git no inotify.
     if state.git:
         from holdfast.source.git import GitSource
@@ -22,4 +25,4 @@ def make_source(state: StateSource, root: Path) -> Source:
         return GitSource(state.git, root, branch=state.branch, path=state.path, interval=state.interval)
     from holdfast.source.directory import DirectorySource
 
-    return DirectorySource(state.directory)
+    return DirectorySource(state.directory, debounce)

@@ -20,8 +20,9 @@ from holdfast.source.revision import Revision, SourceState, Watch, check_size, i
 from holdfast.source.watch import DirectoryWatch
 
 ATTEMPTS = 8
-# File systems stamp with the kernel's tick (up to 10 ms at HZ=100): two writes within one look alike.
-RACY_NS = 20_000_000
+# File systems stamp with the kernel's tick (up to 10 ms at HZ=100), and only when a write begins: within this time
+# of its stamp, a file may change further without showing it.
+RACY_NS = 100_000_000
 
 
 # What tells one state of a file from another without reading it: mtime and ctime (ns), size, inode, device.
@@ -165,12 +166,13 @@ def read_file(path: str) -> Content:
         if not stat.S_ISREG(status.st_mode):
             raise Torn(path)
         check_size(path, status.st_size, 1)
-        now = time.time_ns()
+        settled = max(status.st_mtime_ns, status.st_ctime_ns) + RACY_NS < time.time_ns()
         data = file.read()
-        stamp = stamp_of(status)
-        if stamp_of(os.fstat(handle)) != stamp or len(data) != status.st_size:
+        if len(data) != status.st_size or not (settled or file.seek(0) or file.read() == data):
             raise Torn(path)
-    settled = max(status.st_mtime_ns, status.st_ctime_ns) + RACY_NS < now
+        stamp = stamp_of(status)
+        if stamp_of(os.fstat(handle)) != stamp:
+            raise Torn(path)
     return Content(stamp, data, hashlib.sha256(data).digest(), settled)
 
 

@@ -68,9 +68,7 @@ class GitSource:
         self._working = threading.Lock()
         self._reading = threading.Lock()
         self._noting = threading.Lock()
-        self._refused: tuple[str, HoldfastError] | None = (
-            None  # a tip that can't be taken, and why: not fetched again
-        )
+        self._refused: tuple[str, HoldfastError] | None = None  # a tip not to fetch again, and why
         self._revision: Revision | None = None
         self._state = SourceState(kind="git", url=self._shown, branch=branch, path=self._path)
 
