@@ -1,0 +1,332 @@
+"""Containers on the real kernel: conmon, the runtime below it, cgroups and logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ground import Rootfs
+from holdfast.drivers import CgroupWant, Host
+from holdfast.errors import HoldfastError, WrongState
+from holdfast.runtime import binaries, cgroup, conmon, logs, oci, seccomp
+from holdfast.runtime.devices import device_nodes
+from holdfast.runtime.users import User
+from holdfast.spec.model import Container, Resources, Ulimit
+from holdfast_plugins.cgroup import LimitsPolicy
+
+pytestmark = pytest.mark.live
+
+MIB = 1024 * 1024
+
+
+def wait_for(condition: Callable[[], Any], timeout: float = 10.0) -> Any:
+    deadline = time.monotonic() + timeout
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "condition not met in time"
+        time.sleep(0.005)
+    return found
+
+
+@dataclass
+class Box:
+    """Starts containers of one site."""
+
+    runtime: conmon.Runtime
+    rootfs: Path
+    ids: list[str] = field(default_factory=list)
+    limits: oci.HostLimits = field(default_factory=binaries.host_limits)
+
+    def bundle(self, want: Container, resources: dict[str, Any] | None = None, user: User | None = None) -> str:
+        """Write a bundle; its id."""
+        id = f"c{len(self.ids)}"
+        self.ids.append(id)
+        capabilities = oci.granted_capabilities(want, self.limits).names
+        request = oci.OciRequest(
+            want=want,
+            image={},
+            rootfs=self.rootfs,
+            hostname="box",
+            cgroup=self.runtime.cgroup(id),
+            resources=resources or {},
+            user=user or User(),
+            seccomp=seccomp.profile(want.seccomp, capabilities, privileged=want.privileged),
+            init=binaries.find_init(),
+            devices=device_nodes(want),
+            limits=self.limits,
+        )
+        folder = self.runtime.host.instance(id)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(oci.oci_config(request).config))
+        return id
+
+    def create(self, id: str) -> conmon.Run:
+        return self.runtime.create(id, self.folder(id), self.log(id), name=f"shop/{id}")
+
+    def start(
+        self,
+        *command: str,
+        resources: dict[str, Any] | None = None,
+        user: User | None = None,
+        **fields: Any,
+    ) -> tuple[str, conmon.Run]:
+        id = self.bundle(Container(rootfs="/x", command=command, **fields), resources, user)
+        run = self.create(id)
+        self.runtime.start(id)
+        return id, run
+
+    def output(self, *command: str, **fields: Any) -> str:
+        """What a container prints until it ends."""
+        id, run = self.start(*command, **fields)
+        assert self.runtime.wait_exit(id, run, 20) is not None
+        return "".join(f"{line.text}\n" for line in logs.read(logs.log_files(self.log(id))))
+
+    def folder(self, id: str) -> Path:
+        return self.runtime.host.instance(id)
+
+    def log(self, id: str) -> Path:
+        return self.folder(id) / "output.log"
+
+    def value(self, id: str, controller: str, v1: str, v2: str) -> str:
+        """A cgroup file of a container."""
+        name = v1 if cgroup.version() == 1 else v2
+        return (cgroup.folder(controller, self.runtime.cgroup(id)) / name).read_text().strip()
+
+
+@pytest.fixture
+def box(site: Host, busybox_rootfs: Rootfs) -> Any:
+    rootfs = site.root / "rootfs"
+    subprocess.run(["cp", "-a", busybox_rootfs.path, rootfs], check=True)
+    box = Box(runtime_of(site), rootfs)
+    box.runtime.prepare()
+    yield box
+    for id in box.ids:
+        box.runtime.delete(id, force=True)
+        shutil.rmtree(box.folder(id), ignore_errors=True)
+    box.runtime.remove_parent_cgroup()
+
+
+def runtime_of(site: Host) -> conmon.Runtime:
+    return conmon.Runtime(site, binaries.find_runtime("runc"), binaries.find_conmon().path)
+
+
+def test_exit_code_is_told(box: Box) -> None:
+    id, run = box.start("sh", "-c", "exit 7")
+    ended = box.runtime.wait_exit(id, run, 10)
+    assert ended is not None
+    assert (ended.code, ended.signal, ended.oom) == (7, None, False)
+    assert not box.runtime.alive(run)
+
+
+def test_signal_is_told_and_a_stopped_container_is_gone_after_delete(box: Box) -> None:
+    id, run = box.start("sleep", "1000")
+    assert box.runtime.alive(run)
+    assert box.runtime.supervised(run)
+    assert box.runtime.run_of(id) == run
+    assert box.runtime.wait_exit(id, run, 0.01) is None
+    box.runtime.kill(id, "KILL")
+    ended = box.runtime.wait_exit(id, run, 10)
+    assert ended is not None
+    assert (ended.code, ended.signal, ended.oom) == (137, 9, False)
+    box.runtime.delete(id)
+    assert box.runtime.state() == frozenset()
+    assert cgroup.folders(box.runtime.cgroup(id)) == []
+    assert box.runtime.exit_of(id) is None
+
+
+def test_want_of_memory_is_told_from_a_kill(box: Box) -> None:
+    hungry = "x=a; while true; do x=$x$x; done"
+    id, run = box.start("sh", "-c", hungry, resources={"memory": {"limit": 16 * MIB, "swap": 16 * MIB}})
+    ended = box.runtime.wait_exit(id, run, 30)
+    assert ended is not None
+    assert (ended.signal, ended.oom) == (9, True)
+
+
+def test_container_runs_on_without_conmon_and_its_end_is_noticed(box: Box) -> None:
+    id, run = box.start("sleep", "1000")
+    os.kill(run.conmon_pid, signal.SIGKILL)
+    wait_for(lambda: not box.runtime.supervised(run))
+    assert box.runtime.alive(run)
+    box.runtime.kill(id, "SIGKILL", all=True)
+    ended = box.runtime.wait_exit(id, run, 10)
+    assert ended is not None
+    assert ended.code is None
+    box.runtime.delete(id)
+    assert box.runtime.state() == frozenset()
+
+
+def test_running_container_is_deleted_by_force_and_what_is_gone_too(box: Box) -> None:
+    id, run = box.start("sh", "-c", "trap '' TERM; sleep 1000 & wait")
+    box.runtime.delete(id, force=True)
+    assert not box.runtime.alive(run)
+    assert not box.runtime.supervised(run)
+    box.runtime.delete(id, force=True)
+    box.runtime.delete("never-was")
+
+
+CREATE = """
+import sys
+from pathlib import Path
+from holdfast.drivers import Host
+from holdfast.runtime import binaries, conmon
+name, root, run_root, id = sys.argv[1:]
+host = Host(name, Path(root), Path(run_root))
+runtime = conmon.Runtime(host, binaries.find_runtime("runc"), binaries.find_conmon().path)
+runtime.create(id, host.instance(id), host.instance(id) / "output.log")
+"""
+
+
+@pytest.mark.parametrize("moment", ["runs/{}", "runs/{}/conmon.pid", "runtime/{}", "runs/{}/pid", "runs/{}/run.json"])
+def test_create_that_was_cut_off_leaves_nothing_after_a_forced_delete(box: Box, moment: str) -> None:
+    id = box.bundle(Container(rootfs="/x", command=("sleep", "1000")))
+    host = box.runtime.host
+    creator = subprocess.Popen([sys.executable, "-c", CREATE, host.name, host.root, host.run_root, id])
+    wait_for((host.run_root / moment.format(id)).exists)
+    creator.kill()
+    creator.wait()
+    box.runtime.delete(id, force=True)
+    assert box.runtime.state() == frozenset()
+    assert cgroup.folders(box.runtime.cgroup(id)) == []
+    assert not list(box.runtime._processes(id))
+
+
+@pytest.mark.parametrize(
+    ("command", "cause"),
+    [
+        ("nginxx", 'exec: "nginxx": not found in PATH'),
+        ("/no/such", "no such file or directory"),
+        ("/etc", "permission denied"),
+    ],
+)
+def test_program_that_can_not_run_is_one_clear_line(box: Box, command: str, cause: str) -> None:
+    with pytest.raises(WrongState, match=cause) as caught:
+        box.start(command)
+    assert str(caught.value).startswith("start of 'shop/c0': ")
+    assert "\n" not in str(caught.value)
+
+
+def test_every_limit_changes_while_it_runs_and_is_lifted_again(box: Box) -> None:
+    id, run = box.start("sleep", "1000")
+    free = cgroup.snapshot(box.runtime.cgroup(id))
+    disk = next(node for node in device_nodes(Container(rootfs="/x", privileged=True)) if node.kind == "b")
+    table = Resources(
+        memory=64 * MIB,
+        memory_swap=96 * MIB,
+        memory_reservation=32 * MIB,
+        cpus=0.5,
+        cpu_weight=512,
+        cpuset="0",
+        pids=20,
+        io_weight=300,
+        device_read_bps={disk.path: 1048576},
+        device_write_iops={disk.path: 100},
+    )
+    want = CgroupWant(resources=table, version=cgroup.version(), memory_total=2**33, cpus=os.cpu_count() or 1)
+    settings = cgroup.compose((LimitsPolicy(),), want, cgroup.features())
+    box.runtime.update(id, settings.resources)
+    assert box.value(id, "memory", "memory.limit_in_bytes", "memory.max") == str(64 * MIB)
+    assert box.value(id, "memory", "memory.soft_limit_in_bytes", "memory.low") == str(32 * MIB)
+    assert box.value(id, "cpu", "cpu.cfs_quota_us", "cpu.max").split()[0] == "50000"
+    assert box.value(id, "cpu", "cpu.shares", "cpu.weight") in ("512", "20")
+    assert box.value(id, "cpuset", "cpuset.cpus", "cpuset.cpus") == "0"
+    assert box.value(id, "pids", "pids.max", "pids.max") == "20"
+    numbers = f"{disk.major}:{disk.minor}"
+    assert f"{numbers} " in box.value(id, "blkio", "blkio.throttle.read_bps_device", "io.max") + " "
+    changed = cgroup.snapshot(box.runtime.cgroup(id))
+    assert {name for name in free if free[name] != changed[name]} >= {"pids.max", "cpuset.cpus"}
+    box.runtime.update(id, {})
+    assert cgroup.snapshot(box.runtime.cgroup(id)) == free
+    assert box.runtime.alive(run)
+
+
+def test_limits_given_at_the_start_hold_and_usage_is_read(box: Box) -> None:
+    want = CgroupWant(
+        resources=Resources(memory=64 * MIB, pids=9), version=cgroup.version(), memory_total=2**33, cpus=1
+    )
+    settings = cgroup.compose((LimitsPolicy(),), want, cgroup.features())
+    id, _ = box.start("sleep", "1000", resources=dict(settings.resources))
+    assert box.value(id, "memory", "memory.limit_in_bytes", "memory.max") == str(64 * MIB)
+    assert box.value(id, "pids", "pids.max", "pids.max") == "9"
+    usage = cgroup.usage(box.runtime.cgroup(id))
+    assert usage.pids == 1
+    assert usage.memory and usage.cpu
+
+
+def test_oom_score_is_raised_live(box: Box) -> None:
+    id, run = box.start("sleep", "1000")
+    box.runtime.set_oom_score_adj(id, 500)
+    assert Path(f"/proc/{run.pid}/oom_score_adj").read_text().strip() == "500"
+
+
+def test_process_has_dockers_capabilities_a_filter_and_no_new_privileges(box: Box) -> None:
+    status = dict(line.split(":\t") for line in box.output("cat", "/proc/self/status").splitlines() if ":\t" in line)
+    assert status["CapBnd"] == "00000000a80425fb"
+    assert (status["Seccomp"], status["NoNewPrivs"]) == ("2", "1")
+    status = dict(
+        line.split(":\t")
+        for line in box.output("cat", "/proc/self/status", cap_drop=("ALL",), seccomp="unconfined").splitlines()
+        if ":\t" in line
+    )
+    assert (int(status["CapBnd"], 16), status["Seccomp"]) == (0, "0")
+
+
+def test_namespaces_are_its_own_and_the_user_is_the_one_asked_for(box: Box) -> None:
+    said = box.output("sh", "-c", "echo $$ $(hostname) $(id -u) $(id -g) $(id -G) $HOME", user=User(7, 8, (9,), "/h"))
+    assert said.split() == ["1", "box", "7", "8", "8", "9", "/h"]
+
+
+def test_init_is_process_one_and_passes_signals_on(box: Box) -> None:
+    id, run = box.start("sh", "-c", "trap 'exit 3' TERM; echo ready; while true; do sleep 0.05; done", init=True)
+    wait_for(lambda: box.log(id).exists() and "ready" in box.log(id).read_text())
+    assert b"init" in Path(f"/proc/{run.pid}/cmdline").read_bytes()
+    box.runtime.kill(id, "SIGTERM")
+    ended = box.runtime.wait_exit(id, run, 10)
+    assert ended is not None and ended.code == 3
+
+
+def test_read_only_root_can_not_be_written_and_shm_has_its_size(box: Box) -> None:
+    said = box.output("sh", "-c", "touch /x 2>&1; df -k /dev/shm | tail -1", read_only=True, shm_size=MIB)
+    assert "Read-only file system" in said
+    assert said.splitlines()[-1].split()[1] == "1024"
+
+
+def test_privileged_sees_devices_and_ulimits_and_devices_are_set(box: Box) -> None:
+    assert "loop-control" in box.output("ls", "/dev", privileged=True)
+    assert box.output("sh", "-c", "ulimit -n", ulimits={"nofile": Ulimit(soft=100, hard=200)}).strip() == "100"
+
+
+def test_exec_runs_beside_it(box: Box) -> None:
+    id, _ = box.start("sleep", "1000")
+    argv = box.runtime.exec_argv(
+        id, ["sh", "-c", "echo $A; pwd; id -u"], environment={"A": "b"}, user="5", cwd="/tmp"
+    )
+    answer = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=20)
+    assert answer.stdout.split() == ["b", "/tmp", "5"]
+
+
+def test_output_is_kept_whole_while_it_is_rotated(box: Box) -> None:
+    id, run = box.start("sh", "-c", "i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); done")
+    rotated = 0
+    while box.runtime.alive(run):
+        rotated += logs.rotate(box.log(id), 10_000, 100, lambda: conmon.reopen_log(box.folder(id)))
+        time.sleep(0.001)
+    assert box.runtime.wait_exit(id, run, 10) is not None
+    texts = [line.text for line in logs.read(logs.log_files(box.log(id)))]
+    assert texts == [f"line {number}" for number in range(3000)]
+    assert rotated > 0
+
+
+def test_refused_update_is_an_error(box: Box) -> None:
+    id, _ = box.start("sleep", "1000")
+    with pytest.raises(HoldfastError, match=f"update of '{id}'"):
+        box.runtime.update(id, {"cpu": {"cpus": "4000"}})
