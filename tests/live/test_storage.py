@@ -387,6 +387,31 @@ def test_a_refreshed_directory_is_changed_in_place(host: Host) -> None:
     driver.remove(receipt)
 
 
+def test_links_that_a_container_planted_lead_nowhere(host: Host) -> None:
+    store = ContentStore(host.root / "content")
+    precious = host.root / "precious"
+    precious.mkdir()
+    (precious / "a").write_text("host's own")
+    tree = store.path(store.store_tree({"a": store.store_file(b"new"), "d/a": store.store_file(b"new")}))
+    mount = Mount(kind="file", source="d", target="/d", mode=0o600, uid=5)
+    driver = FileMount(host)
+    want = MountWant(instance="x", mount=mount, content=tree)
+    copy = Path(driver.ensure(want).data["source"])
+    before = host_fingerprint(host.name, precious)
+    (copy / "a").unlink()
+    (copy / "a").symlink_to(precious / "a")
+    (copy / "d/a").unlink()
+    (copy / "d").rmdir()
+    (copy / "d").symlink_to(precious)
+    os.mkfifo(copy / "pipe")
+    receipt = driver.ensure(want)
+    assert host_fingerprint(host.name, precious) == before
+    assert (copy / "a").read_bytes() == (copy / "d/a").read_bytes() == b"new"
+    assert sorted(path.name for path in copy.iterdir()) == ["a", "d"]
+    assert stat.S_IMODE((copy / "d").stat().st_mode) == 0o700
+    driver.remove(receipt)
+
+
 def test_unmounting_what_is_not_mounted_succeeds(host: Host) -> None:
     unmount(host.root)
     unmount(host.root / "nowhere")

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -20,6 +21,17 @@ from holdfast.errors import WrongCall, WrongState
 from holdfast_plugins.storage.bind import bind_receipt
 
 LONGEST_NAME = 255  # NAME_MAX
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a mount says of its files' mode and owner; without, they are root's and readable by all."""
+
+    mode: int | None
+    uid: int | None
+    gid: int | None
 
 
 class FileMount:
@@ -46,19 +58,17 @@ class FileMount:
             return bind_receipt(self.name, want, want.content, read_only=True)
         copy = self._copy(want.instance, mount.target)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        _bring(copy, want.content)
-        _dress(copy, mount.mode, mount.uid, mount.gid)
-        return bind_receipt(self.name, want, copy, read_only=mount.read_only)
+        look = Look(mount.mode, mount.uid, mount.gid)
+        _bring(copy, want.content, look)
+        receipt = bind_receipt(self.name, want, copy, read_only=mount.read_only)
+        return replace(receipt, data={**receipt.data, "look": asdict(look)})
 
     def refresh(self, receipt: Receipt, content: Path) -> None:
         """Rewrite the copy of a running instance in place: same inodes, so the container sees it at once."""
         copy = Path(str(receipt.data["source"]))
         if not copy.is_relative_to(self.host.run_root):
             raise WrongCall(f"refresh {receipt.id!r}: it is mounted from the content store (on_change = 'restart')")
-        like = copy.stat()
-        _bring(copy, content)
-        if copy.is_dir():  # new files get the look of the rest
-            _dress(copy, None, like.st_uid, like.st_gid)
+        _bring(copy, content, Look(**receipt.data["look"]))
 
     def observe(self) -> Iterable[Receipt]:
         """The copies; how they are mounted is not to be read back."""
@@ -84,40 +94,69 @@ class FileMount:
         return self.host.instance(instance) / "files" / quote(target, safe="")
 
 
-def _bring(copy: Path, content: Path) -> None:
+def _bring(copy: Path, content: Path, look: Look) -> None:
     """Make copy equal to content, touching only what differs."""
-    if content.is_dir():
-        _bring_folder(copy, content)
+    folder = os.open(copy.parent, FOLDER)
+    try:
+        _bring_entry(folder, copy.name, content, look)
+    finally:
+        os.close(folder)
+
+
+def _bring_entry(folder: int, name: str, content: Path, look: Look) -> None:
+    """Bring one entry, by its folder's descriptor: the container may have put links where files were."""
+    is_folder = content.is_dir()
+    _clear_way(folder, name, stat.S_ISDIR if is_folder else stat.S_ISREG)
+    if is_folder:
+        with suppress(FileExistsError):
+            os.mkdir(name, dir_fd=folder)
+    descriptor = os.open(name, FOLDER if is_folder else FILE, 0o644, dir_fd=folder)
+    try:
+        if is_folder:
+            _bring_entries(descriptor, content, look)
+        else:
+            _rewrite(descriptor, content.read_bytes())
+        _dress(descriptor, content, look)
+    finally:
+        os.close(descriptor)
+
+
+def _bring_entries(folder: int, content: Path, look: Look) -> None:
+    wanted = {path.name: path for path in content.iterdir()}
+    for name in os.listdir(folder):
+        if name not in wanted:
+            _clear_way(folder, name, lambda mode: False)
+    for name, path in wanted.items():
+        _bring_entry(folder, name, path, look)
+
+
+def _clear_way(folder: int, name: str, fits: Callable[[int], bool]) -> None:
+    try:
+        mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+    except FileNotFoundError:
         return
-    data = content.read_bytes()
-    if not copy.exists():
-        copy.write_bytes(data)
-        copy.chmod(0o644)
-    elif copy.read_bytes() != data:
-        with copy.open("r+b") as file:
-            file.write(data)
-            file.truncate()
+    if fits(mode):
+        return
+    if stat.S_ISDIR(mode):
+        shutil.rmtree(name, dir_fd=folder)
+    else:
+        os.unlink(name, dir_fd=folder)
 
 
-def _bring_folder(copy: Path, content: Path) -> None:
-    if not copy.is_dir():
-        copy.mkdir()
-        copy.chmod(0o755)
-    for path in copy.iterdir():
-        wanted = content / path.name
-        if path.is_symlink() or not wanted.exists() or wanted.is_dir() != path.is_dir():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    for wanted in content.iterdir():
-        _bring(copy / wanted.name, wanted)
+def _rewrite(descriptor: int, data: bytes) -> None:
+    if os.pread(descriptor, len(data) + 1, 0) != data:
+        os.pwrite(descriptor, data, 0)
+        os.ftruncate(descriptor, len(data))
 
 
-def _dress(copy: Path, mode: int | None, uid: int | None, gid: int | None) -> None:
-    """Set owner and mode; mode is that of files, directories can be searched by whom it lets read."""
-    for path in (copy, *copy.rglob("*")) if copy.is_dir() else (copy,):
-        found = path.stat()
-        owner = (found.st_uid if uid is None else uid, found.st_gid if gid is None else gid)
-        if owner != (found.st_uid, found.st_gid):
-            os.chown(path, *owner)
-        wanted = None if mode is None else mode | (mode & 0o444) >> 2 if path.is_dir() else mode
-        if wanted is not None and wanted != stat.S_IMODE(path.stat().st_mode):
-            path.chmod(wanted)
+def _dress(descriptor: int, content: Path, look: Look) -> None:
+    """Set owner and mode where they differ, which leaves the time of change alone where they don't."""
+    found, stored = os.fstat(descriptor), stat.S_IMODE(content.stat().st_mode) | stat.S_IWUSR
+    owner = (look.uid or 0, look.gid or 0)
+    if owner != (found.st_uid, found.st_gid):
+        os.fchown(descriptor, *owner)
+    mode = stored if look.mode is None else look.mode
+    if look.mode is not None and stat.S_ISDIR(found.st_mode):  # whoever may read a directory may search it
+        mode |= (mode & 0o444) >> 2
+    if mode != stat.S_IMODE(found.st_mode):
+        os.fchmod(descriptor, mode)
