@@ -183,36 +183,6 @@ def test_a_file_that_is_written_in_place_is_read_again_until_it_is_whole(state: 
     assert source.current().files["big.bin"] == b"9" * 300_000
 
 
-def test_a_tree_that_never_holds_still_is_told(state: Path) -> None:
-    stop = threading.Event()
-
-    def write() -> None:
-        with (state / "shop.toml").open("r+b", buffering=0) as handle:
-            while not stop.is_set():
-                handle.truncate(0)
-                handle.seek(0)
-                handle.write(b"x" * 2_000_000)
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    source = DirectorySource(state)
-    try:
-        wait_until(lambda: is_refused(source), "it is refused")
-    finally:
-        stop.set()
-        writer.join()
-    assert "keeps changing while it is read" in source.state().error
-    assert len(source.current().files["shop.toml"]) == 2_000_000
-
-
-def is_refused(source: DirectorySource) -> bool:
-    try:
-        source.current()
-    except TryAgain:
-        return True
-    return False
-
-
 def test_a_thousand_unchanged_files_are_listed_and_not_read(state: Path) -> None:
     for number in range(1000):
         (state / f"app{number}.toml").write_text("[app]\n" * 50)

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.config import StateSource
 from holdfast.errors import TryAgain, UnfitHost, WrongConfig, WrongState
+from holdfast.source import make_source
 from holdfast.source.directory import DirectorySource
 from holdfast.source.git import GitSource, next_pause
 from holdfast.source.gitcommand import redact, telling_line
@@ -269,6 +271,18 @@ def test_a_remote_that_hangs_is_given_up(make: Callable[..., GitSource]) -> None
             source.refresh()
 
 
+def test_closing_a_watch_does_not_wait_for_a_remote_that_hangs(make: Callable[..., GitSource]) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        watch = make(f"git://127.0.0.1:{silent.getsockname()[1]}/repository").watch(lambda reason: None)
+        connection, _ = silent.accept()
+        begin = time.monotonic()
+        watch.close()
+        assert time.monotonic() - begin < 5
+        connection.close()
+
+
 def test_a_server_that_refuses_is_told_apart(make: Callable[..., GitSource]) -> None:
     """An HTTP server that wants a password; nobody is asked for one."""
 
@@ -303,6 +317,16 @@ def test_a_directory_source_and_a_git_source_give_the_same_files(
     assert fetched(make()) == dict(DirectorySource(repository.path).current().files)
 
 
+def test_the_settings_choose_the_kind_of_source(repository: Repository, tmp_path: Path) -> None:
+    directory = make_source(StateSource(directory=repository.path), tmp_path / "root")
+    assert directory.state().kind == "directory"
+    settings = StateSource(git=str(repository.path), branch="main", path="nodes", interval=5)
+    source = make_source(settings, tmp_path / "root")
+    source.refresh()
+    assert source.current().files == {"edge/web.toml": b"1"}
+    assert source.state().kind == "git"
+
+
 def test_two_agents_do_not_write_to_one_mirror_at_once(make: Callable[..., GitSource]) -> None:
     source, other = make(), make()
     source.refresh()
@@ -314,6 +338,7 @@ def test_two_agents_do_not_write_to_one_mirror_at_once(make: Callable[..., GitSo
 FETCH_AND_DIE = """
 import sys
 from pathlib import Path
+from holdfast.source import make_source
 from holdfast.source.directory import DirectorySource
 from holdfast.source.git import GitSource
 print("begin", flush=True)

@@ -107,6 +107,10 @@ class GitSource:
         """Poll in a thread of its own; wake when the commit, or what is wrong, changed."""
         return GitPoll(self, wake, self._interval)
 
+    def interrupted(self) -> contextlib.AbstractContextManager[None]:
+        """Make every refresh and read fail at once for the time of a with block."""
+        return self._git.interrupted()
+
     def plan_next(self, seconds: float) -> None:
         """Note when the next poll will be, for `state`."""
         self._note(next_try_at=time.time() + seconds)
@@ -246,7 +250,8 @@ class GitPoll:
     def close(self) -> None:
         self._closed = True
         self._poked.set()
-        self._thread.join()
+        with self._source.interrupted():  # an agent that ends does not wait for a remote that hangs
+            self._thread.join()
 
     def _poll(self) -> None:
         while not self._closed:

@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import subprocess
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from holdfast.errors import TryAgain, UnfitHost
@@ -38,6 +40,8 @@ class Git:
         self.repository = repository
         self.held: tuple[int, ...] = ()
         self._timeout = timeout
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._interrupted = threading.Event()
 
     def init(self) -> None:
         """Make the repository; completes one that was left half made."""
@@ -58,23 +62,36 @@ class Git:
             )
         except FileNotFoundError as error:
             raise UnfitHost("run 'git': not found (install the package git)") from error
+        self._running.add(process)
         with process:
             try:
+                if self._interrupted.is_set():
+                    kill_group(process)
                 output, errors = process.communicate(feed, self._timeout)
             except subprocess.TimeoutExpired:
                 raise TryAgain(f"run 'git {verb}': no end after {self._timeout:g} s") from None
             finally:
-                if process.returncode is None:
-                    kill_group(process)
+                kill_group(process)
+                self._running.discard(process)
         if process.returncode != 0:
             raise GitFailed(verb, process.returncode, telling_line(errors.decode(errors="replace")))
         return output
 
+    @contextlib.contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """Kill what runs, and what is started meanwhile."""
+        self._interrupted.set()
+        for process in tuple(self._running):
+            kill_group(process)
+        yield
+        self._interrupted.clear()
+
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill git and the transport helpers it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """Kill git, unless it has ended, and the transport helpers it started."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def environment() -> dict[str, str]:
