@@ -6,12 +6,19 @@ import ast
 import re
 import subprocess
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 
 from holdfast import errors
+from holdfast.cli.entry import holdfast as command
+from holdfast.config import AgentTable, load_config
+from holdfast.spec import NodeFacts, load
+from holdfast.spec.policy import RULES
+from holdfast.tables import Table
 
 TOP = Path(__file__).parents[2]
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())
@@ -25,6 +32,28 @@ def fenced(document: str, language: str) -> Iterator[tuple[str, str]]:
         if info.split(" ")[0] == language:
             title = re.search(r'title="(.*?)"', info)
             yield title[1] if title else "", text
+
+
+def in_force(sample: str) -> str:
+    """A sample of agent.toml with every commented key in force; of `state`, which has two forms, the table."""
+    return re.sub(r"^#(?=\S)", "", re.sub(r"^state = .*$", "", sample, flags=re.MULTILINE), flags=re.MULTILINE)
+
+
+def keys_of_agent_toml() -> Iterator[str]:
+    for name, about in AgentTable.model_fields.items():
+        table = about.annotation
+        if isinstance(table, type) and issubclass(table, Table):
+            yield from (f"{name}.{key}" for key in table.model_fields)
+        else:
+            yield name
+
+
+def keys_written(table: Mapping[str, Any], known: set[str], prefix: str = "") -> Iterator[str]:
+    for key, value in table.items():
+        if isinstance(value, dict) and prefix + key not in known:
+            yield from keys_written(value, known, f"{prefix}{key}.")
+        else:
+            yield prefix + key
 
 
 def ids(path: Path) -> str:
@@ -88,3 +117,77 @@ def test_every_target_that_readme_names_is_in_the_makefile() -> None:
     makefile = (TOP / "Makefile").read_text()
     for target in {"setup", "check", "test", *re.findall(r"make (\w+)", (TOP / "README.md").read_text())}:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_sample_agent_toml_loads_as_it_is_and_with_every_key_in_force(tmp_path: Path) -> None:
+    sample = (TOP / "packaging/agent.toml").read_text()
+    for text in (sample, in_force(sample)):
+        (tmp_path / "agent.toml").write_text(text)
+        load_config(tmp_path / "agent.toml")
+
+
+def test_sample_agent_toml_shows_every_key() -> None:
+    known = {*keys_of_agent_toml()}
+    shown = {*keys_written(tomllib.loads(in_force((TOP / "packaging/agent.toml").read_text())), known)}
+    assert shown == known - {"state.directory"}
+
+
+def test_sample_agent_toml_tells_the_defaults(tmp_path: Path) -> None:
+    defaults = [
+        line
+        for line in (TOP / "packaging/agent.toml").read_text().splitlines()
+        if "example" not in line and not line.startswith(("#[state]", "#branch", "#path", "#interval"))
+    ]
+    (tmp_path / "sample.toml").write_text(in_force("\n".join(defaults)))
+    (tmp_path / "empty.toml").write_text("")
+    assert load_config(tmp_path / "sample.toml") == load_config(tmp_path / "empty.toml")
+
+
+def test_sample_agent_toml_names_every_rule_of_the_policy() -> None:
+    sample = (TOP / "packaging/agent.toml").read_text()
+    assert [rule for rule in RULES if rule not in sample] == []
+
+
+def test_agent_toml_in_readme_loads(tmp_path: Path) -> None:
+    blocks = [text for title, text in fenced("README.md", "toml") if title == "agent.toml"]
+    assert len(blocks) == 2
+    for text in blocks:
+        (tmp_path / "agent.toml").write_text(text)
+        load_config(tmp_path / "agent.toml")
+
+
+def test_state_files_in_readme_load() -> None:
+    written = {title: text for language in ("toml", "html") for title, text in fenced("README.md", language)}
+    files = {title: text.encode() for title, text in written.items() if title != "agent.toml"}
+    spec = load({**files, "web.conf": b""}, NodeFacts(name="edge-7", labels={"region": "eu"}))
+    assert spec.problems == ()
+    assert {*spec.apps} == {"hello", "shop", "databases"}
+
+
+def test_example_state_loads() -> None:
+    folder = TOP / "examples/state"
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    spec = load(files, NodeFacts(name="node"))
+    assert spec.problems == ()
+    assert {*spec.apps} == {"site", "visitor"}
+
+
+def test_commands_in_readme_exist_with_the_options_they_are_given() -> None:
+    blocks = [text for _, text in fenced("README.md", "sh")]
+    written = {line.partition(" #")[0].strip() for line in "\n".join(blocks).splitlines()}
+    written |= {*re.findall(r"`(holdfast [^`]+)`", (TOP / "README.md").read_text())}
+    calls = [line.removeprefix("sudo ").split()[1:] for line in written if re.match(r"(sudo )?holdfast ", line)]
+    assert len(calls) > 10
+    for words in calls:
+        assert_known(command, [word for word in words if not word.isupper() and "…" not in word and "/" not in word])
+
+
+def assert_known(command: click.Command, words: list[str]) -> None:
+    """Follow the words down the commands; raises AssertionError at the first that is neither command nor option."""
+    for word in words:
+        if word.startswith("-"):
+            assert any(word in parameter.opts for parameter in command.params), f"{word} in {words}"
+        elif isinstance(command, click.Group):
+            found = command.get_command(click.Context(command), word)
+            assert found, f"no command {word}: {words}"
+            command = found

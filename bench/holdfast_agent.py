@@ -1,0 +1,131 @@
+"""holdfast among the contestants: an agent with a name and places of its own, asked by renaming a file into place."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from contestant import IMAGE, NO_NETWORK, Shape, quiet
+from footprint import cgroups, leftovers, links, mounts, netns, sweep
+from holdfast.drivers import Host
+from machine import processes
+
+HOLDFAST = Path(sys.executable).with_name("holdfast")
+
+
+class Holdfast:
+    """One state file, `bench.toml`, holds all containers."""
+
+    name = "holdfast"
+
+    def __init__(self, home: Path, image: Path, gate: Path, runtime: str) -> None:
+        self.home, self.image, self.gate, self.runtime = home, image, gate, runtime
+        self.host = Host("bench", home / "root", Path("/run/bench"), "10.212.0.0/20")
+        self.state, self.config = home / "state", home / "agent.toml"
+        self.agent: subprocess.Popen[bytes] | None = None
+        self.asked: Sequence[str] = ()
+        self.shape = NO_NETWORK
+        self.round = 0
+
+    def open(self) -> str:
+        self.state.mkdir(parents=True)
+        self.config.write_text(
+            f'name = "bench"\nstate = "{self.state}"\nroot = "{self.host.root}"\nrun_root = "{self.host.run_root}"\n'
+            f'runtime = "{self.runtime}"\nnetwork.pool = "{self.host.pool}"\n'
+        )
+        sweep(self.host)
+        with (self.home / "agent.log").open("wb") as log:
+            self.agent = subprocess.Popen(
+                [HOLDFAST, "agent", "--config", self.config], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        deadline = time.monotonic() + 30
+        while not self._answers():
+            if self.agent.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the agent does not answer, see {log.name}")
+            time.sleep(0.05)
+        self._call("image", "import", str(self.image), IMAGE)
+        return f"{self._call('version').strip()} ({self.runtime})"
+
+    def up(self, names: Sequence[str], shape: Shape) -> None:
+        self.asked, self.shape = names, shape
+        self._write({})
+
+    def same(self) -> None:
+        self._call("sync")
+
+    def change(self, name: str) -> None:
+        self.round += 1
+        self._write({name: str(self.round)})
+
+    def pid(self, name: str) -> int:
+        (instance,) = self._status()["apps"]["bench"]["containers"][name]["instances"]
+        return int(instance["pid"])
+
+    def show(self) -> None:
+        self._call("status")
+
+    def down(self) -> None:
+        (self.state / "bench.toml").unlink(missing_ok=True)
+        deadline = time.monotonic() + 180
+        while any(any(True for _ in found(self.host)) for found in (netns, links, cgroups, mounts)):
+            if time.monotonic() > deadline:
+                raise TimeoutError("still there after 180 s: " + ", ".join(leftovers(self.host)[:5]))
+            time.sleep(0.005)
+
+    def settle(self) -> None:
+        """Wait until the agent says that nothing is left to do."""
+        while not self._status()["converged"]:
+            time.sleep(0.05)
+
+    def standing(self) -> list[int]:
+        assert self.agent
+        return [self.agent.pid, *processes("conmon", bearing=self.host.run_root)]
+
+    def close(self) -> None:
+        if self.agent and self.agent.poll() is None:
+            try:
+                self.down()
+            finally:
+                self.agent.terminate()
+                self.agent.wait(30)
+        sweep(self.host)
+
+    def _write(self, rounds: dict[str, str]) -> None:
+        """One rename puts the whole state in place."""
+        fresh = self.state / ".bench.toml.new"
+        fresh.write_text("\n".join(self._container(name, rounds.get(name, "")) for name in self.asked))
+        fresh.rename(self.state / "bench.toml")
+
+    def _container(self, name: str, round: str) -> str:
+        shape = self.shape
+        volumes = [f"{self.gate}:/gate", *(["/var/tmp:/data"] if shape.volume else [])]
+        return "\n".join([
+            f"[containers.{name}]",
+            f'image = "{IMAGE}"',
+            f'command = ["/ready", "{name}"]',
+            f"volumes = {json.dumps(volumes)}",
+            'restart = "always"',
+            *([] if shape.network else ['networks = ["none"]']),
+            *([f'ports = ["{shape.port}:80"]'] if shape.port else []),
+            *([f'environment = {{ ROUND = "{round}" }}'] if round else []),
+            *([f"resources = {{ memory = {shape.memory} }}"] if shape.memory else []),
+        ])  # fmt: skip
+
+    def _status(self) -> Any:
+        return json.loads(self._call("status", "--json"))
+
+    def _answers(self) -> bool:
+        try:
+            self._status()
+        except RuntimeError:
+            return False
+        return True
+
+    def _call(self, *args: str) -> str:
+        return quiet(HOLDFAST, *args, env={**os.environ, "HOLDFAST_CONFIG": str(self.config)})
