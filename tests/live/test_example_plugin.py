@@ -1,0 +1,71 @@
+"""The example of a third-party plugin: built, installed with pip into a folder of its own, and used."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from holdfast.drivers import Host
+
+pytestmark = pytest.mark.live
+
+EXAMPLE = Path(__file__).parents[2] / "examples/plugin"
+
+USE = """
+import json, sys
+from pathlib import Path
+from holdfast.drivers import Host, VolumeWant
+from holdfast.plugins import load_plugins
+
+host = Host(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+plugins = load_plugins(host)
+state = next(state for state in plugins.states if state.name == "ext4")
+want = VolumeWant(id="shop/data", driver_opts={"size": "4MiB"})
+plugins.check_volume("ext4", want)
+receipt = plugins.driver("volume", "ext4").ensure(want)
+(Path(receipt.data["path"]) / "file").write_text("content")
+found = [each.id for each in plugins.driver("volume", "ext4").observe()]
+mounted = Path(receipt.data["path"]).is_mount()
+plugins.driver("volume", "ext4").remove(receipt)
+print(json.dumps([state.distribution, state.version, state.state, state.drivers, found, mounted]))
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a Python that has the plugin installed; the tests' own stays as it is."""
+    folder = tmp_path_factory.mktemp("plugin")
+    source = shutil.copytree(EXAMPLE, folder / "source", ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
+    target = folder / "site"
+    subprocess.run([*pip, "--disable-pip-version-check", "--target", target, source], check=True)
+    yield {**os.environ, "PYTHONPATH": str(target), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def test_the_installed_plugin_offers_its_driver_and_holds_a_volume(installed: dict[str, str], site: Host) -> None:
+    arguments = [sys.executable, "-c", USE, site.name, str(site.root), str(site.run_root)]
+    said = subprocess.run(arguments, env=installed, check=True, capture_output=True, text=True).stdout
+    assert json.loads(said) == ["holdfast-ext4", "1.0.0", "ok", ["volume ext4"], ["shop/data"], True]
+
+
+def test_the_plugins_own_conformance_tests_pass(installed: dict[str, str], site: Host) -> None:
+    arguments = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        EXAMPLE,
+        "--basetemp",
+        site.root / "own",
+        EXAMPLE / "tests",
+    ]
+    done = subprocess.run([sys.executable, "-m", "pytest", *arguments], env=installed, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout
