@@ -1,8 +1,8 @@
 """FirewallWant → the agent's own nftables table, written whole and found again unaltered. Called by node.
 
 Whether the table is still what we wrote is told by the rule set's generation while nobody else changes any rule, and
-by comparing a listing with our first one after somebody did. Both are kept in the run root, so that a restarted
-agent need not write the table again.
+by the table's fingerprint after somebody did. Both are kept in the run root, so that a restarted agent need not
+write the table again.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from holdfast_plugins.network.nftables import Nft, NftError, RuleSet, open_nft
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What we wrote last, the generation it made (0: not told from another's), and its listing ("": not read yet)."""
+    """What we wrote last, the generation that it made, and the fingerprint of the table that came of it."""
 
     want: FirewallWant
     digest: str
-    listing: str
+    fingerprint: str
     generation: int
 
 
@@ -59,11 +59,10 @@ class NftablesFirewall:
             intact = self._intact()
             if self._snapshot is None or not intact or self._snapshot.want != want:
                 self.check(want)
-                digest = digest_of(_plain(want))
                 if want.empty:
-                    self.remove(self._receipt(digest))
-                    return self._receipt(digest)
-                self._write(want, digest, self._snapshot.want if self._snapshot and intact else None)
+                    self.remove(self._receipt(""))
+                    return self._receipt(digest_of(_plain(want)))
+                self._write(want, self._snapshot.want if self._snapshot and intact else None)
             assert self._snapshot is not None
             return self._receipt(self._snapshot.digest)
 
@@ -71,9 +70,8 @@ class NftablesFirewall:
         """The table's receipt; its data is empty if the table, or an accept that it needs elsewhere, was altered."""
         with self._lock:
             if self._intact() and self._snapshot is not None:
-                self._note_listing(self._snapshot)
                 return [self._receipt(self._snapshot.digest)]
-            return [self._receipt("")] if self._listing() is not None else []
+            return [self._receipt("")] if self._fingerprint() else []
 
     def applied(self) -> FirewallWant | None:
         """What the table holds; None when it is not there or was altered."""
@@ -83,7 +81,7 @@ class NftablesFirewall:
     def remove(self, receipt: Receipt) -> None:
         with self._lock:
             forwarding.withdraw(self._host, self._nft)
-            if self._listing() is not None:
+            if self._fingerprint():
                 self._run(rules.deletion(self._host.name))
             self._snapshot = None
             self._file.unlink(missing_ok=True)
@@ -98,54 +96,45 @@ class NftablesFirewall:
             self._opened = open_nft()
         return self._opened
 
-    def _generation(self) -> int:
+    @property
+    def _rules(self) -> RuleSet:
         if self._rule_set is None:
             self._rule_set = RuleSet()
-        return self._rule_set.generation()
+        return self._rule_set
 
     def _receipt(self, digest: str) -> Receipt:
         return Receipt("firewall", self.name, self._host.name, data={"digest": digest} if digest else {})
 
     def _intact(self) -> bool:
-        """Whether the table is what the snapshot says; if the rule set has moved otherwise, by listing the table."""
+        """Whether the table is what the snapshot says."""
         self._snapshot = self._snapshot or _load(self._file)
         if self._snapshot is None:
             return False
-        now = self._generation()
+        now = self._rules.generation()
         if now == self._snapshot.generation:
             return True
-        if self._listing() != self._snapshot.listing or not forwarding.allowed(self._host, self._nft):
+        if self._fingerprint() != self._snapshot.fingerprint or not forwarding.allowed(self._host, self._nft):
             return False
-        self._keep(replace(self._snapshot, generation=now))
+        self._snapshot = replace(self._snapshot, generation=now)
         return True
 
-    def _write(self, want: FirewallWant, digest: str, old: FirewallWant | None) -> None:
-        """Write the table, only the difference where old stands; all of it if someone else writes at that moment.
-
-        How the table looks is read by the next observation, so that a start waits for nothing but the rules.
-        """
+    def _write(self, want: FirewallWant, old: FirewallWant | None) -> None:
+        """Write the table and note what came of it; only the difference where old stands."""
         if old is None:
             forwarding.allow(self._host, self._nft)
         text = rules.script(self._host.name, want) if old is None else rules.update(self._host.name, old, want)
-        before = self._generation()
+        before = self._rules.generation()
         self._run(text)
-        after = self._generation()
-        alone = after == before + bool(text)
-        self._snapshot = Snapshot(want, digest, "", after if alone else 0)
+        fingerprint = self._fingerprint()
+        after = self._rules.generation()
+        if fingerprint is None or after != before + bool(text):  # someone wrote meanwhile, perhaps to our table
+            self._run(rules.script(self._host.name, want))
+            fingerprint = self._fingerprint() or ""
+            after = self._rules.generation()
+        self._keep(Snapshot(want, digest_of(_plain(want)), fingerprint, after))
 
-    def _note_listing(self, snapshot: Snapshot) -> None:
-        """Complete a snapshot while the generation vouches for the table, and keep it for the next agent."""
-        if snapshot.listing:
-            return
-        listing = self._listing()
-        if listing is not None and self._generation() == snapshot.generation:
-            self._keep(replace(snapshot, listing=listing))
-
-    def _listing(self) -> str | None:
-        try:
-            return digest_of(self._nft.run(f"list table inet {self._host.name}"))
-        except NftError:
-            return None
+    def _fingerprint(self) -> str | None:
+        return self._rules.fingerprint(self._host.name)
 
     def _run(self, text: str) -> None:
         try:
@@ -163,17 +152,17 @@ class NftablesFirewall:
         self._snapshot = snapshot
         self._file.parent.mkdir(parents=True, exist_ok=True)
         fresh = self._file.with_suffix(".new")
-        fresh.write_text(json.dumps([_plain(snapshot.want), snapshot.listing, snapshot.generation]))
+        fresh.write_text(json.dumps([_plain(snapshot.want), snapshot.fingerprint, snapshot.generation]))
         fresh.replace(self._file)
 
 
 def _load(file: Path) -> Snapshot | None:
     """Read what `_keep` wrote; None if it is not there, or not whole."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        want, listing, number = json.loads(file.read_text())
+        want, fingerprint, generation = json.loads(file.read_text())
         networks = tuple(FirewallNetwork(**network) for network in want["networks"])
         ports = tuple(PublishedPort(**port) for port in want["ports"])
-        return Snapshot(FirewallWant(networks, ports), digest_of(want), listing, number)
+        return Snapshot(FirewallWant(networks, ports), digest_of(want), fingerprint, generation)
     return None
 
 

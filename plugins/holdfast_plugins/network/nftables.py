@@ -1,4 +1,5 @@
-"""nft(8) scripts → the kernel's rule set, in process through libnftables(3), or by the program nft where it lacks.
+"""nft(8) scripts → the kernel's rule set, in process through libnftables(3), or by the program nft where it lacks;
+and the rule set → its generation and the fingerprint of a table, straight from the kernel.
 
 One script is one transaction: all of it stands, or nothing changed.
 """
@@ -6,20 +7,24 @@ One script is one transaction: all of it stands, or nothing changed.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import shutil
 import socket
 import struct
 import subprocess
 import threading
+from collections.abc import Iterator
 from typing import Protocol
 
 from holdfast.errors import UnfitHost
 
 LIBRARY = "libnftables.so.1"
-NETLINK_NETFILTER = 12
-NFT_MSG_GETGEN = 10 << 8 | 16  # NFNL_SUBSYS_NFTABLES
-NLM_F_REQUEST = 0x1
-NFTA_GEN_ID = 1
+NETLINK_NETFILTER, NFT, INET = 12, 10, 1  # NFNL_SUBSYS_NFTABLES, NFPROTO_INET
+NFT_MSG_GETTABLE, NFT_MSG_GETCHAIN, NFT_MSG_GETRULE = 1, 4, 7
+NFT_MSG_GETSET, NFT_MSG_GETSETELEM, NFT_MSG_GETGEN = 10, 13, 16
+NLM_F_REQUEST, NLM_F_DUMP = 0x1, 0x300
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+NFTA_TABLE, NFTA_SET, NFTA_SET_ELEMENTS, NFTA_GEN_ID = 1, 2, 3, 1
 
 
 class NftError(Exception):
@@ -82,9 +87,10 @@ class Program:
 
 
 class RuleSet:
-    """The generation of this namespace's rule set: a number that every change, whoever makes it, adds one to.
+    """The kernel's rule set as nfnetlink tells it, without nft: whether it changed, and what one table is made of.
 
-    The socket is kept: closing one waits until the kernel has freed what was deleted, some 20 ms.
+    Not for two threads at once. The socket is kept: closing one waits until the kernel has freed what was
+    deleted, some 20 ms.
     """
 
     def __init__(self) -> None:
@@ -92,16 +98,69 @@ class RuleSet:
         self._socket.bind((0, 0))
 
     def generation(self) -> int:
-        """Read it; not for two threads at once."""
-        self._socket.send(struct.pack("=IHHIIBBH", 20, NFT_MSG_GETGEN, NLM_F_REQUEST, 1, 0, 0, 0, 0))
-        answer = self._socket.recv(4096)
-        at = 20
-        while at + 8 <= len(answer):
-            length, kind = struct.unpack_from("=HH", answer, at)
-            if kind == NFTA_GEN_ID:
-                return int(struct.unpack_from(">I", answer, at + 4)[0])
-            at += (length + 3) & ~3
+        """A number that every change in this network namespace, whoever makes it, adds one to."""
+        for body in self._ask(NFT_MSG_GETGEN, 0, b""):
+            return int.from_bytes(dict(_attributes(body))[NFTA_GEN_ID], "big")
         raise UnfitHost("read the rule set's generation: the kernel does not tell (a kernel with nf_tables)")
+
+    def fingerprint(self, table: str) -> str | None:
+        """The digest of all that is in a table of family inet, its handles too; None when there is no such table.
+
+        Any other program's change shows, even one that writes the same rules again. Order shows among rules, where
+        it matters, and not among the elements of a set.
+        """
+        name = _attribute(NFTA_TABLE, table.encode() + b"\0")
+        while True:
+            before = self.generation()
+            found = self._everything(name)
+            if self.generation() == before:  # else it changed under our eyes
+                return hashlib.sha256(b"".join(found)).hexdigest() if found else None
+
+    def _everything(self, table: bytes) -> list[bytes]:
+        found = [body for body in self._ask(NFT_MSG_GETTABLE, NLM_F_DUMP, b"") if body.startswith(table)]
+        if not found:
+            return []
+        found += [body for body in self._ask(NFT_MSG_GETCHAIN, NLM_F_DUMP, b"") if body.startswith(table)]
+        found += self._ask(NFT_MSG_GETRULE, NLM_F_DUMP, table)
+        for body in self._ask(NFT_MSG_GETSET, NLM_F_DUMP, table):
+            name = _attribute(NFTA_SET, dict(_attributes(body))[NFTA_SET])
+            elements = self._ask(NFT_MSG_GETSETELEM, NLM_F_DUMP, table + name)
+            found += [body, *sorted(each for part in elements for each in _elements(part))]
+        return found
+
+    def _ask(self, kind: int, flags: int, body: bytes) -> list[bytes]:
+        """Send one request and collect the attributes of every answer to it."""
+        head = struct.pack("=IHHIIBBH", 20 + len(body), NFT << 8 | kind, NLM_F_REQUEST | flags, 1, 0, INET, 0, 0)
+        self._socket.send(head + body)
+        answers: list[bytes] = []
+        while True:
+            data = self._socket.recv(1 << 16)
+            at = 0
+            while at < len(data):
+                length, answer = struct.unpack_from("=IH", data, at)
+                if answer in (NLMSG_ERROR, NLMSG_DONE):
+                    return answers
+                answers.append(data[at + 20 : at + length])
+                at += (length + 3) & ~3
+            if not flags:
+                return answers
+
+
+def _elements(body: bytes) -> list[bytes]:
+    listed = dict(_attributes(body)).get(NFTA_SET_ELEMENTS, b"")
+    return [element for _, element in _attributes(listed)]
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
+
+
+def _attributes(body: bytes) -> Iterator[tuple[int, bytes]]:
+    at = 0
+    while at + 4 <= len(body):
+        length, kind = struct.unpack_from("=HH", body, at)
+        yield kind & 0x3FFF, body[at + 4 : at + length]
+        at += (length + 3) & ~3
 
 
 def _first_line(text: str) -> str:
