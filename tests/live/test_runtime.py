@@ -18,7 +18,7 @@ import pytest
 
 from ground import Rootfs
 from holdfast.drivers import CgroupWant, Host
-from holdfast.errors import HoldfastError, WrongState
+from holdfast.errors import HoldfastError, UnfitHost, WrongState
 from holdfast.runtime import binaries, cgroup, conmon, logs, oci, seccomp
 from holdfast.runtime.devices import device_nodes
 from holdfast.runtime.users import User
@@ -163,6 +163,13 @@ def test_container_runs_on_without_conmon_and_its_end_is_noticed(box: Box) -> No
     assert ended.code is None
     box.runtime.delete(id)
     assert box.runtime.state() == frozenset()
+
+
+def test_running_container_is_not_deleted_without_force(box: Box) -> None:
+    id, run = box.start("sleep", "1000")
+    with pytest.raises(UnfitHost, match="processes are left"):
+        box.runtime.delete(id)
+    assert box.runtime.alive(run)
 
 
 def test_running_container_is_deleted_by_force_and_what_is_gone_too(box: Box) -> None:

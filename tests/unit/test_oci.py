@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from holdfast.errors import UnfitHost, WrongState
-from holdfast.runtime import capabilities, oci, seccomp, users
+from holdfast.runtime import binaries, capabilities, conmon, oci, seccomp, users
 from holdfast.runtime.devices import DeviceNode
 from holdfast.runtime.executables import find_executable
 from holdfast.spec.model import Container, Resources, Ulimit
@@ -229,7 +229,7 @@ def test_seccomp_rules_follow_capabilities_architecture_and_kernel() -> None:
     source = {
         "defaultAction": "SCMP_ACT_ERRNO",
         "defaultErrnoRet": 38,
-        "archMap": [{"architecture": "SCMP_ARCH_X86_64", "subArchitectures": ["SCMP_ARCH_X86"]}],
+        "archMap": [{"architecture": "SCMP_ARCH_X86_64", "subArchitectures": ["SCMP_ARCH_X86", "SCMP_ARCH_X32"]}],
         "syscalls": [
             rule("read"),
             rule("mount", includes={"caps": ["CAP_SYS_ADMIN"]}),
@@ -249,6 +249,48 @@ def test_seccomp_profile_that_is_not_there_is_the_states_fault() -> None:
     assert seccomp.profile("unconfined", ()) is None
     with pytest.raises(WrongState, match="no such file"):
         seccomp.profile("/nowhere.json", ())
+
+
+@pytest.mark.parametrize(("owned", "works"), [(None, True), ("", True), ("hugetlb\n", False)])
+def test_crun_does_not_work_where_the_v2_tree_beside_v1_owns_a_controller(
+    tmp_path: Path, owned: str | None, works: bool
+) -> None:
+    if owned is not None:
+        (tmp_path / "unified").mkdir()
+        (tmp_path / "unified/cgroup.controllers").write_text(owned)
+    assert (binaries.obstacle_for("crun", tmp_path) == "") is works
+    assert binaries.obstacle_for("runc", tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        (
+            'time="2026-01-01T00:00:00Z" level=error msg="runc create failed: unable to start container process: '
+            'exec: \\"nginxx\\": executable file not found in $PATH"\n',
+            "start of 'shop/web': exec: \"nginxx\": not found in PATH",
+        ),
+        (
+            "2026-01-01T00:00:00.000000Z: executable file `nginxx` not found in $PATH: No such file or directory\n",
+            "start of 'shop/web': `nginxx` not found in PATH: No such file or directory",
+        ),
+    ],
+)
+def test_runtimes_own_words_become_one_clear_line(said: str, line: str) -> None:
+    error = conmon.runtime_error("start", "shop/web", said)
+    assert isinstance(error, WrongState)
+    assert str(error) == line
+
+
+@pytest.mark.parametrize(("name", "number"), [("SIGTERM", 15), ("quit", 3), ("9", 9), ("SIGRTMIN+3", 37), (2, 2)])
+def test_signals_have_names_and_numbers(name: str | int, number: int) -> None:
+    assert conmon.signal_number(name) == number
+
+
+@pytest.mark.parametrize("name", ["SIGNOPE", "0", "99", "TERM+x", ""])
+def test_unknown_signals_are_refused(name: str) -> None:
+    with pytest.raises(WrongState, match="no such signal"):
+        conmon.signal_number(name)
 
 
 FILES = {"/bin/sh": 0o100755, "/bin/data": 0o100644, "/srv/run": 0o100755, "/srv": 0o040755}

@@ -289,7 +289,14 @@ def usage(path: str) -> Usage:
     return Usage(int(memory) if memory else None, cpu, int(count) if count else None)
 
 
-def remove(path: str, *, timeout: float = 5.0) -> None:
+def thaw(path: str) -> None:
+    """Let the frozen processes of a cgroup go on: on v1, even SIGKILL waits for that."""
+    state = folder("freezer", path) / "freezer.state"
+    if state.exists():
+        _write(state, "THAWED")
+
+
+def remove(path: str, *, timeout: float = 2.0) -> None:
     """Remove a cgroup and all below it from every hierarchy; succeed when it is gone.
 
     A cgroup whose last process just ended is busy for a moment: it is tried again until timeout (seconds), then

@@ -109,15 +109,14 @@ class Runtime:
     def delete(self, id: str, *, force: bool = False) -> None:
         """Forget a container that has ended; with force, whatever is left of it is ended first.
 
-        force copes with all that a create can leave when it is cut off: processes of the runtime, conmon, state
-        half written, cgroups in some hierarchies. Succeeds when nothing is there.
+        Copes with all that a create can leave when it is cut off: processes of the runtime, conmon, state half
+        written, cgroups in some hierarchies. Succeeds when nothing is there; starts no process, so `poststop` hooks
+        of the runtime are not run. Raises UnfitHost where processes are left and force is not given.
         """
         if force:
             self._end(id)
-        if (self.root / id).exists():
-            self._delete(id, force=force)
-        shutil.rmtree(self.root / id, ignore_errors=True)
         cgroup.remove(self.cgroup(id))
+        shutil.rmtree(self.root / id, ignore_errors=True)
         (self.exits / id).unlink(missing_ok=True)
         (self._sockets / id).unlink(missing_ok=True)
         shutil.rmtree(self._record(id), ignore_errors=True)
@@ -273,19 +272,12 @@ class Runtime:
             check=False,
         )
         if answer.returncode:
-            raise _error(verb, name, answer.stderr)
-
-    def _delete(self, id: str, *, force: bool) -> None:
-        """Let the runtime delete; what it can't after a forced end, the caller takes away by hand."""
-        try:
-            self._call("delete", *(("--force",) if force else ()), id, name=id)
-        except HoldfastError:
-            if not force:
-                raise
+            raise runtime_error(verb, name, answer.stderr)
 
     def _end(self, id: str) -> None:
         """End whatever runs in a container's name: its processes, then conmon and the runtime's own."""
         deadline = time.monotonic() + CONMON_GRACE
+        cgroup.thaw(self.cgroup(id))
         conmons = [pid for pid, program in self._processes(id) if program == str(self.conmon)]
         _kill_each(cgroup.pids(self.cgroup(id)), signal.SIGKILL)
         for pid in conmons:
@@ -373,7 +365,7 @@ def _pid_from(answer: bytes, name: str) -> int:
     pid = int(said.get("data", said.get("pid", -1)))
     if pid > 0:
         return pid
-    raise _error("start", name, str(said.get("message") or "no reason given"))
+    raise runtime_error("start", name, str(said.get("message") or "no reason given"))
 
 
 _SPOKEN = re.compile(r'msg="((?:[^"\\]|\\.)*)"')
@@ -384,8 +376,8 @@ _NOISE = re.compile(
 _PROGRAM = re.compile(r"executable file .*not found|^exec: |exec format error|^chdir to |no such file.*exec", re.I)
 
 
-def _error(verb: str, name: str, text: str) -> HoldfastError:
-    """Make the runtime's own message one clear line; what the program itself can't do is the state's fault."""
+def runtime_error(verb: str, name: str, text: str) -> HoldfastError:
+    """Make the runtime's own message one clear line; what the program can't do is WrongState."""
     spoken = _SPOKEN.findall(text)
     plain = spoken[-1].replace('\\"', '"') if spoken else " ".join(text.split())
     plain = _NOISE.sub("", plain).removesuffix(": unknown").strip() or "no reason given"
