@@ -27,7 +27,7 @@ check-lint:
 check-types:
 	@$(bin)/mypy
 check-imports:
-	@$(bin)/lint-imports
+	@$(bin)/lint-imports --no-logo
 
 unit: setup
 	@$(bin)/pytest tests/unit -q

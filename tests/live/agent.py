@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from footprint import leftovers
 from ground import Rootfs
 from holdfast.drivers import Host
-from footprint import leftovers
 
 HOLDFAST = str(Path(sys.executable).with_name("holdfast"))
 Status = Mapping[str, Any]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from footprint import sweep, wait_clean
 from ground import Rootfs
 from holdfast.drivers import Host
 from live.agent import LiveAgent
-from footprint import sweep, wait_clean
 
 
 @pytest.fixture(autouse=True)
