@@ -23,7 +23,7 @@ from holdfast.errors import WrongConfig
 from holdfast.spec.forms import absolute
 from holdfast.spec.model import NodeFacts
 from holdfast.spec.policy import RULES
-from holdfast.tables import Checked, Duration, Fault, Short, Table, Text, faults_of
+from holdfast.tables import Checked, Duration, Fault, Short, Table, Text, read_table
 from holdfast.toml import Document, Unreadable, dotted, suggestion
 
 DEFAULT_PATH = Path("/etc/holdfast/agent.toml")
@@ -228,10 +228,10 @@ def load_config(path: Path | None = None, env: Mapping[str, str] | None = None) 
     except Unreadable as error:
         column = f":{error.column}" if error.column else ""
         raise WrongConfig(f"{named}:{error.line}{column}: {error}") from error
-    table = faults_of(AgentTable, document.data)
-    if isinstance(table, AgentTable):
-        return _config(table, env)
-    raise WrongConfig("\n".join(_line(named, document, fault) for fault in _in_order(document, table)))
+    table, faults = read_table(AgentTable, document.data)
+    if faults or table is None:
+        raise WrongConfig("\n".join(_line(named, document, fault) for fault in _in_order(document, faults)))
+    return _config(table, env)
 
 
 def _in_order(document: Document, faults: list[Fault]) -> list[Fault]:

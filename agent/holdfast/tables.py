@@ -1,14 +1,15 @@
 """What every table of TOML that we read has in common: strict types, short forms, units, and errors in plain words.
 
-A `Table` is a pydantic model of what a person may write. `faults_of` runs one over data and says everything that is
+A `Table` is a pydantic model of what a person may write. `read_table` runs one over data and says everything that is
 wrong with it, each with its key path. Called by `spec` and `config`, which own the tables.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
@@ -99,12 +100,52 @@ class Checked:
         return {**handler(schema), **self.schema}
 
 
-def faults_of(table: type[T], data: Mapping[str, Any]) -> T | list[Fault]:
-    """The data as a table, or everything that is wrong with it."""
-    try:
-        return table.model_validate(data)
-    except ValidationError as error:
-        return [fault for detail in error.errors(include_url=False) for fault in _faults(table, dict(detail))]
+def read_table(kind: type[T], data: Mapping[str, Any], known: Iterable[Fault] = ()) -> tuple[T | None, list[Fault]]:
+    """The data as a table, and everything that is wrong with it, the known faults first.
+
+    With faults, the table is of what is left when the faulty parts are cut out, so that what stands beside them can
+    still be checked; None if nothing usable is left.
+    """
+    faults = list(known)
+    rest = Remainder(data)
+    rest.cut(faults)
+    for _ in range(_ROUNDS):
+        try:
+            return kind.model_validate(rest.data), faults
+        except ValidationError as error:
+            details = error.errors(include_url=False)
+        found = [fault for detail in details for fault in _faults(kind, dict(detail))]
+        faults.extend(fault for fault in found if not rest.tore(fault.path))
+        rest.cut(found)
+    return None, faults
+
+
+_ROUNDS = 5  # types, contradictions within tables, and those that cutting them out brings to light
+
+
+class Remainder:
+    """Data without its faulty parts."""
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.data: Any = data
+        self.torn: set[KeyPath] = set()
+
+    def tore(self, path: KeyPath) -> bool:
+        """Whether a fault may come of the cutting: its table lost another key."""
+        return path in self.torn or path[:-1] in self.torn
+
+    def cut(self, faults: Iterable[Fault]) -> None:
+        for fault in faults:
+            steps = [*takewhile(lambda step: isinstance(step, str), fault.path)]
+            self.data = self._without(self.data, steps, ())
+
+    def _without(self, table: Any, steps: list[Any], at: KeyPath) -> Any:
+        """table without what steps lead to: the key, or what it is missing from; the original stays as it is."""
+        inner = table.get(steps[0]) if steps else None
+        if len(steps) > 1 and isinstance(inner, dict) and steps[1] in inner:
+            return {**table, steps[0]: self._without(inner, steps[1:], (*at, steps[0]))}
+        self.torn.add(at)
+        return {key: value for key, value in table.items() if key not in steps[:1]}
 
 
 def _faults(table: type[Table], detail: dict[str, Any]) -> Iterator[Fault]:
@@ -128,7 +169,9 @@ def _unknown_key(table: type[Table] | None, key: str) -> str:
     if key in table.hints:
         return f"unknown key '{key}' (write {table.hints[key]})"
     known = [field.alias or name for name, field in table.model_fields.items()]
-    few = f" (expected one of {', '.join(known)})" if len(known) <= 12 else ""
+    few = (
+        f" (expected one of {', '.join(known)})" if len(known) <= 12 else " ('holdfast schema' lists the known ones)"
+    )
     return f"unknown key '{key}'" + (suggestion(key, known) or few)
 
 
@@ -181,11 +224,11 @@ def _plain(kind: str, detail: Mapping[str, Any]) -> str:
         case "literal_error":
             return f"{shown(detail['input'])} is not known (expected {context['expected']})"
         case "greater_than_equal":
-            return f"{detail['input']} is too small (expected at least {context['ge']})"
+            return f"{detail['input']:g} is too small (expected at least {context['ge']:g})"
         case "greater_than":
-            return f"{detail['input']} is too small (expected more than {context['gt']})"
+            return f"{detail['input']:g} is too small (expected more than {context['gt']:g})"
         case "less_than_equal":
-            return f"{detail['input']} is too large (expected at most {context['le']})"
+            return f"{detail['input']:g} is too large (expected at most {context['le']:g})"
         case _ if kind in _EXPECTED:
             return f"expected {_EXPECTED[kind]}, not {named(detail['input'])}"
         case _:
@@ -213,7 +256,7 @@ def shown(value: Any) -> str:
     """A value as an error quotes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    return f"'{value}'" if isinstance(value, str | int | float) else named(value)
+    return f"'{value}'" if isinstance(value, str) else str(value) if isinstance(value, int | float) else named(value)
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
@@ -228,7 +271,7 @@ _BYTES = {
 
 
 def size(value: Any) -> Any:
-    """Bytes of a size: `64MiB` (and `64m`, as Docker reads it) is 1024-based, `64MB` 1000-based; numbers are bytes."""
+    """Bytes of a size: `64MiB` (and `64m`, as Docker has it) is 1024-based, `64MB` 1000-based; a number is bytes."""
     if not isinstance(value, str):
         return value
     match = _SIZE.fullmatch(value.strip())
@@ -236,6 +279,13 @@ def size(value: Any) -> Any:
     if match is None or factor is None:
         raise ValueError(f"'{value}' is not a size (expected a number and one of KiB, MiB, GiB, KB, MB, GB, k, m, g)")
     return int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
+
+
+def size_text(number: int) -> str:
+    """A size in the largest unit that gives a whole number: 64MiB."""
+    powers = (power for power in (4, 3, 2, 1) if number and number % 1024**power == 0)
+    power = next(powers, 0)
+    return f"{number // 1024**power}{'KMGT'[power - 1]}iB" if power else f"{number} bytes"
 
 
 def duration(value: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from holdfast.spec import forms, model
-from holdfast.tables import Checked, Duration, Short, Size, Table, Text, size, text_of
+from holdfast.tables import Checked, Duration, Short, Size, Table, Text, size_text, text_of
 
 STRING = {"type": "string"}
 PORT_FORM = "[HOST_IP:]HOST:CONTAINER[/PROTOCOL]"
@@ -43,49 +43,13 @@ Ports = Annotated[Text, Checked(lambda text: text, {})]
 Id = Annotated[int, Field(ge=0, le=2**32 - 2)]
 
 
-def _only_strings(value: Any) -> Any:
-    """A string as a list of one."""
-    return [value] if isinstance(value, str) else value
-
-
-def _names(value: Any) -> Any:
-    """A list of names as a table of them, each without settings."""
-    if not isinstance(value, list):
-        return value
-    if not all(isinstance(item, str) for item in value):
-        raise ValueError("expected a list of names, or a table of them")
-    twice = next((item for index, item in enumerate(value) if item in value[:index]), None)
-    if twice is not None:
-        raise ValueError(f"'{twice}' is named twice")
-    return {item: {} for item in value}
-
-
-def _dependencies(value: Any) -> Any:
-    """`["a", "b"]` as a table of what each must have reached: started."""
-    table = _names(value)
-    return dict.fromkeys(table, "started") if isinstance(value, list) else table
-
-
-def _reached(value: str) -> str:
-    if value == "healthy":
-        raise ValueError("'healthy' is not supported yet (expected 'started' or 'completed')")
-    if value not in ("started", "completed"):
-        raise ValueError(f"'{value}' is not known (expected 'started' or 'completed')")
-    return value
-
-
-def _both(value: Any) -> Any:
-    """One number as the soft and the hard limit."""
-    return {"soft": value, "hard": value} if isinstance(value, int) and not isinstance(value, bool) else value
-
-
 def _from(read: Callable[[str], Any], form: str) -> Short:
     """The marker of a table that may be one string instead."""
     return Short(lambda value: read(value) if isinstance(value, str) else value, ({**STRING, "description": form},))
 
 
-Strings = Annotated[list[str], Short(_only_strings, (STRING,))]
-Reached = Annotated[str, Checked(_reached, {"enum": ["started", "completed"]})]
+Strings = Annotated[list[str], Short(forms.several, (STRING,))]
+Reached = Annotated[str, Checked(forms.reached, {"enum": ["started", "completed"]})]
 
 
 class WhenTable(Table):
@@ -282,10 +246,6 @@ class RestartTable(Table):
             yield "max_delay", f"{self.max_delay:g}s is less than delay (expected at least {self.delay:g}s)"
 
 
-def _swap(value: Any) -> Any:
-    return -1 if value in ("unlimited", -1) else size(value)
-
-
 Memory = Annotated[Size, Field(ge=0)]
 DevicePath = Annotated[str, Checked(forms.absolute, {})]
 
@@ -295,7 +255,7 @@ class ResourcesTable(Table):
 
     memory: Annotated[Memory | None, Field(description="the most memory it gets")] = None
     memory_swap: Annotated[
-        Annotated[int, Short(_swap, ({**STRING, "description": "a size, or unlimited"},))] | None,
+        Annotated[int, Short(forms.swap, ({**STRING, "description": "a size, or unlimited"},))] | None,
         Field(description="memory and swap together; -1 or unlimited: no limit to swap"),
     ] = None
     memory_reservation: Annotated[Memory | None, Field(description="what it keeps when memory is short")] = None
@@ -320,18 +280,15 @@ class ResourcesTable(Table):
             yield "memory", "0 is no memory at all (expected a size; absent: no limit)"
         if self.pids == 0:
             yield "pids", "0 leaves no process (expected at least 1; absent: no limit)"
-        if self.memory_swap is not None and self.memory is None:
+        memory, swap, reservation = self.memory, self.memory_swap, self.memory_reservation
+        if swap is not None and memory is None:
             yield "memory_swap", "needs a memory limit (expected memory beside it)"
-        elif self.memory_swap not in (None, -1) and (self.memory_swap or 0) < (self.memory or 0):
-            yield (
-                "memory_swap",
-                f"{self.memory_swap} is less than memory, which it includes (expected at least {self.memory})",
-            )
-        if self.memory is not None and (self.memory_reservation or 0) > self.memory:
-            yield (
-                "memory_reservation",
-                f"{self.memory_reservation} is more than memory (expected at most {self.memory})",
-            )
+        if memory is not None and swap is not None and swap != -1 and swap < memory:
+            wrong = f"{size_text(swap)} is less than memory, which it includes"
+            yield "memory_swap", f"{wrong} (expected at least {size_text(memory)})"
+        if memory is not None and reservation is not None and reservation > memory:
+            wrong = f"{size_text(reservation)} is more than memory"
+            yield "memory_reservation", f"{wrong} (expected at most {size_text(memory)})"
 
     def resources(self) -> model.Resources:
         return model.Resources.model_validate(self.model_dump(by_alias=False))
@@ -386,13 +343,13 @@ class ContainerTable(Table):
     labels: Pairs = {}
     ports: list[Annotated[PortTable, _from(forms.port, PORT_FORM)]] = []
     networks: Annotated[
-        Annotated[dict[Reference, AttachmentTable], Short(_names, (STRINGS,))] | None,
+        Annotated[dict[Reference, AttachmentTable], Short(forms.named, (STRINGS,))] | None,
         Field(description="absent: the node's default network, bridge"),
     ] = None
     volumes: list[Annotated[MountTable, _from(forms.volume, VOLUME_FORM)]] = []
     tmpfs: Annotated[
-        list[Annotated[MountTable, _from(forms.tmpfs, TMPFS_FORM)]],
-        Short(_only_strings, (STRING,)),
+        list[Annotated[str, Checked(lambda text: forms.tmpfs(text) and text, {"description": TMPFS_FORM})]],
+        Short(forms.several, (STRING,)),
     ] = []
     configs: list[Annotated[ConfigUse, _from(lambda name: {"source": name}, "a name of [configs]")]] = []
     cap_add: list[Capability] = []
@@ -405,7 +362,7 @@ class ContainerTable(Table):
     sysctls: Annotated[dict[Annotated[str, Checked(forms.sysctl, {})], Text], Short(forms.pairs, (STRINGS,))] = {}
     ulimits: dict[
         Annotated[str, Checked(forms.ulimit, {"enum": sorted(forms.ULIMITS)})],
-        Annotated[UlimitTable, Short(_both, ({"type": "integer"},))],
+        Annotated[UlimitTable, Short(forms.both, ({"type": "integer"},))],
     ] = {}
     group_add: list[Annotated[str, Short(text_of, ({"type": "integer"},)), Checked(forms.group, {})]] = []
     init: Annotated[bool, Field(description="a tiny init reaps zombies and passes signals on")] = False
@@ -419,18 +376,13 @@ class ContainerTable(Table):
         Field(description="no, on-failure[:N], always or unless-stopped"),
     ] = None
     restart_policy: Annotated[RestartTable | None, Field(description="the long form of restart")] = None
-    depends_on: Annotated[dict[Reference, Reached], Short(_dependencies, (STRINGS,))] = {}
+    depends_on: Annotated[dict[Reference, Reached], Short(forms.dependencies, (STRINGS,))] = {}
     resources: ResourcesTable = ResourcesTable()
     logging: LoggingTable = LoggingTable()
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        if (self.image is None) == (self.rootfs is None):
-            wrong = (
-                "is missing (expected an image, or a rootfs)"
-                if self.image is None
-                else "and rootfs exclude each other"
-            )
-            yield "image", wrong
+        if self.image is not None and self.rootfs is not None:
+            yield "image", "and rootfs exclude each other (expected one of them)"
         if self.rootfs is not None and not (self.command or self.entrypoint):
             yield "rootfs", "says nothing about what to run (expected command or entrypoint beside it)"
         if self.restart is not None and self.restart_policy is not None:
@@ -463,6 +415,12 @@ class ContainerTable(Table):
                     yield "sysctls", f"'{key}' belongs to the host with networks = [\"host\"] (leave one of them out)"
 
 
+def _not_builtin(name: str) -> str:
+    if name in model.BUILTIN_NETWORKS:
+        raise ValueError(f"'{name}' is always there and can't be defined (expected another name)")
+    return name
+
+
 class NetworkTable(Table):
     """A network that this app defines."""
 
@@ -484,19 +442,9 @@ class NetworkTable(Table):
         if self.subnet is None:
             yield "gateway", "needs a subnet (expected subnet beside it)"
             return
-        reason = unusable(self.gateway, ipaddress.IPv4Network(self.subnet))
+        reason = forms.unusable(self.gateway, ipaddress.IPv4Network(self.subnet))
         if reason:
             yield "gateway", reason
-
-
-def unusable(address: str, subnet: ipaddress.IPv4Network) -> str:
-    """Why an address can't be given to a machine of a subnet; empty if it can."""
-    found = ipaddress.IPv4Address(address)
-    if found not in subnet:
-        return f"'{address}' is outside the subnet (expected an address of {subnet})"
-    if found in (subnet.network_address, subnet.broadcast_address):
-        return f"'{address}' is the subnet's own first or last address (expected one between them)"
-    return ""
 
 
 class VolumeTable(Table):
@@ -528,11 +476,6 @@ class StateFile(Table):
 
     app: AppTable = AppTable()
     containers: dict[Name, ContainerTable] = {}
-    networks: dict[Name, NetworkTable] = {}
-    volumes: dict[Name, Annotated[VolumeTable, Field()]] = {}
+    networks: dict[Annotated[Name, Checked(_not_builtin, {})], NetworkTable] = {}
+    volumes: dict[Name, VolumeTable] = {}
     configs: dict[Name, ConfigTable] = {}
-
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        for name in model.BUILTIN_NETWORKS:
-            if name in self.networks:
-                yield "networks", f"'{name}' is always there and can't be defined (expected another name)"

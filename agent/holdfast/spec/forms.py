@@ -207,7 +207,7 @@ def volume(value: str) -> Parts:
 def tmpfs(value: str) -> Parts:
     """`TARGET[:size=…,mode=…,uid=…,gid=…,ro|rw]`, as Compose has it."""
     target, _, options = value.partition(":")
-    parts: Parts = {"type": "tmpfs", "target": absolute(target)}
+    parts: Parts = {"target": absolute(target)}
     for option in filter(None, options.split(",")):
         key, _, text = option.partition("=")
         match key:
@@ -375,3 +375,55 @@ _IPC_SYSCTLS = tuple(
     f"kernel.{inner}"
     for inner in ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced", "domainname")
 )
+
+
+def several(value: Any) -> Any:
+    """A string as a list of one; a list stays."""
+    return [value] if isinstance(value, str) else value
+
+
+def named(value: Any) -> Any:
+    """A list of names as a table of them, each without settings."""
+    if not isinstance(value, list):
+        return value
+    if not all(isinstance(item, str) for item in value):
+        raise ValueError("expected a list of names, or a table of them")
+    twice = next((item for index, item in enumerate(value) if item in value[:index]), None)
+    if twice is not None:
+        raise ValueError(f"'{twice}' is named twice")
+    return {item: {} for item in value}
+
+
+def dependencies(value: Any) -> Any:
+    """`["a", "b"]` as a table of what each must have reached: started."""
+    table = named(value)
+    return dict.fromkeys(table, "started") if isinstance(value, list) else table
+
+
+def reached(value: str) -> str:
+    """What a container waits for another to have reached."""
+    if value == "healthy":
+        raise ValueError("'healthy' is not supported yet (expected 'started' or 'completed')")
+    if value not in ("started", "completed"):
+        raise ValueError(f"'{value}' is not known (expected 'started' or 'completed')")
+    return value
+
+
+def both(value: Any) -> Any:
+    """One number as the soft and the hard limit."""
+    return {"soft": value, "hard": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def unusable(address: str, subnet: ipaddress.IPv4Network) -> str:
+    """Why an address can't be given to a machine of a subnet; empty if it can."""
+    found = ipaddress.IPv4Address(address)
+    if found not in subnet:
+        return f"'{address}' is outside the subnet (expected an address of {subnet})"
+    if found in (subnet.network_address, subnet.broadcast_address):
+        return f"'{address}' is the subnet's own first or last address (expected one between them)"
+    return ""
+
+
+def swap(value: Any) -> Any:
+    """A size, or -1 for no limit, which `unlimited` says too."""
+    return -1 if value in ("unlimited", -1) else size(value)

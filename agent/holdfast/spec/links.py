@@ -10,11 +10,11 @@ import ipaddress
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from holdfast.spec.authored import unusable
+from holdfast.spec.forms import unusable
 from holdfast.spec.model import BUILTIN_NETWORKS, App, Network, Port
 from holdfast.spec.resolve import Draft
 from holdfast.tables import Fault
-from holdfast.toml import KeyPath, suggestion
+from holdfast.toml import KeyPath, dotted, suggestion
 
 Finding = tuple[Draft, Fault]
 
@@ -33,8 +33,8 @@ class Neighbours:
 
 
 def place(draft: Draft, path: KeyPath) -> str:
-    """`file:line` of a key path, as findings name the other side."""
-    return f"{draft.app.path}:{draft.document.line(path)}"
+    """A key path with its file and line, as findings name the other side."""
+    return f"{dotted(draft.document.written(path))} ({draft.app.path}:{draft.document.line(path)})"
 
 
 def duplicate_names(drafts: Iterable[Draft]) -> Iterator[Finding]:
@@ -44,8 +44,10 @@ def duplicate_names(drafts: Iterable[Draft]) -> Iterator[Finding]:
         by_name.setdefault(draft.app.name, []).append(draft)
     for name, several in by_name.items():
         for draft in several if len(several) > 1 else []:
-            others = ", ".join(place(other, ("app", "name")) for other in several if other is not draft)
-            message = f"the app name '{name}' is taken by {others} too (expected another name)"
+            others = ", ".join(
+                f"{other.app.path}:{other.document.line(('app', 'name'))}" for other in several if other is not draft
+            )
+            message = f"'{name}' is the name of the app in {others} too (expected another name)"
             yield draft, Fault(("app", "name"), message)
 
 
@@ -68,12 +70,12 @@ def dangling(draft: Draft, around: Neighbours) -> Iterator[Finding]:
         for network in container.networks:
             if network in BUILTIN_NETWORKS:
                 continue
-            wrong = _unknown(network, app, "network", around)
+            wrong = _unknown(network, draft, "network", around)
             if wrong:
                 yield draft, Fault((*at, "networks", _as_written(network, app)), wrong)
         for index, mount in enumerate(container.mounts):
             if mount.kind == "volume":
-                wrong = _unknown(mount.source, app, "volume", around)
+                wrong = _unknown(mount.source, draft, "volume", around)
                 if wrong:
                     yield draft, Fault((*at, "volumes", index), wrong)
 
@@ -90,20 +92,22 @@ def _unknown_app(name: str, around: Neighbours) -> str:
     return f"no app is called '{name}'" + (suggestion(name, around.here) or " (expected the name of a state file)")
 
 
-def _unknown(qualified: str, asking: App, kind: str, around: Neighbours) -> str:
+def _unknown(qualified: str, asking: Draft, kind: str, around: Neighbours) -> str:
     """What is wrong with a reference to a network or volume; empty if nothing is."""
     owner, _, name = qualified.partition("/")
-    if owner != asking.name:
+    if owner != asking.app.name:
+        if owner in around.broken:
+            return ""
         wrong = _unknown_app(owner, around)
-        if wrong or owner in around.broken:
-            path = " (a path of the repository begins with ./)" if kind == "volume" else ""
-            return f"'{qualified}': {wrong}{path}" if wrong else ""
-    app = asking if owner == asking.name else around.here[owner].app
-    known: Mapping[str, object] = app.networks if kind == "network" else app.volumes
+        if wrong:
+            path = "; a path of the repository begins with ./" if kind == "volume" else ""
+            return f"'{qualified}': {wrong}{path}"
+    draft = asking if owner == asking.app.name else around.here[owner]
+    known = draft.names(f"{kind}s")
     if name in known:
         return ""
     builtin = BUILTIN_NETWORKS if kind == "network" else ()
-    near = suggestion(name, [*known, *builtin]) or f" (expected [{kind}s.{name}] in {app.path})"
+    near = suggestion(name, [*known, *builtin]) or f" (expected [{kind}s.{name}] in {draft.app.path})"
     return f"no {kind} of app '{owner}' is called '{name}'{near}"
 
 

@@ -15,7 +15,7 @@ from holdfast.spec.authored import StateFile
 from holdfast.spec.interpolate import interpolated
 from holdfast.spec.model import App, NodeFacts, Problem, Spec, When
 from holdfast.spec.resolve import Draft, app_name, digest, draft_of
-from holdfast.tables import Fault, faults_of, shown, text_of
+from holdfast.tables import Fault, read_table, shown, text_of
 from holdfast.toml import Document, Unreadable, dotted
 
 VARS_FILE = "vars.toml"
@@ -23,7 +23,7 @@ VARS_FILE = "vars.toml"
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one state file came to by itself: a draft, or problems and the name its app may have."""
+    """What one state file came to by itself: its app's likely name, a draft (None if it is not TOML), problems."""
 
     raw: bytes
     name: str
@@ -104,16 +104,12 @@ def _reading(path: str, raw: bytes, facts: NodeFacts, before: Reading | None) ->
         return Reading(raw, app_name(path, None), None, (problem,))
     faults: list[Fault] = []
     data = interpolated(document.data, facts, faults)
-    table = faults_of(StateFile, data)
+    table, faults = read_table(StateFile, data, faults)
     draft = None
-    if isinstance(table, StateFile):
+    if table is not None:
         draft, found = draft_of(path, table, document, facts)
         faults.extend(found)
-    else:
-        known = {fault.path for fault in faults}
-        faults.extend(fault for fault in table if fault.path not in known)
-    name = app_name(path, document)
-    return Reading(raw, name, None if faults else draft, tuple(_problems(path, document, faults)))
+    return Reading(raw, app_name(path, document), draft, tuple(_problems(path, document, faults)))
 
 
 def _problems(path: str, document: Document, faults: Iterable[Fault]) -> Iterable[Problem]:
@@ -127,7 +123,7 @@ def _linked(
     readings: Mapping[str, Reading], files: Mapping[str, bytes], facts: NodeFacts, problems: Iterable[Problem]
 ) -> tuple[list[Draft], dict[str, str], list[Problem]]:
     """The readings held against each other: this node's drafts that stand, what is broken, and why."""
-    broken = {path: reading.name for path, reading in readings.items() if reading.draft is None}
+    broken = {path: reading.name for path, reading in readings.items() if reading.problems}
     found = [*problems, *(problem for reading in readings.values() for problem in reading.problems)]
     drafts = [reading.draft for reading in readings.values() if reading.draft is not None]
     here = [draft for draft in drafts if matches(draft.when, facts)]

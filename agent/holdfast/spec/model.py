@@ -187,6 +187,11 @@ class Network(Frozen):
     internal: bool = False
     driver_opts: dict[str, str] = {}
 
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 (hex) of the definition: a network made of another one is made anew."""
+        return digest_of(self.model_dump(mode="json"))
+
 
 class Volume(Frozen):
     """A volume that an app defines. Its data outlives the app unless on_remove is "delete"."""

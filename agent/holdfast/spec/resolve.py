@@ -7,7 +7,7 @@ looks at the drafts of all files together, `load` calls both.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from holdfast.spec import forms, model
@@ -22,6 +22,7 @@ class Draft:
     """An App whose mounted files and references to other apps are still to be looked up.
 
     wanted: key path → the file or directory of the revision that is named there. inline: synthetic path → content.
+    A file with faults has a draft of what is left without them, so that all else of it can be checked.
     """
 
     app: model.App
@@ -30,10 +31,19 @@ class Draft:
     wanted: Mapping[KeyPath, str] = field(default_factory=dict)
     inline: Mapping[str, bytes] = field(default_factory=dict)
 
+    def names(self, table: str) -> Iterable[str]:
+        """What the file defines in a table of tables, faulty or not: what points there does not dangle."""
+        return names_in(self.document, table)
+
+
+def names_in(document: Document, table: str) -> Iterable[str]:
+    found = document.data.get(table)
+    return found if isinstance(found, dict) else ()
+
 
 def draft_of(path: str, table: StateFile, document: Document, facts: model.NodeFacts) -> tuple[Draft, list[Fault]]:
     """The draft of a state file at path, and what is wrong with it."""
-    return _Resolver(path, table, facts).draft(document)
+    return _Resolver(path, table, document, facts).draft()
 
 
 def app_name(path: str, document: Document | None) -> str:
@@ -46,15 +56,16 @@ def app_name(path: str, document: Document | None) -> str:
 class _Resolver:
     """Holds what every step needs: the file's path and table, the node, and the faults so far."""
 
-    def __init__(self, path: str, table: StateFile, facts: model.NodeFacts) -> None:
+    def __init__(self, path: str, table: StateFile, document: Document, facts: model.NodeFacts) -> None:
         self.path = path
         self.table = table
+        self.document = document
         self.facts = facts
         self.name = app_name(path, None) if table.app.name is None else table.app.name
         self.faults: list[Fault] = []
         self.wanted: dict[KeyPath, str] = {}
 
-    def draft(self, document: Document) -> tuple[Draft, list[Fault]]:
+    def draft(self) -> tuple[Draft, list[Fault]]:
         self.check_name()
         for name, config in self.table.configs.items():
             if config.file is not None:
@@ -68,14 +79,13 @@ class _Resolver:
             volumes={n: model.Volume.model_validate(t.model_dump()) for n, t in self.table.volumes.items()},
         )
         when = model.When(nodes=tuple(self.table.app.when.nodes), labels=self.table.app.when.labels)
-        return Draft(app, when, document, self.wanted, self.inline()), self.faults
+        return Draft(app, when, self.document, self.wanted, self.inline()), self.faults
 
     def check_name(self) -> None:
         try:
             forms.name(self.name)
         except ValueError as error:
-            message = f"the file's name gives the app's, and {error}; or name it in [app] name"
-            self.fault((), message)
+            self.fault((), f"{error}; the app has the file's name: rename it, or write name in [app]")
         if self.name in self.table.app.depends_on:
             self.fault(("app", "depends_on", self.name), f"'{self.name}' depends on itself (leave it out)")
 
@@ -92,6 +102,9 @@ class _Resolver:
 
     def container(self, name: str, table: ContainerTable) -> model.Container:
         at: KeyPath = ("containers", name)
+        intact = set(self.document.data["containers"][name]) <= table.model_fields_set
+        if table.image is None and table.rootfs is None and intact:
+            self.fault((*at, "image"), "is missing (expected an image, or a rootfs)")
         container = model.Container(
             image=table.image,
             rootfs=table.rootfs,
@@ -129,6 +142,9 @@ class _Resolver:
             resources=table.resources.resources(),
             logging=model.Logging(max_size=table.logging.max_size, max_files=table.logging.max_files),
         )
+        wrong = outside_roots(table.rootfs, self.facts) if table.rootfs else None
+        if wrong:
+            self.fault((*at, "rootfs"), wrong)
         for key, message in broken_rules(container, self.facts):
             self.fault((*at, key), message)
         return container
@@ -149,7 +165,7 @@ class _Resolver:
 
     def depends_on(self, at: KeyPath, table: ContainerTable) -> dict[str, str]:
         for other in table.depends_on:
-            if other not in self.table.containers:
+            if other not in names_in(self.document, "containers"):
                 self.fault((*at, "depends_on", other), self.no_container(other))
         return table.depends_on
 
@@ -157,7 +173,9 @@ class _Resolver:
         app, slash, _ = other.rpartition("/")
         if slash:
             return f"'{other}' is a container of another app (expected depends_on = [\"{app}\"] in [app])"
-        return f"no container is called '{other}'" + (suggestion(other, self.table.containers) or _HERE)
+        return f"no container is called '{other}'" + (
+            suggestion(other, names_in(self.document, "containers")) or _HERE
+        )
 
     def mounts(self, at: KeyPath, table: ContainerTable) -> Iterator[model.Mount]:
         """volumes, tmpfs and configs, in this order; each target once."""
@@ -170,10 +188,12 @@ class _Resolver:
                 yield mount
 
     def all_mounts(self, at: KeyPath, table: ContainerTable) -> Iterator[tuple[KeyPath, str, model.Mount | None]]:
-        for key, several in (("volumes", table.volumes), ("tmpfs", table.tmpfs)):
-            for index, given in enumerate(several):
-                path = (*at, key, index)
-                yield path, given.target, given.mount(self.source(path, given))
+        for index, given in enumerate(table.volumes):
+            path: KeyPath = (*at, "volumes", index)
+            yield path, given.target, given.mount(self.source(path, given))
+        for index, text in enumerate(table.tmpfs):
+            mount = model.Mount(kind="tmpfs", **forms.tmpfs(text))
+            yield (*at, "tmpfs", index), mount.target, mount
         for index, use in enumerate(table.configs):
             path = (*at, "configs", index)
             yield path, use.path, self.config(path, use)
@@ -197,8 +217,9 @@ class _Resolver:
     def config(self, path: KeyPath, use: ConfigUse) -> model.Mount | None:
         config = self.table.configs.get(use.source)
         if config is None:
-            near = suggestion(use.source, self.table.configs) or _HERE
-            self.fault(path, f"no config is called '{use.source}'{near}")
+            known = names_in(self.document, "configs")
+            if use.source not in known:
+                self.fault(path, f"no config is called '{use.source}'{suggestion(use.source, known) or _HERE}")
             return None
         if config.file is None:
             source = self.inline_path(use.source)
