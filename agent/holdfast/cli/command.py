@@ -61,10 +61,10 @@ def remember_config(ctx: click.Context, _: click.Parameter, value: Path | None) 
         ctx.meta[META] = value
 
 
-def config_path() -> Path:
-    """The agent.toml of this call: --config, HOLDFAST_CONFIG, or the default."""
+def config_path() -> Path | None:
+    """The agent.toml that --config names; None: HOLDFAST_CONFIG, or the default, which alone may be missing."""
     chosen = click.get_current_context().meta.get(META)
-    return chosen if isinstance(chosen, Path) else Path(os.environ.get("HOLDFAST_CONFIG") or DEFAULT_CONFIG)
+    return chosen if isinstance(chosen, Path) else None
 
 
 def settings() -> Config:
@@ -75,15 +75,20 @@ def settings() -> Config:
 
 
 def socket_path() -> Path:
-    """Where the agent listens. Reads the two keys that say so, and leaves the rest of agent.toml to the agent."""
+    """Where the agent listens. Reads the three keys that say so, and leaves the rest of agent.toml to the agent."""
+    path = config_path() or Path(os.environ.get("HOLDFAST_CONFIG") or DEFAULT_CONFIG)
     try:
-        table = tomllib.loads(config_path().read_text())
+        table = tomllib.loads(path.read_text())
     except (OSError, ValueError):
-        return settings().socket  # raises what is wrong, as whoever validates the file says it
-    name, run_root = table.get("name", "holdfast"), table.get("run_root")
-    if not isinstance(name, str) or not isinstance(run_root, str | None):
-        return settings().socket
-    return Path(run_root or f"/run/{name}") / "agent.sock"
+        return settings().socket  # the defaults, or what is wrong in the words of whoever validates the file
+    name = table.get("name", "holdfast")
+    match table.get("socket"), table.get("run_root", f"/run/{name}"):
+        case str(socket), _:
+            return Path(socket)
+        case None, str(run_root):
+            return Path(run_root) / "agent.sock"
+        case _:
+            return settings().socket
 
 
 def client() -> Client:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,8 +17,9 @@ from holdfast.cli.client import Client
 from holdfast.cli.command import client, command, json_option, reach, resolve, target_argument
 from holdfast.cli.since import Moment
 from holdfast.errors import NotPermitted, TryAgain, WrongCall
-from holdfast.runtime.logs import LogLine
-from holdfast.runtime.output import output
+
+if TYPE_CHECKING:
+    from holdfast.runtime.logs import LogLine
 
 Json = Mapping[str, Any]
 
@@ -31,6 +32,9 @@ Json = Mapping[str, Any]
 @click.option("-t", "--timestamps", is_flag=True, help="Say when each line was written.")
 def logs(target: str, follow: bool, tail: int | None, since: float | None, timestamps: bool) -> None:
     """Print what a container wrote to stdout and stderr (the latter on stderr)."""
+    from holdfast.runtime.logs import LogLine
+    from holdfast.runtime.output import output
+
     with reach() as node:
         known = resolve(node.status(), target)
         if os.geteuid() != 0:
@@ -90,7 +94,7 @@ def holding(verb: str, text: str, reached: Callable[[Json, frozenset[str]], bool
         if not no_wait:
             wait(agent, known, verb, timeout, lambda now: reached(now, before))
 
-    return act  # type: ignore[no-any-return]
+    return act
 
 
 def container(status: Json, target: str) -> Json:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from holdfast.cli import render
-from holdfast.cli.command import command, config_path, json_option, settings
+from holdfast.cli.command import command, json_option, settings
 from holdfast.errors import HoldfastError, UnfitHost
 
 
@@ -21,15 +21,12 @@ def doctor(json_: bool) -> None:
     from holdfast.cli.checkup import Check, checkup
 
     checks: list[Check] = []
+    config = None
     try:
-        config = settings() if config_path().exists() else None
-        told = str(config_path()) if config else f"no {config_path()}: its defaults are assumed"
-        checks.append(
-            Check("settings", "ok" if config else "warn", told, "" if config else "write one, or give --config")
-        )
+        config = settings()
+        checks.append(Check("settings", "ok", f"name {config.name}, root {config.root}, run_root {config.run_root}"))
     except HoldfastError as error:
-        config = None
-        checks.append(Check("settings", "bad", str(error), "correct agent.toml"))
+        checks.append(Check("settings", "bad", str(error), "correct agent.toml; what follows assumes its defaults"))
     checks.extend(checkup(config))
     if json_:
         render.as_json([asdict(check) for check in checks])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import click
 
-from holdfast.cli import agent, containers, doctor, events, images, networks, state, volumes
+from holdfast.cli import agent, check, containers, doctor, events, images, networks, state, volumes
 from holdfast.cli.command import Group
 from holdfast.errors import HoldfastError
 
@@ -26,7 +26,7 @@ def holdfast() -> None:
     """
 
 
-for module in (state, containers, events, images, volumes, networks, doctor, agent):
+for module in (check, state, containers, events, images, volumes, networks, doctor, agent):
     for command in module.COMMANDS:
         holdfast.add_command(command)
 
@@ -39,34 +39,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader has gone; Python would say so once more at exit, when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = 1
     return code
 
 
 def run(arguments: Sequence[str] | None) -> int:
     try:
         result = holdfast.main(arguments, prog_name="holdfast", standalone_mode=False)
-    except click.UsageError as error:
-        error.show()
-        return USAGE
     except click.ClickException as error:
-        click.echo(f"holdfast: {error.format_message()}", err=True)
+        click.echo(f"holdfast: {usage_line(error)}", err=True)
         return USAGE
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
-    except BrokenPipeError:
-        raise
     except HoldfastError as error:
         click.echo(f"holdfast: {error}", err=True)
         return error.exit_code
     except ExceptionGroup as group:
         return told(group)
+    except BrokenPipeError:
+        raise
     except Exception:
         click.echo(
             traceback.format_exc() + "holdfast: this is a bug; please report it with the lines above", err=True
         )
         return BUG
     return result if isinstance(result, int) else 0
+
+
+def usage_line(error: click.ClickException) -> str:
+    """What click has to say about a call, in our form: one line, lower case, and where to read on."""
+    message = error.format_message().replace("\n", " ").rstrip(".")
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    return message[:1].lower() + message[1:] + (f" (see '{context.command_path} --help')" if context else "")
 
 
 def told(group: ExceptionGroup[Exception]) -> int:

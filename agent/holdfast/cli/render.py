@@ -145,7 +145,9 @@ def pairs(values: dict[str, object], indent: int = 0) -> Iterator[str]:
     pad = " " * indent
     for key, value in values.items():
         match value:
-            case None | "" | [] | {}:
+            case None | "":
+                continue
+            case dict() | list() if not value:
                 continue
             case dict():
                 yield f"{pad}{key}:"

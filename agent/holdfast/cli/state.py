@@ -1,57 +1,22 @@
-"""check, plan, apply, sync, status: what was asked for, what will happen, how it stands."""
+"""plan, apply, sync, status: what was asked for, what will happen, how it stands."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import click
 
 from holdfast.cli import render
+from holdfast.cli.check import counted
 from holdfast.cli.client import Client
-from holdfast.cli.command import client, command, config_path, json_option, reach, settings, socket_path
-from holdfast.errors import HoldfastError, TryAgain, WrongCall, WrongState
+from holdfast.cli.command import client, command, json_option, reach, settings, socket_path
+from holdfast.errors import HoldfastError, TryAgain
 
 Json = Mapping[str, Any]
 CHANGES = 2
 PATIENCE = 300.0  # seconds that apply and sync --wait wait by default
-
-
-@command("check")
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-def check(paths: tuple[Path, ...]) -> None:
-    """Read state files (or directories of them) and print everything that is wrong with them."""
-    from holdfast.spec import load
-    from holdfast.spec.model import NodeFacts
-
-    facts = settings().facts() if config_path().exists() else NodeFacts(name="")
-    spec = load(dict(read_state(paths)), facts)
-    for problem in spec.problems:
-        click.echo(str(problem))
-    if spec.problems:
-        files = len({problem.path for problem in spec.problems})
-        raise WrongState(f"check: {counted(len(spec.problems), 'problem')} in {counted(files, 'file')}")
-    containers = sum(len(app.containers) for app in spec.apps.values())
-    click.echo(f"{counted(len(spec.apps), 'app')}, {counted(containers, 'container')}: ok")
-
-
-def read_state(paths: tuple[Path, ...]) -> Iterator[tuple[str, bytes]]:
-    """The files of a snapshot, named as the caller named them; a state file brings what lies beside it."""
-    for path in paths:
-        if not path.exists():
-            raise WrongCall(f"check '{path}': no such file or directory")
-        try:
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
-                    yield str(file.relative_to(path) if path.is_dir() else file), file.read_bytes()
-        except OSError as error:
-            raise WrongCall(f"check '{error.filename}': {error.strerror}") from error
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 @command("plan")
@@ -80,7 +45,7 @@ def show_plan(found: Json) -> None:
         for step in steps:
             show_step(step)
     for title, colour in (("waiting", render.BUSY), ("drift", render.BUSY)):
-        if lines := plan[title]:
+        if lines := found[title]:
             click.echo(render.paint(title, colour))
             for subject, why in lines.items():
                 render.note(f"{subject}: {why}", indent=2, colour=None)
@@ -219,14 +184,14 @@ def show_apps(status: Json) -> None:
     """A row for each app and each of its instances; what needs words follows below its row."""
     rows: list[tuple[list[str], list[str]]] = []
     for name, app in status["apps"].items():
-        generation = f"gen {app['generation']}" if app["generation"] is not None else ""
+        generation = "" if app["generation"] is None else str(app["generation"])
         reason = app["reason"] if app["state"] not in ("degraded", "converged", "held") else ""
         rows.append(
-            ([render.paint(name, None, bold=True), render.state(app["state"]), generation, "", "", ""], [reason])
+            ([render.paint(name, None, bold=True), render.state(app["state"]), generation, "", "", "", ""], [reason])
         )
         for container, value in app["containers"].items():
             rows.extend(container_rows(container, value, status["at"]))
-    head = ["NAME", "STATE", "SINCE", "RESTARTS", "ADDRESS", "PORTS"]
+    head = ["NAME", "STATE", "GEN", "SINCE", "RESTARTS", "ADDRESS", "PORTS"]
     render.table(head, [row for row, _ in rows], notes=[notes for _, notes in rows])
 
 
@@ -253,15 +218,17 @@ def ports(container: Json, newest: bool) -> str:
 
 def instance_cells(instance: Json | None, at: float) -> list[str]:
     if instance is None:
-        return ["", "", ""]
+        return ["", "", "", ""]
     since = instance["exited_at"] or instance["started_at"]
     address = next((address for address in instance["addresses"].values() if address), "")
     restarts = str(instance["restarts"]) if instance["restarts"] else ""
-    return [render.ago(since, at).removesuffix(" ago"), restarts, address if instance["state"] == "running" else ""]
+    address = address if instance["state"] == "running" else ""
+    return [str(instance["generation"]), render.ago(since, at).removesuffix(" ago"), restarts, address]
 
 
 def container_notes(container: Json, at: float) -> Iterator[str]:
-    later = f" (next try {render.ago(container['next_at'], at)})" if container["next_at"] else ""
+    due = container["next_at"] is not None and container["next_at"] > at
+    later = f" (next try {render.ago(container['next_at'], at)})" if due else ""
     if container["reason"] or later:
         yield (container["reason"] + later).strip()
 
@@ -271,4 +238,4 @@ def instance_notes(instance: Json) -> Iterator[str]:
     yield from (f"warning: {warning}" for warning in instance["warnings"])
 
 
-COMMANDS = [check, plan, apply, sync, status]
+COMMANDS = [plan, apply, sync, status]

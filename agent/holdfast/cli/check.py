@@ -1,0 +1,92 @@
+"""check: state files, read as the agent would read them, before they are committed."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from holdfast.cli.command import command, settings
+from holdfast.errors import WrongCall, WrongState
+
+
+@command("check")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+def check(paths: tuple[Path, ...]) -> None:
+    """Read state files (or directories of them) and print everything that is wrong with them."""
+    from holdfast.spec import load
+
+    files, top = snapshot(paths)
+    spec = load(files, settings().facts())
+    for problem in spec.problems:
+        click.echo(str(replace(problem, path=str(top / problem.path))))
+    if spec.problems:
+        wrong = len({problem.path for problem in spec.problems})
+        raise WrongState(f"check: {counted(len(spec.problems), 'problem')} in {counted(wrong, 'file')}")
+    containers = sum(len(app.containers) for app in spec.apps.values())
+    click.echo(f"{counted(len(spec.apps), 'app')}, {counted(containers, 'container')}: ok")
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 change`, `2 changes`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def snapshot(paths: tuple[Path, ...]) -> tuple[dict[str, bytes], Path]:
+    """The files to check, and the folder that their names are relative to.
+
+    One directory is a revision of its own, vars.toml at its top included; several paths are read as one revision.
+    """
+    if len(paths) == 1 and paths[0].is_dir():
+        return dict(folder(paths[0])), paths[0]
+    files: dict[str, bytes] = {}
+    for path in paths:
+        found = folder(path) if path.is_dir() else state_file(path)
+        files |= {str((path if path.is_dir() else path.parent) / name): content for name, content in found}
+    return files, Path()
+
+
+def folder(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Every file that a revision of this directory would have."""
+    from holdfast.source.directory import DirectorySource
+
+    yield from DirectorySource(path).current().files.items()
+
+
+def state_file(path: Path) -> Iterator[tuple[str, bytes]]:
+    """A state file, and whatever lies beside it that it names: the folder as a whole may be anything."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise WrongCall(f"check '{path}': {(error.strerror or str(error)).lower()}") from error
+    yield path.name, content
+    try:
+        names = {text.split(":")[0] for text in texts(tomllib.loads(content.decode()))}
+    except ValueError:
+        return  # what is wrong with it is said by whoever loads it
+    for name in sorted(names):
+        beside = path.parent / name
+        if name.strip("./") and not name.startswith("/") and beside.exists():
+            for file in sorted(beside.rglob("*")) if beside.is_dir() else [beside]:
+                if file.is_file() and file.suffix != ".toml":
+                    yield str(file.relative_to(path.parent)), file.read_bytes()
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every string in a TOML value."""
+    match value:
+        case str():
+            yield value
+        case dict():
+            for each in value.values():
+                yield from texts(each)
+        case list():
+            for each in value:
+                yield from texts(each)
+
+
+COMMANDS = [check]

@@ -1,0 +1,222 @@
+"""A node on paper: Specs, worlds and an agent that answers from values, for tests of what the operator sees."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from holdfast.api import serving
+from holdfast.errors import Conflict, NotFound
+from holdfast.observed import Exit, Generation, History, Hold, Instance, InstanceId, Observed
+from holdfast.plan.actions import Plan
+from holdfast.spec.model import App, Container, Port, RestartPolicy, Spec
+from holdfast.status import make_status, plan_json
+
+NOW = 1_000_000.0
+
+
+def container(image: str = "app:1", *, restart: str = "no", **fields: Any) -> Container:
+    policy = RestartPolicy.model_validate({"policy": restart, "jitter": 0.0})
+    return Container(image=image, restart_policy=policy, **fields)
+
+
+def app(name: str = "shop", **containers: Container) -> App:
+    return App(name=name, path=f"{name}.toml", containers=containers)
+
+
+def spec(*apps: App) -> Spec:
+    return Spec(apps={each.name: each for each in apps})
+
+
+def instance(of: App, name: str, **fields: Any) -> Instance:
+    given: dict[str, Any] = {"phase": "running", "pid": 4242, "created_at": NOW - 60, "started_at": NOW - 60}
+    return Instance(
+        id=InstanceId(f"{of.name}-{name}-1"),
+        app=of.name,
+        container=name,
+        generation=1,
+        want=of.containers[name],
+        image="sha256:1",
+        **(given | fields),
+    )
+
+
+def ended(code: int | None, *, signal: int | None = None, oom: bool = False, at: float = NOW - 1) -> dict[str, Any]:
+    """The fields of an instance whose process is gone."""
+    return {"phase": "exited", "pid": None, "exit": Exit(code, signal, oom, at)}
+
+
+def good(of: App, number: int = 1) -> Generation:
+    return Generation(app=of, number=number, state="good", revision="c0ffee1234567890")
+
+
+def history(*generations: Generation, **fields: Any) -> History:
+    kept: dict[str, tuple[Generation, ...]] = {}
+    for each in generations:
+        kept[each.app.name] = (*kept.get(each.app.name, ()), each)
+    return History(generations=kept, **fields)
+
+
+SHOP = App(
+    name="shop",
+    path="shop.toml",
+    containers={
+        "web": container("shop/web:1.27", restart="always", ports=(Port(host_port=8080, container_port=80),)),
+        "api": container("shop/api:3", restart="always"),
+    },
+)
+BACK = app("back", db=container("postgres:17", restart="always"), web=container("pgweb:1"))
+SOURCE = {
+    "kind": "git",
+    "url": "/srv/state.git",
+    "revision": "c0ffee1234567890",
+    "author": "Ann",
+    "message": "Add the shop",
+    "committed_at": NOW - 180,
+    "error": "",
+    "next_try_at": None,
+}
+
+
+class PaperAgent:
+    """Answers what the API asks from values that a test sets; a hold changes them as the agent would."""
+
+    def __init__(self, logs: Path | None = None) -> None:
+        self.holds: dict[str, Hold] = {}
+        self.log = [{"seq": 1, "at": NOW, "kind": "start", "app": "shop", "container": "web", "message": "started"}]
+        self.logs = logs
+        self.plan_now = (Plan(),)
+        self.accepted_rewrite = False
+
+    def status(self) -> dict[str, Any]:
+        running = [
+            instance(SHOP, "web", addresses={"bridge": "10.209.0.2"}),
+            instance(BACK, "db"),
+            instance(BACK, "web"),
+        ]
+        if "shop/web" in self.holds:
+            running[0] = instance(SHOP, "web", **ended(0))
+        observed = Observed(at=NOW, instances=(*running, instance(SHOP, "api")))
+        status = make_status(
+            spec=spec(SHOP, BACK),
+            observed=observed,
+            history=history(good(SHOP, 3), good(BACK), holds=self.holds),
+            plan=Plan(),
+            source=SOURCE,
+            node="edge-1",
+        )
+        return status.json()
+
+    def plan(self) -> dict[str, Any]:
+        return plan_json(self.plan_now)
+
+    async def sync(self, accept_rewrite: bool) -> dict[str, Any]:
+        self.accepted_rewrite = accept_rewrite
+        return self.status()
+
+    def events(self, after: int, limit: int) -> Sequence[dict[str, Any]]:
+        return [event for event in self.log if int(str(event["seq"])) > after][-limit:]
+
+    async def wait_events(self, after: int) -> None:
+        while not self.events(after, 1):
+            await asyncio.sleep(0.01)
+
+    def hold(self, target: str, kind: Literal["stopped", "started", "restarted"], by: str) -> None:
+        self._known(target)
+        self.holds[target] = Hold(kind, NOW, by)
+
+    def release(self, target: str) -> None:
+        self._known(target)
+        self.holds.pop(target, None)
+
+    def inspect(self, target: str) -> dict[str, Any]:
+        self._known(target)
+        return {"target": target, "want": {"image": "shop/web:1.27", "init": False}, "instances": [{"id": "x"}]}
+
+    def logs_of(self, target: str) -> dict[str, Any]:
+        self._known(target)
+        return {"paths": [str(self.logs)]}
+
+    def exec_of(self, target: str, command: Sequence[str], **options: Any) -> Sequence[str]:
+        self._known(target)
+        return ["/usr/bin/env", *command]
+
+    def stats(self) -> Sequence[dict[str, Any]]:
+        return [
+            {"target": "shop/web", "instance": "x", "memory": 1 << 20, "memory_limit": None, "cpu": 1.0, "pids": 2}
+        ]
+
+    def volumes(self) -> Sequence[dict[str, Any]]:
+        return [
+            {"id": "shop/data", "driver": "managed", "path": "/v/shop/data", "used_by": ["shop/web"], "orphan": False}
+        ]
+
+    def volume(self, id: str) -> dict[str, Any]:
+        return dict(self.volumes()[0])
+
+    def remove_volume(self, id: str, force: bool = False) -> None:
+        if not force:
+            raise Conflict(f"remove volume '{id}': shop/web has it mounted (stop that first)")
+
+    def prune_volumes(self) -> Sequence[str]:
+        return []
+
+    def networks(self) -> Sequence[dict[str, Any]]:
+        return [{"id": "bridge", "driver": "bridge", "subnet": "10.209.0.0/24", "gateway": "10.209.0.1"}]
+
+    def network(self, id: str) -> dict[str, Any]:
+        return dict(self.networks()[0]) | {"id": id}
+
+    def images(self) -> Sequence[dict[str, Any]]:
+        return []
+
+    def import_image(self, path: str, ref: str) -> dict[str, Any]:
+        return {"ref": ref, "digest": "sha256:abc"}
+
+    def load_image(self, path: str) -> Sequence[dict[str, Any]]:
+        return [{"ref": "loaded:1", "digest": "sha256:abc"}]
+
+    def remove_image(self, ref: str) -> dict[str, Any]:
+        raise NotFound(f"image '{ref}': no such image")
+
+    def plugins(self) -> Sequence[dict[str, Any]]:
+        return [{"name": "odd", "version": "1", "state": "failed", "error": "no module named 'odd'", "drivers": []}]
+
+    def _known(self, target: str) -> None:
+        if target not in ("shop/web", "shop/api", "back/db", "back/web"):
+            raise NotFound(f"container '{target}': no such container")
+
+
+@contextmanager
+def served(agent: PaperAgent, path: Path) -> Iterator[None]:
+    """Serve an agent on a socket, on a loop in a thread of its own."""
+    ready, loop = threading.Event(), asyncio.new_event_loop()
+    over = asyncio.Event()
+
+    async def run() -> None:
+        async with serving(agent, path):
+            ready.set()
+            await over.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(run()))
+    thread.start()
+    assert ready.wait(10)
+    try:
+        yield
+    finally:
+        loop.call_soon_threadsafe(over.set)
+        thread.join()
+        loop.close()
+
+
+def until(condition: Any, seconds: float = 10.0) -> None:
+    """Wait for a condition; fail when it does not come."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never came"
+        time.sleep(0.01)

@@ -1,0 +1,159 @@
+"""The agent behind its socket: who may ask, what is answered, and how an error travels."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from holdfast.api import answers, listen
+from holdfast.cli.client import Client
+from holdfast.errors import Conflict, NoAgent, NotFound, WrongConfig
+from paper import PaperAgent, served, until
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    path = tmp_path / "web.log"
+    path.write_text("2026-11-21T07:00:00.1+00:00 stdout F one\n2026-11-21T07:00:01.1+00:00 stderr F two\n")
+    return path
+
+
+@pytest.fixture
+def agent(tmp_path: Path, log: Path) -> Iterator[PaperAgent]:
+    paper = PaperAgent(log)
+    with served(paper, tmp_path / "agent.sock"):
+        yield paper
+
+
+@pytest.fixture
+def client(agent: PaperAgent, tmp_path: Path) -> Client:
+    return Client(tmp_path / "agent.sock")
+
+
+def test_status_arrives_as_the_agent_made_it(client: Client, agent: PaperAgent) -> None:
+    found = client.status()
+    assert found["converged"]
+    assert found["apps"]["shop"]["containers"]["web"]["instances"][0]["pid"] == 4242
+
+
+def test_an_error_arrives_as_the_class_that_was_raised(client: Client) -> None:
+    with pytest.raises(NotFound, match="shop/nope"):
+        client.inspect("shop/nope")
+    with pytest.raises(Conflict, match="mounted"):
+        client.remove_volume("shop/data")
+
+
+def test_a_hold_bears_the_name_of_whoever_asked(client: Client, agent: PaperAgent) -> None:
+    client.act("shop/web", "stop")
+    assert agent.holds["shop/web"].kind == "stopped"
+    assert agent.holds["shop/web"].by == pwd.getpwuid(os.getuid()).pw_name
+    client.act("shop/web", "release")
+    assert agent.holds == {}
+
+
+def test_every_call_of_the_client_has_a_route(client: Client, agent: PaperAgent) -> None:
+    client.sync(accept_rewrite=True)
+    assert agent.accepted_rewrite
+    assert client.plan()["empty"]
+    assert client.volumes()[0]["id"] == client.volume("shop/data")["id"]
+    client.remove_volume("shop/data", force=True)
+    assert client.prune_volumes() == client.images() == []
+    assert client.networks()[0]["id"] == "bridge"
+    assert client.network("shop/front")["id"] == "shop/front"
+    assert client.import_image("/x.tar", "app:1")["ref"] == "app:1"
+    assert client.load_image("/x")[0]["ref"] == "loaded:1"
+    with pytest.raises(NotFound, match="'registry:5000/a:1'"):
+        client.remove_image("registry:5000/a:1")
+    assert client.plugins()[0]["state"] == "failed"
+    assert client.stats()[0]["pids"] == 2
+    assert client.exec_of("shop/web", ["true"], user="1") == ["/usr/bin/env", "true"]
+    assert client.logs_of("shop/web")["paths"] == [str(agent.logs)]
+
+
+def test_events_are_read_from_where_the_reader_was(client: Client) -> None:
+    assert [event["message"] for event in client.events()] == ["started"]
+    assert client.events(after=1) == []
+
+
+def test_a_follower_hears_of_events_as_they_happen(client: Client, agent: PaperAgent) -> None:
+    heard = client.follow()
+    assert next(heard)["seq"] == 1
+    agent.log.append({"seq": 2, "at": 1.0, "kind": "exit", "app": "", "container": "", "message": "ended"})
+    assert next(event for event in heard if event)["seq"] == 2
+
+
+def test_a_follower_knows_while_nothing_happens_that_the_agent_lives(client: Client) -> None:
+    heard = client.follow(after=1)
+    assert next(heard) is None
+    assert next(heard) is None
+
+
+def test_logs_are_read_through_the_agent(client: Client) -> None:
+    assert [line["text"] for line in client.logs("shop/web")] == ["one", "two"]
+    assert [line["text"] for line in client.logs("shop/web", tail=1)] == ["two"]
+
+
+def test_a_followed_log_goes_on_and_its_reader_thread_ends_with_the_caller(client: Client, log: Path) -> None:
+    lines = client.logs("shop/web", tail=1, follow=1)
+    assert next(lines)["text"] == "two"
+    with log.open("a") as file:
+        file.write("2026-11-21T07:00:02.1+00:00 stdout F three\n")
+    assert next(line for line in lines if line)["text"] == "three"
+    lines.close()
+    until(lambda: not any(thread.name == "log reader" for thread in threading.enumerate()))
+
+
+def test_a_wrong_path_or_body_is_one_line(client: Client, tmp_path: Path) -> None:
+    for request in (b"GET /v2/nothing HTTP/1.0\r\n\r\n", b"POST /v1/sync HTTP/1.0\r\nContent-Length: 1\r\n\r\n["):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(tmp_path / "agent.sock"))
+            connection.sendall(request)
+            answer = connection.makefile("rb").read()
+        assert b'"exit_code": 64' in answer
+        assert b"Traceback" not in answer
+
+
+def test_without_a_group_the_socket_is_its_owners_alone(agent: PaperAgent, tmp_path: Path) -> None:
+    assert stat.S_IMODE((tmp_path / "agent.sock").stat().st_mode) == 0o600
+
+
+def test_a_group_may_ask_when_it_is_named(tmp_path: Path) -> None:
+    import grp
+
+    group = grp.getgrgid(os.getgid())
+    path = tmp_path / "agent.sock"
+    listen(path, group=group.gr_name).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o660
+    assert path.stat().st_gid == group.gr_gid
+
+
+def test_a_group_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WrongConfig, match="no such group"):
+        listen(tmp_path / "agent.sock", group="no-such-group")
+
+
+def test_a_socket_that_somebody_answers_on_is_left_alone(agent: PaperAgent, client: Client, tmp_path: Path) -> None:
+    with pytest.raises(Conflict, match="another agent"):
+        listen(tmp_path / "agent.sock")
+    assert client.status()["converged"]
+
+
+def test_a_socket_that_a_dead_agent_left_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "agent.sock"
+    listen(path).close()
+    assert not answers(path)
+    with listen(path):
+        assert answers(path)
+
+
+def test_no_agent_is_said_as_such(tmp_path: Path) -> None:
+    with pytest.raises(NoAgent, match="nobody answers"):
+        Client(tmp_path / "agent.sock").status()
+    assert not Client(tmp_path / "agent.sock").answers()

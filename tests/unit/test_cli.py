@@ -1,0 +1,271 @@
+"""The command as a person meets it: words, tables, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from holdfast.cli import main
+from holdfast.cli.command import socket_path
+from holdfast.cli.render import ago, pairs, size, span
+from holdfast.cli.since import moment
+from holdfast.config import load_config
+from holdfast.plan.actions import Plan, StartInstance
+from paper import PaperAgent, served
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "agent.toml"
+    path.write_text(f'run_root = "{tmp_path}"\n')
+    return path
+
+
+@pytest.fixture
+def agent(tmp_path: Path, config: Path) -> Iterator[PaperAgent]:
+    log = tmp_path / "web.log"
+    log.write_text("2026-11-21T07:00:00.1+00:00 stdout F hello\n2026-11-21T07:00:01.1+00:00 stderr F oops\n")
+    paper = PaperAgent(log)
+    with served(paper, tmp_path / "agent.sock"):
+        yield paper
+
+
+@pytest.fixture
+def run(config: Path) -> Run:
+    return lambda *words: main(["--config", str(config), *words])
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    return lambda: capsys.readouterr().out
+
+
+def test_status_is_a_table_with_a_headline(agent: PaperAgent, run: Run, said: Callable[[], str]) -> None:
+    assert run("status") == 0
+    head, _, columns, *rows = said().splitlines()
+    assert head.startswith("edge-1: converged  c0ffee1234  Add the shop  (Ann, ")
+    assert columns.split() == ["NAME", "STATE", "GEN", "SINCE", "ADDRESS", "PORTS"]
+    assert [row.split()[:3] for row in rows if row.startswith("shop")] == [["shop", "converged", "3"]]
+    assert any(row.split() == ["web", "running", "1", "1m", "10.209.0.2", "8080:80"] for row in rows)
+
+
+def test_status_json_is_what_the_agent_says(agent: PaperAgent, run: Run, said: Callable[[], str]) -> None:
+    assert run("status", "--json") == 0
+    assert json.loads(said()) == json.loads(json.dumps(agent.status()))
+
+
+def test_config_may_stand_after_the_command(agent: PaperAgent, config: Path) -> None:
+    assert main(["status", "--config", str(config)]) == 0
+    assert main(["volume", "list", "--config", str(config)]) == 0
+
+
+def test_config_may_come_from_the_environment(
+    agent: PaperAgent, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOLDFAST_CONFIG", str(config))
+    assert main(["status"]) == 0
+
+
+def test_plan_exits_with_2_when_there_are_changes(agent: PaperAgent, run: Run, said: Callable[[], str]) -> None:
+    assert run("plan") == 0
+    assert said() == "nothing to do\n"
+    start = StartInstance(app="shop", container="web", generation=1, reason="it is not there")
+    agent.plan_now = (Plan(actions=(start,)), Plan(waiting={"shop/api": "waits for web"}))
+    assert run("plan") == 2
+    assert said().splitlines() == [
+        "shop",
+        "  + start web  it is not there",
+        "waiting",
+        "  shop/api: waits for web",
+        "",
+        "1 change",
+    ]
+
+
+def test_plan_exits_with_1_on_any_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken.toml"
+    broken.write_text("run_root = 7\n")
+    assert main(["plan", "--config", str(broken)]) == 1
+    assert capsys.readouterr().err.startswith("holdfast: ")
+
+
+@pytest.mark.parametrize("words", [("bogus",), ("status", "--bogus"), ("check",), ("logs", "web", "--since", "soon")])
+def test_a_wrong_call_exits_with_64_and_one_line(
+    run: Run, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*words) == 64
+    told = capsys.readouterr().err
+    assert told.startswith("holdfast: ")
+    assert told.count("\n") == 1
+
+
+def test_a_short_name_must_be_unique(agent: PaperAgent, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", "db") == 0
+    assert run("inspect", "web") == 64
+    assert capsys.readouterr().err == "holdfast: container 'web': there are several (back/web, shop/web)\n"
+
+
+def test_an_unknown_name_gets_the_nearest_one(
+    agent: PaperAgent, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("inspect", "shop/wbe") == 64
+    assert "did you mean 'shop/web'?" in capsys.readouterr().err
+
+
+def test_without_an_agent_a_hold_exits_with_69(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("stop", "shop/web") == 69
+    assert "start it with 'holdfast agent'" in capsys.readouterr().err
+
+
+def test_stop_waits_until_the_container_is_stopped(agent: PaperAgent, run: Run, said: Callable[[], str]) -> None:
+    assert run("stop", "shop/web") == 0
+    assert run("status") == 0
+    assert "held" in said()
+    assert run("release", "shop/web") == 0
+
+
+def test_a_stop_that_does_not_come_exits_with_75(
+    agent: PaperAgent, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("stop", "shop/api", "--timeout", "0") == 75
+    assert "stop 'shop/api': it is running" in capsys.readouterr().err
+
+
+def test_logs_keep_stdout_and_stderr_apart(agent: PaperAgent, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("logs", "shop/web") == 0
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("hello\n", "oops\n")
+
+
+def test_lists_and_details_of_every_kind_print(agent: PaperAgent, run: Run, said: Callable[[], str]) -> None:
+    for words, expected in {
+        ("volume", "list"): "shop/data",
+        ("volume", "inspect", "shop/data"): "driver: managed",
+        ("volume", "prune"): "no orphans",
+        ("volume", "remove", "--force", "shop/data"): "removed shop/data",
+        ("network", "list"): "10.209.0.0/24",
+        ("network", "inspect", "bridge"): "gateway: 10.209.0.1",
+        ("image", "list"): "no images",
+        ("plugin", "list"): "no module named 'odd'",
+        ("events",): "started",
+        ("events", "--json"): '"seq": 1',
+        ("inspect", "shop/api"): "init: no",
+        ("stats",): "1MiB",
+        ("sync",): "edge-1: converged",
+        ("apply",): "edge-1: converged",
+    }.items():
+        assert run(*words) == 0, words
+        assert expected in said(), words
+
+
+def test_image_import_hands_on_an_absolute_path(
+    agent: PaperAgent, run: Run, tmp_path: Path, said: Callable[[], str]
+) -> None:
+    (tmp_path / "root.tar").touch()
+    assert run("image", "import", str(tmp_path / "root.tar"), "app:1") == 0
+    assert said() == "app:1  sha256:abc\n"
+
+
+def test_check_counts_what_is_well_and_lists_what_is_wrong(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / "shop.toml").write_text('[containers.web]\nimage = "app:1"\n')
+    assert run("check", str(state)) == 0
+    assert capsys.readouterr().out == "1 app, 1 container: ok\n"
+    (state / "bad.toml").write_text('[containers.web]\nimge = "app:1"\n')
+    assert run("check", str(state)) == 65
+    assert "bad.toml:2: containers.web.imge" in capsys.readouterr().out
+
+
+def test_check_of_one_file_finds_what_it_mounts_and_leaves_its_neighbours_alone(
+    run: Run, tmp_path: Path, said: Callable[[], str]
+) -> None:
+    (tmp_path / "web.conf").write_text("x")
+    (tmp_path / "broken.toml").write_text("[")
+    (tmp_path / "shop.toml").write_text('[containers.web]\nimage = "app:1"\nvolumes = ["./web.conf:/web.conf:ro"]\n')
+    assert run("check", str(tmp_path / "shop.toml")) == 0
+    assert said() == "1 app, 1 container: ok\n"
+
+
+def test_the_socket_is_where_agent_toml_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("", 'name = "edge"', 'run_root = "/run/x"', 'socket = "/run/y.sock"\nrun_root = "/run/x"'):
+        (tmp_path / "agent.toml").write_text(text)
+        monkeypatch.setenv("HOLDFAST_CONFIG", str(tmp_path / "agent.toml"))
+        with click.Context(click.Command("x")):
+            assert socket_path() == load_config().socket
+
+
+def test_completion_scripts_come_for_three_shells(run: Run, said: Callable[[], str]) -> None:
+    for shell in ("zsh", "fish", "bash"):
+        assert run("completion", shell) == 0
+        assert "_HOLDFAST_COMPLETE" in said()
+
+
+def test_doctor_prints_a_verdict_for_each_check(run: Run, said: Callable[[], str]) -> None:
+    assert run("doctor", "--json") in (0, 69)
+    found = json.loads(said())
+    assert {"kernel", "runtime", "conmon", "overlayfs", "seccomp profile"} <= {check["subject"] for check in found}
+    assert all(check["remedy"] for check in found if check["verdict"] == "bad")
+
+
+def test_a_reader_that_goes_away_gets_no_traceback(agent: PaperAgent, config: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = "import sys; from holdfast.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "status", "--config", str(config)],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_status_loads_no_heavy_library(agent: PaperAgent, config: Path) -> None:
+    program = (
+        "import sys; from holdfast.cli import main; main(['status', '--config', sys.argv[1]]);"
+        "print([name for name in ('pydantic', 'aiohttp', 'asyncio', 'rich', 'pyroute2') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(config)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_times_and_sizes_read_as_people_say_them() -> None:
+    assert [ago(100, at) for at in (100, 142, 280, 7300, 100 + 86400 * 12)] == [
+        "now",
+        "42s ago",
+        "3m ago",
+        "2h ago",
+        "12d ago",
+    ]
+    assert ago(130, 100) == "in 30s"
+    assert ago(None) == ""
+    assert [size(number) for number in (0, 512, 1536, 10 << 20, 3 << 40)] == ["0B", "512B", "1.5KiB", "10MiB", "3TiB"]
+    assert span(59.9) == "59s"
+    assert list(pairs({"a": {"b": [1, 2]}, "none": None, "c": [{"d": True}]})) == [
+        "a:",
+        "  b: 1, 2",
+        "c:",
+        "  - d: yes",
+    ]
+
+
+def test_a_moment_is_a_span_before_now_or_a_time() -> None:
+    assert moment("10m", 1000.0) == 400.0
+    assert moment("1m30s", 1000.0) == 910.0
+    assert moment("2026-11-21T07:00:00+00:00", 0) == 1795244400.0
+    assert moment("12.5", 0) == 12.5
+    with pytest.raises(ValueError, match="soon"):
+        moment("soon", 0)

@@ -1,0 +1,259 @@
+"""What the operator reads: one state per app and container, and whether the node is converged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from holdfast.observed import Exit, Failure, History, Hold, InstanceId, Observed, Receipt
+from holdfast.plan.actions import (
+    Change,
+    Plan,
+    RemoveInstance,
+    RemoveOrphan,
+    StageGeneration,
+    StartInstance,
+    StopInstance,
+    UpdateInstance,
+)
+from holdfast.spec.model import Problem, Spec
+from holdfast.status import Status, app_of, make_status, plan_json
+from paper import BACK, NOW, SHOP, SOURCE, app, container, ended, good, history, instance, spec
+
+
+def status(
+    *instances: Any, want: Spec | None = None, past: History | None = None, plan: Plan | None = None, **source: Any
+) -> Status:
+    return make_status(
+        spec=want if want is not None else spec(SHOP),
+        observed=Observed(at=NOW, instances=instances),
+        history=past or history(good(SHOP)),
+        plan=plan or Plan(),
+        source={**SOURCE, **source},
+        node="edge-1",
+    )
+
+
+def shop(**fields: Any) -> tuple[Any, Any]:
+    """Both instances of the shop, web with other fields."""
+    return instance(SHOP, "web", **fields), instance(SHOP, "api")
+
+
+def start(name: str = "web", **fields: Any) -> StartInstance:
+    return StartInstance(app="shop", container=name, generation=1, reason="it is not there", **fields)
+
+
+def test_a_node_where_everything_runs_is_converged() -> None:
+    found = status(*shop())
+    assert found.converged
+    assert found.blockers == ()
+    assert found.apps["shop"].state == "converged"
+    assert found.apps["shop"].generation == 1
+    assert found.apps["shop"].containers["web"].state == "running"
+    assert found.commit["author"] == "Ann"
+
+
+def test_the_json_holds_what_the_api_promises() -> None:
+    found = json.loads(json.dumps(status(*shop(addresses={"bridge": "10.209.0.2"})).json()))
+    assert {"converged", "revision", "commit", "node", "problems", "source", "plugins", "apps"} <= found.keys()
+    assert {"state", "generation", "reason", "revision", "containers"} <= found["apps"]["shop"].keys()
+    run = found["apps"]["shop"]["containers"]["web"]["instances"][0]
+    assert run["addresses"] == {"bridge": "10.209.0.2"}
+    assert {
+        "id",
+        "pid",
+        "state",
+        "restarts",
+        "exit_code",
+        "signal",
+        "oom",
+        "started_at",
+        "warnings",
+        "faults",
+    } <= run.keys()
+
+
+def test_an_unreachable_source_is_shown_and_leaves_the_node_converged() -> None:
+    found = status(*shop(), error="fetch '/srv/state.git': no such repository", next_try_at=NOW + 30)
+    assert found.converged
+    assert found.source["error"].startswith("fetch")
+
+
+def test_a_node_that_never_read_a_revision_is_not_converged_and_says_why() -> None:
+    found = make_status(
+        spec=None, observed=Observed(), history=History(), plan=Plan(), source={"error": "remote is down"}
+    )
+    assert not found.converged
+    assert "remote is down" in found.blockers[0]
+
+
+def test_a_planned_start_makes_an_app_change_and_its_container_start() -> None:
+    found = status(instance(SHOP, "api"), plan=Plan(actions=(start(),)))
+    assert found.apps["shop"].state == "changing"
+    assert found.apps["shop"].containers["web"].state == "starting"
+    assert not found.converged
+
+
+def test_a_container_in_back_off_degrades_its_app_and_says_when_it_is_tried_again() -> None:
+    web, api = shop(**ended(1), streak=4)
+    web = replace(web, started_at=NOW - 2)
+    found = status(web, api, plan=Plan(waiting={"shop/web": "back-off: it exited with 1"}))
+    shown = found.apps["shop"].containers["web"]
+    assert (found.apps["shop"].state, shown.state) == ("degraded", "restarting")
+    assert "exited with 1" in shown.reason
+    assert shown.next_at is not None and shown.next_at > NOW - 1
+    assert shown.instances[0].exit_code == 1
+
+
+def test_a_container_that_gave_up_is_failed() -> None:
+    policy = SHOP.containers["web"].restart_policy.model_copy(update={"max_attempts": 3})
+    want = SHOP.model_copy(
+        update={"containers": {"web": SHOP.containers["web"].model_copy(update={"restart_policy": policy})}}
+    )
+    crashed = instance(want, "web", **ended(137, signal=9, oom=True), streak=3)
+    crashed = replace(crashed, started_at=NOW - 2)
+    found = status(crashed, want=spec(want), past=history(good(want)))
+    shown = found.apps["shop"].containers["web"]
+    assert shown.state == "failed"
+    assert "gave up after 3" in shown.reason
+    assert shown.instances[0].oom
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "converged"), [(0, "completed", True), (1, "exited", False), (143, "exited", False)]
+)
+def test_a_job_that_ended_well_is_completed_and_one_that_failed_degrades(
+    code: int, state: str, converged: bool
+) -> None:
+    job = app("job", run=container())
+    found = status(instance(job, "run", **ended(code)), want=spec(job), past=history(good(job)))
+    assert found.apps["job"].containers["run"].state == state
+    assert found.converged is converged
+
+
+def test_a_container_stopped_by_hand_is_held_against_the_commit() -> None:
+    past = history(good(SHOP), holds={"shop/web": Hold("stopped", NOW, "ann")})
+    found = status(*shop(**ended(0)), past=past, plan=Plan(drift={"shop/web": "stopped by ann"}))
+    assert found.apps["shop"].state == "held"
+    assert found.apps["shop"].containers["web"].reason == "stopped by ann"
+    assert not found.converged
+
+
+def test_a_container_that_waits_for_another_app_names_it() -> None:
+    found = status(instance(SHOP, "api"), plan=Plan(waiting={"shop/web": "waits for app databases"}))
+    assert found.apps["shop"].state == "waiting"
+    assert found.apps["shop"].containers["web"].state == "waiting"
+    assert "databases" in found.apps["shop"].containers["web"].reason
+
+
+def test_an_app_that_cannot_be_staged_is_failed_while_its_containers_run_on() -> None:
+    failure = Failure("d", "image 'shop/web:9': not in the store", 1, NOW, None)
+    past = history(good(SHOP), failures={"shop": failure})
+    found = status(*shop(), past=past, plan=Plan(waiting={"shop": f"{failure.error} (waits for a change)"}))
+    assert found.apps["shop"].state == "failed"
+    assert "not in the store" in found.apps["shop"].reason
+    assert found.apps["shop"].containers["web"].state == "running"
+
+
+def test_a_failure_that_was_overcome_is_not_shown() -> None:
+    past = history(good(SHOP), failures={"shop": Failure("d", "image missing", 1, NOW, None)})
+    assert status(*shop(), past=past).apps["shop"].state == "converged"
+
+
+def test_a_start_that_failed_is_tried_again_or_given_up() -> None:
+    def with_retry(at: float | None) -> str:
+        past = history(good(SHOP), failures={"shop/web": Failure("d", "port 80 is taken", 2, NOW, at)})
+        plan = Plan(waiting={"shop/web": "port 80 is taken (tried 2 times)"})
+        return status(instance(SHOP, "api"), past=past, plan=plan).apps["shop"].containers["web"].state
+
+    assert with_retry(NOW + 5) == "restarting"
+    assert with_retry(None) == "failed"
+
+
+def test_a_file_that_does_not_load_keeps_its_app_and_unsets_converged() -> None:
+    problem = Problem("shop.toml", 3, "unknown key", key="containers.web.imge")
+    want = Spec(broken={"shop.toml": "shop"}, problems=(problem,))
+    found = status(*shop(), want=want)
+    assert found.apps["shop"].state == "invalid"
+    assert found.apps["shop"].containers["web"].state == "running"
+    assert not found.converged
+    assert found.problems == (str(problem),)
+
+
+def test_an_app_that_left_the_revision_is_removing_until_nothing_of_it_is_left() -> None:
+    found = status(*shop(), want=Spec())
+    assert found.apps["shop"].state == "removing"
+    assert status(want=Spec(), past=History()).converged
+
+
+def test_what_is_missing_on_the_host_degrades_an_app() -> None:
+    found = status(*shop(faults=("its veth is gone",)))
+    assert found.apps["shop"].state == "degraded"
+    assert "veth" in found.apps["shop"].reason
+
+
+def test_an_orphan_to_remove_unsets_converged() -> None:
+    orphan = Receipt("netns", "", "x")
+    found = status(*shop(), plan=Plan(actions=(RemoveOrphan(app="", receipt=orphan, reason="belongs to nothing"),)))
+    assert not found.converged
+    assert "belongs to nothing" in found.blockers[0]
+
+
+@pytest.mark.parametrize(
+    ("subject", "owner"),
+    [
+        ("shop", "shop"),
+        ("shop/web", "shop"),
+        ("network shop/front", "shop"),
+        ("volume shop/data", "shop"),
+        ("network bridge", ""),
+        ("firewall", ""),
+        ("orphan netns x/y", ""),
+    ],
+)
+def test_a_subject_belongs_to_its_app_or_to_the_node(subject: str, owner: str) -> None:
+    assert app_of(subject) == owner
+
+
+def test_a_preview_of_nothing_is_empty() -> None:
+    assert plan_json((Plan(),)) == {"empty": True, "rounds": 0, "apps": {}, "waiting": {}, "drift": {}}
+
+
+def test_stop_remove_and_start_of_a_container_are_one_step_named_replace() -> None:
+    why = "image app:1 → app:2; restarts shop/web"
+    old = InstanceId("old")
+    rounds = (
+        Plan(actions=(StageGeneration(app="shop", spec=SHOP, reason="changed"),)),
+        Plan(actions=(StopInstance(app="shop", container="web", instance=old, signal="TERM", grace=1, reason=why),)),
+        Plan(actions=(RemoveInstance(app="shop", container="web", instance=old, reason="it ended"),)),
+        Plan(actions=(start(),), waiting={"shop/api": "waits for web"}),
+        Plan(waiting={"shop/api": "waits for a person"}),
+    )
+    found = plan_json(rounds)
+    assert [(step["verb"], step["object"]) for step in found["apps"]["shop"]] == [("stage", ""), ("replace", "web")]
+    assert found["apps"]["shop"][1]["reason"] == why
+    assert found["waiting"] == {"shop/api": "waits for a person"}
+    assert not found["empty"]
+
+
+def test_a_live_change_shows_its_fields() -> None:
+    change = Change("memory", "64MiB", "128MiB", "live")
+    update = UpdateInstance(
+        app="shop", container="web", instance=InstanceId("x"), generation=2, changes=(change,), reason="memory"
+    )
+    [step] = plan_json((Plan(actions=(update,)), Plan()))["apps"]["shop"]
+    assert step["changes"] == ["memory 64MiB → 128MiB (applied live)"]
+
+
+def test_an_exit_that_nobody_saw_has_no_code() -> None:
+    found = status(*shop(phase="lost", pid=None, exit=Exit(None)))
+    assert found.apps["shop"].containers["web"].instances[0].exit_code is None
+
+
+def test_apps_with_equal_container_names_are_told_apart() -> None:
+    found = status(*shop(), instance(BACK, "web"), want=spec(SHOP, BACK), past=history(good(SHOP), good(BACK)))
+    assert found.apps["back"].containers["db"].state == "missing"
+    assert len(found.apps["shop"].containers["web"].instances) == 1
