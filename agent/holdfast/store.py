@@ -277,9 +277,14 @@ class Store:
 
     # -- events --
 
-    def event(self, kind: str, message: str, *, app: str = "", container: str = "", **more: Any) -> None:
-        """Append to the log and tell the listeners. Keys: seq, at, kind, app, container, message, and more."""
-        value = {"at": time.time(), "kind": kind, "app": app, "container": container, "message": message, **more}
+    def event(self, kind: str, subject: str, message: str, **more: Any) -> None:
+        """Append to the log and tell the listeners.
+
+        Keys: seq, at, kind, subject, app, container, message, and what else is given. subject: `app`, `app/container`, `network app/name`, or a thing of the node's own.
+        """
+        app, _, name = subject.rpartition(" ")[2].partition("/")
+        value = {"at": time.time(), "kind": kind, "subject": subject, "message": message, "app": app if name else ""}
+        value |= {"container": "" if " " in subject else name, **more}
         with self._lock:
             text = json.dumps(value, default=str)
             seq = self._db.execute("INSERT INTO events (value) VALUES (?)", (text,)).lastrowid or 0
@@ -290,7 +295,7 @@ class Store:
             listener({"seq": seq, **value})
 
     def events(self, after: int = 0, limit: int = 1000) -> list[Event]:
-        """Events after a sequence number, oldest first; the newest `limit` of them."""
+        """Events with a seq above `after`, oldest first; the newest `limit` of them."""
         with self._lock:
             rows = self._db.execute(
                 "SELECT seq, value FROM events WHERE seq > ? ORDER BY seq DESC LIMIT ?", (after, limit)

@@ -1,0 +1,355 @@
+"""The agent's life: one slot that triggers fall into, one loop that makes passes, one socket that answers.
+
+    a commit, a file event ─┐
+    a process that ended ───┤
+    an action that is done ─┼──▶ slot ──▶ pass ──▶ lanes
+    a hold, a sync ─────────┤     ▲
+    a timer ────────────────┘     └── wake_at of the last plan; the slow full pass
+
+A trigger carries no more than a name, and the latest wins: the pass reads the world anew. asyncio lives here and in
+`api`; everything that blocks runs in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import structlog
+
+from holdfast import __version__
+from holdfast.api import serving
+from holdfast.config import Config, load_config
+from holdfast.drivers import Host
+from holdfast.errors import Conflict, HoldfastError, NotFound, NotPermitted, TryAgain
+from holdfast.node import Node, Rig
+from holdfast.node.answers import Answers
+from holdfast.observed import Hold, Json
+from holdfast.plugins import load_plugins
+from holdfast.reconcile import Pass, Reconciler
+from holdfast.runtime.binaries import find_conmon, find_runtime
+from holdfast.runtime.conmon import Runtime, become_subreaper
+from holdfast.runtime.content import ContentStore
+from holdfast.runtime.images import ImageStore
+from holdfast.source import make_source
+from holdfast.store import Store
+
+REST = 2.0  # after a long pass, rest that many times as long: in a burst, passes get a third of a core at most
+SHORT = 0.005  # seconds: a pass that takes no longer needs no rest
+HOUSEKEEPING = 10.0  # seconds between looks at the size of logs
+FIXED = ("name", "root", "run_root", "runtime", "socket", "group", "pool", "firewall", "start_concurrency")
+
+log = structlog.get_logger("holdfast")
+
+
+# -- ways in -------------------------------------------------------------------------------------------------
+
+
+def run_agent(path: Path | None) -> int:
+    """Run the agent until SIGTERM or SIGINT; containers run on. Returns the exit code."""
+    config = load_config(path)
+    _need_root()
+    with _only_agent(config), _node_of(config) as node:
+        become_subreaper()
+        node.recover()
+        return asyncio.run(Daemon(config, path, node).serve())
+
+
+def apply_once(config: Config, timeout: float) -> Json:
+    """Converge without an agent, for at most timeout seconds; returns the last status."""
+    _need_root()
+    deadline, slot = time.monotonic() + timeout, threading.Event()
+    with _only_agent(config), _node_of(config) as node:
+        become_subreaper()
+        node.recover()
+        node.wake = lambda _: slot.set()
+        source = make_source(config.state, config.root)
+        with contextlib.suppress(HoldfastError):  # the status says why; what is here is converged to
+            source.refresh()
+        reconciler = Reconciler(node, source, config)
+        while True:
+            slot.clear()
+            made = reconciler.run(deep=True)
+            left = deadline - time.monotonic()
+            until = made.plan.wake_at - time.time() if made.plan.wake_at is not None else left
+            at_rest = made.plan.empty and not node.busy
+            if left <= 0 or (at_rest and (made.status.converged or until >= left)):
+                return made.status.json()
+            slot.wait(max(min(until, left), 0.001))
+
+
+@contextmanager
+def open_node(config: Config) -> Iterator[Offline]:
+    """Answer for a node whose agent does not run: from what it keeps, and from the host itself."""
+    with _node_of(config) as node:
+        yield Offline(config, node)
+
+
+class Offline(Answers):
+    """What can be asked without an agent (`holdfast.api.Agent`, as far as it needs no loop)."""
+
+    def __init__(self, config: Config, node: Node) -> None:
+        super().__init__(node.rig)
+        self._reconciler = Reconciler(node, make_source(config.state, config.root), config)
+        self._node = node
+
+    def status(self) -> Json:
+        """How the node stands, read now."""
+        spec, observed = self._reconciler.wanted(), self._node.observe(deep=True)
+        plans = self._reconciler.preview()
+        status = self._reconciler.status(spec, observed, self.rig.store.history(), plans[0])
+        return {**status.json(), "agent": {"note": "the agent does not run: nothing is being put right"}}
+
+    def plan(self) -> Json:
+        """What an agent would do."""
+        return self._reconciler.preview_json()
+
+    def events(self, after: int, limit: int) -> Sequence[Json]:
+        """What happened while an agent ran."""
+        return self.rig.store.events(after, limit)
+
+
+def _need_root() -> None:
+    if os.geteuid() != 0:
+        raise NotPermitted("run the agent: needs root (sudo holdfast agent)")
+
+
+@contextmanager
+def _only_agent(config: Config) -> Iterator[None]:
+    """Hold the lock that keeps a second agent from the same root."""
+    config.root.mkdir(parents=True, exist_ok=True)
+    with (config.root / "agent.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+            raise Conflict(
+                f"run the agent on '{config.root}': process {holder} does already (one agent a root; "
+                "another needs its own name and root in agent.toml)"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextmanager
+def _node_of(config: Config) -> Iterator[Node]:
+    """A node with everything it works with."""
+    host = Host(config.name, config.root, config.run_root, config.pool)
+    runtime, conmon = find_runtime(config.runtime), find_conmon()
+    try:
+        store = Store(config.root / "state.db")
+        rig = Rig(
+            host=host,
+            store=store,
+            plugins=load_plugins(host),
+            images=ImageStore(config.root / "images"),
+            content=ContentStore(config.root / "content"),
+            runtime=Runtime(host, runtime, conmon.path),
+            firewall=config.firewall,
+            policies=config.cgroup_policy,
+        )
+    except PermissionError as error:
+        raise NotPermitted(f"open '{config.root}': {error.strerror} (needs root)") from error
+    node = Node(rig, starts=config.start_concurrency)
+    try:
+        yield node
+    finally:
+        node.close()
+        store.close()
+
+
+# -- the agent -----------------------------------------------------------------------------------------------
+
+
+class Daemon(Answers):
+    """A running agent: the loop, and the answers that need it (`holdfast.api.Agent`)."""
+
+    def __init__(self, config: Config, path: Path | None, node: Node) -> None:
+        super().__init__(node.rig)
+        self._config, self._path, self._node = config, path, node
+        self._reconciler = Reconciler(node, make_source(config.state, config.root), config)
+        self._last: Pass | None = None
+        self._begun = self._done = 0  # passes
+        self._deep = True
+
+    async def serve(self) -> int:
+        """Make passes until told to end."""
+        self._loop = asyncio.get_running_loop()
+        self._slot, self._stop, self._change = asyncio.Event(), asyncio.Event(), asyncio.Condition()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._end)
+        self._loop.add_signal_handler(signal.SIGHUP, lambda: self._loop.create_task(self._reload()))
+        self._node.wake = self._wake
+        self.rig.store.listen(lambda _: self._from_thread(self._tell))
+        self._watch = await asyncio.to_thread(self._reconciler.source.watch, self._wake)
+        try:
+            async with serving(self, self._config.socket, group=self._config.group):
+                self.rig.store.event("agent", "node", f"holdfast {__version__} runs as process {os.getpid()}")
+                await self._passes()
+        finally:
+            _notify("STOPPING=1")
+            await asyncio.to_thread(self._watch.close)
+        return 0
+
+    async def _passes(self) -> None:
+        """The loop: one slot, the latest wins."""
+        full_at = rotate_at = 0.0
+        while not self._stop.is_set():
+            self._slot.clear()
+            began = time.monotonic()
+            if began >= full_at or self._deep:
+                self._deep, full_at = True, began + self._config.full_pass_interval
+            if began >= rotate_at:
+                rotate_at = began + HOUSEKEEPING
+                await asyncio.to_thread(self._node.rotate_logs)
+            await self._pass()
+            took = time.monotonic() - began
+            await asyncio.sleep(max(REST * (took - SHORT), 0.0))
+            wake_at = self._last.plan.wake_at if self._last else None
+            timer = min(full_at, rotate_at) - time.monotonic()
+            await self._wait(timer if wake_at is None else min(timer, wake_at - time.time()))
+
+    async def _pass(self) -> None:
+        """One pass, in a thread. What it raises is a bug: reported, and the next pass tries again."""
+        self._begun += 1
+        number, deep, self._deep = self._begun, self._deep, False
+        try:
+            made = await asyncio.to_thread(self._reconciler.run, deep=deep)
+        except Exception as error:
+            log.exception("pass failed")
+            self.rig.store.event("failed", "node", f"a pass failed: {type(error).__name__}: {error}")
+            await asyncio.sleep(1)
+        else:
+            self._published(made)
+        self._done = number
+        if number == 1:
+            _notify(f"READY=1\nMAINPID={os.getpid()}")
+        await self._told()
+
+    def _published(self, made: Pass) -> None:
+        before = self._last.status.json() if self._last else None
+        self._last = made
+        now = made.status.json()
+        if before is None or {**before, "at": 0} != {**now, "at": 0}:
+            self.rig.plugins.tell("after_pass", status=now)
+
+    async def _wait(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._slot.wait(), max(seconds, 0.0))
+
+    # -- triggers --
+
+    def _wake(self, what: str) -> None:
+        """Have another look soon; from any thread."""
+        self._from_thread(self._slot.set)
+
+    def _from_thread(self, call: Callable[[], object]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            self._loop.call_soon_threadsafe(call)
+
+    def _end(self) -> None:
+        self._stop.set()
+        self._slot.set()
+
+    async def _reload(self) -> None:
+        """Read agent.toml again. What objects on the host are named after needs a restart, and is left as it was."""
+        _notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            config = await asyncio.to_thread(load_config, self._path)
+        except HoldfastError as error:
+            self.rig.store.event("agent", "node", f"agent.toml is not taken over: {error}")
+        else:
+            await self._take_over(config)
+        _notify("READY=1")
+
+    async def _take_over(self, config: Config) -> None:
+        fixed = [name for name in FIXED if getattr(config, name) != getattr(self._config, name)]
+        config = replace(config, **{name: getattr(self._config, name) for name in FIXED})
+        source = self._reconciler.source
+        if config.state != self._config.state:
+            source = make_source(config.state, config.root)
+            await asyncio.to_thread(self._watch.close)
+            self._watch = await asyncio.to_thread(source.watch, self._wake)
+        self._config, self._deep = config, True
+        self.rig.policies = config.cgroup_policy
+        self._reconciler.reload(source, config)
+        left = f"; {', '.join(fixed)} need a restart of the agent" if fixed else ""
+        self.rig.store.event("agent", "node", f"agent.toml is read again{left}")
+        self._slot.set()
+
+    def _tell(self) -> None:
+        self._loop.create_task(self._told())
+
+    async def _told(self) -> None:
+        async with self._change:
+            self._change.notify_all()
+
+    # -- answers --
+
+    def status(self) -> Json:
+        """How the node stood at the last pass."""
+        if self._last is None:
+            raise TryAgain("status: the agent has just started, its first pass is under way")
+        return {**self._last.status.json(), "agent": {"version": __version__, "pid": os.getpid()}}
+
+    def plan(self) -> Json:
+        """A preview, made now."""
+        return self._reconciler.preview_json()
+
+    async def sync(self, accept_rewrite: bool) -> Json:
+        """Ask the source, try at once what waits for its next try, and return the status of the pass that follows."""
+        with contextlib.suppress(TryAgain):  # the status says so
+            await asyncio.to_thread(self._reconciler.source.refresh, accept_rewrite=accept_rewrite)
+        await asyncio.to_thread(self.rig.store.retry_now)
+        self._deep = True
+        before = self._begun
+        self._slot.set()
+        async with self._change:
+            await self._change.wait_for(lambda: self._done > before)
+        return self.status()
+
+    def events(self, after: int, limit: int) -> Sequence[Json]:
+        """What happened."""
+        return self.rig.store.events(after, limit)
+
+    async def wait_events(self, after: int) -> None:
+        """Return when there is an event above `after`."""
+        async with self._change:
+            await self._change.wait_for(lambda: bool(self.rig.store.events(after, 1)))
+
+    def hold(self, target: str, kind: Literal["stopped", "started", "restarted"], by: str) -> None:
+        """Record what a person asks for."""
+        self.instances_of(target)
+        self.rig.store.hold(target, Hold(kind, time.time(), by))
+        self.rig.store.event("held", target, f"{kind} by hand", by=by)
+        self._wake(target)
+
+    def release(self, target: str) -> None:
+        """End a hold."""
+        if not self.rig.store.release(target):
+            raise NotFound(f"release '{target}': nobody holds it")
+        self.rig.store.event("released", target, "given back to the commit")
+        self._wake(target)
+
+
+def _notify(state: str) -> None:
+    """Tell systemd (sd_notify(3)); without it, nobody."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            channel.connect(f"\0{address[1:]}" if address.startswith("@") else address)
+            channel.sendall(state.encode())

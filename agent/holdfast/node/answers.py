@@ -1,0 +1,266 @@
+"""What a person may ask of a node, and do to what it keeps: volumes, networks, images, one container's particulars.
+
+Called by the API in threads, and by the CLI itself when no agent runs. Everything returned is JSON-able.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from holdfast.errors import Conflict, NotFound, WrongCall
+from holdfast.node.machine import remove_volume
+from holdfast.node.rig import Rig
+from holdfast.observed import Instance, Json, Receipt
+from holdfast.runtime import cgroup, users
+from holdfast.runtime.images import Image
+
+
+class Answers:
+    """The questions of `holdfast.api.Agent` that need no loop. Raises NotFound for what is not there."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+
+    # -- containers --
+
+    def instances_of(self, target: str) -> list[Instance]:
+        """The instances of `app/container`, oldest first; NotFound if nothing is called that."""
+        found = sorted(
+            (each for each in self.rig.store.instances.values() if each.key == target),
+            key=lambda each: each.created_at,
+        )
+        if not found and not self._wanted(target):
+            raise NotFound(f"container '{target}': nothing of that name is here (see 'holdfast status')")
+        return found
+
+    def inspect(self, target: str) -> Json:
+        """Everything known of a container."""
+        instances = self.instances_of(target)
+        app = target.partition("/")[0]
+        generations = self.rig.store.history().generations.get(app, ())
+        hold = self.rig.store.history().holds.get(target)
+        failure = self.rig.store.failure(target)
+        return {
+            "target": target,
+            "generation": generations[-1].number if generations else None,
+            "hold": asdict(hold) if hold else None,
+            "failure": asdict(failure) if failure else None,
+            "instances": [self._inspected(each) for each in instances],
+        }
+
+    def logs_of(self, target: str) -> Json:
+        """Where the output of a container is."""
+        instances = self.instances_of(target)
+        if instances:
+            return {"paths": [str(self.rig.log_path(instances[-1]))]}
+        app, _, name = target.partition("/")
+        return {"paths": [str(self.rig.host.root / "logs" / app / f"{name}.log")]}
+
+    def exec_of(
+        self,
+        target: str,
+        command: Sequence[str],
+        *,
+        user: str = "",
+        env: Sequence[str] = (),
+        workdir: str = "",
+        tty: bool = False,
+    ) -> Sequence[str]:
+        """The argument list that runs a command inside a container; Conflict if it does not run."""
+        running = [each for each in self.instances_of(target) if each.phase == "running"]
+        if not running:
+            raise Conflict(f"exec in '{target}': it does not run (see 'holdfast status')")
+        instance = running[-1]
+        if not command:
+            raise WrongCall(f"exec in '{target}': no command (holdfast exec {target} COMMAND …)")
+        who = ""
+        if user:
+            found = users.resolve(user, (), self.rig.base(instance.image).read_file)
+            who = f"{found.uid}:{found.gid}"
+        pairs = (entry.partition("=") for entry in env)
+        return self.rig.runtime.exec_argv(
+            instance.id,
+            command,
+            tty=tty,
+            environment={name: value for name, _, value in pairs},
+            user=who or None,
+            cwd=workdir or None,
+        )
+
+    def stats(self) -> Sequence[Json]:
+        """What every running container uses."""
+        return [
+            {
+                "target": each.key,
+                "instance": each.id,
+                "memory_limit": each.want.resources.memory,
+                **asdict(cgroup.usage(self.rig.runtime.cgroup(each.id))),
+            }
+            for each in sorted(self.rig.store.instances.values(), key=lambda each: each.key)
+            if each.phase == "running"
+        ]
+
+    def _inspected(self, instance: Instance) -> Json:
+        value = {key: item for key, item in asdict(instance).items() if key != "want"}
+        return {
+            **value,
+            "want": instance.want.model_dump(mode="json", exclude_defaults=True),
+            "bundle": str(self.rig.host.instance(instance.id)),
+            "cgroup": self.rig.runtime.cgroup(instance.id),
+            "receipts": [asdict(receipt) for receipt in self.rig.store.owned(instance.id)],
+        }
+
+    def _wanted(self, target: str) -> bool:
+        app, _, name = target.partition("/")
+        known = self.rig.store.history().generations.get(app, ())
+        return bool(known) and name in known[-1].app.containers
+
+    # -- volumes --
+
+    def volumes(self) -> Sequence[Json]:
+        """Every volume, with who uses it; an orphan is one that no app declares."""
+        declared = self._declared()
+        return [
+            {
+                "id": id,
+                "driver": receipt.driver,
+                "path": receipt.data.get("path", ""),
+                "used_by": self._mounted_by(id),
+                "orphan": id not in declared,
+            }
+            for id, receipt in sorted(self._volumes().items())
+        ]
+
+    def volume(self, id: str) -> Json:
+        """One volume."""
+        found = next((each for each in self.volumes() if each["id"] == id), None)
+        if found is None:
+            raise NotFound(f"volume '{id}': there is no such volume (see 'holdfast volume list')")
+        return found
+
+    def remove_volume(self, id: str, force: bool = False) -> None:
+        """Delete a volume and its data."""
+        found = self.volume(id)
+        if found["used_by"]:
+            raise Conflict(f"remove volume '{id}': mounted by {', '.join(found['used_by'])} (remove those first)")
+        if not found["orphan"] and not force:
+            raise Conflict(f"remove volume '{id}': its app declares it (--force deletes the data all the same)")
+        remove_volume(self.rig, id)
+        self.rig.store.event("removed", f"volume {id}", "removed by hand, with its data")
+
+    def prune_volumes(self) -> Sequence[str]:
+        """Delete every orphan that nothing mounts."""
+        doomed = [each["id"] for each in self.volumes() if each["orphan"] and not each["used_by"]]
+        for id in doomed:
+            self.remove_volume(id)
+        return doomed
+
+    def _volumes(self) -> dict[str, Receipt]:
+        return {
+            receipt.id: receipt
+            for driver in self.rig.plugins.volumes.values()
+            for receipt in driver.observe()
+            if not receipt.owner
+        }
+
+    def _declared(self) -> set[str]:
+        return {
+            f"{app}/{name}"
+            for app, known in self.rig.store.history().generations.items()
+            for name in (known[-1].app.volumes if known else ())
+        }
+
+    def _mounted_by(self, volume: str) -> list[str]:
+        return sorted(
+            each.key
+            for each in self.rig.store.instances.values()
+            if any(mount.kind == "volume" and mount.source == volume for mount in each.want.mounts)
+        )
+
+    # -- networks --
+
+    def networks(self) -> Sequence[Json]:
+        """Every network that stands, with what is attached to it."""
+        return [
+            {
+                "id": receipt.id,
+                "driver": receipt.driver,
+                **{key: value for key, value in receipt.data.items() if key != "want"},
+                "endpoints": list(self._endpoints(receipt.id)),
+            }
+            for receipt in sorted(self.rig.store.receipts("network"), key=lambda each: each.id)
+        ]
+
+    def network(self, id: str) -> Json:
+        """One network."""
+        found = next((each for each in self.networks() if each["id"] == id), None)
+        if found is None:
+            raise NotFound(f"network '{id}': there is no such network (see 'holdfast network list')")
+        return found
+
+    def _endpoints(self, network: str) -> Iterator[Json]:
+        for receipt in self.rig.store.receipts("endpoint"):
+            instance, _, attached = receipt.id.partition("/")
+            if attached == network:
+                owner = self.rig.store.instances.get(cast(Any, instance))
+                yield {"container": owner.key if owner else instance, **receipt.data}
+
+    # -- images --
+
+    def images(self) -> Sequence[Json]:
+        """Every image, a line for each of its names."""
+        users_of = self._image_users()
+        return [
+            {**_image_json(image), "ref": name, "used_by": sorted(users_of.get(image.digest, ()))}
+            for image in self.rig.images.list()
+            for name in image.names
+        ]
+
+    def import_image(self, path: str, ref: str, changes: Sequence[str] = ()) -> Json:
+        """Make an image of a root file system's tar archive."""
+        image = self.rig.images.import_rootfs(Path(path), ref, changes)
+        self._images_changed()
+        return {**_image_json(image), "ref": ref}
+
+    def load_image(self, path: str) -> Sequence[Json]:
+        """Take in the images of an archive or layout."""
+        images = self.rig.images.load(Path(path))
+        self._images_changed()
+        return [{**_image_json(image), "ref": image.names[0] if image.names else image.digest} for image in images]
+
+    def remove_image(self, ref: str) -> Json:
+        """Forget a reference; Conflict if a container, or a generation that may come back, needs it."""
+        self.rig.images.remove(ref, self._image_users())
+        return {"ref": ref}
+
+    def _image_users(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for instance in self.rig.store.instances.values():
+            found.setdefault(instance.image, set()).add(instance.key)
+        for app, known in self.rig.store.history().generations.items():
+            for name, digest in known[-1].images.items() if known else ():
+                found.setdefault(digest, set()).add(f"{app}/{name}")
+        return found
+
+    def _images_changed(self) -> None:
+        """What could not be staged for want of an image can be tried at once."""
+        self.rig.store.retry_now()
+
+    # -- plugins --
+
+    def plugins(self) -> Sequence[Json]:
+        """Every plugin that was found, and how it fares."""
+        return [asdict(state) for state in self.rig.plugins.states]
+
+
+def _image_json(image: Image) -> dict[str, Any]:
+    return {
+        "digest": image.digest,
+        "size": image.size,
+        "created": image.created,
+        "layers": len(image.layers),
+        "architecture": image.architecture,
+    }

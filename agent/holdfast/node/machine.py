@@ -1,0 +1,254 @@
+"""The machine behind three verbs: `observe` reads it, `apply` puts actions on its lanes, `close` leaves it alone.
+
+Every action goes the same way: intent written, work done, outcome written, whoever waits woken. What fails is
+remembered with the time of its next try; the catch-all that keeps one broken action from taking the agent down
+stands here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+
+import structlog
+
+from holdfast.errors import HoldfastError
+from holdfast.node.lanes import Lanes
+from holdfast.node.observe import observe
+from holdfast.node.rig import Rig
+from holdfast.node.stage import stage_generation
+from holdfast.node.start import start_instance
+from holdfast.node.stop import remove_instance, remove_orphan, stop_instance, sweep
+from holdfast.node.update import ensure_network, remove_network, update_instance, write_firewall, write_names
+from holdfast.node.watch import ExitWatch
+from holdfast.observed import Failure, Json, Observed, Receipt
+from holdfast.plan.actions import (
+    Action,
+    EnsureNetwork,
+    ForgetApp,
+    MarkGood,
+    Outcome,
+    Plan,
+    RemoveInstance,
+    RemoveNetwork,
+    RemoveOrphan,
+    RemoveVolume,
+    StageGeneration,
+    StartInstance,
+    StopInstance,
+    UpdateInstance,
+    WriteFirewall,
+    WriteNames,
+)
+from holdfast.plan.derived import pages
+from holdfast.plan.restart import wait_before
+from holdfast.runtime.conmon import reopen_log
+from holdfast.runtime.logs import rotate
+from holdfast.spec.model import RestartPolicy, Spec
+
+RETRY = RestartPolicy(delay=1.0, factor=2.0, max_delay=300.0, jitter=0.2)
+QUIET = (WriteNames, MarkGood)  # actions that are no news unless they fail
+
+log = structlog.get_logger("holdfast")
+
+
+class Node:
+    """One host as one agent sees it. wake(what) is called, from any thread, when it is time for another look."""
+
+    def __init__(self, rig: Rig, *, starts: int | None = None) -> None:
+        self.rig = rig
+        self.wake: Callable[[str], None] = lambda what: None
+        self._spec = Spec()
+        self._revision = ""
+        self._lanes = Lanes(self._do, starts=starts)
+        self._exits = ExitWatch(lambda instance: self.wake(instance))
+
+    def recover(self) -> None:
+        """Make the places that the runtime needs, and note what a crash cut short: the first pass puts it right."""
+        self.rig.runtime.prepare()
+        for subject, intent in self.rig.store.intents().items():
+            message = f"{intent['verb']} was cut short; it is finished or undone now"
+            self.rig.store.event("interrupted", subject, message)
+            self.rig.store.drop_intent(subject)
+
+    def observe(self, *, deep: bool = False) -> Observed:
+        """Read the host. deep: every cgroup, too. Changes nothing on it."""
+        return observe(self.rig, busy=self._lanes.busy, deep=deep)
+
+    def apply(self, plan: Plan, observed: Observed, spec: Spec | None, revision: str) -> None:
+        """Put what is planned on the lanes and return at once; what is in hand already is left to itself."""
+        self.rig.mark_boot()
+        self._watch_over(observed)
+        if spec is not None:
+            self._spec, self._revision = spec, revision
+        starting = [action for action in plan.actions if isinstance(action, StartInstance)]
+        if starting:
+            self.rig.pages = pages(observed.instances, self._readers(starting))
+        for action in plan.actions:
+            self._lanes.put(action)
+
+    def rotate_logs(self) -> None:
+        """Move aside the logs that have grown beyond what their containers keep."""
+        for instance in list(self.rig.store.instances.values()):
+            if instance.phase == "running":
+                kept = instance.want.logging
+                bundle = self.rig.host.instance(instance.id)
+                rotate(self.rig.log_path(instance), kept.max_size, kept.max_files, partial(reopen_log, bundle))
+
+    @property
+    def busy(self) -> frozenset[str]:
+        """The subjects that are being worked on."""
+        return self._lanes.busy
+
+    def close(self) -> None:
+        """Finish what is in hand and stop watching. Containers run on."""
+        self._lanes.close()
+        self._exits.close()
+
+    def _watch_over(self, observed: Observed) -> None:
+        for instance in observed.instances:
+            run = self.rig.run_of(instance.id) if instance.phase == "running" else None
+            if run is not None:
+                self._exits.add(instance.id, run)
+
+    def _readers(self, starting: list[StartInstance]) -> set[tuple[str, str]]:
+        return {
+            (network, action.app)
+            for action in starting
+            for network in self.rig.store.generation(action.app, action.generation)
+            .app.containers[action.container]
+            .networks
+        }
+
+    def _do(self, action: Action) -> None:
+        """Intent, effect, outcome: in the thread of a lane."""
+        store, began = self.rig.store, time.monotonic()
+        detail: Json = {}
+        error, retry = "", True
+        try:
+            store.put_intent(action.subject, {"verb": action.verb, "reason": action.reason})
+            detail = perform(self.rig, action, self._spec.blobs, self._revision)
+        except Exception as failure:
+            error, retry = _account(failure)
+            if not _expected(failure):
+                log.exception("bug", action=action.verb, subject=action.subject)
+        took = time.monotonic() - began
+        outcome = Outcome(action, not error, took, time.time(), error, retry, detail)
+        self._settle(outcome)
+        if isinstance(action, StartInstance) and outcome.ok:
+            run = self.rig.run_of(detail["instance"])
+            if run is not None:
+                self._exits.add(detail["instance"], run)
+        self.wake(action.subject)
+
+    def _settle(self, outcome: Outcome) -> None:
+        """Write down what came of an action, and tell of it."""
+        store, action = self.rig.store, outcome.action
+        if outcome.ok:
+            store.clear_failure(action.subject)
+        else:
+            self._remember(outcome)
+        if isinstance(action, StageGeneration):
+            number = int(outcome.detail.get("generation", 0))
+            self.rig.plugins.tell("after_stage", app=action.app, generation=number, error=outcome.error)
+        if not isinstance(action, QUIET) or not outcome.ok:
+            kind = "done" if outcome.ok else "failed"
+            message = action.reason if outcome.ok else outcome.error
+            facts = {"verb": action.verb, "reason": action.reason, "took": round(outcome.took, 4), **outcome.detail}
+            store.event(kind, action.subject, message, **{**facts, "app": action.app})
+            log.info(
+                action.verb, subject=action.subject, reason=action.reason, error=outcome.error, took=facts["took"]
+            )
+        summary = {key: value for key, value in asdict(outcome).items() if key in ("ok", "error", "took")}
+        self.rig.plugins.tell(
+            "after_outcome",
+            outcome={"action": action.verb, "subject": action.subject, "reason": action.reason, **summary},
+        )
+        store.drop_intent(action.subject)
+
+    def _remember(self, outcome: Outcome) -> None:
+        store, action = self.rig.store, outcome.action
+        earlier = store.failure(action.subject)
+        count = earlier.count + 1 if earlier and earlier.digest == action.tried else 1
+        wait = wait_before(RETRY, count + 1, action.subject)
+        retry_at = outcome.at + wait if outcome.retry else None
+        store.put_failure(action.subject, Failure(action.tried, outcome.error, count, outcome.at, retry_at))
+
+
+def perform(rig: Rig, action: Action, blobs: Mapping[str, bytes], revision: str) -> Json:
+    """Do one action and return what is worth telling about it."""
+    match action:
+        case StageGeneration():
+            return stage_generation(rig, action, blobs, revision)
+        case EnsureNetwork():
+            return ensure_network(rig, action)
+        case RemoveNetwork():
+            return remove_network(rig, action)
+        case StartInstance():
+            return start_instance(rig, action)
+        case StopInstance():
+            return stop_instance(rig, action)
+        case UpdateInstance():
+            return update_instance(rig, action)
+        case RemoveInstance(instance=id):
+            instance = rig.store.instances.get(id)
+            if instance is not None:
+                remove_instance(rig, instance)
+            sweep(rig)
+        case RemoveVolume(volume=volume):
+            remove_volume(rig, volume)
+        case MarkGood(generation=number):
+            rig.store.mark_generation(action.app, number, "good")
+            rig.prune_content(blobs)
+        case ForgetApp(app=app):
+            rig.drop_logs(app)
+            rig.store.forget_app(app)
+            rig.prune_content(blobs)
+        case WriteFirewall():
+            return write_firewall(rig, action)
+        case WriteNames():
+            return write_names(rig, action)
+        case RemoveOrphan(receipt=receipt):
+            remove_orphan(rig, receipt)
+            sweep(rig)
+        case _:
+            raise AssertionError(f"nobody performs {action.verb}")
+    return {}
+
+
+def remove_volume(rig: Rig, volume: str) -> None:
+    """Delete a volume and its data."""
+    receipt = rig.store.receipt("volume", volume)
+    drivers = [receipt.driver] if receipt else list(rig.plugins.volumes)
+    for name in drivers:
+        rig.plugins.driver("volume", name).remove(receipt or Receipt("volume", name, volume))
+    rig.store.drop_receipt(receipt or Receipt("volume", "", volume))
+
+
+def _account(failure: Exception) -> tuple[str, bool]:
+    """A failure in one line, and whether trying again can help."""
+    causes = _leaves(failure)
+    lines = dict.fromkeys(_line(cause) for cause in causes)
+    return "; ".join(lines), any(_may_pass(cause) for cause in causes)
+
+
+def _leaves(failure: BaseException) -> list[BaseException]:
+    if isinstance(failure, BaseExceptionGroup):
+        return [leaf for each in failure.exceptions for leaf in _leaves(each)]
+    return [failure]
+
+
+def _line(cause: BaseException) -> str:
+    text = str(cause) if isinstance(cause, HoldfastError | OSError) else f"{type(cause).__name__}: {cause}"
+    notes = ", ".join(getattr(cause, "__notes__", ()))
+    return f"{notes}: {text}" if notes else text
+
+
+def _may_pass(cause: BaseException) -> bool:
+    return cause.retry if isinstance(cause, HoldfastError) else True
+
+
+def _expected(failure: Exception) -> bool:
+    return all(isinstance(cause, HoldfastError) for cause in _leaves(failure))

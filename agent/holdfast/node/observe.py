@@ -1,0 +1,181 @@
+"""Reads what is really there: the kernel, the runtime and the receipts → Observed.
+
+Starts no process and asks each driver once, so that a look at a thousand containers costs milliseconds. The memory
+is read before the host and asked again after it, so that what is made or removed meanwhile is not taken for strange.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from holdfast.node.rig import BARE, Rig
+from holdfast.node.stop import tell_exit
+from holdfast.observed import (
+    Exit,
+    FirewallNetwork,
+    FirewallWant,
+    Instance,
+    InstanceId,
+    Json,
+    NetworkState,
+    Observed,
+    PublishedPort,
+    Receipt,
+    VolumeState,
+)
+from holdfast.runtime import cgroup, netns
+from holdfast.spec.model import digest_of
+
+Things = Mapping[tuple[str, str], Receipt]
+
+
+def observe(rig: Rig, *, busy: frozenset[str] = frozenset(), deep: bool = False) -> Observed:
+    """Read the host. busy: subjects that are being worked on, whose state is in motion. deep: read cgroups, too."""
+    at = time.time()
+    instances = list(rig.store.instances.values())
+    things: Things = {(each.kind, each.id): each for each in _things(rig)}
+    same_boot = rig.same_boot()
+    seen = tuple(
+        _instance(rig, instance, things, same_boot=same_boot, deep=deep and instance.key not in busy)
+        if instance.key not in busy
+        else instance
+        for instance in instances
+    )
+    known = {instance.id for instance in instances}
+    return Observed(
+        at=at,
+        instances=tuple(each for each in seen if each.id in rig.store.instances),
+        networks=_networks(rig, things),
+        volumes={each.id: VolumeState(each.id, each.driver, each.data) for each in _volumes(things)},
+        firewall=_firewall(rig, things),
+        orphans=tuple(_orphans(rig, things, known)),
+    )
+
+
+def _things(rig: Rig) -> Iterator[Receipt]:
+    """Everything on the host that bears the agent's name, as the drivers find it."""
+    drivers = (
+        rig.plugins.rootfs,
+        rig.plugins.volumes,
+        rig.plugins.networks,
+        rig.plugins.endpoints,
+        rig.plugins.firewalls,
+    )
+    for kind in drivers:
+        for driver in kind.values():
+            yield from driver.observe()
+    yield from netns.observe(rig.host)
+    for id in rig.runtime.state():
+        yield Receipt("run", rig.runtime.binary.name, id, id)
+
+
+# -- instances -----------------------------------------------------------------------------------------------
+
+
+def _instance(rig: Rig, instance: Instance, things: Things, *, same_boot: bool, deep: bool) -> Instance:
+    if not same_boot and instance.phase in ("running", "creating"):
+        return rig.store.change_instance(instance.id, phase="lost")
+    if instance.phase != "running":
+        return instance
+    receipt = rig.store.receipt("run", instance.id)
+    run = rig.run_of(instance.id)
+    if run is None or receipt is None or not rig.runtime.alive(run):
+        return _ended(rig, instance)
+    faults, drifted = _faults(rig, instance, things), list(_altered(rig, instance, things))
+    if deep:
+        drifted.extend(_limits_altered(rig, instance, receipt.data))
+    warnings = instance.warnings
+    if not rig.runtime.supervised(run):
+        warnings = (*warnings, "its conmon is gone: output is lost and its exit status will not be known")
+    return replace(instance, pid=run.pid, faults=tuple(faults), drifted=tuple(drifted), warnings=warnings)
+
+
+def _ended(rig: Rig, instance: Instance) -> Instance:
+    """Note the end of a process; while conmon still writes it down, the instance counts as running."""
+    ended = rig.runtime.exit_of(instance.id)
+    run = rig.run_of(instance.id)
+    if ended is None:
+        if run is not None and rig.runtime.supervised(run):
+            return instance
+        ended = Exit(code=None, at=time.time())
+    if rig.store.instances.get(instance.id) != instance:
+        return instance  # somebody else has it in hand; the next look will tell
+    changed = rig.store.change_instance(instance.id, phase="exited", exit=ended, pid=None)
+    tell_exit(rig, instance, ended)
+    return changed
+
+
+def _faults(rig: Rig, instance: Instance, things: Things) -> Iterator[str]:
+    """What only a new start puts right."""
+    if rig.store.receipt("rootfs", instance.id) and ("rootfs", instance.id) not in things:
+        yield "its root file system is not mounted any more"
+    for mount in instance.want.mounts:
+        if mount.kind == "volume" and ("volume", mount.source) not in things:
+            yield f"volume {mount.source} is gone"
+
+
+def _altered(rig: Rig, instance: Instance, things: Things) -> Iterator[str]:
+    """What can be put right while it runs."""
+    for receipt in rig.store.owned(instance.id):
+        if receipt.kind == "netns" and not _healthy(receipt, things):
+            yield "its network namespace was unbound"
+        elif receipt.kind == "endpoint" and receipt.driver not in BARE and not _healthy(receipt, things):
+            yield f"its link to network {receipt.id.partition('/')[2]} was removed or altered"
+
+
+def _healthy(receipt: Receipt, things: Things) -> bool:
+    found = things.get((receipt.kind, receipt.id))
+    return found is not None and bool(found.data)
+
+
+def _limits_altered(rig: Rig, instance: Instance, kept: Json) -> Iterator[str]:
+    """Compare the cgroup with what it was right after we wrote it."""
+    wrote = kept.get("limits") or {}
+    now = cgroup.snapshot(rig.runtime.cgroup(instance.id))
+    for name, value in wrote.items():
+        if name in now and now[name] != value:
+            yield f"cgroup {name} was altered: {value} → {now[name]}"
+
+
+# -- what instances share ------------------------------------------------------------------------------------
+
+
+def _networks(rig: Rig, things: Things) -> dict[str, NetworkState]:
+    found = {}
+    for receipt in rig.store.receipts("network"):
+        seen = things.get(("network", receipt.id))
+        faults = () if seen and seen.data else ("its bridge was removed or altered",)
+        if receipt.driver in BARE:
+            faults = ()
+        want = str(receipt.data.get("want", ""))
+        found[receipt.id] = NetworkState(receipt.id, receipt.driver, want, receipt.data, faults)
+    return found
+
+
+def _volumes(things: Things) -> list[Receipt]:
+    return [each for each in things.values() if each.kind == "volume" and not each.owner]
+
+
+def _firewall(rig: Rig, things: Things) -> FirewallWant | None:
+    """What the table holds, if it is what we wrote last."""
+    kept = rig.store.fact("firewall")
+    seen = things.get(("firewall", rig.host.name))
+    if kept is None or seen is None or seen.data.get("digest") != digest_of(kept):
+        return None
+    return FirewallWant(
+        tuple(FirewallNetwork(**network) for network in kept["networks"]),
+        tuple(PublishedPort(**port) for port in kept["ports"]),
+    )
+
+
+def _orphans(rig: Rig, things: Things, known: set[InstanceId]) -> Iterator[Receipt]:
+    """What nobody has a receipt for, nor an instance that is being made. Volumes are data, and never orphans."""
+    for (kind, id), thing in things.items():
+        if kind in ("volume", "firewall") or rig.store.receipt(kind, id) is not None:
+            continue
+        owner = InstanceId(thing.owner)
+        if owner in known or owner in rig.store.instances:
+            continue
+        yield thing

@@ -1,0 +1,170 @@
+"""What the verbs of the node work with: the agent's places, its memory, its drivers, its runtime."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from holdfast.drivers import Host
+from holdfast.errors import NotFound
+from holdfast.observed import Instance, Json, Receipt
+from holdfast.plan.derived import Pages
+from holdfast.plan.diff import folder_files
+from holdfast.plugins import Plugins
+from holdfast.runtime import layers
+from holdfast.runtime.binaries import find_init, host_limits
+from holdfast.runtime.conmon import Run, Runtime, boot_id
+from holdfast.runtime.content import ContentStore
+from holdfast.runtime.images import ImageStore
+from holdfast.runtime.oci import HostLimits
+from holdfast.spec.model import App, Network, Volume
+from holdfast.store import Store
+
+ROOTFS = "rootfs:"  # how an image digest starts that is a directory of the host
+BARE = frozenset({"none", "host"})  # networks that are not made: loopback alone, and the host's own
+
+
+@dataclass(slots=True)
+class Rig:
+    """One per agent; shared by its threads. pages: who is called what on each network, as the last pass saw it."""
+
+    host: Host
+    store: Store
+    plugins: Plugins
+    images: ImageStore
+    content: ContentStore
+    runtime: Runtime
+    firewall: str = "nftables"
+    policies: tuple[str, ...] = ("limits",)
+    pages: Pages = field(default_factory=dict)
+
+    def base(self, digest: str) -> Base:
+        """What a container's root file system starts from. Raises NotFound if it is not there any more."""
+        if digest.startswith(ROOTFS):
+            path = Path(digest.removeprefix(ROOTFS))
+            if not path.is_dir():
+                raise NotFound(f"rootfs '{path}': is not a directory of this host")
+            return Base((path,), {})
+        image = self.images.get(digest)
+        return Base(image.layers, {"config": image.config})
+
+    def log_path(self, instance: Instance) -> Path:
+        """Where a container's output goes, whichever instance writes it."""
+        return self.host.root / "logs" / instance.app / f"{instance.container}.log"
+
+    def drop_logs(self, app: str) -> None:
+        """Delete the output of an app's containers."""
+        shutil.rmtree(self.host.root / "logs" / app, ignore_errors=True)
+
+    def prune_content(self, wanted: Iterable[str]) -> None:
+        """Delete stored files that neither a kept generation mounts nor wanted (what may be staged now) names."""
+        keep = set(wanted)
+        for generations in self.store.history().generations.values():
+            for generation in generations:
+                keep.update(generation.app.files.values())
+                keep.update(self._trees(generation.app))
+        self.content.prune(keep)
+
+    def _trees(self, app: App) -> Iterator[str]:
+        for want in app.containers.values():
+            for mount in want.mounts:
+                if mount.kind == "file" and mount.source not in app.files:
+                    yield self.content.store_tree(folder_files(app, mount))
+
+    def run_of(self, instance: str) -> Run | None:
+        """The processes of an instance, from its receipt."""
+        receipt = self.store.receipt("run", instance)
+        return Run(**receipt.data["run"]) if receipt else None
+
+    def same_boot(self) -> bool:
+        """Whether the run root is the one that the instances were started under: a reboot takes it away."""
+        return bool(self.boot) and self.store.fact("boot") == self.boot
+
+    @property
+    def boot(self) -> str:
+        """What names this life of the run root: the kernel's boot id and a token kept in it; "" when it is gone."""
+        try:
+            return f"{boot_id()} {(self.host.run_root / 'boot').read_text()}"
+        except FileNotFoundError:
+            return ""
+
+    def mark_boot(self) -> None:
+        """Give a new run root its token."""
+        token = self.host.run_root / "boot"
+        if not token.exists():
+            self.host.run_root.mkdir(parents=True, exist_ok=True)
+            token.write_text(uuid.uuid4().hex)
+        self.store.put_fact("boot", self.boot)
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """Layers, lowest first, and the OCI image configuration that comes with them."""
+
+    layers: tuple[Path, ...]
+    config: Json
+
+    def find(self, path: str) -> Path | None:
+        """Where a path of the merged layers lies on the host."""
+        return layers.find(self.layers, path)
+
+    def read_file(self, path: str) -> bytes | None:
+        """The content of a file of the merged layers, None if there is none."""
+        found = self.find(path)
+        return found.read_bytes() if found is not None and found.is_file() else None
+
+    def mode(self, path: str) -> int | None:
+        """The st_mode of a path of the merged layers, None if there is nothing."""
+        found = self.find(path)
+        return found.lstat().st_mode if found is not None else None
+
+    @property
+    def user(self) -> str:
+        """Whom the image runs as, "" if it does not say."""
+        return str((self.config.get("config") or {}).get("User") or "")
+
+
+@lru_cache(maxsize=1)
+def limits() -> HostLimits:
+    """What the host lets the agent hand on; read once."""
+    return host_limits()
+
+
+@lru_cache(maxsize=1)
+def init_program() -> Path | None:
+    """The init that `init = true` binds into a container; looked for once."""
+    return find_init()
+
+
+def network_of(rig: Rig, network: str) -> Network:
+    """How a network is defined by the newest generation of its app that names it."""
+    app, _, name = network.rpartition("/")
+    newest = _newest(rig, app)
+    return newest.networks.get(name, Network()) if newest else Network()
+
+
+def volume_of(rig: Rig, app: App, volume: str) -> Volume:
+    """How a volume is defined: by the app itself, or by the newest generation of the app that it belongs to."""
+    owner, _, name = volume.partition("/")
+    definer = app if owner == app.name else _newest(rig, owner)
+    return definer.volumes.get(name, Volume()) if definer else Volume()
+
+
+def _newest(rig: Rig, app: str) -> App | None:
+    known = rig.store.history().generations.get(app, ())
+    return known[-1].app if known else None
+
+
+def fallback_receipts(rig: Rig, instance: Instance) -> list[Receipt]:
+    """What an instance may have left without a receipt, in the order in which it is made."""
+    left = [Receipt("rootfs", name, instance.id, instance.id) for name in rig.plugins.rootfs]
+    left.append(Receipt("netns", "kernel", instance.id, instance.id))
+    for network in instance.want.networks:
+        driver = network_of(rig, network).driver
+        if network not in BARE and driver in rig.plugins.endpoints:
+            left.append(Receipt("endpoint", driver, f"{instance.id}/{network}", instance.id))
+    return left

@@ -1,0 +1,131 @@
+"""StageGeneration: everything that can fail without touching what runs is tried here.
+
+Images are resolved to digests, mounted files are stored, and every driver and policy, the user names, the entry
+points and the ports are checked. All that is wrong is said at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from holdfast.drivers import MountWant, RootfsWant
+from holdfast.errors import HoldfastError, NotFound, TryAgain
+from holdfast.node.rig import BARE, ROOTFS, Base, Rig, network_of, volume_of
+from holdfast.node.start import cgroup_settings, content_of, network_want, oci_request, volume_want
+from holdfast.observed import Generation, Instance, InstanceId, Json
+from holdfast.plan.actions import StageGeneration
+from holdfast.plan.diff import folder_files
+from holdfast.runtime.executables import find_executable
+from holdfast.runtime.oci import command_line, environment, oci_config, working_dir
+from holdfast.runtime.ports import check_free
+from holdfast.spec.model import App, Container, digest_of
+
+
+def stage_generation(rig: Rig, action: StageGeneration, blobs: Mapping[str, bytes], revision: str) -> Json:
+    """Make a generation of an app. Raises an ExceptionGroup of everything that is wrong; then nothing is kept."""
+    app = action.spec
+    _store_files(rig, app, blobs)
+    checks = _Checks()
+    images = {}
+    for name, want in app.containers.items():
+        with checks.of(f"{app.name}/{name}"):
+            images[name] = resolve_image(rig, want)
+            _check_container(rig, app, name, images[name], checks)
+    for network in sorted({net for want in app.containers.values() for net in want.networks} - BARE):
+        with checks.of(f"network {network}"):
+            _check_network(rig, app, network)
+    checks.report(f"stage '{app.name}'")
+    known = rig.store.history().generations.get(app.name, ())
+    number = known[-1].number + 1 if known else 1
+    rig.store.put_generation(
+        Generation(app=app, number=number, state="staged", revision=revision, images=images, staged_at=time.time())
+    )
+    return {"generation": number, "images": images}
+
+
+@dataclass
+class _Checks:
+    """Collects failures, so that all of them are reported together."""
+
+    failures: list[Exception] = field(default_factory=list)
+
+    @contextmanager
+    def of(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except HoldfastError as error:
+            error.add_note(what)
+            self.failures.append(error)
+
+    def report(self, what: str) -> None:
+        if self.failures:
+            raise ExceptionGroup(what, self.failures)
+
+
+def _store_files(rig: Rig, app: App, blobs: Mapping[str, bytes]) -> None:
+    for path, digest in app.files.items():
+        if digest in blobs:
+            rig.content.store_file(blobs[digest])
+        else:  # staged from an older generation: it must be there already
+            try:
+                rig.content.path(digest)
+            except NotFound as error:
+                raise TryAgain(f"store '{path}': {error}") from error
+    for want in app.containers.values():
+        for mount in want.mounts:
+            if mount.kind == "file" and mount.source not in app.files:
+                rig.content.store_tree(folder_files(app, mount))
+
+
+def resolve_image(rig: Rig, want: Container) -> str:
+    """The digest of what a container is to run. Raises what makes a later try worth while when it is missing."""
+    if want.rootfs is not None:
+        if not Path(want.rootfs).is_dir():
+            raise TryAgain(f"rootfs '{want.rootfs}': is not a directory of this host")
+        return f"{ROOTFS}{want.rootfs}"
+    try:
+        return rig.images.resolve(want.image or "").digest
+    except NotFound as error:
+        raise TryAgain(str(error)) from error
+
+
+def _check_container(rig: Rig, app: App, name: str, image: str, checks: _Checks) -> None:
+    want, base = app.containers[name], rig.base(image)
+    for driver in list(rig.plugins.rootfs.values())[:1]:
+        driver.check(RootfsWant(instance="check", layers=base.layers))
+    for mount in want.mounts:
+        with checks.of(f"{app.name}/{name}"):
+            if mount.kind == "volume":
+                driver_name = volume_of(rig, app, mount.source).driver
+                rig.plugins.check_volume(driver_name, volume_want(rig, app, mount.source))
+            else:
+                asked = MountWant(instance="check", mount=mount, content=content_of(rig, app, mount))
+                rig.plugins.driver("mount", mount.kind).check(asked)
+    with checks.of(f"{app.name}/{name}"):
+        check_free(want.ports)
+    stand_in = Instance(
+        id=InstanceId("check"), app=app.name, container=name, generation=0, want=want, image=image, files={}
+    )
+    oci_config(oci_request(rig, stand_in, base, cgroup_settings(rig, want)))
+    _check_program(want, base)
+
+
+def _check_program(want: Container, base: Base) -> None:
+    """Find the entry point in the image, unless it may come from a mount."""
+    program = command_line(want, base.config)[0]
+    path = environment(want, base.config, "").get("PATH", "")
+    mounted = [mount.target for mount in want.mounts]
+    find_executable(program, path, working_dir(want, base.config), base.mode, mounted)
+
+
+def _check_network(rig: Rig, app: App, network: str) -> None:
+    """Let the driver check a network that is new or defined otherwise than it stands."""
+    owner, _, name = network.rpartition("/")
+    spec = app.networks[name] if owner == app.name else network_of(rig, network)
+    standing = rig.store.receipt("network", network)
+    if standing is None or standing.data.get("want") != digest_of(spec.model_dump(mode="json")):
+        rig.plugins.driver("network", spec.driver).check(network_want(network, spec))

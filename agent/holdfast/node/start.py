@@ -1,0 +1,298 @@
+"""StartInstance: from a staged generation to a running process, receipt by receipt.
+
+Each step is idempotent, so that a first start, a restart and a start after a reboot are the same walk: what stands
+already costs a look. A first start that fails is undone; a restart that fails leaves the instance as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from holdfast.drivers import CgroupWant, EndpointWant, MountWant, NetworkWant, RootfsWant, VolumeWant
+from holdfast.errors import TryAgain
+from holdfast.node.rig import BARE, Base, Rig, init_program, limits, volume_of
+from holdfast.node.stop import remove_instance
+from holdfast.observed import Generation, Instance, InstanceId, Json, Receipt
+from holdfast.plan.actions import StartInstance
+from holdfast.plan.derived import names_of
+from holdfast.plan.diff import folder_files, mounted_files
+from holdfast.runtime import cgroup, names, netns, seccomp, users
+from holdfast.runtime.devices import device_nodes
+from holdfast.runtime.oci import OciRequest, granted_capabilities, oci_config
+from holdfast.spec.model import App, Container, Mount, Network
+
+
+def start_instance(rig: Rig, action: StartInstance) -> Json:
+    """Bring an instance up. Raises what the drivers and the runtime raise, after undoing a first start."""
+    generation = rig.store.generation(action.app, action.generation)
+    instance = _admit(rig, action, generation)
+    try:
+        ground = _lay_ground(rig, instance, generation.app)
+        warnings = _write_bundle(rig, instance, ground)
+        _run(rig, instance)
+    except BaseException:
+        if action.instance is None:
+            remove_instance(rig, instance)
+        raise
+    rig.store.mark_generation(action.app, action.generation, "active")
+    running = rig.store.change_instance(
+        instance.id,
+        phase="running",
+        generation=generation.number,
+        started_at=time.time(),
+        exit=None,
+        addresses=ground.addresses,
+        names=ground.names,
+        warnings=warnings,
+        streak=action.streak,
+        restarts=instance.restarts + 1 if action.instance else 0,
+    )
+    run = rig.run_of(instance.id)
+    rig.plugins.tell(
+        "after_start", app=action.app, container=action.container, instance=running.id, pid=run.pid if run else 0
+    )
+    return {"instance": running.id, "pid": run.pid if run else None}
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What a container stands on once its drivers have done their part."""
+
+    base: Base
+    rootfs: Path
+    netns: Path | None
+    addresses: dict[str, str]
+    mounts: tuple[Json, ...]
+    names: str
+
+
+def _admit(rig: Rig, action: StartInstance, generation: Generation) -> Instance:
+    """The instance that is to run: the known one brought to the generation, or a new one, written down first."""
+    want = generation.app.containers[action.container]
+    image, files = generation.images[action.container], mounted_files(generation.app, want)
+    if action.instance is not None:
+        known = rig.store.instances.get(action.instance)
+        if known is None:
+            raise TryAgain(f"start '{action.subject}': instance {action.instance} is gone")
+        return replace(known, want=want, image=image, files=files)
+    instance = Instance(
+        id=InstanceId(secrets.token_hex(6)),
+        app=action.app,
+        container=action.container,
+        generation=generation.number,
+        want=want,
+        image=image,
+        files=files,
+        created_at=time.time(),
+    )
+    rig.store.put_instance(instance)
+    return instance
+
+
+# -- what it stands on ---------------------------------------------------------------------------------------
+
+
+def _lay_ground(rig: Rig, instance: Instance, app: App) -> Ground:
+    place = rig.host.instance(instance.id)
+    place.mkdir(parents=True, exist_ok=True)
+    base = rig.base(instance.image)
+    rootfs = _rootfs(rig, instance, base)
+    space = None if "host" in instance.want.networks else _keep(rig, netns.ensure(rig.host, instance.id))
+    addresses = dict(_endpoints(rig, instance, Path(space.data["path"]))) if space else {}
+    mounts = tuple(_mount(rig, instance, app, mount, rootfs) for mount in instance.want.mounts)
+    named = _write_names(rig, replace(instance, addresses=addresses))
+    return Ground(base, rootfs, Path(space.data["path"]) if space else None, addresses, mounts, named)
+
+
+def _keep(rig: Rig, receipt: Receipt) -> Receipt:
+    rig.store.put_receipt(receipt)
+    return receipt
+
+
+def _rootfs(rig: Rig, instance: Instance, base: Base) -> Path:
+    driver = next(iter(rig.plugins.rootfs.values()))
+    receipt = _keep(rig, driver.ensure(RootfsWant(instance=instance.id, layers=base.layers)))
+    return Path(str(receipt.data["path"]))
+
+
+def _endpoints(rig: Rig, instance: Instance, space: Path) -> Iterator[tuple[str, str]]:
+    """Attach to each network in turn; the first that leads out of the host has the default route."""
+    routed = False
+    attached = [network for network in instance.want.networks if network not in BARE]
+    for index, network in enumerate(attached):
+        receipt = rig.store.receipt("network", network)
+        if receipt is None:
+            raise TryAgain(f"attach '{instance.key}' to network '{network}': it does not stand")
+        routes = not routed and not receipt.data.get("internal")
+        routed |= routes
+        attachment = instance.want.networks[network]
+        made = rig.plugins.driver("endpoint", receipt.driver).ensure(
+            EndpointWant(
+                instance=instance.id,
+                network=receipt,
+                netns=space,
+                interface=f"eth{index}",
+                default_route=routes,
+                ipv4_address=attachment.ipv4_address,
+                mac_address=attachment.mac_address,
+            )
+        )
+        yield network, str(_keep(rig, made).data.get("address") or "")
+
+
+def attach_again(rig: Rig, instance: Instance) -> None:
+    """Put a running instance's endpoints right after somebody took them apart."""
+    space = rig.store.receipt("netns", instance.id)
+    if space is not None:
+        list(_endpoints(rig, instance, Path(space.data["path"])))
+
+
+def _mount(rig: Rig, instance: Instance, app: App, mount: Mount, rootfs: Path) -> Json:
+    """Have one mount's source ready and say how to mount it, as the OCI runtime spec does."""
+    if mount.kind == "volume":
+        driver = volume_of(rig, app, mount.source).driver
+        seed = rootfs / mount.target.lstrip("/")
+        want = volume_want(rig, app, mount.source, seed=seed if seed.is_dir() else None)
+        made = _keep(rig, rig.plugins.driver("volume", driver).ensure(want))
+        options = ["rbind", "rprivate", "ro" if mount.read_only else "rw"]
+        return {"destination": mount.target, "type": "bind", "source": made.data["path"], "options": options}
+    want_mount = MountWant(instance=instance.id, mount=mount, content=content_of(rig, app, mount))
+    made = _keep(rig, rig.plugins.driver("mount", mount.kind).ensure(want_mount))
+    return {**{key: made.data[key] for key in ("type", "source", "options")}, "destination": mount.target}
+
+
+def content_of(rig: Rig, app: App, mount: Mount) -> Path | None:
+    """Where the content of a file mount is stored; None for the other kinds."""
+    if mount.kind != "file":
+        return None
+    digest = app.files.get(mount.source) or rig.content.store_tree(folder_files(app, mount))
+    return rig.content.path(digest)
+
+
+def volume_want(rig: Rig, app: App, volume: str, *, seed: Path | None = None) -> VolumeWant:
+    """What a volume driver is asked for."""
+    return VolumeWant(id=volume, driver_opts=volume_of(rig, app, volume).driver_opts, seed=seed)
+
+
+def network_want(network: str, spec: Network) -> NetworkWant:
+    """What a network driver is asked for."""
+    return NetworkWant(
+        id=network, subnet=spec.subnet, gateway=spec.gateway, internal=spec.internal, driver_opts=spec.driver_opts
+    )
+
+
+def _write_names(rig: Rig, instance: Instance) -> str:
+    """Write hosts, resolv.conf and hostname; return the digest of what hosts says of the neighbours."""
+    place = rig.host.instance(instance.id)
+    known = names_of(instance, rig.pages)
+    write_hosts(rig, instance, known.lines)
+    names.write_in_place(place / "resolv.conf", names.read_resolv_conf())
+    names.write_in_place(place / "hostname", hostname(instance) + "\n")
+    return known.digest
+
+
+def write_hosts(rig: Rig, instance: Instance, lines: tuple[tuple[str, tuple[str, ...]], ...]) -> None:
+    """Bring an instance's hosts file up to date, in place."""
+    own = [(address, (instance.container,)) for address in instance.addresses.values() if address]
+    text = names.hosts_text(hostname(instance), own, lines)
+    names.write_in_place(rig.host.instance(instance.id) / "hosts", text)
+
+
+def hostname(instance: Instance) -> str:
+    """What a container calls itself: its name unless the state file says otherwise."""
+    if "host" in instance.want.networks and not instance.want.hostname:
+        return os.uname().nodename
+    return instance.want.hostname or instance.container
+
+
+# -- the bundle, and the process -----------------------------------------------------------------------------
+
+
+def _write_bundle(rig: Rig, instance: Instance, ground: Ground) -> tuple[str, ...]:
+    settings = cgroup_settings(rig, instance.want)
+    request = oci_request(rig, instance, ground.base, settings)
+    place = rig.host.instance(instance.id)
+    made = oci_config(
+        replace(
+            request,
+            rootfs=ground.rootfs,
+            netns=ground.netns,
+            mounts=ground.mounts,
+            hosts=place / "hosts",
+            resolv_conf=place / "resolv.conf",
+            hostname_file=place / "hostname",
+        )
+    )
+    config = rig.plugins.adjust_oci_config(instance.app, instance.container, made.config)
+    (place / "config.json").write_text(json.dumps(config, separators=(",", ":")))
+    return (*made.warnings, *settings.warnings)
+
+
+def oci_request(rig: Rig, instance: Instance, base: Base, settings: cgroup.Settings) -> OciRequest:
+    """Everything of a config.json that can be said before anything is mounted; staging checks it, too."""
+    want = instance.want
+    granted = granted_capabilities(want, limits())
+    return OciRequest(
+        want=want,
+        image=base.config,
+        rootfs=Path("/"),
+        hostname=hostname(instance),
+        cgroup=rig.runtime.cgroup(instance.id),
+        resources=settings.resources,
+        oom_score_adj=settings.oom_score_adj,
+        user=users.resolve(want.user if want.user is not None else base.user, want.group_add, base.read_file),
+        seccomp=seccomp.profile(want.seccomp, granted.names, privileged=want.privileged),
+        init=init_program() if want.init else None,
+        devices=device_nodes(want),
+        limits=limits(),
+    )
+
+
+def cgroup_settings(rig: Rig, want: Container) -> cgroup.Settings:
+    """What the policies of a container make of its resources on this host."""
+    chosen = [rig.plugins.driver("policy", name) for name in policies_of(rig, want)]
+    asked = cgroup_want(want)
+    for policy in chosen:
+        policy.check(asked)
+    return cgroup.compose(chosen, asked, cgroup.features())
+
+
+def policies_of(rig: Rig, want: Container) -> tuple[str, ...]:
+    """The policies that a container names, else those of agent.toml; a service class takes `qos` along."""
+    if want.resources.policy or want.resources.service_class:
+        return cgroup.policy_names(want.resources)
+    return rig.policies
+
+
+@lru_cache(maxsize=1)
+def _size_of_host() -> tuple[int, int]:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), os.cpu_count() or 1
+
+
+def cgroup_want(want: Container) -> CgroupWant:
+    """What a cgroup policy is asked for."""
+    memory, cpus = _size_of_host()
+    return CgroupWant(resources=want.resources, version=cgroup.version(), memory_total=memory, cpus=cpus)
+
+
+def _run(rig: Rig, instance: Instance) -> None:
+    """Create the container anew and let it run; what an earlier run left of it goes first."""
+    id, key = instance.id, instance.key
+    earlier = rig.store.receipt("run", id)
+    if earlier is not None or id in rig.runtime.state():
+        rig.runtime.delete(id, force=True)
+        rig.store.drop_receipt(Receipt("run", rig.runtime.binary.name, id, id))
+    log = rig.log_path(instance)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    run = rig.runtime.create(id, rig.host.instance(id), log, name=key)
+    data: dict[str, Any] = {"run": asdict(run), "limits": cgroup.snapshot(rig.runtime.cgroup(id))}
+    rig.store.put_receipt(Receipt("run", rig.runtime.binary.name, id, id, data))
+    rig.runtime.start(id, name=key)

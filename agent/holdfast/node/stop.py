@@ -1,0 +1,111 @@
+"""StopInstance, RemoveInstance: how a process is asked to end, and how everything it stood on is taken away."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import replace
+
+from holdfast.errors import HoldfastError, TryAgain
+from holdfast.node.rig import Rig, fallback_receipts
+from holdfast.observed import Exit, Instance, InstanceId, Json, Receipt
+from holdfast.plan.actions import StopInstance
+from holdfast.runtime import netns
+from holdfast.runtime.oci import stop_signal
+
+AFTER_KILL = 30.0  # seconds: a process in uninterruptible sleep can outlive SIGKILL for a while
+
+
+def stop_instance(rig: Rig, action: StopInstance) -> Json:
+    """Send the stop signal, wait out the grace period, then SIGKILL. Raises TryAgain if even that does not end it."""
+    instance = rig.store.instances.get(action.instance)
+    run = rig.run_of(action.instance)
+    if instance is None or instance.phase != "running":
+        return {}
+    if run is None:
+        rig.store.change_instance(instance.id, phase="exited", pid=None, exit=Exit(None, at=time.time(), asked=True))
+        return {}
+    signal = action.signal or _image_signal(rig, instance)
+    rig.runtime.kill(instance.id, signal)
+    ended = rig.runtime.wait_exit(instance.id, run, action.grace)
+    killed = ended is None
+    if ended is None:
+        rig.runtime.kill(instance.id, "SIGKILL", all=True)
+        ended = rig.runtime.wait_exit(instance.id, run, AFTER_KILL)
+    if ended is None:
+        raise TryAgain(f"stop '{action.subject}': process {run.pid} outlives SIGKILL")
+    ended = replace(ended, asked=True)
+    rig.store.change_instance(instance.id, phase="exited", pid=None, exit=ended)
+    tell_exit(rig, instance, ended)
+    return {"instance": instance.id, "exit_code": ended.code, "killed": killed}
+
+
+def tell_exit(rig: Rig, instance: Instance, ended: Exit) -> None:
+    """Report the end of a process to whoever listens."""
+    fields = {"code": ended.code, "signal": ended.signal, "oom": ended.oom, "asked": ended.asked, "at": ended.at}
+    rig.store.event("exited", instance.key, f"it {ended}", instance=instance.id, **{**fields, "at_exit": ended.at})
+    rig.plugins.tell("after_exit", app=instance.app, container=instance.container, instance=instance.id, exit=fields)
+
+
+def _image_signal(rig: Rig, instance: Instance) -> str:
+    try:
+        config = rig.base(instance.image).config
+    except (HoldfastError, OSError):  # the image may be gone by now; the process must end all the same
+        config = {}
+    return stop_signal(instance.want, config)
+
+
+def remove_instance(rig: Rig, instance: Instance) -> None:
+    """Take away an instance and all that was made for it, last thing first; the record goes last.
+
+    Every failure is reported and none keeps the rest from being removed; the record then stays for another try.
+    """
+    rig.runtime.delete(instance.id, force=True)
+    known = rig.store.owned(instance.id)
+    seen = {(receipt.kind, receipt.id) for receipt in known}
+    left = [each for each in fallback_receipts(rig, instance) if (each.kind, each.id) not in seen]
+    failures: list[Exception] = []
+    for receipt in reversed([*left, *known]):
+        try:
+            remove_thing(rig, receipt)
+            rig.store.drop_receipt(receipt)
+        except Exception as error:
+            failures.append(error)
+    if failures:
+        raise ExceptionGroup(f"remove '{instance.key}'", failures)
+    shutil.rmtree(rig.host.instance(instance.id), ignore_errors=True)
+    rig.store.drop_instance(instance.id)
+
+
+def remove_thing(rig: Rig, receipt: Receipt) -> None:
+    """Let the driver that made a thing take it away."""
+    match receipt.kind:
+        case "netns":
+            netns.remove(rig.host, receipt)
+        case "run":
+            rig.runtime.delete(receipt.id, force=True)
+        case "rootfs":
+            rig.plugins.driver("rootfs", receipt.driver).remove(receipt)
+        case "endpoint":
+            rig.plugins.driver("endpoint", receipt.driver).remove(receipt)
+        case "network":
+            rig.plugins.driver("network", receipt.driver).remove(receipt)
+        case "volume":
+            rig.plugins.driver("mount" if receipt.owner else "volume", receipt.driver).remove(receipt)
+        case "firewall":
+            rig.plugins.driver("firewall", receipt.driver).remove(receipt)
+
+
+def remove_orphan(rig: Rig, receipt: Receipt) -> None:
+    """Remove what nobody has a receipt for, unless somebody has one by now."""
+    if rig.store.receipt(receipt.kind, receipt.id) or InstanceId(receipt.owner) in rig.store.instances:
+        return
+    remove_thing(rig, receipt)
+    if receipt.owner:
+        shutil.rmtree(rig.host.instance(receipt.owner), ignore_errors=True)
+
+
+def sweep(rig: Rig) -> None:
+    """Take the agent's own cgroup off the host once no container is left in it."""
+    if not rig.store.instances:
+        rig.runtime.remove_parent_cgroup()

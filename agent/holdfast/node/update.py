@@ -1,0 +1,122 @@
+"""What is changed while it runs: limits, recorded settings, files, networks, the firewall, hosts files."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+from holdfast.errors import TryAgain
+from holdfast.node.rig import Rig, network_of
+from holdfast.node.start import attach_again, cgroup_settings, content_of, network_want, write_hosts
+from holdfast.observed import Instance, Json, Receipt
+from holdfast.plan.actions import EnsureNetwork, RemoveNetwork, UpdateInstance, WriteFirewall, WriteNames
+from holdfast.plan.diff import mounted_files
+from holdfast.runtime import cgroup, netns
+from holdfast.spec.model import digest_of
+
+
+def update_instance(rig: Rig, action: UpdateInstance) -> Json:
+    """Bring an instance to its generation without a new process, and put right what was altered by hand."""
+    instance = rig.store.instances.get(action.instance)
+    if instance is None:
+        raise TryAgain(f"update '{action.subject}': instance {action.instance} is gone")
+    generation = rig.store.generation(action.app, action.generation)
+    want = generation.app.containers[action.container]
+    if instance.phase == "running":
+        if not action.changes or any(change.effect == "live" for change in action.changes):
+            apply_limits(rig, replace(instance, want=want))
+        if not action.changes:
+            _mend_network(rig, instance)
+        _refresh_files(rig, instance, action)
+    rig.store.mark_generation(action.app, action.generation, "active")
+    rig.store.change_instance(
+        instance.id,
+        want=want,
+        image=generation.images[action.container],
+        files=mounted_files(generation.app, want),
+        generation=action.generation,
+    )
+    return {"instance": instance.id, "fields": [change.field for change in action.changes]}
+
+
+def apply_limits(rig: Rig, instance: Instance) -> None:
+    """Write a container's resources into its cgroup, and keep what the kernel made of them."""
+    settings = cgroup_settings(rig, instance.want)
+    rig.runtime.update(instance.id, settings.resources)
+    if settings.oom_score_adj is not None:
+        rig.runtime.set_oom_score_adj(instance.id, settings.oom_score_adj)
+    receipt = rig.store.receipt("run", instance.id)
+    if receipt is not None:
+        limits = cgroup.snapshot(rig.runtime.cgroup(instance.id))
+        rig.store.put_receipt(replace(receipt, data={**receipt.data, "limits": limits}))
+
+
+def _mend_network(rig: Rig, instance: Instance) -> None:
+    run = rig.run_of(instance.id)
+    if "host" not in instance.want.networks and run is not None:
+        netns.ensure(rig.host, instance.id, run.pid)
+        attach_again(rig, instance)
+
+
+def _refresh_files(rig: Rig, instance: Instance, action: UpdateInstance) -> None:
+    """Put new content in place of old, then send each signal that was asked for once."""
+    app = rig.store.generation(action.app, action.generation).app
+    changed = {change.field.removeprefix("content of "): change.effect for change in action.changes}
+    for mount in app.containers[action.container].mounts:
+        if mount.kind == "file" and mount.target in changed:
+            receipt = rig.store.receipt("volume", f"{instance.id}:{mount.target}")
+            content = content_of(rig, app, mount)
+            if receipt is not None and content is not None:
+                rig.plugins.driver("mount", "file").refresh(receipt, content)
+    for signal in dict.fromkeys(effect.split()[-1] for effect in changed.values() if effect.startswith("signal ")):
+        rig.runtime.kill(instance.id, signal)
+
+
+# -- networks ------------------------------------------------------------------------------------------------
+
+
+def ensure_network(rig: Rig, action: EnsureNetwork) -> Json:
+    """Make or mend a network; what it was made from is kept beside its receipt."""
+    driver = rig.plugins.driver("network", action.spec.driver)
+    receipt = driver.ensure(network_want(action.network, action.spec))
+    want = digest_of(action.spec.model_dump(mode="json"))
+    rig.store.put_receipt(replace(receipt, data={**receipt.data, "want": want}))
+    enabled = receipt.data.get("enabled")
+    if enabled:
+        rig.store.event("host", action.subject, f"turned on {enabled}, which {action.network} needs to lead outside")
+    return dict(receipt.data)
+
+
+def remove_network(rig: Rig, action: RemoveNetwork) -> Json:
+    """Take a network away."""
+    receipt = rig.store.receipt("network", action.network)
+    if receipt is None:
+        receipt = Receipt("network", network_of(rig, action.network).driver, action.network)
+    rig.plugins.driver("network", receipt.driver).remove(receipt)
+    rig.store.drop_receipt(receipt)
+    return {}
+
+
+# -- derived files -------------------------------------------------------------------------------------------
+
+
+def write_firewall(rig: Rig, action: WriteFirewall) -> Json:
+    """Replace the table, or take it away when it has nothing to say; remember what it says."""
+    driver = rig.plugins.driver("firewall", rig.firewall)
+    if action.want.empty:
+        driver.remove(Receipt("firewall", rig.firewall, rig.host.name))
+        rig.store.put_fact("firewall", None)
+        return {}
+    receipt = driver.ensure(action.want)
+    rig.store.put_fact("firewall", asdict(action.want))
+    rig.store.put_receipt(receipt)
+    return {"ports": len(action.want.ports), "networks": len(action.want.networks)}
+
+
+def write_names(rig: Rig, action: WriteNames) -> Json:
+    """Bring hosts files up to date; an instance that is gone by now needs none."""
+    for id, found in action.hosts.items():
+        instance = rig.store.instances.get(id)
+        if instance is not None and rig.host.instance(id).is_dir():
+            write_hosts(rig, instance, found.lines)
+            rig.store.change_instance(id, names=found.digest)
+    return {"files": len(action.hosts)}

@@ -1,0 +1,70 @@
+"""Notices the end of processes at once: one thread, one epoll, a pidfd each. Nothing is polled.
+
+The container's process and its conmon are both watched: the first says that something happened, the second that
+the exit file is written.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+from holdfast.runtime.conmon import Run, reap
+
+
+class ExitWatch:
+    """Calls wake(instance) from its thread when a process of an instance ends."""
+
+    def __init__(self, wake: Callable[[str], None]) -> None:
+        self._wake = wake
+        self._epoll = select.epoll()
+        self._watched: dict[int, tuple[str, int]] = {}  # pidfd → instance, pid
+        self._known: set[tuple[str, int]] = set()
+        self._lock = threading.Lock()
+        self._doorbell, self._bell = os.pipe()
+        self._epoll.register(self._doorbell, select.EPOLLIN)
+        self._thread = threading.Thread(target=self._serve, name="exits", daemon=True)
+        self._thread.start()
+
+    def add(self, instance: str, run: Run) -> None:
+        """Watch both processes of a run; one that has ended already wakes at once. Idempotent."""
+        for pid in (run.pid, run.conmon_pid):
+            self._add(instance, pid)
+
+    def close(self) -> None:
+        """End the thread and let go of every process."""
+        os.write(self._bell, b".")
+        self._thread.join()
+        for fd in (*self._watched, self._doorbell, self._bell):
+            os.close(fd)
+        self._epoll.close()
+
+    def _add(self, instance: str, pid: int) -> None:
+        with self._lock:
+            if (instance, pid) in self._known:
+                return
+            try:
+                fd = os.pidfd_open(pid)
+            except ProcessLookupError:
+                self._wake(instance)
+                return
+            self._known.add((instance, pid))
+            self._watched[fd] = (instance, pid)
+            self._epoll.register(fd, select.EPOLLIN)
+
+    def _serve(self) -> None:
+        while True:
+            for fd, _ in self._epoll.poll():
+                if fd == self._doorbell:
+                    return
+                with self._lock:
+                    instance, pid = self._watched.pop(fd)
+                    self._known.discard((instance, pid))
+                    self._epoll.unregister(fd)
+                    os.close(fd)
+                with suppress(ChildProcessError):
+                    reap(pid)
+                self._wake(instance)

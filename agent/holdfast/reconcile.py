@@ -1,0 +1,117 @@
+"""One pass: read what is asked for, read what is there, decide, hand over. The file to read first.
+
+    source ──▶ Revision ──load──▶ Spec ─┐
+    node ──observe──▶ Observed ─────────┼──decide──▶ Plan ──apply──▶ the node's lanes
+    store ──▶ History ──────────────────┘                  └──make_status──▶ Status
+
+A pass waits for nothing and assumes nothing: it can be made at any time, as often as anyone likes, and after any
+crash. `daemon` makes one whenever something may have changed, and one every so often though nothing seems to have.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from holdfast.config import Config
+from holdfast.errors import HoldfastError
+from holdfast.node import Node
+from holdfast.observed import History, Json, Observed
+from holdfast.plan import Plan, decide, preview
+from holdfast.source import Revision, Source
+from holdfast.spec import Cache, Spec, load
+from holdfast.status import Status, make_status, plan_json
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one pass saw and decided."""
+
+    spec: Spec | None
+    observed: Observed
+    history: History
+    plan: Plan
+    status: Status
+
+
+class Reconciler:
+    """Makes passes. Keeps what need not be read twice: the spec of the newest readable revision, and its files'."""
+
+    def __init__(self, node: Node, source: Source, config: Config) -> None:
+        self.node, self.source, self.config = node, source, config
+        self._cache = Cache()
+        self._revision: Revision | None = None
+        self._spec: Spec | None = None
+        self._error = ""
+
+    def run(self, *, deep: bool = False) -> Pass:
+        """Make one pass. deep: read every cgroup, too. What it decides goes on in the node's lanes."""
+        spec = self.wanted()
+        observed = self.node.observe(deep=deep)
+        history = self.node.rig.store.history()
+        plan = decide(spec, observed, history, time.time())
+        self.node.apply(plan, observed, spec, self._revision.id if self._revision else "")
+        return Pass(spec, observed, history, plan, self.status(spec, observed, history, plan))
+
+    def preview(self) -> Sequence[Plan]:
+        """Every plan from here to rest, touching nothing."""
+        observed = self.node.observe(deep=True)
+        return preview(self.wanted(), observed, self.node.rig.store.history(), time.time())
+
+    def preview_json(self) -> Json:
+        """What `holdfast plan --json` prints."""
+        return plan_json(self.preview())
+
+    def wanted(self) -> Spec | None:
+        """What the newest readable revision asks for. A source that can't be read leaves the last answer in force."""
+        try:
+            revision = self.source.current()
+        except HoldfastError as error:
+            self._error = str(error)
+            return self._spec
+        self._error = ""
+        if revision is not self._revision:
+            self._accept(revision)
+        return self._spec
+
+    def reload(self, source: Source, config: Config) -> None:
+        """Go on with other settings: what was read by the old ones is read anew."""
+        self.source, self.config = source, config
+        self._cache, self._revision = Cache(), None
+
+    def status(self, spec: Spec | None, observed: Observed, history: History, plan: Plan) -> Status:
+        """How the node stands, for whoever asks."""
+        state = asdict(self.source.state())
+        state["error"] = state["error"] or self._error
+        failed = [asdict(each) for each in self.node.rig.plugins.states if each.state != "ok"]
+        return make_status(
+            spec=spec,
+            observed=observed,
+            history=history,
+            plan=plan,
+            source=state,
+            node=self.config.node_name,
+            plugins=failed,
+        )
+
+    def _accept(self, revision: Revision) -> None:
+        """Read a new revision's files; a refused one (on_invalid) changes nothing but the status."""
+        spec = load(revision.files, self.config.facts(), cache=self._cache)
+        store = self.node.rig.store
+        if store.fact("revision") != revision.id:
+            store.put_fact("revision", revision.id)
+            about = f" by {revision.author}: {revision.message}" if revision.author else ""
+            store.event("revision", "node", f"{revision.id[:16]}{about}", revision=revision.id)
+            for problem in spec.problems:
+                store.event("problem", "node", str(problem))
+        self._revision = revision
+        if spec.problems and self.config.on_invalid == "reject-revision":
+            spec = replace(self._spec, problems=spec.problems) if self._spec else _nothing_of(spec)
+        self._spec = spec
+
+
+def _nothing_of(spec: Spec) -> Spec:
+    """A revision that is refused before any was accepted: every app of it stays at the generation it has."""
+    names = {app.path: name for name, app in spec.apps.items()}
+    return Spec(broken={**names, **spec.broken}, problems=spec.problems)
