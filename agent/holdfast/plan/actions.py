@@ -7,7 +7,7 @@ Subjects are what two actions must not do at once: an app (`shop`), a container 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from holdfast.observed import FirewallWant, InstanceId, Receipt
@@ -68,7 +68,7 @@ class EnsureNetwork(Action):
 
     @property
     def tried(self) -> str:
-        return digest_of(self.spec.model_dump(mode="json"))
+        return self.spec.digest
 
     @property
     def subject(self) -> str:
@@ -120,6 +120,10 @@ class StopInstance(Action):
     def subject(self) -> str:
         return f"{self.app}/{self.container}"
 
+    @property
+    def tried(self) -> str:
+        return f"StopInstance {self.instance}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateInstance(Action):
@@ -149,6 +153,10 @@ class RemoveInstance(Action):
     @property
     def subject(self) -> str:
         return f"{self.app}/{self.container}"
+
+    @property
+    def tried(self) -> str:
+        return f"RemoveInstance {self.instance}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +192,10 @@ class WriteFirewall(Action):
     def subject(self) -> str:
         return "firewall"
 
+    @property
+    def tried(self) -> str:
+        return digest_of(asdict(self.want))
+
 
 @dataclass(frozen=True, slots=True)
 class Names:
@@ -212,7 +224,8 @@ class RemoveOrphan(Action):
 
     @property
     def subject(self) -> str:
-        return f"orphan {self.receipt.kind} {self.receipt.id}"
+        kind, id = self.receipt.kind, self.receipt.id
+        return kind if kind == "firewall" else f"{kind} {id}"
 
 
 @dataclass(frozen=True, slots=True)

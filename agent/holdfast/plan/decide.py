@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from holdfast.observed import FirewallWant, Generation, History, Hold, Instance, Observed
+from holdfast.observed import Failure, FirewallWant, Generation, History, Hold, Instance, Observed
 from holdfast.plan.actions import (
     Action,
     Change,
@@ -44,31 +44,27 @@ from holdfast.plan.actions import (
     WriteFirewall,
     WriteNames,
 )
-from holdfast.plan.derived import all_names, firewall_want
+from holdfast.plan.derived import firewall_want, names_of, pages
 from holdfast.plan.diff import changes, mounted_files, replaces
 from holdfast.plan.restart import Verdict, verdict
-from holdfast.spec.model import App, Container, Network, Spec, digest_of
+from holdfast.spec.model import App, Container, Network, Spec
 
-DEFAULT_STOP_SIGNAL = "SIGTERM"
 UNMANAGED = frozenset({"none", "host"})
+DEFAULT_NETWORK = Network()
 
 
 def decide(spec: Spec | None, observed: Observed, history: History, now: float) -> Plan:
     """Say what to do next. spec None: the source can't be read, so every app stays at its generation."""
     desk = _Desk(observed, history, now)
     desk.targets = dict(_targets(spec, desk))
-    for app in desk.targets:
+    desk.stays_for = _stays_for(desk)
+    _orphans(desk)
+    for app in _in_order({name: target.app.depends_on for name, target in desk.targets.items()}):
         _hold_app(app, desk)
     for app in sorted(_known_apps(desk) - desk.targets.keys() - desk.unplaced):
         _remove_app(app, desk)
     _networks(desk)
     _derived(desk)
-    for orphan in observed.orphans:
-        desk.offer(
-            RemoveOrphan(
-                app="", receipt=orphan, reason=f"{orphan.kind} {orphan.id} bears our name and belongs to nothing"
-            )
-        )
     return desk.plan()
 
 
@@ -82,9 +78,11 @@ class _Desk:
     targets: dict[str, Generation] = field(default_factory=dict)
     unplaced: set[str] = field(default_factory=set)  # apps that have no generation yet: neither held nor removed
     actions: list[Action] = field(default_factory=list)
+    subjects: set[str] = field(default_factory=set)  # of these actions
     waiting: dict[str, str] = field(default_factory=dict)
     drift: dict[str, str] = field(default_factory=dict)
     wakes: list[float] = field(default_factory=list)
+    stays_for: Mapping[str, list[str]] = field(default_factory=dict)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     outdated: set[str] = field(default_factory=set)  # containers that are about to be replaced
 
@@ -97,18 +95,28 @@ class _Desk:
                 self.users.setdefault(network, []).append(instance)
 
     def offer(self, action: Action) -> None:
-        """Put an action on the plan, unless the same was tried and its time has not come (rule 8)."""
+        """Put an action on the plan, unless the same was tried and its time has not come (rule 8).
+
+        One action per subject: the first one offered goes, the next look finds what is left.
+        """
+        if action.subject in self.subjects:
+            return
         failure = self.history.failures.get(action.subject)
-        if failure is None or failure.digest != action.tried:
-            self.actions.append(action)
-        elif failure.retry_at is None:
+        if failure is not None and failure.digest == action.tried and not self._due(action, failure):
+            return
+        self.subjects.add(action.subject)
+        self.actions.append(action)
+
+    def _due(self, action: Action, failure: Failure) -> bool:
+        if failure.retry_at is None:
             self.waiting[action.subject] = f"{failure.error} (waits for a change)"
-        elif failure.retry_at > self.now:
-            tries = f"tried {failure.count} times" if failure.count > 1 else "tried once"
-            self.waiting[action.subject] = f"{failure.error} ({tries})"
-            self.wakes.append(failure.retry_at)
-        else:
-            self.actions.append(action)
+            return False
+        if failure.retry_at <= self.now:
+            return True
+        tries = f"tried {failure.count} times" if failure.count > 1 else "tried once"
+        self.waiting[action.subject] = f"{failure.error} ({tries})"
+        self.wakes.append(failure.retry_at)
+        return False
 
     def newest(self, app: str, container: str) -> Instance | None:
         found = self.by_app.get(app, {}).get(container)
@@ -124,7 +132,7 @@ class _Desk:
 def _targets(spec: Spec | None, desk: _Desk) -> Iterator[tuple[str, Generation]]:
     history = desk.history
     if spec is None:
-        yield from _current_of(history.generations, desk)
+        yield from _current_of(_known_apps(desk), desk)
         return
     stuck = set(spec.broken.values()) - spec.apps.keys()
     yield from _current_of(stuck, desk)
@@ -173,7 +181,7 @@ def _hold_app(app: str, desk: _Desk) -> None:
     generation = desk.targets[app]
     before = len(desk.actions)
     settled = True
-    for name in _in_order(generation.app.containers):
+    for name in _in_order({name: each.depends_on for name, each in generation.app.containers.items()}):
         settled &= _hold_container(generation, name, desk)
     for name in list(desk.by_app.get(app, {})):
         if name not in generation.app.containers:
@@ -209,22 +217,24 @@ def _hold_container(generation: Generation, name: str, desk: _Desk) -> bool:
     if replaces(found):
         desk.outdated.add(key)
         return _replace(instance, generation, found, hold, desk)
-    if found:
-        _update(instance, generation.number, found, _update_reason(found, instance), desk)
     if instance.phase == "running":
-        return _hold_running(instance, generation, hold, desk) and not found
-    return _hold_exited(instance, generation, hold, desk) and not found
+        settled = _hold_running(instance, hold, desk)
+    else:
+        settled = _hold_exited(instance, generation, hold, desk)
+    # After what stops or starts it, which is the more urgent and, in the case of a start, brings the same.
+    if found or (instance.phase == "running" and instance.drifted):
+        _update(instance, generation.number, found, desk)
+        return False
+    return settled
 
 
-def _hold_running(instance: Instance, generation: Generation, hold: Hold | None, desk: _Desk) -> bool:
+def _hold_running(instance: Instance, hold: Hold | None, desk: _Desk) -> bool:
     if hold is not None and hold.kind == "stopped":
         _stop(instance, f"stopped by hand{_by(hold)}", desk)
     elif hold is not None and hold.kind == "restarted" and (instance.started_at or 0.0) < hold.at:
         _stop(instance, f"restarted by hand{_by(hold)}", desk)
     elif instance.faults:
         _stop(instance, "; ".join(instance.faults), desk)
-    elif instance.drifted:
-        _update(instance, generation.number, (), "; ".join(instance.drifted), desk)
     else:
         return True
     return False
@@ -233,7 +243,7 @@ def _hold_running(instance: Instance, generation: Generation, hold: Hold | None,
 def _hold_exited(instance: Instance, generation: Generation, hold: Hold | None, desk: _Desk) -> bool:
     key = instance.key
     if hold is not None and hold.kind == "stopped":
-        return True
+        return False
     if hold is not None and (instance.started_at or 0.0) < hold.at:
         _start(generation, instance.container, f"{hold.kind} by hand{_by(hold)}", desk, again=instance)
         return False
@@ -273,11 +283,18 @@ def _start(
 def _replace(
     instance: Instance, generation: Generation, found: tuple[Change, ...], hold: Hold | None, desk: _Desk
 ) -> bool:
-    """Make room for a successor, once that could start (rule 5). A held container is left as the person wants it."""
-    if hold is not None and hold.kind == "stopped" and instance.phase != "running":
+    """Make room for a successor, once that could start (rule 5). One stopped by hand waits for its release, but
+    does not keep others from a network that has to be made anew: its successor is not waited for by anything."""
+    in_the_way = any(_outdated_network(network, desk) for network in instance.want.networks)
+    if hold is not None and hold.kind == "stopped":
+        if instance.phase == "running":
+            _stop(instance, f"stopped by hand{_by(hold)}", desk)
+        elif in_the_way:
+            _take_away(instance, _listed(found), desk)
         return False
-    want = generation.app.containers[instance.container]
-    obstacle = _unreached(generation.app, instance.container, desk) or _missing_network(want, desk, instance)
+    obstacle = _missing_network(generation.app.containers[instance.container], desk, instance)
+    if not in_the_way:  # else what it depends on may itself wait for the network that this one is attached to
+        obstacle = obstacle or _unreached(generation.app, instance.container, desk)
     if obstacle:
         desk.waiting[instance.key] = f"replaced when it can be: {obstacle}"
         return False
@@ -285,7 +302,7 @@ def _replace(
     return False
 
 
-def _update(instance: Instance, generation: int, found: tuple[Change, ...], reason: str, desk: _Desk) -> None:
+def _update(instance: Instance, generation: int, found: tuple[Change, ...], desk: _Desk) -> None:
     desk.offer(
         UpdateInstance(
             app=instance.app,
@@ -293,7 +310,7 @@ def _update(instance: Instance, generation: int, found: tuple[Change, ...], reas
             instance=instance.id,
             generation=generation,
             changes=found,
-            reason=reason,
+            reason="; ".join([*_update_words(found, instance), *instance.drifted]),
         )
     )
 
@@ -336,20 +353,7 @@ def _remove_app(app: str, desk: _Desk) -> None:
 
 
 def _retire(app: str, name: str, reason: str, desk: _Desk) -> None:
-    dependents = [
-        other.key
-        for others in desk.by_app.get(app, {}).values()
-        for other in others
-        if name in other.want.depends_on and other.phase == "running" and not _wanted(other, desk)
-    ]
-    dependents += [
-        each.key
-        for other in sorted(_known_apps(desk) - desk.targets.keys())
-        if app in _depends_on(other, desk)
-        for found in desk.by_app.get(other, {}).values()
-        for each in found
-        if each.phase == "running"
-    ]
+    dependents = {*desk.stays_for.get(f"{app}/{name}", ()), *desk.stays_for.get(app, ())}
     if dependents:
         desk.waiting[f"{app}/{name}"] = f"stops after {', '.join(sorted(dependents))}"
         return
@@ -357,9 +361,26 @@ def _retire(app: str, name: str, reason: str, desk: _Desk) -> None:
         _take_away(instance, reason, desk)
 
 
-def _wanted(instance: Instance, desk: _Desk) -> bool:
+def _stays_for(desk: _Desk) -> Mapping[str, list[str]]:
+    """Container or app → the running containers that have to leave before it."""
+    leaving = [each for each in desk.observed.instances if each.phase == "running" and _leaves(each, desk)]
+    before: dict[str, list[str]] = {}
+    for each in leaving:
+        for name in each.want.depends_on:
+            before.setdefault(f"{each.app}/{name}", []).append(each.key)
+        if each.app not in desk.targets:
+            for app in _depends_on(each.app, desk):
+                before.setdefault(app, []).append(each.key)
+    if all(each.key in before or each.app in before for each in leaving):
+        return {}  # a ring, as containers of several commits can make: all of it at once
+    return before
+
+
+def _leaves(instance: Instance, desk: _Desk) -> bool:
+    if instance.app in desk.unplaced:
+        return False
     target = desk.targets.get(instance.app)
-    return target is not None and instance.container in target.app.containers
+    return target is None or instance.container not in target.app.containers
 
 
 def _depends_on(app: str, desk: _Desk) -> tuple[str, ...]:
@@ -368,17 +389,19 @@ def _depends_on(app: str, desk: _Desk) -> tuple[str, ...]:
 
 
 def _drop_volumes(app: str, keep: App | None, desk: _Desk) -> bool:
-    """Delete what generations marked on_remove = "delete" and the app no longer has; True when none is left."""
+    """Delete what the app no longer has and last defined with on_remove = "delete"; True when none is left."""
     kept = keep.volumes.keys() if keep else frozenset()
+    last = {
+        f"{app}/{name}": volume
+        for generation in desk.history.generations.get(app, ())
+        for name, volume in generation.app.volumes.items()
+        if name not in kept
+    }
     doomed = sorted(
-        {
-            f"{app}/{name}"
-            for generation in desk.history.generations.get(app, ())
-            for name, volume in generation.app.volumes.items()
-            if volume.on_remove == "delete" and name not in kept
-        }
-        & desk.observed.volumes.keys()
+        key for key, volume in last.items() if volume.on_remove == "delete" and key in desk.observed.volumes
     )
+    if not doomed:
+        return True
     used = {mount.source for each in desk.observed.instances for mount in each.want.mounts if mount.kind == "volume"}
     for volume in doomed:
         if volume in used:
@@ -387,7 +410,7 @@ def _drop_volumes(app: str, keep: App | None, desk: _Desk) -> bool:
             desk.offer(
                 RemoveVolume(app=app, volume=volume, reason='the state no longer names it, on_remove = "delete"')
             )
-    return not doomed
+    return False
 
 
 # -- what a start waits for (rule 4) -------------------------------------------------------------------------
@@ -413,20 +436,20 @@ def _reached(app: App, name: str, condition: str, desk: _Desk) -> bool:
     instance = desk.newest(app.name, name)
     if instance is None or f"{app.name}/{name}" in desk.outdated:
         return False
-    ended_well = instance.phase == "exited" and instance.exit is not None and instance.exit.code == 0
-    return ended_well or (condition == "started" and instance.phase == "running")
+    ended = instance.exit if instance.phase == "exited" else None
+    completed = ended is not None and ended.code == 0 and not ended.asked
+    return completed or (condition == "started" and instance.phase == "running")
 
 
 def _missing_network(want: Container, desk: _Desk, instance: Instance | None = None) -> str:
-    """The first network that does not stand as wanted, "" if all do. One that only the instance itself still holds
-    in its old form is no obstacle to replacing that instance."""
+    """The first network that does not stand as wanted, "" if all do. One that is only outdated is no obstacle to
+    replacing an instance that is attached to it."""
     for network in want.networks:
         if network in UNMANAGED:
             continue
-        state, spec = desk.observed.networks.get(network), _network_spec(network, desk)
-        if state is None:
+        if network not in desk.observed.networks:
             return f"waits for network {network}"
-        if instance is None and state.want != _network_digest(spec):
+        if _outdated_network(network, desk) and (instance is None or network not in instance.want.networks):
             return f"waits for network {network} to be made anew"
     return ""
 
@@ -443,29 +466,35 @@ def _networks(desk: _Desk) -> None:
         if network not in UNMANAGED
     }
     for network in sorted(wanted):
-        state, spec = desk.observed.networks.get(network), _network_spec(network, desk)
-        owner = _owner(network)
-        if state is None:
-            desk.offer(EnsureNetwork(app=owner, network=network, spec=spec, reason="it is not there"))
-        elif state.want != _network_digest(spec):
+        owner, state = _owner(network), desk.observed.networks.get(network)
+        if state is not None and _outdated_network(network, desk):
             if not desk.users.get(network):
                 desk.offer(RemoveNetwork(app=owner, network=network, reason="its definition changed"))
-        elif state.faults:
-            desk.offer(EnsureNetwork(app=owner, network=network, spec=spec, reason="; ".join(state.faults)))
+        elif state is None or state.faults:
+            reason = "; ".join(state.faults) if state else "it is not there"
+            defined = _defined(network, desk)
+            if defined is None:
+                desk.waiting[f"network {network}"] = f"{reason}, and no app in force defines it"
+            else:
+                desk.offer(EnsureNetwork(app=owner, network=network, spec=defined, reason=reason))
     for network in sorted(desk.observed.networks.keys() - wanted):
         if not desk.users.get(network):
             desk.offer(RemoveNetwork(app=_owner(network), network=network, reason="nothing uses it"))
 
 
-def _network_spec(network: str, desk: _Desk) -> Network:
-    """How a network is defined now; for one whose app is unknown here, as it was made."""
+def _defined(network: str, desk: _Desk) -> Network | None:
+    """How a network is defined now. None for one whose app is gone, which thereby stays as it stands."""
     owner, _, name = network.rpartition("/")
-    target = desk.targets.get(owner)
-    return target.app.networks.get(name, Network()) if target else Network()
+    if not owner:
+        return DEFAULT_NETWORK
+    target = desk.targets.get(owner) or _current(desk.history.generations.get(owner, ()))
+    return target.app.networks.get(name) if target else None
 
 
-def _network_digest(spec: Network) -> str:
-    return digest_of(spec.model_dump(mode="json"))
+def _outdated_network(network: str, desk: _Desk) -> bool:
+    """Whether a network stands, but otherwise than it is defined now."""
+    state, defined = desk.observed.networks.get(network), _defined(network, desk)
+    return state is not None and defined is not None and state.want != defined.digest
 
 
 def _network_changes(instance: Instance, generation: Generation, desk: _Desk) -> tuple[Change, ...]:
@@ -473,9 +502,7 @@ def _network_changes(instance: Instance, generation: Generation, desk: _Desk) ->
     return tuple(
         Change(f"network {network}", "as it stands", "as defined now", "replace")
         for network in instance.want.networks
-        if (state := desk.observed.networks.get(network)) is not None
-        and network in generation.app.containers[instance.container].networks
-        and state.want != _network_digest(_network_spec(network, desk))
+        if network in generation.app.containers[instance.container].networks and _outdated_network(network, desk)
     )
 
 
@@ -486,18 +513,27 @@ def _owner(network: str) -> str:
 # -- what follows from what is there (rule 9) ----------------------------------------------------------------
 
 
+def _orphans(desk: _Desk) -> None:
+    """First of all, so that a network that was left half made goes before it is made again."""
+    for orphan in desk.observed.orphans:
+        reason = f"{orphan.kind} {orphan.id} bears our name and belongs to nothing"
+        desk.offer(RemoveOrphan(app="", receipt=orphan, reason=reason))
+
+
 def _derived(desk: _Desk) -> None:
     want = firewall_want(desk.observed, lambda instance: _published(instance, desk))
     if want != desk.observed.firewall and not (want.empty and desk.observed.firewall is None):
         desk.offer(WriteFirewall(app="", want=want, reason=_firewall_reason(want, desk.observed)))
-    names = all_names(each for each in desk.observed.instances if each.phase in ("running", "creating"))
+    known = pages(desk.observed.instances)
     stale = {
-        each.id: names[each.id]
+        each.id: names
         for each in desk.observed.instances
-        if each.phase == "running" and each.id in names and names[each.id].digest != each.names
+        if each.phase == "running" and any(each.addresses.values())
+        if (names := names_of(each, known)).digest != each.names
     }
     if stale:
-        desk.offer(WriteNames(app="", hosts=stale, reason=f"names of {len(stale)} containers' neighbours changed"))
+        reason = f"the neighbours of {_counted(len(stale), 'container')} changed"
+        desk.offer(WriteNames(app="", hosts=stale, reason=reason))
 
 
 def _published(instance: Instance, desk: _Desk) -> bool:
@@ -506,9 +542,9 @@ def _published(instance: Instance, desk: _Desk) -> bool:
 
 
 def _firewall_reason(want: FirewallWant, observed: Observed) -> str:
-    ports = sum(port.count for port in want.ports)
-    content = f"{ports} published ports, {len(want.networks)} networks"
-    return content if observed.firewall is not None else f"the table is not as written; {content}"
+    ports, networks = sum(port.count for port in want.ports), len(want.networks)
+    content = f"{_counted(ports, 'published port')}, {_counted(networks, 'network')}"
+    return content if observed.firewall is not None else f"the table is not there or was altered; {content}"
 
 
 # -- words ---------------------------------------------------------------------------------------------------
@@ -522,37 +558,41 @@ def _by(hold: Hold) -> str:
     return f" ({hold.by})" if hold.by else ""
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _listed(found: tuple[Change, ...]) -> str:
     return "; ".join(_worded(change) for change in found)
 
 
 def _worded(change: Change) -> str:
-    return f"image changed: {change.old} → {change.new}" if change.field == "image" else str(change)
+    if change.field == "image":
+        return f"image changed: {change.old} → {change.new}"
+    return str(change).removeprefix("resources.")
 
 
-def _update_reason(found: tuple[Change, ...], instance: Instance) -> str:
+def _update_words(found: tuple[Change, ...], instance: Instance) -> Iterator[str]:
     tails = {"live": "applied live", "record": "noted, nothing restarts"}
-    return "; ".join(
-        f"{_worded(change)}; {tails.get(change.effect) or f'{instance.key} gets {change.effect.split()[-1]}'}"
-        for change in found
-    )
+    for change in found:
+        yield f"{_worded(change)}; {tails.get(change.effect) or f'{instance.key} gets {change.effect.split()[-1]}'}"
 
 
 def _known_apps(desk: _Desk) -> set[str]:
     return desk.by_app.keys() | desk.history.generations.keys()
 
 
-def _in_order(containers: Mapping[str, Container]) -> tuple[str, ...]:
-    """Names so that what is depended on comes first; otherwise as the file has them."""
+def _in_order(needs: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
+    """Names so that what is depended on comes first; otherwise in the order given. A ring is cut anywhere."""
     done: dict[str, None] = {}
 
     def visit(name: str, above: frozenset[str]) -> None:
-        if name in done or name in above or name not in containers:
+        if name in done or name in above or name not in needs:
             return
-        for other in containers[name].depends_on:
+        for other in needs[name]:
             visit(other, above | {name})
         done[name] = None
 
-    for name in containers:
+    for name in needs:
         visit(name, frozenset())
     return tuple(done)

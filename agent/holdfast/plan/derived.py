@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 
 from holdfast.observed import (
     FirewallNetwork,
     FirewallWant,
     Instance,
-    InstanceId,
     NetworkState,
     Observed,
     PublishedPort,
@@ -17,7 +15,8 @@ from holdfast.observed import (
 from holdfast.plan.actions import Names
 from holdfast.spec.model import digest_of
 
-Lines = tuple[tuple[str, tuple[str, ...]], ...]
+Pages = Mapping[tuple[str, str], Names]
+NOBODY = Names("", ())
 
 
 def firewall_want(observed: Observed, published: Callable[[Instance], bool]) -> FirewallWant:
@@ -49,24 +48,36 @@ def published_address(instance: Instance, networks: Mapping[str, NetworkState]) 
     return next(iter(outward or [address for _, address in known]), "")
 
 
-def all_names(instances: Iterable[Instance]) -> dict[InstanceId, Names]:
-    """The hosts file of every instance that has an address.
+def pages(instances: Iterable[Instance], also: Iterable[tuple[str, str]] = ()) -> Pages:
+    """Who is called what on each network, as each app sees it: (network, app) → lines.
 
     `web` and its aliases name a container to its own app; `web.shop` names it to every app of the network.
-    Computed once per network and app, so that a thousand containers of one network cost a thousand lines.
+    Made once per network and app, so that a thousand containers of one network cost a thousand lines.
+    also: more (network, app) pairs to make a page for.
     """
     members: dict[str, list[Instance]] = {}
-    attached = [instance for instance in instances if instance.addresses]
-    for instance in attached:
+    for instance in instances:
         for network in instance.addresses:
             members.setdefault(network, []).append(instance)
-    pages: dict[tuple[str, str], Names] = {}
-    for network, there in members.items():
+    readers = {(network, each.app) for network, there in members.items() for each in there} | set(also)
+    for there in members.values():
         there.sort(key=lambda each: (each.key, each.id))
-        for app in {instance.app for instance in there}:
-            lines = tuple((each.addresses[network], _names(each, network, app)) for each in there)
-            pages[network, app] = Names(digest_of(lines), lines)
-    return {each.id: _joined([pages[network, each.app] for network in each.addresses]) for each in attached}
+    return {(network, app): _page(network, app, members.get(network, ())) for network, app in readers}
+
+
+def names_of(instance: Instance, known: Pages) -> Names:
+    """What the hosts file of an instance says of its neighbours."""
+    own = [known.get((network, instance.app), NOBODY) for network in instance.want.networks]
+    if len(own) == 1:
+        return own[0]
+    return Names(digest_of([page.digest for page in own]), tuple(line for page in own for line in page.lines))
+
+
+def _page(network: str, app: str, members: Iterable[Instance]) -> Names:
+    lines = tuple(
+        (each.addresses[network], _names(each, network, app)) for each in members if each.addresses[network]
+    )
+    return Names(digest_of(lines), lines) if lines else NOBODY
 
 
 def _names(instance: Instance, network: str, app: str) -> tuple[str, ...]:
@@ -75,10 +86,3 @@ def _names(instance: Instance, network: str, app: str) -> tuple[str, ...]:
         return (qualified,)
     attachment = instance.want.networks.get(network)
     return (instance.container, qualified, *(attachment.aliases if attachment else ()))
-
-
-def _joined(pages: list[Names]) -> Names:
-    if len(pages) == 1:
-        return pages[0]
-    lines: Lines = tuple(line for page in pages for line in page.lines)
-    return replace(pages[0], digest=digest_of([page.digest for page in pages]), lines=lines)

@@ -10,7 +10,7 @@ from typing import Any
 
 from holdfast.observed import Instance
 from holdfast.plan.actions import Change
-from holdfast.spec.model import App, Container, Frozen, Mount, digest_of
+from holdfast.spec.model import App, Attachment, Container, Frozen, Mount, digest_of
 
 EFFECTS: Mapping[str, str] = {
     "resources": "live",  # written into the running container's cgroup
@@ -23,6 +23,7 @@ EFFECTS: Mapping[str, str] = {
     "logging": "record",
 }
 SIZES = frozenset({"memory", "memory_swap", "memory_reservation", "shm_size", "max_size"})
+DURATIONS = frozenset({"stop_grace_period", "delay", "max_delay", "reset_after"})
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -69,9 +70,11 @@ def readable(field: str, value: Any) -> str:
         case bool():
             return "true" if value else "false"
         case float():
-            return f"{value:g}"
+            return f"{value:g}s" if field in DURATIONS else f"{value:g}"
         case tuple():
             return "[" + ", ".join(readable(field, each) for each in value) + "]"
+        case Attachment() if value == Attachment():
+            return "attached"
         case Frozen():
             return str(value) if type(value).__str__ is not Frozen.__str__ else _set_fields(value)
         case _:
@@ -92,12 +95,12 @@ def _size(value: int) -> str:
 
 
 def _image(instance: Instance, want: Container, image: str) -> Iterator[Change]:
-    old, new = instance.want.image or "", want.image or ""
+    old, new = (each.image or each.rootfs or "" for each in (instance.want, want))
     if instance.image != image:
         if old == new:
             old, new = f"{old} ({_short(instance.image)})", f"({_short(image)})"
         yield Change("image", old, new, "replace")
-    elif old != new:
+    elif instance.want.image != want.image:
         yield Change("image", old, new, "record")
 
 

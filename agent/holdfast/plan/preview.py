@@ -29,7 +29,7 @@ from holdfast.plan.actions import (
 )
 from holdfast.plan.decide import decide
 from holdfast.plan.diff import mounted_files
-from holdfast.spec.model import App, Container, Spec, digest_of
+from holdfast.spec.model import App, Container, Spec
 
 ROUNDS = 1000
 T = TypeVar("T")
@@ -65,7 +65,7 @@ def expect(world: World, action: Action, now: float) -> World:
         case StageGeneration(spec=app):
             return World(observed, _staged(history, app, now))
         case EnsureNetwork(network=network, spec=spec):
-            state = NetworkState(network, spec.driver, digest_of(spec.model_dump(mode="json")), {})
+            state = NetworkState(network, spec.driver, spec.digest, {})
             return World(replace(observed, networks={**observed.networks, network: state}), history)
         case RemoveNetwork(network=network):
             return World(replace(observed, networks=_without(observed.networks, network)), history)
@@ -158,6 +158,8 @@ def _started(world: World, action: StartInstance, now: float) -> tuple[Instance,
         exit=Exit(code=0, at=now) if ends else None,
         restarts=known.restarts + 1 if known else 0,
         streak=action.streak,
+        addresses=known.addresses if known else {},
+        names=known.names if known else "",
     )
     return instance, generation
 

@@ -37,10 +37,10 @@ def verdict(instance: Instance, policy: RestartPolicy) -> Verdict:
     if instance.phase == "lost":
         return Verdict("again", "it was lost: its process is gone and nobody saw it end")
     if ended.asked:
-        return Verdict("again", "it was stopped by the agent and is wanted")
+        return Verdict("again", "it was stopped and is wanted")
     if ended.code == 0 and policy.policy in ("no", "on-failure"):
         return Verdict("done", "completed")
-    if policy.policy == "no":
+    if policy.policy == "no" and ended.code is not None:
         return Verdict("failed", f'{ended} (restart = "no")')
     streak = 0 if _ran(instance, ended) >= policy.reset_after else instance.streak
     if policy.max_attempts is not None and streak >= policy.max_attempts:
