@@ -1,6 +1,6 @@
 """The floor: overlay, conmon and crun (or runc) by hand. Nobody who uses them can be faster.
 
-Whatever the shape asks for, there is no network, port, volume or limit here: what these cost is for the others to show.
+Whatever the shape asks for, there is no network, port, volume or limit here: what these cost, the others show.
 """
 
 from __future__ import annotations

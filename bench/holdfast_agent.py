@@ -26,7 +26,7 @@ class Holdfast:
 
     def __init__(self, home: Path, image: Path, gate: Path, runtime: str) -> None:
         self.home, self.image, self.gate, self.runtime = home, image, gate, runtime
-        self.host = Host("bench", home / "root", Path("/run/bench"), "10.212.0.0/20")
+        self.host = Host("hfbench", home / "root", Path("/run/hfbench"), "10.212.0.0/20")
         self.state, self.config = home / "state", home / "agent.toml"
         self.agent: subprocess.Popen[bytes] | None = None
         self.asked: Sequence[str] = ()
@@ -36,7 +36,7 @@ class Holdfast:
     def open(self) -> str:
         self.state.mkdir(parents=True)
         self.config.write_text(
-            f'name = "bench"\nstate = "{self.state}"\nroot = "{self.host.root}"\nrun_root = "{self.host.run_root}"\n'
+            f'name = "{self.host.name}"\nstate = "{self.state}"\nroot = "{self.host.root}"\nrun_root = "{self.host.run_root}"\n'
             f'runtime = "{self.runtime}"\nnetwork.pool = "{self.host.pool}"\n'
         )
         sweep(self.host)

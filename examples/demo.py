@@ -31,7 +31,7 @@ from busybox_image import write_busybox_tar
 from footprint import leftovers, sweep
 from holdfast.drivers import Host
 
-NAME = "demo"
+NAME = "hfdemo"  # not "demo": processes are told by it, and `make demo` is one, too
 POOL = "10.211.0.0/20"
 HOLDFAST = Path(sys.executable).with_name("holdfast")
 STATE = Path(__file__).with_name("state")
@@ -236,7 +236,7 @@ def kill_agent(stage: Stage) -> None:
     expect(stage.pids() == before, "the new agent has taken over the same processes")
 
 
-def remove(stage: Stage, before: set[str]) -> None:
+def remove(stage: Stage, before: set[str] | None) -> None:
     step("The files go, and all goes with them", "Containers, networks, ports; data only when asked for.")
     git("rm", "--quiet", "-r", ".", at=stage.repository)
     stage.commit("Nothing")
@@ -247,8 +247,11 @@ def remove(stage: Stage, before: set[str]) -> None:
     run("volume", "prune", "--force")
     stage.stop_agent()
     expect(not leftovers(stage.host), "nothing on this host bears the demo's name any more")
-    left = host_objects() ^ before
-    expect(not left, f"mounts, links, namespaces, cgroups and nft tables are those from before {sorted(left) or ''}")
+    if before is not None:
+        left = host_objects() ^ before
+        expect(
+            not left, f"mounts, links, namespaces, cgroups and nft tables are those from before {sorted(left) or ''}"
+        )
     say(f"gone in {took:.2f} s; this host is as it was")
 
 
@@ -335,7 +338,7 @@ def staged(*, from_git: bool) -> Iterator[Stage]:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit("demo: another demo is running on this host") from None
-        home = Path(tempfile.mkdtemp(prefix="holdfast-demo-"))
+        home = Path(tempfile.mkdtemp(prefix=f"{NAME}-"))
         forwarding = IP_FORWARD.read_text()
         stage = Stage(home, from_git=from_git)
         try:
@@ -349,8 +352,8 @@ def staged(*, from_git: bool) -> Iterator[Stage]:
             shutil.rmtree(home, ignore_errors=True)
 
 
-def demonstrate() -> None:
-    before = host_objects()
+def demonstrate(*, shared: bool) -> None:
+    before = None if shared else host_objects()
     begun = time.monotonic()
     with staged(from_git=True) as stage:
         for part in (come_up, answer, edit, kill_container, kill_agent):
@@ -387,12 +390,13 @@ def interrupt(number: int, frame: object) -> NoReturn:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keep", action="store_true", help="hold examples/state until Ctrl-C")
+    parser.add_argument("--shared", action="store_true", help="others change this host meanwhile, too")
     arguments = parser.parse_args()
     if os.geteuid() != 0:
         raise SystemExit("demo: must be root (it makes namespaces, mounts and links)")
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        keep() if arguments.keep else demonstrate()
+        keep() if arguments.keep else demonstrate(shared=arguments.shared)
     except KeyboardInterrupt:
         print("\nstopped; everything was taken away again")
         return 0 if arguments.keep else 130

@@ -2,6 +2,8 @@
 
 The demo shows with it that nothing is left, and every live test is held to it. ip_forward does not count: it belongs
 to the whole host, and others may rely on it by then.
+
+The name must be one that nothing else on the host happens to contain: processes are known by it, too.
 """
 
 from __future__ import annotations
