@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 from holdfast.errors import HoldfastError, NotFound, UnfitHost, WrongState
+from holdfast.runtime.references import to_digest
 
 GZIP, BZIP2, XZ, ZSTD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
 INDEXES = (
@@ -31,7 +32,6 @@ INDEXES = (
 )
 NAME = "io.containerd.image.name"
 REF_NAME = "org.opencontainers.image.ref.name"
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 LARGEST_DOCUMENT = 64 << 20
 
 
@@ -253,9 +253,7 @@ def _zstd(stream: BinaryIO) -> BinaryIO:
 
 
 def _blob(digest: str) -> str:
-    if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
-        raise WrongState(f"read digest {digest!r}: not a digest (expected sha256: and 64 hexadecimal digits)")
-    return "blobs/" + digest.replace(":", "/")
+    return "blobs/" + to_digest(digest).replace(":", "/")
 
 
 def _platform(entry: Mapping[str, Any]) -> str:

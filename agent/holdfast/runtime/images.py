@@ -15,8 +15,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
-import shlex
 import shutil
 import stat
 import uuid
@@ -31,6 +29,7 @@ from typing import Any, BinaryIO
 from holdfast.errors import Conflict, NotFound, WrongCall, WrongState
 from holdfast.runtime.archives import Archive, Found, open_archive, plain
 from holdfast.runtime.layers import find, unpack
+from holdfast.runtime.references import DIGEST, REFERENCE, familiar, normalize, parse_changes, to_digest
 
 ARCHITECTURES = {
     "x86_64": "amd64",
@@ -46,11 +45,6 @@ ARCHITECTURES = {
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar"
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-REFERENCE = re.compile(
-    r"(?P<name>(?:[A-Za-z0-9.-]+(?::[0-9]+)?/)?[a-z0-9]+(?:[._/-]+[a-z0-9]+)*)"
-    r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,17 +158,15 @@ class ImageStore:
 
     def get(self, digest: str) -> Image:
         """The image of a manifest digest. Raises NotFound when it, or a layer of it, is not here."""
-        parts = self._parts(digest)
-        layers = tuple(self._layer(diff_id) for diff_id in parts.diff_ids)
-        for layer in layers:
+        image = self._image(digest)
+        for layer in image.layers:
             if not layer.is_dir():
                 raise NotFound(f"find image {digest!r}: its layer {layer.name!r} is gone (import or load it again)")
-        names = tuple(familiar(name) for name, value in sorted(self._read_index().items()) if value == digest)
-        return Image(digest, names, parts.config, layers, parts.size, parts.created, parts.architecture)
+        return image
 
     def list(self) -> list[Image]:
         """Every image that has a name, ordered by its first name."""
-        images = [self.get(digest) for digest in set(self._read_index().values())]
+        images = [self._image(digest) for digest in set(self._read_index().values())]
         return sorted(images, key=lambda image: image.names)
 
     def remove(self, reference: str, in_use: Collection[str] | Mapping[str, Collection[str]] = ()) -> None:
@@ -195,10 +187,16 @@ class ImageStore:
             self._write_index(rest)
             self._drop_unneeded({*rest.values(), *in_use})
 
+    def _image(self, digest: str) -> Image:
+        parts = self._parts(digest)
+        layers = tuple(self._layer(diff_id) for diff_id in parts.diff_ids)
+        names = tuple(familiar(name) for name, value in sorted(self._read_index().items()) if value == digest)
+        return Image(digest, names, parts.config, layers, parts.size, parts.created, parts.architecture)
+
     def _load(self, archive: Archive, found: Found, path: Path, name: str | None) -> Image:
         config = json.loads(found.config)
         _check_platform(config, path)
-        diff_ids = [_checked(diff_id) for diff_id in config["rootfs"]["diff_ids"]]
+        diff_ids = [to_digest(diff_id) for diff_id in config["rootfs"]["diff_ids"]]
         if len(diff_ids) != len(found.layers):
             raise WrongState(f"load {str(path)!r}: {len(found.layers)} layers with {len(diff_ids)} diff ids")
         names = [normalize(each) for each in ([name] if name else found.names)]
@@ -289,7 +287,7 @@ class ImageStore:
         return parts
 
     def _read_blob(self, digest: str) -> bytes:
-        return (self._blobs / _checked(digest).removeprefix("sha256:")).read_bytes()
+        return (self._blobs / to_digest(digest).removeprefix("sha256:")).read_bytes()
 
     def _layer(self, diff_id: str) -> Path:
         return self._layers / diff_id.removeprefix("sha256:")
@@ -374,92 +372,11 @@ def architecture() -> str:
     return ARCHITECTURES.get(machine, machine)
 
 
-def normalize(reference: str) -> str:
-    """The full name that a reference stands for, as Docker has it: `app` is `docker.io/library/app:latest`."""
-    match = REFERENCE.fullmatch(reference)
-    if match is None:
-        raise WrongCall(f"image name {reference!r}: not a valid name (expected [HOST/]NAME[:TAG], in lower case)")
-    host, slash, rest = match["name"].partition("/")
-    if not slash or not ("." in host or ":" in host or host == "localhost"):
-        host, rest = "docker.io", match["name"]
-    if host == "index.docker.io":
-        host = "docker.io"
-    if host == "docker.io" and "/" not in rest:
-        rest = f"library/{rest}"
-    return f"{host}/{rest}:{match['tag'] or 'latest'}"
-
-
-def familiar(name: str) -> str:
-    """The short form of a full name, as people write it: the opposite of `normalize`, but for the tag."""
-    return name.removeprefix("docker.io/").removeprefix("library/")
-
-
-def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
-    """Dockerfile instructions → the `config` object of an OCI image configuration. Raises WrongCall."""
-    config: dict[str, Any] = {}
-    for change in changes:
-        word, _, value = change.strip().partition(" ")
-        value = value.strip()
-        match word.upper():
-            case "CMD" | "ENTRYPOINT":
-                config[word.title()] = _arguments(value)
-            case "ENV" | "LABEL" if not value:
-                raise WrongCall(f"change {change!r}: nothing to set (expected {word.upper()} KEY=VALUE)")
-            case "ENV":
-                config.setdefault("Env", []).extend(f"{key}={text}" for key, text in _pairs(change, value))
-            case "LABEL":
-                config.setdefault("Labels", {}).update(_pairs(change, value))
-            case "WORKDIR":
-                config["WorkingDir"] = value
-            case "USER":
-                config["User"] = value
-            case "STOPSIGNAL":
-                config["StopSignal"] = value
-            case "EXPOSE":
-                ports = (port if "/" in port else f"{port}/tcp" for port in value.split())
-                config.setdefault("ExposedPorts", {}).update({port: {} for port in ports})
-            case "VOLUME":
-                paths = json.loads(value) if value.startswith("[") else value.split()
-                config.setdefault("Volumes", {}).update({path: {} for path in paths})
-            case _:
-                raise WrongCall(
-                    f"change {change!r}: unknown instruction {word!r} (expected CMD, ENTRYPOINT, ENV, WORKDIR, USER, "
-                    "EXPOSE, LABEL, VOLUME or STOPSIGNAL)"
-                )
-    return config
-
-
-def _arguments(value: str) -> list[str]:
-    """JSON is taken as it is; anything else is a line for a shell, as in a Dockerfile."""
-    with suppress(ValueError):
-        words = json.loads(value)
-        if isinstance(words, list) and all(isinstance(word, str) for word in words):
-            return words
-    return ["/bin/sh", "-c", value] if value else []
-
-
-def _pairs(change: str, value: str) -> list[tuple[str, str]]:
-    words = shlex.split(value)
-    if "=" not in words[0]:  # the old form: KEY VALUE
-        key, _, text = value.partition(" ")
-        return [(key, text)]
-    for word in words:
-        if "=" not in word:
-            raise WrongCall(f"change {change!r}: {word!r} is no KEY=VALUE")
-    return [(key, text) for key, _, text in (word.partition("=") for word in words)]
-
-
 def _check_platform(config: Mapping[str, Any], path: Path) -> None:
     ours, theirs = architecture(), config.get("architecture", "")
     system = config.get("os", "linux")
     if theirs != ours or system != "linux":
         raise WrongState(f"load {str(path)!r}: the image is for {system}/{theirs} (this host is linux/{ours})")
-
-
-def _checked(digest: str) -> str:
-    if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
-        raise WrongState(f"read digest {digest!r}: not a digest (expected sha256: and 64 hexadecimal digits)")
-    return digest
 
 
 def _moment(text: str | None) -> float:

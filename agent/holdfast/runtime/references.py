@@ -1,0 +1,100 @@
+"""What people write about images → what the image store keeps: names, digests, Dockerfile instructions. No I/O."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from holdfast.errors import WrongCall, WrongState
+
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+REFERENCE = re.compile(
+    r"(?P<name>(?:[A-Za-z0-9.-]+(?::[0-9]+)?/)?[a-z0-9]+(?:[._/-]+[a-z0-9]+)*)"
+    r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
+)
+
+
+def to_digest(value: object) -> str:
+    """The value, if it is a digest. Raises WrongState."""
+    if not isinstance(value, str) or not DIGEST.fullmatch(value):
+        raise WrongState(f"read digest {value!r}: not a digest (expected sha256: and 64 hexadecimal digits)")
+    return value
+
+
+def normalize(reference: str) -> str:
+    """The full name that a reference stands for, as Docker has it: `app` is `docker.io/library/app:latest`."""
+    match = REFERENCE.fullmatch(reference)
+    if match is None:
+        raise WrongCall(f"image name {reference!r}: not a valid name (expected [HOST/]NAME[:TAG], in lower case)")
+    host, slash, rest = match["name"].partition("/")
+    if not slash or not ("." in host or ":" in host or host == "localhost"):
+        host, rest = "docker.io", match["name"]
+    if host == "index.docker.io":
+        host = "docker.io"
+    if host == "docker.io" and "/" not in rest:
+        rest = f"library/{rest}"
+    return f"{host}/{rest}:{match['tag'] or 'latest'}"
+
+
+def familiar(name: str) -> str:
+    """The short form of a full name, as people write it: the opposite of `normalize`, but for the tag."""
+    return name.removeprefix("docker.io/").removeprefix("library/")
+
+
+def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
+    """Dockerfile instructions → the `config` object of an OCI image configuration. Raises WrongCall."""
+    config: dict[str, Any] = {}
+    for change in changes:
+        word, _, value = change.strip().partition(" ")
+        value = value.strip()
+        match word.upper():
+            case "CMD" | "ENTRYPOINT":
+                config[word.title()] = _arguments(value)
+            case "ENV" | "LABEL" if not value:
+                raise WrongCall(f"change {change!r}: nothing to set (expected {word.upper()} KEY=VALUE)")
+            case "ENV":
+                config.setdefault("Env", []).extend(f"{key}={text}" for key, text in _pairs(change, value))
+            case "LABEL":
+                config.setdefault("Labels", {}).update(_pairs(change, value))
+            case "WORKDIR":
+                config["WorkingDir"] = value
+            case "USER":
+                config["User"] = value
+            case "STOPSIGNAL":
+                config["StopSignal"] = value
+            case "EXPOSE":
+                ports = (port if "/" in port else f"{port}/tcp" for port in value.split())
+                config.setdefault("ExposedPorts", {}).update({port: {} for port in ports})
+            case "VOLUME":
+                paths = json.loads(value) if value.startswith("[") else value.split()
+                config.setdefault("Volumes", {}).update({path: {} for path in paths})
+            case _:
+                raise WrongCall(
+                    f"change {change!r}: unknown instruction {word!r} (expected CMD, ENTRYPOINT, ENV, WORKDIR, USER, "
+                    "EXPOSE, LABEL, VOLUME or STOPSIGNAL)"
+                )
+    return config
+
+
+def _arguments(value: str) -> list[str]:
+    """JSON is taken as it is; anything else is a line for a shell, as in a Dockerfile."""
+    with suppress(ValueError):
+        words = json.loads(value)
+        if isinstance(words, list) and all(isinstance(word, str) for word in words):
+            return words
+    return ["/bin/sh", "-c", value] if value else []
+
+
+def _pairs(change: str, value: str) -> list[tuple[str, str]]:
+    words = shlex.split(value)
+    if "=" not in words[0]:  # the old form: KEY VALUE
+        key, _, text = value.partition(" ")
+        return [(key, text)]
+    for word in words:
+        if "=" not in word:
+            raise WrongCall(f"change {change!r}: {word!r} is no KEY=VALUE")
+    return [(key, text) for key, _, text in (word.partition("=") for word in words)]
