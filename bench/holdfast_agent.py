@@ -36,8 +36,8 @@ class Holdfast:
     def open(self) -> str:
         self.state.mkdir(parents=True)
         self.config.write_text(
-            f'name = "{self.host.name}"\nstate = "{self.state}"\nroot = "{self.host.root}"\nrun_root = "{self.host.run_root}"\n'
-            f'runtime = "{self.runtime}"\nnetwork.pool = "{self.host.pool}"\n'
+            f'name = "{self.host.name}"\nstate = "{self.state}"\nroot = "{self.host.root}"\n'
+            f'run_root = "{self.host.run_root}"\nruntime = "{self.runtime}"\nnetwork.pool = "{self.host.pool}"\n'
         )
         sweep(self.host)
         with (self.home / "agent.log").open("wb") as log:

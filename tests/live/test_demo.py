@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +18,15 @@ from holdfast.drivers import Host
 
 DEMO = Path(__file__).parents[2] / "examples/demo.py"
 
-# One demo at a time on a host: with xdist, both tests go to one worker.
-pytestmark = [pytest.mark.live, pytest.mark.xdist_group("demo")]
+pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(autouse=True)
+def one_at_a_time() -> Iterator[None]:
+    """There is one demo on a host; workers of xdist wait for each other."""
+    with (Path(tempfile.gettempdir()) / "holdfast-tests-demo.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def demo(*arguments: str) -> subprocess.Popen[str]:
