@@ -150,10 +150,46 @@ def test_what_the_kernel_lacks_is_left_out_with_a_warning() -> None:
     assert len(settings.warnings) == 2
 
 
-def test_limit_that_is_left_out_of_an_update_is_lifted() -> None:
-    explicit = cgroup.explicit({"memory": {"limit": MIB}}, cgroup.Features())
-    assert explicit == {
-        "memory": {"limit": MIB, "swap": -1},
-        "cpu": {"shares": 1024, "quota": -1, "period": 100_000},
-        "pids": {"limit": -1},
+RESOURCES = {
+    "memory": {"limit": 64, "swap": 96, "reservation": 32},
+    "cpu": {"quota": 50_000, "period": 100_000, "shares": 1024, "cpus": "0"},
+    "pids": {"limit": 9},
+    "blockIO": {"weight": 1000},
+}
+
+
+def test_resources_are_files_of_v1() -> None:
+    assert cgroup.values(RESOURCES, 1) == {
+        "pids.max": "9",
+        "cpuset.cpus": "0",
+        "memory.limit_in_bytes": "64",
+        "memory.memsw.limit_in_bytes": "96",
+        "memory.soft_limit_in_bytes": "32",
+        "cpu.cfs_period_us": "100000",
+        "cpu.cfs_quota_us": "50000",
+        "cpu.shares": "1024",
+        "blkio.weight": "1000",
+        "blkio.bfq.weight": "1000",
     }
+
+
+def test_resources_are_files_of_v2_where_swap_is_counted_alone() -> None:
+    assert cgroup.values(RESOURCES | {"unified": {"memory.min": "16"}}, 2) == {
+        "pids.max": "9",
+        "cpuset.cpus": "0",
+        "memory.max": "64",
+        "memory.swap.max": "32",
+        "memory.low": "32",
+        "memory.min": "16",
+        "cpu.max": "50000 100000",
+        "cpu.weight": "39",
+        "io.weight": "default 10000",
+        "io.bfq.weight": "default 1000",
+    }
+
+
+def test_limit_that_is_left_out_is_lifted() -> None:
+    assert cgroup.values({}, 1)["memory.limit_in_bytes"] == "-1"
+    lifted = cgroup.values({}, 2)
+    assert (lifted["memory.max"], lifted["memory.low"], lifted["cpu.max"]) == ("max", "0", "max 100000")
+    assert (lifted["cpu.weight"], lifted["pids.max"], lifted["cpuset.cpus"]) == ("100", "max", "")

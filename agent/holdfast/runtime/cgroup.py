@@ -1,8 +1,8 @@
 """Control groups: the settings that policies make, what the kernel really holds, and taking cgroups away.
 
 Files are cgroup v1's (Documentation/admin-guide/cgroup-v1) or v2's (cgroup-v2.rst), whichever tree owns the memory
-and cpu controllers. Paths are relative to each hierarchy's root, as `Host.cgroup` is. Called by the node, and by
-`runtime.conmon` for what `runc update` and `runc delete` leave undone.
+and cpu controllers. Paths are relative to each hierarchy's root, as `Host.cgroup` is. Called by the node and
+by `runtime.conmon`.
 """
 
 from __future__ import annotations
@@ -48,12 +48,6 @@ _FILES: Mapping[int, Mapping[str, tuple[str, ...]]] = {
         "pids": ("pids.max",),
         "io": ("io.weight", "io.bfq.weight", "io.max"),
     },
-}
-_DEFAULT_WEIGHTS = {
-    "blkio.weight": "500",
-    "blkio.bfq.weight": "100",
-    "io.weight": "default 100",
-    "io.bfq.weight": "default 100",
 }
 #: OCI throttle lists → v1 file, v2 key in io.max.
 _THROTTLES = {
@@ -132,12 +126,12 @@ def version() -> int:
     return 2 if (ROOT / "cgroup.controllers").exists() else 1
 
 
-def features() -> Features:
-    """Read what this host's cgroups can do."""
+def features(runtime: str = "runc") -> Features:
+    """Read what this host's cgroups can do with a runtime: crun does not know v1's weights of the BFQ scheduler."""
     if version() == 2:
         owned = (ROOT / "cgroup.controllers").read_text().split()
         return Features(swap=Path("/proc/swaps").exists(), io_weight="io" in owned)
-    weights = any((ROOT / "blkio").glob("blkio.*weight*")) or any((ROOT / "blkio").glob("blkio.bfq.*"))
+    weights = runtime != "crun" and any((ROOT / "blkio").glob("blkio.bfq.*"))
     return Features(swap=(ROOT / "memory/memory.memsw.limit_in_bytes").exists(), io_weight=weights)
 
 
@@ -184,27 +178,72 @@ def _read(path: str) -> str | None:
         return None
 
 
-def explicit(resources: Json, features: Features) -> dict[str, Any]:
-    """Say "no limit" for every limit that is absent: to the runtimes' `update`, absent means "as it was"; pure."""
-    memory = {"limit": NO_LIMIT, **({"swap": NO_LIMIT} if features.swap else {})}
-    cpu = {"shares": DEFAULT_SHARES, "quota": NO_LIMIT, "period": DEFAULT_PERIOD}
-    defaults = {"memory": memory, "cpu": cpu, "pids": {"limit": NO_LIMIT}}
-    return _merge(defaults, resources)
+def values(resources: Json, version: int) -> dict[str, str]:
+    """Say what each file that limits touch is to hold (see `apply`), but for throttles; pure.
+
+    What resources leave out is what the kernel gives a new cgroup: no limit.
+    """
+    memory, cpu = resources.get("memory", {}), resources.get("cpu", {})
+    limit, swap = memory.get("limit", NO_LIMIT), memory.get("swap", NO_LIMIT)
+    quota, period = cpu.get("quota", NO_LIMIT), cpu.get("period", DEFAULT_PERIOD)
+    shares, weight = cpu.get("shares"), resources.get("blockIO", {}).get("weight")
+    common = {
+        "pids.max": _or_max(resources.get("pids", {}).get("limit", NO_LIMIT)),
+        "cpuset.cpus": cpu.get("cpus", ""),
+    }
+    if version == 1:
+        return common | {
+            "memory.limit_in_bytes": str(limit),
+            "memory.memsw.limit_in_bytes": str(swap),
+            "memory.soft_limit_in_bytes": str(memory.get("reservation", NO_LIMIT)),
+            "cpu.cfs_period_us": str(period),
+            "cpu.cfs_quota_us": str(quota),
+            "cpu.shares": str(shares or DEFAULT_SHARES),
+            "blkio.weight": str(weight or 500),
+            "blkio.bfq.weight": str(weight or 100),
+        }
+    only_swap = NO_LIMIT if NO_LIMIT in (limit, swap) else swap - limit
+    return common | {
+        "memory.max": _or_max(limit),
+        "memory.swap.max": _or_max(only_swap),
+        "memory.low": str(memory.get("reservation", 0)),
+        "memory.min": "0",
+        "cpu.max": f"{_or_max(quota)} {period}",
+        "cpu.weight": str(1 + (shares - 2) * 9999 // 262_142 if shares else 100),
+        "io.weight": f"default {1 + (weight - 10) * 9999 // 990 if weight else 100}",
+        "io.bfq.weight": f"default {weight or 100}",
+        **resources.get("unified", {}),
+    }
+
+
+def _or_max(limit: int) -> str:
+    return "max" if limit == NO_LIMIT else str(limit)
 
 
 def apply(path: str, resources: Json) -> None:
-    """Write what no runtime's `update` does: device throttles, raw v2 files, and lifting what is not asked for."""
+    """Give a cgroup these resources (OCI `linux.resources`) and no others: limits left out are lifted.
+
+    Written here, not by the runtimes' own `update`: crun 1.8 can't lift a limit on v1, runc lifts memory.low by
+    making it absolute, and neither knows throttles. Raises UnfitHost with the file and value that the kernel refuses.
+    """
     tree = version()
-    block = resources.get("blockIO", {})
-    _apply_throttles(path, block, tree)
-    if "weight" not in block:
-        _reset_weight(path, tree)
-    if not resources.get("cpu", {}).get("cpus"):
-        _reset_cpuset(path)
-    if tree == 1 and "reservation" not in resources.get("memory", {}):
-        _write(folder("memory", path) / "memory.soft_limit_in_bytes", "-1")
-    if tree == 2:
-        _apply_protection(path, resources)
+    wanted = values(resources, tree)
+    if not wanted["cpuset.cpus"] and tree == 1:
+        wanted["cpuset.cpus"] = _read(str(folder("cpuset", path).parent / "cpuset.cpus")) or ""
+    for name in _in_order(path, wanted):
+        place = folder(name.partition(".")[0], path) / name
+        if place.exists() and _read(str(place)) != wanted[name]:
+            _write(place, wanted[name] or "\n")
+    _apply_throttles(path, resources.get("blockIO", {}), tree)
+
+
+def _in_order(path: str, wanted: Mapping[str, str]) -> list[str]:
+    """On v1, memory must never be above memory + swap, not even between two writes."""
+    both = "memory.memsw.limit_in_bytes"
+    held = int(_read(str(folder("memory", path) / both)) or 0)
+    limit = int(wanted.get("memory.limit_in_bytes", 0))
+    raised = limit == NO_LIMIT or limit > held
+    return sorted(wanted, key=lambda name: name != both) if raised else list(wanted)
 
 
 def _apply_throttles(path: str, block: Json, tree: int) -> None:
@@ -219,32 +258,6 @@ def _apply_throttles(path: str, block: Json, tree: int) -> None:
             _write(place, line.format(device, lift))
         for device, rate in asked.items():
             _write(place, line.format(device, rate))
-
-
-def _reset_weight(path: str, tree: int) -> None:
-    place = folder("blkio" if tree == 1 else "io", path)
-    for name, weight in _DEFAULT_WEIGHTS.items():
-        if (place / name).exists():
-            _write(place / name, weight)
-
-
-def _reset_cpuset(path: str) -> None:
-    place = folder("cpuset", path)
-    if not (place / "cpuset.cpus").exists():
-        return
-    every = "" if version() == 2 else _read(str(place.parent / "cpuset.cpus"))
-    if every is not None and _read(str(place / "cpuset.cpus")) != every:
-        _write(place / "cpuset.cpus", every or "\n")
-
-
-def _apply_protection(path: str, resources: Json) -> None:
-    place = folder("memory", path)
-    raw = {"memory.min": "0", **resources.get("unified", {})}
-    if "reservation" not in resources.get("memory", {}):
-        raw.setdefault("memory.low", "0")
-    for name, value in raw.items():
-        if (place / name).exists() or name in resources.get("unified", {}):
-            _write(place / name, value)
 
 
 def _write(path: Path, value: str) -> None:

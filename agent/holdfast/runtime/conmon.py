@@ -123,9 +123,6 @@ class Runtime:
 
     def update(self, id: str, resources: Json) -> None:
         """Give a running container these resources (OCI `linux.resources`) and no others: limits left out end."""
-        place = self._record(id) / "resources.json"
-        _write_atomically(place, json.dumps(cgroup.explicit(resources, cgroup.features())))
-        self._call("update", "--resources", str(place), id, name=id)
         cgroup.apply(self.cgroup(id), resources)
 
     def set_oom_score_adj(self, id: str, value: int) -> None:
@@ -158,7 +155,10 @@ class Runtime:
     ) -> list[str]:
         """The command line that runs argv in a running container, for the CLI to become. user: `uid[:gid]`."""
         options = ["--tty"] if tty else []
-        options += [part for name, value in (environment or {}).items() for part in ("--env", f"{name}={value}")]
+        if environment:  # crun's --env leaves out the container's own, so all of it is named
+            own = json.loads((self.host.instance(id) / "config.json").read_text())["process"]["env"]
+            added = [f"{name}={value}" for name, value in environment.items()]
+            options += [part for entry in (*own, *added) for part in ("--env", entry)]
         options += ["--user", user] if user else []
         options += ["--cwd", cwd] if cwd else []
         return [*self._command("exec"), *options, id, *argv]
@@ -373,7 +373,9 @@ _NOISE = re.compile(
     r"^(?:runc \w+ failed: |unable to start container process: |container_linux\.go:\d+: |OCI runtime error: |"
     r"error executing setns process: |unable to apply cgroup configuration: |\S*crun: |\d{4}-\d\d-\d\dT\S+: )+"
 )
-_PROGRAM = re.compile(r"executable file .*not found|^exec: |exec format error|^chdir to |no such file.*exec", re.I)
+_PROGRAM = re.compile(
+    r"executable file .*not found|^exec: |open executable|exec format error|^chdir to |no such file.*exec", re.I
+)
 
 
 def runtime_error(verb: str, name: str, text: str) -> HoldfastError:
