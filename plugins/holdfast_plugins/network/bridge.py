@@ -216,7 +216,7 @@ class BridgeEndpoint:
         link = _own_link(name, ENDPOINT + id, GONE + id)
         if link is not None and link.up and link.master == bridge.index and link.alias == ENDPOINT + id:
             return
-        wanted = [messages.name_link(name, ENDPOINT + id, bridge.index), messages.link_up(name)]
+        wanted = [messages.name_link(name, ENDPOINT + id, bridge.index), messages.port_up(name)]
         if link is not None and link.alias == GONE + id:
             _delete(link, f"replace '{name}'")
             link = None

@@ -20,13 +20,9 @@ FORWARD, DOCKER_USER = "FORWARD", "DOCKER-USER"
 
 def dropping_chain(nft: Nft) -> str | None:
     """The chain that needs our accept; None where iptables' table does not drop by policy."""
-    try:
-        if "policy drop" not in nft.run(f"list chain ip filter {FORWARD}"):
-            return None
-        nft.run(f"list chain ip filter {DOCKER_USER}")
-    except NftError as missing:
-        return FORWARD if DOCKER_USER in str(missing) else None
-    return DOCKER_USER
+    if "policy drop" not in _listing(nft, FORWARD):
+        return None
+    return DOCKER_USER if _listing(nft, DOCKER_USER) else FORWARD
 
 
 def allowed(host: Host, nft: Nft) -> bool:
@@ -47,12 +43,8 @@ def allow(host: Host, nft: Nft) -> None:
 
 def withdraw(host: Host, nft: Nft) -> None:
     """Take the accept away wherever it is. Idempotent."""
-    try:
-        listing = nft.run("list table ip filter")
-    except NftError:
-        return
     for chain in (FORWARD, DOCKER_USER):
-        if f"chain {chain} " in listing:
+        if _listing(nft, chain):
             for rule in _rules(host):
                 while _run("-D", chain, *rule):
                     pass
@@ -79,6 +71,14 @@ def findings(host: Host, nft: Nft) -> list[str]:
     if chain is not None and "ufw-" in nft.run("list table ip filter"):
         lines.append("ufw is active: its reload drops our accept; the next pass puts it back")
     return lines
+
+
+def _listing(nft: Nft, chain: str) -> str:
+    """The chain of iptables' table filter as nft prints it; "" if it is not there."""
+    try:
+        return nft.run(f"list chain ip filter {chain}")
+    except NftError:
+        return ""
 
 
 def _rules(host: Host) -> Iterator[tuple[str, ...]]:

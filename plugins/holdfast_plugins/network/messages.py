@@ -52,6 +52,15 @@ def name_link(name: str, alias: str, master: int | None = None) -> bytes:
     return _link(RTM_SETLINK, attributes)
 
 
+def port_up(name: str) -> bytes:
+    """Bring a bridge port up, with hairpin on: where bridged frames pass netfilter (br_netfilter), what a container
+    sends to its own published port goes out of the port that it came in by.
+    """
+    hairpin = {"attrs": [("IFLA_BRPORT_MODE", 1)]}
+    port = ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_SLAVE_KIND", "bridge"), ("IFLA_INFO_SLAVE_DATA", hairpin)]})
+    return _link(RTM_NEWLINK, [("IFLA_IFNAME", name), port], up=True)
+
+
 def link_up(name: str) -> bytes:
     return _link(RTM_SETLINK, [("IFLA_IFNAME", name)], up=True)
 

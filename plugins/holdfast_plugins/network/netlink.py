@@ -69,6 +69,9 @@ class Netlink:
     def close(self) -> None:
         self._socket.close()
 
+    def __del__(self) -> None:
+        self.close()  # the socket of a thread ends with the thread
+
     def request(self, *messages: bytes) -> None:
         """Send all messages in one datagram; raise the OSError of the first that the kernel refused.
 

@@ -97,6 +97,9 @@ class RuleSet:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
         self._socket.bind((0, 0))
 
+    def __del__(self) -> None:
+        self._socket.close()
+
     def generation(self) -> int:
         """A number that every change in this network namespace, whoever makes it, adds one to."""
         for body in self._ask(NFT_MSG_GETGEN, 0, b""):

@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from holdfast.drivers import Host
+from holdfast.observed import FirewallWant, PublishedPort, Receipt
+from holdfast_plugins.network.firewall import NftablesFirewall
+from holdfast_plugins.network.nftables import Program
+from live.netlab import Lab, Seen, in_namespace, tcp, udp
+
+pytestmark = pytest.mark.live
+
+
+@pytest.fixture
+def lab(site: Host) -> Iterator[Lab]:
+    with ExitStack() as stack:
+        yield Lab(site, stack)
+
+
+@pytest.fixture
+def front(lab: Lab) -> Receipt:
+    return lab.make("shop/front")
+
+
+@pytest.fixture
+def web(lab: Lab, front: Receipt) -> str:
+    """The address of an instance `web` on the network front."""
+    return str(lab.attach("web", front).data["address"])
+
+
+def inside(lab: Lab, instance: str) -> Path:
+    return lab.host.netns(instance)
+
+
+def nft(*command: str) -> str:
+    return subprocess.run(["nft", *command], check=True, capture_output=True, text=True).stdout
+
+
+def test_published_port_is_reached_from_another_host_which_keeps_its_address(
+    lab: Lab, front: Receipt, web: str, free_port: Callable[[], int]
+) -> None:
+    port, (other, address, ours) = free_port(), lab.neighbour("other")
+    lab.protect([front], PublishedPort("tcp", "", port, web, 80), PublishedPort("udp", "", port, web, 53))
+    assert tcp(inside(lab, "web"), 80, other, ours, port) == Seen(address)
+    assert udp(inside(lab, "web"), 53, other, ours, port) == Seen(address)
+
+
+@pytest.mark.parametrize("send", [tcp, udp])
+def test_published_port_is_reached_from_the_host_by_127_0_0_1_and_by_its_own_address(
+    lab: Lab, front: Receipt, web: str, free_port: Callable[[], int], send: Callable[..., Seen | None]
+) -> None:
+    port, (_, _, ours) = free_port(), lab.neighbour("other")
+    lab.protect([front], PublishedPort(send.__name__, "", port, web, 80))
+    assert send(inside(lab, "web"), 80, None, "127.0.0.1", port) == Seen(front.data["gateway"])
+    assert send(inside(lab, "web"), 80, None, ours, port) == Seen(ours)
+
+
+def test_every_port_of_a_range_leads_to_its_own(
+    lab: Lab, front: Receipt, web: str, free_port: Callable[[], int]
+) -> None:
+    port = free_port()
+    lab.protect([front], PublishedPort("tcp", "127.0.0.1", port, web, 9000, 3))
+    assert all(tcp(inside(lab, "web"), 9000 + n, None, "127.0.0.1", port + n) for n in range(3))
+
+
+def test_port_bound_to_one_address_of_the_host_is_closed_on_the_others(
+    lab: Lab, front: Receipt, web: str, free_port: Callable[[], int]
+) -> None:
+    port = free_port()
+    (near, _, ours), (far, _, others) = lab.neighbour("near"), lab.neighbour("other")
+    lab.protect([front], PublishedPort("tcp", ours, port, web, 80))
+    assert tcp(inside(lab, "web"), 80, near, ours, port)
+    assert tcp(inside(lab, "web"), 80, far, others, port) is None
+    assert tcp(inside(lab, "web"), 80, None, "127.0.0.1", port) is None
+
+
+def test_port_bound_to_127_0_0_1_is_closed_to_a_neighbour_that_routes_there(
+    lab: Lab, front: Receipt, web: str, free_port: Callable[[], int]
+) -> None:
+    port, (other, _, ours) = free_port(), lab.neighbour("other")
+    lab.ip("-n", other.name, "link", "set", "lo", "down")
+    lab.ip("-n", other.name, "route", "add", "127.0.0.1/32", "via", ours)
+    subprocess.run(
+        ["ip", "netns", "exec", other.name, "sh", "-c", "echo 1 >/proc/sys/net/ipv4/conf/all/route_localnet"],
+        check=True,
+    )
+    lab.protect([front], PublishedPort("tcp", "127.0.0.1", port, web, 80))
+    assert tcp(inside(lab, "web"), 80, other, "127.0.0.1", port) is None
+
+
+def test_container_reaches_a_published_port_of_its_own_and_of_a_peer(
+    lab: Lab, front: Receipt, web: str, free_port: Callable[[], int]
+) -> None:
+    port, (_, _, ours) = free_port(), lab.neighbour("other")
+    lab.attach("api", front)
+    lab.protect([front], PublishedPort("tcp", "", port, web, 80))
+    assert tcp(inside(lab, "web"), 80, inside(lab, "web"), ours, port) == Seen(front.data["gateway"])
+    assert tcp(inside(lab, "web"), 80, inside(lab, "api"), ours, port) == Seen(front.data["gateway"])
+
+
+def test_networks_are_isolated_but_for_published_ports(
+    lab: Lab, front: Receipt, web: str, free_port: Callable[[], int]
+) -> None:
+    port, back = free_port(), lab.make("shop/back")
+    lab.attach("db", back)
+    lab.protect([front, back])
+    assert tcp(inside(lab, "web"), 80, inside(lab, "db"), web, 80) is None
+    lab.protect([front, back], PublishedPort("tcp", "", port, web, 80))
+    assert tcp(inside(lab, "web"), 80, inside(lab, "db"), web, 80) is None
+    assert tcp(inside(lab, "web"), 80, inside(lab, "db"), front.data["gateway"], port)
+
+
+def test_containers_of_one_network_see_each_other_by_their_addresses(lab: Lab, front: Receipt, web: str) -> None:
+    api = lab.attach("api", front).data["address"]
+    lab.protect([front])
+    assert tcp(inside(lab, "web"), 80, inside(lab, "api"), web, 80) == Seen(api)
+
+
+def test_what_leaves_the_host_bears_the_address_of_the_host(lab: Lab, front: Receipt, web: str) -> None:
+    other, address, ours = lab.neighbour("other")
+    lab.protect([front])
+    assert tcp(other, 7000, inside(lab, "web"), address, 7000) == Seen(ours)
+    assert udp(other, 7000, inside(lab, "web"), address, 7000) == Seen(ours)
+
+
+def test_unpublished_port_is_closed_to_a_host_that_routes_to_the_container(
+    lab: Lab, front: Receipt, web: str
+) -> None:
+    other, _, ours = lab.neighbour("other")
+    lab.ip("-n", other.name, "route", "add", front.data["subnet"], "via", ours)
+    lab.protect([front])
+    assert tcp(inside(lab, "web"), 80, other, web, 80) is None
+
+
+def test_internal_network_has_no_way_out_and_none_in(lab: Lab) -> None:
+    back = lab.make("shop/back", internal=True)
+    db, peer = lab.attach("db", back).data["address"], lab.attach("peer", back).data["address"]
+    other, address, ours = lab.neighbour("other")
+    lab.ip("-n", other.name, "route", "add", back.data["subnet"], "via", ours)
+    lab.ip("-n", inside(lab, "db").name, "route", "add", "default", "via", back.data["gateway"])
+    lab.protect([back])
+    assert tcp(other, 7000, inside(lab, "db"), address, 7000) is None
+    assert tcp(inside(lab, "db"), 80, other, db, 80) is None
+    assert tcp(inside(lab, "db"), 80, inside(lab, "peer"), db, 80) == Seen(peer)
+
+
+def test_container_does_not_reach_what_listens_on_the_hosts_loopback(
+    lab: Lab, front: Receipt, web: str, free_port: Callable[[], int]
+) -> None:
+    port = free_port()
+    lab.protect([front])
+    name = inside(lab, "web").name
+    lab.ip("-n", name, "link", "set", "lo", "down")
+    lab.ip("-n", name, "route", "add", "127.0.0.1/32", "via", front.data["gateway"])
+    subprocess.run(
+        ["ip", "netns", "exec", name, "sh", "-c", "echo 1 >/proc/sys/net/ipv4/conf/all/route_localnet"], check=True
+    )
+    assert tcp(None, port, inside(lab, "web"), "127.0.0.1", port, source=web) is None
+
+
+def test_moved_port_leads_to_the_new_address_only(
+    lab: Lab, front: Receipt, web: str, free_port: Callable[[], int]
+) -> None:
+    port, api = free_port(), lab.attach("api", front).data["address"]
+    lab.protect([front], PublishedPort("tcp", "", port, web, 80))
+    lab.protect([front], PublishedPort("tcp", "", port, api, 80))
+    assert tcp(inside(lab, "web"), 80, None, "127.0.0.1", port) is None
+    assert tcp(inside(lab, "api"), 80, None, "127.0.0.1", port)
+    lab.protect([front])
+    assert tcp(inside(lab, "api"), 80, None, "127.0.0.1", port) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "delete table inet {}",
+        "flush chain inet {} forward",
+        "flush map inet {} wildcard",
+        "add table inet {} {{ flags dormant; }}",
+        "insert rule inet {} publish drop",
+    ],
+)
+def test_table_altered_by_hand_is_seen_and_put_right(
+    lab: Lab, front: Receipt, web: str, free_port: Callable[[], int], damage: str
+) -> None:
+    port = free_port()
+    want = lab.rules([front], PublishedPort("tcp", "", port, web, 80))
+    receipt = lab.firewall.ensure(want)
+    nft(damage.format(lab.host.name))
+    assert lab.firewall.applied() is None
+    assert receipt not in lab.firewall.observe()
+    assert lab.firewall.ensure(want) == receipt
+    assert lab.firewall.applied() == want
+    assert tcp(inside(lab, "web"), 80, None, "127.0.0.1", port)
+
+
+def test_change_of_another_table_leaves_ours_intact_across_a_restart_of_the_agent(lab: Lab, front: Receipt) -> None:
+    receipt = lab.protect([front])
+    other = f"{lab.host.name}x"
+    nft(f"add table inet {other}; delete table inet {other}")
+    assert list(lab.firewall.observe()) == [receipt]
+    restarted = NftablesFirewall(lab.host)
+    assert list(restarted.observe()) == [receipt]
+    assert restarted.applied() == lab.rules([front])
+
+
+def test_nothing_wanted_leaves_no_table_and_no_file(lab: Lab, front: Receipt) -> None:
+    lab.protect([front])
+    lab.firewall.ensure(FirewallWant())
+    assert f" {lab.host.name}\n" not in nft("list", "tables")
+    assert list(lab.firewall.observe()) == []
+    assert not (lab.host.run_root / "firewall.json").exists()
+
+
+def test_program_nft_serves_where_the_library_lacks(lab: Lab, front: Receipt) -> None:
+    lab.firewall._opened = Program("/usr/sbin/nft")
+    lab.protect([front])
+    assert lab.firewall.applied() == lab.rules([front])
+
+
+def test_forward_policy_of_another_product_gets_our_accept_and_loses_it_again(lab: Lab, front: Receipt) -> None:
+    other, _, _ = lab.neighbour("docker")
+
+    def rules() -> str:
+        return subprocess.run(["iptables", "-S", "FORWARD"], check=True, capture_output=True, text=True).stdout
+
+    def work() -> tuple[str, str, list[str]]:
+        subprocess.run(["iptables", "-P", "FORWARD", "DROP"], check=True)
+        receipt = lab.firewall.ensure(lab.rules([front]))
+        during, found = rules(), lab.firewall.findings()
+        lab.firewall.remove(receipt)
+        return during, rules(), found
+
+    during, after, found = in_namespace(other, work)
+    assert f'-A FORWARD -o {lab.host.name}-+ -m comment --comment "holdfast:{lab.host.name}" -j ACCEPT' in during
+    assert f'-A FORWARD -i {lab.host.name}-+ -m comment --comment "holdfast:{lab.host.name}" -j ACCEPT' in during
+    assert after == "-P FORWARD DROP\n"
+    assert "in chain FORWARD" in found[0]
