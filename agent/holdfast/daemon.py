@@ -74,7 +74,7 @@ def apply_once(config: Config, timeout: float) -> Json:
         become_subreaper()
         node.recover()
         node.wake = lambda _: slot.set()
-        source = make_source(config.state, config.root)
+        source = make_source(config.state, config.root, debounce=config.debounce)
         with contextlib.suppress(HoldfastError):  # the status says why; what is here is converged to
             source.refresh()
         reconciler = Reconciler(node, source, config)
@@ -101,7 +101,7 @@ class Offline(Answers):
 
     def __init__(self, config: Config, node: Node) -> None:
         super().__init__(node.rig)
-        self._reconciler = Reconciler(node, make_source(config.state, config.root), config)
+        self._reconciler = Reconciler(node, make_source(config.state, config.root, debounce=config.debounce), config)
         self._node = node
 
     def status(self) -> Json:
@@ -181,7 +181,7 @@ class Daemon(Answers):
     def __init__(self, config: Config, path: Path | None, node: Node) -> None:
         super().__init__(node.rig)
         self._config, self._path, self._node = config, path, node
-        self._reconciler = Reconciler(node, make_source(config.state, config.root), config)
+        self._reconciler = Reconciler(node, make_source(config.state, config.root, debounce=config.debounce), config)
         self._last: Pass | None = None
         self._begun = self._done = 0  # passes
         self._deep = True
@@ -281,7 +281,7 @@ class Daemon(Answers):
         config = replace(config, **{name: getattr(self._config, name) for name in FIXED})
         source = self._reconciler.source
         if config.state != self._config.state:
-            source = make_source(config.state, config.root)
+            source = make_source(config.state, config.root, debounce=config.debounce)
             await asyncio.to_thread(self._watch.close)
             self._watch = await asyncio.to_thread(source.watch, self._wake)
         self._config, self._deep = config, True

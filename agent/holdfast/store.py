@@ -280,7 +280,8 @@ class Store:
     def event(self, kind: str, subject: str, message: str, **more: Any) -> None:
         """Append to the log and tell the listeners.
 
-        Keys: seq, at, kind, subject, app, container, message, and what else is given. subject: `app`, `app/container`, `network app/name`, or a thing of the node's own.
+        Keys: seq, at, kind, subject, app, container, message, and what else is given. subject: `app`,
+        `app/container`, `network app/name`, or a thing of the node's own.
         """
         app, _, name = subject.rpartition(" ")[2].partition("/")
         value = {"at": time.time(), "kind": kind, "subject": subject, "message": message, "app": app if name else ""}

@@ -49,6 +49,21 @@ from holdfast.runtime.logs import rotate
 from holdfast.spec.model import RestartPolicy, Spec
 
 RETRY = RestartPolicy(delay=1.0, factor=2.0, max_delay=300.0, jitter=0.2)
+PAST = {
+    "StageGeneration": "staged",
+    "EnsureNetwork": "made",
+    "RemoveNetwork": "removed",
+    "StartInstance": "started",
+    "StopInstance": "stopped",
+    "UpdateInstance": "updated",
+    "RemoveInstance": "removed",
+    "RemoveVolume": "deleted",
+    "MarkGood": "good",
+    "ForgetApp": "forgotten",
+    "WriteFirewall": "written",
+    "WriteNames": "written",
+    "RemoveOrphan": "removed",
+}
 QUIET = (WriteNames, MarkGood)  # actions that are no news unless they fail
 
 log = structlog.get_logger("holdfast")
@@ -154,7 +169,7 @@ class Node:
             number = int(outcome.detail.get("generation", 0))
             self.rig.plugins.tell("after_stage", app=action.app, generation=number, error=outcome.error)
         if not isinstance(action, QUIET) or not outcome.ok:
-            kind = "done" if outcome.ok else "failed"
+            kind = PAST[action.verb] if outcome.ok else "failed"
             message = action.reason if outcome.ok else outcome.error
             facts = {"verb": action.verb, "reason": action.reason, "took": round(outcome.took, 4), **outcome.detail}
             store.event(kind, action.subject, message, **{**facts, "app": action.app})

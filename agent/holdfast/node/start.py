@@ -262,7 +262,7 @@ def cgroup_settings(rig: Rig, want: Container) -> cgroup.Settings:
     asked = cgroup_want(want)
     for policy in chosen:
         policy.check(asked)
-    return cgroup.compose(chosen, asked, cgroup.features())
+    return cgroup.compose(chosen, asked, cgroup.features(rig.runtime.binary.name))
 
 
 def policies_of(rig: Rig, want: Container) -> tuple[str, ...]:
