@@ -235,7 +235,7 @@ class Runtime:
         finally:
             os.close(theirs)
         with os.fdopen(ours, "rb") as pipe:
-            process.wait(CREATE_TIMEOUT)
+            process.wait()  # only until conmon has detached
             answer = _read_line(pipe.fileno(), time.monotonic() + CREATE_TIMEOUT)
         return _pid_from(answer, name)
 
@@ -260,17 +260,20 @@ class Runtime:
         pairs = (str(part) for option in options.items() for part in option)
         return [str(self.conmon), *pairs, "--no-sync-log"]
 
-    def _call(self, verb: str, *args: str, name: str) -> None:
+    def _call(self, verb: str, id: str, *, name: str) -> None:
         """Run a verb of the runtime that starts no lasting process, and turn what it says into an error."""
-        answer = subprocess.run(
-            [*self._command(verb), *args],
-            env=_ENVIRONMENT,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=CREATE_TIMEOUT,
-            check=False,
-        )
+        try:
+            answer = subprocess.run(
+                [*self._command(verb), id],
+                env=_ENVIRONMENT,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=CREATE_TIMEOUT,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TryAgain(f"{verb} of '{name}': no answer in {CREATE_TIMEOUT:g} s") from error
         if answer.returncode:
             raise runtime_error(verb, name, answer.stderr)
 
