@@ -231,9 +231,10 @@ def test_forward_policy_of_another_product_gets_our_accept_and_loses_it_again(la
 
     def work() -> tuple[str, str, list[str]]:
         subprocess.run(["iptables", "-P", "FORWARD", "DROP"], check=True)
-        receipt = lab.firewall.ensure(lab.rules([front]))
-        during, found = rules(), lab.firewall.findings()
-        lab.firewall.remove(receipt)
+        firewall = NftablesFirewall(lab.host)
+        receipt = firewall.ensure(lab.rules([front]))
+        during, found = rules(), firewall.findings()
+        firewall.remove(receipt)
         return during, rules(), found
 
     during, after, found = in_namespace(other, work)

@@ -33,15 +33,20 @@ MARK = "netns-shared"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def ensure(host: Host, instance: str) -> Receipt:
+def ensure(host: Host, instance: str, pid: int | None = None) -> Receipt:
     """Have a network namespace with lo up for an instance. Idempotent; raises NotPermitted, UnfitHost.
 
+    pid: a process that lives in the namespace already: if its binding was lost, it is bound again.
     Receipt: kind "netns", id = owner = instance, data["path"] = the file that it is bound to.
     """
     path = host.netns(instance)
     if not _is_namespace(path):
         _share_folder(host)
-        _make(path)
+        if pid is None:
+            _make(path)
+        else:
+            path.touch(mode=0o444)
+            _check(_libc.mount(b"/proc/%d/ns/net" % pid, bytes(path), b"none", MS_BIND, None), "bind", path)
     return _receipt(path, instance)
 
 

@@ -277,11 +277,13 @@ def _abandon(link: Link, id: str) -> None:
     """Cut the link off its bridge without waiting, and leave its deletion to that of its namespace."""
     from holdfast_plugins.network import messages
 
+    wanted = [messages.link_alias(link.index, GONE + id)]
+    if link.master:
+        wanted.append(messages.port_off(link.index))  # last, since a change of alias would turn it on again
     try:
-        _sockets.host.request(messages.link_alias(link.index, GONE + id))
-        _sockets.host.request(messages.port_off(link.index))
+        _sockets.host.request(*wanted)
     except OSError as error:
-        if error.errno not in (errno.ENODEV, errno.EOPNOTSUPP, errno.EINVAL):  # it is gone, or on no bridge
+        if error.errno != errno.ENODEV:
             raise _explained(error, f"detach '{id}'") from error
 
 

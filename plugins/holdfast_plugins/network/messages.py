@@ -14,7 +14,7 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 RTM_NEWLINK, RTM_DELLINK, RTM_SETLINK, RTM_NEWADDR, RTM_NEWROUTE = 16, 17, 19, 20, 24
 CREATE, REPLACE, EXCL = 0x400, 0x100, 0x200
-AF_INET, AF_BRIDGE = 2, 7
+AF_INET = 2
 IFF_UP = 0x1
 ADDRESSES_NONE = 1  # IN6_ADDR_GEN_MODE_NONE
 PORT_DISABLED = 0  # BR_STATE_DISABLED
@@ -56,9 +56,7 @@ def port_up(name: str) -> bytes:
     """Bring a bridge port up, with hairpin on: where bridged frames pass netfilter (br_netfilter), what a container
     sends to its own published port goes out of the port that it came in by.
     """
-    hairpin = {"attrs": [("IFLA_BRPORT_MODE", 1)]}
-    port = ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_SLAVE_KIND", "bridge"), ("IFLA_INFO_SLAVE_DATA", hairpin)]})
-    return _link(RTM_NEWLINK, [("IFLA_IFNAME", name), port], up=True)
+    return _link(RTM_NEWLINK, [("IFLA_IFNAME", name), _port([("IFLA_BRPORT_MODE", 1)])], up=True)
 
 
 def link_up(name: str) -> bytes:
@@ -78,13 +76,8 @@ def link_alias(index: int, alias: str) -> bytes:
 
 
 def port_off(index: int) -> bytes:
-    """Let a bridge pass nothing through one of its ports any more."""
-    return _link(
-        RTM_SETLINK,
-        [("IFLA_PROTINFO", {"attrs": [("IFLA_BRPORT_STATE", PORT_DISABLED)]})],
-        index=index,
-        family=AF_BRIDGE,
-    )
+    """Let a bridge pass nothing through one of its ports, until something else about the port changes."""
+    return _link(RTM_NEWLINK, [_port([("IFLA_BRPORT_STATE", PORT_DISABLED)])], index=index)
 
 
 def delete_link(index: int) -> bytes:
@@ -112,11 +105,13 @@ def _kind(name: str, data: Attributes) -> tuple[str, Any]:
     return "IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", name), ("IFLA_INFO_DATA", {"attrs": data})]}
 
 
-def _link(
-    kind: int, attributes: Attributes, *, flags: int = 0, index: int = 0, family: int = 0, up: bool = False
-) -> bytes:
+def _port(data: Attributes) -> tuple[str, Any]:
+    return "IFLA_LINKINFO", {"attrs": [("IFLA_INFO_SLAVE_KIND", "bridge"), ("IFLA_INFO_SLAVE_DATA", {"attrs": data})]}
+
+
+def _link(kind: int, attributes: Attributes, *, flags: int = 0, index: int = 0, up: bool = False) -> bytes:
     message = ifinfmsg()
-    message["family"], message["index"] = family, index
+    message["index"] = index
     if up:
         message["flags"] = message["change"] = IFF_UP
     message["attrs"] = attributes

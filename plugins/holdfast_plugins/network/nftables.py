@@ -63,6 +63,9 @@ class Library:
         library.nft_ctx_buffer_error(self._context)
         self._lock = threading.Lock()
 
+    def __del__(self) -> None:
+        self._library.nft_ctx_free(self._context)
+
     def run(self, script: str) -> str:
         with self._lock:
             result = self._library.nft_run_cmd_from_buffer(self._context, script.encode())

@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from holdfast.drivers import EndpointWant, Host, NetworkWant
+from holdfast.errors import Conflict, TryAgain, WrongState
+from holdfast.observed import Receipt
+from holdfast.runtime import netns
+from holdfast.testing import DriverConformance
+from holdfast_plugins.network.bridge import BridgeEndpoint, BridgeNetwork
+from holdfast_plugins.network.none_host import BareNetwork
+from live.netlab import Lab, Seen, tcp, wait_until
+
+pytestmark = pytest.mark.live
+
+
+@pytest.fixture
+def lab(site: Host) -> Iterator[Lab]:
+    with ExitStack() as stack:
+        yield Lab(site, stack)
+
+
+def links(lab: Lab) -> set[str]:
+    return {path.name for path in Path("/sys/class/net").glob(f"{lab.host.name}-*")}
+
+
+def inside(lab: Lab, instance: str, *command: str) -> str:
+    return lab.ip("-n", lab.host.netns(instance).name, *command)
+
+
+def test_namespace_is_seen_by_ip_and_has_loopback_up(site: Host) -> None:
+    receipt = netns.ensure(site, "web")
+    name = Path(receipt.data["path"]).name
+    try:
+        assert name in subprocess.run(["ip", "netns"], check=True, capture_output=True, text=True).stdout
+        shown = subprocess.run(["ip", "-n", name, "link"], check=True, capture_output=True, text=True).stdout
+        assert "LOOPBACK,UP" in shown
+        assert netns.ensure(site, "web") == receipt
+        assert list(netns.observe(site)) == [receipt]
+    finally:
+        netns.remove(site, receipt)
+    assert list(netns.observe(site)) == []
+    netns.remove(site, receipt)
+
+
+def test_file_that_lost_its_namespace_is_observed_empty_and_mended(site: Host) -> None:
+    receipt = netns.ensure(site, "web")
+    subprocess.run(["umount", receipt.data["path"]], check=True)
+    assert list(netns.observe(site)) == [replace(receipt, data={})]
+    assert netns.ensure(site, "web") == receipt
+    assert list(netns.observe(site)) == [receipt]
+    netns.remove(site, receipt)
+
+
+def test_networks_take_different_subnets_of_the_pool_and_keep_them(lab: Lab) -> None:
+    first, second = lab.make("shop/front"), lab.make("shop/back")
+    assert first.data["subnet"] != second.data["subnet"]
+    for network in (first, second):
+        lab.network.remove(replace(network, data={})) if network is second else None
+    rebooted = BridgeNetwork(lab.host)
+    lab.ip("link", "del", first.data["interface"])
+    assert rebooted.ensure(NetworkWant(id="shop/front")) == first
+
+
+def test_network_that_others_have_is_refused_by_name(lab: Lab) -> None:
+    front = lab.make("shop/front")
+    with pytest.raises(Conflict, match="of network 'shop/front'"):
+        lab.network.check(NetworkWant(id="shop/back", subnet=front.data["subnet"]))
+    _, _, ours = lab.neighbour("other")
+    with pytest.raises(Conflict, match=f"of host interface '{lab.host.name}-other'"):
+        lab.network.check(NetworkWant(id="shop/back", subnet=f"{ours.rsplit('.', 1)[0]}.0/24"))
+
+
+def test_option_that_the_bridge_does_not_know_is_refused(lab: Lab) -> None:
+    with pytest.raises(WrongState, match=r"driver_opts 'mtuu': unknown to driver 'bridge' \(mtu\)"):
+        lab.network.check(NetworkWant(id="shop/front", driver_opts={"mtuu": "1400"}))
+
+
+def test_mtu_of_the_network_is_that_of_its_endpoints(lab: Lab) -> None:
+    network = lab.network.ensure(NetworkWant(id="shop/front", driver_opts={"mtu": "1400"}))
+    lab.attach("web", network)
+    assert "mtu 1400" in inside(lab, "web", "link", "show", "eth0")
+    assert "mtu 1400" in lab.ip("link", "show", network.data["interface"])
+
+
+def test_link_of_that_name_which_is_not_ours_is_left_alone(lab: Lab) -> None:
+    name = lab.host.link("bridge", "shop/front")
+    lab.ip("link", "add", name, "type", "bridge")
+    with pytest.raises(Conflict, match=f"link '{name}' is there for something unknown"):
+        lab.make("shop/front")
+    lab.ip("link", "del", name)
+
+
+def test_endpoint_has_address_route_and_a_mac_that_goes_with_the_address(lab: Lab) -> None:
+    network = lab.make("shop/front")
+    receipt = lab.attach("web", network)
+    address = receipt.data["address"]
+    assert f"inet {address}/24" in inside(lab, "web", "address", "show", "eth0")
+    assert f"default via {network.data['gateway']} dev eth0" in inside(lab, "web", "route")
+    assert receipt.data["mac"] == "02:42:" + bytes(map(int, address.split("."))).hex(":")
+    assert receipt.data["mac"] in inside(lab, "web", "link", "show", "eth0")
+
+
+def test_static_address_and_mac_are_honoured_and_a_second_claim_names_the_holder(lab: Lab) -> None:
+    network = lab.make("shop/front")
+    address = network.data["gateway"].removesuffix(".1") + ".77"
+    receipt = lab.attach("web", network, ipv4_address=address, mac_address="02:00:00:00:00:07")
+    assert receipt.data["address"] == address
+    assert "02:00:00:00:00:07" in inside(lab, "web", "link", "show", "eth0")
+    with pytest.raises(Conflict, match=f"address '{address}' is taken by web"):
+        lab.endpoint.check(lab.want("api", network, ipv4_address=address))
+    with pytest.raises(Conflict, match="is taken by the gateway"):
+        lab.endpoint.check(lab.want("api", network, ipv4_address=network.data["gateway"]))
+
+
+def test_address_outside_the_subnet_is_refused(lab: Lab) -> None:
+    with pytest.raises(WrongState, match="not a host's address"):
+        lab.endpoint.check(lab.want("web", lab.make("shop/front"), ipv4_address="192.0.2.1"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ("link", "del", "{host_interface}"),
+        ("link", "set", "{host_interface}", "down"),
+        ("link", "set", "{host_interface}", "nomaster"),
+        ("-n", "{netns}", "address", "flush", "dev", "eth0"),
+        ("-n", "{netns}", "route", "del", "default"),
+        ("-n", "{netns}", "link", "set", "eth0", "down"),
+        ("-n", "{netns}", "link", "set", "eth0", "address", "02:00:00:00:00:01"),
+        ("-n", "{netns}", "link", "del", "eth0"),
+    ],
+    ids=lambda words: " ".join(words[-3:]),
+)
+def test_endpoint_altered_by_hand_is_put_right(lab: Lab, damage: tuple[str, ...]) -> None:
+    network = lab.make("shop/front")
+    receipt = lab.attach("web", network)
+    lab.attach("api", network)
+    lab.ip(*(word.format(netns=lab.host.netns("web").name, **receipt.data) for word in damage))
+    assert lab.attach("web", network) == receipt
+    assert receipt.data["mac"] in inside(lab, "web", "link", "show", "eth0")
+    assert tcp(lab.host.netns("web"), 80, lab.host.netns("api"), receipt.data["address"], 80)
+    assert f"default via {network.data['gateway']}" in inside(lab, "web", "route")
+
+
+def test_endpoint_that_is_gone_or_unplugged_is_observed_so(lab: Lab) -> None:
+    network = lab.make("shop/front")
+    web, api = lab.attach("web", network), lab.attach("api", network)
+    lab.ip("link", "set", web.data["host_interface"], "nomaster")
+    lab.ip("link", "del", api.data["host_interface"])
+    assert list(lab.endpoint.observe()) == [replace(web, data={})]
+
+
+def test_bridge_deleted_by_hand_is_made_again_and_its_endpoints_plugged_in(lab: Lab) -> None:
+    network = lab.make("shop/front")
+    receipt = lab.attach("web", network)
+    lab.ip("link", "del", network.data["interface"])
+    with pytest.raises(TryAgain, match="its bridge is gone"):
+        lab.attach("web", network)
+    assert lab.make("shop/front") == network
+    assert lab.attach("web", network) == receipt
+    assert tcp(lab.host.netns("web"), 80, None, receipt.data["address"], 80) == Seen(network.data["gateway"])
+
+
+def test_removed_endpoint_is_deaf_at_once_and_gone_with_its_namespace(lab: Lab) -> None:
+    network = lab.make("shop/front")
+    receipt = lab.attach("web", network)
+    lab.endpoint.remove(receipt)
+    assert list(lab.endpoint.observe()) == []
+    assert tcp(lab.host.netns("web"), 80, None, receipt.data["address"], 80) is None
+    netns.remove(lab.host, Receipt("netns", "kernel", "web", "web"))
+    wait_until(lambda: links(lab) == {network.data["interface"]})
+
+
+def test_removed_endpoint_without_a_namespace_is_deleted_at_once(lab: Lab) -> None:
+    network = lab.make("shop/front")
+    receipt = lab.attach("web", network)
+    with lab.host.netns("web").open():  # someone still holds it
+        netns.remove(lab.host, Receipt("netns", "kernel", "web", "web"))
+        lab.endpoint.remove(replace(receipt, data={}))
+        assert links(lab) == {network.data["interface"]}
+
+
+def test_restarted_instance_in_a_new_namespace_gets_its_old_address(lab: Lab) -> None:
+    network = lab.make("shop/front")
+    lab.attach("other", network)
+    receipt = lab.attach("web", network)
+    netns.remove(lab.host, Receipt("netns", "kernel", "web", "web"))
+    lab.endpoint = BridgeEndpoint(lab.host, BridgeNetwork(lab.host).ledger)
+    assert lab.attach("web", network) == receipt
+    assert tcp(lab.host.netns("web"), 80, None, receipt.data["address"], 80)
+
+
+def test_second_network_adds_an_interface_and_leaves_the_way_out(lab: Lab) -> None:
+    front, back = lab.make("shop/front"), lab.make("shop/back", internal=True)
+    lab.attach("web", front)
+    second = replace(lab.want("web", back), interface="eth1", default_route=False)
+    receipt = lab.endpoint.ensure(second)
+    assert f"inet {receipt.data['address']}/24" in inside(lab, "web", "address", "show", "eth1")
+    assert f"default via {front.data['gateway']} dev eth0" in inside(lab, "web", "route")
+    assert {each.id for each in lab.endpoint.observe()} == {"web/shop/front", "web/shop/back"}
+
+
+def test_internal_network_gives_no_way_out(lab: Lab) -> None:
+    lab.attach("db", lab.make("shop/back", internal=True))
+    assert "default" not in inside(lab, "db", "route")
+
+
+def test_two_hundred_endpoints_stand_side_by_side(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    network = lab.make("shop/front", subnet=str(lab.host.pool))
+    timings: list[tuple[float, float, float]] = []
+    for n in range(200):
+        began = time.perf_counter()
+        netns.ensure(lab.host, f"i{n}")
+        made = time.perf_counter()
+        receipt = lab.endpoint.ensure(lab.want(f"i{n}", network))
+        attached = time.perf_counter()
+        assert lab.endpoint.ensure(lab.want(f"i{n}", network)) == receipt
+        timings.append((made - began, attached - made, time.perf_counter() - attached))
+    began = time.perf_counter()
+    assert len(list(lab.endpoint.observe())) == 200
+    observed = time.perf_counter() - began
+    medians = [sorted(each)[100] * 1e3 for each in zip(*timings, strict=True)]
+    with capsys.disabled():
+        print("\n200 endpoints: namespace {:.2f} ms, endpoint {:.2f} ms, again {:.2f} ms".format(*medians), end="")
+        print(f", observed in {observed * 1e3:.1f} ms")
+
+
+class TestBridgeNetwork(DriverConformance):
+    @pytest.fixture
+    def host(self, site: Host) -> Host:
+        return site
+
+    @pytest.fixture
+    def driver(self, site: Host) -> BridgeNetwork:
+        return BridgeNetwork(site)
+
+    @pytest.fixture
+    def want(self) -> NetworkWant:
+        return NetworkWant(id="shop/front")
+
+    @pytest.fixture
+    def another_want(self) -> NetworkWant:
+        return NetworkWant(id="shop/back", internal=True)
+
+
+class TestBareNetwork(DriverConformance):
+    leaves_traces = False
+
+    @pytest.fixture
+    def host(self, site: Host) -> Host:
+        return site
+
+    @pytest.fixture
+    def driver(self) -> BareNetwork:
+        return BareNetwork("none")
+
+    @pytest.fixture
+    def want(self) -> NetworkWant:
+        return NetworkWant(id="none")
+
+    @pytest.fixture
+    def another_want(self) -> NetworkWant:
+        return NetworkWant(id="host")
+
+
+class TestBridgeEndpoint(DriverConformance):
+    @pytest.fixture
+    def host(self, site: Host) -> Host:
+        return site
+
+    @pytest.fixture
+    def lab(self, site: Host) -> Iterator[Lab]:
+        with ExitStack() as stack:
+            lab = Lab(site, stack)
+            for instance in ("web", "api"):
+                netns.ensure(site, instance)
+            yield lab
+
+    @pytest.fixture
+    def network(self, lab: Lab) -> Receipt:
+        return lab.make("shop/front")
+
+    @pytest.fixture
+    def driver(self, lab: Lab) -> BridgeEndpoint:
+        return lab.endpoint
+
+    @pytest.fixture
+    def want(self, lab: Lab, network: Receipt) -> EndpointWant:
+        return lab.want("web", network)
+
+    @pytest.fixture
+    def another_want(self, lab: Lab, network: Receipt) -> EndpointWant:
+        return lab.want("api", network)
+
+    def test_remove_brings_the_host_back(self, lab: Lab, network: Receipt) -> None:  # type: ignore[override]
+        """A pair goes with its namespace, so both are taken away."""
+        before = links(lab)
+        receipt = lab.attach("db", network)
+        lab.endpoint.remove(receipt)
+        netns.remove(lab.host, Receipt("netns", "kernel", "db", "db"))
+        wait_until(lambda: links(lab) == before)
