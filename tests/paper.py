@@ -88,7 +88,7 @@ class PaperAgent:
 
     def __init__(self, logs: Path | None = None) -> None:
         self.holds: dict[str, Hold] = {}
-        self.log = [{"seq": 1, "at": NOW, "kind": "start", "app": "shop", "container": "web", "message": "started"}]
+        self.log = [{"seq": 1, "at": NOW, "kind": "start", "subject": "shop/web", "message": "started"}]
         self.logs = logs
         self.plan_now = (Plan(),)
         self.accepted_rewrite = False
@@ -123,8 +123,7 @@ class PaperAgent:
         return [event for event in self.log if int(str(event["seq"])) > after][-limit:]
 
     async def wait_events(self, after: int) -> None:
-        while not self.events(after, 1):
-            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.02)  # early is harmless: the API looks again
 
     def hold(self, target: str, kind: Literal["stopped", "started", "restarted"], by: str) -> None:
         self._known(target)
@@ -175,7 +174,7 @@ class PaperAgent:
     def images(self) -> Sequence[dict[str, Any]]:
         return []
 
-    def import_image(self, path: str, ref: str) -> dict[str, Any]:
+    def import_image(self, path: str, ref: str, changes: Sequence[str] = ()) -> dict[str, Any]:
         return {"ref": ref, "digest": "sha256:abc"}
 
     def load_image(self, path: str) -> Sequence[dict[str, Any]]:

@@ -3,7 +3,7 @@
 `daemon` serves it with `serving(agent, …)`; `cli.client` speaks it. Bodies are JSON; an error is
 `{"error": line, "class": name, "exit_code": number}`, so that a caller sees the very error that was raised here.
 
-    GET    /v1/status                              GET    /v1/events?after=N&limit=N[&follow=1]   (JSON lines)
+    GET    /v1/status                              GET    /v1/events?after=N&limit=N[&follow=1[&beat=SECONDS]]  (JSON lines)
     GET    /v1/plan                                POST   /v1/sync         {"accept_rewrite": bool}
     GET    /v1/containers/APP/NAME                 POST   /v1/containers/APP/NAME/{stop,start,restart,release}
     GET    /v1/containers/APP/NAME/logs?tail=N&since=EPOCH[&follow=1]                       (JSON lines)
@@ -49,7 +49,7 @@ from holdfast.observed import Json
 from holdfast.runtime.logs import LogLine
 from holdfast.runtime.output import output
 
-HEARTBEAT = 1.0  # seconds: a follower hears an empty line that often, and so knows that the agent lives
+HEARTBEAT = 1.0  # seconds: a follower hears an empty line that often (or each `beat`), and so knows that we live
 
 HTTP_STATUS: tuple[tuple[type[HoldfastError], int], ...] = (
     (NotFound, 404),
@@ -88,7 +88,7 @@ class Agent(Protocol):
     def events(self, after: int, limit: int) -> Sequence[Json]:
         """The events with a seq above `after`, oldest first; the newest `limit` of them.
 
-        An event is {"seq", "at" (epoch seconds), "kind", "app", "container", "message", …}.
+        An event is {"seq", "at" (epoch seconds), "kind", "subject", "message", …}.
         """
         ...
 
@@ -153,8 +153,8 @@ class Agent(Protocol):
         """{"ref", "digest", "size", "created", "used_by": […]} of every image in the store."""
         ...
 
-    def import_image(self, path: str, ref: str) -> Json:
-        """Make an image of one layer out of a root file system's tar archive."""
+    def import_image(self, path: str, ref: str, changes: Sequence[str] = ()) -> Json:
+        """Make an image of one layer out of a root file system's tar archive; changes as CMD, ENV, USER …"""
         ...
 
     def load_image(self, path: str) -> Sequence[Json]:
@@ -271,11 +271,11 @@ def target_of(request: web.Request) -> str:
     return f"{request.match_info['app']}/{request.match_info['name']}"
 
 
-def number(request: web.Request, name: str, default: int) -> int:
-    """A whole number of the query; epoch seconds lose their fraction."""
+def number(request: web.Request, name: str, default: float) -> float:
+    """A number of the query."""
     text = request.query.get(name, "")
     try:
-        return int(float(text)) if text else default
+        return float(text) if text else default
     except ValueError:
         raise WrongCall(f"query '{name}={text}': not a number") from None
 
@@ -341,30 +341,42 @@ async def take_image(request: web.Request) -> web.Response:
     path = asked(value, "path")
     if request.match_info["verb"] == "load":
         return web.json_response(await asyncio.to_thread(agent.load_image, path))
-    return web.json_response(await asyncio.to_thread(agent.import_image, path, asked(value, "ref")))
+    changes = [str(change) for change in value.get("changes") or ()]
+    return web.json_response(await asyncio.to_thread(agent.import_image, path, asked(value, "ref"), changes))
 
 
 async def events(request: web.Request) -> web.StreamResponse:
     """Events as JSON lines; with follow=1 until the caller goes, with an empty line when nothing happens."""
-    agent, after, limit = request.app[AGENT], number(request, "after", 0), number(request, "limit", 1000)
+    agent = request.app[AGENT]
+    after, limit = int(number(request, "after", 0)), int(number(request, "limit", 1000))
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
     await response.prepare(request)
+    beat, quiet = max(number(request, "beat", HEARTBEAT), 0.05), True
     with contextlib.suppress(ConnectionError):
         while True:
             found = await asyncio.to_thread(agent.events, after, limit)
             after = max((int(event["seq"]) for event in found), default=after)
-            await response.write("".join(json.dumps(event) + "\n" for event in found).encode() or b"\n")
+            if found or quiet:
+                await response.write("".join(json.dumps(event) + "\n" for event in found).encode() or b"\n")
             if "follow" not in request.query:
                 break
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(agent.wait_events(after), HEARTBEAT)
+            quiet = not await arrives(agent, after, beat)
     return response
+
+
+async def arrives(agent: Agent, after: int, beat: float) -> bool:
+    """Whether there is another event before the next heartbeat."""
+    try:
+        await asyncio.wait_for(agent.wait_events(after), beat)
+    except TimeoutError:
+        return False
+    return True
 
 
 async def logs(request: web.Request) -> web.StreamResponse:
     """A container's output as JSON lines; with follow=1 until the caller goes, empty ones in silence."""
-    tail = number(request, "tail", 0) if "tail" in request.query else None
-    since = float(number(request, "since", 0)) if "since" in request.query else None
+    tail = int(number(request, "tail", 0)) if "tail" in request.query else None
+    since = number(request, "since", 0) if "since" in request.query else None
     stop = threading.Event()
     found = await asyncio.to_thread(request.app[AGENT].logs_of, target_of(request))
     paths = [Path(path) for path in found["paths"]]

@@ -46,9 +46,9 @@ class Client:
     def events(self, after: int = 0, limit: int = 1000) -> Sequence[Json]:
         return [event for event in self._lines(f"/v1/events?after={after}&limit={limit}") if event]
 
-    def follow(self, after: int = 0, limit: int = 1000) -> Iterator[Json | None]:
-        """Events as they happen, and None about once a second while nothing does."""
-        return self._lines(f"/v1/events?after={after}&limit={limit}&follow=1")
+    def follow(self, after: int = 0, limit: int = 1000, beat: float = 1.0) -> Iterator[Json | None]:
+        """Events as they happen, and None each `beat` seconds while nothing does."""
+        return self._lines(f"/v1/events?after={after}&limit={limit}&follow=1&beat={beat}")
 
     def act(self, target: str, verb: str) -> None:
         """stop, start, restart or release a container."""
@@ -93,8 +93,8 @@ class Client:
     def images(self) -> Json:
         return self._call("GET", "/v1/images")
 
-    def import_image(self, path: str, ref: str) -> Json:
-        return self._call("POST", "/v1/images/import", {"path": path, "ref": ref})
+    def import_image(self, path: str, ref: str, changes: Sequence[str] = ()) -> Json:
+        return self._call("POST", "/v1/images/import", {"path": path, "ref": ref, "changes": list(changes)})
 
     def load_image(self, path: str) -> Json:
         return self._call("POST", "/v1/images/load", {"path": path})

@@ -111,7 +111,7 @@ def running(container: Json) -> frozenset[str]:
 
 def wait(agent: Client, target: str, verb: str, timeout: float, reached: Callable[[Json], bool]) -> None:
     deadline = time.monotonic() + timeout
-    for _ in agent.follow(limit=1):
+    for _ in agent.follow(limit=1, beat=0.1):
         now = container(agent.status(), target)
         if reached(now):
             return

@@ -43,7 +43,7 @@ def line(event: Mapping[str, Any]) -> str:
     kind = str(event["kind"])
     colour = render.BAD if "fail" in kind or event.get("ok") is False else None
     when = render.paint(render.clock(event["at"]), render.QUIET)
-    subject = "/".join(filter(None, (event.get("app"), event.get("container"))))
+    subject = str(event["subject"])
     return "  ".join(
         part for part in (when, render.paint(f"{kind:<9}", colour), subject, str(event["message"])) if part
     )

@@ -22,10 +22,13 @@ def image() -> None:
 @image.command("import")
 @click.argument("tar", type=SOURCE)
 @click.argument("ref", metavar="NAME[:TAG]")
-def import_(tar: Path, ref: str) -> None:
+@click.option(
+    "-c", "--change", "changes", multiple=True, metavar="'CMD [\"sh\"]'", help="Set CMD, ENV, USER …; may repeat."
+)
+def import_(tar: Path, ref: str, changes: tuple[str, ...]) -> None:
     """Make an image of one layer out of a root file system's tar archive."""
     with reach() as node:
-        told(node.import_image(str(tar.resolve()), ref))
+        told(node.import_image(str(tar.resolve()), ref, changes))
 
 
 @image.command("load")
@@ -57,7 +60,7 @@ def list_(json_: bool) -> None:
 
 def row(each: dict[str, Any]) -> list[str]:
     digest = str(each["digest"]).removeprefix("sha256:")[:12]
-    made = render.ago(each.get("created"))
+    made = render.ago(each.get("created") or None)
     return [each["ref"], digest, render.size(each.get("size")), made, " ".join(each.get("used_by") or ())]
 
 

@@ -40,7 +40,7 @@ def paint(text: str, colour: str | None, *, bold: bool = False) -> str:
     """Colour text if standard output is a terminal and NO_COLOR (no-color.org) is not set."""
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         return text
-    return click.style(text, fg=colour, bold=bold)
+    return click.style(text, fg=colour, bold=bold or None)
 
 
 def state(word: str) -> str:

@@ -16,6 +16,7 @@ from holdfast.errors import HoldfastError, TryAgain
 
 Json = Mapping[str, Any]
 CHANGES = 2
+BEAT = 0.1  # seconds between looks at a node that converges
 PATIENCE = 300.0  # seconds that apply and sync --wait wait by default
 
 
@@ -120,7 +121,7 @@ def converge(agent: Client, timeout: float) -> Json:
     """Follow the agent until the node is converged or the time is up; return its last status."""
     deadline = time.monotonic() + timeout
     status: Json = agent.status()
-    for _ in agent.follow(limit=1):
+    for _ in agent.follow(limit=1, beat=BEAT):
         if status["converged"] or time.monotonic() >= deadline:
             break
         status = agent.status()
@@ -164,6 +165,8 @@ def show_status(status: Json) -> None:
     if status["apps"]:
         click.echo()
         show_apps(status)
+    told = {*status["problems"], *status["apps"]}
+    listed("not converged", [line for line in status["blockers"] if not told & {line, line.split(":")[0]}])
     source = status["source"]
     if source.get("error"):
         later = f" (tried again {render.ago(source['next_try_at'])})" if source.get("next_try_at") else ""
@@ -185,7 +188,7 @@ def show_apps(status: Json) -> None:
     rows: list[tuple[list[str], list[str]]] = []
     for name, app in status["apps"].items():
         generation = "" if app["generation"] is None else str(app["generation"])
-        reason = app["reason"] if app["state"] not in ("degraded", "converged", "held") else ""
+        reason = app["reason"] if app["state"] in ("changing", "waiting", "failed", "removing") else ""
         rows.append(
             ([render.paint(name, None, bold=True), render.state(app["state"]), generation, "", "", "", ""], [reason])
         )

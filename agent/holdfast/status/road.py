@@ -45,7 +45,7 @@ class Step:
 def plan_json(rounds: Sequence[Plan]) -> dict[str, Any]:
     """The value that `holdfast plan --json` prints.
 
-    empty: nothing to do. apps: name → steps; what belongs to the node itself is under "". waiting and drift:
+    empty: nothing to do. apps: name → steps; what belongs to the node itself is last, under "". waiting and drift:
     subject → why, as far as no round of the preview does something about it.
     """
     steps: dict[tuple[str, str], Step] = {}
@@ -64,7 +64,10 @@ def plan_json(rounds: Sequence[Plan]) -> dict[str, Any]:
     return {
         "empty": not steps,
         "rounds": sum(not plan.empty for plan in rounds),
-        "apps": {name: [_step_json(step) for step in apps[name]] for name in sorted(apps) if apps[name]},
+        "apps": {
+            name: [_step_json(step) for step in apps[name]]
+            for name in sorted(apps, key=lambda name: (not name, name))
+        },
         "waiting": {subject: why for subject, why in last.waiting.items() if subject not in done},
         "drift": dict(rounds[0].drift) if rounds else {},
     }

@@ -24,7 +24,7 @@ The daemon makes one at the end of each pass; `api` and `cli` hand its JSON on. 
     missing           it should be there, and nothing is being done about it
 
 The first row of the first table that is true is the app's state. The node is converged when every app is, the plan
-is empty, nothing waits and every state file loads. An unreachable source is shown, and changes nothing of that.
+is empty, nothing waits and no state file has a problem. An unreachable source is shown, and changes nothing of that.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def _blockers(spec: Spec | None, source: Json, apps: Mapping[str, AppStatus], pl
     if spec is None:
         yield f"no revision was read yet: {source.get('error') or 'the source was not asked so far'}"
     else:
-        yield from (str(problem) for problem in spec.problems if problem.path in spec.broken)
+        yield from (str(problem) for problem in spec.problems)
         told = {problem.path for problem in spec.problems}
         yield from (f"{path}: does not load" for path in spec.broken if path not in told)
     for name, app in apps.items():
