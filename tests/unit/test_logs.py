@@ -104,3 +104,10 @@ def test_following_starts_with_the_tail(log: Path) -> None:
     assert [next(lines).text, next(lines).text] == ["3", "4"]
     stop.set()
     assert list(lines) == []
+
+
+def test_fewer_files_than_before_are_kept_from_the_next_rotation_on(log: Path) -> None:
+    for name in ("web.log.4", "web.log.3", "web.log.2", "web.log.1", "web.log"):
+        log.with_name(name).write_text(row(1, name))
+    assert logs.rotate(log, 10, 2, lambda: None)
+    assert texts(log) == ["web.log"]
