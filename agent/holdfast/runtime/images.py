@@ -194,9 +194,7 @@ class ImageStore:
         return Image(digest, names, parts.config, layers, parts.size, parts.created, parts.architecture)
 
     def _load(self, archive: Archive, found: Found, path: Path, name: str | None) -> Image:
-        config = json.loads(found.config)
-        _check_platform(config, path)
-        diff_ids = [to_digest(diff_id) for diff_id in config["rootfs"]["diff_ids"]]
+        diff_ids = _diff_ids(found.config, path)
         if len(diff_ids) != len(found.layers):
             raise WrongState(f"load {str(path)!r}: {len(found.layers)} layers with {len(diff_ids)} diff ids")
         names = [normalize(each) for each in ([name] if name else found.names)]
@@ -372,11 +370,19 @@ def architecture() -> str:
     return ARCHITECTURES.get(machine, machine)
 
 
-def _check_platform(config: Mapping[str, Any], path: Path) -> None:
-    ours, theirs = architecture(), config.get("architecture", "")
-    system = config.get("os", "linux")
-    if theirs != ours or system != "linux":
-        raise WrongState(f"load {str(path)!r}: the image is for {system}/{theirs} (this host is linux/{ours})")
+def _diff_ids(config: bytes, path: Path) -> list[str]:
+    """The layers that a configuration names, lowest first. Raises WrongState if they are not for this host."""
+    try:
+        document = json.loads(config)
+        machine, system = document["architecture"], document.get("os", "linux")
+        diff_ids = [to_digest(diff_id) for diff_id in document["rootfs"]["diff_ids"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WrongState(f"load {str(path)!r}: damaged image configuration: {error!r}") from error
+    if (system, machine) != ("linux", architecture()):
+        raise WrongState(
+            f"load {str(path)!r}: the image is for {system}/{machine} (this host is linux/{architecture()})"
+        )
+    return diff_ids
 
 
 def _moment(text: str | None) -> float:

@@ -13,7 +13,7 @@ from holdfast.errors import WrongCall, WrongState
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 REFERENCE = re.compile(
-    r"(?P<name>(?:[A-Za-z0-9.-]+(?::[0-9]+)?/)?[a-z0-9]+(?:[._/-]+[a-z0-9]+)*)"
+    r"(?P<name>(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::[0-9]+)?/)?[a-z0-9]+(?:[._/-]+[a-z0-9]+)*)"
     r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
 
@@ -50,34 +50,38 @@ def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for change in changes:
         word, _, value = change.strip().partition(" ")
-        value = value.strip()
-        match word.upper():
-            case "CMD" | "ENTRYPOINT":
-                config[word.title()] = _arguments(value)
-            case "ENV" | "LABEL" if not value:
-                raise WrongCall(f"change {change!r}: nothing to set (expected {word.upper()} KEY=VALUE)")
-            case "ENV":
-                config.setdefault("Env", []).extend(f"{key}={text}" for key, text in _pairs(change, value))
-            case "LABEL":
-                config.setdefault("Labels", {}).update(_pairs(change, value))
-            case "WORKDIR":
-                config["WorkingDir"] = value
-            case "USER":
-                config["User"] = value
-            case "STOPSIGNAL":
-                config["StopSignal"] = value
-            case "EXPOSE":
-                ports = (port if "/" in port else f"{port}/tcp" for port in value.split())
-                config.setdefault("ExposedPorts", {}).update({port: {} for port in ports})
-            case "VOLUME":
-                paths = json.loads(value) if value.startswith("[") else value.split()
-                config.setdefault("Volumes", {}).update({path: {} for path in paths})
-            case _:
-                raise WrongCall(
-                    f"change {change!r}: unknown instruction {word!r} (expected CMD, ENTRYPOINT, ENV, WORKDIR, USER, "
-                    "EXPOSE, LABEL, VOLUME or STOPSIGNAL)"
-                )
+        try:
+            _apply(config, word, value.strip())
+        except ValueError as error:
+            raise WrongCall(f"change {change!r}: {error}") from error
     return config
+
+
+def _apply(config: dict[str, Any], word: str, value: str) -> None:
+    match word.upper():
+        case "CMD" | "ENTRYPOINT":
+            config[word.title()] = _arguments(value)
+        case "ENV":
+            config.setdefault("Env", []).extend(f"{key}={text}" for key, text in _pairs(value))
+        case "LABEL":
+            config.setdefault("Labels", {}).update(_pairs(value))
+        case "WORKDIR":
+            config["WorkingDir"] = value
+        case "USER":
+            config["User"] = value
+        case "STOPSIGNAL":
+            config["StopSignal"] = value
+        case "EXPOSE":
+            ports = (port if "/" in port else f"{port}/tcp" for port in value.split())
+            config.setdefault("ExposedPorts", {}).update({port: {} for port in ports})
+        case "VOLUME":
+            paths = json.loads(value) if value.startswith("[") else value.split()
+            config.setdefault("Volumes", {}).update({path: {} for path in paths})
+        case _:
+            raise ValueError(
+                f"unknown instruction {word!r} (expected CMD, ENTRYPOINT, ENV, WORKDIR, USER, EXPOSE, LABEL, VOLUME "
+                "or STOPSIGNAL)"
+            )
 
 
 def _arguments(value: str) -> list[str]:
@@ -89,12 +93,14 @@ def _arguments(value: str) -> list[str]:
     return ["/bin/sh", "-c", value] if value else []
 
 
-def _pairs(change: str, value: str) -> list[tuple[str, str]]:
+def _pairs(value: str) -> list[tuple[str, str]]:
     words = shlex.split(value)
+    if not words:
+        raise ValueError("nothing to set (expected KEY=VALUE)")
     if "=" not in words[0]:  # the old form: KEY VALUE
         key, _, text = value.partition(" ")
         return [(key, text)]
     for word in words:
         if "=" not in word:
-            raise WrongCall(f"change {change!r}: {word!r} is no KEY=VALUE")
+            raise ValueError(f"{word!r} is no KEY=VALUE")
     return [(key, text) for key, _, text in (word.partition("=") for word in words)]

@@ -1,0 +1,391 @@
+"""The image store: import, load, resolve, remove, and what a crash or a race leaves."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import json
+import lzma
+import stat
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.errors import Conflict, HoldfastError, NotFound, WrongCall, WrongState
+from holdfast.runtime.content import ContentStore
+from holdfast.runtime.images import Image, ImageStore, architecture
+from holdfast.runtime.references import familiar, normalize, parse_changes
+from tars import entry, tar_of
+
+ROOTFS = tar_of(
+    entry("bin/sh", b"shell", mode=0o755), entry("bin/ash", kind="link", linkname="sh"), entry("etc/passwd", b"root")
+)
+CHANGES = ['CMD ["/bin/sh", "-l"]', "ENV A=1", "USER nobody"]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ImageStore:
+    return ImageStore(tmp_path / "images")
+
+
+@pytest.fixture
+def rootfs(tmp_path: Path) -> Path:
+    path = tmp_path / "rootfs.tar"
+    path.write_bytes(ROOTFS)
+    return path
+
+
+def digest_of(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+class Layout:
+    """An OCI layout that is written by hand."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        (path / "blobs/sha256").mkdir(parents=True)
+        (path / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+
+    def blob(self, data: bytes, **descriptor: Any) -> dict[str, Any]:
+        digest = digest_of(data)
+        (self.path / "blobs/sha256" / digest.removeprefix("sha256:")).write_bytes(data)
+        return {"digest": digest, "size": len(data), **descriptor}
+
+    def image(self, *layers: bytes, name: str = "", machine: str = "", diff_ids: list[str] | None = None) -> Any:
+        config = {
+            "architecture": machine or architecture(),
+            "os": "linux",
+            "created": "2026-01-02T03:04:05.123456789Z",
+            "config": {"Cmd": ["/bin/sh"]},
+            "rootfs": {"type": "layers", "diff_ids": diff_ids or [digest_of(layer) for layer in layers]},
+        }
+        manifest = {
+            "schemaVersion": 2,
+            "config": self.blob(json.dumps(config).encode()),
+            "layers": [self.blob(gzip.compress(layer)) for layer in layers],
+        }
+        notes = {"annotations": {"org.opencontainers.image.ref.name": name}} if name else {}
+        return self.blob(json.dumps(manifest).encode(), **notes)
+
+    def index(self, *manifests: Any) -> Path:
+        (self.path / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": manifests}))
+        return self.path
+
+    def archive(self, path: Path) -> Path:
+        with tarfile.open(path, "w") as tar:
+            tar.add(self.path, arcname=".")
+        return path
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout(tmp_path / "shop")
+
+
+def docker_archive(path: Path, *, tags: list[str] | None = None) -> Path:
+    """As `docker save` wrote it: layer directories, one of them a link to an equal layer."""
+    config = {"architecture": architecture(), "os": "linux", "rootfs": {"diff_ids": [digest_of(ROOTFS)] * 2}}
+    text = json.dumps(config).encode()
+    manifest = [{"Config": "c.json", "RepoTags": tags or ["shop/web:2"], "Layers": ["1/layer.tar", "2/layer.tar"]}]
+    path.write_bytes(
+        tar_of(
+            entry("1/layer.tar", ROOTFS),
+            entry("2/layer.tar", kind="link", linkname="../1/layer.tar"),
+            entry("c.json", text),
+            entry("manifest.json", json.dumps(manifest).encode()),
+        )
+    )
+    return path
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"
+    )
+
+
+def test_an_imported_root_file_system_is_an_image(store: ImageStore, rootfs: Path) -> None:
+    image = store.import_rootfs(rootfs, "app:1", CHANGES)
+    assert image.config == {"Cmd": ["/bin/sh", "-l"], "Env": ["A=1"], "User": "nobody"}
+    assert (image.names, image.size, image.architecture) == (("app:1",), len(ROOTFS), architecture())
+    assert image.created == 1_000_000_000
+    assert image.layers == (store.root / "layers/sha256" / hashlib.sha256(ROOTFS).hexdigest(),)
+    assert image == store.resolve("docker.io/library/app:1") == store.get(image.digest) == store.resolve(image.digest)
+    assert store.list() == [image]
+
+
+def test_files_are_looked_up_without_mounting(store: ImageStore, rootfs: Path) -> None:
+    image = store.import_rootfs(rootfs, "app")
+    mode = image.lookup("/bin/ash")
+    assert mode is not None
+    assert stat.S_ISREG(mode) and mode & 0o111
+    assert image.lookup("/bin/bash") is None
+    assert image.read_file("/etc/passwd") == b"root"
+    assert image.read_file("/etc") is None
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_compression_does_not_change_the_image(
+    store: ImageStore, tmp_path: Path, rootfs: Path, compress: Any
+) -> None:
+    expected = store.import_rootfs(rootfs, "plain").digest
+    (tmp_path / "other").write_bytes(compress(ROOTFS))
+    assert store.import_rootfs(tmp_path / "other", "other").digest == expected
+    assert store.get(expected).names == ("other:latest", "plain:latest")
+
+
+def test_an_oci_layout_keeps_its_digest(store: ImageStore, layout: Layout) -> None:
+    upper = tar_of(entry("etc/.wh.passwd"), entry("top", b"1"))
+    descriptor = layout.image(ROOTFS, upper, name="1.0")
+    (image,) = store.load(layout.index(descriptor))
+    assert image.digest == descriptor["digest"]
+    assert image.names == ("shop:1.0",)
+    assert [layer.name for layer in image.layers] == [hashlib.sha256(layer).hexdigest() for layer in (ROOTFS, upper)]
+    assert image.read_file("/top") == b"1"
+    assert image.lookup("/etc/passwd") is None
+    assert round(image.created) == 1767323045
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_archives_are_loaded_compressed_or_not(
+    store: ImageStore, layout: Layout, tmp_path: Path, compress: Any
+) -> None:
+    descriptor = layout.image(ROOTFS, name="registry.example:5000/a/b:1")
+    layout.index(descriptor)
+    archive = layout.archive(tmp_path / "oci.tar")
+    archive.write_bytes(compress(archive.read_bytes()))
+    docker = docker_archive(tmp_path / "docker.tar")
+    docker.write_bytes(compress(docker.read_bytes()))
+    assert [image.digest for image in store.load(archive)] == [descriptor["digest"]]
+    (image,) = store.load(docker)
+    assert image.names == ("shop/web:2",)
+    assert len(image.layers) == 2
+    assert store.resolve("registry.example:5000/a/b:1").layers[0] == image.layers[0]
+    assert store.load(docker, "other:3")[0].names == ("other:3", "shop/web:2")
+
+
+def test_of_an_index_the_image_for_this_host_is_taken(store: ImageStore, layout: Layout) -> None:
+    ours = {**layout.image(ROOTFS), "platform": {"os": "linux", "architecture": architecture()}}
+    theirs = {**layout.image(ROOTFS, machine="vax"), "platform": {"os": "linux", "architecture": "vax"}}
+    index = {"schemaVersion": 2, "manifests": [theirs, ours]}
+    nested = layout.blob(
+        json.dumps(index).encode(),
+        mediaType="application/vnd.oci.image.index.v1+json",
+        annotations={"io.containerd.image.name": "docker.io/library/both:1"},
+    )
+    (image,) = store.load(layout.index(nested))
+    assert (image.digest, image.names) == (ours["digest"], ("both:1",))
+    with pytest.raises(WrongState, match=r"no image for linux/.*it has: linux/vax"):
+        store.load(layout.index(theirs))
+
+
+def test_another_architecture_is_refused(store: ImageStore, layout: Layout) -> None:
+    with pytest.raises(WrongState, match=rf"is for linux/vax \(this host is linux/{architecture()}\)"):
+        store.load(layout.index(layout.image(ROOTFS, name="x:1", machine="vax")))
+    assert store.list() == []
+
+
+def test_damage_is_noticed_and_leaves_nothing(store: ImageStore, layout: Layout, tmp_path: Path) -> None:
+    with pytest.raises(WrongState, match="damaged archive"):
+        store.load(layout.index(layout.image(ROOTFS, name="x:1", diff_ids=["sha256:" + "0" * 64])))
+    descriptor = layout.image(ROOTFS, name="y:1")
+    (layout.path / "blobs" / descriptor["digest"].replace(":", "/")).write_bytes(b"{}")
+    with pytest.raises(WrongState, match="is damaged"):
+        store.load(layout.index(descriptor))
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(ROOTFS)[:100])
+    with pytest.raises(WrongState):
+        store.import_rootfs(tmp_path / "cut.gz", "z")
+    for name, content in (("text", b"hello" * 1000), ("tar", ROOTFS)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(WrongState, match=r"expected a directory or a tar|neither an OCI layout nor"):
+            store.load(tmp_path / name)
+    assert files_below(store.root) == []
+
+
+def test_a_missing_file_and_a_missing_name_are_wrong_calls(store: ImageStore, layout: Layout, tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="no such file"):
+        store.import_rootfs(tmp_path / "no", "x")
+    with pytest.raises(NotFound, match="no such file"):
+        store.load(tmp_path / "no")
+    with pytest.raises(WrongCall, match="has no name"):
+        store.load(layout.index(layout.image(ROOTFS)))
+
+
+def test_an_unknown_name_says_what_is_near_and_that_registries_come_later(store: ImageStore, rootfs: Path) -> None:
+    store.import_rootfs(rootfs, "shop/web:1.27")
+    with pytest.raises(NotFound, match=r"did you mean 'shop/web:1.27'\?.*registries come later"):
+        store.resolve("shop/web:1.26")
+
+
+def test_removal_keeps_what_others_need(store: ImageStore, rootfs: Path, layout: Layout) -> None:
+    store.import_rootfs(rootfs, "one")
+    store.import_rootfs(rootfs, "same")
+    two = store.load(layout.index(layout.image(ROOTFS, tar_of(entry("x", b"1")), name="two:1")))[0]
+    store.remove("one")
+    assert [image.names for image in store.list()] == [("same:latest",), ("two:1",)]
+    store.remove("two:1")
+    assert [layer.is_dir() for layer in two.layers] == [True, False]
+    store.remove(store.resolve("same").digest)
+    assert files_below(store.root) == ["index.json"]
+    with pytest.raises(NotFound):
+        store.remove("same")
+
+
+def test_an_image_in_use_is_not_removed_but_may_lose_a_name(store: ImageStore, rootfs: Path) -> None:
+    image = store.import_rootfs(rootfs, "one")
+    store.import_rootfs(rootfs, "two")
+    store.remove("one", {image.digest: ["shop/web"]})
+    with pytest.raises(Conflict, match=r"remove image 'two': in use by shop/web"):
+        store.remove("two", {image.digest: ["shop/web"]})
+    with pytest.raises(Conflict):
+        store.remove(image.digest, {image.digest})
+    assert store.resolve("two").digest == image.digest
+
+
+def test_a_used_image_outlives_the_name_that_moved_on(store: ImageStore, rootfs: Path, tmp_path: Path) -> None:
+    old = store.import_rootfs(rootfs, "app")
+    (tmp_path / "new.tar").write_bytes(tar_of(entry("new", b"1")))
+    store.import_rootfs(tmp_path / "new.tar", "app")
+    store.import_rootfs(tmp_path / "new.tar", "other")
+    store.remove("other", {old.digest})
+    assert store.get(old.digest).layers == old.layers
+    store.import_rootfs(tmp_path / "new.tar", "other")
+    store.remove("other")
+    with pytest.raises(NotFound):
+        store.get(old.digest)
+
+
+def test_what_a_killed_load_left_is_swept_and_counts_for_nothing(store: ImageStore, rootfs: Path) -> None:
+    half = store.root / "partial" / hashlib.sha256(ROOTFS).hexdigest()
+    half.mkdir()
+    (half / "bin").mkdir()
+    half.with_name(f"{half.name}.lock").touch()
+    again = ImageStore(store.root)
+    assert [path.name for path in (store.root / "partial").iterdir()] == []
+    assert again.import_rootfs(rootfs, "app").read_file("/bin/sh") == b"shell"
+
+
+def test_what_another_process_is_unpacking_is_not_swept(store: ImageStore) -> None:
+    with store._lock("busy", shared=False):
+        (store.root / "partial/busy").mkdir()
+        ImageStore(store.root)
+        assert (store.root / "partial/busy").is_dir()
+
+
+def test_several_loads_of_the_same_layers_at_once_agree(tmp_path: Path, layout: Layout) -> None:
+    layers = [tar_of(*(entry(f"{name}/{n}", b"x" * 5000) for n in range(100))) for name in "abc"]
+    path = layout.index(layout.image(*layers, name="x:1"))
+
+    def load(_: int) -> Image:
+        return ImageStore(tmp_path / "images").load(path)[0]
+
+    with ThreadPoolExecutor(8) as threads:
+        images = list(threads.map(load, range(8)))
+    assert len({image.digest for image in images}) == 1
+    assert all(len(list(layer.rglob("*"))) == 101 for layer in images[0].layers)
+    assert {path.name for path in (tmp_path / "images/partial").iterdir()} <= {"store.lock", "index.lock"}
+
+
+def test_a_lost_layer_is_named_and_comes_back_with_the_next_load(store: ImageStore, rootfs: Path) -> None:
+    image = store.import_rootfs(rootfs, "app")
+    image.layers[0].rename(rootfs.with_name("lost"))
+    with pytest.raises(NotFound, match="is gone"):
+        store.resolve("app")
+    assert store.list()[0].digest == image.digest
+    assert store.import_rootfs(rootfs, "app") == store.resolve("app")
+
+
+@pytest.mark.parametrize(
+    ("reference", "full"),
+    [
+        ("app", "docker.io/library/app:latest"),
+        ("app:1", "docker.io/library/app:1"),
+        ("shop/web", "docker.io/shop/web:latest"),
+        ("docker.io/app", "docker.io/library/app:latest"),
+        ("index.docker.io/library/app", "docker.io/library/app:latest"),
+        ("localhost/app", "localhost/app:latest"),
+        ("registry.example:5000/shop/web:1.27", "registry.example:5000/shop/web:1.27"),
+        ("ghcr.io/a/b_c--d.e:V1_x", "ghcr.io/a/b_c--d.e:V1_x"),
+    ],
+)
+def test_names_are_completed_as_docker_does(reference: str, full: str) -> None:
+    assert normalize(reference) == full
+    assert normalize(familiar(full)) == full
+
+
+@pytest.mark.parametrize("reference", ["", "App", "a b", "app:", "/app", "app/", "../x", "a:b:c", "-a"])
+def test_malformed_names_are_refused(reference: str) -> None:
+    with pytest.raises(WrongCall, match="not a valid name"):
+        normalize(reference)
+
+
+def test_dockerfile_instructions_become_configuration() -> None:
+    config = parse_changes(
+        [
+            "CMD echo hi",
+            'entrypoint ["/init"]',
+            'ENV A=1 B="x y"',
+            "ENV C d e",
+            "WORKDIR /w",
+            "EXPOSE 80 53/udp",
+            "LABEL k=v",
+            'VOLUME ["/a b"]',
+            "STOPSIGNAL SIGINT",
+            "USER 1:2",
+        ]
+    )
+    assert config == {
+        "Cmd": ["/bin/sh", "-c", "echo hi"],
+        "Entrypoint": ["/init"],
+        "Env": ["A=1", "B=x y", "C=d e"],
+        "WorkingDir": "/w",
+        "ExposedPorts": {"80/tcp": {}, "53/udp": {}},
+        "Labels": {"k": "v"},
+        "Volumes": {"/a b": {}},
+        "StopSignal": "SIGINT",
+        "User": "1:2",
+    }
+
+
+@pytest.mark.parametrize("change", ["COPY a b", "ENV", "ENV A=1 b", 'ENV A="', "VOLUME [1"])
+def test_wrong_instructions_are_refused(change: str) -> None:
+    with pytest.raises(WrongCall, match="change"):
+        parse_changes([change])
+
+
+def test_content_is_stored_once_immutable_and_pruned(tmp_path: Path) -> None:
+    store = ContentStore(tmp_path / "content")
+    file = store.store_file(b"text")
+    assert file == hashlib.sha256(b"text").hexdigest()
+    tree = store.store_tree({"a/b": file, "c": file})
+    assert store.store_tree({"c": file, "a/b": file}) == tree
+    assert (store.path(tree) / "a/b").read_bytes() == b"text"
+    assert stat.S_IMODE(store.path(file).stat().st_mode) == 0o444
+    store.prune({tree})
+    assert (store.path(tree) / "c").read_bytes() == b"text"
+    with pytest.raises(NotFound):
+        store.path(file)
+    store.prune(set())
+    assert files_below(store.root) == []
+    for name in ("/a", "../a", "a//b", ""):
+        with pytest.raises(WrongState, match="not a path below"):
+            store.store_tree({name: file})
+
+
+def test_content_is_stored_by_many_at_once(tmp_path: Path) -> None:
+    store = ContentStore(tmp_path / "content")
+    files = {f"d/{number}": store.store_file(b"%d" % number) for number in range(50)}
+    with ThreadPoolExecutor(8) as threads:
+        assert len(set(threads.map(lambda _: store.store_tree(files), range(16)))) == 1
+    assert list((store.root / "partial").iterdir()) == []
+
+
+def test_every_error_here_is_one_line(store: ImageStore, tmp_path: Path) -> None:
+    with pytest.raises(HoldfastError) as caught:
+        store.resolve("x" * 10)
+    assert "\n" not in str(caught.value)
