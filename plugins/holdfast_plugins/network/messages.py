@@ -5,6 +5,7 @@ pyroute2 takes 0.1 s to import, so drivers import this module when they first ac
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 RTM_NEWLINK, RTM_DELLINK, RTM_SETLINK, RTM_NEWADDR, RTM_NEWROUTE = 16, 17, 19, 20, 24
 CREATE, REPLACE, EXCL = 0x400, 0x100, 0x200
-AF_INET = 2
+AF_INET, AF_BRIDGE, IFLA_PROTINFO = 2, 7, 12
 IFF_UP = 0x1
 ADDRESSES_NONE = 1  # IN6_ADDR_GEN_MODE_NONE
 PORT_DISABLED = 0  # BR_STATE_DISABLED
@@ -76,8 +77,13 @@ def link_alias(index: int, alias: str) -> bytes:
 
 
 def port_off(index: int) -> bytes:
-    """Let a bridge pass nothing through one of its ports, until something else about the port changes."""
-    return _link(RTM_NEWLINK, [_port([("IFLA_BRPORT_STATE", PORT_DISABLED)])], index=index)
+    """Let a bridge pass nothing through one of its ports, until something else about the port changes.
+
+    By hand, and in the old form that is a state alone: a port's attributes, which pyroute2 would encode, come with a
+    notification that turns the port on again.
+    """
+    body = struct.pack("=BxHiIIHHB3x", AF_BRIDGE, 0, index, 0, 0, 5, IFLA_PROTINFO, PORT_DISABLED)
+    return struct.pack("=IHHII", 16 + len(body), RTM_SETLINK, 0, 0, 0) + body
 
 
 def delete_link(index: int) -> bytes:
