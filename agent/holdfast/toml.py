@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from types import NoneType
 from typing import Any
 
 KeyPath = tuple[str | int, ...]
@@ -68,10 +69,12 @@ class Document:
         return self.text.count("\n", 0, self._offsets.get(path, 0)) + 1
 
     def written(self, path: KeyPath) -> KeyPath:
-        """path as the text has it: a name under a key that holds a list of names becomes its index."""
+        """path as the text has it: a name in a list of names becomes its index, and a short form has no parts."""
         here: Any = self.data
         steps: list[str | int] = []
         for step in path:
+            if not isinstance(here, dict | list | NoneType):
+                break
             if isinstance(here, list) and isinstance(step, str):
                 if step not in here:
                     break

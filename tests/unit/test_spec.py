@@ -34,8 +34,10 @@ user = 1000
 environment = { LOG_LEVEL = "info", NODE = "${node.name}", DEBUG = true, N = 3, PRICE = "$$5 $HOME" }
 hostname = "web-1.example.org"
 labels = ["a=b=c"]
-ports = ["8080:80", "127.0.0.1:9090:9090/udp", "8000-8010:9000-9010", { target = 443, published = 8443 }, "0.0.0.0:1:1"]
-networks = { front = { aliases = ["www"], ipv4_address = "10.90.1.5", mac_address = "02:42:AC:11:00:02" }, "databases/back" = {} }
+ports = ["8080:80", "127.0.0.1:9090:9090/udp", "8000-8010:9000-9010", "0.0.0.0:1:1",
+  { target = 443, published = 8443 }]
+networks."databases/back" = {}
+networks.front = { aliases = ["www"], ipv4_address = "10.90.1.5", mac_address = "02:42:AC:11:00:02" }
 volumes = [
   "data:/data",
   "databases/dump:/dump:ro",
@@ -53,7 +55,8 @@ privileged = false
 no_new_privileges = false
 seccomp = "unconfined"
 read_only = true
-devices = ["/dev/fuse", "/dev/null:/dev/zilch", "/dev/zero:/dev/nought:r", { source = "/dev/full", permissions = "rw" }]
+devices = ["/dev/fuse", "/dev/null:/dev/zilch", "/dev/zero:/dev/nought:r",
+  { source = "/dev/full", permissions = "rw" }]
 sysctls = { "net.core.somaxconn" = 1024 }
 ulimits = { nofile = 1024, core = { soft = 0, hard = -1 } }
 group_add = ["audio", 44]
@@ -189,8 +192,8 @@ def test_ports_have_hosts_ranges_and_protocols(web: Container) -> None:
         Port(host_port=8080, container_port=80),
         Port(host_ip="127.0.0.1", host_port=9090, container_port=9090, protocol="udp"),
         Port(host_port=8000, container_port=9000, count=11),
-        Port(host_port=8443, container_port=443),
         Port(host_port=1, container_port=1),
+        Port(host_port=8443, container_port=443),
     )
 
 
@@ -315,14 +318,27 @@ def test_an_app_goes_through_json_and_back(shop: App) -> None:
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("64MiB", 64 << 20), ("64m", 64 << 20), ("64MB", 64_000_000), ("1.5g", 3 << 29), ("7", 7), ("2 KiB", 2048), (5, 5)],
+    [
+        ("64MiB", 64 << 20),
+        ("64m", 64 << 20),
+        ("64MB", 64_000_000),
+        ("1.5g", 3 << 29),
+        ("7", 7),
+        ("2 KiB", 2048),
+        (5, 5),
+    ],
 )
 def test_sizes_are_read_as_docker_reads_them(text: str | int, number: int) -> None:
     assert size(text) == number
 
 
 def test_sizes_are_shown_in_their_largest_whole_unit() -> None:
-    assert [size_text(number) for number in (64 << 20, 1536, 1000, 0)] == ["64MiB", "1536 bytes", "1000 bytes", "0 bytes"]
+    assert [size_text(number) for number in (64 << 20, 1536, 1000, 0)] == [
+        "64MiB",
+        "1536 bytes",
+        "1000 bytes",
+        "0 bytes",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -334,7 +350,12 @@ def test_durations_add_their_parts_up(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize(
     ("written", "name", "number"),
-    [('"term"', "SIGTERM", 15), ("9", "SIGKILL", 9), ('"SIGRTMIN+3"', "SIGRTMIN+3", 37), ('"RTMAX-1"', "SIGRTMAX-1", 63)],
+    [
+        ('"term"', "SIGTERM", 15),
+        ("9", "SIGKILL", 9),
+        ('"SIGRTMIN+3"', "SIGRTMIN+3", 37),
+        ('"RTMAX-1"', "SIGRTMAX-1", 63),
+    ],
 )
 def test_signals_have_one_spelling_and_a_number(written: str, name: str, number: int) -> None:
     assert container(f"stop_signal = {written}").stop_signal == name
@@ -456,7 +477,13 @@ def test_every_example_loads_and_is_valid() -> None:
 
 @pytest.mark.parametrize(
     "more",
-    ["comand = 'x'", "healthcheck = {}", "ports = [true]", "read_only = 'yes'", "[containers.web.resources]\ncpus = 'x'"],
+    [
+        "comand = 'x'",
+        "healthcheck = {}",
+        "ports = [true]",
+        "read_only = 'yes'",
+        "[containers.web.resources]\ncpus = 'x'",
+    ],
 )
 def test_the_schema_refuses_what_the_language_refuses(more: str) -> None:
     assert not valid(f'[containers.web]\nimage = "a"\n{more}\n')

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from holdfast.spec import NodeFacts, load
+from holdfast.spec.authored import ContainerTable
 from holdfast.toml import MAX_SIZE
 
 CASES: list[dict[str, Any]] = tomllib.loads(Path(__file__).with_name("spec_cases.toml").read_text())["case"]
@@ -62,3 +66,57 @@ def test_problems_come_in_file_and_line_order() -> None:
         ("b.toml", 2),
         ("b.toml", 4),
     ]
+
+
+SCRAPS = st.sampled_from(
+    [
+        "",
+        "a",
+        "web",
+        "80:80",
+        "/x",
+        "./x",
+        "../x",
+        "a:b:c",
+        "${",
+        "${vars.domain}",
+        "-1",
+        "\u00e9",
+        "SIGTERM+1",
+        0,
+        -1,
+        1.5,
+        True,
+    ]
+)
+NAMES = st.sampled_from(
+    ["web", "api", "", "X", "image", "source", "target", "app", "ipv4_address", "policy", "class"]
+)
+JUNK = st.recursive(SCRAPS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(NAMES, inner, max_size=3))
+CONTAINER = st.dictionaries(st.sampled_from([*ContainerTable.model_fields, "comand"]), JUNK, max_size=4)
+STATE = st.fixed_dictionaries(
+    {"containers": st.dictionaries(NAMES, CONTAINER, max_size=2)},
+    optional={
+        name: JUNK | st.dictionaries(NAMES, JUNK, max_size=2)
+        for name in ("app", "networks", "volumes", "configs", "images")
+    },
+)
+
+
+def inline(value: object) -> str:
+    match value:
+        case dict():
+            return "{ " + ", ".join(f"{inline(key)} = {inline(inner)}" for key, inner in value.items()) + " }"
+        case list():
+            return "[" + ", ".join(map(inline, value)) + "]"
+        case _:
+            return json.dumps(value)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(STATE)
+def test_nothing_that_is_written_raises(state: dict[str, object]) -> None:
+    text = "".join(f"{key} = {inline(value)}\n" for key, value in state.items())
+    spec = load({"shop.toml": text.encode()}, FACTS)
+    assert ("shop.toml" in spec.broken) == bool(spec.problems)
+    assert ("shop" in spec.apps) != bool(spec.problems)

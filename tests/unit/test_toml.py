@@ -85,7 +85,7 @@ def test_what_is_missing_has_the_line_of_the_table_that_it_is_missing_from() -> 
 
 def test_a_name_under_a_list_of_names_becomes_its_index() -> None:
     document = Document(b'networks = [\n  "a",\n  "b",\n]\n')
-    assert document.written(("networks", "b", "x")) == ("networks", 1, "x")
+    assert document.written(("networks", "b", "x")) == ("networks", 1)
     assert document.line(("networks", "b", "x")) == 3
     assert document.written(("networks", "c")) == ("networks",)
 

@@ -12,7 +12,7 @@ import ipaddress
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from holdfast.spec import forms, model
 from holdfast.tables import Checked, Duration, Short, Size, Table, Text, size_text, text_of
@@ -32,7 +32,7 @@ Pairs = Annotated[
     Short(forms.pairs, ({**STRINGS, "description": "NAME=VALUE"},)),
 ]
 Absolute = Annotated[str, Checked(forms.absolute, {"description": "an absolute path"})]
-Mode = Annotated[int, Short(forms.mode, ()), Checked(lambda bits: bits, {"type": "string", "examples": ["0644"]})]
+Mode = Annotated[int, Short(forms.mode, ()), WithJsonSchema({**STRING, "examples": ["0644"]})]
 Signal = Annotated[str, Short(forms.stop_signal, ({"type": "integer"},))]
 OnChange = Annotated[
     str, Checked(forms.on_change, {"description": "restart, none, or a signal as SIGHUP", "examples": ["restart"]})
