@@ -123,7 +123,10 @@ class PaperAgent:
         return [event for event in self.log if int(str(event["seq"])) > after][-limit:]
 
     async def wait_events(self, after: int) -> None:
-        await asyncio.sleep(0.02)  # early is harmless: the API looks again
+        for _ in range(6000):
+            if self.events(after, 1):
+                return
+            await asyncio.sleep(0.01)
 
     def hold(self, target: str, kind: Literal["stopped", "started", "restarted"], by: str) -> None:
         self._known(target)

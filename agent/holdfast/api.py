@@ -3,7 +3,7 @@
 `daemon` serves it with `serving(agent, …)`; `cli.client` speaks it. Bodies are JSON; an error is
 `{"error": line, "class": name, "exit_code": number}`, so that a caller sees the very error that was raised here.
 
-    GET    /v1/status                              GET    /v1/events?after=N&limit=N[&follow=1[&beat=SECONDS]]  (JSON lines)
+    GET    /v1/status                              GET    /v1/events?after=&limit=[&follow=1[&beat=]]  (JSON lines)
     GET    /v1/plan                                POST   /v1/sync         {"accept_rewrite": bool}
     GET    /v1/containers/APP/NAME                 POST   /v1/containers/APP/NAME/{stop,start,restart,release}
     GET    /v1/containers/APP/NAME/logs?tail=N&since=EPOCH[&follow=1]                       (JSON lines)

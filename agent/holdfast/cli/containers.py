@@ -70,6 +70,7 @@ def exec_(
     for entry in env:
         if "=" not in entry:
             raise WrongCall(f"exec --env '{entry}': no value (expected KEY=VALUE)")
+    words = words[1:] if words[0] == "--" else words
     with reach() as node:
         known = resolve(node.status(), target)
         argv = list(node.exec_of(known, words, user=user, env=env, workdir=workdir, tty=tty))

@@ -59,15 +59,13 @@ def plan_json(rounds: Sequence[Plan]) -> dict[str, Any]:
         steps[key] = step
         apps.setdefault(action.app, []).append(step)
         _extend(step, action, number)
+    order = sorted(apps, key=lambda name: (not name, name))
     last = rounds[-1] if rounds else Plan()
     done = {action.subject for _, action in _actions(rounds)}
     return {
         "empty": not steps,
         "rounds": sum(not plan.empty for plan in rounds),
-        "apps": {
-            name: [_step_json(step) for step in apps[name]]
-            for name in sorted(apps, key=lambda name: (not name, name))
-        },
+        "apps": {name: [_step_json(step) for step in apps[name]] for name in order},
         "waiting": {subject: why for subject, why in last.waiting.items() if subject not in done},
         "drift": dict(rounds[0].drift) if rounds else {},
     }
