@@ -26,6 +26,7 @@ from holdfast.plan.derived import names_of
 from holdfast.plan.diff import folder_files, mounted_files
 from holdfast.runtime import cgroup, names, netns, seccomp, users
 from holdfast.runtime.devices import device_nodes
+from holdfast.runtime.layers import find
 from holdfast.runtime.oci import OciRequest, granted_capabilities, oci_config
 from holdfast.spec.model import App, Container, Mount, Network
 
@@ -159,8 +160,8 @@ def _mount(rig: Rig, instance: Instance, app: App, mount: Mount, rootfs: Path) -
     """Have one mount's source ready and say how to mount it, as the OCI runtime spec does."""
     if mount.kind == "volume":
         driver = volume_of(rig, app, mount.source).driver
-        seed = rootfs / mount.target.lstrip("/")
-        want = volume_want(rig, app, mount.source, seed=seed if seed.is_dir() else None)
+        seed = find((rootfs,), mount.target)  # never through the image's links to the host's own folders
+        want = volume_want(rig, app, mount.source, seed=seed if seed and seed.is_dir() else None)
         made = _keep(rig, rig.plugins.driver("volume", driver).ensure(want))
         options = ["rbind", "rprivate", "ro" if mount.read_only else "rw"]
         return {"destination": mount.target, "type": "bind", "source": made.data["path"], "options": options}
