@@ -246,7 +246,8 @@ def remove(stage: Stage, before: set[str] | None) -> None:
     run("volume", "list")
     run("volume", "prune", "--force")
     stage.stop_agent()
-    expect(not leftovers(stage.host), "nothing on this host bears the demo's name any more")
+    left = leftovers(stage.host)
+    expect(not left, f"nothing on this host bears the name {NAME} any more {left or ''}")
     if before is not None:
         left = host_objects() ^ before
         expect(
