@@ -5,6 +5,7 @@ The sockets come from /proc/net (proc(5)); who holds one is looked up only to na
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -32,17 +33,35 @@ class Listener:
 def check_free(ports: Iterable[Port]) -> None:
     """Raise Conflict, naming the port and its holder, if a process of the host listens on any of the ports.
 
-    Ports published by the agent itself are rules, not sockets, and never seen here.
+    Ports published by the agent itself are rules, not sockets, and never seen here. The kernel is asked by binding
+    for a moment: reading its tables costs milliseconds, and is done only to name a holder.
     """
-    wanted = list(ports)
-    if not wanted:
-        return
-    taken = taken_ports({port.protocol for port in wanted})
-    for port in wanted:
-        for listener in taken:
-            if _clashes(port, listener):
-                where = f"{listener.address}:{listener.port}/{listener.protocol}"
-                raise Conflict(f"publish '{port}': {where} is taken by {_holder(listener.inode)} (a free port)")
+    for port in ports:
+        for offset in range(port.count):
+            if not _is_free(port, port.host_port + offset):
+                raise Conflict(f"publish '{port}': {_taken_by(port)} (a free port)")
+
+
+def _is_free(port: Port, number: int) -> bool:
+    kind = socket.SOCK_STREAM if port.protocol == "tcp" else socket.SOCK_DGRAM
+    with socket.socket(socket.AF_INET, kind) as probe:
+        if port.protocol == "tcp":  # connections that linger (TIME_WAIT) do not hold a port, listeners still do
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((port.host_ip, number))
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise Conflict(f"publish '{port}': {port.host_ip} is not an address of this host") from error
+            return error.errno != errno.EADDRINUSE
+    return True
+
+
+def _taken_by(port: Port) -> str:
+    for listener in taken_ports((port.protocol,)):
+        if _clashes(port, listener):
+            where = f"{listener.address}:{listener.port}/{listener.protocol}"
+            return f"{where} is taken by {_holder(listener.inode)}"
+    return "it is taken"
 
 
 def taken_ports(protocols: Iterable[str] = ("tcp", "udp")) -> tuple[Listener, ...]:

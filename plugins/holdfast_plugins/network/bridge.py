@@ -82,7 +82,7 @@ class BridgeNetwork:
 
     def observe(self) -> Iterable[Receipt]:
         """List our bridges; addresses are those that the bridge really has."""
-        links = [link for link in _our_links(self._host) if link.alias.startswith(NETWORK)]
+        links = [link for link in _our_links(self._host, "bridge") if link.alias.startswith(NETWORK)]
         addresses = dict(_sockets.host.addresses()) if links else {}
         return [self._observed(link, addresses.get(link.index)) for link in links]
 
@@ -186,7 +186,9 @@ class BridgeEndpoint:
 
     def observe(self) -> Iterable[Receipt]:
         """List our ends of pairs; data is empty for one that is down or not attached to a bridge."""
-        return [_observed_endpoint(link) for link in _our_links(self._host) if link.alias.startswith(ENDPOINT)]
+        return [
+            _observed_endpoint(link) for link in _our_links(self._host, "veth") if link.alias.startswith(ENDPOINT)
+        ]
 
     def remove(self, receipt: Receipt) -> None:
         """Give the address back and take the pair away.
@@ -258,8 +260,8 @@ def _observed_endpoint(link: Link) -> Receipt:
     return Receipt("endpoint", "bridge", id, id.partition("/")[0], data)
 
 
-def _our_links(host: Host) -> list[Link]:
-    return [link for link in _sockets.host.links() if link.name.startswith(f"{host.name}-")]
+def _our_links(host: Host, kind: str) -> list[Link]:
+    return [link for link in _sockets.host.links(kind) if link.name.startswith(f"{host.name}-")]
 
 
 def _own_link(name: str, *aliases: str) -> Link | None:

@@ -25,6 +25,8 @@ NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
 RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE = 18, 22, 26
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_IFALIAS, IFLA_EXT_MASK = 1, 3, 4, 10, 20, 29
+IFLA_LINKINFO, IFLA_INFO_KIND = 18, 1
+OF_A_LINK = frozenset((IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_IFALIAS))
 IFA_LOCAL, RTA_DST, RTA_OIF = 2, 1, 4
 SKIP_STATS = 1 << 3  # RTEXT_FILTER_SKIP_STATS: half of a link's reply is counters
 IFF_UP = 0x1
@@ -84,10 +86,14 @@ class Netlink:
             code = refused[min(refused)]
             raise OSError(code, os.strerror(code))
 
-    def links(self) -> list[Link]:
-        """List every link of the namespace."""
-        mask = struct.pack("=HHI", 8, IFLA_EXT_MASK, SKIP_STATS)
-        return [_read_link(body) for body in self._dump(RTM_GETLINK, _link.pack(0, 0, 0, 0, 0) + mask)]
+    def links(self, kind: str = "") -> list[Link]:
+        """List the links of the namespace, or those of one kind, which the kernel picks out (bridge, veth)."""
+        body = _link.pack(0, 0, 0, 0, 0) + struct.pack("=HHI", 8, IFLA_EXT_MASK, SKIP_STATS)
+        if kind:
+            text = kind.encode() + b"\0"
+            inner = _padded(struct.pack("=HH", 4 + len(text), IFLA_INFO_KIND) + text)
+            body += struct.pack("=HH", 4 + len(inner), IFLA_LINKINFO) + inner
+        return [_read_link(answer) for answer in self._dump(RTM_GETLINK, body)]
 
     def link(self, name: str) -> Link | None:
         """Find a link by name."""
@@ -202,7 +208,13 @@ def open_in(netns: Path) -> Netlink:
 
 def _read_link(body: bytes) -> Link:
     _, _, index, flags, _ = _link.unpack_from(body)
-    found = dict(_attributes(body, _link.size))
+    found: dict[int, bytes] = {}
+    at, end = _link.size, len(body)
+    while at < end:  # not `_attributes`: of some forty that a link has, five are wanted
+        length, kind = _attribute.unpack_from(body, at)
+        if kind in OF_A_LINK:
+            found[kind] = body[at + 4 : at + length]
+        at += (length + 3) & ~3
     return Link(
         index=index,
         name=_text(found.get(IFLA_IFNAME)),
