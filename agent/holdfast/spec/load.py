@@ -123,8 +123,15 @@ def _linked(
     readings: Mapping[str, Reading], files: Mapping[str, bytes], facts: NodeFacts, problems: Iterable[Problem]
 ) -> tuple[list[Draft], dict[str, str], list[Problem]]:
     """The readings held against each other: this node's drafts that stand, what is broken, and why."""
-    broken = {path: reading.name for path, reading in readings.items() if reading.problems}
-    found = [*problems, *(problem for reading in readings.values() for problem in reading.problems)]
+    found = list(problems)
+    # With faulty vars, ${vars.x:-default} would silently become its default.
+    uncertain = bool(found)
+    broken = {
+        path: reading.name
+        for path, reading in readings.items()
+        if reading.problems or (uncertain and b"${vars." in reading.raw)
+    }
+    found += [problem for reading in readings.values() for problem in reading.problems]
     drafts = [reading.draft for reading in readings.values() if reading.draft is not None]
     here = [draft for draft in drafts if matches(draft.when, facts)]
 

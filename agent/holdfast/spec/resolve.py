@@ -242,6 +242,8 @@ class _Resolver:
         if found is None:
             self.fault(path, f"'{source}' leaves the repository's state (expected a path inside it)")
             return ""
+        if not found:
+            self.fault(path, f"'{source}' is the whole of the repository's state (expected a path inside it)")
         self.wanted[path] = found
         return found
 
