@@ -7,12 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from holdfast.drivers import Host
+from live.agent import LiveAgent
 
 pytestmark = pytest.mark.live
 
@@ -37,6 +38,19 @@ plugins.driver("volume", "ext4").remove(receipt)
 print(json.dumps([state.distribution, state.version, state.state, state.drivers, found, mounted]))
 """
 
+STATE = """
+[containers.web]
+image = "busybox:1"
+command = ["sh", "-c", "echo content > /data/file; exec sleep 1000"]
+stop_grace_period = "0s"
+networks = ["none"]
+volumes = ["data:/data"]
+
+[volumes.data]
+driver = "ext4"
+driver_opts = { size = "4MiB" }
+"""
+
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
@@ -53,6 +67,26 @@ def test_the_installed_plugin_offers_its_driver_and_holds_a_volume(installed: di
     arguments = [sys.executable, "-c", USE, site.name, str(site.root), str(site.run_root)]
     said = subprocess.run(arguments, env=installed, check=True, capture_output=True, text=True).stdout
     assert json.loads(said) == ["holdfast-ext4", "1.0.0", "ok", ["volume ext4"], ["shop/data"], True]
+
+
+def test_a_state_file_asks_for_a_volume_of_the_plugin(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, new_agent: Callable[[Host], LiveAgent], site: Host
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", installed["PYTHONPATH"])
+    agent = new_agent(site)
+    agent.start()
+    agent.image("busybox:1")
+    agent.write("shop.toml", STATE)
+    agent.converge()
+    volume = site.root / "volumes-ext4/shop/data/mnt"
+    assert volume.is_mount()
+    agent.wait(lambda: (volume / "file").exists(), "the container has written")
+    assert "ext4" in agent.cli("plugin", "list").stdout
+    agent.remove("shop.toml")
+    agent.converge()
+    assert volume.is_mount(), "a volume outlives its app"
+    agent.cli("volume", "prune", "--force")
+    assert not volume.exists()
 
 
 def test_the_plugins_own_conformance_tests_pass(installed: dict[str, str], site: Host) -> None:
