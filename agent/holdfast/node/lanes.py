@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -42,13 +43,14 @@ class _Gate:
 
 
 class Lanes:
-    """Runs actions in threads; `done` is called in the thread when one is over. Thread-safe."""
+    """Calls work(action) in threads. Thread-safe."""
 
     def __init__(self, work: Callable[[Action], None], *, starts: int | None = None, stages: int = 4) -> None:
         self._work = work
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._subjects: set[str] = set()
+        self._done: dict[str, float] = {}  # subject → when the last action on it was over
         self._closed = False
         self._gates = {
             "start": _Gate(starts or 2 * (os.cpu_count() or 2)),
@@ -57,11 +59,15 @@ class Lanes:
         }
         self._threads = ThreadPoolExecutor(sum(gate.limit for gate in self._gates.values()), "lane")
 
-    def put(self, action: Action) -> bool:
-        """Queue an action; False if one of the same subject is queued or runs."""
+    def put(self, action: Action, seen: float) -> bool:
+        """Queue an action that was decided on what was seen then (time.time()).
+
+        False if one of the same subject is queued, runs, or was done since: then what was seen is no longer so.
+        """
         with self._lock:
-            if self._closed or action.subject in self._subjects:
+            if self._closed or action.subject in self._subjects or self._done.get(action.subject, 0.0) >= seen:
                 return False
+            self._done.pop(action.subject, None)
             self._subjects.add(action.subject)
             self._gates[_class_of(action)].lanes.setdefault(action.app, deque()).append(action)
             self._dispatch()
@@ -100,6 +106,7 @@ class Lanes:
             with self._idle:
                 gate.running -= 1
                 self._subjects.discard(action.subject)
+                self._done[action.subject] = time.time()
                 if not self._closed:
                     self._dispatch()
                 self._idle.notify_all()

@@ -102,7 +102,7 @@ class Node:
         if starting:
             self.rig.pages = pages(observed.instances, self._readers(starting))
         for action in plan.actions:
-            self._lanes.put(action)
+            self._lanes.put(action, observed.at)
 
     def rotate_logs(self) -> None:
         """Move aside the logs that have grown beyond what their containers keep."""

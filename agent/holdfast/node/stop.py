@@ -67,7 +67,8 @@ def remove_instance(rig: Rig, instance: Instance) -> None:
     failures: list[Exception] = []
     for receipt in reversed([*left, *known]):
         try:
-            remove_thing(rig, receipt)
+            if receipt.kind != "run":
+                remove_thing(rig, receipt)
             rig.store.drop_receipt(receipt)
         except Exception as error:
             failures.append(error)

@@ -293,7 +293,16 @@ class Runtime:
                 _wait_end(pid, time.monotonic() + 0.5)
 
     def _processes(self, id: str) -> Iterator[tuple[int, str]]:
-        """The conmon and the runtime processes of a container that are alive: pid and program."""
+        """The conmon and the runtime processes of a container that are alive: pid and program.
+
+        Once a run is on record only its conmon can be left; before that, every process of the host is asked.
+        """
+        if run := self.run_of(id):
+            if self.supervised(run):
+                yield run.conmon_pid, str(self.conmon)
+            return
+        if not self._record(id).exists() and not (self.root / id).exists():
+            return
         programs, root = (str(self.conmon), str(self.binary.path)), str(self.root)
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal():

@@ -43,16 +43,25 @@ def check_free(ports: Iterable[Port]) -> None:
 
 
 def _is_free(port: Port, number: int) -> bool:
+    """Whether the port can be bound; a port on every address has to be free for IPv6 too: `localhost` means both."""
+    wide = not port.host_ip or port.host_ip in ANY
+    places = [(socket.AF_INET, port.host_ip), *([(socket.AF_INET6, "::")] if wide and socket.has_ipv6 else [])]
+    return all(_can_bind(family, address, number, port) for family, address in places)
+
+
+def _can_bind(family: socket.AddressFamily, address: str, number: int, port: Port) -> bool:
     kind = socket.SOCK_STREAM if port.protocol == "tcp" else socket.SOCK_DGRAM
-    with socket.socket(socket.AF_INET, kind) as probe:
-        if port.protocol == "tcp":  # connections that linger (TIME_WAIT) do not hold a port, listeners still do
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((port.host_ip, number))
-        except OSError as error:
-            if error.errno == errno.EADDRNOTAVAIL:
-                raise Conflict(f"publish '{port}': {port.host_ip} is not an address of this host") from error
-            return error.errno != errno.EADDRINUSE
+    try:
+        with socket.socket(family, kind) as probe:
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if port.protocol == "tcp":  # connections that linger (TIME_WAIT) do not hold a port, listeners still do
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, number))
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL and family == socket.AF_INET:
+            raise Conflict(f"publish '{port}': {address} is not an address of this host") from error
+        return error.errno != errno.EADDRINUSE
     return True
 
 
