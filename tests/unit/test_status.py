@@ -163,6 +163,14 @@ def test_a_failure_that_was_overcome_is_not_shown() -> None:
     assert status(*shop(), past=past).apps["shop"].state == "converged"
 
 
+def test_an_app_that_is_staged_again_stays_failed_and_its_containers_wait() -> None:
+    stage = StageGeneration(app="shop", spec=SHOP, reason="the app is new")
+    past = History(failures={"shop": Failure(stage.tried, "image missing", 2, NOW, NOW - 1)})
+    shown = status(past=past, plan=Plan(actions=(stage,))).apps["shop"]
+    assert (shown.state, shown.reason) == ("failed", "image missing")
+    assert shown.containers["web"].state == "waiting"
+
+
 def test_a_start_that_failed_is_tried_again_or_given_up() -> None:
     def with_retry(at: float | None) -> str:
         past = history(good(SHOP), failures={"shop/web": Failure("d", "port 80 is taken", 2, NOW, at)})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from holdfast.cli import render
-from holdfast.cli.command import Group, command, config_path, json_option, reach
+from holdfast.cli.command import Group, command, config_path, json_option, log_to_stderr, reach
 
 if TYPE_CHECKING:
     from click.shell_completion import ShellComplete
@@ -21,6 +21,7 @@ def agent() -> int:
     """
     from holdfast.daemon import run_agent
 
+    log_to_stderr()
     return run_agent(config_path())
 
 
@@ -39,7 +40,7 @@ def list_(json_: bool) -> None:
         render.as_json(found)
         return
     rows = [
-        [each["name"], each.get("version") or "", render.state(each["state"]), " ".join(each.get("drivers") or ())]
+        [each["name"], each.get("version") or "", render.state(each["state"]), ", ".join(each.get("drivers") or ())]
         for each in found
     ]
     errors = [[each["error"]] if each.get("error") else [] for each in found]

@@ -7,6 +7,7 @@ called: a command that only asks the agent must not wait for a schema library.
 from __future__ import annotations
 
 import os
+import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -152,6 +153,13 @@ def complete_target(ctx: click.Context, _: click.Parameter, typed: str) -> list[
     short = [each.partition("/")[2] for each in known]
     unique = [name for name in short if short.count(name) == 1]
     return [each for each in [*unique, *known] if each.startswith(typed)]
+
+
+def log_to_stderr() -> None:
+    """Have the log of what is done on standard error: standard output is for what was asked."""
+    import structlog
+
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 
 
 def json_option() -> Callable[[F], F]:

@@ -11,7 +11,7 @@ import click
 from holdfast.cli import render
 from holdfast.cli.check import counted
 from holdfast.cli.client import Client
-from holdfast.cli.command import client, command, json_option, reach, settings, socket_path
+from holdfast.cli.command import client, command, json_option, log_to_stderr, reach, settings, socket_path
 from holdfast.errors import HoldfastError, TryAgain
 
 Json = Mapping[str, Any]
@@ -108,13 +108,17 @@ def apply(timeout: float, json_: bool) -> None:
     else:
         from holdfast.daemon import apply_once
 
+        log_to_stderr()
         status = apply_once(settings(), timeout)
     if json_:
         render.as_json(status)
     elif status["converged"]:
         click.echo(headline(status))
     if not status["converged"]:
-        raise TryAgain(f"apply: not converged after {render.span(timeout)}: " + "; ".join(status["blockers"]))
+        raise TryAgain(
+            f"apply: not converged after {render.span(timeout)}"
+            + "".join(f"\n  {line}" for line in status["blockers"])
+        )
 
 
 def converge(agent: Client, timeout: float) -> Json:

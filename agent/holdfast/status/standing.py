@@ -179,7 +179,7 @@ def _blockers(spec: Spec | None, source: Json, apps: Mapping[str, AppStatus], pl
         told = {problem.path for problem in spec.problems}
         yield from (f"{path}: does not load" for path in spec.broken if path not in told)
     for name, app in apps.items():
-        if app.state != "converged":
+        if app.state not in ("converged", "invalid"):
             yield f"{name}: {app.state}" + (f": {app.reason}" if app.reason else "")
     for subject, why in plan.waiting.items():
         if app_of(subject) not in apps:
@@ -260,8 +260,12 @@ def _broken_reason(name: str, spec: Spec | None) -> str:
 
 
 def _failure(subject: str, history: History, plan: Plan) -> Failure | None:
-    """The failure that keeps the plan from acting on a subject now; one that was overcome or outdated is none."""
-    return history.failures.get(subject) if subject in plan.waiting else None
+    """The failure that a subject waits after, or that is being tried again; one of something else is outdated."""
+    failure = history.failures.get(subject)
+    if failure is None or subject in plan.waiting:
+        return failure
+    again = any(action.subject == subject and action.tried == failure.digest for action in plan.actions)
+    return failure if again else None
 
 
 def _container(subject: str, app: App | None, observed: Observed, history: History, plan: Plan) -> ContainerStatus:
@@ -284,7 +288,10 @@ def _container(subject: str, app: App | None, observed: Observed, history: Histo
 
 
 def _waits_for(subject: str, plan: Plan) -> str:
-    return plan.waiting.get(subject) or plan.waiting.get(app_of(subject)) or ""
+    """Why nothing is done about a container now: its own reason, its app's, or that its app is staged first."""
+    app = app_of(subject)
+    staging = next((action.reason for action in plan.actions if action.subject == app), "")
+    return plan.waiting.get(subject) or plan.waiting.get(app) or staging
 
 
 def _container_state(
