@@ -412,6 +412,16 @@ def test_links_that_a_container_planted_lead_nowhere(host: Host) -> None:
     driver.remove(receipt)
 
 
+def test_nobody_but_root_reaches_what_containers_have_written(host: Host) -> None:
+    driver = OverlayRootfs(host)
+    receipt = driver.ensure(RootfsWant(instance="x", layers=make_layers(host.root, 1)))
+    ManagedVolume(host).ensure(VolumeWant(id="a/v"))
+    folders = (host.root / "instances", host.run_root / "instances", host.root / "volumes")
+    modes = [stat.S_IMODE(folder.stat().st_mode) for folder in folders]
+    driver.remove(receipt)
+    assert modes == [0o700] * 3
+
+
 def test_unmounting_what_is_not_mounted_succeeds(host: Host) -> None:
     unmount(host.root)
     unmount(host.root / "nowhere")

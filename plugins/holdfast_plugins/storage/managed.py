@@ -42,6 +42,7 @@ class ManagedVolume:
         self.check(want)
         folder = self._folder(want.id)
         data = folder / "_data"
+        folder.parents[1].mkdir(mode=0o700, parents=True, exist_ok=True)  # set-user-ID programs may lie below
         data.mkdir(parents=True, exist_ok=True)
         if (folder / ".seeded").exists() or (want.seed is not None and _is_empty(data)):
             _fill(folder, want.seed)

@@ -45,6 +45,7 @@ class OverlayRootfs:
         target, upper, work = self._places(want.instance)
         if not is_mounted(target):
             for folder in (target, work):
+                folder.parents[1].mkdir(mode=0o700, parents=True, exist_ok=True)  # set-user-ID programs lie below
                 folder.mkdir(parents=True, exist_ok=True)
             _make_upper(upper, want.layers[-1])
             try:
