@@ -212,6 +212,21 @@ def test_completion_scripts_come_for_three_shells(run: Run, said: Callable[[], s
         assert "_HOLDFAST_COMPLETE" in said()
 
 
+def test_the_shell_completes_containers_by_their_names(
+    agent: PaperAgent, config: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]
+) -> None:
+    for name, value in {
+        "_HOLDFAST_COMPLETE": "bash_complete",
+        "COMP_WORDS": "holdfast logs sh",
+        "COMP_CWORD": "2",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HOLDFAST_CONFIG", str(config))
+    with pytest.raises(SystemExit):
+        main([])
+    assert said().split() == ["plain,shop/web", "plain,shop/api"]
+
+
 def test_doctor_prints_a_verdict_for_each_check(run: Run, said: Callable[[], str]) -> None:
     assert run("doctor", "--json") in (0, 69)
     found = json.loads(said())

@@ -146,8 +146,8 @@ def nearest(target: str, known: list[str]) -> str:
 def complete_target(ctx: click.Context, _: click.Parameter, typed: str) -> list[str]:
     """For the shell: every container, and its short name where that is unique."""
     try:
-        with ctx.scope(), reach() as node:
-            known = containers_of(node.status())
+        with ctx.scope():
+            known = containers_of(Client(socket_path()).status())
     except HoldfastError:
         return []
     short = [each.partition("/")[2] for each in known]
