@@ -299,12 +299,14 @@ def stop_signal(value: Any) -> Any:
 
 def signal_number(text: str) -> int:
     """The number of a signal as `Container.stop_signal` names it; raise ValueError if there is none such."""
-    base, sign, offset = re.fullmatch(r"(\w+?)(?:([+-])(\d+))?", text, re.ASCII).groups()  # type: ignore[union-attr]
-    known = signal.Signals.__members__.get(base)
-    number = (known or 0) + int(f"{sign or '+'}{offset or 0}")
-    if known is None or (sign and not signal.SIGRTMIN <= min(known, number) <= max(known, number) <= signal.SIGRTMAX):
+    match = re.fullmatch(r"(\w+?)(?:([+-])(\d{1,2}))?", text, re.ASCII)
+    base = signal.Signals.__members__.get(match[1]) if match else None
+    if match is None or base is None:
         raise ValueError(f"'{text}' is not a signal")
-    return int(number)
+    number = base + int(f"{match[2] or '+'}{match[3] or 0}")
+    if match[2] and not signal.SIGRTMIN <= min(base, number) <= max(base, number) <= signal.SIGRTMAX:
+        raise ValueError(f"'{text}' is not a real-time signal (expected SIGRTMIN+N or SIGRTMAX-N)")
+    return number
 
 
 def on_change(value: str) -> str:
