@@ -42,11 +42,11 @@ from holdfast.runtime.binaries import find_conmon, find_runtime
 from holdfast.runtime.conmon import Runtime, become_subreaper
 from holdfast.runtime.content import ContentStore
 from holdfast.runtime.images import ImageStore
-from holdfast.source import make_source
+from holdfast.source import Source, Watch, make_source
 from holdfast.store import Store
 
 REST = 2.0  # after a long pass, rest that many times as long: in a burst, passes get a third of a core at most
-SHORT = 0.005  # seconds: a pass that takes no longer needs no rest
+SHORT, LONGEST_REST = 0.005, 0.1  # seconds: a pass that takes no longer needs no rest; nobody waits longer than that
 HOUSEKEEPING = 10.0  # seconds between looks at the size of logs
 FIXED = ("name", "root", "run_root", "runtime", "socket", "group", "pool", "firewall", "start_concurrency")
 
@@ -195,7 +195,7 @@ class Daemon(Answers):
         self._loop.add_signal_handler(signal.SIGHUP, lambda: self._loop.create_task(self._reload()))
         self._node.wake = self._wake
         self.rig.store.listen(lambda _: self._from_thread(self._tell))
-        self._watch = await asyncio.to_thread(self._reconciler.source.watch, self._wake)
+        self._watch = await asyncio.to_thread(self._watch_source, self._reconciler.source)
         try:
             async with serving(self, self._config.socket, group=self._config.group):
                 self.rig.store.event("agent", "node", f"holdfast {__version__} runs as process {os.getpid()}")
@@ -218,7 +218,7 @@ class Daemon(Answers):
                 await asyncio.to_thread(self._node.rotate_logs)
             await self._pass()
             took = time.monotonic() - began
-            await asyncio.sleep(max(REST * (took - SHORT), 0.0))
+            await asyncio.sleep(min(max(REST * (took - SHORT), 0.0), LONGEST_REST))
             wake_at = self._last.plan.wake_at if self._last else None
             timer = min(full_at, rotate_at) - time.monotonic()
             await self._wait(timer if wake_at is None else min(timer, wake_at - time.time()))
@@ -257,6 +257,14 @@ class Daemon(Answers):
         """Have another look soon; from any thread."""
         self._from_thread(self._slot.set)
 
+    def _watch_source(self, source: Source) -> Watch:
+        """Have the source watched; where that can't be, the slow pass sees what changed, and an event says so."""
+        try:
+            return source.watch(self._wake)
+        except HoldfastError as error:
+            self.rig.store.event("failed", "node", f"{error}: changes are seen by the slow pass only")
+            return Unwatched()
+
     def _from_thread(self, call: Callable[[], object]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
             self._loop.call_soon_threadsafe(call)
@@ -283,7 +291,7 @@ class Daemon(Answers):
         if config.state != self._config.state:
             source = make_source(config.state, config.root, debounce=config.debounce)
             await asyncio.to_thread(self._watch.close)
-            self._watch = await asyncio.to_thread(source.watch, self._wake)
+            self._watch = await asyncio.to_thread(self._watch_source, source)
         self._config, self._deep = config, True
         self.rig.policies = config.cgroup_policy
         self._reconciler.reload(source, config)
@@ -344,6 +352,16 @@ class Daemon(Answers):
             raise NotFound(f"release '{target}': nobody holds it")
         self.rig.store.event("released", target, "given back to the commit")
         self._wake(target)
+
+
+class Unwatched:
+    """The watch of a source that can't be watched (`holdfast.source.Watch`)."""
+
+    def poke(self) -> None:
+        """There is nothing to look with."""
+
+    def close(self) -> None:
+        """There is nothing to end."""
 
 
 def _notify(state: str) -> None:

@@ -48,6 +48,7 @@ class Reconciler:
     def run(self, *, deep: bool = False) -> Pass:
         """Make one pass. deep: read every cgroup, too. What it decides goes on in the node's lanes."""
         spec = self.wanted()
+        self._announce()
         observed = self.node.observe(deep=deep)
         history = self.node.rig.store.history()
         plan = decide(spec, observed, history, time.time())
@@ -55,9 +56,9 @@ class Reconciler:
         return Pass(spec, observed, history, plan, self.status(spec, observed, history, plan))
 
     def preview(self) -> Sequence[Plan]:
-        """Every plan from here to rest, touching nothing."""
+        """Every plan from here to rest, touching nothing. Looks at the newest commit, fetched or not."""
         observed = self.node.observe(deep=True)
-        return preview(self.wanted(), observed, self.node.rig.store.history(), time.time())
+        return preview(self._newest(), observed, self.node.rig.store.history(), time.time())
 
     def preview_json(self) -> Json:
         """What `holdfast plan --json` prints."""
@@ -74,6 +75,17 @@ class Reconciler:
         if revision is not self._revision:
             self._accept(revision)
         return self._spec
+
+    def _newest(self) -> Spec | None:
+        """What the newest revision asks for; what is in force, when it can't be had or would be refused."""
+        wanted = self.wanted()
+        try:
+            revision = self.source.newest()
+        except HoldfastError:
+            return wanted
+        if revision is self._revision or (self._revision and revision.id == self._revision.id):
+            return wanted
+        return self._judged(load(revision.files, self.config.facts()))
 
     def reload(self, source: Source, config: Config) -> None:
         """Go on with other settings: what was read by the old ones is read anew."""
@@ -98,17 +110,25 @@ class Reconciler:
     def _accept(self, revision: Revision) -> None:
         """Read a new revision's files; a refused one (on_invalid) changes nothing but the status."""
         spec = load(revision.files, self.config.facts(), cache=self._cache)
-        store = self.node.rig.store
-        if store.fact("revision") != revision.id:
-            store.put_fact("revision", revision.id)
-            about = f" by {revision.author}: {revision.message}" if revision.author else ""
-            store.event("revision", "node", f"{revision.id[:16]}{about}", revision=revision.id)
-            for problem in spec.problems:
-                store.event("problem", "node", str(problem))
         self._revision = revision
-        if spec.problems and self.config.on_invalid == "reject-revision":
-            spec = replace(self._spec, problems=spec.problems) if self._spec else _nothing_of(spec)
-        self._spec = spec
+        self._spec = self._judged(spec)
+
+    def _judged(self, spec: Spec) -> Spec:
+        """The spec, or with on_invalid = "reject-revision" and a problem in it, the one in force."""
+        if not spec.problems or self.config.on_invalid != "reject-revision":
+            return spec
+        return replace(self._spec, problems=spec.problems) if self._spec else _nothing_of(spec)
+
+    def _announce(self) -> None:
+        """Tell of a revision once, when a pass acts on it: a preview leaves no trace."""
+        revision, store = self._revision, self.node.rig.store
+        if revision is None or store.fact("revision") == revision.id:
+            return
+        store.put_fact("revision", revision.id)
+        about = f" by {revision.author}: {revision.message}" if revision.author else ""
+        store.event("revision", "node", f"{revision.id[:16]}{about}", revision=revision.id)
+        for problem in self._spec.problems if self._spec else ():
+            store.event("problem", "node", str(problem))
 
 
 def _nothing_of(spec: Spec) -> Spec:

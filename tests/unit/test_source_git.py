@@ -569,3 +569,14 @@ def test_pauses_double_up_to_ten_minutes_and_are_spread() -> None:
     assert next_pause(3600, 9, 0.5) == 3600
     assert next_pause(30, 0, 0) == pytest.approx(27)
     assert next_pause(30, 0, 1) == pytest.approx(33)
+
+
+def test_newest_shows_a_commit_before_it_is_accepted(repository: Repository, make: Callable[..., GitSource]) -> None:
+    source = make()
+    source.refresh()
+    first = source.current().id
+    second = repository.commit("Paint it", shop="2")
+    assert source.newest().id == second
+    assert source.current().id == first
+    source.refresh()
+    assert source.current().id == second

@@ -241,8 +241,9 @@ class Answers:
         for instance in self.rig.store.instances.values():
             found.setdefault(instance.image, set()).add(instance.key)
         for app, known in self.rig.store.history().generations.items():
-            for name, digest in known[-1].images.items() if known else ():
-                found.setdefault(digest, set()).add(f"{app}/{name}")
+            for generation in known:
+                for name, digest in generation.images.items():
+                    found.setdefault(digest, set()).add(f"{app}/{name}")
         return found
 
     def _images_changed(self) -> None:

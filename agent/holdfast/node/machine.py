@@ -121,6 +121,7 @@ class Node:
         """Finish what is in hand and stop watching. Containers run on."""
         self._lanes.close()
         self._exits.close()
+        self.rig.unmark_boot()
 
     def _watch_over(self, observed: Observed) -> None:
         for instance in observed.instances:

@@ -109,7 +109,8 @@ def _ended(rig: Rig, instance: Instance) -> Instance:
 
 def _faults(rig: Rig, instance: Instance, things: Things) -> Iterator[str]:
     """What only a new start puts right."""
-    if rig.store.receipt("rootfs", instance.id) and ("rootfs", instance.id) not in things:
+    rootfs = rig.store.receipt("rootfs", instance.id)
+    if rootfs is not None and not _healthy(rootfs, things):
         yield "its root file system is not mounted any more"
     for mount in instance.want.mounts:
         if mount.kind == "volume" and ("volume", mount.source) not in things:

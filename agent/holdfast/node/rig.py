@@ -92,6 +92,11 @@ class Rig:
         except FileNotFoundError:
             return ""
 
+    def unmark_boot(self) -> None:
+        """Take the token away when nothing is held that it could tell of."""
+        if not self.store.instances:
+            (self.host.run_root / "boot").unlink(missing_ok=True)
+
     def mark_boot(self) -> None:
         """Give a new run root its token."""
         token = self.host.run_root / "boot"

@@ -77,6 +77,10 @@ class DirectorySource:
                 )
             return revision
 
+    def newest(self) -> Revision:
+        """What is in the directory now; see Source.newest."""
+        return self.current()
+
     def refresh(self, *, accept_rewrite: bool = False) -> None:
         """Do nothing: a directory is always here."""
 

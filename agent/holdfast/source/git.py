@@ -103,6 +103,11 @@ class GitSource:
                 self._show(revision)
             self._note(error="", failures=0, fetched_at=time.time())
 
+    def newest(self) -> Revision:
+        """Read the branch's tip as a refresh would, and accept nothing; see Source.newest."""
+        with self._working, self._alone():
+            return self._look(accept_rewrite=False)
+
     def watch(self, wake: Callable[[str], None]) -> Watch:
         """Poll in a thread of its own; wake when the commit, or what is wrong, changed."""
         return GitPoll(self, wake, self._interval)
@@ -116,9 +121,17 @@ class GitSource:
         self._note(next_try_at=time.time() + seconds)
 
     def _advance(self, accept_rewrite: bool) -> Revision:
+        """Look at the tip and make it the commit in force."""
+        revision = self._look(accept_rewrite)
+        if revision.id != self._accepted():
+            self._git.run("update-ref", CURRENT, revision.id)
+        self._refused = None
+        return revision
+
+    def _look(self, accept_rewrite: bool) -> Revision:
+        """Bring the tip here, and read it if it may follow what is in force."""
         tip, before = self._tip(), self._accepted()
         if tip == before:
-            self._refused = None
             return self._revision if self._revision and self._revision.id == tip else self._read(tip)
         if self._refused and self._refused[0] == tip and not accept_rewrite:
             cause = self._refused[1]
@@ -127,13 +140,10 @@ class GitSource:
         try:
             if before and not accept_rewrite:
                 self._check_descent(tip, before)
-            revision = self._read(tip)
+            return self._read(tip)
         except (Rewritten, WrongState) as error:
             self._refused = (tip, error)
             raise
-        self._git.run("update-ref", CURRENT, tip)
-        self._refused = None
-        return revision
 
     def _check_descent(self, tip: str, before: str) -> None:
         try:

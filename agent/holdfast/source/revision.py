@@ -100,6 +100,13 @@ class Source(Protocol):
         `current` returns is then as before, and state().error says the same.
         """
 
+    def newest(self) -> Revision:
+        """Read the newest revision that there is, for a preview: `current` goes on as before.
+
+        Raises as refresh and current do.
+        """
+        ...
+
     def watch(self, wake: Callable[[str], None]) -> Watch:
         """Call wake(reason), from a thread of the watch, whenever `current` may have something new."""
         ...
