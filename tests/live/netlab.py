@@ -22,7 +22,7 @@ from holdfast_plugins.network.firewall import NftablesFirewall
 
 T = TypeVar("T")
 
-PATIENCE, REFUSAL = 3.0, 0.4  # seconds until a test believes that something won't come
+PATIENCE, BRIEFLY = 5.0, 0.4  # seconds until a test gives up on what should come, and on what should not
 
 
 @dataclass(frozen=True)
@@ -119,16 +119,23 @@ def in_namespace(namespace: Path | None, work: Callable[[], T]) -> T:
 
 
 def tcp(
-    server: Path | None, port: int, client: Path | None, address: str, at: int, *, source: str = ""
+    server: Path | None,
+    port: int,
+    client: Path | None,
+    address: str,
+    at: int,
+    *,
+    source: str = "",
+    within: float = PATIENCE,
 ) -> Seen | None:
     """Listen on port in one namespace, connect to address:at from another; None if nothing comes through."""
 
     def listen() -> socket.socket:
-        return socket.create_server(("", port), reuse_port=False)
+        return socket.create_server(("", port))
 
     def connect() -> socket.socket | None:
         with suppress(OSError):
-            return socket.create_connection((address, at), REFUSAL, (source, 0) if source else None)
+            return socket.create_connection((address, at), within, (source, 0) if source else None)
         return None
 
     with in_namespace(server, listen) as listener:
@@ -142,20 +149,24 @@ def tcp(
             return Seen(peer[0])
 
 
-def udp(server: Path | None, port: int, client: Path | None, address: str, at: int) -> Seen | None:
-    """The same with one datagram there and one back."""
+def udp(
+    server: Path | None, port: int, client: Path | None, address: str, at: int, *, within: float = PATIENCE
+) -> Seen | None:
+    """The same with a datagram there, sent again until it arrives, and one back."""
 
     def make() -> socket.socket:
         return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 
     with in_namespace(server, make) as listener, in_namespace(client, make) as caller:
         listener.bind(("", port))
+        listener.settimeout(BRIEFLY)
         caller.settimeout(PATIENCE)
-        listener.settimeout(REFUSAL)
-        caller.sendto(b"there", (address, at))
-        try:
-            _, peer = listener.recvfrom(16)
-        except TimeoutError:
+        for _ in range(round(within / BRIEFLY)):
+            caller.sendto(b"there", (address, at))
+            with suppress(TimeoutError):
+                _, peer = listener.recvfrom(16)
+                break
+        else:
             return None
         listener.sendto(b"back", peer)
         answer, whence = caller.recvfrom(16)

@@ -11,7 +11,7 @@ from holdfast.drivers import Host
 from holdfast.observed import FirewallWant, PublishedPort, Receipt
 from holdfast_plugins.network.firewall import NftablesFirewall
 from holdfast_plugins.network.nftables import Program
-from live.netlab import Lab, Seen, in_namespace, tcp, udp
+from live.netlab import BRIEFLY, Lab, Seen, in_namespace, tcp, udp
 
 pytestmark = pytest.mark.live
 
@@ -75,8 +75,8 @@ def test_port_bound_to_one_address_of_the_host_is_closed_on_the_others(
     (near, _, ours), (far, _, others) = lab.neighbour("near"), lab.neighbour("other")
     lab.protect([front], PublishedPort("tcp", ours, port, web, 80))
     assert tcp(inside(lab, "web"), 80, near, ours, port)
-    assert tcp(inside(lab, "web"), 80, far, others, port) is None
-    assert tcp(inside(lab, "web"), 80, None, "127.0.0.1", port) is None
+    assert tcp(inside(lab, "web"), 80, far, others, port, within=BRIEFLY) is None
+    assert tcp(inside(lab, "web"), 80, None, "127.0.0.1", port, within=BRIEFLY) is None
 
 
 def test_port_bound_to_127_0_0_1_is_closed_to_a_neighbour_that_routes_there(
@@ -90,7 +90,7 @@ def test_port_bound_to_127_0_0_1_is_closed_to_a_neighbour_that_routes_there(
         check=True,
     )
     lab.protect([front], PublishedPort("tcp", "127.0.0.1", port, web, 80))
-    assert tcp(inside(lab, "web"), 80, other, "127.0.0.1", port) is None
+    assert tcp(inside(lab, "web"), 80, other, "127.0.0.1", port, within=BRIEFLY) is None
 
 
 def test_container_reaches_a_published_port_of_its_own_and_of_a_peer(
@@ -109,9 +109,9 @@ def test_networks_are_isolated_but_for_published_ports(
     port, back = free_port(), lab.make("shop/back")
     lab.attach("db", back)
     lab.protect([front, back])
-    assert tcp(inside(lab, "web"), 80, inside(lab, "db"), web, 80) is None
+    assert tcp(inside(lab, "web"), 80, inside(lab, "db"), web, 80, within=BRIEFLY) is None
     lab.protect([front, back], PublishedPort("tcp", "", port, web, 80))
-    assert tcp(inside(lab, "web"), 80, inside(lab, "db"), web, 80) is None
+    assert tcp(inside(lab, "web"), 80, inside(lab, "db"), web, 80, within=BRIEFLY) is None
     assert tcp(inside(lab, "web"), 80, inside(lab, "db"), front.data["gateway"], port)
 
 
@@ -134,7 +134,7 @@ def test_unpublished_port_is_closed_to_a_host_that_routes_to_the_container(
     other, _, ours = lab.neighbour("other")
     lab.ip("-n", other.name, "route", "add", front.data["subnet"], "via", ours)
     lab.protect([front])
-    assert tcp(inside(lab, "web"), 80, other, web, 80) is None
+    assert tcp(inside(lab, "web"), 80, other, web, 80, within=BRIEFLY) is None
 
 
 def test_internal_network_has_no_way_out_and_none_in(lab: Lab) -> None:
@@ -144,8 +144,9 @@ def test_internal_network_has_no_way_out_and_none_in(lab: Lab) -> None:
     lab.ip("-n", other.name, "route", "add", back.data["subnet"], "via", ours)
     lab.ip("-n", inside(lab, "db").name, "route", "add", "default", "via", back.data["gateway"])
     lab.protect([back])
-    assert tcp(other, 7000, inside(lab, "db"), address, 7000) is None
-    assert tcp(inside(lab, "db"), 80, other, db, 80) is None
+    assert tcp(other, 7000, inside(lab, "db"), address, 7000, within=BRIEFLY) is None
+    assert udp(other, 7000, inside(lab, "db"), address, 7000, within=BRIEFLY) is None
+    assert tcp(inside(lab, "db"), 80, other, db, 80, within=BRIEFLY) is None
     assert tcp(inside(lab, "db"), 80, inside(lab, "peer"), db, 80) == Seen(peer)
 
 
@@ -160,7 +161,7 @@ def test_container_does_not_reach_what_listens_on_the_hosts_loopback(
     subprocess.run(
         ["ip", "netns", "exec", name, "sh", "-c", "echo 1 >/proc/sys/net/ipv4/conf/all/route_localnet"], check=True
     )
-    assert tcp(None, port, inside(lab, "web"), "127.0.0.1", port, source=web) is None
+    assert tcp(None, port, inside(lab, "web"), "127.0.0.1", port, source=web, within=BRIEFLY) is None
 
 
 def test_moved_port_leads_to_the_new_address_only(
@@ -169,10 +170,10 @@ def test_moved_port_leads_to_the_new_address_only(
     port, api = free_port(), lab.attach("api", front).data["address"]
     lab.protect([front], PublishedPort("tcp", "", port, web, 80))
     lab.protect([front], PublishedPort("tcp", "", port, api, 80))
-    assert tcp(inside(lab, "web"), 80, None, "127.0.0.1", port) is None
+    assert tcp(inside(lab, "web"), 80, None, "127.0.0.1", port, within=BRIEFLY) is None
     assert tcp(inside(lab, "api"), 80, None, "127.0.0.1", port)
     lab.protect([front])
-    assert tcp(inside(lab, "api"), 80, None, "127.0.0.1", port) is None
+    assert tcp(inside(lab, "api"), 80, None, "127.0.0.1", port, within=BRIEFLY) is None
 
 
 @pytest.mark.parametrize(

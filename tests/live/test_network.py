@@ -16,7 +16,7 @@ from holdfast.runtime import netns
 from holdfast.testing import DriverConformance
 from holdfast_plugins.network.bridge import BridgeEndpoint, BridgeNetwork
 from holdfast_plugins.network.none_host import BareNetwork
-from live.netlab import Lab, Seen, tcp, wait_until
+from live.netlab import BRIEFLY, Lab, Seen, tcp, wait_until
 
 pytestmark = pytest.mark.live
 
@@ -174,7 +174,7 @@ def test_removed_endpoint_is_deaf_at_once_and_gone_with_its_namespace(lab: Lab) 
     receipt = lab.attach("web", network)
     lab.endpoint.remove(receipt)
     assert list(lab.endpoint.observe()) == []
-    assert tcp(lab.host.netns("web"), 80, None, receipt.data["address"], 80) is None
+    assert tcp(lab.host.netns("web"), 80, None, receipt.data["address"], 80, within=BRIEFLY) is None
     netns.remove(lab.host, Receipt("netns", "kernel", "web", "web"))
     wait_until(lambda: links(lab) == {network.data["interface"]})
 
