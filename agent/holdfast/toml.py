@@ -88,7 +88,7 @@ class Document:
 
     @cached_property
     def _offsets(self) -> dict[KeyPath, int]:
-        return _Places(self.text.replace("\r\n", " \n")).found
+        return _Places(self.text).found
 
 
 def dotted(path: KeyPath) -> str:
