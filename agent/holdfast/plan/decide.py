@@ -216,12 +216,13 @@ def _hold_container(generation: Generation, name: str, desk: _Desk) -> bool:
     found += _network_changes(instance, generation, desk)
     if replaces(found):
         desk.outdated.add(key)
-        return _replace(instance, generation, found, hold, desk)
+        _replace(instance, generation, found, hold, desk)
+        return False
     if instance.phase == "running":
         settled = _hold_running(instance, hold, desk)
     else:
         settled = _hold_exited(instance, generation, hold, desk)
-    # After what stops or starts it, which is the more urgent and, in the case of a start, brings the same.
+    # Offered after what stops or starts it: that is more urgent, and a start brings these changes along.
     if found or (instance.phase == "running" and instance.drifted):
         _update(instance, generation.number, found, desk)
         return False
@@ -282,24 +283,23 @@ def _start(
 
 def _replace(
     instance: Instance, generation: Generation, found: tuple[Change, ...], hold: Hold | None, desk: _Desk
-) -> bool:
-    """Make room for a successor, once that could start (rule 5). One stopped by hand waits for its release, but
-    does not keep others from a network that has to be made anew: its successor is not waited for by anything."""
+) -> None:
+    """Make room for a successor, once that could start (rule 5). One stopped by hand is left as it lies, unless
+    that keeps others from a network that has to be made anew."""
     in_the_way = any(_outdated_network(network, desk) for network in instance.want.networks)
     if hold is not None and hold.kind == "stopped":
         if instance.phase == "running":
             _stop(instance, f"stopped by hand{_by(hold)}", desk)
         elif in_the_way:
             _take_away(instance, _listed(found), desk)
-        return False
+        return
     obstacle = _missing_network(generation.app.containers[instance.container], desk, instance)
     if not in_the_way:  # else what it depends on may itself wait for the network that this one is attached to
         obstacle = obstacle or _unreached(generation.app, instance.container, desk)
     if obstacle:
         desk.waiting[instance.key] = f"replaced when it can be: {obstacle}"
-        return False
+        return
     _take_away(instance, f"{_listed(found)}; restarts {instance.key}", desk)
-    return False
 
 
 def _update(instance: Instance, generation: int, found: tuple[Change, ...], desk: _Desk) -> None:
