@@ -5,6 +5,7 @@ A file gives facts in and actions out, in a short-hand that is read here:
     was         apps that run as generation 1 (good): every container up, every network standing
     want        the revision: apps, or "unreadable"; absent: the same as was
     broken      state file → the app that it may hold
+    forgotten   apps that History has no generation of, though their containers are there
     generation  more generations of an app: {app, state, images?, containers…}; as = "want" takes want's app
     instance    "app/name" → what is otherwise about it; absent = true: not there; "app/name+x" is one more of it
     network     "app/name" → what is otherwise about it; absent = true: not there
@@ -109,7 +110,7 @@ def read_case(facts: Mapping[str, Any]) -> Case:
         known = generations.get(name, ())
         generations[name] = (*known, _generation(made, len(known) + 1, more["state"], more.get("images")))
     history = History(
-        generations=generations,
+        generations={name: each for name, each in generations.items() if name not in facts.get("forgotten", ())},
         holds={key: Hold(**each) for key, each in facts.get("hold", {}).items()},
         failures={key: _failure(each, want or {}) for key, each in facts.get("failure", {}).items()},
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from holdfast.observed import (
@@ -325,8 +325,14 @@ def needs(other: Instance, action: StopInstance, step: Step, spec: Spec | None) 
     return gone and bool(known) and action.app in known[-1].app.depends_on
 
 
+# Without shrinking, which takes minutes here; add Phase.shrink to see a smaller world.
 thorough = settings(
-    max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
+    max_examples=80,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=(Phase.generate,),
+    suppress_health_check=[HealthCheck.too_slow],
 )
 
 
