@@ -103,12 +103,10 @@ class EnvTable(Table):
 
 class NetworkSettings(Table):
     pool: Annotated[str, Checked(_pool, {})] = "10.209.0.0/16"
-    default_driver: str = "bridge"
     firewall: str = "nftables"
 
 
 class LimitsTable(Table):
-    workers: Annotated[int, Field(ge=1, le=1024)] = 16
     start_concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
 
 
@@ -168,7 +166,7 @@ class Config:
     """The agent's settings, resolved. Durations are seconds.
 
     name: what every host object of this agent bears. root survives a reboot, run_root does not; both default to
-    places of that name. group: who besides root may use the socket, None: nobody. workers: threads for actions;
+    places of that name. group: who besides root may use the socket, None: nobody.
     start_concurrency: how many containers start at once. cgroup_policy: for containers that name none.
     env: the variables of the agent's environment that state files may read.
     """
@@ -188,9 +186,7 @@ class Config:
     vars: Mapping[str, str] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     pool: str = "10.209.0.0/16"
-    default_driver: str = "bridge"
     firewall: str = "nftables"
-    workers: int = 16
     start_concurrency: int = 8
     cgroup_policy: tuple[str, ...] = ("limits",)
     forbid: frozenset[str] = frozenset()
@@ -262,9 +258,7 @@ def _config(table: AgentTable, env: Mapping[str, str]) -> Config:
         vars=table.vars,
         env={name: env[name] for name in table.env.allow if name in env},
         pool=table.network.pool,
-        default_driver=table.network.default_driver,
         firewall=table.network.firewall,
-        workers=table.limits.workers,
         start_concurrency=table.limits.start_concurrency,
         cgroup_policy=tuple(table.cgroup.policy),
         forbid=frozenset(table.policy.forbid),

@@ -108,8 +108,8 @@ class Offline(Answers):
         """How the node stands, read now."""
         spec, observed = self._reconciler.wanted(), self._node.observe(deep=True)
         plans = self._reconciler.preview()
-        status = self._reconciler.status(spec, observed, self.rig.store.history(), plans[0])
-        return {**status.json(), "agent": {"note": "the agent does not run: nothing is being put right"}}
+        made = self._reconciler.seen(spec, observed, self.rig.store.history(), plans[0])
+        return {**made.status.json(), "agent": {"note": "the agent does not run: nothing is being put right"}}
 
     def plan(self) -> Json:
         """What an agent would do."""
@@ -241,11 +241,11 @@ class Daemon(Answers):
         await self._told()
 
     def _published(self, made: Pass) -> None:
-        before = self._last.status.json() if self._last else None
-        self._last = made
-        now = made.status.json()
-        if before is None or {**before, "at": 0} != {**now, "at": 0}:
-            self.rig.plugins.tell("after_pass", status=now)
+        before, self._last = self._last, made
+        if self.rig.plugins.hears("after_pass"):
+            now = made.status.json()
+            if before is None or {**before.status.json(), "at": 0} != {**now, "at": 0}:
+                self.rig.plugins.tell("after_pass", status=now)
 
     async def _wait(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -114,6 +114,10 @@ class Plugins:
                 )
         chosen.check(want)
 
+    def hears(self, hook: str) -> bool:
+        """Whether any plugin implements a hook: what nobody hears need not be made."""
+        return bool(list(self._implementations(hook)))
+
     def tell(self, hook: str, **arguments: Any) -> None:
         """Call every implementation of a telling hook; what one raises is recorded, and the rest are called."""
         for name, implementation in self._implementations(hook):

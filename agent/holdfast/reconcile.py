@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 from holdfast.config import Config
 from holdfast.errors import HoldfastError
@@ -24,15 +25,30 @@ from holdfast.spec import Cache, Spec, load
 from holdfast.status import Status, make_status, plan_json
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Pass:
-    """What one pass saw and decided."""
+    """What one pass saw and decided. Its status is made when somebody asks: most passes nobody asks about."""
 
     spec: Spec | None
     observed: Observed
     history: History
     plan: Plan
-    status: Status
+    source: Json
+    node: str
+    plugins: tuple[Json, ...]
+
+    @cached_property
+    def status(self) -> Status:
+        """How the node stood."""
+        return make_status(
+            spec=self.spec,
+            observed=self.observed,
+            history=self.history,
+            plan=self.plan,
+            source=self.source,
+            node=self.node,
+            plugins=self.plugins,
+        )
 
 
 class Reconciler:
@@ -53,7 +69,7 @@ class Reconciler:
         history = self.node.rig.store.history()
         plan = decide(spec, observed, history, time.time())
         self.node.apply(plan, observed, spec, self._revision.id if self._revision else "")
-        return Pass(spec, observed, history, plan, self.status(spec, observed, history, plan))
+        return self.seen(spec, observed, history, plan)
 
     def preview(self) -> Sequence[Plan]:
         """Every plan from here to rest, touching nothing. Looks at the newest commit, fetched or not."""
@@ -92,20 +108,12 @@ class Reconciler:
         self.source, self.config = source, config
         self._cache, self._revision = Cache(), None
 
-    def status(self, spec: Spec | None, observed: Observed, history: History, plan: Plan) -> Status:
-        """How the node stands, for whoever asks."""
+    def seen(self, spec: Spec | None, observed: Observed, history: History, plan: Plan) -> Pass:
+        """A pass's account of itself."""
         state = asdict(self.source.state())
         state["error"] = state["error"] or self._error
-        failed = [asdict(each) for each in self.node.rig.plugins.states if each.state != "ok"]
-        return make_status(
-            spec=spec,
-            observed=observed,
-            history=history,
-            plan=plan,
-            source=state,
-            node=self.config.node_name,
-            plugins=failed,
-        )
+        failed = tuple(asdict(each) for each in self.node.rig.plugins.states if each.state != "ok")
+        return Pass(spec, observed, history, plan, state, self.config.node_name, failed)
 
     def _accept(self, revision: Revision) -> None:
         """Read a new revision's files; a refused one (on_invalid) changes nothing but the status."""

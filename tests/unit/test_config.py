@@ -38,11 +38,9 @@ allow = ["TOKEN", "ABSENT"]
 
 [network]
 pool = "10.77.0.0/16"
-default_driver = "macvlan"
 firewall = "mine"
 
 [limits]
-workers = 4
 start_concurrency = 2
 
 [cgroup]
@@ -84,9 +82,7 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
         vars={"domain": "example.org", "debug": "true"},
         env={"TOKEN": "t"},
         pool="10.77.0.0/16",
-        default_driver="macvlan",
         firewall="mine",
-        workers=4,
         start_concurrency=2,
         cgroup_policy=("limits", "qos"),
         forbid=frozenset({"privileged", "host-network"}),
@@ -193,7 +189,7 @@ def test_a_directory_is_no_settings_file(tmp_path: Path) -> None:
             '[network]\npool = "10.0.0.0/25"\n',
             "2: network.pool: '10.0.0.0/25' has no room for subnets (expected /24 or larger)",
         ),
-        ("[limits]\nworkers = 0\n", "2: limits.workers: 0 is too small (expected at least 1)"),
+        ("[limits]\nstart_concurrency = 0\n", "2: limits.start_concurrency: 0 is too small (expected at least 1)"),
         (
             '[policy]\nforbid = [\n  "devices",\n  "privilege",\n]\n',
             "4: policy.forbid[1]: no rule is called 'privilege' (did you mean 'privileged'?)",

@@ -49,8 +49,8 @@ def state(word: str) -> str:
 
 
 def width() -> int | None:
-    """How wide the terminal is; None when there is none, and lines may be as long as they like."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    """How wide lines may be: as the terminal, or as COLUMNS says; None for neither, and no limit."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[Sequence[str]] = ()) -> None:
@@ -83,7 +83,7 @@ def note(text: str, indent: int = 0, colour: str | None = QUIET) -> None:
 
 def clear() -> None:
     """Empty the terminal, if there is one."""
-    if width() is not None:
+    if sys.stdout.isatty():
         click.echo("\x1b[H\x1b[2J", nl=False)
 
 

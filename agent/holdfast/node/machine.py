@@ -90,7 +90,7 @@ class Node:
 
     def observe(self, *, deep: bool = False) -> Observed:
         """Read the host. deep: every cgroup, too. Changes nothing on it."""
-        return observe(self.rig, busy=self._lanes.busy, deep=deep)
+        return observe(self.rig, self._exits.watches, busy=self._lanes.busy, deep=deep)
 
     def apply(self, plan: Plan, observed: Observed, spec: Spec | None, revision: str) -> None:
         """Put what is planned on the lanes and return at once; what is in hand already is left to itself."""
@@ -163,7 +163,9 @@ class Node:
         """Write down what came of an action, and tell of it."""
         store, action = self.rig.store, outcome.action
         if outcome.ok:
-            store.clear_failure(action.subject)
+            failure = store.failure(action.subject)
+            if failure is not None and failure.digest == action.tried:
+                store.clear_failure(action.subject)
         else:
             self._remember(outcome)
         if isinstance(action, StageGeneration):

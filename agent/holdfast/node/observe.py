@@ -7,7 +7,7 @@ is read before the host and asked again after it, so that what is made or remove
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from holdfast.node.rig import BARE, Rig
@@ -26,19 +26,25 @@ from holdfast.observed import (
     VolumeState,
 )
 from holdfast.runtime import cgroup, netns
+from holdfast.runtime.conmon import Run
 from holdfast.spec.model import digest_of
 
 Things = Mapping[tuple[str, str], Receipt]
+Watches = Callable[[str, Run], bool]
 
 
-def observe(rig: Rig, *, busy: frozenset[str] = frozenset(), deep: bool = False) -> Observed:
-    """Read the host. busy: subjects that are being worked on, whose state is in motion. deep: read cgroups, too."""
+def observe(rig: Rig, watches: Watches, *, busy: frozenset[str] = frozenset(), deep: bool = False) -> Observed:
+    """Read the host.
+
+    watches: says which runs need not be looked at, for their end would be noticed. busy: subjects that are being
+    worked on, whose state is in motion. deep: read cgroups, too.
+    """
     at = time.time()
     instances = list(rig.store.instances.values())
     things: Things = {(each.kind, each.id): each for each in _things(rig)}
     same_boot = rig.same_boot()
     seen = tuple(
-        _instance(rig, instance, things, same_boot=same_boot, deep=deep and instance.key not in busy)
+        _instance(rig, instance, things, watches, same_boot=same_boot, deep=deep)
         if instance.key not in busy
         else instance
         for instance in instances
@@ -74,22 +80,29 @@ def _things(rig: Rig) -> Iterator[Receipt]:
 # -- instances -----------------------------------------------------------------------------------------------
 
 
-def _instance(rig: Rig, instance: Instance, things: Things, *, same_boot: bool, deep: bool) -> Instance:
+def _instance(
+    rig: Rig, instance: Instance, things: Things, watches: Watches, *, same_boot: bool, deep: bool
+) -> Instance:
     if not same_boot and instance.phase in ("running", "creating"):
         return rig.store.change_instance(instance.id, phase="lost")
     if instance.phase != "running":
         return instance
     receipt = rig.store.receipt("run", instance.id)
     run = rig.run_of(instance.id)
-    if run is None or receipt is None or not rig.runtime.alive(run):
+    if run is None or receipt is None:
         return _ended(rig, instance)
-    faults, drifted = _faults(rig, instance, things), list(_altered(rig, instance, things))
+    watched = watches(instance.id, run)
+    if not watched and not rig.runtime.alive(run):
+        return _ended(rig, instance)
+    faults, drifted = list(_faults(rig, instance, things)), list(_altered(rig, instance, things))
     if deep:
         drifted.extend(_limits_altered(rig, instance, receipt.data))
     warnings = instance.warnings
-    if not rig.runtime.supervised(run):
+    if not watched and not rig.runtime.supervised(run):
         warnings = (*warnings, "its conmon is gone: output is lost and its exit status will not be known")
-    return replace(instance, pid=run.pid, faults=tuple(faults), drifted=tuple(drifted), warnings=warnings)
+    if not faults and not drifted and warnings == instance.warnings:
+        return instance
+    return replace(instance, faults=tuple(faults), drifted=tuple(drifted), warnings=warnings)
 
 
 def _ended(rig: Rig, instance: Instance) -> Instance:

@@ -44,9 +44,11 @@ def start_instance(rig: Rig, action: StartInstance) -> Json:
             remove_instance(rig, instance)
         raise
     rig.store.mark_generation(action.app, action.generation, "active")
+    run = rig.run_of(instance.id)
     running = rig.store.change_instance(
         instance.id,
         phase="running",
+        pid=run.pid if run else None,
         generation=generation.number,
         started_at=time.time(),
         exit=None,
@@ -56,7 +58,6 @@ def start_instance(rig: Rig, action: StartInstance) -> Json:
         streak=action.streak,
         restarts=instance.restarts + 1 if action.instance else 0,
     )
-    run = rig.run_of(instance.id)
     rig.plugins.tell(
         "after_start", app=action.app, container=action.container, instance=running.id, pid=run.pid if run else 0
     )
@@ -238,13 +239,17 @@ def _write_bundle(rig: Rig, instance: Instance, ground: Ground) -> tuple[str, ..
 
 
 def oci_request(rig: Rig, instance: Instance, base: Base, settings: cgroup.Settings) -> OciRequest:
-    """Everything of a config.json that can be said before anything is mounted; staging checks it, too."""
+    """Everything of a config.json that can be said before anything is mounted; staging checks it, too.
+
+    The root file system and the network namespace are stand-ins.
+    """
     want = instance.want
     granted = granted_capabilities(want, limits())
     return OciRequest(
         want=want,
         image=base.config,
         rootfs=Path("/"),
+        netns=None if "host" in want.networks else Path("/"),
         hostname=hostname(instance),
         cgroup=rig.runtime.cgroup(instance.id),
         resources=settings.resources,

@@ -34,6 +34,10 @@ class ExitWatch:
         for pid in (run.pid, run.conmon_pid):
             self._add(instance, pid)
 
+    def watches(self, instance: str, run: Run) -> bool:
+        """Whether both processes of a run are watched, and so run: costs no system call."""
+        return (instance, run.pid) in self._known and (instance, run.conmon_pid) in self._known
+
     def close(self) -> None:
         """End the thread and let go of every process."""
         os.write(self._bell, b".")

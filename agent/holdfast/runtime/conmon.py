@@ -133,8 +133,7 @@ class Runtime:
 
     def state(self) -> frozenset[str]:
         """The ids of all containers that the runtime or conmon left something of on disk."""
-        places = (self.root, self.host.run_root / "runs")
-        return frozenset(entry.name for place in places if place.is_dir() for entry in place.iterdir())
+        return frozenset((*_listed(self.root), *_listed(self.host.run_root / "runs")))
 
     def run_of(self, id: str) -> Run | None:
         """The run that `create` recorded; None if it did not get that far."""
@@ -309,6 +308,13 @@ class Runtime:
                 argv = _command_line(entry)
                 if argv[0] in programs and id in argv and any(root in part for part in argv):
                     yield int(entry.name), argv[0]
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208 - names, not paths, and a thousand of them
+    except FileNotFoundError:
+        return []
 
 
 @lru_cache(maxsize=1)

@@ -129,7 +129,8 @@ def make_status(
     spec: None when no revision was read yet. source: its state as JSON (`source.SourceState`). plugins: those that
     failed, each with name and error. agent: version, pid and the like.
     """
-    apps = {name: _app(name, spec, observed, history, plan) for name in _names(spec, observed, history)}
+    there = _by_app(observed)
+    apps = {name: _app(name, spec, there.get(name, {}), history, plan) for name in _names(spec, there, history)}
     blockers = tuple(_blockers(spec, source, apps, plan))
     return Status(
         node=node,
@@ -164,8 +165,8 @@ def app_of(subject: str) -> str:
     return rest.split("/")[0] if not kind or "/" in rest else ""
 
 
-def _names(spec: Spec | None, observed: Observed, history: History) -> list[str]:
-    names = set(history.generations) | {instance.app for instance in observed.instances}
+def _names(spec: Spec | None, there: Iterable[str], history: History) -> list[str]:
+    names = {*history.generations, *there}
     if spec:
         names |= set(spec.apps) | set(spec.broken.values())
     return sorted(names)
@@ -189,13 +190,15 @@ def _blockers(spec: Spec | None, source: Json, apps: Mapping[str, AppStatus], pl
             yield f"{action.subject}: {action.reason}"
 
 
-def _app(name: str, spec: Spec | None, observed: Observed, history: History, plan: Plan) -> AppStatus:
+def _app(
+    name: str, spec: Spec | None, there: Mapping[str, list[Instance]], history: History, plan: Plan
+) -> AppStatus:
     generations = history.generations.get(name, ())
     wanted = spec.apps.get(name) if spec else None
     shown = wanted or (generations[-1].app if generations else None)
     containers = {
-        container: _container(f"{name}/{container}", shown, observed, history, plan)
-        for container in _containers(name, shown, observed)
+        container: _container(f"{name}/{container}", shown, there.get(container, []), history, plan)
+        for container in _containers(shown, there)
     }
     state, reason = _app_state(name, spec, containers, history, plan)
     current = _current(generations)
@@ -209,10 +212,9 @@ def _app(name: str, spec: Spec | None, observed: Observed, history: History, pla
     )
 
 
-def _containers(name: str, app: App | None, observed: Observed) -> list[str]:
+def _containers(app: App | None, there: Mapping[str, list[Instance]]) -> list[str]:
     declared = list(app.containers) if app else []
-    left = {i.container for i in observed.instances if i.app == name} - set(declared)
-    return [*declared, *sorted(left)]
+    return [*declared, *sorted(there.keys() - set(declared))]
 
 
 def _current(generations: Sequence[Generation]) -> Generation | None:
@@ -268,9 +270,18 @@ def _failure(subject: str, history: History, plan: Plan) -> Failure | None:
     return failure if again else None
 
 
-def _container(subject: str, app: App | None, observed: Observed, history: History, plan: Plan) -> ContainerStatus:
+def _by_app(observed: Observed) -> dict[str, dict[str, list[Instance]]]:
+    """App → container → its instances, oldest first."""
+    found: dict[str, dict[str, list[Instance]]] = {}
+    for instance in sorted(observed.instances, key=lambda each: each.created_at):
+        found.setdefault(instance.app, {}).setdefault(instance.container, []).append(instance)
+    return found
+
+
+def _container(
+    subject: str, app: App | None, instances: Sequence[Instance], history: History, plan: Plan
+) -> ContainerStatus:
     want = app.containers.get(subject.split("/")[1]) if app else None
-    instances = sorted((i for i in observed.instances if i.key == subject), key=lambda i: i.created_at)
     hold = history.holds.get(subject)
     failure = _failure(subject, history, plan)
     actions = [action for action in plan.actions if action.subject == subject]

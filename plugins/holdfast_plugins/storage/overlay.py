@@ -62,7 +62,7 @@ class OverlayRootfs:
             for point in mount_points()
             if point.type == "overlay" and point.path.startswith(parent) and point.path.endswith("/rootfs")
         }
-        stored = {path.parent.name for path in (self.host.root / "instances").glob("*/upper")}
+        stored = set(_names_in(self.host.root / "instances"))
         for instance in sorted(mounted | stored):
             known = instance in mounted
             yield self._receipt(instance) if known else Receipt("rootfs", self.name, instance, instance)
@@ -87,6 +87,13 @@ class OverlayRootfs:
     def _receipt(self, instance: str) -> Receipt:
         target, upper, _ = self._places(instance)
         return Receipt("rootfs", self.name, instance, instance, {"path": str(target), "upper": str(upper)})
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208 - names, not paths, and a thousand of them
+    except FileNotFoundError:
+        return []
 
 
 def _make_upper(upper: Path, top: Path) -> None:
