@@ -121,6 +121,12 @@ class Store:
             self.put_instance(changed)
             return changed
 
+    def note_names(self, id: InstanceId, digest: str) -> None:
+        """Note what an instance's hosts file says, in memory only: after a restart it is written once more."""
+        with self._lock:
+            if id in self.instances:
+                self.instances[id] = replace(self.instances[id], names=digest)
+
     def drop_instance(self, id: InstanceId) -> None:
         """Forget an instance: the last step of its removal."""
         with self._lock:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
 
 import structlog
@@ -179,11 +178,9 @@ class Node:
             log.info(
                 action.verb, subject=action.subject, reason=action.reason, error=outcome.error, took=facts["took"]
             )
-        summary = {key: value for key, value in asdict(outcome).items() if key in ("ok", "error", "took")}
-        self.rig.plugins.tell(
-            "after_outcome",
-            outcome={"action": action.verb, "subject": action.subject, "reason": action.reason, **summary},
-        )
+        told = {"action": action.verb, "subject": action.subject, "reason": action.reason}
+        told |= {"ok": outcome.ok, "error": outcome.error, "took": outcome.took}
+        self.rig.plugins.tell("after_outcome", outcome=told)
         store.drop_intent(action.subject)
 
     def _remember(self, outcome: Outcome) -> None:

@@ -118,5 +118,5 @@ def write_names(rig: Rig, action: WriteNames) -> Json:
         instance = rig.store.instances.get(id)
         if instance is not None and rig.host.instance(id).is_dir():
             write_hosts(rig, instance, found.lines)
-            rig.store.change_instance(id, names=found.digest)
+            rig.store.note_names(id, found.digest)
     return {"files": len(action.hosts)}
