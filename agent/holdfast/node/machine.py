@@ -80,8 +80,12 @@ class Node:
         self._exits = ExitWatch(lambda instance: self.wake(instance))
 
     def recover(self) -> None:
-        """Make the places that the runtime needs, and note what a crash cut short: the first pass puts it right."""
+        """Make the places that the runtime needs, and note what a crash cut short: the first pass puts it right.
+
+        What failed gets another try, for the agent, its settings or its host may have been mended meanwhile.
+        """
         self.rig.runtime.prepare()
+        self.rig.store.retry_now()
         for subject, intent in self.rig.store.intents().items():
             message = f"{intent['verb']} was cut short; it is finished or undone now"
             self.rig.store.event("interrupted", subject, message)
@@ -178,7 +182,7 @@ class Node:
             log.info(
                 action.verb, subject=action.subject, reason=action.reason, error=outcome.error, took=facts["took"]
             )
-        told = {"action": action.verb, "subject": action.subject, "reason": action.reason}
+        told: dict[str, object] = {"action": action.verb, "subject": action.subject, "reason": action.reason}
         told |= {"ok": outcome.ok, "error": outcome.error, "took": outcome.took}
         self.rig.plugins.tell("after_outcome", outcome=told)
         store.drop_intent(action.subject)
