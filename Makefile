@@ -36,7 +36,7 @@ test: setup
 	@$(bin)/pytest -n $(jobs) --dist worksteal --durations 10
 
 demo: setup
-	@$(bin)/python examples/demo.py
+	@$(bin)/python examples/demo.py $(DEMO)
 
 run: setup
 	@$(bin)/python examples/demo.py --keep

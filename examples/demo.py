@@ -38,7 +38,11 @@ STATE = Path(__file__).with_name("state")
 IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 STEPS = itertools.count(1)
 COLOUR = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+INDENT = " " * 5
 
+os.environ["COLUMNS"] = str(
+    min(shutil.get_terminal_size().columns, 100) - len(INDENT)
+)  # holdfast folds its lines there
 os.environ["PATH"] += os.pathsep + "/usr/local/sbin:/usr/sbin:/sbin"
 
 
@@ -57,7 +61,7 @@ class Stage:
         self.port = free_port(8080)
         self.agent: subprocess.Popen[bytes] | None = None
         self.from_git = from_git
-        shutil.copytree(STATE, self.repository)
+        self.repository.mkdir()
         state = f'{{ git = "{self.repository}", interval = "1h" }}' if from_git else f'"{self.repository}"'
         self.config.write_text(
             f'name = "{NAME}"\nstate = {state}\nroot = "{self.host.root}"\nrun_root = "{self.host.run_root}"\n\n'
@@ -74,12 +78,18 @@ class Stage:
             )  # fmt: skip
         self.wait(lambda: run("status", "--json", show=False, ok=None).returncode == 0, "the agent answers")
 
+    def import_image(self, *, show: bool) -> None:
+        write_busybox_tar(self.home / "busybox.tar")
+        run("image", "import", str(self.home / "busybox.tar"), "busybox:1", show=show)
+
     def commit(self, message: str, *paths: str) -> None:
-        """Commit all there is to commit, and show the commit as git sees it."""
+        """Commit all there is to commit, and show which lines of these files it changes."""
         git("add", "--all", at=self.repository)
         git("commit", "--quiet", f"--message={message}", at=self.repository)
         say(f"$ git commit -m {message!r}")
-        say(git("show", "--unified=0", "--format=", "HEAD", "--", *paths, at=self.repository) if paths else "")
+        for path in paths:
+            shown = git("show", "--unified=0", "--format=", "HEAD", "--", path, at=self.repository).splitlines()
+            say("\n".join(f"{path}: {line}" for line in shown if line[:1] in "-+" and line[:3] not in ("---", "+++")))
 
     def converge(self) -> float:
         """Have the agent fetch, wait until all is as committed, and return how long that took."""
@@ -120,7 +130,7 @@ class Stage:
                 raise NotSeen(f"the agent ended with {self.agent.returncode}; its log: {self.log_tail()}")
             if time.monotonic() > deadline:
                 raise NotSeen(f"waited {timeout:.0f} s in vain until {what}; the agent's log: {self.log_tail()}")
-            time.sleep(0.05)
+            time.sleep(0.01)
 
     def log_tail(self) -> str:
         log = self.home / "agent.log"
@@ -154,17 +164,18 @@ class Stage:
 
 
 def come_up(stage: Stage) -> None:
-    step("The committed state comes up", "examples/state is copied into a git repository; the agent follows it.")
+    step("The committed state comes up", "An agent follows a git repository; examples/state is committed to it.")
     git("init", "--quiet", "--initial-branch=main", at=stage.repository)
-    stage.commit("A site and its visitor")
-    write_busybox_tar(stage.home / "busybox.tar")
+    git("commit", "--quiet", "--allow-empty", "--message=Nothing yet", at=stage.repository)
     stage.start_agent()
-    run("image", "import", str(stage.home / "busybox.tar"), "busybox:1")
+    stage.import_image(show=True)
+    shutil.copytree(STATE, stage.repository, dirs_exist_ok=True)
+    stage.commit("A site and its visitor")
     took = stage.converge()
     run("status")
     expect({"site/server", "visitor/client"} <= stage.pids().keys(), "server and client run")
     expect(stage.instances()["site/prepare"]["exit_code"] == 0, "the job is done")
-    say(f"from nothing to converged in {took:.2f} s")
+    say(f"from the commit to converged in {took:.2f} s")
 
 
 def answer(stage: Stage) -> None:
@@ -213,11 +224,12 @@ def kill_container(stage: Stage) -> None:
     say(f"$ kill -9 {pid}")
     begun = time.monotonic()
     os.kill(pid, signal.SIGKILL)
-    stage.wait(lambda: stage.pids().get("site/server", pid) != pid, "the server runs again")
     stage.wait(lambda: "held faster" in page_or_nothing(stage), "the server answers again")
-    say(f"it answers again after {time.monotonic() - begun:.2f} s, as process {stage.pids()['site/server']}")
-    expect(stage.pids()["visitor/client"] == before["visitor/client"], "the other containers were left alone")
-    run("events", "--tail", "3", ok=None)
+    took = time.monotonic() - begun
+    now = stage.pids()
+    expect(now["site/server"] != pid, f"the server answers again after {took:.2f} s, as process {now['site/server']}")
+    expect(now["visitor/client"] == before["visitor/client"], "the other containers were left alone")
+    run("events", "--tail", "3")
 
 
 def kill_agent(stage: Stage) -> None:
@@ -247,13 +259,18 @@ def remove(stage: Stage, before: set[str] | None) -> None:
     run("volume", "prune", "--force")
     stage.stop_agent()
     left = leftovers(stage.host)
-    expect(not left, f"nothing on this host bears the name {NAME} any more {left or ''}")
+    expect(not left, f"nothing on this host bears the name {NAME} any more", lambda: "left: " + ", ".join(left))
     if before is not None:
-        left = host_objects() ^ before
-        expect(
-            not left, f"mounts, links, namespaces, cgroups and nft tables are those from before {sorted(left) or ''}"
-        )
+        same = "mounts, links, network namespaces, cgroups and nft tables are those from before"
+        expect(not (host_objects() ^ before), same, lambda: different(before))
     say(f"gone in {took:.2f} s; this host is as it was")
+
+
+def different(before: set[str]) -> str:
+    """What has come and gone since, for whoever must find out whose it is."""
+    now = host_objects()
+    lines = [*(f"+ {each}" for each in sorted(now - before)), *(f"- {each}" for each in sorted(before - now))]
+    return "\n  ".join(["of others who work on this host? then: make demo DEMO=--shared", *lines])
 
 
 def host_objects() -> set[str]:
@@ -277,7 +294,8 @@ def page_or_nothing(stage: Stage) -> str:
 
 def replace(path: Path, old: str, new: str) -> None:
     text = path.read_text()
-    expect(old in text, f"{path.name} contains {old!r}")
+    if old not in text:
+        raise NotSeen(f"{old!r} in {path.name}")
     path.write_text(text.replace(old, new))
 
 
@@ -291,13 +309,13 @@ def bold(text: str) -> str:
 
 def say(text: str) -> None:
     for line in text.rstrip().splitlines():
-        print(f"     {line}", flush=True)
+        print((INDENT + line).rstrip(), flush=True)
 
 
-def expect(seen: bool, what: str) -> None:
-    """Go on if it was seen, and say so; raise NotSeen if not."""
+def expect(seen: bool, what: str, why_not: Callable[[], str] = str) -> None:
+    """Go on if it was seen, and say so; raise NotSeen if not, with what explains it."""
     if not seen:
-        raise NotSeen(what)
+        raise NotSeen(f"{what} ({why_not()})" if why_not() else what)
     print(f"   ✓ {what}", flush=True)
 
 
@@ -367,9 +385,9 @@ def demonstrate(*, shared: bool) -> None:
 def keep() -> None:
     """Hold a copy of examples/state until Ctrl-C."""
     with staged(from_git=False) as stage:
-        write_busybox_tar(stage.home / "busybox.tar")
         stage.start_agent()
-        run("image", "import", str(stage.home / "busybox.tar"), "busybox:1", show=False)
+        stage.import_image(show=False)
+        shutil.copytree(STATE, stage.repository, dirs_exist_ok=True)
         stage.converge()
         run("status")
         print(f"\n{bold('The agent holds')} {stage.repository} and http://127.0.0.1:{stage.port}/ answers.")
