@@ -43,10 +43,17 @@ class _Gate:
 
 
 class Lanes:
-    """Calls work(action) in threads. Thread-safe."""
+    """Calls work(action) in threads, and over(action) once its subject is free again. Thread-safe."""
 
-    def __init__(self, work: Callable[[Action], None], *, starts: int | None = None, stages: int = 4) -> None:
-        self._work = work
+    def __init__(
+        self,
+        work: Callable[[Action], None],
+        over: Callable[[Action], None] = lambda action: None,
+        *,
+        starts: int | None = None,
+        stages: int = 4,
+    ) -> None:
+        self._work, self._over = work, over
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._subjects: set[str] = set()
@@ -110,6 +117,7 @@ class Lanes:
                 if not self._closed:
                     self._dispatch()
                 self._idle.notify_all()
+            self._over(action)
 
 
 def _class_of(action: Action) -> str:

@@ -76,7 +76,7 @@ class Node:
         self.wake: Callable[[str], None] = lambda what: None
         self._spec = Spec()
         self._revision = ""
-        self._lanes = Lanes(self._do, starts=starts)
+        self._lanes = Lanes(self._do, lambda action: self.wake(action.subject), starts=starts)
         self._exits = ExitWatch(lambda instance: self.wake(instance))
 
     def recover(self) -> None:
@@ -87,6 +87,8 @@ class Node:
         self.rig.runtime.prepare()
         self.rig.store.retry_now()
         for subject, intent in self.rig.store.intents().items():
+            for instance in [each for each in self.rig.store.instances.values() if each.key == subject]:
+                clear_up(self.rig, instance, intent["verb"])
             message = f"{intent['verb']} was cut short; it is finished or undone now"
             self.rig.store.event("interrupted", subject, message)
             self.rig.store.drop_intent(subject)
@@ -160,7 +162,6 @@ class Node:
             run = self.rig.run_of(detail["instance"])
             if run is not None:
                 self._exits.add(detail["instance"], run)
-        self.wake(action.subject)
 
     def _settle(self, outcome: Outcome) -> None:
         """Write down what came of an action, and tell of it."""
@@ -235,6 +236,21 @@ def perform(rig: Rig, action: Action, blobs: Mapping[str, bytes], revision: str)
         case _:
             raise AssertionError(f"nobody performs {action.verb}")
     return {}
+
+
+def clear_up(rig: Rig, instance: Instance, verb: str) -> None:
+    """Note on an instance, or undo, what no look at the host could tell of an action that a crash cut short.
+
+    The end of a process that was being stopped is our doing, whoever sees it; a process that was being started may
+    run without being known to; a file that was being rewritten may have its new content, told or not.
+    """
+    match verb, instance.phase:
+        case "StopInstance", "running":
+            rig.store.change_instance(instance.id, exit=Exit(None, asked=True))
+        case "StartInstance", "exited" | "lost":
+            rig.runtime.delete(instance.id, force=True)
+        case "UpdateInstance", "running":
+            rig.store.change_instance(instance.id, files=dict.fromkeys(instance.files, "unknown"))
 
 
 def remove_volume(rig: Rig, volume: str) -> None:

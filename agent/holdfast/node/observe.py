@@ -57,6 +57,7 @@ def observe(rig: Rig, watches: Watches, *, busy: frozenset[str] = frozenset(), d
         volumes={each.id: VolumeState(each.id, each.driver, each.data) for each in _volumes(things)},
         firewall=_firewall(rig, things),
         orphans=tuple(_orphans(rig, things, known)),
+        busy=busy,
     )
 
 
@@ -115,6 +116,8 @@ def _ended(rig: Rig, instance: Instance) -> Instance:
         ended = Exit(code=None, at=time.time())
     if rig.store.instances.get(instance.id) != instance:
         return instance  # somebody else has it in hand; the next look will tell
+    if instance.exit is not None and instance.exit.asked:  # a crash cut its stop short: see Node.recover
+        ended = replace(ended, asked=True)
     changed = rig.store.change_instance(instance.id, phase="exited", exit=ended, pid=None)
     tell_exit(rig, instance, ended)
     return changed

@@ -30,6 +30,8 @@ from holdfast.runtime.layers import find
 from holdfast.runtime.oci import OciRequest, granted_capabilities, oci_config
 from holdfast.spec.model import App, Container, Mount, Network
 
+HOST_NETNS = Path("/proc/1/ns/net")
+
 
 def start_instance(rig: Rig, action: StartInstance) -> Json:
     """Bring an instance up. Raises what the drivers and the runtime raise, after undoing a first start."""
@@ -108,7 +110,8 @@ def _lay_ground(rig: Rig, instance: Instance, app: App) -> Ground:
     base = rig.base(instance.image)
     rootfs = _rootfs(rig, instance, base)
     space = None if "host" in instance.want.networks else _keep(rig, netns.ensure(rig.host, instance.id))
-    addresses = dict(_endpoints(rig, instance, Path(space.data["path"]))) if space else {}
+    attached = _endpoints(rig, instance, Path(space.data["path"]) if space else HOST_NETNS)
+    addresses = {network: address for network, address in attached if address}
     mounts = tuple(_mount(rig, instance, app, mount, rootfs) for mount in instance.want.mounts)
     named = _write_names(rig, replace(instance, addresses=addresses))
     return Ground(base, rootfs, Path(space.data["path"]) if space else None, addresses, mounts, named)
@@ -128,9 +131,9 @@ def _rootfs(rig: Rig, instance: Instance, base: Base) -> Path:
 def _endpoints(rig: Rig, instance: Instance, space: Path) -> Iterator[tuple[str, str]]:
     """Attach to each network in turn; the first that leads out of the host has the default route."""
     routed = False
-    attached = [network for network in instance.want.networks if network not in BARE]
-    for index, network in enumerate(attached):
-        receipt = rig.store.receipt("network", network)
+    for index, network in enumerate(instance.want.networks):
+        bare = Receipt("network", network, network) if network in BARE else None
+        receipt = bare or rig.store.receipt("network", network)
         if receipt is None:
             raise TryAgain(f"attach '{instance.key}' to network '{network}': it does not stand")
         routes = not routed and not receipt.data.get("internal")
