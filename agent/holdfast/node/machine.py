@@ -22,7 +22,7 @@ from holdfast.node.start import start_instance
 from holdfast.node.stop import remove_instance, remove_orphan, stop_instance, sweep
 from holdfast.node.update import ensure_network, remove_network, update_instance, write_firewall, write_names
 from holdfast.node.watch import ExitWatch
-from holdfast.observed import Failure, Json, Observed, Receipt
+from holdfast.observed import Failure, Instance, Json, Observed, Receipt
 from holdfast.plan.actions import (
     Action,
     EnsureNetwork,
@@ -87,8 +87,9 @@ class Node:
         self.rig.runtime.prepare()
         self.rig.store.retry_now()
         for subject, intent in self.rig.store.intents().items():
-            for instance in [each for each in self.rig.store.instances.values() if each.key == subject]:
-                clear_up(self.rig, instance, intent["verb"])
+            for instance in self.rig.store.instances.values():
+                if intent["verb"] == "StartInstance" and instance.key == subject and instance.phase == "exited":
+                    undo_start(self.rig, instance)
             message = f"{intent['verb']} was cut short; it is finished or undone now"
             self.rig.store.event("interrupted", subject, message)
             self.rig.store.drop_intent(subject)
@@ -238,19 +239,12 @@ def perform(rig: Rig, action: Action, blobs: Mapping[str, bytes], revision: str)
     return {}
 
 
-def clear_up(rig: Rig, instance: Instance, verb: str) -> None:
-    """Note on an instance, or undo, what no look at the host could tell of an action that a crash cut short.
-
-    The end of a process that was being stopped is our doing, whoever sees it; a process that was being started may
-    run without being known to; a file that was being rewritten may have its new content, told or not.
-    """
-    match verb, instance.phase:
-        case "StopInstance", "running":
-            rig.store.change_instance(instance.id, exit=Exit(None, asked=True))
-        case "StartInstance", "exited" | "lost":
-            rig.runtime.delete(instance.id, force=True)
-        case "UpdateInstance", "running":
-            rig.store.change_instance(instance.id, files=dict.fromkeys(instance.files, "unknown"))
+def undo_start(rig: Rig, instance: Instance) -> None:
+    """End what a start that a crash cut short has left running, unknown to all: the record says that it ended."""
+    try:
+        rig.runtime.delete(instance.id, force=True)
+    except HoldfastError as error:  # the start that follows tries it again
+        rig.store.event("failed", instance.key, str(error), instance=instance.id)
 
 
 def remove_volume(rig: Rig, volume: str) -> None:

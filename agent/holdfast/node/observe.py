@@ -116,7 +116,7 @@ def _ended(rig: Rig, instance: Instance) -> Instance:
         ended = Exit(code=None, at=time.time())
     if rig.store.instances.get(instance.id) != instance:
         return instance  # somebody else has it in hand; the next look will tell
-    if instance.exit is not None and instance.exit.asked:  # a crash cut its stop short: see Node.recover
+    if instance.exit is not None and instance.exit.asked:  # its stop was cut short, or gave up waiting
         ended = replace(ended, asked=True)
     changed = rig.store.change_instance(instance.id, phase="exited", exit=ended, pid=None)
     tell_exit(rig, instance, ended)

@@ -26,6 +26,7 @@ def stop_instance(rig: Rig, action: StopInstance) -> Json:
         rig.store.change_instance(instance.id, phase="exited", pid=None, exit=Exit(None, at=time.time(), asked=True))
         return {}
     signal = action.signal or _image_signal(rig, instance)
+    rig.store.change_instance(instance.id, exit=Exit(None, asked=True))  # whoever sees the end, it is our doing
     rig.runtime.kill(instance.id, signal)
     ended = rig.runtime.wait_exit(instance.id, run, action.grace)
     killed = ended is None

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from holdfast.errors import TryAgain
 from holdfast.node.rig import Rig, network_of
 from holdfast.node.start import attach_again, cgroup_settings, content_of, network_want, write_hosts
-from holdfast.observed import Instance, Json, Receipt
+from holdfast.observed import Instance, InstanceId, Json, Receipt
 from holdfast.plan.actions import EnsureNetwork, RemoveNetwork, UpdateInstance, WriteFirewall, WriteNames
 from holdfast.plan.diff import mounted_files
 from holdfast.runtime import cgroup, netns
@@ -66,9 +66,16 @@ def _refresh_files(rig: Rig, instance: Instance, action: UpdateInstance) -> None
             receipt = rig.store.receipt("volume", f"{instance.id}:{mount.target}")
             content = content_of(rig, app, mount)
             if receipt is not None and content is not None:
+                _doubt(rig, instance.id, mount.target)
                 rig.plugins.driver("mount", "file").refresh(receipt, content)
     for signal in dict.fromkeys(effect.split()[-1] for effect in changed.values() if effect.startswith("signal ")):
         rig.runtime.kill(instance.id, signal)
+
+
+def _doubt(rig: Rig, id: InstanceId, target: str) -> None:
+    """Note that what is mounted there may be neither old nor new, until the record says again which it is."""
+    files = {**rig.store.instances[id].files, target: "in doubt"}
+    rig.store.change_instance(id, files=files)
 
 
 # -- networks ------------------------------------------------------------------------------------------------
