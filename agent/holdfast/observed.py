@@ -148,7 +148,8 @@ class Observed:
     """The host as it was read at `at`.
 
     firewall: what the table holds; None when it is not there or was altered.
-    orphans: what bears the agent's name and has no receipt.
+    orphans: what bears the agent's name and has no receipt. busy: subjects that were being worked on meanwhile, of
+    which this therefore says nothing certain.
     """
 
     at: float = 0.0
@@ -157,6 +158,7 @@ class Observed:
     volumes: Mapping[str, VolumeState] = field(default_factory=dict)
     firewall: FirewallWant | None = None
     orphans: tuple[Receipt, ...] = ()
+    busy: frozenset[str] = frozenset()
 
 
 GenerationState = Literal["staged", "active", "good"]

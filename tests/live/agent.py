@@ -105,6 +105,15 @@ class LiveAgent:
         assert instance["pid"], f"{container} does not run: {instance}"
         return int(instance["pid"])
 
+    def exec(self, container: str, *command: str) -> str:
+        """What a command prints inside a container; raise AssertionError unless it exits 0."""
+        return self.cli("exec", container, *command).stdout
+
+    def events(self) -> list[Status]:
+        """Everything that happened so far, oldest first."""
+        lines = self.cli("events", "--json", "--tail", "1000").stdout.splitlines()
+        return [json.loads(line) for line in lines]
+
     def sync(self) -> None:
         """Have the agent read its source and compare, now."""
         self.cli("sync")

@@ -97,6 +97,14 @@ def test_a_planned_start_makes_an_app_change_and_its_container_start() -> None:
     assert not found.converged
 
 
+@pytest.mark.parametrize("subject", ["shop/web", "shop", "volume shop/data", "firewall"])
+def test_a_node_whose_action_is_still_under_way_is_not_converged(subject: str) -> None:
+    for busy in (frozenset({subject}), frozenset[str]()):
+        seen = Observed(at=NOW, instances=shop(), busy=busy)
+        found = make_status(spec=spec(SHOP), observed=seen, history=history(good(SHOP)), plan=Plan(), source=SOURCE)
+        assert found.converged == (not busy), found.blockers
+
+
 def test_a_container_in_back_off_degrades_its_app_and_says_when_it_is_tried_again() -> None:
     web, api = shop(**ended(1), streak=4)
     web = replace(web, started_at=NOW - 2)

@@ -7,7 +7,7 @@ The daemon makes one at the end of each pass; `api` and `cli` hand its JSON on. 
     invalid      its state file does not load                                           its last good generation stays
     failed       what is asked for now can't be staged: an image, a driver, a file      what ran before runs on
     degraded     a container that should run does not, or something of it is missing    it is restarted, or given up
-    changing     the plan has actions for it                                            they are carried out
+    changing     the plan has actions for it, or one is under way                        they are carried out
     waiting      it waits for another app, a dependency or a moment                     it goes on when that comes
     held         a person stopped a container of it by hand                             `holdfast release` ends that
     converged    none of these                                                          nothing
@@ -24,7 +24,7 @@ The daemon makes one at the end of each pass; `api` and `cli` hand its JSON on. 
     missing           it should be there, and nothing is being done about it
 
 The first row of the first table that is true is the app's state. The node is converged when every app is, the plan
-is empty, nothing waits and no state file has a problem. An unreachable source is shown, and changes nothing of that.
+is empty, nothing is under way or waits, and no state file has a problem. An unreachable source is shown, and changes nothing of that.
 """
 
 from __future__ import annotations
@@ -130,8 +130,11 @@ def make_status(
     failed, each with name and error. agent: version, pid and the like.
     """
     there = _by_app(observed)
-    apps = {name: _app(name, spec, there.get(name, {}), history, plan) for name in _names(spec, there, history)}
-    blockers = tuple(_blockers(spec, source, apps, plan))
+    apps = {
+        name: _app(name, spec, there.get(name, {}), history, plan, observed.busy)
+        for name in _names(spec, there, history)
+    }
+    blockers = tuple(_blockers(spec, source, apps, plan, observed.busy))
     return Status(
         node=node,
         at=observed.at,
@@ -172,7 +175,9 @@ def _names(spec: Spec | None, there: Iterable[str], history: History) -> list[st
     return sorted(names)
 
 
-def _blockers(spec: Spec | None, source: Json, apps: Mapping[str, AppStatus], plan: Plan) -> Iterator[str]:
+def _blockers(
+    spec: Spec | None, source: Json, apps: Mapping[str, AppStatus], plan: Plan, busy: frozenset[str]
+) -> Iterator[str]:
     if spec is None:
         yield f"no revision was read yet: {source.get('error') or 'the source was not asked so far'}"
     else:
@@ -188,10 +193,19 @@ def _blockers(spec: Spec | None, source: Json, apps: Mapping[str, AppStatus], pl
     for action in plan.actions:
         if action.app not in apps:
             yield f"{action.subject}: {action.reason}"
+    known = {action.subject for action in plan.actions} | plan.waiting.keys()
+    for subject in sorted(busy - known):
+        if app_of(subject) not in apps:
+            yield f"{subject} is being worked on"
 
 
 def _app(
-    name: str, spec: Spec | None, there: Mapping[str, list[Instance]], history: History, plan: Plan
+    name: str,
+    spec: Spec | None,
+    there: Mapping[str, list[Instance]],
+    history: History,
+    plan: Plan,
+    busy: frozenset[str],
 ) -> AppStatus:
     generations = history.generations.get(name, ())
     wanted = spec.apps.get(name) if spec else None
@@ -200,7 +214,7 @@ def _app(
         container: _container(f"{name}/{container}", shown, there.get(container, []), history, plan)
         for container in _containers(shown, there)
     }
-    state, reason = _app_state(name, spec, containers, history, plan)
+    state, reason = _app_state(name, spec, containers, history, plan, busy)
     current = _current(generations)
     return AppStatus(
         state=state,
@@ -228,6 +242,7 @@ def _app_state(
     containers: Mapping[str, ContainerStatus],
     history: History,
     plan: Plan,
+    busy: frozenset[str],
 ) -> tuple[AppState, str]:
     broken = name in spec.broken.values() if spec else False
     wanted = spec.apps.get(name) if spec else None
@@ -247,6 +262,8 @@ def _app_state(
             return "degraded", f"{container}: {faults[0]}"
     if actions:
         return "changing", next((a.reason for a in actions if not isinstance(a, MarkGood)), actions[0].reason)
+    if in_hand := sorted(subject for subject in busy if app_of(subject) == name):
+        return "changing", f"{in_hand[0]} is being worked on"
     if waiting:
         return "waiting", waiting[0]
     if stopped := [container for container, status in containers.items() if status.state == "stopped"]:
