@@ -1,0 +1,137 @@
+"""What was altered by hand is found and put right, with the reason in the event log."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from footprint import links, netns, tables
+from holdfast.runtime.binaries import find_runtime
+from holdfast_plugins.network.bridge import NETWORK
+from live.agent import LiveAgent
+from live.test_converge import memory_limit
+
+pytestmark = pytest.mark.live
+
+WEB = """
+[containers.web]
+image = "busybox:1"
+init = true
+command = "sleep 1000"
+ports = ["127.0.0.1:{port}:80"]
+restart = "always"
+resources.memory = "64MiB"
+[containers.other]
+image = "busybox:1"
+init = true
+command = "sleep 1000"
+"""
+
+
+def run(*command: str | Path) -> None:
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def reasons(agent: LiveAgent, since: int) -> str:
+    return "\n".join(event["message"] for event in agent.events() if event["seq"] > since)
+
+
+@pytest.fixture
+def shop(agent: LiveAgent, free_port: Callable[[], int]) -> LiveAgent:
+    agent.write("shop.toml", WEB.format(port=free_port()))
+    agent.converge()
+    return agent
+
+
+def pinged(agent: LiveAgent) -> bool:
+    """Whether the containers reach each other by name."""
+    return agent.cli("exec", "shop/web", "ping", "-c", "1", "-W", "1", "other", check=False).returncode == 0
+
+
+def test_what_can_be_mended_under_a_running_container_is(shop: LiveAgent) -> None:
+    pid = shop.pid("shop/web")
+    assert pinged(shop)
+
+    mark = shop.events()[-1]["seq"]
+    for family, table in tables(shop.host):
+        run("nft", "delete", "table", family, table)
+    shop.converge()
+    assert tables(shop.host)
+    assert "the table is not there or was altered" in reasons(shop, mark)
+
+    mark = shop.events()[-1]["seq"]
+    version_1 = Path(f"/sys/fs/cgroup/memory/{shop.host.name}").is_dir()
+    (limit,) = Path("/sys/fs/cgroup/memory" if version_1 else "/sys/fs/cgroup").glob(
+        f"{shop.host.name}/{shop.instances('shop/web')[0]['id']}/memory.{'limit_in_bytes' if version_1 else 'max'}"
+    )
+    limit.write_text(str(48 << 20))
+    shop.converge()
+    assert memory_limit(pid) == 64 << 20
+    assert "was altered" in reasons(shop, mark)
+
+    mark = shop.events()[-1]["seq"]
+    (space,) = [path for path in netns(shop.host) if shop.instances("shop/web")[0]["id"] in path.name]
+    run("umount", space)
+    space.unlink()
+    shop.converge()
+    assert space.exists()
+    assert "its network namespace was unbound" in reasons(shop, mark)
+
+    mark = shop.events()[-1]["seq"]
+    for link in links(shop.host):
+        if (link / "brport").exists():
+            run("ip", "link", "delete", link.name)
+    shop.converge()
+    assert "its link to network bridge was removed or altered" in reasons(shop, mark)
+    assert pinged(shop)
+
+    mark = shop.events()[-1]["seq"]
+    (bridge,) = [link for link in links(shop.host) if (link / "bridge").exists()]
+    run("ip", "link", "delete", bridge.name)
+    shop.converge()
+    assert "its bridge was removed or altered" in reasons(shop, mark)
+    assert pinged(shop)
+    assert shop.pid("shop/web") == pid
+
+
+def test_what_only_a_new_start_mends_is_started_anew(shop: LiveAgent) -> None:
+    other, instance = shop.pid("shop/other"), shop.instances("shop/web")[0]
+    root = f"{shop.host.run_root}/runtime"
+    program = str(find_runtime("auto").path)
+
+    mark = shop.events()[-1]["seq"]
+    states = [path.parent for path in shop.host.run_root.rglob("state.json")]
+    assert states, root
+    run(program, "--root", states[0].parent, "kill", instance["id"], "KILL")
+    shop.wait(
+        lambda: shop.instances("shop/web")[0]["pid"] not in (None, instance["pid"]), "it runs again", timeout=30
+    )
+    assert "killed" in reasons(shop, mark) or "signal" in reasons(shop, mark)
+
+    pid = shop.pid("shop/web")
+    run(program, "--root", states[0].parent, "delete", "--force", instance["id"])
+    shop.wait(lambda: shop.instances("shop/web")[0]["pid"] not in (None, pid), "it runs again", timeout=30)
+
+    mark, pid = shop.events()[-1]["seq"], shop.pid("shop/web")
+    mount = Path(shop.host.run_root) / "instances" / instance["id"] / "rootfs"
+    assert os.path.ismount(mount)
+    run("umount", "--lazy", mount)
+    shop.converge()
+    assert shop.pid("shop/web") != pid
+    assert "its root file system is not mounted any more" in reasons(shop, mark)
+    assert shop.exec("shop/web", "cat", "/etc/hostname").strip() == "web"
+    assert shop.pid("shop/other") == other
+
+
+def test_a_stray_of_our_name_is_taken_away(agent: LiveAgent) -> None:
+    run("ip", "link", "add", agent.host.link("bridge", "gone/net"), "type", "bridge")
+    run("ip", "link", "set", agent.host.link("bridge", "gone/net"), "alias", f"{NETWORK}gone/net")
+    run("ip", "netns", "add", f"{agent.host.name}-0123456789ab")
+    agent.converge()
+    assert links(agent.host) == []
+    assert netns(agent.host) == []
+    assert "bears our name and belongs to nothing" in reasons(agent, 0)
