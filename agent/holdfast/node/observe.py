@@ -50,13 +50,14 @@ def observe(rig: Rig, watches: Watches, *, busy: frozenset[str] = frozenset(), d
         for instance in instances
     )
     known = {instance.id for instance in instances}
+    firewall = _firewall(rig, things)
     return Observed(
         at=at,
         instances=tuple(each for each in seen if each.id in rig.store.instances),
         networks=_networks(rig, things),
         volumes={each.id: VolumeState(each.id, each.driver, each.data) for each in _volumes(things)},
-        firewall=_firewall(rig, things),
-        orphans=tuple(_orphans(rig, things, known)),
+        firewall=firewall,
+        orphans=(*_orphans(rig, things, known), *(() if firewall else _tables(things))),
         busy=busy,
     )
 
@@ -187,8 +188,14 @@ def _firewall(rig: Rig, things: Things) -> FirewallWant | None:
     )
 
 
+def _tables(things: Things) -> Iterator[Receipt]:
+    return (thing for (kind, _), thing in things.items() if kind == "firewall")
+
+
 def _orphans(rig: Rig, things: Things, known: set[InstanceId]) -> Iterator[Receipt]:
-    """What nobody has a receipt for, nor an instance that is being made. Volumes are data, and never orphans."""
+    """What nobody has a receipt for, nor an instance that is being made. Volumes are data, and never orphans; a table
+    is one when it is not as we wrote it last.
+    """
     for (kind, id), thing in things.items():
         if kind in ("volume", "firewall") or rig.store.receipt(kind, id) is not None:
             continue

@@ -99,11 +99,12 @@ def remove_thing(rig: Rig, receipt: Receipt) -> None:
 
 
 def remove_orphan(rig: Rig, receipt: Receipt) -> None:
-    """Remove what nobody has a receipt for, unless somebody has one by now."""
-    if rig.store.receipt(receipt.kind, receipt.id) or InstanceId(receipt.owner) in rig.store.instances:
+    """Remove what nobody has a receipt for, unless somebody has one by now; a table is known by its content alone."""
+    known = rig.store.receipt(receipt.kind, receipt.id) or InstanceId(receipt.owner) in rig.store.instances
+    if known and receipt.kind != "firewall":
         return
     remove_thing(rig, receipt)
-    if receipt.owner:
+    if receipt.kind == "rootfs":  # nothing is mounted in its run folder any more
         shutil.rmtree(rig.host.instance(receipt.owner), ignore_errors=True)
 
 

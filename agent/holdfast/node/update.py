@@ -110,8 +110,10 @@ def write_firewall(rig: Rig, action: WriteFirewall) -> Json:
     """Replace the table, or take it away when it has nothing to say; remember what it says."""
     driver = rig.plugins.driver("firewall", rig.firewall)
     if action.want.empty:
-        driver.remove(Receipt("firewall", rig.firewall, rig.host.name))
+        receipt = Receipt("firewall", rig.firewall, rig.host.name)
+        driver.remove(receipt)
         rig.store.put_fact("firewall", None)
+        rig.store.drop_receipt(receipt)
         return {}
     receipt = driver.ensure(action.want)
     rig.store.put_fact("firewall", asdict(action.want))

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from holdfast.observed import Failure, FirewallWant, Generation, History, Hold, Instance, Observed
+from holdfast.observed import Failure, FirewallWant, Generation, History, Hold, Instance, Observed, Receipt
 from holdfast.plan.actions import (
     Action,
     Change,
@@ -451,6 +451,8 @@ def _missing_network(want: Container, desk: _Desk, instance: Instance | None = N
             return f"waits for network {network}"
         if _outdated_network(network, desk) and (instance is None or network not in instance.want.networks):
             return f"waits for network {network} to be made anew"
+        if desk.observed.networks[network].faults:
+            return f"waits for network {network} to be mended"
     return ""
 
 
@@ -514,16 +516,28 @@ def _owner(network: str) -> str:
 
 
 def _orphans(desk: _Desk) -> None:
-    """First of all, so that a network that was left half made goes before it is made again."""
+    """First of all, so that a network that was left half made goes before it is made again. A table that was left is
+    another matter: it is overwritten as long as there is anything to write (see `_derived`)."""
     for orphan in desk.observed.orphans:
-        reason = f"{orphan.kind} {orphan.id} bears our name and belongs to nothing"
-        desk.offer(RemoveOrphan(app="", receipt=orphan, reason=reason))
+        if orphan.kind != "firewall":
+            _remove_orphan(orphan, desk)
+
+
+def _remove_orphan(orphan: Receipt, desk: _Desk) -> None:
+    desk.offer(
+        RemoveOrphan(
+            app="", receipt=orphan, reason=f"{orphan.kind} {orphan.id} bears our name and belongs to nothing"
+        )
+    )
 
 
 def _derived(desk: _Desk) -> None:
     want = firewall_want(desk.observed, lambda instance: _published(instance, desk))
     if want != desk.observed.firewall and not (want.empty and desk.observed.firewall is None):
         desk.offer(WriteFirewall(app="", want=want, reason=_firewall_reason(want, desk.observed)))
+    for orphan in desk.observed.orphans:
+        if orphan.kind == "firewall" and want.empty:
+            _remove_orphan(orphan, desk)
     known = pages(desk.observed.instances)
     stale = {
         each.id: names
