@@ -21,8 +21,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +50,7 @@ from holdfast.store import Store
 REST = 2.0  # after a long pass, rest that many times as long: in a burst, passes get a third of a core at most
 SHORT, LONGEST_REST = 0.005, 0.1  # seconds: a pass that takes no longer needs no rest; nobody waits longer than that
 HOUSEKEEPING = 10.0  # seconds between looks at the size of logs
+FOLLOWERS = 64  # answers at a time; each that follows a log takes one
 FIXED = ("name", "root", "run_root", "runtime", "socket", "group", "pool", "firewall", "start_concurrency")
 
 log = structlog.get_logger("holdfast")
@@ -184,11 +187,13 @@ class Daemon(Answers):
         self._reconciler = Reconciler(node, make_source(config.state, config.root, debounce=config.debounce), config)
         self._last: Pass | None = None
         self._begun = self._done = 0  # passes
+        self._passer = ThreadPoolExecutor(1, "pass")  # of its own: answers that block must not hold up a pass
         self._deep = True
 
     async def serve(self) -> int:
         """Make passes until told to end."""
         self._loop = asyncio.get_running_loop()
+        self._loop.set_default_executor(ThreadPoolExecutor(FOLLOWERS, "answer"))
         self._slot, self._stop, self._change = asyncio.Event(), asyncio.Event(), asyncio.Condition()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._end)
@@ -228,7 +233,7 @@ class Daemon(Answers):
         self._begun += 1
         number, deep, self._deep = self._begun, self._deep, False
         try:
-            made = await asyncio.to_thread(self._reconciler.run, deep=deep)
+            made = await self._loop.run_in_executor(self._passer, partial(self._reconciler.run, deep=deep))
         except Exception as error:
             log.exception("pass failed")
             self.rig.store.event("failed", "node", f"a pass failed: {type(error).__name__}: {error}")
