@@ -39,6 +39,7 @@ IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 STEPS = itertools.count(1)
 COLOUR = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 INDENT = " " * 5
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 os.environ["COLUMNS"] = str(
     min(shutil.get_terminal_size().columns, 100) - len(INDENT)
@@ -364,7 +365,8 @@ def staged(*, from_git: bool) -> Iterator[Stage]:
             sweep(stage.host)  # what a demo that was killed may have left
             yield stage
         finally:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            for ending in ENDINGS:  # whoever is impatient now would keep the host from being as it was
+                signal.signal(ending, signal.SIG_IGN)
             stage.clear()
             if IP_FORWARD.read_text() != forwarding:
                 IP_FORWARD.write_text(forwarding)
@@ -413,7 +415,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if os.geteuid() != 0:
         raise SystemExit("demo: must be root (it makes namespaces, mounts and links)")
-    signal.signal(signal.SIGTERM, interrupt)
+    for ending in ENDINGS:
+        signal.signal(ending, interrupt)
     try:
         keep() if arguments.keep else demonstrate(shared=arguments.shared)
     except KeyboardInterrupt:

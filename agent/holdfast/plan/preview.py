@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from holdfast.observed import Exit, Generation, History, Instance, InstanceId, NetworkState, Observed
 from holdfast.plan.actions import (
@@ -28,8 +28,9 @@ from holdfast.plan.actions import (
     WriteNames,
 )
 from holdfast.plan.decide import decide
+from holdfast.plan.derived import names_of, pages
 from holdfast.plan.diff import mounted_files
-from holdfast.spec.model import App, Container, Spec
+from holdfast.spec.model import App, Container, Network, Spec
 
 ROUNDS = 1000
 T = TypeVar("T")
@@ -65,13 +66,18 @@ def expect(world: World, action: Action, now: float) -> World:
         case StageGeneration(spec=app):
             return World(observed, _staged(history, app, now))
         case EnsureNetwork(network=network, spec=spec):
-            state = NetworkState(network, spec.driver, spec.digest, {})
+            known = observed.networks.get(network)
+            state = NetworkState(
+                network, spec.driver, spec.digest, known.data if known else _guessed_link(network, spec)
+            )
             return World(replace(observed, networks={**observed.networks, network: state}), history)
         case RemoveNetwork(network=network):
             return World(replace(observed, networks=_without(observed.networks, network)), history)
         case StartInstance():
             instance, active = _started(world, action, now)
             others = tuple(each for each in observed.instances if each.id != instance.id)
+            told = names_of(instance, pages((*others, instance)))
+            instance = replace(instance, names=told.digest)
             return World(replace(observed, instances=(*others, instance)), _marked(history, active, "active"))
         case StopInstance(instance=id):
             ended = Exit(code=0, at=now, asked=True)
@@ -158,10 +164,25 @@ def _started(world: World, action: StartInstance, now: float) -> tuple[Instance,
         exit=Exit(code=0, at=now) if ends else None,
         restarts=known.restarts + 1 if known else 0,
         streak=action.streak,
-        addresses=known.addresses if known else {},
-        names=known.names if known else "",
+        addresses=known.addresses if known else _guessed_addresses(world.observed, action, want),
     )
     return instance, generation
+
+
+def _guessed_link(network: str, spec: Network) -> dict[str, Any]:
+    """What the driver will say of a network: a bridge has a link and a subnet; of others nothing is known."""
+    if spec.driver != "bridge":
+        return {}
+    return {"interface": f"of {network}", "subnet": spec.subnet or f"of {network}", "internal": spec.internal}
+
+
+def _guessed_addresses(observed: Observed, action: StartInstance, want: Container) -> dict[str, str]:
+    """An address on every network that gives some: which one, only the start will tell."""
+    return {
+        network: f"of {action.app}/{action.container}"
+        for network in want.networks
+        if (state := observed.networks.get(network)) and state.data.get("subnet")
+    }
 
 
 def _is_job(app: App, name: str, want: Container) -> bool:

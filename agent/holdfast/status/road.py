@@ -82,6 +82,8 @@ def _extend(step: Step, action: Action, number: int) -> None:
     step.verb = _merged(step, action) if step.actions else verb
     step.object = name
     step.round = number
+    if isinstance(action, WriteFirewall | WriteNames):
+        step.reason = action.reason  # it is the last one that stays
     step.actions.append(action.verb)
     if isinstance(action, UpdateInstance):
         step.changes.extend(f"{change} ({_effect(change.effect)})" for change in action.changes)
