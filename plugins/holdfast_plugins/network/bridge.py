@@ -19,6 +19,7 @@ from pathlib import Path
 from holdfast.drivers import EndpointWant, Host, NetworkWant
 from holdfast.errors import Conflict, HoldfastError, NotPermitted, TryAgain, UnfitHost, WrongState
 from holdfast.observed import Receipt
+from holdfast_plugins.network import messages
 from holdfast_plugins.network.addresses import Ledger, first_free, parse_address, parse_subnet
 from holdfast_plugins.network.netlink import Link, Sockets, open_in
 
@@ -134,7 +135,6 @@ class BridgeNetwork:
     def _bring_up(
         self, id: str, link: Link | None, name: str, subnet: IPv4Network, gateway: IPv4Address, mtu: int
     ) -> None:
-        from holdfast_plugins.network import messages
 
         host = _sockets.host
         if link is None:
@@ -209,7 +209,6 @@ class BridgeEndpoint:
 
     def _join(self, want: EndpointWant, name: str, mac: str) -> None:
         """Have the pair, its end on the host up and attached to the bridge."""
-        from holdfast_plugins.network import messages
 
         id = f"{want.instance}/{want.network.id}"
         bridge = _sockets.host.link(want.network.data["interface"])
@@ -233,7 +232,6 @@ class BridgeEndpoint:
         self, want: EndpointWant, name: str, mac: str, address: str, subnet: IPv4Network, gateway: str
     ) -> None:
         """Have address and route inside the namespace; a pair whose inner end is elsewhere is made anew."""
-        from holdfast_plugins.network import messages
 
         with open_in(want.netns) as inside:
             link = inside.link(want.interface)

@@ -1,6 +1,7 @@
 """What is asked of rtnetlink(7), as bytes: encoded by pyroute2, sent by `netlink`.
 
-pyroute2 takes 0.1 s to import, so drivers import this module when they first act, not when they are found.
+pyroute2 takes 0.1 s to import. The agent pays that when it starts, so that its first container need not; commands
+that talk to a running agent load no drivers.
 """
 
 from __future__ import annotations
