@@ -23,7 +23,6 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -249,11 +248,10 @@ class Store:
                 del self._failures[subject]
 
     def retry_now(self) -> None:
-        """Let everything that waits for its next try be tried at once."""
+        """Let everything that failed be tried at once, also what waits for a change: the host may be another now."""
         with self._lock:
             for subject, failure in list(self._failures.items()):
-                if failure.retry_at is not None:
-                    self.put_failure(subject, replace(failure, retry_at=0.0))
+                self.put_failure(subject, replace(failure, retry_at=0.0))
 
     def put_intent(self, subject: str, intent: Mapping[str, Any]) -> None:
         """Write down what is about to be done."""
@@ -343,12 +341,24 @@ def _open(path: Path) -> sqlite3.Connection:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            with closing(db.cursor()) as cursor:
-                cursor.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
-        elif version != VERSION:
+        if _version(db) == 0:
+            _make_tables(db)
+        if (version := _version(db)) != VERSION:
             raise UnfitHost(f"open store '{path}': it is of version {version} (this holdfast writes {VERSION})")
     except (sqlite3.Error, OSError) as error:
         raise UnfitHost(f"open store '{path}': {error}") from error
     return db
+
+
+def _version(db: sqlite3.Connection) -> int:
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _make_tables(db: sqlite3.Connection) -> None:
+    """Make the tables, unless another process (a command beside the first agent) has just done so."""
+    db.execute("BEGIN IMMEDIATE")
+    if _version(db) == 0:
+        for statement in SCHEMA.strip().split(";"):
+            db.execute(statement)
+        db.execute(f"PRAGMA user_version = {VERSION}")
+    db.execute("COMMIT")

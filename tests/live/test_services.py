@@ -1,0 +1,62 @@
+"""State files as people write them for real services: what such files use together, on one agent."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from live.agent import LiveAgent
+
+pytestmark = pytest.mark.live
+
+SLEEPER = """
+image = "busybox:1"
+init = true
+command = "sleep 1000"
+"""
+
+
+def give_program(root: Path) -> None:
+    """Put right what the image lacks."""
+    program = root / "bin/serve"
+    program.write_text("#!/bin/sh\nexec sleep 1000\n")
+    program.chmod(0o755)
+
+
+def test_sysctls_of_a_network_of_its_own_are_set(agent: LiveAgent) -> None:
+    agent.write(
+        "shop.toml",
+        f'[containers.web]{SLEEPER}networks = ["none"]\nsysctls = {{ "net.core.somaxconn" = 1025 }}',
+    )
+    agent.converge()
+    assert agent.exec("shop/web", "cat", "/proc/sys/net/core/somaxconn").strip() == "1025"
+
+
+def test_a_state_that_could_not_be_is_tried_again_when_asked_to(agent: LiveAgent, tmp_path: Path) -> None:
+    root = tmp_path / "rootfs"
+    shutil.copytree(agent.rootfs.path, root, symlinks=True)
+    agent.write(
+        "shop.toml",
+        f'[containers.web]\nrootfs = "{root}"\ncommand = "/bin/serve 1000"\nnetworks = ["none"]\ninit = true',
+    )
+    agent.sync()
+    agent.wait_until(lambda status: status["apps"].get("shop", {}).get("state") == "failed")
+    give_program(root)
+    agent.converge()
+
+
+def test_a_state_that_could_not_be_is_tried_again_by_the_next_agent(agent: LiveAgent, tmp_path: Path) -> None:
+    root = tmp_path / "rootfs"
+    shutil.copytree(agent.rootfs.path, root, symlinks=True)
+    agent.write(
+        "shop.toml",
+        f'[containers.web]\nrootfs = "{root}"\ncommand = "/bin/serve 1000"\nnetworks = ["none"]\ninit = true',
+    )
+    agent.sync()
+    agent.wait_until(lambda status: status["apps"].get("shop", {}).get("state") == "failed")
+    agent.stop()
+    give_program(root)
+    agent.start()
+    agent.wait_until(lambda status: bool(status["converged"]))
