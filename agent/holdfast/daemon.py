@@ -86,7 +86,7 @@ def apply_once(config: Config, timeout: float) -> Json:
             made = reconciler.run(deep=True)
             left = deadline - time.monotonic()
             until = made.plan.wake_at - time.time() if made.plan.wake_at is not None else left
-            at_rest = made.plan.empty and not node.busy
+            at_rest = made.plan.empty and not made.observed.busy and not node.busy
             if left <= 0 or (at_rest and (made.status.converged or until >= left)):
                 return made.status.json()
             slot.wait(max(min(until, left), 0.001))
