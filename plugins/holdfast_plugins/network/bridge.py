@@ -283,7 +283,7 @@ def _abandon(link: Link, id: str) -> None:
     try:
         _sockets.host.request(*wanted)
     except OSError as error:
-        if error.errno != errno.ENODEV:
+        if error.errno not in (errno.ENODEV, errno.ENETDOWN):  # gone, or down, which is off, too
             raise _explained(error, f"detach '{id}'") from error
 
 
