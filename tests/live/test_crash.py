@@ -1,0 +1,358 @@
+"""The agent is killed at every boundary of every kind of action, and the next one finishes or undoes what was begun.
+
+After each kill: what ran before runs on untouched, another agent converges, the host has exactly what is wanted, each
+thing once, and the volume has its data. A bystander app runs through all of it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from footprint import leftovers
+from ground import Rootfs
+from holdfast.drivers import Host
+from holdfast.store import Store
+from live.agent import LiveAgent
+from live.census import await_census, expected_census, stored_instances
+from live.crashing_agent import PASS, Boundary, CrashingAgent, Run
+
+pytestmark = pytest.mark.live
+
+CALM = """
+[containers.calm]
+image = "busybox:1"
+command = ["sh", "-c", "trap 'exit 0' TERM; sleep 10000 & wait"]
+"""
+SHOP = """
+[containers.api]
+image = "busybox:1"
+command = ["sh", "-c", "trap 'exit 0' TERM; sleep 10000 & wait"]
+networks = ["front"]
+
+[containers.web]
+image = "busybox:1"
+command = ["sh", "-c", '''
+trap 'exit 0' TERM
+trap 'echo hup >> /data/hups' HUP
+echo up >> /data/log
+httpd -p 80 -h /data
+while :; do sleep 10000 & wait $!; done
+''']
+environment = {{ LOOK = "{look}" }}
+networks = ["front"]
+ports = ["127.0.0.1:{port}:80"]
+depends_on = {{ api = "started" }}
+restart_policy = {{ policy = "on-failure", delay = "1ms", factor = 1.0 }}
+
+[containers.web.resources]
+memory = "{memory}MiB"
+
+[[containers.web.volumes]]
+type = "volume"
+source = "data"
+target = "/data"
+
+[[containers.web.volumes]]
+type = "volume"
+source = "scratch"
+target = "/scratch"
+
+[[containers.web.volumes]]
+type = "file"
+source = "./web.conf"
+target = "/etc/web.conf"
+on_change = "SIGHUP"
+
+[networks.front]
+
+[volumes.data]
+
+[volumes.scratch]
+on_remove = "delete"
+"""
+
+
+class World:
+    """An agent's host with the bystander running, and the app `shop` there or not."""
+
+    def __init__(self, agent: LiveAgent, port: int) -> None:
+        self.agent, self.host, self.port = agent, agent.host, port
+        self.crashing = CrashingAgent(agent.config)
+        self.turn = self.look = 0
+        agent.image("busybox:1")
+        agent.write("calm.toml", CALM)
+        self.settle()
+        self.calm = self.runs()["calm/calm"]
+
+    @property
+    def memory(self) -> int:
+        """The memory limit that is asked for, in MiB."""
+        return 64 + self.turn
+
+    def put_shop(self) -> None:
+        """Ask for the shop as it is to look in this turn."""
+        self.agent.write("web.conf", f"turn {self.turn}")
+        self.agent.write("shop.toml", SHOP.format(look=self.look, port=self.port, memory=self.memory))
+
+    def remove_shop(self) -> None:
+        self.agent.remove("shop.toml")
+
+    def settle(self, kill: Boundary | None = None) -> Run:
+        """Let an agent converge, or be killed on the way."""
+        run = self.crashing.run(kill)
+        assert run.killed or run.status["converged"], run.status
+        return run
+
+    def runs(self) -> dict[str, tuple[int, float]]:
+        """Container → the pid and the start of what runs, as the store has it, if it is really there."""
+        store = Store(self.host.root / "state.db")
+        try:
+            found = {}
+            for id, instance in store.instances.items():
+                receipt = store.receipt("run", id)
+                if instance.phase == "running" and receipt and Path(f"/proc/{receipt.data['run']['pid']}").exists():
+                    found[instance.key] = (int(receipt.data["run"]["pid"]), instance.started_at or 0.0)
+            return found
+        finally:
+            store.close()
+
+    def pid(self, container: str) -> int:
+        return self.runs()[container][0]
+
+    @property
+    def data(self) -> Path:
+        return self.host.root / "volumes/shop/data/_data"
+
+    def check(self, *, shop: bool) -> None:
+        """Everything that is wanted is there once, and nothing else; the bystander was never touched."""
+        instances = stored_instances(self.host)
+        wanted = ["calm/calm", "shop/api", "shop/web"] if shop else ["calm/calm"]
+        assert sorted(each.key for each in instances.values()) == wanted
+        assert {each.phase for each in instances.values()} == {"running"}
+        expected = expected_census(instances, networks=len({n for i in instances.values() for n in i.want.networks}))
+        assert await_census(self.host, expected) == expected
+        assert self.runs()["calm/calm"] == self.calm
+        self._check_memory(shop=shop)
+        if shop:
+            self._check_service()
+
+    def _check_memory(self, *, shop: bool) -> None:
+        store = Store(self.host.root / "state.db")
+        try:
+            assert store.intents() == {}
+            assert store.history().failures == {}
+            owners = {
+                receipt.owner for id in ("rootfs", "netns", "run", "endpoint") for receipt in store.receipts(id)
+            }
+            assert owners == set(store.instances)
+            assert {each.id for each in store.receipts("network")} == {"bridge", *(["shop/front"] if shop else [])}
+            assert sorted(store.history().generations) == ["calm", *(["shop"] if shop else [])]
+        finally:
+            store.close()
+        assert (self.host.root / "volumes/shop/scratch/_data").is_dir() == shop
+
+    def _check_service(self) -> None:
+        """What was written into the volume is served through the published port, from what is configured now."""
+        assert b"kept" in fetch(self.port, "/kept")
+        pid = self.pid("shop/web")
+        assert Path(f"/proc/{pid}/root/etc/web.conf").read_text() == f"turn {self.turn}"
+        assert f"LOOK={self.look}".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+        assert memory_limit(self.host, pid) == self.memory << 20
+
+    def close(self) -> None:
+        """Ask for nothing, and find the host as it was."""
+        for path in self.agent.state.glob("*.toml"):
+            path.unlink()
+        self.settle()
+        self.crashing.close()
+        left = [line for line in leftovers(self.host) if not line.startswith("file ")]
+        assert left == []
+
+
+def fetch(port: int, path: str) -> bytes:
+    """GET from a server that may not listen yet."""
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            with socket.create_connection(("127.0.0.1", port), 2) as connection:
+                connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+                return b"".join(iter(lambda: connection.recv(65536), b""))
+        except OSError:
+            assert time.monotonic() < deadline, f"nobody answers on port {port}"
+            time.sleep(0.01)
+
+
+def memory_limit(host: Host, pid: int) -> int:
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        number, controllers, path = line.split(":", 2)
+        if controllers == "memory":
+            return int(Path(f"/sys/fs/cgroup/memory{path}/memory.limit_in_bytes").read_text())
+        if number == "0" and Path(f"/sys/fs/cgroup{path}/memory.max").exists():
+            return int(Path(f"/sys/fs/cgroup{path}/memory.max").read_text())
+    raise AssertionError(f"process {pid} of {host.name} has no memory cgroup")
+
+
+@pytest.fixture
+def world(
+    new_agent: Callable[[Host], LiveAgent], site: Host, free_port: Callable[[], int], busybox_rootfs: Rootfs
+) -> Iterator[World]:
+    made = World(new_agent(site), free_port())
+    yield made
+    made.close()
+
+
+# -- what is done to the world, and back -----------------------------------------------------------------------
+
+
+def _appears(world: World) -> None:
+    world.put_shop()
+    world.data.mkdir(parents=True, exist_ok=True)
+    (world.data / "kept").write_text("kept\n")
+
+
+def _goes(world: World) -> None:
+    world.remove_shop()
+
+
+def _dies(world: World) -> None:
+    os.kill(world.pid("shop/web"), signal.SIGKILL)
+
+
+def _is_resized(world: World) -> None:
+    world.turn += 1
+    world.put_shop()
+
+
+def _is_replaced(world: World) -> None:
+    world.look += 1
+    world.put_shop()
+
+
+def _loses_its_root(world: World) -> None:
+    (id,) = (id for id, each in stored_instances(world.host).items() if each.key == "shop/web")
+    subprocess.run(["umount", "--lazy", str(world.host.instance(id) / "rootfs")], check=True)
+
+
+def _is_haunted(world: World) -> None:
+    """What an agent might have left that lost its memory: each thing that bears the name, with no receipt."""
+    host, ghost = world.host, "feedfacecafe"
+    subprocess.run(["ip", "netns", "add", host.netns(ghost).name], check=True)
+    mounted, layer = host.instance(ghost) / "rootfs", host.root / "instances" / ghost
+    for folder in (mounted, layer / "upper", layer / "work", host.run_root / "runs" / ghost):
+        folder.mkdir(parents=True)
+    options = f"lowerdir={world.agent.rootfs.path},upperdir={layer}/upper,workdir={layer}/work"
+    subprocess.run(["mount", "-t", "overlay", "-o", options, host.name, str(mounted)], check=True)
+    bridge, port = host.link("bridge", "ghost/net"), host.link("endpoint", f"{ghost}/ghost/net")
+    ip = "ip", "link"
+    subprocess.run([*ip, "add", bridge, "type", "bridge"], check=True)
+    subprocess.run([*ip, "set", bridge, "alias", "holdfast:network:ghost/net"], check=True)
+    peer = ("peer", "name", "eth0", "netns", host.netns(ghost).name)
+    subprocess.run([*ip, "add", port, "type", "veth", *peer], check=True)
+    subprocess.run([*ip, "set", port, "alias", f"holdfast:endpoint:{ghost}/ghost/net", "master", bridge], check=True)
+
+
+@dataclass(frozen=True)
+class Story:
+    """A change that the agent is killed over: whether the shop is there before and after it, and which actions."""
+
+    change: Callable[[World], None]
+    before: bool
+    after: bool
+    actions: tuple[str, ...]
+
+
+STORIES: Mapping[str, Story] = {
+    "staging and what is derived of a new app": Story(
+        _appears, False, True, ("StageGeneration shop", "WriteFirewall firewall", "WriteNames names", "MarkGood shop")
+    ),
+    "a network is made": Story(_appears, False, True, ("EnsureNetwork network shop/front",)),
+    "a first start": Story(_appears, False, True, ("StartInstance shop/web",)),
+    "a restart": Story(_dies, True, True, ("StartInstance shop/web", PASS)),
+    "an update while it runs": Story(_is_resized, True, True, ("UpdateInstance shop/web",)),
+    "a replacement": Story(_is_replaced, True, True, ("StopInstance shop/web", "RemoveInstance shop/web")),
+    "a stop that is to be followed by a start": Story(_loses_its_root, True, True, ("StopInstance shop/web",)),
+    "an app that goes": Story(
+        _goes,
+        True,
+        False,
+        ("StopInstance shop/web", "RemoveNetwork network shop/front", "RemoveVolume volume shop/scratch"),
+    ),
+    "the last of an app that goes": Story(
+        _goes, True, False, ("RemoveInstance shop/web", "ForgetApp shop", "WriteFirewall firewall")
+    ),
+    "things that belong to nothing": Story(
+        _is_haunted,
+        False,
+        False,
+        (
+            "RemoveOrphan netns feedfacecafe",
+            "RemoveOrphan rootfs feedfacecafe",
+            "RemoveOrphan run feedfacecafe",
+            "RemoveOrphan network ghost/net",
+            "RemoveOrphan endpoint feedfacecafe/ghost/net",
+        ),
+    ),
+}
+
+
+def _prepare(world: World, story: Story) -> None:
+    """Bring the shop to where the story begins."""
+    there = (world.agent.state / "shop.toml").exists()
+    if there != story.before:
+        if story.before:
+            _appears(world)
+        else:
+            world.remove_shop()
+        world.settle()
+
+
+def _recorded(world: World, story: Story) -> list[Boundary]:
+    """Let the story go well once, and list the boundaries that its actions came past."""
+    _prepare(world, story)
+    story.change(world)
+    run = world.settle()
+    world.check(shop=story.after)
+    assert {each.action for each in run.boundaries} >= set(story.actions)
+    return [each for each in run.boundaries if each.action in story.actions]
+
+
+@pytest.mark.parametrize("title", STORIES)
+def test_every_boundary_of_an_action_survives_a_kill(world: World, title: str) -> None:
+    story = STORIES[title]
+    failures = []
+    for boundary in _recorded(world, story):
+        _prepare(world, story)
+        before = world.runs()
+        restarts = _restarts(world)
+        story.change(world)
+        killed = world.settle(kill=boundary)
+        try:
+            assert killed.killed or boundary.action == PASS, "the boundary was not reached"
+            assert world.runs()["calm/calm"] == before["calm/calm"]
+            world.settle()
+            world.check(shop=story.after)
+            if story.change is _dies:
+                assert _restarts(world) == restarts + 1
+        except AssertionError as failure:
+            failures.append(f"{boundary}\n{failure}")
+            _start_over(world)
+    assert not failures, f"{len(failures)} kills did harm:\n\n" + "\n\n".join(failures)
+
+
+def _restarts(world: World) -> int:
+    return sum(each.restarts for each in stored_instances(world.host).values() if each.key == "shop/web")
+
+
+def _start_over(world: World) -> None:
+    """After a failure, so that the next boundary is judged by itself."""
+    (world.agent.state / "shop.toml").unlink(missing_ok=True)
+    world.crashing.run()
