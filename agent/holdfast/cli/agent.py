@@ -71,7 +71,10 @@ def version(json_: bool) -> None:
 @command("completion")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print the completion script of a shell: eval "$(holdfast completion bash)"."""
+    """Print the completion script of a shell.
+
+    For bash: eval "$(holdfast completion bash)".
+    """
     from click.shell_completion import get_completion_class
 
     kind: type[ShellComplete] | None = get_completion_class(shell)

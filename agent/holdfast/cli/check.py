@@ -17,7 +17,10 @@ from holdfast.errors import WrongCall, WrongState
 @command("check")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 def check(paths: tuple[Path, ...]) -> None:
-    """Read state files (or directories of them) and print everything that is wrong with them."""
+    """Print everything that is wrong with state files.
+
+    PATH is a file or a directory of them; needs no agent and no root.
+    """
     from holdfast.spec import load
 
     files, top = snapshot(paths)

@@ -31,7 +31,10 @@ Json = Mapping[str, Any]
 @click.option("--since", type=Moment(), help="Only what was written since then.")
 @click.option("-t", "--timestamps", is_flag=True, help="Say when each line was written.")
 def logs(target: str, follow: bool, tail: int | None, since: float | None, timestamps: bool) -> None:
-    """Print what a container wrote to stdout and stderr (the latter on stderr)."""
+    """Print what a container wrote.
+
+    What it wrote to stderr goes to stderr.
+    """
     from holdfast.runtime.logs import LogLine
     from holdfast.runtime.output import output
 
@@ -62,7 +65,9 @@ def show_lines(lines: Iterable[LogLine], timestamps: bool) -> None:
 def exec_(
     interactive: bool, tty: bool, user: str, env: tuple[str, ...], workdir: str, target: str, words: tuple[str, ...]
 ) -> None:
-    """Run a command inside a running container; its exit code becomes this one's."""
+    """Run a command inside a running container.
+
+    Exits with the command's own exit code.
     if os.geteuid() != 0:
         raise NotPermitted("exec: only root may enter a container (sudo holdfast exec …)")
     if tty and not (sys.stdin.isatty() and sys.stdout.isatty()):
@@ -133,7 +138,10 @@ release = holding(
 @target_argument()
 @json_option()
 def inspect(target: str, json_: bool) -> None:
-    """Print everything that is known of a container: what is wanted, what runs, what was made for it."""
+    """Print everything that is known of a container.
+
+    What is wanted, what runs, and what was made for it.
+    """
     with reach() as node:
         found = node.inspect(resolve(node.status(), target))
     if json_:
@@ -146,7 +154,10 @@ def inspect(target: str, json_: bool) -> None:
 @command("stats")
 @json_option()
 def stats(json_: bool) -> None:
-    """Show what each running container uses: CPU over half a second, memory, processes."""
+    """Show what each running container uses.
+
+    CPU over half a second, memory, processes.
+    """
     with reach() as node:
         before = {each["instance"]: each for each in node.stats()}
         started = time.monotonic()

@@ -14,7 +14,9 @@ from holdfast.errors import HoldfastError, UnfitHost
 @command("doctor")
 @json_option()
 def doctor(json_: bool) -> None:
-    """Look at this host: what it has and lacks for running containers, and what to do. Changes nothing.
+    """Say what this host has and lacks, and what to do.
+
+    Changes nothing.
 
     Exits 0 when nothing is bad, 69 otherwise.
     """

@@ -16,7 +16,7 @@ SOURCE = click.Path(exists=True, path_type=Path)
 
 @click.group("image", cls=Group)
 def image() -> None:
-    """Images, local for now: import or load them from files."""
+    """Images, imported or loaded from files."""
 
 
 @image.command("import")

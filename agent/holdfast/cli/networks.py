@@ -13,7 +13,7 @@ from holdfast.cli.command import Group, json_option, reach
 
 @click.group("network", cls=Group)
 def network() -> None:
-    """Networks: `bridge`, the node's default, and those that apps define, `app/name`."""
+    """Networks: bridge, and those of apps, APP/NAME."""
 
 
 @network.command("list")

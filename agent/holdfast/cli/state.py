@@ -86,7 +86,7 @@ def show_step(step: Json) -> None:
 @click.option("--wait", is_flag=True, help="Wait until the node is converged.")
 @click.option("--timeout", type=float, default=PATIENCE, show_default=True, help="Seconds to wait at most.")
 def sync(accept_rewrite: bool, wait: bool, timeout: float) -> None:
-    """Have the agent read the source and make a pass now."""
+    """Read the source and make a pass now."""
     agent = client()
     status = agent.sync(accept_rewrite)
     if wait:
@@ -100,7 +100,10 @@ def sync(accept_rewrite: bool, wait: bool, timeout: float) -> None:
 @click.option("--timeout", type=float, default=PATIENCE, show_default=True, help="Seconds to wait at most.")
 @json_option()
 def apply(timeout: float, json_: bool) -> None:
-    """Converge once and exit, with or without an agent running. Exits 0 only when the node is converged."""
+    """Converge once and exit, agent or none.
+
+    Exits 0 only when the node is converged.
+    """
     agent = Client(socket_path())
     if agent.answers():
         agent.sync(False)
@@ -136,7 +139,7 @@ def converge(agent: Client, timeout: float) -> Json:
 @json_option()
 @click.option("--watch", is_flag=True, help="Show it anew whenever something happens.")
 def status(json_: bool, watch: bool) -> None:
-    """Show how the node stands: per app what is asked for, what runs, and why it differs."""
+    """Show what is asked for, what runs, and why."""
     show = render.as_json if json_ else show_status
     if watch:
         agent = client()

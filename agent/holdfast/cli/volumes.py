@@ -13,7 +13,10 @@ from holdfast.cli.command import Group, json_option, reach
 
 @click.group("volume", cls=Group)
 def volume() -> None:
-    """Named volumes, `app/name`. They stay when their app goes, until somebody removes them."""
+    """Named volumes, APP/NAME.
+
+    They stay when their app goes, until somebody removes them.
+    """
 
 
 @volume.command("list")
