@@ -164,7 +164,7 @@ configs = [{{ source = "live", target = "/etc/live.conf", on_change = "SIGHUP" }
 [containers.quiet]{SLEEPER}configs = [{{ source = "live", target = "/etc/live.conf", on_change = "none" }}]
 """,
     )
-    assert not agent.cli("check", str(agent.state), check=False).returncode == 0  # live.conf is not there
+    assert agent.cli("check", str(agent.state), check=False).returncode == os.EX_DATAERR  # live.conf is not there
     agent.write("live.conf", "one")
     agent.converge()
     pids = {name: agent.pid(f"shop/{name}") for name in ("anew", "told", "quiet")}
