@@ -68,6 +68,7 @@ def exec_(
     """Run a command inside a running container.
 
     Exits with the command's own exit code.
+    """
     if os.geteuid() != 0:
         raise NotPermitted("exec: only root may enter a container (sudo holdfast exec …)")
     if tty and not (sys.stdin.isatty() and sys.stdout.isatty()):
