@@ -10,9 +10,8 @@ import os
 import select
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 
-from holdfast.runtime.conmon import Run, reap
+from holdfast.runtime.conmon import Run, is_running, reap
 
 
 class ExitWatch:
@@ -30,9 +29,17 @@ class ExitWatch:
         self._thread.start()
 
     def add(self, instance: str, run: Run) -> None:
-        """Watch both processes of a run; one that has ended already wakes at once. Idempotent."""
-        for pid in (run.pid, run.conmon_pid):
-            self._add(instance, pid)
+        """Watch both processes of a run, and wake at once if neither is there any more. Idempotent.
+
+        One alone that is gone is no news: a conmon that was killed is gone for good, and what a conmon that is left
+        has still to write down is there when it ends.
+        """
+        there = [
+            self._add(instance, pid, ticks)
+            for pid, ticks in ((run.pid, run.started_ticks), (run.conmon_pid, run.conmon_ticks))
+        ]
+        if not any(there):
+            self._wake(instance)
 
     def watches(self, instance: str, run: Run) -> bool:
         """Whether both processes of a run are watched, and so run: costs no system call."""
@@ -46,18 +53,22 @@ class ExitWatch:
             os.close(fd)
         self._epoll.close()
 
-    def _add(self, instance: str, pid: int) -> None:
+    def _add(self, instance: str, pid: int, ticks: int) -> bool:
+        """Watch one process; False if it has ended, whoever has its number now."""
         with self._lock:
             if (instance, pid) in self._known:
-                return
+                return True
             try:
                 fd = os.pidfd_open(pid)
             except ProcessLookupError:
-                self._wake(instance)
-                return
+                return False
+            if not is_running(pid, ticks):
+                os.close(fd)
+                return False
             self._known.add((instance, pid))
             self._watched[fd] = (instance, pid)
             self._epoll.register(fd, select.EPOLLIN)
+            return True
 
     def _serve(self) -> None:
         while True:
@@ -69,6 +80,5 @@ class ExitWatch:
                     self._known.discard((instance, pid))
                     self._epoll.unregister(fd)
                     os.close(fd)
-                with suppress(ChildProcessError):
-                    reap(pid)
+                reap(pid)
                 self._wake(instance)

@@ -182,11 +182,11 @@ class Runtime:
 
     def alive(self, run: Run) -> bool:
         """Whether the first process of a run still runs: the same process, in the same boot, and no zombie."""
-        return run.boot_id == boot_id() and _is_running(run.pid, run.started_ticks)
+        return run.boot_id == boot_id() and is_running(run.pid, run.started_ticks)
 
     def supervised(self, run: Run) -> bool:
         """Whether conmon is still there to write down how the run ends."""
-        return run.boot_id == boot_id() and _is_running(run.conmon_pid, run.conmon_ticks)
+        return run.boot_id == boot_id() and is_running(run.conmon_pid, run.conmon_ticks)
 
     def wait_exit(self, id: str, run: Run, timeout: float | None = None) -> Exit | None:
         """Wait until a run has ended, however it did; None if it has not within timeout (seconds).
@@ -427,7 +427,8 @@ def _ticks(pid: int) -> int:
     return int(fields[19]) if fields else 0
 
 
-def _is_running(pid: int, ticks: int) -> bool:
+def is_running(pid: int, ticks: int) -> bool:
+    """Whether the process of that number and start time runs: a zombie does not, nor does whoever came after."""
     fields = _stat(pid)
     return bool(fields) and fields[0] not in "ZX" and int(fields[19]) == ticks
 
