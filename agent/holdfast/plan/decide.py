@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from holdfast.observed import Failure, FirewallWant, Generation, History, Hold, Instance, Observed, Receipt
+from holdfast.observed import Failure, Generation, History, Hold, Instance, Observed, Receipt
 from holdfast.plan.actions import (
     Action,
     Change,
@@ -46,6 +46,7 @@ from holdfast.plan.actions import (
 )
 from holdfast.plan.derived import firewall_want, names_of, pages
 from holdfast.plan.diff import changes, mounted_files, replaces
+from holdfast.plan.reasons import by_hand, counted, firewall_reason, in_hand, listed, update_words
 from holdfast.plan.restart import Verdict, verdict
 from holdfast.spec.model import App, Container, Network, Spec
 
@@ -200,7 +201,7 @@ def _hold_container(generation: Generation, name: str, desk: _Desk) -> bool:
     key, instance = f"{app}/{name}", desk.newest(app, name)
     hold = desk.history.holds.get(key)
     if hold is not None:
-        desk.drift[key] = _held(key, hold)
+        desk.drift[key] = in_hand(key, hold)
     for older in desk.by_app.get(app, {}).get(name, ())[:-1]:
         _take_away(older, "a newer instance stands in its place", desk)
     if instance is None:
@@ -230,10 +231,9 @@ def _hold_container(generation: Generation, name: str, desk: _Desk) -> bool:
 
 
 def _hold_running(instance: Instance, hold: Hold | None, desk: _Desk) -> bool:
-    if hold is not None and hold.kind == "stopped":
-        _stop(instance, f"stopped by hand{_by(hold)}", desk)
-    elif hold is not None and hold.kind == "restarted" and (instance.started_at or 0.0) < hold.at:
-        _stop(instance, f"restarted by hand{_by(hold)}", desk)
+    overdue = hold is not None and hold.kind == "restarted" and (instance.started_at or 0.0) < hold.at
+    if hold is not None and (overdue or hold.kind == "stopped"):
+        _stop(instance, by_hand(hold), desk)
     elif instance.faults:
         _stop(instance, "; ".join(instance.faults), desk)
     else:
@@ -246,7 +246,7 @@ def _hold_exited(instance: Instance, generation: Generation, hold: Hold | None, 
     if hold is not None and hold.kind == "stopped":
         return False
     if hold is not None and (instance.started_at or 0.0) < hold.at:
-        _start(generation, instance.container, f"{hold.kind} by hand{_by(hold)}", desk, again=instance)
+        _start(generation, instance.container, by_hand(hold), desk, again=instance)
         return False
     answer = verdict(instance, generation.app.containers[instance.container].restart_policy)
     desk.verdicts[instance.id] = answer
@@ -289,9 +289,9 @@ def _replace(
     in_the_way = any(_outdated_network(network, desk) for network in instance.want.networks)
     if hold is not None and hold.kind == "stopped":
         if instance.phase == "running":
-            _stop(instance, f"stopped by hand{_by(hold)}", desk)
+            _stop(instance, by_hand(hold), desk)
         elif in_the_way:
-            _take_away(instance, _listed(found), desk)
+            _take_away(instance, listed(found), desk)
         return
     obstacle = _missing_network(generation.app.containers[instance.container], desk, instance)
     if not in_the_way:  # else what it depends on may itself wait for the network that this one is attached to
@@ -299,7 +299,7 @@ def _replace(
     if obstacle:
         desk.waiting[instance.key] = f"replaced when it can be: {obstacle}"
         return
-    _take_away(instance, f"{_listed(found)}; restarts {instance.key}", desk)
+    _take_away(instance, f"{listed(found)}; restarts {instance.key}", desk)
 
 
 def _update(instance: Instance, generation: int, found: tuple[Change, ...], desk: _Desk) -> None:
@@ -310,7 +310,7 @@ def _update(instance: Instance, generation: int, found: tuple[Change, ...], desk
             instance=instance.id,
             generation=generation,
             changes=found,
-            reason="; ".join([*_update_words(found, instance), *instance.drifted]),
+            reason="; ".join([*update_words(found, instance), *instance.drifted]),
         )
     )
 
@@ -534,7 +534,7 @@ def _remove_orphan(orphan: Receipt, desk: _Desk) -> None:
 def _derived(desk: _Desk) -> None:
     want = firewall_want(desk.observed, lambda instance: _published(instance, desk))
     if want != desk.observed.firewall and not (want.empty and desk.observed.firewall is None):
-        desk.offer(WriteFirewall(app="", want=want, reason=_firewall_reason(want, desk.observed)))
+        desk.offer(WriteFirewall(app="", want=want, reason=firewall_reason(want, desk.observed)))
     for orphan in desk.observed.orphans:
         if orphan.kind == "firewall" and want.empty:
             _remove_orphan(orphan, desk)
@@ -546,50 +546,13 @@ def _derived(desk: _Desk) -> None:
         if (names := names_of(each, known)).digest != each.names
     }
     if stale:
-        reason = f"the neighbours of {_counted(len(stale), 'container')} changed"
+        reason = f"the neighbours of {counted(len(stale), 'container')} changed"
         desk.offer(WriteNames(app="", hosts=stale, reason=reason))
 
 
 def _published(instance: Instance, desk: _Desk) -> bool:
     answer = desk.verdicts.get(instance.id)
     return instance.phase == "running" or (answer is not None and answer.kind == "again")
-
-
-def _firewall_reason(want: FirewallWant, observed: Observed) -> str:
-    ports, networks = sum(port.count for port in want.ports), len(want.networks)
-    content = f"{_counted(ports, 'published port')}, {_counted(networks, 'network')}"
-    return content if observed.firewall is not None else f"the table is not there or was altered; {content}"
-
-
-# -- words ---------------------------------------------------------------------------------------------------
-
-
-def _held(key: str, hold: Hold) -> str:
-    return f"{hold.kind} by hand{_by(hold)}; `holdfast release {key}` gives it back to the commit"
-
-
-def _by(hold: Hold) -> str:
-    return f" ({hold.by})" if hold.by else ""
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _listed(found: tuple[Change, ...]) -> str:
-    return "; ".join(_worded(change) for change in found)
-
-
-def _worded(change: Change) -> str:
-    if change.field == "image":
-        return f"image changed: {change.old} → {change.new}"
-    return str(change).removeprefix("resources.")
-
-
-def _update_words(found: tuple[Change, ...], instance: Instance) -> Iterator[str]:
-    tails = {"live": "applied live", "record": "noted, nothing restarts"}
-    for change in found:
-        yield f"{_worded(change)}; {tails.get(change.effect) or f'{instance.key} gets {change.effect.split()[-1]}'}"
 
 
 def _known_apps(desk: _Desk) -> set[str]:

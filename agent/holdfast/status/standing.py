@@ -24,7 +24,8 @@ The daemon makes one at the end of each pass; `api` and `cli` hand its JSON on. 
     missing           it should be there, and nothing is being done about it
 
 The first row of the first table that is true is the app's state. The node is converged when every app is, the plan
-is empty, nothing is under way or waits, and no state file has a problem. An unreachable source is shown, and changes nothing of that.
+is empty, nothing is under way or waits, and no state file has a problem. An unreachable source is shown, and changes
+nothing of that.
 """
 
 from __future__ import annotations

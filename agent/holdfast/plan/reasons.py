@@ -1,0 +1,48 @@
+"""Changes, holds and tables in words: what the reasons of a plan are put together from. `decide` calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from holdfast.observed import FirewallWant, Hold, Instance, Observed
+from holdfast.plan.actions import Change
+
+
+def in_hand(key: str, hold: Hold) -> str:
+    """Why nothing is done about a container: what was asked by hand, and how to end it."""
+    return f"{by_hand(hold)}; `holdfast release {key}` gives it back to the commit"
+
+
+def by_hand(hold: Hold) -> str:
+    """What was asked by hand, and by whom as far as that is known."""
+    return f"{hold.kind} by hand ({hold.by})" if hold.by else f"{hold.kind} by hand"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 port`, `2 ports`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def listed(found: tuple[Change, ...]) -> str:
+    """Several changes in one line."""
+    return "; ".join(_worded(change) for change in found)
+
+
+def _worded(change: Change) -> str:
+    if change.field == "image":
+        return f"image changed: {change.old} → {change.new}"
+    return str(change).removeprefix("resources.")
+
+
+def update_words(found: tuple[Change, ...], instance: Instance) -> Iterator[str]:
+    """Each change to a running container with what it means for the process."""
+    tails = {"live": "applied live", "record": "noted, nothing restarts"}
+    for change in found:
+        yield f"{_worded(change)}; {tails.get(change.effect) or f'{instance.key} gets {change.effect.split()[-1]}'}"
+
+
+def firewall_reason(want: FirewallWant, observed: Observed) -> str:
+    """Why the table is written, and how much is in it."""
+    ports, networks = sum(port.count for port in want.ports), len(want.networks)
+    content = f"{counted(ports, 'published port')}, {counted(networks, 'network')}"
+    return content if observed.firewall is not None else f"the table is not there or was altered; {content}"
