@@ -1,0 +1,185 @@
+"""The commands, as a person types them, against an agent and its containers."""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import pty
+import select
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Callable
+
+import pytest
+
+from holdfast.drivers import Host
+from live.agent import HOLDFAST, LiveAgent
+
+pytestmark = pytest.mark.live
+
+SLEEPER = """
+image = "busybox:1"
+init = true
+command = "sleep 1000"
+networks = ["none"]
+"""
+TALKER = r"""
+image = "busybox:1"
+networks = ["none"]
+init = true
+command = ["sh", "-c", "echo one; echo two >&2; echo three; while [ ! -e /tmp/more ]; do sleep 0.05; done; echo four; sleep 1000"]
+"""  # noqa: E501
+
+
+def follow(agent: LiveAgent, *args: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [HOLDFAST, *args, "--config", str(agent.config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def read_until(process: subprocess.Popen[str], words: str, timeout: float = 20) -> str:
+    """What a process prints up to the line with these words; the process is ended then."""
+    assert process.stdout is not None
+    told, deadline = "", time.monotonic() + timeout
+    with process.stdout as stream:
+        while words not in told and time.monotonic() < deadline:
+            if select.select([stream], [], [], 0.1)[0]:
+                told += os.read(stream.fileno(), 65536).decode()
+        process.send_signal(signal.SIGINT)
+        process.wait(10)
+    assert words in told
+    return told
+
+
+def test_logs_tell_what_was_written_by_tail_by_time_and_as_it_comes(agent: LiveAgent) -> None:
+    agent.write("shop.toml", f"[containers.web]{TALKER}")
+    agent.converge()
+    agent.wait(lambda: "three" in agent.cli("logs", "web").stdout, "all was written")
+    done = agent.cli("logs", "shop/web")
+    assert done.stdout.splitlines() == ["one", "three"]
+    assert done.stderr.splitlines() == ["two"]
+    assert agent.cli("logs", "--since", "1h", "web").stdout.splitlines() == ["one", "three"]
+    assert agent.cli("logs", "--tail", "0", "web").stdout == ""
+    process = follow(agent, "logs", "-f", "web")
+    agent.exec("web", "touch", "/tmp/more")
+    assert read_until(process, "four").splitlines()[-1] == "four"
+    assert agent.cli("logs", "--tail", "1", "web").stdout == "four\n"
+
+
+def test_logs_rotate_at_the_size_that_was_asked_for(agent: LiveAgent) -> None:
+    loop = "while [ $$i -lt 4000 ]; do i=$$((i+1)); echo line $$i; done"
+    command = json.dumps(
+        ["sh", "-c", f"i=0; {loop}; while [ ! -e /tmp/more ]; do sleep 0.05; done; echo more; sleep 1000"]
+    )
+    agent.write(
+        "shop.toml",
+        f"[containers.web]{SLEEPER}".replace('"sleep 1000"', command)
+        + 'logging = { max_size = "4KiB", max_files = 2 }\n',
+    )
+    agent.converge()
+    place = agent.host.root / "logs" / "shop"
+    agent.wait(lambda: len(list(place.iterdir())) > 1, "the log is rotated")
+    agent.exec("web", "touch", "/tmp/more")
+    agent.wait(lambda: "more" in agent.cli("logs", "--tail", "1", "web").stdout, "the writer goes on")
+    assert "line 4000" in agent.cli("logs", "--tail", "2", "web").stdout
+    agent.wait(lambda: (place / "web.log").stat().st_size <= 4096, "what is kept is small")
+
+
+def test_exec_hands_on_exit_code_input_user_and_terminal(agent: LiveAgent) -> None:
+    agent.write("shop.toml", f"[containers.web]{SLEEPER}")
+    agent.converge()
+    assert agent.cli("exec", "web", "sh", "-c", "exit 42", check=False).returncode == 42
+    assert agent.cli("exec", "web", "nothere", check=False).returncode not in (0, 70)
+    assert agent.cli(
+        "exec", "-u", "nobody", "-w", "/tmp", "-e", "A=b", "web", "sh", "-c", "id -u; pwd; echo $A"
+    ).stdout == ("65534\n/tmp\nb\n")
+    environment = {**os.environ, "HOLDFAST_CONFIG": str(agent.config)}
+    echoed = subprocess.run(
+        [HOLDFAST, "exec", "-i", "web", "cat"],
+        input="through",
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    assert echoed.stdout == "through"
+    leader, follower = pty.openpty()
+    with subprocess.Popen(
+        [HOLDFAST, "exec", "-it", "web", "sh", "-c", "tty; exit 3"],
+        stdin=follower, stdout=follower, stderr=follower, env=environment, start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.wait(20) == 3
+    assert b"/dev/" in os.read(leader, 4096)
+    os.close(leader)
+    os.close(follower)
+    agent.cli("stop", "web")
+    stopped = agent.cli("exec", "web", "true", check=False)
+    assert stopped.returncode not in (0, 70)
+    assert "shop/web" in stopped.stderr
+
+
+def test_everything_can_be_looked_at(agent: LiveAgent) -> None:
+    agent.write(
+        "shop.toml",
+        f'[containers.web]{SLEEPER}volumes = ["data:/data"]\n[volumes.data]\n'.replace('networks = ["none"]', ""),
+    )
+    agent.converge()
+    assert json.loads(agent.cli("inspect", "--json", "web").stdout)["instances"][0]["phase"] == "running"
+    (network,) = json.loads(agent.cli("network", "list", "--json").stdout)
+    assert network["id"] == "bridge"
+    assert network["subnet"] in agent.cli("network", "inspect", "bridge").stdout
+    (volume,) = json.loads(agent.cli("volume", "list", "--json").stdout)
+    assert (volume["id"], volume["orphan"]) == ("shop/data", False)
+    assert volume["path"] in agent.cli("volume", "inspect", "shop/data").stdout
+    (image,) = json.loads(agent.cli("image", "list", "--json").stdout)
+    assert image["ref"] == "busybox:1"
+    refused = agent.cli("image", "remove", "busybox:1", check=False)
+    assert refused.returncode != 0
+    assert "shop/web" in refused.stderr
+    assert agent.cli("doctor", check=False).returncode in (0, 69)
+    read_until(follow(agent, "status", "--watch"), "converged")
+    process = follow(agent, "events", "-f")
+    agent.cli("stop", "web")
+    read_until(process, "stopped by hand")
+    agent.remove("shop.toml")
+    agent.converge()
+    agent.cli("image", "remove", "busybox:1")
+    assert agent.cli("image", "list").stdout.startswith("no images")
+
+
+def test_the_socket_is_for_root_and_the_group_that_agent_toml_names(
+    new_agent: Callable[[Host], LiveAgent], site: Host
+) -> None:
+    agent = new_agent(site)
+    group = grp.getgrgid(65534)
+    agent.configure(more=f'group = "{group.gr_name}"')
+    agent.start()
+    found = (site.run_root / "agent.sock").stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (0, group.gr_gid, 0o660)
+
+
+def test_a_plugin_that_can_not_be_imported_is_shown_and_the_rest_works(
+    new_agent: Callable[[Host], LiveAgent], site: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = new_agent(site)
+    place = agent.home / "site"
+    info = place / "broken_driver-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-driver\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[holdfast]\nbroken = broken_driver\n")
+    (place / "broken_driver.py").write_text('raise RuntimeError("it was built for another world")\n')
+    monkeypatch.setenv("PYTHONPATH", str(place))
+    agent.start()
+    agent.image("busybox:1")
+    agent.write("shop.toml", f"[containers.web]{SLEEPER}")
+    status = agent.converge()
+    (failed,) = status["plugins"]
+    assert failed["name"] == "broken"
+    assert "another world" in failed["error"]
+    for command in (["plugin", "list"], ["status"]):
+        told = agent.cli(*command).stdout
+        assert "broken" in told
+        assert "another world" in told
