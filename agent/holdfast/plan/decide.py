@@ -6,7 +6,8 @@ again by the next look. Nothing here does anything, reads a clock or knows where
 The rules, in the order in which they are applied:
 
  1. An app is brought to a generation only when that generation is staged: images on disk, drivers consulted.
-    Until then, and when staging fails, the app is held at the generation it has.
+    Until then, and when staging fails, the app is held at the generation it has; so it is while another app is
+    held at one that publishes the same port.
  2. A state file that does not load, or a source that can't be read, is no reason to touch an app: as 1.
  3. An app that the revision no longer names is taken away: dependents first, then networks; volumes stay
     unless they say otherwise.
@@ -136,7 +137,7 @@ def _targets(spec: Spec | None, desk: _Desk) -> Iterator[tuple[str, Generation]]
         yield from _current_of(_known_apps(desk), desk)
         return
     stuck = set(spec.broken.values()) - spec.apps.keys()
-    yield from _current_of(stuck, desk)
+    held, fresh = dict(_current_of(stuck, desk)), dict[str, Generation]()
     for name in stuck:
         desk.waiting[name] = "its state file does not load; it stays as it is"
     for name, app in spec.apps.items():
@@ -146,7 +147,30 @@ def _targets(spec: Spec | None, desk: _Desk) -> Iterator[tuple[str, Generation]]
         if found is None:
             desk.unplaced.add(name)
         else:
-            yield name, found
+            (fresh if found.state == "staged" else held)[name] = found
+    yield from held.items()
+    for name, generation in fresh.items():
+        if taken := _taken_port(generation.app, held.values()):
+            desk.waiting[name] = taken
+            yield from _current_of([name], desk)
+        else:
+            yield name, generation
+
+
+def _taken_port(app: App, held: Iterable[Generation]) -> str:
+    """Why an app may not come up beside the generations that others are held at, "" if it may.
+
+    Within a revision no port is asked for twice; an app that is held at an older one may have what this one gives
+    to another.
+    """
+    asked = [port for want in app.containers.values() for port in want.ports]
+    for other in held if asked else ():
+        for name, container in other.app.containers.items():
+            for theirs in container.ports:
+                for mine in asked:
+                    if mine.overlaps(theirs):
+                        return f"publish '{mine}': {other.app.name}/{name} still has '{theirs}'"
+    return ""
 
 
 def _current_of(names: Iterable[str], desk: _Desk) -> Iterator[tuple[str, Generation]]:

@@ -51,6 +51,12 @@ class Port(Frozen):
         inner = f"{self.container_port}-{self.container_port + last}" if last else str(self.container_port)
         return f"{self.host_ip + ':' if self.host_ip else ''}{host}:{inner}/{self.protocol}"
 
+    def overlaps(self, other: Port) -> bool:
+        """Say whether both can't be published at once."""
+        places = {self.host_ip, other.host_ip}
+        near = -other.count < other.host_port - self.host_port < self.count
+        return self.protocol == other.protocol and near and ("" in places or len(places) == 1)
+
 
 class Mount(Frozen):
     """Something mounted into a container.
