@@ -14,6 +14,7 @@ import collections
 import functools
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -65,11 +66,11 @@ class CrashingAgent:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
         )  # fmt: skip
 
-    def run(self, kill: Boundary | None = None, timeout: float = 20) -> Run:
-        """Converge, or be killed on the way. Raises AssertionError when the agent fails."""
+    def run(self, kill: Boundary | None = None, *, kill_after: float | None = None, timeout: float = 20) -> Run:
+        """Converge, or be killed on the way: at a boundary, or after seconds. AssertionError when the agent fails."""
         assert self._process.stdin is not None and self._process.stdout is not None
         target = [kill.action, kill.number] if kill else None
-        self._process.stdin.write(json.dumps({"kill": target, "timeout": timeout}) + "\n")
+        self._process.stdin.write(json.dumps({"kill": target, "after": kill_after, "timeout": timeout}) + "\n")
         self._process.stdin.flush()
         code = int(self._process.stdout.readline() or "1")
         assert code in (0, -signal.SIGKILL), (self._home / "agent.log").read_text()[-4000:]
@@ -172,8 +173,17 @@ def serve(config: Path) -> None:
         child = os.fork()
         if child == 0:
             _converge(config, drivers, request)
+        if request["after"] is not None:
+            _kill_after(child, request["after"])
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _kill_after(child: int, seconds: float) -> None:
+    handle = os.pidfd_open(child)
+    if not select.select([handle], [], [], seconds)[0]:
+        os.kill(child, signal.SIGKILL)
+    os.close(handle)
 
 
 def _drivers(config: Path) -> dict[str, type]:

@@ -7,22 +7,26 @@ thing once, and the volume has its data. A bystander app runs through all of it.
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from footprint import leftovers
+from footprint import leftovers, tables
 from ground import Rootfs
 from holdfast.drivers import Host
+from holdfast.observed import Hold
 from holdfast.store import Store
 from live.agent import LiveAgent
-from live.census import await_census, expected_census, stored_instances
+from live.census import await_census, expected_census, stored_instances, take_census
 from live.crashing_agent import PASS, Boundary, CrashingAgent, Run
 
 pytestmark = pytest.mark.live
@@ -346,6 +350,70 @@ def test_every_boundary_of_an_action_survives_a_kill(world: World, title: str) -
             failures.append(f"{boundary}\n{failure}")
             _start_over(world)
     assert not failures, f"{len(failures)} kills did harm:\n\n" + "\n\n".join(failures)
+
+
+def test_kills_at_any_moment_while_the_state_changes_do_no_harm(world: World) -> None:
+    moments, changes, over = random.Random(11), random.Random(12), threading.Event()
+
+    def edit() -> None:
+        while not over.wait(changes.uniform(0.0, 0.3)):
+            if changes.random() < 0.3:
+                (world.agent.state / "shop.toml").unlink(missing_ok=True)
+            else:
+                world.turn, world.look = changes.randrange(9), changes.randrange(3)
+                world.put_shop()
+
+    editor = threading.Thread(target=edit)
+    editor.start()
+    try:
+        deadline, kills = time.monotonic() + 12, 0
+        while time.monotonic() < deadline:
+            kills += world.crashing.run(kill_after=moments.uniform(0.01, 0.5)).killed
+            assert world.runs()["calm/calm"] == world.calm
+    finally:
+        over.set()
+        editor.join()
+    assert kills > 10
+    _appears(world)
+    world.settle()
+    world.check(shop=True)
+
+
+def test_a_start_that_was_cut_short_leaves_nothing_running_when_it_is_held_by_then(world: World) -> None:
+    """The program runs, the record says that it ended, and a person's stop is the last thing that was written."""
+    _appears(world)
+    world.settle()
+    _dies(world)
+    started = Boundary("StartInstance shop/web", _number_of(world, "runtime.start"), "runtime.start")
+    assert world.settle(kill=started).killed
+    store = Store(world.host.root / "state.db")
+    store.hold("shop/web", Hold("stopped", time.time()))
+    store.close()
+    world.crashing.run(timeout=2)
+    assert sorted(world.runs()) == ["calm/calm", "shop/api"]
+    running = [id for id, each in stored_instances(world.host).items() if each.phase == "running"]
+    assert take_census(world.host).programs == Counter(running)
+
+
+def _number_of(world: World, what: str) -> int:
+    """Which boundary of a restart of the shop's web a call is."""
+    run = world.settle()
+    found = [each.number for each in run.boundaries if each.action == "StartInstance shop/web" and each.what == what]
+    _dies(world)
+    return found[-1]
+
+
+def test_a_table_that_nobody_wrote_goes(world: World) -> None:
+    world.agent.remove("calm.toml")
+    world.settle()
+    subprocess.run(["nft", "add", "table", "inet", world.host.name], check=True)
+    world.settle()
+    assert tables(world.host) == []
+    store = Store(world.host.root / "state.db")
+    try:
+        assert "removed" in [each["kind"] for each in store.events() if each["subject"] == "firewall"]
+    finally:
+        store.close()
 
 
 def _restarts(world: World) -> int:
