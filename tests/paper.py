@@ -91,6 +91,7 @@ class PaperAgent:
         self.log = [{"seq": 1, "at": NOW, "kind": "start", "subject": "shop/web", "message": "started"}]
         self.logs = logs
         self.plan_now = (Plan(),)
+        self.problems: tuple[str, ...] = ()
         self.accepted_rewrite = False
 
     def status(self) -> dict[str, Any]:
@@ -113,7 +114,7 @@ class PaperAgent:
         return status.json()
 
     def plan(self) -> dict[str, Any]:
-        return plan_json(self.plan_now)
+        return plan_json(self.plan_now, self.problems)
 
     async def sync(self, accept_rewrite: bool) -> dict[str, Any]:
         self.accepted_rewrite = accept_rewrite

@@ -73,12 +73,16 @@ class Reconciler:
 
     def preview(self) -> Sequence[Plan]:
         """Every plan from here to rest, touching nothing. Looks at the newest commit, fetched or not."""
-        observed = self.node.observe(deep=True)
-        return preview(self._newest(), observed, self.node.rig.store.history(), time.time())
+        return self._preview(self._newest())
 
     def preview_json(self) -> Json:
         """What `holdfast plan --json` prints."""
-        return plan_json(self.preview())
+        spec = self._newest()
+        return plan_json(self._preview(spec), spec.problems if spec else ())
+
+    def _preview(self, spec: Spec | None) -> Sequence[Plan]:
+        observed = self.node.observe(deep=True)
+        return preview(spec, observed, self.node.rig.store.history(), time.time())
 
     def wanted(self) -> Spec | None:
         """What the newest readable revision asks for. A source that can't be read leaves the last answer in force."""

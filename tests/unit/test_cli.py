@@ -91,6 +91,14 @@ def test_plan_exits_with_2_when_there_are_changes(agent: PaperAgent, run: Run, s
     ]
 
 
+def test_plan_shows_what_is_wrong_with_the_state_files_and_exits_with_1(
+    agent: PaperAgent, run: Run, said: Callable[[], str]
+) -> None:
+    agent.problems = ("shop.toml:3: containers.web.port: unknown key 'port' (did you mean 'ports'?)",)
+    assert run("plan") == 1
+    assert said().splitlines() == ["state files", f"  {agent.problems[0]}", "nothing to do"]
+
+
 def test_plan_exits_with_1_on_any_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "broken.toml"
     broken.write_text("run_root = 7\n")

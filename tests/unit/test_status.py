@@ -235,7 +235,14 @@ def test_a_subject_belongs_to_its_app_or_to_the_node(subject: str, owner: str) -
 
 
 def test_a_preview_of_nothing_is_empty() -> None:
-    assert plan_json((Plan(),)) == {"empty": True, "rounds": 0, "apps": {}, "waiting": {}, "drift": {}}
+    assert plan_json((Plan(),)) == {
+        "empty": True,
+        "rounds": 0,
+        "apps": {},
+        "waiting": {},
+        "drift": {},
+        "problems": [],
+    }
 
 
 def test_stop_remove_and_start_of_a_container_are_one_step_named_replace() -> None:

@@ -25,7 +25,7 @@ PATIENCE = 300.0  # seconds that apply and sync --wait wait by default
 def plan(json_: bool) -> int:
     """Show what the agent would do now, and why. Touches nothing.
 
-    Exits 0 when there is nothing to do, 2 when there are changes, 1 on any error.
+    Exits 0 when there is nothing to do, 2 when there are changes, 1 on any error, in a state file too.
     """
     try:
         with reach() as node:
@@ -37,6 +37,8 @@ def plan(json_: bool) -> int:
         render.as_json(found)
     else:
         show_plan(found)
+    if found["problems"]:
+        return 1
     return 0 if found["empty"] else CHANGES
 
 
@@ -50,6 +52,10 @@ def show_plan(found: Json) -> None:
             click.echo(render.paint(title, colour))
             for subject, why in lines.items():
                 render.note(f"{subject}: {why}", indent=2, colour=None)
+    if found["problems"]:
+        click.echo(render.paint("state files", render.BAD))
+        for problem in found["problems"]:
+            render.note(problem, indent=2, colour=None)
     if found["empty"]:
         click.echo("nothing to do")
     else:
