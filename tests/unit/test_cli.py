@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import click
 import pytest
 
 from holdfast.cli import main
+from holdfast.cli.checkup import overlay
 from holdfast.cli.command import socket_path
 from holdfast.cli.render import ago, pairs, size, span
 from holdfast.cli.since import moment
@@ -240,6 +242,17 @@ def test_doctor_prints_a_verdict_for_each_check(run: Run, said: Callable[[], str
     found = json.loads(said())
     assert {"kernel", "runtime", "conmon", "overlayfs", "seccomp profile"} <= {check["subject"] for check in found}
     assert all(check["remedy"] for check in found if check["verdict"] == "bad")
+
+
+def test_overlayfs_that_is_a_module_need_not_be_loaded_yet(tmp_path: Path) -> None:
+    known, modules = tmp_path / "filesystems", tmp_path / platform.release()
+    known.write_text("nodev\tproc\n\text4\n")
+    assert overlay(known, tmp_path).verdict == "bad"
+    modules.mkdir()
+    (modules / "modules.dep").write_text("kernel/fs/overlayfs/overlay.ko.xz:\n")
+    assert overlay(known, tmp_path).verdict == "ok"
+    known.write_text("nodev\toverlay\n")
+    assert overlay(known, tmp_path / "none").verdict == "ok"
 
 
 def test_a_reader_that_goes_away_gets_no_traceback(agent: PaperAgent, config: Path) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SECCOMP = Path("/usr/share/containers/seccomp.json")
 CGROUP = Path("/sys/fs/cgroup")
+FILE_SYSTEMS = Path("/proc/filesystems")
+MODULES = Path("/lib/modules")
 NEEDED_KERNEL = (5, 3)  # pidfd_open(2)
 LITTLE_SPACE = 1 << 30
 FEW_WATCHES = 8192
@@ -146,9 +148,12 @@ def seccomp() -> Check:
     return Check("seccomp profile", "bad", f"no {SECCOMP}", "apt-get install golang-github-containers-common")
 
 
-def overlay() -> Check:
-    if "overlay" in read("/proc/filesystems").split():
+def overlay(known: Path = FILE_SYSTEMS, modules: Path = MODULES) -> Check:
+    """Whether overlayfs can be mounted; where it is a module, the first mount of its kind loads it."""
+    if "overlay" in read(known).split():
         return Check("overlayfs", "ok", "known to the kernel")
+    if "/overlay.ko" in read(modules / platform.release() / "modules.dep"):
+        return Check("overlayfs", "ok", "a module of the kernel, loaded when first needed")
     return Check("overlayfs", "bad", "not known to the kernel", "modprobe overlay")
 
 
