@@ -97,7 +97,9 @@ def _instance(
     if not watched and not rig.runtime.alive(run):
         return _ended(rig, instance)
     faults, drifted = list(_faults(rig, instance, things)), list(_altered(rig, instance, things))
-    if deep:
+    if "limits" in receipt.data and receipt.data["limits"] is None:
+        drifted.append("writing its limits was cut short or refused")
+    elif deep:
         drifted.extend(_limits_altered(rig, instance, receipt.data))
     warnings = instance.warnings
     if not watched and not rig.runtime.supervised(run):

@@ -21,8 +21,9 @@ def update_instance(rig: Rig, action: UpdateInstance) -> Json:
         raise TryAgain(f"update '{action.subject}': instance {action.instance} is gone")
     generation = rig.store.generation(action.app, action.generation)
     want = generation.app.containers[action.container]
+    limits = not action.changes or any(change.effect == "live" for change in action.changes)
     if instance.phase == "running":
-        if not action.changes or any(change.effect == "live" for change in action.changes):
+        if limits:
             apply_limits(rig, replace(instance, want=want))
         if not action.changes:
             _mend_network(rig, instance)
@@ -35,18 +36,23 @@ def update_instance(rig: Rig, action: UpdateInstance) -> Json:
         files=mounted_files(generation.app, want),
         generation=action.generation,
     )
+    if instance.phase == "running" and limits:
+        _keep_limits(rig, instance.id, cgroup.snapshot(rig.runtime.cgroup(instance.id)))
     return {"instance": instance.id, "fields": [change.field for change in action.changes]}
 
 
 def apply_limits(rig: Rig, instance: Instance) -> None:
-    """Write a container's resources into its cgroup, and keep what the kernel made of them."""
+    """Write a container's resources into its cgroup; they are in doubt until what the kernel made of them is kept."""
     settings = cgroup_settings(rig, instance.want)
+    _keep_limits(rig, instance.id, None)
     rig.runtime.update(instance.id, settings.resources)
     if settings.oom_score_adj is not None:
         rig.runtime.set_oom_score_adj(instance.id, settings.oom_score_adj)
-    receipt = rig.store.receipt("run", instance.id)
+
+
+def _keep_limits(rig: Rig, id: InstanceId, limits: Json | None) -> None:
+    receipt = rig.store.receipt("run", id)
     if receipt is not None:
-        limits = cgroup.snapshot(rig.runtime.cgroup(instance.id))
         rig.store.put_receipt(replace(receipt, data={**receipt.data, "limits": limits}))
 
 
