@@ -395,6 +395,27 @@ def test_a_start_that_was_cut_short_leaves_nothing_running_when_it_is_held_by_th
     assert take_census(world.host).programs == Counter(running)
 
 
+def test_a_file_that_was_being_rewritten_is_brought_back_when_the_commit_is_reverted(world: World) -> None:
+    """Old and new content are told apart by the record, which a crash leaves behind what was done."""
+    _appears(world)
+    world.settle()
+    refreshes = _boundaries_of_an_update(world, "mount file.refresh")
+    world.turn += 1
+    world.put_shop()
+    assert world.settle(kill=refreshes[0]).killed
+    world.turn -= 1
+    world.put_shop()
+    world.settle()
+    world.check(shop=True)
+
+
+def _boundaries_of_an_update(world: World, what: str) -> list[Boundary]:
+    world.turn += 1
+    world.put_shop()
+    run = world.settle()
+    return [each for each in run.boundaries if each.action == "UpdateInstance shop/web" and each.what == what]
+
+
 def _number_of(world: World, what: str) -> int:
     """Which boundary of a restart of the shop's web a call is."""
     run = world.settle()
