@@ -149,7 +149,7 @@ class Observed:
 
     firewall: what the table holds; None when it is not there or was altered.
     orphans: what bears the agent's name and has no receipt. busy: subjects that were being worked on meanwhile, of
-    which this therefore says nothing certain.
+    which this therefore says nothing certain. over: how many of the agent's actions were over before it was read.
     """
 
     at: float = 0.0
@@ -159,6 +159,7 @@ class Observed:
     firewall: FirewallWant | None = None
     orphans: tuple[Receipt, ...] = ()
     busy: frozenset[str] = frozenset()
+    over: int = 0
 
 
 GenerationState = Literal["staged", "active", "good"]

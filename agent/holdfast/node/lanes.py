@@ -3,22 +3,26 @@
 Every app has a lane, and the node has one for what belongs to no app. A pass puts actions on lanes and goes on.
 Threads take them up lane by lane in turn, so a hundred starts of one app hold up no restart of another. What is
 heavy on the processor (a start) or on the disk (staging) is limited in number; what mostly waits (a stop) is not.
-No two actions of one subject run at once.
+No two actions of one subject run at once. What has not begun when the next plan comes is forgotten, for that plan
+says it again if it is still so: nothing is started that was meanwhile taken back.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+
+import structlog
 
 from holdfast.plan.actions import Action, StageGeneration, StartInstance
 
 MANY = 128
+
+log = structlog.get_logger("holdfast")
 
 
 @dataclass
@@ -41,6 +45,17 @@ class _Gate:
         self.running += 1
         return action
 
+    def forget(self) -> list[Action]:
+        """Empty every queue and return what was in them; the lanes keep their turns."""
+        forgotten = [action for queue in self.lanes.values() for action in queue]
+        for queue in self.lanes.values():
+            queue.clear()
+        return forgotten
+
+    def close_up(self) -> None:
+        """Let go of the lanes in which nothing waits any more."""
+        self.lanes = {lane: queue for lane, queue in self.lanes.items() if queue}
+
 
 class Lanes:
     """Calls work(action) in threads, and over(action) once its subject is free again. Thread-safe."""
@@ -55,9 +70,9 @@ class Lanes:
     ) -> None:
         self._work, self._over = work, over
         self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
         self._subjects: set[str] = set()
-        self._done: dict[str, float] = {}  # subject → when the last action on it was over
+        self._count = 0  # actions that are over
+        self._done: dict[str, int] = {}  # subject → that count right after it, for what the last plan may not know
         self._closed = False
         self._gates = {
             "start": _Gate(starts or 2 * (os.cpu_count() or 2)),
@@ -66,19 +81,28 @@ class Lanes:
         }
         self._threads = ThreadPoolExecutor(sum(gate.limit for gate in self._gates.values()), "lane")
 
-    def put(self, action: Action, seen: float) -> bool:
-        """Queue an action that was decided on what was seen then (time.time()).
+    def look(self) -> tuple[frozenset[str], int]:
+        """The subjects of what is queued or runs, and how many actions are over; ask before reading the host."""
+        with self._lock:
+            return frozenset(self._subjects), self._count
 
-        False if one of the same subject is queued, runs, or was done since: then what was seen is no longer so.
+    def put(self, actions: Iterable[Action], seen: int) -> None:
+        """Queue the actions of a plan in place of all that has not begun.
+
+        seen: how many actions were over when the host was read for it; never less than in the call before. Left out
+        is what is worked on, or was since: what was seen of its subject is no longer so.
         """
         with self._lock:
-            if self._closed or action.subject in self._subjects or self._done.get(action.subject, 0.0) >= seen:
-                return False
-            self._done.pop(action.subject, None)
-            self._subjects.add(action.subject)
-            self._gates[_class_of(action)].lanes.setdefault(action.app, deque()).append(action)
+            for gate in self._gates.values():
+                self._subjects.difference_update(action.subject for action in gate.forget())
+            self._done = {subject: count for subject, count in self._done.items() if count > seen}
+            for action in actions if not self._closed else ():
+                if action.subject not in self._subjects and action.subject not in self._done:
+                    self._subjects.add(action.subject)
+                    self._gates[_class_of(action)].lanes.setdefault(action.app, deque()).append(action)
+            for gate in self._gates.values():
+                gate.close_up()
             self._dispatch()
-            return True
 
     @property
     def busy(self) -> frozenset[str]:
@@ -86,19 +110,13 @@ class Lanes:
         with self._lock:
             return frozenset(self._subjects)
 
-    def wait_idle(self, timeout: float | None = None) -> bool:
-        """Block until nothing is queued or runs; False if it still is after timeout seconds."""
-        with self._idle:
-            return self._idle.wait_for(lambda: not self._subjects, timeout)
-
     def close(self) -> None:
         """Drop what is queued, wait for what runs."""
         with self._lock:
             self._closed = True
             for gate in self._gates.values():
-                for queue in gate.lanes.values():
-                    self._subjects -= {action.subject for action in queue}
-                gate.lanes.clear()
+                self._subjects.difference_update(action.subject for action in gate.forget())
+                gate.close_up()
         self._threads.shutdown(wait=True)
 
     def _dispatch(self) -> None:
@@ -109,14 +127,16 @@ class Lanes:
     def _run(self, action: Action, gate: _Gate) -> None:
         try:
             self._work(action)
+        except Exception:  # the edge of a lane: the next look finds what came of it
+            log.exception("bug", action=action.verb, subject=action.subject)
         finally:
-            with self._idle:
+            with self._lock:
                 gate.running -= 1
+                self._count += 1
                 self._subjects.discard(action.subject)
-                self._done[action.subject] = time.time()
+                self._done[action.subject] = self._count
                 if not self._closed:
                     self._dispatch()
-                self._idle.notify_all()
             self._over(action)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import structlog
@@ -96,10 +97,11 @@ class Node:
 
     def observe(self, *, deep: bool = False) -> Observed:
         """Read the host. deep: every cgroup, too. Changes nothing on it."""
-        return observe(self.rig, self._exits.watches, busy=self._lanes.busy, deep=deep)
+        busy, over = self._lanes.look()
+        return replace(observe(self.rig, self._exits.watches, busy=busy, deep=deep), over=over)
 
     def apply(self, plan: Plan, observed: Observed, spec: Spec | None, revision: str) -> None:
-        """Put what is planned on the lanes and return at once; what is in hand already is left to itself."""
+        """Put what is planned on the lanes and return at once; what is under way already is left to itself."""
         self.rig.mark_boot()
         self._watch_over(observed)
         if spec is not None:
@@ -107,8 +109,7 @@ class Node:
         starting = [action for action in plan.actions if isinstance(action, StartInstance)]
         if starting:
             self.rig.pages = pages(observed.instances, self._readers(starting))
-        for action in plan.actions:
-            self._lanes.put(action, observed.at)
+        self._lanes.put(plan.actions, observed.over)
 
     def rotate_logs(self) -> None:
         """Move aside the logs that have grown beyond what their containers keep."""
