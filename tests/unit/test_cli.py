@@ -14,6 +14,7 @@ import click
 import pytest
 
 from holdfast.cli import main
+from holdfast.cli.state import app_reason, show_apps
 from holdfast.cli.checkup import overlay
 from holdfast.cli.command import socket_path
 from holdfast.cli.render import ago, pairs, size, span
@@ -305,3 +306,23 @@ def test_a_moment_is_a_span_before_now_or_a_time() -> None:
     assert moment("12.5", 0) == 12.5
     with pytest.raises(ValueError, match="soon"):
         moment("soon", 0)
+
+
+def test_a_reason_that_a_container_tells_is_not_told_by_its_app_as_well() -> None:
+    containers = {"web": {"reason": "waits until shop/db has started"}, "db": {"reason": ""}}
+    waiting = {"state": "waiting", "reason": "shop/web: waits until shop/db has started", "containers": containers}
+    assert app_reason("shop", waiting) == ""
+    assert app_reason("shop", {**waiting, "state": "failed", "reason": "shop/web: exec 'x': not found"})
+
+
+def test_a_reason_that_an_app_tells_is_not_told_by_its_containers_as_well(said: Callable[[], str]) -> None:
+    container = {
+        "state": "waiting",
+        "reason": "no such image (tried once)",
+        "next_at": None,
+        "instances": [],
+        "ports": [],
+    }
+    app = {"state": "failed", "reason": "no such image", "generation": None, "containers": {"web": container}}
+    show_apps({"at": 0.0, "apps": {"shop": app}})
+    assert said().count("no such image") == 1

@@ -95,7 +95,7 @@ def _folded(text: str, limit: int | None) -> list[str]:
     plain = click.unstyle(text)
     if limit is None or len(plain) <= limit or limit < 16:
         return [text]
-    return textwrap.wrap(plain, limit) or [""]
+    return textwrap.wrap(plain, limit, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def ago(at: float | None, now: float | None = None) -> str:

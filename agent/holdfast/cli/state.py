@@ -201,22 +201,32 @@ def show_apps(status: Json) -> None:
     rows: list[tuple[list[str], list[str]]] = []
     for name, app in status["apps"].items():
         generation = "" if app["generation"] is None else str(app["generation"])
-        reason = app["reason"] if app["state"] in ("changing", "waiting", "failed", "removing") else ""
+        reason = app_reason(name, app)
         rows.append(
             ([render.paint(name, None, bold=True), render.state(app["state"]), generation, "", "", "", ""], [reason])
         )
         for container, value in app["containers"].items():
-            rows.extend(container_rows(container, value, status["at"]))
+            rows.extend(container_rows(container, value, status["at"], above=reason))
     head = ["NAME", "STATE", "GEN", "SINCE", "RESTARTS", "ADDRESS", "PORTS"]
     render.table(head, [row for row, _ in rows], notes=[notes for _, notes in rows])
 
 
-def container_rows(name: str, container: Json, at: float) -> Iterator[tuple[list[str], list[str]]]:
+def app_reason(name: str, app: Json) -> str:
+    """Why an app is not as it should be, unless one of its containers says the same."""
+    if app["state"] not in ("changing", "waiting", "failed", "removing"):
+        return ""
+    reason = str(app["reason"]).removeprefix(f"{name}: ")
+    own = {container: value["reason"] for container, value in app["containers"].items()}
+    told = {f"{name}/{container}: {why}" for container, why in own.items()}
+    return "" if reason in told or (app["state"] == "changing" and reason in own.values()) else reason
+
+
+def container_rows(name: str, container: Json, at: float, *, above: str) -> Iterator[tuple[list[str], list[str]]]:
     instances = container["instances"] or [None]
     for number, instance in enumerate(instances):
         newest = number == len(instances) - 1
         word = container["state"] if newest else instance["state"]
-        notes = list(container_notes(container, at)) if newest else []
+        notes = list(container_notes(container, at, above)) if newest else []
         yield (
             [
                 f"  {name}" if number == 0 else "",
@@ -242,11 +252,13 @@ def instance_cells(instance: Json | None, at: float) -> list[str]:
     return [str(instance["generation"]), render.ago(since, at).removesuffix(" ago"), restarts, address]
 
 
-def container_notes(container: Json, at: float) -> Iterator[str]:
+def container_notes(container: Json, at: float, above: str) -> Iterator[str]:
+    """What there is to say of a container that its app, above it, does not say of all."""
     due = container["next_at"] is not None and container["next_at"] > at
     later = f" (next try {render.ago(container['next_at'], at)})" if due else ""
-    if container["reason"] or later:
-        yield (container["reason"] + later).strip()
+    reason = "" if above and container["reason"].startswith(above) else container["reason"]
+    if reason or later:
+        yield (reason + later).strip()
 
 
 def instance_notes(instance: Json) -> Iterator[str]:
