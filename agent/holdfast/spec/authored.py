@@ -323,6 +323,9 @@ class ContainerTable(Table):
         "security_opt": "seccomp or no_new_privileges",
         "env": "environment",
         "workdir": "working_dir",
+        "env_file": "environment",
+        "expose": "nothing: containers of one network reach every port of each other",
+        "links": "networks: containers of one network find each other by name",
     }
 
     image: Annotated[

@@ -399,7 +399,13 @@ def named(value: Any) -> Any:
 def dependencies(value: Any) -> Any:
     """`["a", "b"]` as a table of what each must have reached: started."""
     table = named(value)
-    return dict.fromkeys(table, "started") if isinstance(value, list) else table
+    if isinstance(value, list):
+        return dict.fromkeys(table, "started")
+    for other, condition in table.items() if isinstance(table, dict) else ():
+        if isinstance(condition, dict):
+            right = f'{other} = "started" or "completed"'
+            raise ValueError(f"'{other}' leads to a table (expected {right})")  # noqa: TRY004 - pydantic's terms
+    return table
 
 
 def reached(value: str) -> str:
@@ -407,7 +413,9 @@ def reached(value: str) -> str:
     if value == "healthy":
         raise ValueError("'healthy' is not supported yet (expected 'started' or 'completed')")
     if value not in ("started", "completed"):
-        raise ValueError(f"'{value}' is not known (expected 'started' or 'completed')")
+        meant = {"service_started": "started", "service_completed_successfully": "completed"}.get(value)
+        right = f"write '{meant}'" if meant else "expected 'started' or 'completed'"
+        raise ValueError(f"'{value}' is not known ({right})")
     return value
 
 
