@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from holdfast.errors import Conflict, NotFound, WrongCall
-from holdfast.node.machine import remove_volume
+from holdfast.node.recover import remove_volume
 from holdfast.node.rig import Rig
 from holdfast.observed import Instance, Json, Receipt
 from holdfast.runtime import cgroup, users

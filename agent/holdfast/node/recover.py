@@ -1,0 +1,60 @@
+"""Intents that a crash left → undone or finished, before the first pass; called by `machine` when an agent starts.
+
+Most actions need nothing here: the next look finds what they left, and the plan goes on from there. These are the
+ones whose traces no look can tell.
+"""
+
+from __future__ import annotations
+
+from holdfast.errors import HoldfastError
+from holdfast.node.rig import Rig
+from holdfast.node.stop import remove_thing
+from holdfast.observed import Json, Receipt
+
+
+def recover(rig: Rig) -> None:
+    """Go through the intents that are left. What fails is told, and keeps no agent from starting."""
+    for subject, intent in rig.store.intents().items():
+        try:
+            settle(rig, subject, intent)
+        except (HoldfastError, OSError) as error:
+            rig.store.event("failed", subject, str(error), verb=intent["verb"])
+        rig.store.event("interrupted", subject, f"{intent['verb']} was cut short; it is finished or undone now")
+        rig.store.drop_intent(subject)
+
+
+def settle(rig: Rig, subject: str, intent: Json) -> None:
+    """Undo or finish one action."""
+    match intent["verb"]:
+        case "StartInstance":
+            _undo_restart(rig, subject)
+        case "RemoveVolume":
+            _finish_removal(rig, subject.removeprefix("volume "))
+
+
+def _undo_restart(rig: Rig, key: str) -> None:
+    """End what may run already of an instance whose record still says that it ended."""
+    for instance in rig.store.instances.values():
+        if instance.key == key and instance.phase == "exited":
+            rig.runtime.delete(instance.id, force=True)
+
+
+def _finish_removal(rig: Rig, volume: str) -> None:
+    """Go on deleting a volume that its driver no longer shows; one that is still whole is the plan's to decide on."""
+    receipt = rig.store.receipt("volume", volume)
+    if receipt is None:
+        return
+    driver = rig.plugins.driver("volume", receipt.driver)
+    if volume not in {each.id for each in driver.observe()}:
+        remove_volume(rig, volume)
+
+
+def remove_volume(rig: Rig, volume: str) -> None:
+    """Delete a volume and its data, whoever asks for it; a crash on the way is recovered from."""
+    subject, receipt = f"volume {volume}", rig.store.receipt("volume", volume)
+    rig.store.put_intent(subject, {"verb": "RemoveVolume", "reason": "its data is being deleted"})
+    drivers = [receipt.driver] if receipt else list(rig.plugins.volumes)
+    for name in drivers:
+        remove_thing(rig, receipt or Receipt("volume", name, volume))
+    rig.store.drop_receipt(receipt or Receipt("volume", "", volume))
+    rig.store.drop_intent(subject)
