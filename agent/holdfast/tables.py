@@ -114,12 +114,20 @@ def read_table(kind: type[T], data: Mapping[str, Any], known: Iterable[Fault] = 
             return kind.model_validate(rest.data), faults
         except ValidationError as error:
             details = error.errors(include_url=False)
+        if len(details) > MOST_FAULTS:  # cutting out so many would take longer than anybody waits
+            few = [fault for detail in details[: MOST_FAULTS - 1] for fault in _faults(kind, dict(detail))]
+            return None, [
+                *faults,
+                *few,
+                Fault((), f"{len(details) - MOST_FAULTS + 1} more problems (mend these first)"),
+            ]
         found = [fault for detail in details for fault in _faults(kind, dict(detail))]
         faults.extend(fault for fault in found if not rest.tore(fault.path))
         rest.cut(found)
     return None, faults
 
 
+MOST_FAULTS = 200  # in one document; nobody reads more
 _ROUNDS = 5  # types, contradictions within tables, and those that cutting them out brings to light
 
 
@@ -259,6 +267,7 @@ def shown(value: Any) -> str:
     return f"'{value}'" if isinstance(value, str) else str(value) if isinstance(value, int | float) else named(value)
 
 
+LONGEST_NUMBER = 15  # digits: whatever its unit, it stays within 64 bits
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -278,6 +287,8 @@ def size(value: Any) -> Any:
     factor = _BYTES.get(match[2].lower()) if match else None
     if match is None or factor is None:
         raise ValueError(f"'{value}' is not a size (expected a number and one of KiB, MiB, GiB, KB, MB, GB, k, m, g)")
+    if len(match[1]) > LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(match[1])} digits is not a size (expected at most {LONGEST_NUMBER})")
     return int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
 
 
@@ -292,7 +303,7 @@ def duration(value: Any) -> Any:
     """Seconds of a duration: `1m30s`, `100ms`; a number is refused, since its unit would be a guess."""
     if isinstance(value, str) and value == "0":
         return 0.0
-    if isinstance(value, str) and _DURATION.sub("", value) == "" and value:
+    if isinstance(value, str) and len(value) <= 2 * LONGEST_NUMBER and _DURATION.sub("", value) == "" and value:
         return round(sum(float(number) * _SECONDS[unit] for number, unit in _DURATION.findall(value)), 9)
     raise ValueError(
         f"{shown(value)} is not a duration (expected a number and a unit, ms, s, m, h or d, as in '1m30s')"

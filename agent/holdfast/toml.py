@@ -6,16 +6,21 @@ asks: a document without faults is read once. Called by the two readers of TOML,
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import islice
 from types import NoneType
 from typing import Any
 
 KeyPath = tuple[str | int, ...]
 
 MAX_SIZE = 1024 * 1024
+MAX_DEPTH = 64  # tables and lists within each other
+MAX_KNOWN = 200  # words that a suggestion is looked for among: comparing them costs
+LARGEST = 2**63 - 1  # a 64-bit number is what TOML promises; those that keep this data have no larger ones
 
 _BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
 _SPACE = re.compile(r"[ \t]*")
@@ -28,7 +33,14 @@ _STRING = re.compile(
     re.DOTALL,
 )
 _SCALAR = re.compile(r"[^,\]}#\n]+")
+# tomllib takes time that grows with the square of a dotted key's parts.
+_LONG_KEY = re.compile(
+    rf"""(?<![\w-])(?:(?:[A-Za-z0-9_-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{MAX_DEPTH}}}""", re.ASCII
+)
 _WHERE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
+
+
+TOO_DEEP = "is nested too deeply"
 
 
 class Unreadable(ValueError):
@@ -44,7 +56,7 @@ class Document:
     """One TOML text, read: its data, and on demand the line of every key path."""
 
     def __init__(self, raw: bytes) -> None:
-        """Read raw; raise Unreadable if it is larger than MAX_SIZE, not UTF-8 or not TOML."""
+        """Read raw; raise Unreadable if it is not UTF-8, not TOML, or beyond one of the limits above."""
         if len(raw) > MAX_SIZE:
             raise Unreadable(f"{len(raw)} bytes are too many (expected at most {MAX_SIZE})")
         try:
@@ -54,12 +66,20 @@ class Document:
             line = before.count(b"\n") + 1
             column = error.start - (before.rfind(b"\n") + 1) + 1
             raise Unreadable(f"byte 0x{raw[error.start]:02x} is not UTF-8", line, column) from error
+        if match := _LONG_KEY.search(self.text):
+            line = self.text.count("\n", 0, match.start()) + 1
+            raise Unreadable(f"a key of too many parts (expected at most {MAX_DEPTH})", line)
         try:
             self.data: dict[str, Any] = tomllib.loads(self.text)
         except tomllib.TOMLDecodeError as error:
             raise _unreadable(str(error), self.text) from error
         except RecursionError as error:
-            raise Unreadable("is nested too deeply") from error
+            raise Unreadable(TOO_DEEP) from error
+        except ValueError as error:  # int() refuses thousands of digits
+            raise Unreadable(f"a number is too large (expected at most {LARGEST})") from error
+        for path, value in _scalars(self.data):
+            if wrong := _unfit(value):
+                raise Unreadable(f"{dotted(self.written(path))}: {wrong}", self.line(path))
 
     def line(self, path: KeyPath) -> int:
         """The line of a key path, or of the nearest table around it that the text has; 1 if there is none."""
@@ -91,6 +111,33 @@ class Document:
         return _Places(self.text).found
 
 
+def _scalars(data: dict[str, Any]) -> Iterator[tuple[KeyPath, Any]]:
+    """Every value that is no table or list, without recursion; raise Unreadable where they are nested too deeply."""
+    todo: list[tuple[KeyPath, Any]] = [((), data)]
+    while todo:
+        path, value = todo.pop()
+        match value:
+            case dict() | list() if len(path) > MAX_DEPTH:
+                raise Unreadable(TOO_DEEP)
+            case dict():
+                todo.extend(((*path, key), inner) for key, inner in value.items())
+            case list():
+                todo.extend(((*path, index), inner) for index, inner in enumerate(value))
+            case _:
+                yield path, value
+
+
+def _unfit(value: Any) -> str:
+    """What keeps a value from being stored as JSON, or handed to the kernel; empty if nothing does."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value} is not a number to count with (expected a finite one)"
+    if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+        return f"the number is too large (expected at most {LARGEST})"
+    if isinstance(value, str) and "\0" in value:
+        return "holds the character NUL, which ends a text for the kernel (leave it out)"
+    return ""
+
+
 def dotted(path: KeyPath) -> str:
     """A key path as a person writes it: `containers.web.ports[0]`."""
     text = ""
@@ -107,7 +154,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the nearest known word, or the empty string."""
     from difflib import get_close_matches  # slow to import, and most runs have no errors
 
-    near = get_close_matches(word, list(known), n=1)
+    near = get_close_matches(word[:MAX_DEPTH], list(islice(known, MAX_KNOWN)), n=1)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 

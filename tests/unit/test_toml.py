@@ -106,7 +106,12 @@ def test_an_error_at_the_end_has_the_last_line() -> None:
 
 
 KEYS = st.sampled_from(["a", "b-c", "0", "x y", "é", 'q"u', "d.e", ""])
-SCALARS = st.one_of(st.integers(), st.booleans(), st.floats(allow_nan=False), st.text("a#[]{}\"'=\n\\é", max_size=5))
+SCALARS = st.one_of(
+    st.integers(-(2**63) + 1, 2**63 - 1),
+    st.booleans(),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text("a#[]{}\"'=\n\\é", max_size=5),
+)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=8
 )

@@ -13,7 +13,7 @@ from holdfast.spec.model import NodeFacts
 from holdfast.tables import Fault
 from holdfast.toml import KeyPath, suggestion
 
-_MARK = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<name>[^}]*?)(?::-(?P<default>[^}]*))?\}|(?P<open>\{))")
+_MARK = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<inner>[^}]*)\})")
 
 
 def interpolated(value: Any, facts: NodeFacts, faults: list[Fault], path: KeyPath = ()) -> Any:
@@ -33,18 +33,21 @@ def _text(text: str, facts: NodeFacts, faults: list[Fault], path: KeyPath) -> st
     def replace(match: re.Match[str]) -> str:
         if match["dollar"]:
             return "$"
+        name, marked, default = match["inner"].partition(":-")
         try:
-            if match["open"]:
-                raise ValueError(f"'{text}': '}}' is missing (a lone '${{' is written '$${{')")
-            found = _lookup(match["name"], facts)
-            if found is None and match["default"] is None:
-                raise ValueError(_missing(match["name"], facts))
+            found = _lookup(name, facts)
+            if found is None and not marked:
+                raise ValueError(_missing(name, facts))
         except ValueError as error:
             faults.append(Fault(path, str(error)))
             return match[0]
-        return match["default"] if found is None else found
+        return default if found is None else found
 
-    return _MARK.sub(replace, text)
+    closed = text.rfind("}") + 1  # what follows has no closing brace: looked for at each mark, that takes for ever
+    rest = text[closed:].replace("$$", "\0")
+    if "${" in rest:
+        faults.append(Fault(path, f"'{text}': '}}' is missing (a lone '${{' is written '$${{')"))
+    return _MARK.sub(replace, text[:closed]) + rest.replace("\0", "$")
 
 
 def _lookup(name: str, facts: NodeFacts) -> str | None:

@@ -6,19 +6,21 @@ each other, then collect the files that are mounted. Called by `reconcile` with 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import islice
 
 from holdfast.spec import links
 from holdfast.spec.authored import StateFile
 from holdfast.spec.interpolate import interpolated
 from holdfast.spec.model import App, NodeFacts, Problem, Spec, When
 from holdfast.spec.resolve import Draft, app_name, digest, draft_of
-from holdfast.tables import Fault, read_table, shown, text_of
+from holdfast.tables import MOST_FAULTS, Fault, read_table, shown, text_of
 from holdfast.toml import Document, Unreadable, dotted
 
 VARS_FILE = "vars.toml"
+LONGEST = 2000  # characters of a problem: the values that it quotes may be of any length
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +106,22 @@ def _reading(path: str, raw: bytes, facts: NodeFacts, before: Reading | None) ->
         return Reading(raw, app_name(path, None), None, (problem,))
     faults: list[Fault] = []
     data = interpolated(document.data, facts, faults)
-    table, faults = read_table(StateFile, data, faults)
-    draft = None
+    table, draft = None, None
+    if len(faults) <= MOST_FAULTS:
+        table, faults = read_table(StateFile, data, faults)
     if table is not None:
         draft, found = draft_of(path, table, document, facts)
         faults.extend(found)
     return Reading(raw, app_name(path, document), draft, tuple(_problems(path, document, faults)))
 
 
-def _problems(path: str, document: Document, faults: Iterable[Fault]) -> Iterable[Problem]:
-    return (
-        Problem(path, document.line(fault.path), fault.message, key=dotted(document.written(fault.path)))
-        for fault in faults
-    )
+def _problems(path: str, document: Document, faults: Iterable[Fault]) -> Iterator[Problem]:
+    listed = list(faults)
+    for fault in listed[:MOST_FAULTS]:
+        message = fault.message if len(fault.message) <= LONGEST else f"{fault.message[:LONGEST]}…"
+        yield Problem(path, document.line(fault.path), message, key=dotted(document.written(fault.path)))
+    if len(listed) > MOST_FAULTS:
+        yield Problem(path, 1, f"{len(listed) - MOST_FAULTS} more problems (mend these first)")
 
 
 def _linked(
@@ -147,9 +152,10 @@ def _linked(
     around_here = links.Neighbours(mine, frozenset(others) - frozenset(mine), unknown)
     around_others = links.Neighbours(others, frozenset(), unknown)
     for draft in drafts:
-        refuse(links.missing_files(draft, lambda path: bool(below(files, path))))
+        refuse(islice(links.missing_files(draft, lambda path: bool(below(files, path))), MOST_FAULTS))
         refuse(links.cycles_of_containers(draft))
-        refuse(links.dangling(draft, around_here if mine.get(draft.app.name) is draft else around_others))
+        around = around_here if mine.get(draft.app.name) is draft else around_others
+        refuse(islice(links.dangling(draft, around), MOST_FAULTS))
     refuse(links.cycles_of_apps(mine))
     claims, networks = links.Claims(), links.networks_of(here)
     standing = [draft for draft in here if draft.app.path not in broken]

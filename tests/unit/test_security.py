@@ -1,0 +1,64 @@
+"""What somebody who may commit state files, or hand over an archive, tries first: none of it may harm the agent.
+
+Every case here once broke a pass, took minutes, or reached a file that is not its own.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from holdfast.spec.load import load
+from holdfast.spec.model import NodeFacts, Spec
+
+WEB = '[containers.web]\nimage = "app:1"\n'
+GOOD = b'[containers.db]\nimage = "db:1"\n'
+
+
+def loaded(text: str) -> Spec:
+    """A revision of two files: what is wrong in one must not keep the other from loading, nor take long."""
+    began = time.process_time()
+    spec = load({"bad.toml": text.encode(), "good.toml": GOOD}, NodeFacts(name="n"))
+    assert time.process_time() - began < 5
+    assert "good" in spec.apps
+    return spec
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{WEB}shm_size = {'9' * 5000}",
+        f"{WEB}shm_size = -{'9' * 400}",
+        f"{WEB}shm_size = '{'9' * 4000}.5k'",
+        f"{WEB}stop_grace_period = '{'9' * 400}s'",
+        f"{WEB}[containers.web.resources]\ncpus = inf",
+        f"{WEB}restart_policy = {{ policy = 'always', factor = inf }}",
+        f"{WEB}environment = {{ A = 'x\\u0000y' }}".replace("'x\\u0000y'", '"x\\u0000y"'),
+        f"{'a.' * 3000}a = 1",
+        f"[{'a.' * 200_000}a]",
+        f"{WEB}labels.{'a.' * 60}a = 1",
+        f"a = {'[' * 100_000}",
+    ],
+    ids=["digits", "negative", "size", "duration", "infinite", "factor", "nul", "key", "header", "labels", "lists"],
+)
+def test_values_that_nothing_can_hold_break_their_own_file_only(text: str) -> None:
+    spec = loaded(text)
+
+    assert "bad" not in spec.apps
+    assert [problem.path for problem in spec.problems] == ["bad.toml"]
+
+
+@pytest.mark.parametrize("mark", ["${", "${:-", "${}"])
+def test_marks_without_an_end_are_told_at_once(mark: str) -> None:
+    spec = loaded(f"{WEB}command = '{mark * 20_000}'")
+
+    assert 0 < len(spec.problems) <= 201
+    assert sum(len(str(problem)) for problem in spec.problems) < 1_000_000
+
+
+def test_a_file_of_nothing_but_faults_is_told_without_taking_for_ever() -> None:
+    spec = loaded(WEB + "".join(f"k{index} = 1\n" for index in range(20_000)))
+
+    assert len(spec.problems) == 200
+    assert "19801 more problems" in str([str(problem) for problem in spec.problems])
