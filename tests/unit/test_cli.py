@@ -14,11 +14,11 @@ import click
 import pytest
 
 from holdfast.cli import main
-from holdfast.cli.state import app_reason, show_apps
 from holdfast.cli.checkup import overlay
 from holdfast.cli.command import socket_path
 from holdfast.cli.render import ago, pairs, size, span
 from holdfast.cli.since import moment
+from holdfast.cli.state import app_reason, show_apps
 from holdfast.config import load_config
 from holdfast.plan.actions import Plan, StartInstance
 from paper import PaperAgent, served
