@@ -325,8 +325,12 @@ class Daemon(Answers):
 
     async def sync(self, accept_rewrite: bool) -> Json:
         """Ask the source, try at once what waits for its next try, and return the status of the pass that follows."""
+        source = self._reconciler.source
+        failed = source.state().failures
         with contextlib.suppress(TryAgain):  # the status says so
-            await asyncio.to_thread(self._reconciler.source.refresh, accept_rewrite=accept_rewrite)
+            await asyncio.to_thread(source.refresh, accept_rewrite=accept_rewrite)
+            if failed:
+                self._watch.poke()  # it waits out a back-off that has no cause any more
         await asyncio.to_thread(self.rig.store.retry_now)
         self._deep = True
         before = self._begun
