@@ -159,6 +159,7 @@ class World:
             }
             assert owners == set(store.instances)
             assert {each.id for each in store.receipts("network")} == {"bridge", *(["shop/front"] if shop else [])}
+            assert bool(store.receipt("volume", "shop/scratch")) == shop
             assert sorted(store.history().generations) == ["calm", *(["shop"] if shop else [])]
         finally:
             store.close()
@@ -407,6 +408,18 @@ def test_a_file_that_was_being_rewritten_is_brought_back_when_the_commit_is_reve
     world.put_shop()
     world.settle()
     world.check(shop=True)
+
+
+def test_a_volume_that_was_being_deleted_is_deleted_to_the_end(world: World) -> None:
+    _appears(world)
+    world.settle()
+    world.remove_shop()
+    assert world.settle(kill=Boundary("RemoveVolume volume shop/scratch", 1, "store.put_intent")).killed
+    volume = world.data.parents[1] / "scratch"
+    doomed = volume.rename(volume.with_name(".removed-scratch"))  # as far as its driver may have come
+    world.settle()
+    world.check(shop=False)
+    assert not doomed.exists()
 
 
 def _boundaries_of_an_update(world: World, what: str) -> list[Boundary]:
