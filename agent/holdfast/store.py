@@ -13,7 +13,8 @@ is found again on the host, as any other crash's traces are.
     events       the log that `holdfast events` reads
     facts        single values (the firewall as it was last written, the revision in force)
 
-Threads share one Store; a lock makes each verb atomic.
+Threads share one Store; a lock makes each verb atomic. `instances` is read without it: a dict that gains or loses a
+key is a new one, so that whoever walks over the old one is not disturbed.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import structlog
 from pydantic import TypeAdapter
 
 from holdfast.errors import UnfitHost
@@ -41,7 +43,6 @@ from holdfast.observed import (
     Receipt,
 )
 
-T = TypeVar("T")
 Event = dict[str, Any]
 
 VERSION = 1
@@ -57,6 +58,8 @@ CREATE TABLE intents     (subject TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT
 CREATE TABLE facts       (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE events      (seq INTEGER PRIMARY KEY AUTOINCREMENT, value BLOB NOT NULL);
 """
+
+log = structlog.get_logger("holdfast")
 
 _instance: TypeAdapter[Instance] = TypeAdapter(Instance)
 _receipt: TypeAdapter[Receipt] = TypeAdapter(Receipt)
@@ -111,7 +114,10 @@ class Store:
         """Keep an instance, new or changed."""
         with self._lock:
             self._put("instances", instance.id, _instance.dump_json(instance))
-            self.instances[instance.id] = instance
+            if instance.id in self.instances:
+                self.instances[instance.id] = instance
+            else:
+                self.instances = {**self.instances, instance.id: instance}
 
     def change_instance(self, id: InstanceId, **fields: Any) -> Instance:
         """Change some fields of an instance and return it; KeyError if it is gone."""
@@ -119,6 +125,14 @@ class Store:
             changed = replace(self.instances[id], **fields)
             self.put_instance(changed)
             return changed
+
+    def exchange_instance(self, known: Instance, changed: Instance) -> bool:
+        """Put changed in the place of known; False, and nothing is done, if that is no longer what is kept."""
+        with self._lock:
+            if self.instances.get(known.id) != known:
+                return False
+            self.put_instance(changed)
+            return True
 
     def note_names(self, id: InstanceId, digest: str) -> None:
         """Note what an instance's hosts file says, in memory only: after a restart it is written once more."""
@@ -130,14 +144,14 @@ class Store:
         """Forget an instance: the last step of its removal."""
         with self._lock:
             self._drop("instances", "id", id)
-            self.instances.pop(id, None)
+            self.instances = {known: each for known, each in self.instances.items() if known != id}
 
     def put_receipt(self, receipt: Receipt) -> None:
         """Keep what a driver made."""
         with self._lock:
             if self._receipts.get((receipt.kind, receipt.id)) == receipt:
                 return
-            self._db.execute(
+            self._execute(
                 "INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?)",
                 (receipt.kind, receipt.id, time.time_ns(), _receipt.dump_json(receipt)),
             )
@@ -147,7 +161,7 @@ class Store:
     def drop_receipt(self, receipt: Receipt) -> None:
         """Forget a receipt: only once the thing is gone."""
         with self._lock:
-            self._db.execute("DELETE FROM receipts WHERE kind = ? AND id = ?", (receipt.kind, receipt.id))
+            self._execute("DELETE FROM receipts WHERE kind = ? AND id = ?", (receipt.kind, receipt.id))
             self._receipts.pop((receipt.kind, receipt.id), None)
             owned = self._owned.get(receipt.owner, {})
             owned.pop((receipt.kind, receipt.id), None)
@@ -174,7 +188,7 @@ class Store:
         """Keep a generation; of an app's older ones the last few stay, and always the one in force."""
         app = generation.app.name
         with self._lock:
-            self._db.execute(
+            self._execute(
                 "INSERT OR REPLACE INTO generations VALUES (?, ?, ?)",
                 (app, generation.number, _generation.dump_json(generation)),
             )
@@ -200,20 +214,20 @@ class Store:
 
     def forget_app(self, app: str) -> None:
         """Drop everything that is kept of an app."""
-        with self._lock, self._transaction():
-            self._drop("generations", "app", app)
-            self._generations.pop(app, None)
+        with self._lock:
             for key in [key for key in self._holds if key.startswith(f"{app}/")]:
                 self.release(key)
             for subject in [each for each in self._failures if each == app or each.startswith(f"{app}/")]:
                 self.clear_failure(subject)
+            self._drop("generations", "app", app)
+            self._generations.pop(app, None)
 
     def _pruned(self, app: str, known: tuple[Generation, ...]) -> tuple[Generation, ...]:
         in_force = next((each for each in reversed(known) if each.state != "staged"), None)
         kept = tuple(each for each in known if each in known[-KEPT_GENERATIONS:] or each is in_force)
         for each in known:
             if each not in kept:
-                self._db.execute("DELETE FROM generations WHERE app = ? AND number = ?", (app, each.number))
+                self._execute("DELETE FROM generations WHERE app = ? AND number = ?", (app, each.number))
         return kept
 
     # -- holds, failures, intents, facts --
@@ -231,10 +245,10 @@ class Store:
             return self._holds.pop(key, None) is not None
 
     def put_failure(self, subject: str, failure: Failure) -> None:
-        """Remember that an action on a subject failed."""
+        """Remember that an action on a subject failed: in memory first, for a full disk must not end the back-off."""
         with self._lock:
-            self._put("failures", subject, _failure.dump_json(failure))
             self._failures[subject] = failure
+            self._put("failures", subject, _failure.dump_json(failure))
 
     def failure(self, subject: str) -> Failure | None:
         """The failure that a subject is remembered by."""
@@ -282,7 +296,7 @@ class Store:
     # -- events --
 
     def event(self, kind: str, subject: str, message: str, **more: Any) -> None:
-        """Append to the log and tell the listeners.
+        """Append to the log and tell the listeners. Nothing is held up by the log: what can't be kept is lost.
 
         Keys: seq, at, kind, subject, app, container, message, and what else is given. subject: `app`,
         `app/container`, `network app/name`, or a thing of the node's own.
@@ -291,10 +305,11 @@ class Store:
         value = {"at": time.time(), "kind": kind, "subject": subject, "message": message, "app": app if name else ""}
         value |= {"container": "" if " " in subject else name, **more}
         with self._lock:
-            text = json.dumps(value, default=str)
-            seq = self._db.execute("INSERT INTO events (value) VALUES (?)", (text,)).lastrowid or 0
-            if seq % 1000 == 0:
-                self._db.execute("DELETE FROM events WHERE seq <= ?", (seq - KEPT_EVENTS,))
+            try:
+                seq = self._append(json.dumps(value, default=str))
+            except UnfitHost as error:
+                log.error("event lost", kind=kind, subject=subject, message=message, error=str(error))
+                return
             listeners = list(self._listeners)
         for listener in listeners:
             listener({"seq": seq, **value})
@@ -302,7 +317,7 @@ class Store:
     def events(self, after: int = 0, limit: int = 1000) -> list[Event]:
         """Events with a seq above `after`, oldest first; the newest `limit` of them."""
         with self._lock:
-            rows = self._db.execute(
+            rows = self._execute(
                 "SELECT seq, value FROM events WHERE seq > ? ORDER BY seq DESC LIMIT ?", (after, limit)
             ).fetchall()
         return [{"seq": seq, **json.loads(value)} for seq, value in reversed(rows)]
@@ -313,18 +328,26 @@ class Store:
 
     # -- the database --
 
+    def _append(self, text: str) -> int:
+        seq = self._execute("INSERT INTO events (value) VALUES (?)", (text,)).lastrowid or 0
+        if seq % 1000 == 0:
+            self._execute("DELETE FROM events WHERE seq <= ?", (seq - KEPT_EVENTS,))
+        return seq
+
+    def _execute(self, statement: str, values: tuple[object, ...] = ()) -> sqlite3.Cursor:
+        try:
+            return self._db.execute(statement, values)
+        except sqlite3.Error as error:
+            raise UnfitHost(f"use store '{self.path}': {error}") from error
+
     def _rows(self, columns: str, table: str) -> Iterable[tuple[Any, ...]]:
-        return self._db.execute(f"SELECT {columns} FROM {table}").fetchall()
+        return self._execute(f"SELECT {columns} FROM {table}").fetchall()
 
     def _put(self, table: str, key: str, value: bytes) -> None:
-        self._db.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", (key, value))
+        self._execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", (key, value))
 
     def _drop(self, table: str, column: str, key: str) -> None:
-        self._db.execute(f"DELETE FROM {table} WHERE {column} = ?", (key,))
-
-    def _transaction(self) -> sqlite3.Connection:
-        self._db.execute("BEGIN")
-        return self._db  # as a context manager it commits, or rolls back
+        self._execute(f"DELETE FROM {table} WHERE {column} = ?", (key,))
 
     def _share_wants(self) -> None:
         """Let instances share the objects of their generations: equal values then compare by identity."""

@@ -1,12 +1,173 @@
-"""What the agent remembers, when others open it at the same time."""
+"""The store: what is put in is there again after a restart, and a disk that is full is told of, not fallen over."""
 
 from __future__ import annotations
 
+import sqlite3
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from holdfast.store import Store
+import pytest
+
+from holdfast.errors import UnfitHost
+from holdfast.observed import Failure, Generation, Hold, Instance, InstanceId, Receipt
+from holdfast.spec.model import App, Container
+from holdfast.store import KEPT_GENERATIONS, Store
+
+WEB = Instance(id=InstanceId("i1"), app="shop", container="web", generation=1, want=Container(image="a"), image="sha")
+APP = App(name="shop", path="shop.toml", containers={"web": WEB.want})
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Store]:
+    store = Store(path / "state.db")
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with _open(tmp_path) as opened:
+        yield opened
+
+
+@contextmanager
+def _full_disk(store: Store) -> Iterator[None]:
+    """No page more than there is: what SQLite says then is what it says of a full disk."""
+    database = store._db
+    room = database.execute("PRAGMA page_count").fetchone()[0]
+    database.execute(f"PRAGMA max_page_count = {room}")
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        database.execute("INSERT INTO events (value) VALUES (zeroblob(100000))")
+    database.execute("INSERT INTO events (value) VALUES (?)", ("x" * 100,))
+    try:
+        yield
+    finally:
+        database.execute("PRAGMA max_page_count = 1000000")
+
+
+def _big(text: str = "x") -> str:
+    return text * 100_000
+
+
+def test_everything_is_there_again_after_a_restart(tmp_path: Path) -> None:
+    receipt = Receipt("rootfs", "overlay", "i1", "i1", {"path": "/x"})
+    generation = Generation(app=APP, number=1, state="good", images={"web": "sha"})
+    failure = Failure("StartInstance 1", "no", 2, 10.0, None)
+    with _open(tmp_path) as store:
+        store.put_instance(WEB)
+        store.put_receipt(receipt)
+        store.put_generation(generation)
+        store.hold("shop/web", Hold("stopped", 1.0, "me"))
+        store.put_failure("shop/web", failure)
+        store.put_intent("shop/web", {"verb": "StartInstance"})
+        store.put_fact("boot", "b")
+        store.event("started", "shop/web", "it is not there")
+    with _open(tmp_path) as store:
+        assert store.instances == {WEB.id: WEB}
+        assert store.instances[WEB.id].want is store.generation("shop", 1).app.containers["web"]
+        assert store.owned("i1") == [receipt]
+        history = store.history()
+        assert history.generations == {"shop": (generation,)}
+        assert history.holds == {"shop/web": Hold("stopped", 1.0, "me")}
+        assert history.failures == {"shop/web": failure}
+        assert store.intents() == {"shop/web": {"verb": "StartInstance"}}
+        assert store.fact("boot") == "b"
+        assert [event["subject"] for event in store.events()] == ["shop/web"]
+
+
+def test_receipts_come_back_in_the_order_in_which_things_were_made(tmp_path: Path) -> None:
+    made = [
+        Receipt("rootfs", "d", "i1", "i1"),
+        Receipt("netns", "d", "i1", "i1"),
+        Receipt("endpoint", "d", "i1/n", "i1"),
+    ]
+    with _open(tmp_path) as store:
+        for receipt in made:
+            store.put_receipt(receipt)
+    with _open(tmp_path) as store:
+        assert store.owned("i1") == made
+
+
+def test_a_full_disk_is_an_error_of_the_host_and_changes_nothing(store: Store) -> None:
+    store.put_instance(WEB)
+    with _full_disk(store), pytest.raises(UnfitHost, match="full"):
+        store.put_instance(replace(WEB, image=_big()))
+    assert store.instances[WEB.id] == WEB
+    store.put_instance(replace(WEB, image="new"))
+    assert store.instances[WEB.id].image == "new"
+
+
+def test_a_failure_is_backed_off_even_on_a_full_disk(store: Store) -> None:
+    failure = Failure("StartInstance 1", _big(), 1, 10.0, 20.0)
+    with _full_disk(store):
+        with pytest.raises(UnfitHost):
+            store.put_failure("shop/web", failure)
+        assert store.history().failures == {"shop/web": failure}
+
+
+def test_an_event_that_finds_no_room_holds_up_nothing(store: Store) -> None:
+    heard: list[str] = []
+    store.listen(lambda event: heard.append(event["message"]))
+    with _full_disk(store):
+        store.event("started", "shop/web", _big())
+    store.event("started", "shop/web", "there is room again")
+    assert heard == ["there is room again"]
+
+
+def test_walking_over_the_instances_is_not_disturbed_by_one_that_comes_or_goes(store: Store) -> None:
+    for number in range(3):
+        store.put_instance(replace(WEB, id=InstanceId(f"i{number}")))
+    seen = []
+    for id in store.instances:
+        seen.append(id)
+        store.drop_instance(id)
+        store.put_instance(replace(WEB, id=InstanceId(f"new {id}")))
+    assert seen == ["i0", "i1", "i2"]
+    assert sorted(store.instances) == ["new i0", "new i1", "new i2"]
+
+
+def test_an_instance_that_somebody_else_has_changed_is_not_exchanged(store: Store) -> None:
+    store.put_instance(WEB)
+    ours = replace(WEB, phase="exited")
+    theirs = store.change_instance(WEB.id, phase="running")
+    assert not store.exchange_instance(WEB, ours)
+    assert store.instances[WEB.id] == theirs
+    assert store.exchange_instance(theirs, ours)
+    assert store.instances[WEB.id] == ours
+
+
+def test_old_generations_go_but_never_the_one_in_force(store: Store) -> None:
+    store.put_generation(Generation(app=APP, number=1, state="good"))
+    for number in range(2, 9):
+        store.put_generation(Generation(app=APP, number=number, state="staged"))
+    kept = [each.number for each in store.history().generations["shop"]]
+    assert kept == [1, *range(9 - KEPT_GENERATIONS, 9)]
+
+
+def test_a_generation_never_moves_back(store: Store) -> None:
+    store.put_generation(Generation(app=APP, number=1, state="good"))
+    store.mark_generation("shop", 1, "active")
+    assert store.generation("shop", 1).state == "good"
+
+
+def test_a_forgotten_app_leaves_nothing_and_others_alone(store: Store) -> None:
+    for app in ("shop", "shopping"):
+        store.put_generation(Generation(app=APP.model_copy(update={"name": app}), number=1, state="good"))
+        store.hold(f"{app}/web", Hold("stopped", 1.0))
+        store.put_failure(app, Failure("d", "e", 1, 0.0, None))
+    store.forget_app("shop")
+    history = store.history()
+    assert [set(each) for each in (history.generations, history.holds, history.failures)] == [
+        {"shopping"},
+        {"shopping/web"},
+        {"shopping"},
+    ]
 
 
 def test_several_may_open_a_store_that_is_not_there_yet(tmp_path: Path) -> None:

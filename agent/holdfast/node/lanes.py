@@ -128,7 +128,7 @@ class Lanes:
         try:
             self._work(action)
         except Exception:  # the edge of a lane: the next look finds what came of it
-            log.exception("bug", action=action.verb, subject=action.subject)
+            log.exception("action broke off", action=action.verb, subject=action.subject)
         finally:
             with self._lock:
                 gate.running -= 1

@@ -117,11 +117,11 @@ def _ended(rig: Rig, instance: Instance) -> Instance:
         if run is not None and rig.runtime.supervised(run):
             return instance
         ended = Exit(code=None, at=time.time())
-    if rig.store.instances.get(instance.id) != instance:
-        return instance  # somebody else has it in hand; the next look will tell
     if instance.exit is not None and instance.exit.asked:  # its stop was cut short, or gave up waiting
         ended = replace(ended, asked=True)
-    changed = rig.store.change_instance(instance.id, phase="exited", exit=ended, pid=None)
+    changed = replace(instance, phase="exited", exit=ended, pid=None)
+    if not rig.store.exchange_instance(instance, changed):
+        return instance  # somebody else has it in hand; the next look will tell
     tell_exit(rig, instance, ended)
     return changed
 
