@@ -13,6 +13,9 @@ Every host object that a driver makes bears `Host.name`, so that `observe` finds
 from __future__ import annotations
 
 import hashlib
+import os
+import secrets
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +36,7 @@ __all__ = [
     "Receipt",
     "RootfsWant",
     "VolumeWant",
+    "remove_tree",
 ]
 
 BASE36 = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -186,3 +190,44 @@ class CgroupPolicy(Protocol):
     def settings(self, want: CgroupWant) -> Json:
         """The contribution: {"resources": linux.resources of the OCI runtime spec, "oom_score_adj": int}."""
         ...
+
+
+def remove_tree(path: Path | str, *, dir_fd: int | None = None) -> None:
+    """Delete a directory and all that is in it; for what a container may have filled. Raises OSError.
+
+    shutil.rmtree calls itself, and keeps a descriptor open, for each level: a program that nests a thousand
+    directories could keep itself from ever being removed. Here inner directories are moved up and taken in turn. No
+    link is followed.
+    """
+    top = os.open(path, _FOLDER, dir_fd=dir_fd)
+    try:
+        mark, moved = secrets.token_hex(8), 0
+        left = _unlink_files(top)
+        while left:
+            name = left.pop()
+            folder = os.open(name, _FOLDER, dir_fd=top)
+            try:
+                for inner in _unlink_files(folder):
+                    left.append(f"{mark}{moved}")
+                    moved += 1
+                    os.rename(inner, left[-1], src_dir_fd=folder, dst_dir_fd=top)
+            finally:
+                os.close(folder)
+            os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(top)
+    os.rmdir(path, dir_fd=dir_fd)
+
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def _unlink_files(folder: int) -> list[str]:
+    """Delete all that is no directory, and say which directories there are."""
+    folders = []
+    for name in os.listdir(folder):
+        if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            folders.append(name)
+        else:
+            os.unlink(name, dir_fd=folder)
+    return folders

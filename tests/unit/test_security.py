@@ -5,10 +5,13 @@ Every case here once broke a pass, took minutes, or reached a file that is not i
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 import pytest
 
+from holdfast.drivers import remove_tree
 from holdfast.spec.load import load
 from holdfast.spec.model import NodeFacts, Spec
 
@@ -62,3 +65,26 @@ def test_a_file_of_nothing_but_faults_is_told_without_taking_for_ever() -> None:
 
     assert len(spec.problems) == 200
     assert "19801 more problems" in str([str(problem) for problem in spec.problems])
+
+
+def test_a_tree_deeper_than_any_recursion_is_removed(tmp_path: Path) -> None:
+    nested(tmp_path / "tree", depth=3000)
+    outside = tmp_path / "outside"
+    outside.write_text("kept")
+    (tmp_path / "tree" / "link").symlink_to(outside)
+
+    remove_tree(tmp_path / "tree")
+
+    assert list(tmp_path.iterdir()) == [outside]
+
+
+def nested(folder: Path, depth: int) -> None:
+    """Directories within each other, as only a program that changes into each can make them."""
+    folder.mkdir()
+    handle = os.open(folder, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=handle)
+        inner = os.open("d", os.O_RDONLY, dir_fd=handle)
+        os.close(handle)
+        handle = inner
+    os.close(handle)

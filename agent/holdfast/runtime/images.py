@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import stat
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from holdfast.drivers import remove_tree
 from holdfast.errors import Conflict, NotFound, WrongCall, WrongState
 from holdfast.runtime.archives import Archive, Found, open_archive, plain
 from holdfast.runtime.layers import find, unpack
@@ -221,7 +221,8 @@ class ImageStore:
             if expected and self._layer(expected).is_dir():
                 return expected, self._size(expected), 0
             folder = self._partial / key
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                remove_tree(folder)
             folder.mkdir()
             folder.chmod(0o755)
             try:
@@ -232,7 +233,8 @@ class ImageStore:
                     )
                 self._finish_layer(folder, unpacked.diff_id, unpacked.size)
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                with suppress(FileNotFoundError):
+                    remove_tree(folder)
         return unpacked.diff_id, unpacked.size, unpacked.newest
 
     def _finish_layer(self, folder: Path, diff_id: str, size: int) -> None:
@@ -331,14 +333,15 @@ class ImageStore:
             return
         doomed = self._partial / uuid.uuid4().hex  # half a layer must not be found under a layer's name
         layer.rename(doomed)
-        shutil.rmtree(doomed)
+        remove_tree(doomed)
 
     def _sweep(self) -> None:
         """Delete what a killed process left half unpacked; what a living one unpacks is locked."""
         for key in {path.name.removesuffix(".lock") for path in self._partial.iterdir()} - {"store", "index"}:
             with self._lock(key, shared=False, wait=False) as locked:
                 if locked:
-                    shutil.rmtree(self._partial / key, ignore_errors=True)
+                    with suppress(OSError):
+                        remove_tree(self._partial / key)
 
     @contextmanager
     def _lock(self, key: str, *, shared: bool, wait: bool = True) -> Iterator[bool]:

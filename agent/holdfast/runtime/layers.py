@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
 
+from holdfast.drivers import remove_tree
 from holdfast.errors import WrongState
 
 WHITEOUT = ".wh."
@@ -275,7 +276,7 @@ def _clear_way(folder: int, name: str, *, keep_directory: bool) -> bool:
     if not stat.S_ISDIR(entry.st_mode):
         os.unlink(name, dir_fd=folder)
     elif not keep_directory:
-        shutil.rmtree(name, dir_fd=folder)
+        remove_tree(name, dir_fd=folder)
     return _is_whiteout(entry)
 
 

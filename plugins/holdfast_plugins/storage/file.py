@@ -8,7 +8,6 @@ or `refresh`, in place. The copy's name is the quoted target, so that `observe` 
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from holdfast.drivers import Host, MountWant, Receipt
+from holdfast.drivers import Host, MountWant, Receipt, remove_tree
 from holdfast.errors import WrongCall, WrongState
 from holdfast_plugins.storage.bind import bind_receipt
 
@@ -81,7 +80,7 @@ class FileMount:
         instance, _, target = receipt.id.partition(":")
         copy = self._copy(instance, target)
         if copy.is_dir():
-            shutil.rmtree(copy)
+            remove_tree(copy)
         else:
             copy.unlink(missing_ok=True)
         for folder in (copy.parent, copy.parent.parent):
@@ -138,7 +137,7 @@ def _clear_way(folder: int, name: str, fits: Callable[[int], bool]) -> None:
     if fits(mode):
         return
     if stat.S_ISDIR(mode):
-        shutil.rmtree(name, dir_fd=folder)
+        remove_tree(name, dir_fd=folder)
     else:
         os.unlink(name, dir_fd=folder)
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from holdfast.drivers import Host, Receipt, VolumeWant
+from holdfast.drivers import Host, Receipt, VolumeWant, remove_tree
 from holdfast.errors import WrongCall, WrongState
 from holdfast_plugins.storage.mounts import sync_filesystem
 
@@ -81,7 +81,7 @@ def _is_empty(folder: Path) -> bool:
 
 def _delete(folder: Path) -> None:
     with suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+        remove_tree(folder)
 
 
 def _fill(folder: Path, seed: Path | None) -> None:

@@ -7,12 +7,11 @@ run_root/instances/ID/rootfs      where it is mounted
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from holdfast.drivers import Host, Receipt, RootfsWant
+from holdfast.drivers import Host, Receipt, RootfsWant, remove_tree
 from holdfast.errors import NotPermitted, UnfitHost, WrongCall, WrongState
 from holdfast_plugins.storage.mounts import is_mounted, mount_overlay, mount_points, unmount
 
@@ -76,7 +75,7 @@ class OverlayRootfs:
             with suppress(OSError):  # gone, or others keep things there
                 folder.rmdir()
         with suppress(FileNotFoundError):
-            shutil.rmtree(upper.parent)
+            remove_tree(upper.parent)
 
     def _places(self, instance: str) -> tuple[Path, Path, Path]:
         if not instance or "/" in instance or instance in (".", ".."):
