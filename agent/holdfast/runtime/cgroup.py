@@ -155,6 +155,12 @@ def folders(path: str) -> list[Path]:
     return [place for root in hierarchies() if (place := root / path.lstrip("/")).is_dir()]
 
 
+def children(place: Path) -> list[str]:
+    """The names of the cgroups right below one."""
+    with os.scandir(place) as entries:
+        return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+
+
 def snapshot(path: str) -> dict[str, str]:
     """Read every file that limits touch: file name → content. Files that this kernel lacks are left out.
 

@@ -135,6 +135,10 @@ class Runtime:
         """The ids of all containers that the runtime or conmon left something of on disk."""
         return frozenset((*_listed(self.root), *_listed(self.host.run_root / "runs")))
 
+    def cgroups(self) -> frozenset[str]:
+        """The ids of all containers that have a cgroup in some hierarchy, known to the runtime or not."""
+        return frozenset(name for place in cgroup.folders(self.host.cgroup) for name in cgroup.children(place))
+
     def run_of(self, id: str) -> Run | None:
         """The run that `create` recorded; None if it did not get that far."""
         try:
