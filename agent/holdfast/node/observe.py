@@ -41,7 +41,7 @@ def observe(rig: Rig, watches: Watches, *, busy: frozenset[str] = frozenset(), d
     """
     at = time.time()
     instances = list(rig.store.instances.values())
-    things: Things = {(each.kind, each.id): each for each in _things(rig)}
+    things: Things = {(each.kind, each.id): each for each in _things(rig, deep=deep)}
     same_boot = rig.same_boot()
     seen = tuple(
         _instance(rig, instance, things, watches, same_boot=same_boot, deep=deep)
@@ -62,7 +62,7 @@ def observe(rig: Rig, watches: Watches, *, busy: frozenset[str] = frozenset(), d
     )
 
 
-def _things(rig: Rig) -> Iterator[Receipt]:
+def _things(rig: Rig, *, deep: bool) -> Iterator[Receipt]:
     """Everything on the host that bears the agent's name, as the drivers find it."""
     drivers = (
         rig.plugins.rootfs,
@@ -75,7 +75,7 @@ def _things(rig: Rig) -> Iterator[Receipt]:
         for driver in kind.values():
             yield from driver.observe()
     yield from netns.observe(rig.host)
-    for id in rig.runtime.state():
+    for id in rig.runtime.state() | (rig.runtime.cgroups() if deep else frozenset()):
         yield Receipt("run", rig.runtime.binary.name, id, id)
 
 
