@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from footprint import leftovers, tables
+from footprint import cgroups, leftovers, tables
 from ground import Rootfs
 from holdfast.drivers import Host
 from holdfast.observed import Hold
@@ -256,6 +256,7 @@ def _is_haunted(world: World) -> None:
         folder.mkdir(parents=True)
     options = f"lowerdir={world.agent.rootfs.path},upperdir={layer}/upper,workdir={layer}/work"
     subprocess.run(["mount", "-t", "overlay", "-o", options, host.name, str(mounted)], check=True)
+    (cgroups(host)[0] / "beefbeefbeef").mkdir()
     bridge, port = host.link("bridge", "ghost/net"), host.link("endpoint", f"{ghost}/ghost/net")
     ip = "ip", "link"
     subprocess.run([*ip, "add", bridge, "type", "bridge"], check=True)
@@ -302,6 +303,7 @@ STORIES: Mapping[str, Story] = {
             "RemoveOrphan netns feedfacecafe",
             "RemoveOrphan rootfs feedfacecafe",
             "RemoveOrphan run feedfacecafe",
+            "RemoveOrphan run beefbeefbeef",
             "RemoveOrphan network ghost/net",
             "RemoveOrphan endpoint feedfacecafe/ghost/net",
         ),
