@@ -17,13 +17,14 @@ import structlog
 from holdfast.errors import HoldfastError
 from holdfast.node.lanes import Lanes
 from holdfast.node.observe import observe
+from holdfast.node.recover import recover, remove_volume
 from holdfast.node.rig import Rig
 from holdfast.node.stage import stage_generation
 from holdfast.node.start import start_instance
 from holdfast.node.stop import remove_instance, remove_orphan, stop_instance, sweep
 from holdfast.node.update import ensure_network, remove_network, update_instance, write_firewall, write_names
 from holdfast.node.watch import ExitWatch
-from holdfast.observed import Failure, Instance, Json, Observed, Receipt
+from holdfast.observed import Failure, Json, Observed
 from holdfast.plan.actions import (
     Action,
     EnsureNetwork,
@@ -87,13 +88,7 @@ class Node:
         """
         self.rig.runtime.prepare()
         self.rig.store.retry_now()
-        for subject, intent in self.rig.store.intents().items():
-            for instance in self.rig.store.instances.values():
-                if intent["verb"] == "StartInstance" and instance.key == subject and instance.phase == "exited":
-                    undo_start(self.rig, instance)
-            message = f"{intent['verb']} was cut short; it is finished or undone now"
-            self.rig.store.event("interrupted", subject, message)
-            self.rig.store.drop_intent(subject)
+        recover(self.rig)
 
     def observe(self, *, deep: bool = False) -> Observed:
         """Read the host. deep: every cgroup, too. Changes nothing on it."""
@@ -238,23 +233,6 @@ def perform(rig: Rig, action: Action, blobs: Mapping[str, bytes], revision: str)
         case _:
             raise AssertionError(f"nobody performs {action.verb}")
     return {}
-
-
-def undo_start(rig: Rig, instance: Instance) -> None:
-    """End what a start that a crash cut short has left running, unknown to all: the record says that it ended."""
-    try:
-        rig.runtime.delete(instance.id, force=True)
-    except HoldfastError as error:  # the start that follows tries it again
-        rig.store.event("failed", instance.key, str(error), instance=instance.id)
-
-
-def remove_volume(rig: Rig, volume: str) -> None:
-    """Delete a volume and its data."""
-    receipt = rig.store.receipt("volume", volume)
-    drivers = [receipt.driver] if receipt else list(rig.plugins.volumes)
-    for name in drivers:
-        rig.plugins.driver("volume", name).remove(receipt or Receipt("volume", name, volume))
-    rig.store.drop_receipt(receipt or Receipt("volume", "", volume))
 
 
 def _account(failure: Exception) -> tuple[str, bool]:
