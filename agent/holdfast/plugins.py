@@ -2,16 +2,20 @@
 
 The agent and the command line call `load_plugins` once at start. This is the only user of pluggy's PluginManager:
 pluggy lets one broken entry point abort loading, and one raising implementation abort its siblings, so entry
-points are loaded and hooks are called one by one here.
+points are loaded and hooks are called one by one here. Drivers are handed out with a guard around them (`guard`).
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import json
+import queue
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import EntryPoint
 from importlib.metadata import entry_points as installed_entry_points
 from typing import Any, Literal, Protocol
@@ -31,9 +35,11 @@ from holdfast.drivers import (
     VolumeWant,
 )
 from holdfast.errors import HoldfastError, WrongState
-from holdfast.observed import Json
+from holdfast.guard import guarded
+from holdfast.observed import Json, Receipt
 
 GROUP = "holdfast"
+BACKLOG = 10_000  # calls that a plugin may be behind
 
 DriverKind = Literal["rootfs", "volume", "mount", "network", "endpoint", "firewall", "policy"]
 
@@ -56,7 +62,8 @@ class Named(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PluginState:
-    """How a plugin fares: ok; failed (it offers nothing); raised (a hook of it did, the last time it was called).
+    """How a plugin fares: ok; failed (it offers nothing); raised (a hook or driver of it is at fault since it was
+    called last).
 
     hooks: what it implements. drivers: what it offers, as `volume managed`. error: why it failed or raised, or
     which of its drivers were refused.
@@ -71,9 +78,37 @@ class PluginState:
     drivers: tuple[str, ...] = ()
 
 
+class _Teller:
+    """A thread that calls what it is given, one after the other; it ends with the process."""
+
+    def __init__(self, plugin: str) -> None:
+        self._calls: queue.Queue[Callable[[], object]] = queue.Queue(BACKLOG)
+        threading.Thread(target=self._run, name=f"tell {plugin}", daemon=True).start()
+
+    def tell(self, call: Callable[[], object]) -> bool:
+        """Queue a call; False if there is no room."""
+        try:
+            self._calls.put_nowait(call)
+        except queue.Full:
+            return False
+        return True
+
+    def wait(self, timeout: float) -> bool:
+        """Block until all that is queued has been called; False if it has not after timeout seconds."""
+        over = threading.Event()
+        return self.tell(over.set) and over.wait(timeout)
+
+    def _run(self) -> None:
+        while True:
+            self._calls.get()()
+
+
 @dataclass(slots=True)
 class Plugins:
-    """Every driver by name, and the hooks of all plugins that loaded. Safe to use from several threads."""
+    """Every driver by name, and the hooks of all plugins that loaded. Safe to use from several threads.
+
+    noticed(plugin, error) is called when a plugin is newly at fault, or differently.
+    """
 
     rootfs: dict[str, Driver[RootfsWant]] = field(default_factory=dict)
     volumes: dict[str, Driver[VolumeWant]] = field(default_factory=dict)
@@ -83,14 +118,17 @@ class Plugins:
     firewalls: dict[str, Driver[FirewallWant]] = field(default_factory=dict)
     policies: dict[str, CgroupPolicy] = field(default_factory=dict)
     _manager: pluggy.PluginManager = field(default_factory=lambda: _new_manager())
+    noticed: Callable[[str, str], None] = lambda plugin, error: None
     _states: dict[str, PluginState] = field(default_factory=dict)
+    _faults: dict[str, dict[str, str]] = field(default_factory=dict)  # plugin → of what → error
+    _tellers: dict[str, _Teller] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def states(self) -> tuple[PluginState, ...]:
         """Every plugin that was found, in the order of loading."""
         with self._lock:
-            return tuple(self._states.values())
+            return tuple(self._with_faults(state) for state in self._states.values())
 
     def driver(self, kind: DriverKind, name: str) -> Any:
         """The driver of that kind and name. Raises WrongState that names the known ones."""
@@ -107,7 +145,7 @@ class Plugins:
         """Let the driver check, after making sure that no other driver has made a volume of that name."""
         chosen: Driver[VolumeWant] = self.driver("volume", driver)
         for name, other in self.volumes.items():
-            if name != driver and any(receipt.id == want.id for receipt in other.observe()):
+            if name != driver and any(receipt.id == want.id for receipt in found_by(other) or ()):
                 raise WrongState(
                     f"volume {want.id!r}: driver {name!r} made it, and now driver {driver!r} is asked for "
                     "(give the volume another name, or remove the old one)"
@@ -119,20 +157,35 @@ class Plugins:
         return bool(list(self._implementations(hook)))
 
     def tell(self, hook: str, **arguments: Any) -> None:
-        """Call every implementation of a telling hook; what one raises is recorded, and the rest are called."""
+        """Have every implementation of a telling hook called, in a thread of its plugin, and go on at once.
+
+        What one raises is recorded. A plugin that falls too far behind is told no more until it has caught up.
+        """
         for name, implementation in self._implementations(hook):
-            self._call(name, hook, implementation, arguments)
+            call = partial(self._call, name, hook, implementation, arguments)
+            heard = self._teller(name).tell(call)
+            self._record(name, "hooks", "" if heard else f"{BACKLOG} calls behind; what came after is not told")
+
+    def wait_told(self, timeout: float) -> bool:
+        """Block until all that was told by now has been heard; False if it has not after timeout seconds."""
+        until = time.monotonic() + timeout
+        heard = [teller.wait(max(until - time.monotonic(), 0.0)) for teller in list(self._tellers.values())]
+        return all(heard)
+
+    def _teller(self, name: str) -> _Teller:
+        with self._lock:
+            if name not in self._tellers:
+                self._tellers[name] = _Teller(name)
+            return self._tellers[name]
 
     def adjust_oci_config(self, app: str, container: str, config: Json) -> dict[str, Any]:
         """Apply the merge patch of each plugin in turn (RFC 7396); one that raises contributes nothing."""
         adjusted: dict[str, Any] = dict(config)
         for name, implementation in self._implementations("adjust_oci_config"):
             arguments = {"app": app, "container": container, "config": copy.deepcopy(adjusted)}
-            patch = self._call(name, "adjust_oci_config", implementation, arguments)
-            if isinstance(patch, Mapping):
+            patch = self._call(name, "adjust_oci_config", implementation, arguments, _no_patch)
+            if patch is not None:
                 adjusted = merge_patch(adjusted, patch)
-            elif patch is not None:
-                self._record(name, "adjust_oci_config", f"returned {type(patch).__name__} (expected a table or None)")
         return adjusted
 
     def _kinds(self) -> dict[DriverKind, dict[str, Any]]:
@@ -151,17 +204,41 @@ class Plugins:
         for implementation in getattr(self._manager.hook, hook).get_hookimpls():
             yield implementation.plugin_name, implementation
 
-    def _call(self, name: str, hook: str, implementation: pluggy.HookImpl, arguments: Mapping[str, Any]) -> Any:
-        """Call one implementation. This is the edge at which a plugin's exceptions end."""
+    def _call(
+        self,
+        name: str,
+        hook: str,
+        implementation: pluggy.HookImpl,
+        arguments: Mapping[str, Any],
+        wrong: Callable[[Any], str] = lambda result: "",
+    ) -> Any:
+        """Call one implementation: its result if nothing is wrong with it. The edge at which its exceptions end."""
         try:
-            return _plain_result(implementation, arguments)
+            result = _plain_result(implementation, arguments)
         except Exception as error:
             self._record(name, hook, _account(error))
             return None
+        found = wrong(result)
+        self._record(name, hook, found)
+        return None if found else result
 
-    def _record(self, name: str, hook: str, error: str) -> None:
+    def _record(self, name: str, what: str, error: str) -> None:
+        """Note that a hook or a driver's verb is at fault, or with error "" that it is no longer."""
+        if not error and what not in self._faults.get(name, ()):
+            return
         with self._lock:
-            self._states[name] = replace(self._states[name], state="raised", error=f"{hook}: {error}")
+            faults = self._faults.setdefault(name, {})
+            known = faults.pop(what, "")
+            if error:
+                faults[what] = error
+        if error and error != known:
+            self.noticed(name, f"{what}: {error}")
+
+    def _with_faults(self, state: PluginState) -> PluginState:
+        faults = [f"{what}: {error}" for what, error in self._faults.get(state.name, {}).items()]
+        if not faults:
+            return state
+        return replace(state, state="raised", error="; ".join([*filter(None, [state.error]), *faults]))
 
     def _load(self, entry_point: EntryPoint, host: Host) -> None:
         name = entry_point.name
@@ -181,7 +258,7 @@ class Plugins:
             self._manager.check_pending()
             state = replace(state, hooks=self._hooks_of(name))
             offers = self._offers(name, host)
-        except Exception as error:  # the edge at which a plugin's exceptions end
+        except (Exception, SystemExit) as error:  # the edge at which a plugin's exceptions end
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)
             self._states[name] = replace(state, state="failed", error=_account(error))
@@ -207,7 +284,7 @@ class Plugins:
                 if plugin == name:
                     arguments = {"register": _collector(kinds, offers), "host": host}
                     _plain_result(implementation, arguments)
-        return offers
+        return [(kind, guarded(driver, kind, partial(self._record, name))) for kind, driver in offers]
 
     def _accept(self, offers: Iterable[tuple[DriverKind, Named]]) -> tuple[tuple[str, ...], list[str]]:
         accepted, refused = [], []
@@ -234,6 +311,14 @@ def load_plugins(
         if entry_point.name not in disabled:
             plugins._load(entry_point, host)
     return plugins
+
+
+def found_by(driver: Driver[Any]) -> list[Receipt] | None:
+    """What a driver observes; None when it can't say, which is recorded as its plugin's fault."""
+    try:
+        return list(driver.observe())
+    except Exception:
+        return None
 
 
 def merge_patch(target: Any, patch: Any) -> Any:
@@ -269,6 +354,17 @@ def _collector(kinds: tuple[DriverKind, ...], offers: list[tuple[DriverKind, Nam
     return register
 
 
+def _no_patch(result: Any) -> str:
+    """Why what adjust_oci_config returned can't be merged into a config.json."""
+    if not isinstance(result, Mapping | None):
+        return f"returned {type(result).__name__} (expected a table or None)"
+    try:
+        json.dumps(result)
+    except (TypeError, ValueError) as error:
+        return f"returned what is not JSON-able: {error}"
+    return ""
+
+
 def _refuse_unusual(hook: str, implementation: pluggy.HookImpl) -> None:
     if implementation.wrapper or implementation.hookwrapper:
         raise WrongState(f"hook {hook!r}: is a wrapper (hooks are plain functions)")
@@ -284,5 +380,5 @@ def _plain_result(implementation: pluggy.HookImpl, arguments: Mapping[str, Any])
     return result
 
 
-def _account(error: Exception) -> str:
+def _account(error: BaseException) -> str:
     return str(error) if isinstance(error, HoldfastError) else f"{type(error).__name__}: {error}"

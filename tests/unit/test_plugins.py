@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ from typing import Any
 import pytest
 
 from holdfast import hookspecs
-from holdfast.drivers import Driver, Host, VolumeWant
-from holdfast.errors import WrongState
+from holdfast.drivers import CgroupWant, Driver, EndpointWant, Host, NetworkWant, VolumeWant
+from holdfast.errors import UnfitHost, WrongState
+from holdfast.guard import breach
 from holdfast.hookspecs import hookimpl
 from holdfast.observed import Receipt
-from holdfast.plugins import HOOKS, Plugins, PluginState, load_plugins, merge_patch
+from holdfast.plugins import HOOKS, Plugins, PluginState, found_by, load_plugins, merge_patch
+from holdfast.spec.model import Resources
 from holdfast.testing import DriverConformance, temporary_host
 
 MANUAL = Path(__file__).parents[2] / "plugins/README.md"
@@ -177,7 +181,8 @@ def test_a_hook_that_raises_is_recorded_and_the_others_are_told(load: Callable[.
 
     plugins = load(a=[telling(1)], b=[telling(2)], c=[telling(3)])
     plugins.tell("after_start", app="a", container="c", instance="i", pid=1)
-    assert told == [1, 2, 3]
+    assert plugins.wait_told(5)
+    assert sorted(told) == [1, 2, 3]
     assert (state(plugins, "b").state, state(plugins, "b").error) == (
         "raised",
         "after_start: ValueError: out of order",
@@ -194,6 +199,7 @@ def test_a_returned_coroutine_is_closed_and_recorded(load: Callable[..., Plugins
 
     plugins = load(late=[after_pass])
     plugins.tell("after_pass", status={})
+    assert plugins.wait_told(5)
     assert "returned a coroutine" in state(plugins, "late").error
 
 
@@ -229,8 +235,10 @@ def test_disabled_plugins_are_not_loaded(load: Callable[..., Plugins], host: Hos
 
 
 def test_a_volume_of_another_driver_is_refused(load: Callable[..., Plugins]) -> None:
-    class Elsewhere:
+    class Elsewhere(EXAMPLE.PlainVolume):  # type: ignore[misc, name-defined]
         name = "elsewhere"
+
+        def __init__(self) -> None: ...
 
         def observe(self) -> Iterable[Receipt]:
             return [Receipt("volume", "elsewhere", "a/v")]
@@ -243,6 +251,202 @@ def test_a_volume_of_another_driver_is_refused(load: Callable[..., Plugins]) -> 
     with pytest.raises(WrongState, match="'elsewhere' made it"):
         plugins.check_volume("good", VolumeWant(id="a/v"))
     plugins.check_volume("good", VolumeWant(id="a/w"))
+
+
+def test_one_that_blocks_holds_up_neither_the_agent_nor_other_plugins(load: Callable[..., Plugins]) -> None:
+    go_on, heard = threading.Event(), threading.Event()
+
+    @hookimpl
+    def after_pass() -> None:
+        go_on.wait(30)
+
+    def blocking() -> Callable[..., None]:
+        return after_pass
+
+    def listening() -> Callable[..., None]:
+        @hookimpl
+        def after_pass() -> None:
+            heard.set()
+
+        return after_pass
+
+    plugins = load(slow=[blocking()], quick=[listening()])
+    plugins.tell("after_pass", status={})
+    assert heard.wait(5)
+    assert not plugins.wait_told(0.01)
+    go_on.set()
+    assert plugins.wait_told(5)
+
+
+def test_a_fault_is_told_when_it_is_new_and_forgotten_when_it_is_over(load: Callable[..., Plugins]) -> None:
+    @hookimpl
+    def adjust_oci_config(app: str) -> Any:
+        return {"annotations": {"path": Path("/")}} if app == "bad" else None
+
+    plugins = load(mine=[adjust_oci_config])
+    noticed: list[tuple[str, str]] = []
+    plugins.noticed = lambda plugin, error: noticed.append((plugin, error))
+    for app in ("good", "bad", "bad"):
+        assert plugins.adjust_oci_config(app, "web", {"x": 1}) == {"x": 1}
+    assert state(plugins, "mine").state == "raised"
+    assert "adjust_oci_config: returned what is not JSON-able" in state(plugins, "mine").error
+    assert [plugin for plugin, _ in noticed] == ["mine"]
+    plugins.adjust_oci_config("good", "web", {"x": 1})
+    assert (state(plugins, "mine").state, state(plugins, "mine").error) == ("ok", "")
+
+
+def test_a_plugin_that_exits_stops_no_other(load: Callable[..., Plugins]) -> None:
+    @hookimpl
+    def register_volume_drivers() -> None:
+        sys.exit("no licence")
+
+    plugins = load(leaving=[register_volume_drivers], good=[offering("good")])
+    assert [each.state for each in plugins.states] == ["failed", "ok"]
+
+
+class Loose(EXAMPLE.PlainVolume):  # type: ignore[misc, name-defined]
+    """A driver whose verbs do what a test puts in their place."""
+
+    def __init__(self, host: Host, **verbs: Any) -> None:
+        super().__init__(host)
+        self.__dict__.update(verbs)
+
+
+@pytest.fixture
+def offer(load: Callable[..., Plugins], host: Host) -> Callable[..., Plugins]:
+    """Load a plugin `mine` with one volume driver, which has these verbs instead of its own."""
+
+    def offer(**verbs: Any) -> Plugins:
+        @hookimpl
+        def register_volume_drivers(register: Register) -> None:
+            register(Loose(host, **verbs))
+
+        return load(mine=[register_volume_drivers], good=[offering("good")])
+
+    return offer
+
+
+async def later(*_: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("verbs", "error"),
+    [
+        ({"name": None}, "has no name"),
+        ({"observe": None}, "has no verb 'observe'"),
+        ({"ensure": later}, "ensure is async"),
+    ],
+)
+def test_what_is_no_driver_is_refused(offer: Callable[..., Plugins], verbs: dict[str, Any], error: str) -> None:
+    plugins = offer(**verbs)
+    assert state(plugins, "mine").state == "failed"
+    assert error in state(plugins, "mine").error
+    assert list(plugins.volumes) == ["good"]
+
+
+def volume_receipt(**fields: Any) -> Receipt:
+    return Receipt(**{"kind": "volume", "driver": "plain", "id": "a/v", "data": {"path": "/p"}, **fields})
+
+
+@pytest.mark.parametrize(
+    ("made", "error"),
+    [
+        (None, "returned NoneType (expected a Receipt)"),
+        ({"path": "/p"}, "returned dict"),
+        (volume_receipt(kind="network"), "a receipt of network driver 'plain' (expected volume 'plain')"),
+        (volume_receipt(driver="other"), "driver 'other'"),
+        (volume_receipt(id="a/w"), "a receipt of 'a/w', owner '' (expected 'a/v', '')"),
+        (volume_receipt(owner="x"), "owner 'x'"),
+        (volume_receipt(data={}), "data['path'] is None (expected text)"),
+        (volume_receipt(data={"path": "/p", "more": Path("/")}), "not JSON-able"),
+    ],
+)
+def test_what_ensure_returns_is_looked_at(offer: Callable[..., Plugins], made: Any, error: str) -> None:
+    plugins = offer(ensure=lambda want: made)
+    with pytest.raises(UnfitHost, match="volume driver 'plain': ensure: returned") as raised:
+        plugins.driver("volume", "plain").ensure(VolumeWant(id="a/v"))
+    assert error in str(raised.value)
+    assert error in state(plugins, "mine").error
+
+
+def test_addresses_are_looked_at_before_they_get_into_everybodys_firewall() -> None:
+    data = {"interface": "x", "subnet": "10.1.0.0/24", "gateway": "10.1.0.1", "internal": False}
+    network = Receipt("network", "n", "a/net", data=data)
+    want = NetworkWant(id="a/net")
+    assert breach("n", want, network) == ""
+    assert "no subnet" in breach("n", want, replace(network, data={**data, "subnet": "10.1.0.0/24 }"}))
+    end = {"address": "10.1.0.2", "interface": "eth0", "host_interface": "x"}
+    endpoint = Receipt("endpoint", "n", "i/a/net", "i", end)
+    attach = EndpointWant(instance="i", network=network, netns=Path("/x"), interface="eth0", default_route=True)
+    assert breach("n", attach, endpoint) == ""
+    assert "no address" in breach("n", attach, replace(endpoint, data={**end, "address": "10.1.0.2/24"}))
+
+
+@pytest.mark.parametrize("verb", ["check", "ensure", "remove"])
+def test_what_a_driver_raises_by_mistake_bears_its_name_until_it_works_again(
+    offer: Callable[..., Plugins], verb: str
+) -> None:
+    broken = True
+
+    def raising(_: Any) -> Any:
+        if broken:
+            raise KeyError("x")
+        return volume_receipt() if verb == "ensure" else None
+
+    plugins = offer(**{verb: raising})
+    call = getattr(plugins.driver("volume", "plain"), verb)
+    with pytest.raises(KeyError) as raised:
+        call(VolumeWant(id="a/v"))
+    assert raised.value.__notes__ == [f"volume driver 'plain': {verb}"]
+    assert state(plugins, "mine").error == f"volume driver 'plain': {verb}: KeyError: 'x'"
+    broken = False
+    call(VolumeWant(id="a/v"))
+    assert state(plugins, "mine").state == "ok"
+
+
+def test_what_a_driver_raises_on_purpose_is_no_fault_of_its_plugin(offer: Callable[..., Plugins]) -> None:
+    def check(want: VolumeWant) -> None:
+        raise WrongState("volume: no")
+
+    plugins = offer(check=check)
+    with pytest.raises(WrongState):
+        plugins.driver("volume", "plain").check(VolumeWant(id="a/v"))
+    assert state(plugins, "mine").state == "ok"
+
+
+@pytest.mark.parametrize(
+    "observe",
+    [lambda: None, lambda: ["x"], lambda: 1 / 0, lambda: (1 / 0 for _ in "x"), lambda: [Receipt("volume", "o", "x")]],
+)
+def test_a_driver_that_can_not_observe_says_so_and_hinders_no_other(
+    offer: Callable[..., Plugins], observe: Callable[[], Any]
+) -> None:
+    plugins = offer(observe=observe)
+    assert found_by(plugins.driver("volume", "plain")) is None
+    assert "volume driver 'plain': observe: " in state(plugins, "mine").error
+    plugins.check_volume("good", VolumeWant(id="a/v"))
+
+
+@pytest.mark.parametrize(
+    "made", [None, ["x"], {"memory": 1}, {"resources": []}], ids=["nothing", "list", "unknown", "no table"]
+)
+def test_what_a_policy_returns_is_looked_at(load: Callable[..., Plugins], made: Any) -> None:
+    class Policy:
+        name = "odd"
+
+        def check(self, want: CgroupWant) -> None: ...
+
+        def settings(self, want: CgroupWant) -> Any:
+            return made
+
+    @hookimpl
+    def register_cgroup_policies(register: Register) -> None:
+        register(Policy())
+
+    plugins = load(mine=[register_cgroup_policies])
+    want = CgroupWant(resources=Resources(), version=1, memory_total=1, cpus=1)
+    with pytest.raises(UnfitHost, match="cgroup policy 'odd': settings: returned"):
+        plugins.driver("policy", "odd").settings(want)
 
 
 @pytest.mark.parametrize(  # RFC 7396, appendix A

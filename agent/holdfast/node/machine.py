@@ -49,6 +49,7 @@ from holdfast.runtime.conmon import reopen_log
 from holdfast.runtime.logs import rotate
 from holdfast.spec.model import RestartPolicy, Spec
 
+LAST_WORDS = 2.0  # seconds that plugins have to hear the rest when the agent ends
 RETRY = RestartPolicy(delay=1.0, factor=2.0, max_delay=300.0, jitter=0.2)
 PAST = {
     "StageGeneration": "staged",
@@ -76,6 +77,7 @@ class Node:
     def __init__(self, rig: Rig, *, starts: int | None = None) -> None:
         self.rig = rig
         self.wake: Callable[[str], None] = lambda what: None
+        rig.plugins.noticed = lambda plugin, error: rig.store.event("plugin", plugin, error)
         self._spec = Spec()
         self._revision = ""
         self._lanes = Lanes(self._do, lambda action: self.wake(action.subject), starts=starts)
@@ -123,6 +125,8 @@ class Node:
         """Finish what is in hand and stop watching. Containers run on."""
         self._lanes.close()
         self._exits.close()
+        self.rig.plugins.wait_told(LAST_WORDS)
+        self.rig.plugins.noticed = lambda plugin, error: None
         self.rig.unmark_boot()
 
     def _watch_over(self, observed: Observed) -> None:
@@ -250,7 +254,7 @@ def _leaves(failure: BaseException) -> list[BaseException]:
 
 def _line(cause: BaseException) -> str:
     text = str(cause) if isinstance(cause, HoldfastError | OSError) else f"{type(cause).__name__}: {cause}"
-    notes = ", ".join(getattr(cause, "__notes__", ()))
+    notes = ", ".join(reversed(getattr(cause, "__notes__", ())))
     return f"{notes}: {text}" if notes else text
 
 

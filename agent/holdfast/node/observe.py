@@ -9,7 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
+from holdfast.drivers import Driver
 from holdfast.node.rig import BARE, Rig
 from holdfast.node.stop import tell_exit
 from holdfast.observed import (
@@ -25,6 +27,7 @@ from holdfast.observed import (
     Receipt,
     VolumeState,
 )
+from holdfast.plugins import found_by
 from holdfast.runtime import cgroup, netns
 from holdfast.runtime.conmon import Run
 from holdfast.spec.model import digest_of
@@ -63,17 +66,25 @@ def observe(rig: Rig, watches: Watches, *, busy: frozenset[str] = frozenset(), d
 
 
 def _things(rig: Rig, *, deep: bool) -> Iterator[Receipt]:
-    """Everything on the host that bears the agent's name, as the drivers find it."""
-    drivers = (
-        rig.plugins.rootfs,
-        rig.plugins.volumes,
-        rig.plugins.networks,
-        rig.plugins.endpoints,
-        rig.plugins.firewalls,
+    """Everything on the host that bears the agent's name, as the drivers find it.
+
+    What a driver can't say for now, or was made by one that no plugin offers any more, is taken to be as it was made.
+    """
+    kinds: tuple[tuple[str, Mapping[str, Driver[Any]]], ...] = (
+        ("rootfs", rig.plugins.rootfs),
+        ("volume", rig.plugins.volumes),
+        ("network", rig.plugins.networks),
+        ("endpoint", rig.plugins.endpoints),
+        ("firewall", rig.plugins.firewalls),
     )
-    for kind in drivers:
-        for driver in kind.values():
-            yield from driver.observe()
+    for kind, drivers in kinds:
+        heard = set()
+        for name, driver in drivers.items():
+            found = found_by(driver)
+            if found is not None:
+                heard.add(name)
+                yield from found
+        yield from (each for each in rig.store.receipts(kind) if each.driver not in heard)
     yield from netns.observe(rig.host)
     for id in rig.runtime.state() | (rig.runtime.cgroups() if deep else frozenset()):
         yield Receipt("run", rig.runtime.binary.name, id, id)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from holdfast.drivers import MountWant, RootfsWant
-from holdfast.errors import HoldfastError, NotFound, TryAgain
+from holdfast.errors import NotFound, TryAgain
 from holdfast.node.rig import BARE, ROOTFS, Base, Rig, network_of, volume_of
 from holdfast.node.start import cgroup_settings, content_of, network_want, oci_request, volume_want
 from holdfast.observed import Generation, Instance, InstanceId, Json
@@ -57,7 +57,7 @@ class _Checks:
     def of(self, what: str) -> Iterator[None]:
         try:
             yield
-        except HoldfastError as error:
+        except Exception as error:  # a driver's bug, too: it is reported with the rest
             error.add_note(what)
             self.failures.append(error)
 
