@@ -199,7 +199,7 @@ def _drivers(config: Path) -> dict[str, type]:
         "rootfs": plugins.rootfs, "volume": plugins.volumes, "mount": plugins.mounts, "network": plugins.networks,
         "endpoint": plugins.endpoints, "firewall": plugins.firewalls,
     }  # fmt: skip
-    return {f"{kind} {name}": type(driver) for kind, known in kinds.items() for name, driver in known.items()}
+    return {f"{kind} {name}": type(each.driver) for kind, known in kinds.items() for name, each in known.items()}
 
 
 def _converge(config: Path, drivers: Mapping[str, type], request: Mapping[str, Any]) -> None:
