@@ -195,6 +195,7 @@ class Daemon(Answers):
         self._loop = asyncio.get_running_loop()
         self._loop.set_default_executor(ThreadPoolExecutor(FOLLOWERS, "answer"))
         self._slot, self._stop, self._change = asyncio.Event(), asyncio.Event(), asyncio.Condition()
+        self._reloading = asyncio.Lock()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._end)
         self._loop.add_signal_handler(signal.SIGHUP, lambda: self._loop.create_task(self._reload()))
@@ -281,25 +282,24 @@ class Daemon(Answers):
     async def _reload(self) -> None:
         """Read agent.toml again. What objects on the host are named after needs a restart, and is left as it was."""
         _notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        try:
-            config = await asyncio.to_thread(load_config, self._path)
-        except HoldfastError as error:
-            self.rig.store.event("agent", "node", f"agent.toml is not taken over: {error}")
-        else:
-            await self._take_over(config)
+        async with self._reloading:
+            try:
+                await self._take_over(await asyncio.to_thread(load_config, self._path))
+            except HoldfastError as error:
+                self.rig.store.event("agent", "node", f"agent.toml is not taken over: {error}")
         _notify("READY=1")
 
     async def _take_over(self, config: Config) -> None:
         fixed = [name for name in FIXED if getattr(config, name) != getattr(self._config, name)]
         config = replace(config, **{name: getattr(self._config, name) for name in FIXED})
         source = self._reconciler.source
-        if config.state != self._config.state:
+        if (config.state, config.debounce) != (self._config.state, self._config.debounce):
             source = make_source(config.state, config.root, debounce=config.debounce)
             await asyncio.to_thread(self._watch.close)
             self._watch = await asyncio.to_thread(self._watch_source, source)
         self._config, self._deep = config, True
         self.rig.policies = config.cgroup_policy
-        self._reconciler.reload(source, config)
+        await asyncio.to_thread(self._reconciler.reload, source, config)
         left = f"; {', '.join(fixed)} need a restart of the agent" if fixed else ""
         self.rig.store.event("agent", "node", f"agent.toml is read again{left}")
         self._slot.set()
@@ -377,6 +377,7 @@ def _notify(state: str) -> None:
     """Tell systemd (sd_notify(3)); without it, nobody."""
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as channel:  # it may not listen
             channel.connect(f"\0{address[1:]}" if address.startswith("@") else address)
             channel.sendall(state.encode())

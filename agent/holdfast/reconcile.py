@@ -10,6 +10,7 @@ crash. `daemon` makes one whenever something may have changed, and one every so 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -60,6 +61,7 @@ class Reconciler:
         self._revision: Revision | None = None
         self._spec: Spec | None = None
         self._error = ""
+        self._reading = threading.Lock()  # passes, previews and a reload meet here
 
     def run(self, *, deep: bool = False) -> Pass:
         """Make one pass. deep: read every cgroup, too. What it decides goes on in the node's lanes."""
@@ -86,15 +88,16 @@ class Reconciler:
 
     def wanted(self) -> Spec | None:
         """What the newest readable revision asks for. A source that can't be read leaves the last answer in force."""
-        try:
-            revision = self.source.current()
-        except HoldfastError as error:
-            self._error = str(error)
+        with self._reading:
+            try:
+                revision = self.source.current()
+            except HoldfastError as error:
+                self._error = str(error)
+                return self._spec
+            self._error = ""
+            if revision is not self._revision:
+                self._accept(revision)
             return self._spec
-        self._error = ""
-        if revision is not self._revision:
-            self._accept(revision)
-        return self._spec
 
     def _newest(self) -> Spec | None:
         """What the newest revision asks for; what is in force, when it can't be had or would be refused."""
@@ -109,8 +112,9 @@ class Reconciler:
 
     def reload(self, source: Source, config: Config) -> None:
         """Go on with other settings: what was read by the old ones is read anew."""
-        self.source, self.config = source, config
-        self._cache, self._revision = Cache(), None
+        with self._reading:
+            self.source, self.config = source, config
+            self._cache, self._revision = Cache(), None
 
     def seen(self, spec: Spec | None, observed: Observed, history: History, plan: Plan) -> Pass:
         """A pass's account of itself."""
