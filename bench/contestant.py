@@ -72,9 +72,12 @@ class Contestant(Protocol):
 
 def quiet(*command: str | Path, timeout: float = 300, env: dict[str, str] | None = None) -> str:
     """Run a program and return what it prints; RuntimeError with what it had to say if it fails."""
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, env=env, check=False
-    )
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, env=env, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{' '.join(map(str, command))}: not done after {timeout:.0f} s") from error
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))}: exit {done.returncode}: {done.stderr.strip()[-500:]}")
     return done.stdout

@@ -20,6 +20,7 @@ from pathlib import Path
 from contestant import IMAGE, NO_NETWORK, Shape, Unsupported, quiet
 from machine import processes
 
+LIMITS = ("--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096")  # podman would raise them; a host may forbid that
 AT_A_TIME = 4  # `podman run`s side by side: more of them are not faster on a small machine
 
 
@@ -206,7 +207,8 @@ class Podman:
             quiet("nft", "delete", "table", *table.split())
 
     def _run(self, name: str) -> None:
-        quiet(*self.base, "run", *run_options(name, self.shape, self.gate), IMAGE, "/ready", name)
+        options = [*run_options(name, self.shape, self.gate), *LIMITS]
+        quiet(*self.base, "run", *options, IMAGE, "/ready", name)
 
 
 def nft_tables() -> set[str]:

@@ -88,8 +88,9 @@ class Floor:
         options: list[str | Path] = [
             "--api-version", "1", "--cid", name, "--cuuid", name, "--bundle", bundle,
             "--runtime", self.program, "--runtime-arg", f"--root={self.home}/state",
-            "--container-pidfile", bundle / "pid", "--exit-dir", self.home / "exits",
-            "--socket-dir-path", self.home / "attach", "--log-path", f"k8s-file:{bundle}/log",
+            "--container-pidfile", bundle / "pid", "--conmon-pidfile", bundle / "conmon",
+            "--exit-dir", self.home / "exits", "--socket-dir-path", self.home / "attach",
+            "--log-path", f"k8s-file:{bundle}/log",
         ]  # fmt: skip
         subprocess.run(
             [self.conmon, *options],
@@ -110,14 +111,13 @@ class Floor:
 
     def _stop(self, name: str) -> None:
         bundle = self.home / name
-        pid = int((bundle / "pid").read_text())
+        pid, conmon = (int((bundle / name).read_text()) for name in ("pid", "conmon"))
         os.kill(pid, signal.SIGTERM)
-        while Path(f"/proc/{pid}").exists():
-            time.sleep(0.001)
+        for each in (pid, conmon):
+            while Path(f"/proc/{each}").exists():
+                time.sleep(0.001)
         subprocess.run([self.program, "--root", self.home / "state", "delete", "--force", name], check=True)
         LIBC.umount2(str(bundle / "rootfs").encode(), MNT_DETACH)
-        while (bundle / "attach").is_symlink():  # conmon's last deed
-            time.sleep(0.001)
         shutil.rmtree(bundle)
 
     def _bundle(self, name: str) -> Path:

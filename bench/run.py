@@ -173,8 +173,10 @@ def race(who: Contestant, bench: Bench, counts: list[int], ports: Iterator[int])
         *(lambda count=count: bench.many(count) for count in counts),
     ]
     for row in rows:
-        with contextlib.suppress(Unsupported):
+        try:
             row()
+        except Unsupported:
+            who.down()
 
 
 def show(figures: Figures, who: list[str], versions: dict[str, str], about: str) -> None:
@@ -193,10 +195,15 @@ def show(figures: Figures, who: list[str], versions: dict[str, str], about: str)
         table.add_row(
             row,
             figures.unit[row],
-            *(f"{cells[name]:.3g}" if name in cells else "" for name in who),
+            *(figure(cells[name]) if name in cells else "" for name in who),
             *(ratio(own, cells.get(name)) for name in peers),
         )
     console.print(table)
+
+
+def figure(value: float) -> str:
+    """Three digits, and none of them an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def ratio(own: float | None, other: float | None) -> str:
@@ -251,6 +258,14 @@ def contestants(home: Path, image: Path, gate: Path, runtime: str, only: list[st
                 raise SystemExit(f"bench: '{name}' is nobody (expected holdfast, docker, podman, floor)")
 
 
+def close(who: Contestant) -> None:
+    """Take away what is left of one; what can't be is told, and the others are measured all the same."""
+    try:
+        who.close()
+    except (RuntimeError, OSError) as error:
+        print(f"bench: {who.name} left something behind: {error}", file=sys.stderr)
+
+
 def measure(arguments: argparse.Namespace, home: Path) -> None:
     gate, figures, versions = Gate(home / "gate"), Figures(), {}
     program = write_image(home / "image.tar")
@@ -265,9 +280,26 @@ def measure(arguments: argparse.Namespace, home: Path) -> None:
             except (RuntimeError, TimeoutError, OSError) as error:
                 print(f"bench: {who.name} gave up: {error}", file=sys.stderr)
             finally:
-                who.close()
+                close(who)
     about = f"medians of {arguments.rounds} rounds; {program}; {os.cpu_count()} cores, Linux {os.uname().release}"
     show(figures, [name for name in arguments.only if name in versions], versions, about)
+
+
+def reap_orphans() -> None:
+    """Go on in a child, whose orphans come to the parent and are reaped at once.
+
+    An init that takes its time would be measured otherwise: podman's tear-down waits for zombies to go.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    bench = os.fork()
+    if bench == 0:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child has it from the terminal, too, and cleans up
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(bench, signal.SIGINT))
+    ended = 0
+    while ended != bench:
+        ended, status = os.wait()
+    sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def main() -> None:
@@ -286,12 +318,12 @@ def main() -> None:
         raise SystemExit("bench: must be root")
     if not HOLDFAST.exists():
         raise SystemExit("bench: run make setup first")
-    # Whoever is orphaned comes to us and is reaped at once; podman's tear-down waits for zombies otherwise.
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    reap_orphans()
     home = Path(tempfile.mkdtemp(prefix="holdfast-bench-"))
     try:
         measure(arguments, home)
+    except KeyboardInterrupt:
+        sys.exit("bench: stopped; everything was taken away again")
     finally:
         if not mounts_below(home):
             shutil.rmtree(home, ignore_errors=True)
