@@ -87,7 +87,9 @@ def apply_once(config: Config, timeout: float) -> Json:
             left = deadline - time.monotonic()
             until = made.plan.wake_at - time.time() if made.plan.wake_at is not None else left
             at_rest = made.plan.empty and not made.observed.busy and not node.busy
-            if left <= 0 or (at_rest and (made.status.converged or until >= left)):
+            waits = any(app.state == "waiting" for app in made.status.apps.values())  # for the end of a job, say
+            hopeless = until >= left and not waits
+            if left <= 0 or (at_rest and (made.status.converged or hopeless)):
                 return made.status.json()
             slot.wait(max(min(until, left), 0.001))
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from holdfast.drivers import Host
 from live.agent import LiveAgent
 
 pytestmark = pytest.mark.live
@@ -16,6 +18,23 @@ image = "busybox:1"
 init = true
 command = "sleep 1000"
 """
+
+
+def test_apply_waits_for_a_job_that_others_wait_for(new_agent: Callable[[Host], LiveAgent], site: Host) -> None:
+    agent = new_agent(site)
+    agent.image("busybox:1")
+    agent.write(
+        "shop.toml",
+        f"""
+[containers.migrate]
+image = "busybox:1"
+command = "sleep 1"
+networks = ["none"]
+[containers.web]{SLEEPER}networks = ["none"]
+depends_on = {{ migrate = "completed" }}
+""",
+    )
+    agent.cli("apply", "--timeout", "30")
 
 
 def give_program(root: Path) -> None:

@@ -110,7 +110,7 @@ def apply(timeout: float, json_: bool) -> None:
 
     Exits 0 only when the node is converged.
     """
-    agent = Client(socket_path())
+    agent, began = Client(socket_path()), time.monotonic()
     if agent.answers():
         agent.sync(False)
         status = converge(agent, timeout)
@@ -125,7 +125,7 @@ def apply(timeout: float, json_: bool) -> None:
         click.echo(headline(status))
     if not status["converged"]:
         raise TryAgain(
-            f"apply: not converged after {render.span(timeout)}"
+            f"apply: not converged within {render.span(time.monotonic() - began)}"
             + "".join(f"\n  {line}" for line in status["blockers"])
         )
 

@@ -156,9 +156,12 @@ def folders(path: str) -> list[Path]:
 
 
 def children(place: Path) -> list[str]:
-    """The names of the cgroups right below one."""
-    with os.scandir(place) as entries:
-        return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    """The names of the cgroups right below one; none when it has just gone."""
+    try:
+        with os.scandir(place) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
 
 
 def snapshot(path: str) -> dict[str, str]:
