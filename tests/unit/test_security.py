@@ -5,13 +5,20 @@ Every case here once broke a pass, took minutes, or reached a file that is not i
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 
 from holdfast.drivers import remove_tree
+from holdfast.errors import HoldfastError, WrongState
+from holdfast.runtime.archives import open_archive
+from holdfast.runtime.images import ImageStore
+from holdfast.runtime.layers import unpack
 from holdfast.spec.load import load
 from holdfast.spec.model import NodeFacts, Spec
 
@@ -88,3 +95,64 @@ def nested(folder: Path, depth: int) -> None:
         os.close(handle)
         handle = inner
     os.close(handle)
+
+
+# -- archives ------------------------------------------------------------------------------------------------
+
+
+def header(name: str, kind: bytes, size: int) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def entry(name: str = "a", **fields: object) -> bytes:
+    member = tarfile.TarInfo(name)
+    for field, value in fields.items():
+        setattr(member, field, value)
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(member)
+    return stream.getvalue()
+
+
+HOSTILE = {
+    "a header of 8 GiB": header("p", tarfile.XHDTYPE, 8 << 30),
+    "a name of 8 GiB": header("p", tarfile.GNUTYPE_LONGNAME, 8 << 30),
+    "headers without end": header("p", tarfile.XHDTYPE, 0) * 3000,
+    "a time that is none": entry(pax_headers={"mtime": "inf"}),
+    "a time beyond all": entry(pax_headers={"mtime": "1e30"}),
+    "an owner that is none": entry(uid=1 << 40),
+    "a device that is none": entry(type=tarfile.CHRTYPE, devmajor=0o777777, devminor=0o777777),
+    "an attribute that is none": entry(pax_headers={"SCHILY.xattr.foo.bar": "x"}),
+    "a name too long": entry("a" * 300),
+    "a link to nothing": entry(type=tarfile.SYMTYPE, linkname=""),
+    "more zeros than a disk": entry(pax_headers={"GNU.sparse.map": f"0,{1 << 60}", "GNU.sparse.size": str(1 << 60)}),
+}
+
+
+@pytest.mark.parametrize("archive", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_archive_is_refused_in_one_line(archive: bytes, tmp_path: Path) -> None:
+    with pytest.raises(WrongState, match="unpack layer"):
+        unpack(io.BytesIO(archive + bytes(2048)), tmp_path)
+
+
+@pytest.mark.parametrize("layer", ["../../secret", "/etc/hostname"])
+def test_a_manifest_names_no_file_outside_of_its_folder(layer: str, tmp_path: Path) -> None:
+    folder = tmp_path / "image"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps([{"Config": layer, "Layers": [], "RepoTags": ["a:1"]}]))
+
+    with open_archive(folder, tmp_path, "amd64") as archive, pytest.raises(WrongState, match="leads out of it"):
+        archive.images()
+
+
+def test_a_file_that_never_ends_is_no_archive(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    store = ImageStore(tmp_path / "images")
+
+    for path in (tmp_path / "fifo", Path("/dev/zero")):
+        with pytest.raises(HoldfastError, match="no regular file"):
+            store.import_rootfs(path, "a:1")
+        with pytest.raises(HoldfastError, match="no regular file"):
+            store.load(path)

@@ -120,7 +120,7 @@ class Base:
     def read_file(self, path: str) -> bytes | None:
         """The content of a file of the merged layers, None if there is none."""
         found = self.find(path)
-        return found.read_bytes() if found is not None and found.is_file() else None
+        return layers.read_small(found) if found is not None and found.is_file() else None
 
     def mode(self, path: str) -> int | None:
         """The st_mode of a path of the merged layers, None if there is nothing."""

@@ -7,13 +7,16 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import hashlib
 import importlib
 import json
 import lzma
+import os
 import re
 import shutil
+import stat
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,6 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 from holdfast.errors import HoldfastError, NotFound, UnfitHost, WrongState
+from holdfast.runtime.layers import Entry
 from holdfast.runtime.references import to_digest
 
 GZIP, BZIP2, XZ, ZSTD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
@@ -69,7 +73,7 @@ class Archive:
         """Every image for this architecture. Raises WrongState when there is none, or the archive is neither kind."""
         try:
             return self._oci_images() if self._has("oci-layout") else self._docker_images()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise WrongState(f"load {str(self.files.path)!r}: damaged archive: {error!r}") from error
 
     def _has(self, member: str) -> bool:
@@ -147,8 +151,10 @@ class _Folder:
         self.path = path
 
     def open(self, member: str) -> BinaryIO:
+        if member.startswith("/") or ".." in member.split("/"):  # what a manifest calls its parts is the maker's word
+            raise WrongState(f"load {str(self.path)!r}: {member!r} leads out of it")
         try:
-            return (self.path / member).open("rb")
+            return open_regular(self.path / member)
         except (FileNotFoundError, IsADirectoryError) as error:
             raise _missing(self.path, member) from error
 
@@ -174,10 +180,25 @@ def open_archive(path: Path, scratch: Path, architecture: str) -> Iterator[Archi
         yield Archive(_Folder(path), architecture)
         return
     try:
-        with _seekable(path, scratch) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with _seekable(path, scratch) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=Entry) as tar:
             yield Archive(_Tar(path, tar), architecture)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, RecursionError) as error:
         raise WrongState(f"load {str(path)!r}: {error} (expected a directory or a tar archive)") from error
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file that ends: a fifo or a terminal would hold its reader for ever, a device as /dev/zero never ends.
+
+    Raises OSError, and WrongState for what is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise WrongState(f"open {str(path)!r}: no regular file (expected a file or a directory)")
 
 
 @contextmanager
@@ -226,7 +247,7 @@ class _Peeked:
 @contextmanager
 def _seekable(path: Path, scratch: Path) -> Iterator[BinaryIO]:
     try:
-        file = path.open("rb")
+        file = open_regular(path)
     except FileNotFoundError as error:
         raise NotFound(f"load {str(path)!r}: no such file or directory") from error
     with file:

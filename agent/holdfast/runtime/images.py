@@ -27,8 +27,8 @@ from typing import Any, BinaryIO
 
 from holdfast.drivers import remove_tree
 from holdfast.errors import Conflict, NotFound, WrongCall, WrongState
-from holdfast.runtime.archives import Archive, Found, open_archive, plain
-from holdfast.runtime.layers import find, unpack
+from holdfast.runtime.archives import Archive, Found, open_archive, open_regular, plain
+from holdfast.runtime.layers import find, read_small, unpack
 from holdfast.runtime.references import DIGEST, REFERENCE, familiar, normalize, parse_changes, to_digest
 
 ARCHITECTURES = {
@@ -74,7 +74,7 @@ class Image:
         found = find(self.layers, path)
         if found is None or not stat.S_ISREG(found.lstat().st_mode):
             return None
-        return found.read_bytes()
+        return read_small(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,7 +397,7 @@ def _moment(text: str | None) -> float:
 
 def _open(path: Path) -> BinaryIO:
     try:
-        return path.open("rb")
+        return open_regular(path)
     except FileNotFoundError as error:
         raise NotFound(f"open {str(path)!r}: no such file") from error
 

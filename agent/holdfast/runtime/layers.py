@@ -11,6 +11,7 @@ a character device 0/0, and `trusted.overlay.opaque`.
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import shutil
@@ -31,6 +32,14 @@ OPAQUE_XATTR = "trusted.overlay.opaque"
 OVERLAY_XATTRS = ("trusted.overlay.", "user.overlay.")
 PAX_XATTR = "SCHILY.xattr."
 MAX_LINKS = 40  # as path_resolution(7)
+MAX_HEADER = 8 << 20  # bytes: tarfile holds names and attributes that precede an entry in memory
+HEADERS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 CHUNK = 1 << 20
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -56,18 +65,42 @@ def unpack(archive: BinaryIO, root: Path) -> Unpacked:
     tree = _Tree(root)
     newest = 0
     try:
-        with tarfile.open(fileobj=hashed, mode="r|", errors="surrogateescape", bufsize=CHUNK) as tar:  # type: ignore[call-overload]
+        with tarfile.open(  # type: ignore[call-overload]
+            fileobj=hashed, mode="r|", errors="surrogateescape", bufsize=CHUNK, tarinfo=Entry
+        ) as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # a layer may hold a million files
-                tree.add(member, tar.extractfile(member) if member.isreg() else None)
+                with _blamed(member):
+                    tree.add(member, tar.extractfile(member) if member.isreg() else None)
                 newest = max(newest, int(member.mtime))
         hashed.drain()
         tree.finish()
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:  # numbers that are none
         raise WrongState(f"unpack layer: {error} (expected a tar archive)") from error
     finally:
         tree.close()
     return Unpacked(f"sha256:{hashed.digest.hexdigest()}", hashed.size, newest)
+
+
+@contextmanager
+def _blamed(member: tarfile.TarInfo) -> Iterator[None]:
+    """What the kernel does not take is the archive's fault, but for a disk that is full or broken."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.EPERM):
+            raise
+        raise WrongState(f"unpack layer: {member.name[:255]!r}: {error.strerror or error}") from error
+
+
+class Entry(tarfile.TarInfo):
+    """An entry of a tar archive whose headers fit into memory."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        """Called by tarfile with the plain header, before it reads what that announces."""
+        if self.type in HEADERS and self.size > MAX_HEADER:
+            raise tarfile.ReadError(f"header of {self.size} bytes is too long (at most {MAX_HEADER})")
+        return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
 
 
 class _Hashed:
@@ -293,6 +326,7 @@ def _make_directory(folder: int, name: str, member: tarfile.TarInfo, *, hidden: 
 
 
 def _make_file(folder: int, name: str, member: tarfile.TarInfo, content: IO[bytes]) -> None:
+    _check_room(folder, member)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(name, flags, 0o600, dir_fd=folder)
     with os.fdopen(descriptor, "wb") as file:
@@ -300,6 +334,15 @@ def _make_file(folder: int, name: str, member: tarfile.TarInfo, content: IO[byte
         file.flush()
         _set_owner_and_mode(descriptor, member)
         _set_times(descriptor, member)
+
+
+def _check_room(folder: int, member: tarfile.TarInfo) -> None:
+    """A sparse entry of a few bytes may stand for any number of zeros: they must not fill the disk."""
+    if member.size < CHUNK:
+        return
+    system = os.fstatvfs(folder)
+    if member.size > (free := system.f_bavail * system.f_frsize):
+        raise WrongState(f"unpack layer: {member.name!r}: takes {member.size} bytes (the disk has {free})")
 
 
 def _make_node(folder: int, name: str, member: tarfile.TarInfo) -> None:
@@ -367,6 +410,15 @@ def find(layers: Sequence[Path], path: str) -> Path | None:
         else:
             trail.append(entries)
     return trail[-1][0] if trail[-1] else None
+
+
+def read_small(path: Path) -> bytes:
+    """Read a file of an image that the agent itself looks into; raise WrongState for one that would fill memory."""
+    with path.open("rb") as file:
+        data = file.read(MAX_HEADER + 1)
+    if len(data) > MAX_HEADER:
+        raise WrongState(f"read {path.name!r} of the image: more than {MAX_HEADER} bytes")
+    return data
 
 
 def _merged(folders: Sequence[Path], name: str) -> list[Path]:
