@@ -18,6 +18,7 @@ The rules, in the order in which they are applied:
  6. An exit is answered by the restart policy.
  7. What a person did by hand overrules the commit until it is released, and is shown as drift.
  8. What failed is tried again when its time has come, and not before; what can't succeed waits for a change.
+    A clock that is set back makes nothing wait until it has caught up.
  9. The firewall and the hosts files are a function of what is there. What bears our name and has no receipt goes.
 """
 
@@ -26,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from holdfast.observed import Failure, Generation, History, Hold, Instance, Observed, Receipt
+from holdfast.observed import Exit, Failure, Generation, History, Hold, Instance, Observed, Receipt
 from holdfast.plan.actions import (
     Action,
     Change,
@@ -113,12 +114,16 @@ class _Desk:
         if failure.retry_at is None:
             self.waiting[action.subject] = f"{failure.error} (waits for a change)"
             return False
-        if failure.retry_at <= self.now:
+        if failure.retry_at <= self.now or self.ahead(failure):
             return True
         tries = f"tried {failure.count} times" if failure.count > 1 else "tried once"
         self.waiting[action.subject] = f"{failure.error} ({tries})"
         self.wakes.append(failure.retry_at)
         return False
+
+    def ahead(self, past: Failure | Exit | Hold | None) -> bool:
+        """Whether something past is dated in the future: the clock was set back since, and no wait counts by it."""
+        return past is not None and past.at > self.now
 
     def newest(self, app: str, container: str) -> Instance | None:
         found = self.by_app.get(app, {}).get(container)
@@ -255,7 +260,7 @@ def _hold_container(generation: Generation, name: str, desk: _Desk) -> bool:
 
 
 def _hold_running(instance: Instance, hold: Hold | None, desk: _Desk) -> bool:
-    overdue = hold is not None and hold.kind == "restarted" and (instance.started_at or 0.0) < hold.at
+    overdue = hold is not None and hold.kind == "restarted" and _asked_since(instance, hold, desk)
     if hold is not None and (overdue or hold.kind == "stopped"):
         _stop(instance, by_hand(hold), desk)
     elif instance.faults:
@@ -265,11 +270,16 @@ def _hold_running(instance: Instance, hold: Hold | None, desk: _Desk) -> bool:
     return False
 
 
+def _asked_since(instance: Instance, hold: Hold, desk: _Desk) -> bool:
+    """Whether a person has asked for a start since the last one."""
+    return (instance.started_at or 0.0) < hold.at and not desk.ahead(hold)
+
+
 def _hold_exited(instance: Instance, generation: Generation, hold: Hold | None, desk: _Desk) -> bool:
     key = instance.key
     if hold is not None and hold.kind == "stopped":
         return False
-    if hold is not None and (instance.started_at or 0.0) < hold.at:
+    if hold is not None and _asked_since(instance, hold, desk):
         _start(generation, instance.container, by_hand(hold), desk, again=instance)
         return False
     answer = verdict(instance, generation.app.containers[instance.container].restart_policy)
@@ -279,7 +289,7 @@ def _hold_exited(instance: Instance, generation: Generation, hold: Hold | None, 
             return True
         case "failed":
             desk.waiting[key] = answer.reason
-        case "again" if answer.at > desk.now:
+        case "again" if answer.at > desk.now and not desk.ahead(instance.exit):
             desk.waiting[key] = f"back-off: {answer.reason}"
             desk.wakes.append(answer.at)
         case "again":
