@@ -330,6 +330,14 @@ def test_a_missing_bind_source_is_an_error_unless_it_may_be_created(host: Host) 
     assert receipt.data == {"type": "bind", "source": str(missing), "options": ["rbind", "rprivate", "ro", "rro"]}
 
 
+def test_a_file_is_read_only_without_asking_for_what_is_below_it(host: Host) -> None:
+    source = host.root / "file"
+    source.write_text("x")
+    mount = Mount(kind="bind", source=str(source), target="/a", read_only=True)
+    receipt = BindMount(host).ensure(MountWant(instance="x", mount=mount))
+    assert receipt.data["options"] == ["rbind", "rprivate", "ro"]
+
+
 def test_tmpfs_carries_size_mode_and_owner(host: Host) -> None:
     mount = Mount(kind="tmpfs", target="/t", size=1048576, mode=0o700, uid=5, gid=6, read_only=True)
     options = TmpfsMount().ensure(MountWant(instance="x", mount=mount)).data["options"]

@@ -10,8 +10,11 @@ from holdfast.errors import UnfitHost, WrongState
 
 
 def bind_receipt(driver: str, want: MountWant, source: Path, *, read_only: bool) -> Receipt:
-    """The receipt of a bind mount: recursive, private, and read-only all the way down (`rro`, Linux 5.12)."""
-    options = ["rbind", "rprivate", *(("ro", "rro") if read_only else ("rw",))]
+    """The receipt of a bind mount: recursive, private, and read-only all the way down (`rro`, Linux 5.12).
+
+    Nothing is mounted below a file, and crun before 1.14.4 takes what `rro` is asked of for a directory.
+    """
+    options = ["rbind", "rprivate", "ro" if read_only else "rw", *(["rro"] if read_only and source.is_dir() else [])]
     data = {"type": "bind", "source": str(source), "options": options}
     return Receipt("volume", driver, f"{want.instance}:{want.mount.target}", want.instance, data)
 
