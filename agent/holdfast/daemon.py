@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import resource
 import signal
 import socket
 import threading
@@ -49,6 +50,7 @@ from holdfast.store import Store
 
 REST = 2.0  # after a long pass, rest that many times as long: in a burst, passes get a third of a core at most
 SHORT, LONGEST_REST = 0.005, 0.1  # seconds: a pass that takes no longer needs no rest; nobody waits longer than that
+FILES = 65_536  # open at once, as in holdfast.service
 HOUSEKEEPING = 10.0  # seconds between looks at the size of logs
 FOLLOWERS = 64  # answers at a time; each that follows a log takes one
 FIXED = ("name", "root", "run_root", "runtime", "socket", "group", "pool", "firewall", "start_concurrency")
@@ -65,6 +67,7 @@ def run_agent(path: Path | None) -> int:
     _need_root()
     with _only_agent(config), _node_of(config) as node:
         become_subreaper()
+        _raise_file_limit()
         node.recover()
         return asyncio.run(Daemon(config, path, node).serve())
 
@@ -75,6 +78,7 @@ def apply_once(config: Config, timeout: float) -> Json:
     deadline, slot = time.monotonic() + timeout, threading.Event()
     with _only_agent(config), _node_of(config) as node:
         become_subreaper()
+        _raise_file_limit()
         node.recover()
         node.wake = lambda _: slot.set()
         source = make_source(config.state, config.root, debounce=config.debounce)
@@ -123,6 +127,14 @@ class Offline(Answers):
     def events(self, after: int, limit: int) -> Sequence[Json]:
         """What happened while an agent ran."""
         return self.rig.store.events(after, limit)
+
+
+def _raise_file_limit() -> None:
+    """Make room for two descriptors a container: a login shell's soft limit of 1,024 would end at 500 of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+    if soft != resource.RLIM_INFINITY and soft < room:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (room, hard))
 
 
 def _need_root() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import resource
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.node.watch import ExitWatch
+from holdfast.node.watch import OTHERS, ExitWatch
 from holdfast.runtime.conmon import Run, boot_id
 
 PATIENCE = 10.0
@@ -107,3 +108,18 @@ def test_watching_twice_is_watching_once_and_leaves_no_descriptor(woken: queue.S
             made.add("web", _run(first, conmon))
         made.close()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_watch_leaves_descriptors_to_everything_else(watch: ExitWatch, woken: queue.SimpleQueue[str]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with _process() as first, _process() as conmon:
+        run = _run(first, conmon)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (OTHERS + 1, hard))
+        try:
+            watch.add("web", run)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert woken.empty()
+        assert not watch.watches("web", run)
+        watch.add("web", run)
+        assert watch.watches("web", run)

@@ -8,7 +8,7 @@ stands here and nowhere else.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -103,6 +103,8 @@ class Node:
         self._watch_over(observed)
         if spec is not None:
             self._spec, self._revision = spec, revision
+            for subject in outlived(self.rig.store.history().failures, plan, self._lanes.busy):
+                self.rig.store.clear_failure(subject)
         starting = [action for action in plan.actions if isinstance(action, StartInstance)]
         if starting:
             self.rig.pages = pages(observed.instances, self._readers(starting))
@@ -114,7 +116,10 @@ class Node:
             if instance.phase == "running":
                 kept = instance.want.logging
                 bundle = self.rig.host.instance(instance.id)
-                rotate(self.rig.log_path(instance), kept.max_size, kept.max_files, partial(reopen_log, bundle))
+                try:
+                    rotate(self.rig.log_path(instance), kept.max_size, kept.max_files, partial(reopen_log, bundle))
+                except OSError as error:  # conmon goes on writing where it writes; the next look tries again
+                    log.warning("log not rotated", container=instance.key, error=str(error))
 
     @property
     def busy(self) -> frozenset[str]:
@@ -237,6 +242,11 @@ def perform(rig: Rig, action: Action, blobs: Mapping[str, bytes], revision: str)
         case _:
             raise AssertionError(f"nobody performs {action.verb}")
     return {}
+
+
+def outlived(failures: Iterable[str], plan: Plan, busy: frozenset[str]) -> set[str]:
+    """The subjects of failures that nothing is tried for any more: no plan means or awaits them, no lane has them."""
+    return set(failures) - {action.subject for action in plan.actions} - plan.waiting.keys() - busy
 
 
 def _account(failure: Exception) -> tuple[str, bool]:

@@ -7,11 +7,14 @@ the exit file is written.
 from __future__ import annotations
 
 import os
+import resource
 import select
 import threading
 from collections.abc import Callable
 
 from holdfast.runtime.conmon import Run, is_running, reap
+
+OTHERS = 256  # descriptors that are left to everything else
 
 
 class ExitWatch:
@@ -54,10 +57,13 @@ class ExitWatch:
         self._epoll.close()
 
     def _add(self, instance: str, pid: int, ticks: int) -> bool:
-        """Watch one process; False if it has ended, whoever has its number now."""
+        """Watch one process; False if it has ended, whoever has its number now. One that there is no descriptor left
+        for is looked at by every pass instead."""
         with self._lock:
             if (instance, pid) in self._known:
                 return True
+            if len(self._watched) >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OTHERS:
+                return is_running(pid, ticks)
             try:
                 fd = os.pidfd_open(pid)
             except ProcessLookupError:
