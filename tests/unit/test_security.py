@@ -16,6 +16,7 @@ import pytest
 
 from holdfast.drivers import remove_tree
 from holdfast.errors import HoldfastError, WrongState
+from holdfast.runtime import seccomp
 from holdfast.runtime.archives import open_archive
 from holdfast.runtime.images import ImageStore
 from holdfast.runtime.layers import unpack
@@ -95,6 +96,52 @@ def nested(folder: Path, depth: int) -> None:
         os.close(handle)
         handle = inner
     os.close(handle)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'{WEB}[containers.web.networks.n]\naliases = ["x\\n10.0.0.9 bank.example"]\n[networks.n]',
+        f'{WEB}[containers.web.networks.n]\naliases = ["a b"]\n[networks.n]',
+        f'{WEB}[networks.n]\nsubnet = "0.0.0.0/0"',
+        f'{WEB}[networks.n]\nsubnet = "127.0.0.0/8"',
+        f'{WEB}[networks.n]\nsubnet = "169.254.169.0/24"',
+        f'{WEB}[networks.n]\nsubnet = "239.1.0.0/16"',
+        f'{WEB}sysctls = {{ "net.//.kernel.core_pattern" = "|/x" }}',
+        f'{WEB}sysctls = {{ "net..kernel" = "1" }}',
+        f'{WEB}volumes = ["/srv/a\\nb:/x"]',
+        f"{WEB}ports = {[f'10.0.{i}.1:1-65535:1-65535' for i in range(250)]}",
+    ],
+    ids=["line", "words", "all", "loopback", "metadata", "multicast", "sysctl", "dots", "path", "ports"],
+)
+def test_values_that_would_reach_beyond_the_container_are_refused(text: str) -> None:
+    assert "bad" not in loaded(text).apps
+
+
+@pytest.mark.parametrize("rule", ["cap-add", "devices", "seccomp-unconfined", "new-privileges", "privileged"])
+def test_privileged_is_no_way_around_the_rules_that_it_includes(rule: str) -> None:
+    facts = NodeFacts(name="n", forbid=frozenset({rule}))
+
+    (problem,) = load({"a.toml": f"{WEB}privileged = true".encode()}, facts).problems
+
+    assert f"the rule '{rule}'" in str(problem)
+
+
+def test_a_seccomp_profile_of_ones_own_is_as_good_as_none() -> None:
+    facts = NodeFacts(name="n", forbid=frozenset({"seccomp-unconfined"}))
+
+    assert load({"a.toml": f'{WEB}seccomp = "/var/lib/x/profile.json"'.encode()}, facts).problems
+
+
+@pytest.mark.parametrize("content", ["[]", '{"syscalls": 1, "defaultAction": "x"}', "[" * 100_000, None])
+def test_a_file_that_is_no_seccomp_profile_is_told_and_never_waited_for(content: str | None, tmp_path: Path) -> None:
+    path = Path("/dev/zero")
+    if content is not None:
+        path = tmp_path / "profile.json"
+        path.write_text(content)
+
+    with pytest.raises(WrongState, match="seccomp profile"):
+        seccomp.profile(str(path), ())
 
 
 # -- archives ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import stat
 from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from holdfast.errors import UnfitHost, WrongState
 
+LARGEST = 1 << 20  # bytes of a profile
 DEFAULT_PROFILE = Path("/usr/share/containers/seccomp.json")
 
 _GO_ARCH = {
@@ -47,9 +49,12 @@ def profile(name: str, capabilities: Collection[str], *, privileged: bool = Fals
         return None
     path = DEFAULT_PROFILE if name == "default" else Path(name)
     try:
-        stamp = path.stat().st_mtime_ns
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST:
+            raise ValueError(f"no regular file of at most {LARGEST} bytes")
+        stamp = status.st_mtime_ns
         return _resolved(path, stamp, frozenset(capabilities))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if name == "default":
             raise UnfitHost(
                 f"seccomp profile '{path}': {_cause(error)} (apt-get install golang-github-containers-common)"

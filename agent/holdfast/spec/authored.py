@@ -158,6 +158,11 @@ class MountTable(Table):
                     "source",
                     f"'{source}' is not an absolute path (expected /path; files of the repository are type file)",
                 )
+            case "bind":
+                try:
+                    forms.absolute(source)
+                except ValueError as error:
+                    yield "source", str(error)
             case "file" if source.startswith("/"):
                 yield "source", f"'{source}' is not a path in the repository (expected ./path; /path is type bind)"
             case "volume" if source.startswith("~"):
@@ -204,7 +209,9 @@ class AttachmentTable(Table):
 
     not_yet: ClassVar = ("ipv6_address",)
 
-    aliases: Annotated[list[str], Field(description="further names it has in this network")] = []
+    aliases: Annotated[
+        list[Annotated[str, Checked(forms.alias, {})]], Field(description="further names it has in this network")
+    ] = []
     ipv4_address: Annotated[Address | None, Field(description="a fixed address of the network's subnet")] = None
     mac_address: Annotated[Annotated[str, Checked(forms.mac, {})] | None, Field()] = None
 

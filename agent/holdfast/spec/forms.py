@@ -167,7 +167,13 @@ def subnet(value: str) -> str:
         raise ValueError(f"'{value}' is not an IPv4 network ({near})") from None
     if network.prefixlen > 30:
         raise ValueError(f"'{value}' has no room for a gateway and a container (expected /30 or larger)")
+    if network.prefixlen < 8 or any(network.overlaps(other) for other in _NOBODYS):
+        raise ValueError(f"'{value}' is not for a network of containers (expected a private range as 10.90.1.0/24)")
     return str(network)
+
+
+_NOBODYS = tuple(map(ipaddress.IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")))
+"""This host, loopback, link-local (the cloud's metadata), multicast and reserved: RFC 6890."""
 
 
 def mac(value: str) -> str:
@@ -183,6 +189,13 @@ def hostname(value: str) -> str:
     """A host name: RFC 1123 labels, at most 64 characters in all (HOST_NAME_MAX of Linux)."""
     if len(value) > 64 or not all(re.fullmatch(rf"{_LABEL}", part) and len(part) <= 63 for part in value.split(".")):
         raise ValueError(f"'{value}' is not a host name (expected letters, digits, '-' and '.', at most 64)")
+    return value
+
+
+def alias(value: str) -> str:
+    """A further name in a network: one word of a hosts file, which neighbours read."""
+    if not re.fullmatch(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?", value) or value == "localhost":
+        raise ValueError(f"'{value}' is not a name for a network (expected letters, digits, '-', '_' and '.')")
     return value
 
 
@@ -228,6 +241,8 @@ def absolute(value: str) -> str:
     """An absolute path, normalised."""
     if not value.startswith("/"):
         raise ValueError(f"'{value}' is not an absolute path (expected it to begin with /)")
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
+        raise ValueError(f"{value!r} holds control characters (expected a path that can be printed)")
     return "/" + "/".join(_collapsed(value))
 
 
@@ -367,7 +382,9 @@ def ulimit(value: str) -> str:
 
 def sysctl(value: str) -> str:
     """A kernel setting that is the container's own (namespaced); others would change the host."""
-    if value.startswith(("net.", "fs.mqueue.")) or value in _IPC_SYSCTLS:
+    # Runtimes make a path below /proc/sys of it, some of them with '/' and '.' exchanged.
+    plain = re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+", value)
+    if plain and (value.startswith(("net.", "fs.mqueue.")) or value in _IPC_SYSCTLS):
         return value
     near = suggestion(value, _IPC_SYSCTLS) or f" (expected net.*, fs.mqueue.* or one of {', '.join(_IPC_SYSCTLS)})"
     raise ValueError(f"'{value}' is not a setting that a container has of its own{near}")

@@ -18,6 +18,8 @@ from holdfast.toml import KeyPath, dotted, suggestion
 
 Finding = tuple[Draft, Fault]
 
+MOST_PORTS = 2 * 65535  # every port of both protocols
+
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
@@ -179,6 +181,7 @@ class Claims:
             self.subnets.append((subnet, draft, path))
 
     def claim_ports(self, draft: Draft) -> Iterator[Finding]:
+        claimed = 0
         for name, container in draft.app.containers.items():
             for index, port in enumerate(container.ports):
                 path: KeyPath = ("containers", name, "ports", index)
@@ -187,6 +190,11 @@ class Claims:
                     number, owner, where = taken
                     what = f"host port {number}/{port.protocol} is taken by {place(owner, where)}"
                     yield draft, Fault(path, f"'{port}': {what} (expected a free one)")
+                    continue
+                claimed += port.count
+                if claimed > MOST_PORTS:
+                    yield draft, Fault(path, f"'{port}': too many ports for one app (expected at most {MOST_PORTS})")
+                    return
                 for number in range(port.host_port, port.host_port + port.count):
                     self.ports.setdefault((port.protocol, number), []).append((port.host_ip, draft, path))
 

@@ -19,10 +19,13 @@ RULES: dict[str, tuple[str, Callable[[Container], bool]]] = {
     "devices": ("devices", lambda c: bool(c.devices)),
     "bind-mounts": ("volumes", lambda c: any(mount.kind == "bind" for mount in c.mounts)),
     "rootfs": ("rootfs", lambda c: c.rootfs is not None),
-    "seccomp-unconfined": ("seccomp", lambda c: c.seccomp == "unconfined"),
+    "seccomp-unconfined": ("seccomp", lambda c: c.seccomp != "default"),  # a profile of one's own may allow all
     "new-privileges": ("no_new_privileges", lambda c: not c.no_new_privileges),
 }
 """Rule → the key of the container that is at fault, and whether the container breaks it."""
+
+IMPLIED = frozenset({"cap-add", "devices", "seccomp-unconfined", "new-privileges"})
+"""The rules that a privileged container breaks without naming their keys."""
 
 
 def broken_rules(container: Container, facts: NodeFacts) -> Iterator[tuple[str, str]]:
@@ -31,6 +34,8 @@ def broken_rules(container: Container, facts: NodeFacts) -> Iterator[tuple[str, 
         key, breaks = RULES[rule]
         if breaks(container):
             yield key, f"is forbidden by the rule '{rule}' in [policy] forbid of agent.toml"
+        elif container.privileged and rule in IMPLIED:
+            yield "privileged", f"includes what the rule '{rule}' in [policy] forbid of agent.toml forbids"
 
 
 def outside_roots(path: str, facts: NodeFacts) -> str | None:
