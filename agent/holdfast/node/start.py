@@ -1,7 +1,7 @@
 """StartInstance: from a staged generation to a running process, receipt by receipt.
 
 Each step is idempotent, so that a first start, a restart and a start after a reboot are the same walk: what stands
-already costs a look. A first start that fails is undone; a restart that fails leaves the instance as it was.
+already costs a look. A first start that fails is undone; a restart that fails leaves the instance as it was, ended.
 """
 
 from __future__ import annotations
@@ -34,21 +34,23 @@ HOST_NETNS = Path("/proc/1/ns/net")
 
 
 def start_instance(rig: Rig, action: StartInstance) -> Json:
-    """Bring an instance up. Raises what the drivers and the runtime raise, after undoing a first start."""
+    """Bring an instance up. Raises what the drivers and the runtime raise, after undoing what it began."""
     generation = rig.store.generation(action.app, action.generation)
     instance = _admit(rig, action, generation)
     try:
         ground = _lay_ground(rig, instance, generation.app)
         warnings = _write_bundle(rig, instance, ground)
         _run(rig, instance)
-    except BaseException:
-        if action.instance is None:
-            remove_instance(rig, instance)
+    except Exception as failure:
+        _undo(rig, instance, failure, first=action.instance is None)
         raise
     rig.store.mark_generation(action.app, action.generation, "active")
     run = rig.run_of(instance.id)
     running = rig.store.change_instance(
         instance.id,
+        want=instance.want,
+        image=instance.image,
+        files=instance.files,
         phase="running",
         pid=run.pid if run else None,
         generation=generation.number,
@@ -64,6 +66,17 @@ def start_instance(rig: Rig, action: StartInstance) -> Json:
         "after_start", app=action.app, container=action.container, instance=running.id, pid=run.pid if run else 0
     )
     return {"instance": running.id, "pid": run.pid if run else None}
+
+
+def _undo(rig: Rig, instance: Instance, failure: Exception, *, first: bool) -> None:
+    """Leave nothing of a first start, nothing running of a restart; what goes wrong then is told beside failure."""
+    try:
+        if first:
+            remove_instance(rig, instance)
+        else:
+            _end_run(rig, instance.id)
+    except Exception as error:
+        raise ExceptionGroup(f"start '{instance.key}'", [failure, error]) from failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,11 +310,16 @@ def _run(rig: Rig, instance: Instance) -> None:
     id, key = instance.id, instance.key
     earlier = rig.store.receipt("run", id)
     if earlier is not None or id in rig.runtime.state():
-        rig.runtime.delete(id, force=True)
-        rig.store.drop_receipt(Receipt("run", rig.runtime.binary.name, id, id))
+        _end_run(rig, id)
     log = rig.log_path(instance)
     log.parent.mkdir(parents=True, exist_ok=True)
     run = rig.runtime.create(id, rig.host.instance(id), log, name=key)
     data: dict[str, Any] = {"run": asdict(run), "limits": cgroup.snapshot(rig.runtime.cgroup(id))}
     rig.store.put_receipt(Receipt("run", rig.runtime.binary.name, id, id, data))
     rig.runtime.start(id, name=key)
+
+
+def _end_run(rig: Rig, id: InstanceId) -> None:
+    """End whatever runs of an instance, and forget the run."""
+    rig.runtime.delete(id, force=True)
+    rig.store.drop_receipt(Receipt("run", rig.runtime.binary.name, id, id))

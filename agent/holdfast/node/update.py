@@ -128,10 +128,10 @@ def write_firewall(rig: Rig, action: WriteFirewall) -> Json:
 
 
 def write_names(rig: Rig, action: WriteNames) -> Json:
-    """Bring hosts files up to date; an instance that is gone by now needs none."""
+    """Bring hosts files up to date. One that does not run needs none: its start writes it, perhaps just now."""
     for id, found in action.hosts.items():
         instance = rig.store.instances.get(id)
-        if instance is not None and rig.host.instance(id).is_dir():
+        if instance is not None and instance.phase == "running" and rig.host.instance(id).is_dir():
             write_hosts(rig, instance, found.lines)
             rig.store.note_names(id, found.digest)
     return {"files": len(action.hosts)}
