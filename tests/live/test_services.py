@@ -79,3 +79,16 @@ def test_a_state_that_could_not_be_is_tried_again_by_the_next_agent(agent: LiveA
     give_program(root)
     agent.start()
     agent.wait_until(lambda status: bool(status["converged"]))
+
+
+def test_a_command_runs_inside_as_the_container_does(agent: LiveAgent) -> None:
+    agent.write(
+        "shop.toml",
+        f'[containers.web]{SLEEPER}networks = ["none"]\nuser = "1000:1001"\ngroup_add = [1002]\n'
+        'environment = { COLOUR = "red" }\nulimits = { nofile = 512 }\nworking_dir = "/tmp"',
+    )
+    agent.converge()
+    script = "id -u; id -G; ulimit -n; echo $COLOUR $SIZE; pwd"
+    assert agent.exec("shop/web", "sh", "-c", script).split("\n")[:5] == ["1000", "1001 1002", "512", "red", "/tmp"]
+    said = agent.cli("exec", "-u", "7:8", "-e", "SIZE=big", "-w", "/", "shop/web", "sh", "-c", script).stdout
+    assert said.split("\n")[:5] == ["7", "8", "512", "red big", "/"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import select
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -156,15 +158,28 @@ class Runtime:
         user: str | None = None,
         cwd: str | None = None,
     ) -> list[str]:
-        """The command line that runs argv in a running container, for the CLI to become. user: `uid[:gid]`."""
-        options = ["--tty"] if tty else []
-        if environment:  # crun's --env leaves out the container's own, so all of it is named
-            own = json.loads((self.host.instance(id) / "config.json").read_text())["process"]["env"]
-            added = [f"{name}={value}" for name, value in environment.items()]
-            options += [part for entry in (*own, *added) for part in ("--env", entry)]
-        options += ["--user", user] if user else []
-        options += ["--cwd", cwd] if cwd else []
-        return [*self._command("exec"), *options, id, *argv]
+        """The command line that runs argv in a running container, for the CLI to become. user: `uid[:gid]`.
+
+        The process is spelled out in a file, for what crun is not told it does not take from the container: its user,
+        limits and environment. The file goes with the bundle.
+        """
+        bundle = self.host.instance(id)
+        process = json.loads((bundle / "config.json").read_text())["process"]
+        changed = {"args": list(argv), "terminal": tty}
+        if environment:
+            changed["env"] = [*process["env"], *(f"{name}={value}" for name, value in environment.items())]
+        if user:
+            uid, _, gid = user.partition(":")
+            changed["user"] = {"uid": int(uid), "gid": int(gid or 0)}
+        if cwd:
+            changed["cwd"] = cwd
+        text = json.dumps(process | changed)
+        place = bundle / f"exec-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+        if not place.exists():
+            fresh = place.with_name(f"{place.name}.{threading.get_ident()}")
+            fresh.write_text(text)
+            fresh.replace(place)
+        return [*self._command("exec"), "--process", str(place), id]
 
     def exit_of(self, id: str) -> Exit | None:
         """How a container ended, as conmon wrote it down; None if it did not (it runs, or conmon was killed).
