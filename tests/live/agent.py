@@ -118,12 +118,12 @@ class LiveAgent:
         """Have the agent read its source and compare, now."""
         self.cli("sync")
 
-    def converge(self, timeout: float = 30) -> Status:
+    def converge(self, timeout: float = 60) -> Status:
         """Sync, then wait until the agent says that all is as committed."""
         self.sync()
         return self.wait_until(lambda status: bool(status["converged"]), timeout)
 
-    def wait_until(self, condition: Callable[[Status], bool], timeout: float = 30) -> Status:
+    def wait_until(self, condition: Callable[[Status], bool], timeout: float = 60) -> Status:
         """Wait until the status meets condition, and return it."""
         status: Status = {}
 
@@ -136,7 +136,7 @@ class LiveAgent:
         return status
 
     def wait(
-        self, condition: Callable[[], bool], what: str, timeout: float = 30, state: Callable[[], str] = lambda: ""
+        self, condition: Callable[[], bool], what: str, timeout: float = 60, state: Callable[[], str] = lambda: ""
     ) -> None:
         """Wait until condition holds; fails at once when the agent that should see to it has died."""
         deadline = time.monotonic() + timeout

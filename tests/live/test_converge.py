@@ -12,7 +12,7 @@ import pytest
 
 from live.agent import LiveAgent, Status
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]  # a busy machine takes its time
 
 SLEEPER = """
 image = "busybox:1"
@@ -46,10 +46,11 @@ def steps(plan: Mapping[str, Any]) -> dict[str, str]:
 
 
 def test_limits_labels_restart_policy_and_ports_change_without_a_new_process(agent: LiveAgent) -> None:
-    agent.write("shop.toml", f'[containers.web]{SLEEPER}resources.memory = "64MiB"')
+    agent.write("shop.toml", f'[containers.web]{SLEEPER}resources = {{ memory = "64MiB", oom_score_adj = 300 }}')
     agent.converge()
     pid = agent.pid("shop/web")
     assert memory_limit(pid) == 64 << 20
+    assert Path(f"/proc/{pid}/oom_score_adj").read_text().strip() == "300"
     mark = agent.events()[-1]["seq"]
     agent.write(
         "shop.toml",
@@ -60,6 +61,7 @@ def test_limits_labels_restart_policy_and_ports_change_without_a_new_process(age
     assert agent.pid("shop/web") == pid
     assert memory_limit(pid) == 128 << 20
     assert cgroup_file(pid, "pids", "pids.max", "pids.max").read_text().strip() == "77"
+    assert Path(f"/proc/{pid}/oom_score_adj").read_text().strip() == "0"
     done = happened(agent, mark)
     assert {event["verb"] for event in done} == {"StageGeneration", "UpdateInstance"}
     (update,) = [event for event in done if event["verb"] == "UpdateInstance"]

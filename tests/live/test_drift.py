@@ -15,7 +15,7 @@ from holdfast_plugins.network.bridge import NETWORK
 from live.agent import LiveAgent
 from live.test_converge import memory_limit
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]  # a busy machine takes its time
 
 WEB = """
 [containers.web]

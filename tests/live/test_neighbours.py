@@ -14,7 +14,7 @@ import pytest
 
 from live.agent import LiveAgent
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]  # a busy machine takes its time
 
 SLEEPER = """
 image = "busybox:1"

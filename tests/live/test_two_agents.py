@@ -10,7 +10,7 @@ from footprint import leftovers
 from holdfast.drivers import Host
 from live.agent import LiveAgent
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]  # a busy machine takes its time
 
 SHOP = """
 [containers.web]
