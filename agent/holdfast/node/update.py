@@ -6,11 +6,13 @@ from dataclasses import asdict, replace
 
 from holdfast.errors import TryAgain
 from holdfast.node.rig import Rig, network_of
+from holdfast.node.rig import limits as host_limits
 from holdfast.node.start import attach_again, cgroup_settings, content_of, network_want, write_hosts
 from holdfast.observed import Instance, InstanceId, Json, Receipt
 from holdfast.plan.actions import EnsureNetwork, RemoveNetwork, UpdateInstance, WriteFirewall, WriteNames
 from holdfast.plan.diff import mounted_files
 from holdfast.runtime import cgroup, netns
+from holdfast.runtime.oci import oom_score_adj
 from holdfast.spec.model import digest_of
 
 
@@ -46,8 +48,8 @@ def apply_limits(rig: Rig, instance: Instance) -> None:
     settings = cgroup_settings(rig, instance.want)
     _keep_limits(rig, instance.id, None)
     rig.runtime.update(instance.id, settings.resources)
-    if settings.oom_score_adj is not None:
-        rig.runtime.set_oom_score_adj(instance.id, settings.oom_score_adj)
+    score, _ = oom_score_adj(instance.want, settings.oom_score_adj, host_limits())
+    rig.runtime.set_oom_score_adj(instance.id, score)
 
 
 def _keep_limits(rig: Rig, id: InstanceId, limits: Json | None) -> None:

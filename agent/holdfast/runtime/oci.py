@@ -126,7 +126,7 @@ def oci_config(request: OciRequest) -> OciConfig:
     for what the state file asks for by value and this host does not allow.
     """
     granted = granted_capabilities(request.want, request.limits)
-    score, score_warning = _oom_score_adj(request)
+    score, score_warning = oom_score_adj(request.want, request.oom_score_adj, request.limits)
     missing = (f"capabilities not available here: {', '.join(granted.missing)}",) if granted.missing else ()
     config = {
         "ociVersion": OCI_VERSION,
@@ -219,16 +219,20 @@ def _unsigned(value: int) -> int:
     return value % 2**64
 
 
-def _oom_score_adj(request: OciRequest) -> tuple[int, tuple[str, ...]]:
-    """Clamp to what is allowed. It is always set: a container must not inherit the agent's own."""
-    asked = request.want.resources.oom_score_adj
-    wanted = asked if asked is not None else request.oom_score_adj or 0
-    least = request.limits.oom_score_adj
-    if wanted >= least or request.limits.may_exceed:
+def oom_score_adj(want: Container, composed: int | None, limits: HostLimits) -> tuple[int, tuple[str, ...]]:
+    """What a container's processes get, clamped to what is allowed, and a warning where it is; pure.
+
+    composed: what the cgroup policies made of it. There is always a value: a container must not inherit the agent's.
+    Raises UnfitHost for one that the state file asks for by value and this host does not allow.
+    """
+    asked = want.resources.oom_score_adj
+    wanted = asked if asked is not None else composed or 0
+    least = limits.oom_score_adj
+    if wanted >= least or limits.may_exceed:
         return wanted, ()
     if asked is not None:
         raise UnfitHost(f"oom_score_adj '{asked}': needs CAP_SYS_RESOURCE, which this agent lacks (at least {least})")
-    if request.oom_score_adj is None:
+    if composed is None:
         return least, ()
     return least, (f"oom_score_adj is {least} instead of {wanted}: the agent lacks CAP_SYS_RESOURCE",)
 
