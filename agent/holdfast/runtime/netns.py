@@ -41,11 +41,10 @@ def ensure(host: Host, instance: str, pid: int | None = None) -> Receipt:
     """
     path = host.netns(instance)
     if not _is_namespace(path):
-        _share_folder(host)
+        _claim(host, path)
         if pid is None:
             _make(path)
         else:
-            path.touch(mode=0o444)
             _check(_libc.mount(b"/proc/%d/ns/net" % pid, bytes(path), b"none", MS_BIND, None), "bind", path)
     return _receipt(path, instance)
 
@@ -100,7 +99,6 @@ def _make(path: Path) -> None:
         try:
             _check(_libc.unshare(CLONE_NEWNET), "unshare the network of", path)
             _raise_loopback()
-            path.touch(mode=0o444)
             _check(_libc.mount(b"/proc/thread-self/ns/net", bytes(path), b"none", MS_BIND, None), "bind", path)
         except OSError as error:
             path.unlink(missing_ok=True)
@@ -118,42 +116,47 @@ def _raise_loopback() -> None:
         fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
 
 
+def _claim(host: Host, path: Path) -> None:
+    """Have the shared folder with the file in it, in one step: a folder that is not empty is taken away by nobody."""
+    with _folder_lock():
+        FOLDER.mkdir(mode=0o755, exist_ok=True)
+        _share_folder(host)
+        path.touch(mode=0o444)
+
+
 def _share_folder(host: Host) -> None:
     """Make /run/netns a shared mount of its own, as ip-netns(8) does on first use: were it to do so later, its mount
     would hide ours. That we did it is noted in the run root, for `_unshare_folder`.
     """
-    FOLDER.mkdir(mode=0o755, exist_ok=True)
     if _libc.mount(b"", bytes(FOLDER), b"none", MS_SHARED | MS_REC, None) == 0:
         return
-    with _folder_lock():
-        if _libc.mount(b"", bytes(FOLDER), b"none", MS_SHARED | MS_REC, None) == 0:
-            return
-        host.run_root.mkdir(parents=True, exist_ok=True)
-        (host.run_root / MARK).touch()
-        try:
-            _check(_libc.mount(bytes(FOLDER), bytes(FOLDER), b"none", MS_BIND | MS_REC, None), "bind", FOLDER)
-            _check(_libc.mount(b"", bytes(FOLDER), b"none", MS_SHARED | MS_REC, None), "share", FOLDER)
-        except OSError as error:
-            _fail(f"share '{FOLDER}'", error)
+    host.run_root.mkdir(parents=True, exist_ok=True)
+    (host.run_root / MARK).touch()
+    try:
+        _check(_libc.mount(bytes(FOLDER), bytes(FOLDER), b"none", MS_BIND | MS_REC, None), "bind", FOLDER)
+        _check(_libc.mount(b"", bytes(FOLDER), b"none", MS_SHARED | MS_REC, None), "share", FOLDER)
+    except OSError as error:
+        _fail(f"share '{FOLDER}'", error)
 
 
 def _unshare_folder(host: Host) -> None:
     """Undo `_share_folder` if it was ours and nobody has a namespace left there."""
     mark = host.run_root / MARK
-    if not mark.exists() or any(FOLDER.iterdir()):
+    if not mark.exists():
         return
     with _folder_lock():
-        if any(FOLDER.iterdir()):
+        if FOLDER.is_dir() and any(FOLDER.iterdir()):
             return
-        _libc.umount2(bytes(FOLDER), 0)  # EBUSY: someone is in it just now, and it stays theirs
+        _libc.umount2(bytes(FOLDER), UMOUNT_NOFOLLOW)  # EBUSY: someone is in it just now, and it stays theirs
         mark.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        FOLDER.rmdir()
+        with contextlib.suppress(OSError):
+            FOLDER.rmdir()
 
 
 @contextlib.contextmanager
 def _folder_lock() -> Iterator[None]:
-    folder = os.open(FOLDER, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Keep every agent of this host from the folder. Its parent is locked: an open folder could not be unmounted."""
+    folder = os.open(FOLDER.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         yield
