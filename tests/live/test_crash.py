@@ -29,7 +29,7 @@ from live.agent import LiveAgent
 from live.census import await_census, expected_census, stored_instances, take_census
 from live.crashing_agent import PASS, Boundary, CrashingAgent, Run
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]  # some sixty agents a story, on a machine that may be busy
 
 CALM = """
 [containers.calm]
