@@ -20,6 +20,7 @@ key is a new one, so that whoever walks over the old one is not disturbed.
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import threading
 import time
@@ -75,6 +76,7 @@ class Store:
         self.path = path
         self._lock = threading.RLock()
         self._listeners: list[Callable[[Event], None]] = []
+        self._noted: set[InstanceId] = set()
         self._db = _open(path)
         self.instances: dict[InstanceId, Instance] = {
             InstanceId(id): _instance.validate_json(value) for id, value in self._rows("id, value", "instances")
@@ -97,8 +99,10 @@ class Store:
         self._share_wants()
 
     def close(self) -> None:
-        """Close the database; the Store is of no use afterwards."""
+        """Keep what was only noted and close the database; the Store is of no use afterwards."""
         with self._lock:
+            for id in self._noted & self.instances.keys():
+                self.put_instance(self.instances[id])
             self._db.close()
 
     # -- what decisions are made from --
@@ -135,9 +139,10 @@ class Store:
             return True
 
     def note_names(self, id: InstanceId, digest: str) -> None:
-        """Note what an instance's hosts file says, in memory only: after a restart it is written once more."""
+        """Note what an instance's hosts file says, in memory until `close`: after a crash it is written once more."""
         with self._lock:
             if id in self.instances:
+                self._noted.add(id)
                 self.instances[id] = replace(self.instances[id], names=digest)
 
     def drop_instance(self, id: InstanceId) -> None:
@@ -360,7 +365,8 @@ class Store:
 
 def _open(path: Path) -> sqlite3.Connection:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # its siblings get the same mode
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")

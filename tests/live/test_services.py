@@ -37,6 +37,17 @@ depends_on = {{ migrate = "completed" }}
     agent.cli("apply", "--timeout", "30")
 
 
+def test_what_apply_has_brought_about_is_converged_without_an_agent(
+    new_agent: Callable[[Host], LiveAgent], site: Host
+) -> None:
+    agent = new_agent(site)
+    agent.image("busybox:1")
+    agent.write("shop.toml", f"[containers.api]{SLEEPER}[containers.web]{SLEEPER}")
+    agent.cli("apply", "--timeout", "30")
+    assert agent.status()["blockers"] == []
+    assert agent.cli("plan", check=False).returncode == 0
+
+
 def give_program(root: Path) -> None:
     """Put right what the image lacks."""
     program = root / "bin/serve"
