@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -220,6 +221,34 @@ def test_program_that_can_not_run_is_one_clear_line(box: Box, command: str, caus
         box.start(command)
     assert str(caught.value).startswith("start of 'shop/c0': ")
     assert "\n" not in str(caught.value)
+
+
+def test_what_could_not_be_started_leaves_no_zombie_to_a_subreaper(box: Box) -> None:
+    conmon.become_subreaper()
+    try:
+        before = _zombies()
+        for _ in range(3):
+            with pytest.raises(WrongState):
+                box.start("/no/such/program")
+            box.runtime.delete(box.ids[-1], force=True)
+        id, _ = box.start("sleep", "1000")
+        box.runtime.delete(id, force=True)
+        wait_for(lambda: _zombies() <= before)
+    finally:
+        ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def _zombies() -> set[str]:
+    """The children of this process that have ended and that nobody has waited for."""
+    stats = {path: _stat(path) for path in Path("/proc").glob("[0-9]*/stat")}
+    return {path.parent.name for path, fields in stats.items() if fields[:2] == ["Z", str(os.getpid())]}
+
+
+def _stat(path: Path) -> list[str]:
+    try:
+        return path.read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def test_every_limit_changes_while_it_runs_and_is_lifted_again(box: Box) -> None:

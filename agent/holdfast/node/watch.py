@@ -70,6 +70,7 @@ class ExitWatch:
                 return False
             if not is_running(pid, ticks):
                 os.close(fd)
+                reap(pid)
                 return False
             self._known.add((instance, pid))
             self._watched[fd] = (instance, pid)

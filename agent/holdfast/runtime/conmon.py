@@ -117,6 +117,7 @@ class Runtime:
         """
         if force:
             self._end(id)
+        self._reap(id)
         cgroup.remove(self.cgroup(id))
         shutil.rmtree(self.root / id, ignore_errors=True)
         (self.exits / id).unlink(missing_ok=True)
@@ -309,6 +310,15 @@ class Runtime:
             _kill_each(left, signal.SIGKILL)
             for pid in left:
                 _wait_end(pid, time.monotonic() + 0.5)
+
+    def _reap(self, id: str) -> None:
+        """Take the exit status of processes that have ended unwatched: a subreaper is their parent by now."""
+        run = self.run_of(id)
+        for name in ("conmon.pid", "pid"):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                pid = int((self._record(id) / name).read_text())
+                if run is None or _ticks(pid) in (run.conmon_ticks, run.started_ticks):  # else another's by now
+                    reap(pid)
 
     def _processes(self, id: str) -> Iterator[tuple[int, str]]:
         """The conmon and the runtime processes of a container that are alive: pid and program.
