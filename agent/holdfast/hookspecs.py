@@ -2,7 +2,8 @@
 
 A plugin is a module (or object) in the entry-point group `holdfast` that implements any of these with
 `from holdfast.hookspecs import hookimpl`. Offering hooks hand over drivers once, when the agent starts; telling hooks
-report what happened and can't change it: what they raise is listed by `holdfast plugin list`, and the rest goes on.
+report what happened, in a thread of the plugin's own, and can't change it: what they raise is listed by
+`holdfast plugin list`, and the rest goes on.
 Built-in drivers come in by the same door (`holdfast_plugins`).
 """
 

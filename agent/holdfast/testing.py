@@ -34,8 +34,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from holdfast.drivers import BASE36, Driver, Host, Receipt
+from holdfast.guard import breach
 
 Fingerprint = Mapping[str, tuple[str, ...]]
+ONES_OWN = ("address", "host_interface", "path", "subnet", "upper")  # of a receipt's data: never that of another
 
 
 def temporary_host(folder: Path) -> Host:
@@ -93,8 +95,7 @@ class DriverConformance:
 
     def test_receipts_say_whose_they_are_and_survive_json(self, driver: Driver[Any], want: Any) -> None:
         with _ensured(driver, want) as receipt:
-            assert receipt.driver == driver.name
-            assert receipt.id
+            assert breach(driver.name, want, receipt) == ""
             assert Receipt(**json.loads(json.dumps(asdict(receipt)))) == receipt
 
     def test_observe_finds_what_was_ensured(self, driver: Driver[Any], want: Any, another_want: Any) -> None:
@@ -147,8 +148,14 @@ class DriverConformance:
             for _ in range(5):
                 receipts = list(threads.map(driver.ensure, (want, another_want)))
                 assert receipts[0].id != receipts[1].id
+                assert not _shared(*receipts)
                 list(threads.map(driver.remove, receipts))
         assert not {each.id for each in driver.observe()} & {each.id for each in receipts}
+
+
+def _shared(one: Receipt, other: Receipt) -> list[str]:
+    """What two things have in common that must be each one's own."""
+    return [key for key in ONES_OWN if one.data.get(key) and one.data.get(key) == other.data.get(key)]
 
 
 @contextmanager
