@@ -14,6 +14,7 @@ from holdfast.errors import Conflict, NotFound, WrongCall
 from holdfast.node.recover import remove_volume
 from holdfast.node.rig import Rig
 from holdfast.observed import Instance, Json, Receipt
+from holdfast.plugins import found_by
 from holdfast.runtime import cgroup, users
 from holdfast.runtime.images import Image
 
@@ -159,12 +160,14 @@ class Answers:
         return doomed
 
     def _volumes(self) -> dict[str, Receipt]:
-        return {
-            receipt.id: receipt
-            for driver in self.rig.plugins.volumes.values()
-            for receipt in driver.observe()
-            if not receipt.owner
-        }
+        """What the drivers find, and what was made by one that can't say or that no plugin offers any more."""
+        made = {each.id: each for each in self.rig.store.receipts("volume") if not each.owner}
+        for name, driver in self.rig.plugins.volumes.items():
+            found = found_by(driver)
+            if found is not None:
+                made = {id: each for id, each in made.items() if each.driver != name}
+                made |= {each.id: each for each in found if not each.owner}
+        return made
 
     def _declared(self) -> set[str]:
         return {
