@@ -80,6 +80,7 @@ class Node:
         rig.plugins.noticed = lambda plugin, error: rig.store.event("plugin", plugin, error)
         self._spec = Spec()
         self._revision = ""
+        self._applied = False
         self._lanes = Lanes(self._do, lambda action: self.wake(action.subject), starts=starts)
         self._exits = ExitWatch(lambda instance: self.wake(instance))
 
@@ -99,6 +100,7 @@ class Node:
 
     def apply(self, plan: Plan, observed: Observed, spec: Spec | None, revision: str) -> None:
         """Put what is planned on the lanes and return at once; what is under way already is left to itself."""
+        self._applied = True
         self.rig.mark_boot()
         self._watch_over(observed)
         if spec is not None:
@@ -132,7 +134,8 @@ class Node:
         self._exits.close()
         self.rig.plugins.wait_told(LAST_WORDS)
         self.rig.plugins.noticed = lambda plugin, error: None
-        self.rig.unmark_boot()
+        if self._applied:  # else the token is not ours: a command may end beside an agent that has just begun
+            self.rig.unmark_boot()
 
     def _watch_over(self, observed: Observed) -> None:
         for instance in observed.instances:

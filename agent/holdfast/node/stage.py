@@ -44,6 +44,7 @@ def stage_generation(rig: Rig, action: StageGeneration, blobs: Mapping[str, byte
     rig.store.put_generation(
         Generation(app=app, number=number, state="staged", revision=revision, images=images, staged_at=time.time())
     )
+    _store_files(rig, app, blobs)  # once more: whoever pruned meanwhile did not know of this generation
     return {"generation": number, "images": images}
 
 

@@ -24,6 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongConfig, WrongState
 from holdfast.source.gitcommand import Git, GitFailed, redact
 from holdfast.source.revision import Revision, SourceState, Watch
@@ -38,6 +40,8 @@ REFUSED = re.compile(
     r"|access denied|host key verification failed|requested url returned error: 40[13]",
     re.I,
 )
+
+log = structlog.get_logger("holdfast")
 
 
 class Rewritten(TryAgain):
@@ -266,8 +270,12 @@ class GitPoll:
     def _poll(self) -> None:
         while not self._closed:
             before = self._source.state()
-            with contextlib.suppress(HoldfastError):  # it is in state().error
+            try:
                 self._source.refresh()
+            except HoldfastError:
+                pass  # it is in state().error
+            except Exception:  # a bug must not end the polling in silence
+                log.exception("poll failed")
             after = self._source.state()
             pause = next_pause(self._interval, after.failures, random.random())
             self._source.plan_next(pause)
