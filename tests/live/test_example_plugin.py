@@ -89,6 +89,31 @@ def test_a_state_file_asks_for_a_volume_of_the_plugin(
     assert not volume.exists()
 
 
+def test_what_a_plugin_made_stays_when_the_plugin_is_gone_and_goes_when_it_is_back(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, new_agent: Callable[[Host], LiveAgent], site: Host
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", installed["PYTHONPATH"])
+    agent = new_agent(site)
+    agent.start()
+    agent.image("busybox:1")
+    agent.write("shop.toml", STATE)
+    agent.converge()
+    pid = agent.pid("shop/web")
+    monkeypatch.delenv("PYTHONPATH")
+    agent.restart()
+    agent.sync()
+    assert agent.pid("shop/web") == pid
+    assert "ext4" in agent.cli("volume", "list").stdout
+    agent.remove("shop.toml")
+    agent.converge()
+    refused = agent.cli("volume", "remove", "shop/data", check=False)
+    assert "volume driver 'ext4': no plugin offers it" in refused.stderr
+    monkeypatch.setenv("PYTHONPATH", installed["PYTHONPATH"])
+    agent.restart()
+    agent.cli("volume", "remove", "shop/data")
+    assert not (site.root / "volumes-ext4").exists()
+
+
 def test_the_plugins_own_conformance_tests_pass(installed: dict[str, str], site: Host) -> None:
     arguments = [
         "-q",
