@@ -162,5 +162,7 @@ def pairs(values: dict[str, object], indent: int = 0) -> Iterator[str]:
                     yield from lines[1:]
             case bool():
                 yield f"{pad}{key}: {'yes' if value else 'no'}"
+            case float() if key == "at" or key.endswith("_at"):
+                yield f"{pad}{key}: {clock(value)}"
             case _:
                 yield f"{pad}{key}: {value}"

@@ -189,12 +189,14 @@ class Node:
             message = action.reason if outcome.ok else outcome.error
             facts = {"verb": action.verb, "reason": action.reason, "took": round(outcome.took, 4), **outcome.detail}
             store.event(kind, action.subject, message, **{**facts, "app": action.app})
-            log.info(
-                action.verb, subject=action.subject, reason=action.reason, error=outcome.error, took=facts["took"]
-            )
-        told: dict[str, object] = {"action": action.verb, "subject": action.subject, "reason": action.reason}
-        told |= {"ok": outcome.ok, "error": outcome.error, "took": outcome.took}
-        self.rig.plugins.tell("after_outcome", outcome=told)
+            told = {"subject": action.subject, "reason": action.reason, "took": facts["took"]}
+            if outcome.ok:
+                log.info(action.verb, **told)
+            else:
+                log.warning(action.verb, **told, error=outcome.error)
+        came: dict[str, object] = {"action": action.verb, "subject": action.subject, "reason": action.reason}
+        came |= {"ok": outcome.ok, "error": outcome.error, "took": outcome.took}
+        self.rig.plugins.tell("after_outcome", outcome=came)
         store.drop_intent(action.subject)
 
     def _remember(self, outcome: Outcome) -> None:

@@ -25,11 +25,9 @@ The rules, in the order in which they are applied:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 
-from holdfast.observed import Exit, Failure, Generation, History, Hold, Instance, Observed, Receipt
+from holdfast.observed import Generation, History, Hold, Instance, Observed, Receipt
 from holdfast.plan.actions import (
-    Action,
     Change,
     EnsureNetwork,
     ForgetApp,
@@ -47,9 +45,10 @@ from holdfast.plan.actions import (
     WriteNames,
 )
 from holdfast.plan.derived import firewall_want, names_of, pages
+from holdfast.plan.desk import Desk
 from holdfast.plan.diff import changes, mounted_files, replaces
 from holdfast.plan.reasons import by_hand, counted, firewall_reason, in_hand, listed, update_words
-from holdfast.plan.restart import Verdict, verdict
+from holdfast.plan.restart import verdict
 from holdfast.spec.model import App, Container, Network, Spec
 
 UNMANAGED = frozenset({"none", "host"})
@@ -58,7 +57,7 @@ DEFAULT_NETWORK = Network()
 
 def decide(spec: Spec | None, observed: Observed, history: History, now: float) -> Plan:
     """Say what to do next. spec None: the source can't be read, so every app stays at its generation."""
-    desk = _Desk(observed, history, now)
+    desk = Desk(observed, history, now)
     desk.targets = dict(_targets(spec, desk))
     desk.stays_for = _stays_for(desk)
     _orphans(desk)
@@ -71,72 +70,10 @@ def decide(spec: Spec | None, observed: Observed, history: History, now: float) 
     return desk.plan()
 
 
-@dataclass
-class _Desk:
-    """The world on the desk while one plan is made: indexes over it, and what has been decided so far."""
-
-    observed: Observed
-    history: History
-    now: float
-    targets: dict[str, Generation] = field(default_factory=dict)
-    unplaced: set[str] = field(default_factory=set)  # apps that have no generation yet: neither held nor removed
-    actions: list[Action] = field(default_factory=list)
-    subjects: set[str] = field(default_factory=set)  # of these actions
-    waiting: dict[str, str] = field(default_factory=dict)
-    drift: dict[str, str] = field(default_factory=dict)
-    wakes: list[float] = field(default_factory=list)
-    stays_for: Mapping[str, list[str]] = field(default_factory=dict)
-    verdicts: dict[str, Verdict] = field(default_factory=dict)
-    outdated: set[str] = field(default_factory=set)  # containers that are about to be replaced
-
-    def __post_init__(self) -> None:
-        self.by_app: dict[str, dict[str, list[Instance]]] = {}
-        self.users: dict[str, list[Instance]] = {}
-        for instance in sorted(self.observed.instances, key=lambda each: (each.created_at, each.id)):
-            self.by_app.setdefault(instance.app, {}).setdefault(instance.container, []).append(instance)
-            for network in instance.want.networks:
-                self.users.setdefault(network, []).append(instance)
-
-    def offer(self, action: Action) -> None:
-        """Put an action on the plan, unless the same was tried and its time has not come (rule 8).
-
-        One action per subject: the first one offered goes, the next look finds what is left.
-        """
-        if action.subject in self.subjects:
-            return
-        failure = self.history.failures.get(action.subject)
-        if failure is not None and failure.digest == action.tried and not self._due(action, failure):
-            return
-        self.subjects.add(action.subject)
-        self.actions.append(action)
-
-    def _due(self, action: Action, failure: Failure) -> bool:
-        if failure.retry_at is None:
-            self.waiting[action.subject] = f"{failure.error} (waits for a change)"
-            return False
-        if failure.retry_at <= self.now or self.ahead(failure):
-            return True
-        tries = f"tried {failure.count} times" if failure.count > 1 else "tried once"
-        self.waiting[action.subject] = f"{failure.error} ({tries})"
-        self.wakes.append(failure.retry_at)
-        return False
-
-    def ahead(self, past: Failure | Exit | Hold | None) -> bool:
-        """Whether something past is dated in the future: the clock was set back since, and no wait counts by it."""
-        return past is not None and past.at > self.now
-
-    def newest(self, app: str, container: str) -> Instance | None:
-        found = self.by_app.get(app, {}).get(container)
-        return found[-1] if found else None
-
-    def plan(self) -> Plan:
-        return Plan(tuple(self.actions), self.waiting, self.drift, min(self.wakes, default=None))
-
-
 # -- which generation an app is held at (rules 1 and 2) ------------------------------------------------------
 
 
-def _targets(spec: Spec | None, desk: _Desk) -> Iterator[tuple[str, Generation]]:
+def _targets(spec: Spec | None, desk: Desk) -> Iterator[tuple[str, Generation]]:
     history = desk.history
     if spec is None:
         yield from _current_of(_known_apps(desk), desk)
@@ -178,7 +115,7 @@ def _taken_port(app: App, held: Iterable[Generation]) -> str:
     return ""
 
 
-def _current_of(names: Iterable[str], desk: _Desk) -> Iterator[tuple[str, Generation]]:
+def _current_of(names: Iterable[str], desk: Desk) -> Iterator[tuple[str, Generation]]:
     for name in sorted(names):
         found = _current(desk.history.generations.get(name, ()))
         if found is None:
@@ -207,7 +144,7 @@ def _stage_reason(current: Generation | None) -> str:
 # -- an app that is wanted -----------------------------------------------------------------------------------
 
 
-def _hold_app(app: str, desk: _Desk) -> None:
+def _hold_app(app: str, desk: Desk) -> None:
     generation = desk.targets[app]
     before = len(desk.actions)
     settled = True
@@ -224,7 +161,7 @@ def _hold_app(app: str, desk: _Desk) -> None:
             desk.offer(MarkGood(app=app, generation=generation.number, reason="every container runs as committed"))
 
 
-def _hold_container(generation: Generation, name: str, desk: _Desk) -> bool:
+def _hold_container(generation: Generation, name: str, desk: Desk) -> bool:
     """Decide about one container; True when it is as it should be."""
     app, want = generation.app.name, generation.app.containers[name]
     key, instance = f"{app}/{name}", desk.newest(app, name)
@@ -259,7 +196,7 @@ def _hold_container(generation: Generation, name: str, desk: _Desk) -> bool:
     return settled
 
 
-def _hold_running(instance: Instance, hold: Hold | None, desk: _Desk) -> bool:
+def _hold_running(instance: Instance, hold: Hold | None, desk: Desk) -> bool:
     overdue = hold is not None and hold.kind == "restarted" and _asked_since(instance, hold, desk)
     if hold is not None and (overdue or hold.kind == "stopped"):
         _stop(instance, by_hand(hold), desk)
@@ -270,12 +207,12 @@ def _hold_running(instance: Instance, hold: Hold | None, desk: _Desk) -> bool:
     return False
 
 
-def _asked_since(instance: Instance, hold: Hold, desk: _Desk) -> bool:
+def _asked_since(instance: Instance, hold: Hold, desk: Desk) -> bool:
     """Whether a person has asked for a start since the last one."""
     return (instance.started_at or 0.0) < hold.at and not desk.ahead(hold)
 
 
-def _hold_exited(instance: Instance, generation: Generation, hold: Hold | None, desk: _Desk) -> bool:
+def _hold_exited(instance: Instance, generation: Generation, hold: Hold | None, desk: Desk) -> bool:
     key = instance.key
     if hold is not None and hold.kind == "stopped":
         return False
@@ -298,7 +235,7 @@ def _hold_exited(instance: Instance, generation: Generation, hold: Hold | None, 
 
 
 def _start(
-    generation: Generation, name: str, reason: str, desk: _Desk, *, again: Instance | None = None, streak: int = 0
+    generation: Generation, name: str, reason: str, desk: Desk, *, again: Instance | None = None, streak: int = 0
 ) -> None:
     app = generation.app.name
     obstacle = _missing_network(generation.app.containers[name], desk)
@@ -316,7 +253,7 @@ def _start(
 
 
 def _replace(
-    instance: Instance, generation: Generation, found: tuple[Change, ...], hold: Hold | None, desk: _Desk
+    instance: Instance, generation: Generation, found: tuple[Change, ...], hold: Hold | None, desk: Desk
 ) -> None:
     """Make room for a successor, once that could start (rule 5). One stopped by hand is left as it lies, unless
     that keeps others from a network that has to be made anew."""
@@ -336,7 +273,7 @@ def _replace(
     _take_away(instance, f"{listed(found)}; restarts {instance.key}", desk)
 
 
-def _update(instance: Instance, generation: int, found: tuple[Change, ...], desk: _Desk) -> None:
+def _update(instance: Instance, generation: int, found: tuple[Change, ...], desk: Desk) -> None:
     desk.offer(
         UpdateInstance(
             app=instance.app,
@@ -349,7 +286,7 @@ def _update(instance: Instance, generation: int, found: tuple[Change, ...], desk
     )
 
 
-def _stop(instance: Instance, reason: str, desk: _Desk) -> None:
+def _stop(instance: Instance, reason: str, desk: Desk) -> None:
     want = instance.want
     desk.offer(
         StopInstance(
@@ -363,7 +300,7 @@ def _stop(instance: Instance, reason: str, desk: _Desk) -> None:
     )
 
 
-def _take_away(instance: Instance, reason: str, desk: _Desk) -> None:
+def _take_away(instance: Instance, reason: str, desk: Desk) -> None:
     """Stop, and on the next look remove."""
     if instance.phase == "running":
         _stop(instance, reason, desk)
@@ -376,7 +313,7 @@ def _take_away(instance: Instance, reason: str, desk: _Desk) -> None:
 # -- an app, or a container, that is no longer wanted (rule 3) -----------------------------------------------
 
 
-def _remove_app(app: str, desk: _Desk) -> None:
+def _remove_app(app: str, desk: Desk) -> None:
     for name in list(desk.by_app.get(app, {})):
         _retire(app, name, "the state no longer names the app", desk)
     if app in desk.by_app:
@@ -386,7 +323,7 @@ def _remove_app(app: str, desk: _Desk) -> None:
         desk.offer(ForgetApp(app=app, reason="nothing of it is left"))
 
 
-def _retire(app: str, name: str, reason: str, desk: _Desk) -> None:
+def _retire(app: str, name: str, reason: str, desk: Desk) -> None:
     dependents = {*desk.stays_for.get(f"{app}/{name}", ()), *desk.stays_for.get(app, ())}
     if dependents:
         desk.waiting[f"{app}/{name}"] = f"stops after {', '.join(sorted(dependents))}"
@@ -395,7 +332,7 @@ def _retire(app: str, name: str, reason: str, desk: _Desk) -> None:
         _take_away(instance, reason, desk)
 
 
-def _stays_for(desk: _Desk) -> Mapping[str, list[str]]:
+def _stays_for(desk: Desk) -> Mapping[str, list[str]]:
     """Container or app → the running containers that have to leave before it."""
     leaving = [each for each in desk.observed.instances if each.phase == "running" and _leaves(each, desk)]
     before: dict[str, list[str]] = {}
@@ -410,19 +347,19 @@ def _stays_for(desk: _Desk) -> Mapping[str, list[str]]:
     return before
 
 
-def _leaves(instance: Instance, desk: _Desk) -> bool:
+def _leaves(instance: Instance, desk: Desk) -> bool:
     if instance.app in desk.unplaced:
         return False
     target = desk.targets.get(instance.app)
     return target is None or instance.container not in target.app.containers
 
 
-def _depends_on(app: str, desk: _Desk) -> tuple[str, ...]:
+def _depends_on(app: str, desk: Desk) -> tuple[str, ...]:
     known = desk.history.generations.get(app, ())
     return known[-1].app.depends_on if known else ()
 
 
-def _drop_volumes(app: str, keep: App | None, desk: _Desk) -> bool:
+def _drop_volumes(app: str, keep: App | None, desk: Desk) -> bool:
     """Delete what the app no longer has and last defined with on_remove = "delete"; True when none is left."""
     kept = keep.volumes.keys() if keep else frozenset()
     last = {
@@ -450,11 +387,11 @@ def _drop_volumes(app: str, keep: App | None, desk: _Desk) -> bool:
 # -- what a start waits for (rule 4) -------------------------------------------------------------------------
 
 
-def _unreached(app: App, name: str, desk: _Desk) -> str:
+def _unreached(app: App, name: str, desk: Desk) -> str:
     """Why a container of an app may not start yet, "" if it may."""
     for other, condition in app.containers[name].depends_on.items():
         if not _reached(app, other, condition, desk):
-            return f"waits until {app.name}/{other} has {condition}"
+            return f"waits until {app.name}/{other} has {condition}{_so_far(app.name, other, desk)}"
     for needed in app.depends_on:
         target = desk.targets.get(needed)
         if needed in desk.unplaced:
@@ -462,11 +399,18 @@ def _unreached(app: App, name: str, desk: _Desk) -> str:
         if target is not None:
             for other in target.app.containers:
                 if not _reached(target.app, other, "started", desk):
-                    return f"waits until {needed}/{other} has started"
+                    return f"waits until {needed}/{other} has started{_so_far(needed, other, desk)}"
     return ""
 
 
-def _reached(app: App, name: str, condition: str, desk: _Desk) -> bool:
+def _so_far(app: str, name: str, desk: Desk) -> str:
+    """How the one that is waited for ended, if it did by itself."""
+    instance = desk.newest(app, name)
+    ended = instance.exit if instance is not None and instance.phase == "exited" else None
+    return f" (it {ended})" if ended is not None and not ended.asked else ""
+
+
+def _reached(app: App, name: str, condition: str, desk: Desk) -> bool:
     instance = desk.newest(app.name, name)
     if instance is None or f"{app.name}/{name}" in desk.outdated:
         return False
@@ -475,7 +419,7 @@ def _reached(app: App, name: str, condition: str, desk: _Desk) -> bool:
     return completed or (condition == "started" and instance.phase == "running")
 
 
-def _missing_network(want: Container, desk: _Desk, instance: Instance | None = None) -> str:
+def _missing_network(want: Container, desk: Desk, instance: Instance | None = None) -> str:
     """The first network that does not stand as wanted, "" if all do. One that is only outdated is no obstacle to
     replacing an instance that is attached to it."""
     for network in want.networks:
@@ -493,7 +437,7 @@ def _missing_network(want: Container, desk: _Desk, instance: Instance | None = N
 # -- networks ------------------------------------------------------------------------------------------------
 
 
-def _networks(desk: _Desk) -> None:
+def _networks(desk: Desk) -> None:
     wanted = {
         network
         for generation in desk.targets.values()
@@ -518,7 +462,7 @@ def _networks(desk: _Desk) -> None:
             desk.offer(RemoveNetwork(app=_owner(network), network=network, reason="nothing uses it"))
 
 
-def _defined(network: str, desk: _Desk) -> Network | None:
+def _defined(network: str, desk: Desk) -> Network | None:
     """How a network is defined now. None for one whose app is gone, which thereby stays as it stands."""
     owner, _, name = network.rpartition("/")
     if not owner:
@@ -527,13 +471,13 @@ def _defined(network: str, desk: _Desk) -> Network | None:
     return target.app.networks.get(name) if target else None
 
 
-def _outdated_network(network: str, desk: _Desk) -> bool:
+def _outdated_network(network: str, desk: Desk) -> bool:
     """Whether a network stands, but otherwise than it is defined now."""
     state, defined = desk.observed.networks.get(network), _defined(network, desk)
     return state is not None and defined is not None and state.want != defined.digest
 
 
-def _network_changes(instance: Instance, generation: Generation, desk: _Desk) -> tuple[Change, ...]:
+def _network_changes(instance: Instance, generation: Generation, desk: Desk) -> tuple[Change, ...]:
     """A network that is defined otherwise than it stands is made anew, and so is all that is attached to it."""
     return tuple(
         Change(f"network {network}", "as it stands", "as defined now", "replace")
@@ -549,7 +493,7 @@ def _owner(network: str) -> str:
 # -- what follows from what is there (rule 9) ----------------------------------------------------------------
 
 
-def _orphans(desk: _Desk) -> None:
+def _orphans(desk: Desk) -> None:
     """First of all, so that a network that was left half made goes before it is made again. A table that was left is
     another matter: it is overwritten as long as there is anything to write (see `_derived`)."""
     for orphan in desk.observed.orphans:
@@ -557,7 +501,7 @@ def _orphans(desk: _Desk) -> None:
             _remove_orphan(orphan, desk)
 
 
-def _remove_orphan(orphan: Receipt, desk: _Desk) -> None:
+def _remove_orphan(orphan: Receipt, desk: Desk) -> None:
     desk.offer(
         RemoveOrphan(
             app="", receipt=orphan, reason=f"{orphan.kind} {orphan.id} bears our name and belongs to nothing"
@@ -565,7 +509,7 @@ def _remove_orphan(orphan: Receipt, desk: _Desk) -> None:
     )
 
 
-def _derived(desk: _Desk) -> None:
+def _derived(desk: Desk) -> None:
     want = firewall_want(desk.observed, lambda instance: _published(instance, desk))
     if want != desk.observed.firewall and not (want.empty and desk.observed.firewall is None):
         desk.offer(WriteFirewall(app="", want=want, reason=firewall_reason(want, desk.observed)))
@@ -584,12 +528,12 @@ def _derived(desk: _Desk) -> None:
         desk.offer(WriteNames(app="", hosts=stale, reason=reason))
 
 
-def _published(instance: Instance, desk: _Desk) -> bool:
+def _published(instance: Instance, desk: Desk) -> bool:
     answer = desk.verdicts.get(instance.id)
     return instance.phase == "running" or (answer is not None and answer.kind == "again")
 
 
-def _known_apps(desk: _Desk) -> set[str]:
+def _known_apps(desk: Desk) -> set[str]:
     return desk.by_app.keys() | desk.history.generations.keys()
 
 

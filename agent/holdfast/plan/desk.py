@@ -1,0 +1,74 @@
+"""The world on the desk while one plan is made. Used by `decide` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from holdfast.observed import Exit, Failure, Generation, History, Hold, Instance, Observed
+from holdfast.plan.actions import Action, Plan
+from holdfast.plan.restart import Verdict
+
+
+@dataclass
+class Desk:
+    """Indexes over the world, and what has been decided so far."""
+
+    observed: Observed
+    history: History
+    now: float
+    targets: dict[str, Generation] = field(default_factory=dict)
+    unplaced: set[str] = field(default_factory=set)  # apps that have no generation yet: neither held nor removed
+    actions: list[Action] = field(default_factory=list)
+    subjects: set[str] = field(default_factory=set)  # of these actions
+    waiting: dict[str, str] = field(default_factory=dict)
+    drift: dict[str, str] = field(default_factory=dict)
+    wakes: list[float] = field(default_factory=list)
+    stays_for: Mapping[str, list[str]] = field(default_factory=dict)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    outdated: set[str] = field(default_factory=set)  # containers that are about to be replaced
+
+    def __post_init__(self) -> None:
+        self.by_app: dict[str, dict[str, list[Instance]]] = {}
+        self.users: dict[str, list[Instance]] = {}
+        for instance in sorted(self.observed.instances, key=lambda each: (each.created_at, each.id)):
+            self.by_app.setdefault(instance.app, {}).setdefault(instance.container, []).append(instance)
+            for network in instance.want.networks:
+                self.users.setdefault(network, []).append(instance)
+
+    def offer(self, action: Action) -> None:
+        """Put an action on the plan, unless the same was tried and its time has not come (rule 8).
+
+        One action per subject: the first one offered goes, the next look finds what is left.
+        """
+        if action.subject in self.subjects:
+            return
+        failure = self.history.failures.get(action.subject)
+        if failure is not None and failure.digest == action.tried and not self._due(action, failure):
+            return
+        self.subjects.add(action.subject)
+        self.actions.append(action)
+
+    def _due(self, action: Action, failure: Failure) -> bool:
+        if failure.retry_at is None:
+            self.waiting[action.subject] = f"{failure.error} (waits for a change)"
+            return False
+        if failure.retry_at <= self.now or self.ahead(failure):
+            return True
+        tries = f"tried {failure.count} times" if failure.count > 1 else "tried once"
+        self.waiting[action.subject] = f"{failure.error} ({tries})"
+        self.wakes.append(failure.retry_at)
+        return False
+
+    def ahead(self, past: Failure | Exit | Hold | None) -> bool:
+        """Whether something past is dated in the future: the clock was set back since, and no wait counts by it."""
+        return past is not None and past.at > self.now
+
+    def newest(self, app: str, container: str) -> Instance | None:
+        """The instance of a container that counts: the one made last."""
+        found = self.by_app.get(app, {}).get(container)
+        return found[-1] if found else None
+
+    def plan(self) -> Plan:
+        """What has been decided."""
+        return Plan(tuple(self.actions), self.waiting, self.drift, min(self.wakes, default=None))
