@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,3 +194,15 @@ def test_limit_that_is_left_out_is_lifted() -> None:
     lifted = cgroup.values({}, 2)
     assert (lifted["memory.max"], lifted["memory.low"], lifted["cpu.max"]) == ("max", "0", "max 100000")
     assert (lifted["cpu.weight"], lifted["pids.max"], lifted["cpuset.cpus"]) == ("100", "max", "")
+
+
+def test_cpuset_that_is_lifted_becomes_the_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroup, "ROOT", tmp_path)
+    box = tmp_path / "holdfast" / "box"
+    box.mkdir(parents=True)
+    (tmp_path / "cgroup.controllers").write_text("cpuset\n")
+    (tmp_path / "holdfast" / "cpuset.cpus.effective").write_text("0-3\n")
+    for held, lifted in (("1\n", "0-3"), ("\n", "\n")):
+        (box / "cpuset.cpus").write_text(held)
+        cgroup.apply("/holdfast/box", {})
+        assert (box / "cpuset.cpus").read_text() == lifted

@@ -237,13 +237,21 @@ def apply(path: str, resources: Json) -> None:
     """
     tree = version()
     wanted = values(resources, tree)
-    if not wanted["cpuset.cpus"] and tree == 1:
-        wanted["cpuset.cpus"] = _read(str(folder("cpuset", path).parent / "cpuset.cpus")) or ""
+    if not wanted["cpuset.cpus"]:
+        wanted["cpuset.cpus"] = _any_cpu(path, tree)
     for name in _in_order(path, wanted):
         place = folder(name.partition(".")[0], path) / name
         if place.exists() and _read(str(place)) != wanted[name]:
-            _write(place, wanted[name] or "\n")
+            _write(place, wanted[name])
     _apply_throttles(path, resources.get("blockIO", {}), tree)
+
+
+def _any_cpu(path: str, tree: int) -> str:
+    """What lifts a cpuset: with processes in it, it can be widened to its parent's CPUs, but not emptied (ENOSPC)."""
+    place = folder("cpuset", path)
+    if tree == 2 and not _read(f"{place}/cpuset.cpus"):
+        return ""
+    return _read(f"{place.parent}/{'cpuset.cpus' if tree == 1 else 'cpuset.cpus.effective'}") or ""
 
 
 def _in_order(path: str, wanted: Mapping[str, str]) -> list[str]:
