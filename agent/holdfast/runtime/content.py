@@ -48,10 +48,6 @@ class ContentStore:
         self._store(digest, lambda path: self._build(path, files))
         return digest
 
-    def put(self, files: Mapping[str, bytes]) -> dict[str, str]:
-        """Store several files and say the digest of each."""
-        return {name: self.store_file(data) for name, data in files.items()}
-
     def path(self, digest: str) -> Path:
         """Where the file or directory lies. Raises NotFound for what was never stored, or is pruned."""
         path = self._entry(digest)

@@ -78,12 +78,6 @@ def log_files(log_path: Path) -> list[Path]:
     return [*older, *((log_path,) if log_path.exists() else ())]
 
 
-def remove(log_path: Path) -> None:
-    """Remove a log with its older parts; succeed when there is none."""
-    for file in log_files(log_path):
-        file.unlink(missing_ok=True)
-
-
 def read(paths: Iterable[Path], tail: int | None = None, since: float | None = None) -> Iterator[LogLine]:
     """Yield the lines of a log's files (oldest file first), parts joined: the last tail ones, not before since."""
     files = list(paths)
