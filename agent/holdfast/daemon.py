@@ -248,13 +248,12 @@ class Daemon(Answers):
         self._begun += 1
         number, deep, self._deep = self._begun, self._deep, False
         try:
-            made = await self._loop.run_in_executor(self._passer, partial(self._reconciler.run, deep=deep))
+            self._published(await self._loop.run_in_executor(self._passer, partial(self._reconciler.run, deep=deep)))
         except Exception as error:
             log.exception("pass failed")
+            self._deep |= deep  # what was to be looked at still is
             self.rig.store.event("failed", "node", f"a pass failed: {type(error).__name__}: {error}")
             await asyncio.sleep(1)
-        else:
-            self._published(made)
         self._done = number
         if number == 1:
             _notify(f"READY=1\nMAINPID={os.getpid()}")
