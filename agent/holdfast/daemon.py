@@ -145,7 +145,7 @@ def _need_root() -> None:
 @contextmanager
 def _only_agent(config: Config) -> Iterator[None]:
     """Hold the lock that keeps a second agent from the same root."""
-    config.root.mkdir(parents=True, exist_ok=True)
+    config.root.mkdir(mode=0o700, parents=True, exist_ok=True)  # what state files say may be secret
     with (config.root / "agent.lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

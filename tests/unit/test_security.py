@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import tarfile
 import time
 from pathlib import Path
@@ -20,8 +21,11 @@ from holdfast.runtime import seccomp
 from holdfast.runtime.archives import open_archive
 from holdfast.runtime.images import ImageStore
 from holdfast.runtime.layers import unpack
+from holdfast.source.directory import DirectorySource, Torn, read_file
+from holdfast.source.git import GitSource
 from holdfast.spec.load import load
 from holdfast.spec.model import NodeFacts, Spec
+from holdfast.store import Store
 
 WEB = '[containers.web]\nimage = "app:1"\n'
 GOOD = b'[containers.db]\nimage = "db:1"\n'
@@ -142,6 +146,80 @@ def test_a_file_that_is_no_seccomp_profile_is_told_and_never_waited_for(content:
 
     with pytest.raises(WrongState, match="seccomp profile"):
         seccomp.profile(str(path), ())
+
+
+# -- sources -------------------------------------------------------------------------------------------------
+
+
+def link_bomb(folder: Path, leaf: str) -> None:
+    """Nine folders, each of which links to the next one six times: ten million paths, none of them in a circle."""
+    for level in range(9):
+        (folder / f"l{level}").mkdir()
+        for link in range(6):
+            (folder / f"l{level}" / f"k{link}").symlink_to(f"../l{level + 1}")
+    (folder / "l9").mkdir()
+    (folder / "l9" / leaf).write_text("x")
+
+
+def committed(folder: Path) -> GitSource:
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    return GitSource(str(folder), folder.parent / "root")
+
+
+@pytest.mark.parametrize("leaf", ["file", ".git~"])
+def test_links_do_not_make_a_small_tree_endless(leaf: str, tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    link_bomb(folder, leaf)
+
+    with pytest.raises(WrongState, match="entries"):
+        DirectorySource(folder).current()
+    with pytest.raises(WrongState, match="entries"):
+        committed(folder).refresh()
+
+
+def test_folders_too_deep_are_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    nested(folder, depth=1500)
+    (folder / "good.toml").write_bytes(GOOD)
+
+    assert list(DirectorySource(folder).current().files) == ["good.toml"]
+
+
+def test_a_commit_that_lists_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("holdfast.source.snapshot.LONGEST_LISTING", 1 << 20)  # the real one takes a while
+
+    def git(*command: str, feed: bytes = b"") -> str:
+        done = subprocess.run(["git", "-C", str(tmp_path), *command], input=feed, check=True, stdout=subprocess.PIPE)
+        return done.stdout.decode().strip()
+
+    git("init", "-q", "-b", "main")
+    tree = git("mktree", feed=f"100644 blob {git('hash-object', '-w', '--stdin')}\tf\n".encode())
+    for _ in range(7):
+        tree = git("mktree", feed="".join(f"040000 tree {tree}\t{name}\n" for name in "abcdefghij").encode())
+    commit = git("-c", "user.name=a", "-c", "user.email=b", "commit-tree", tree, "-m", "x")
+    git("update-ref", "refs/heads/main", commit)
+
+    with pytest.raises(WrongState, match="listing"):
+        GitSource(str(tmp_path), tmp_path / "root").refresh()
+
+
+def test_a_folder_that_became_a_link_is_not_read_through(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_text("x")
+    (tmp_path / "folder").symlink_to("outside")
+
+    with pytest.raises(Torn):
+        read_file(str(tmp_path / "folder" / "secret"))
+
+
+def test_the_store_is_its_owners_alone(tmp_path: Path) -> None:
+    Store(tmp_path / "root" / "state.db").close()
+
+    assert (tmp_path / "root").stat().st_mode & 0o77 == 0
+    assert (tmp_path / "root" / "state.db").stat().st_mode & 0o77 == 0
 
 
 # -- archives ------------------------------------------------------------------------------------------------

@@ -119,7 +119,8 @@ def _admit(rig: Rig, action: StartInstance, generation: Generation) -> Instance:
 
 def _lay_ground(rig: Rig, instance: Instance, app: App) -> Ground:
     place = rig.host.instance(instance.id)
-    place.mkdir(parents=True, exist_ok=True)
+    for folder in (place.parent, place):  # environments are in there
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     base = rig.base(instance.image)
     rootfs = _rootfs(rig, instance, base)
     space = None if "host" in instance.want.networks else _keep(rig, netns.ensure(rig.host, instance.id))

@@ -12,11 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost
-from holdfast.source.revision import Revision, SourceState, Watch, check_size, is_noise
+from holdfast.source.revision import MAX_DEPTH, Revision, SourceState, Watch, check_size, check_visits, is_noise
 from holdfast.source.watch import DirectoryWatch
 
 ATTEMPTS = 8
@@ -167,7 +168,8 @@ def read_file(path: str) -> Content:
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(handle, "rb", buffering=0) as file:
         status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
+        # A folder on the way may have become a link since it was listed: what is outside is not to be read.
+        if not stat.S_ISREG(status.st_mode) or os.readlink(f"/proc/self/fd/{handle}") != path:
             raise Torn(path)
         check_size(path, status.st_size, 1)
         settled = max(status.st_mtime_ns, status.st_ctime_ns) + RACY_NS < time.time_ns()
@@ -195,7 +197,7 @@ def list_tree(root: str) -> Listing:
         raise TryAgain(f"read '{root}': {found} (what runs stays)")
     listing = Listing()
     total = 0
-    for path, where, status in walk(real, real, "", (real,), listing.left_out):
+    for path, where, status in walk(real, real, "", (real,), listing.left_out, count()):
         listing.files[path] = (where, stamp_of(status))
         total += status.st_size
     check_size(root, total, len(listing.files))
@@ -203,24 +205,28 @@ def list_tree(root: str) -> Listing:
 
 
 def walk(
-    root: str, folder: str, prefix: str, chain: tuple[str, ...], left_out: dict[str, str]
+    root: str, folder: str, prefix: str, chain: tuple[str, ...], left_out: dict[str, str], visits: Iterator[int]
 ) -> Iterator[tuple[str, str, os.stat_result]]:
     """Yield (relative path, real path, status) of each file under folder, which is seen as prefix from root."""
+    if len(chain) > MAX_DEPTH:
+        left_out[prefix] = f"a folder within {MAX_DEPTH} others"
+        return
     with os.scandir(folder) as entries:
         for entry in entries:
+            check_visits(root, next(visits))
             if is_noise(entry.name):
                 continue
             path = prefix + entry.name
             if entry.is_symlink():
-                yield from walk_link(root, entry.path, path, chain, left_out)
+                yield from walk_link(root, entry.path, path, chain, left_out, visits)
             elif entry.is_dir(follow_symlinks=False):
-                yield from walk(root, entry.path, path + "/", (*chain, entry.path), left_out)
+                yield from walk(root, entry.path, path + "/", (*chain, entry.path), left_out, visits)
             elif entry.is_file(follow_symlinks=False):
                 yield path, entry.path, entry.stat(follow_symlinks=False)
 
 
 def walk_link(
-    root: str, link: str, path: str, chain: tuple[str, ...], left_out: dict[str, str]
+    root: str, link: str, path: str, chain: tuple[str, ...], left_out: dict[str, str], visits: Iterator[int]
 ) -> Iterator[tuple[str, str, os.stat_result]]:
     """The same for a symbolic link: what it leads to appears under the link's own name."""
     real = os.path.realpath(link)
@@ -231,6 +237,6 @@ def walk_link(
     elif not os.path.exists(real):
         left_out[path] = "a symbolic link that leads nowhere"
     elif os.path.isdir(real):
-        yield from walk(root, real, path + "/", (*chain, real), left_out)
+        yield from walk(root, real, path + "/", (*chain, real), left_out, visits)
     elif stat.S_ISREG((status := os.stat(real)).st_mode):
         yield path, real, status

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from holdfast.errors import TryAgain, UnfitHost
+from holdfast.errors import TryAgain, UnfitHost, WrongState
 
 # Hooks and helpers that a configuration may name would run as the agent's user; `ext::` URLs run anything at all.
 OPTIONS = (
@@ -47,8 +47,11 @@ class Git:
         """Make the repository; completes one that was left half made."""
         self.run("init", "--quiet", "--bare", "--template=", "--initial-branch=none", "--", str(self.repository))
 
-    def run(self, verb: str, *arguments: str, feed: bytes = b"") -> bytes:
-        """Run a git command and return its output. Raises GitFailed, UnfitHost (no git), TryAgain (too slow)."""
+    def run(self, verb: str, *arguments: str, feed: bytes = b"", most: int = 0) -> bytes:
+        """Run a git command and return its output. Raises GitFailed, UnfitHost (no git), TryAgain (too slow).
+
+        most: with more bytes of output than that it is ended, and WrongState raised; it must need no feed.
+        """
         command = ["git", f"--git-dir={self.repository}", *OPTIONS, verb, *arguments]
         try:
             process = subprocess.Popen(
@@ -67,7 +70,10 @@ class Git:
             try:
                 if self._interrupted.is_set():
                     kill_group(process)
-                output, errors = process.communicate(feed, self._timeout)
+                if most:
+                    output, errors = read_most(process, most, self._timeout), b""
+                else:
+                    output, errors = process.communicate(feed, self._timeout)
             except subprocess.TimeoutExpired:
                 raise TryAgain(f"run 'git {verb}': no end after {self._timeout:g} s") from None
             finally:
@@ -85,6 +91,21 @@ class Git:
             kill_group(process)
         yield
         self._interrupted.clear()
+
+
+def read_most(process: subprocess.Popen[bytes], most: int, timeout: float) -> bytes:
+    """Read what a process prints up to its end, without holding more than most bytes. Raises WrongState."""
+    assert process.stdout is not None
+    slow = threading.Timer(timeout, kill_group, [process])
+    slow.start()
+    try:
+        output = process.stdout.read(most + 1)
+    finally:
+        slow.cancel()
+    if len(output) > most:
+        raise WrongState(f"read commit: its listing is longer than {most >> 20} MiB (expected fewer files)")
+    process.wait()
+    return output
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:

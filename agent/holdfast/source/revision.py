@@ -15,6 +15,8 @@ from holdfast.errors import WrongState
 
 MAX_BYTES = 64 << 20
 MAX_FILES = 100_000
+MAX_VISITS = 2 * MAX_FILES  # files, folders and links
+MAX_DEPTH = 100  # folders within each other: git and the kernel would allow thousands
 
 # What editors and copying programs leave beside the file they are about to replace (vim, emacs, gedit, NFS), what
 # belongs to git, Kubernetes' atomic writer (`..data`), and hidden TOML files: no app can be called like that.
@@ -114,6 +116,12 @@ class Source(Protocol):
     def state(self) -> SourceState:
         """Say what is known, at once, without reading anything."""
         ...
+
+
+def check_visits(where: str, visited: int) -> None:
+    """Raise WrongState when links to folders make a small tree look like a huge one."""
+    if visited > MAX_VISITS:
+        raise WrongState(f"read '{where}': holds more than {MAX_VISITS} entries, links to folders followed")
 
 
 def check_size(where: str, bytes: int, files: int) -> None:

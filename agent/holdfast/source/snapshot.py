@@ -5,16 +5,19 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from types import MappingProxyType
 
 from holdfast.errors import TryAgain, WrongState
 from holdfast.source.gitcommand import Git
-from holdfast.source.revision import Revision, check_size, is_noise
+from holdfast.source.revision import MAX_DEPTH, Revision, check_size, check_visits, is_noise
 
 LINK, SUBMODULE = "120000", "160000"
 LFS = b"version https://git-lfs.github.com/spec/"
 LFS_LONGEST = 1024  # bytes, of a pointer file
 MOST_LINKS = 40
+LONGEST_LINK = 4096  # PATH_MAX: what is longer leads nowhere, and is not worth the memory
+LONGEST_LISTING = 16 << 20  # bytes of git-ls-tree(1): a few trees that name each other often list without end
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,7 @@ def read_commit(git: Git, commit: str, path: str, url: str) -> Revision:
 
     Raises WrongState when the path is gone or not a folder, or holds too much; TryAgain when git fails.
     """
-    author, at, message = git.run("show", "-s", "--format=%an <%ae>%x00%ct%x00%s", commit).decode(
+    author, at, message = git.run("log", "-1", "--format=%an <%ae>%x00%ct%x00%s", commit).decode(
         errors="replace"
     ).rstrip("\n").split("\0", 2)  # fmt: skip
     entries = list_commit(git, commit)
@@ -60,7 +63,7 @@ def read_commit(git: Git, commit: str, path: str, url: str) -> Revision:
 def list_commit(git: Git, commit: str) -> dict[str, Entry]:
     """Every file, link and submodule of a commit, by path."""
     entries: dict[str, Entry] = {}
-    for line in git.run("ls-tree", "-r", "-z", "-l", "--full-tree", commit).split(b"\0")[:-1]:
+    for line in git.run("ls-tree", "-r", "-z", "-l", "--full-tree", commit, most=LONGEST_LISTING).split(b"\0")[:-1]:
         head, name = line.split(b"\t", 1)
         mode, _, id, size = head.decode().split()
         entries[name.decode(errors="surrogateescape")] = Entry(mode, id, 0 if size == "-" else int(size))
@@ -68,7 +71,7 @@ def list_commit(git: Git, commit: str) -> dict[str, Entry]:
 
 
 def read_links(git: Git, entries: Mapping[str, Entry]) -> dict[str, bytes]:
-    links = {name: entry.id for name, entry in entries.items() if entry.mode == LINK}
+    links = {name: entry.id for name, entry in entries.items() if entry.mode == LINK and entry.size < LONGEST_LINK}
     blobs = read_blobs(git, sorted(set(links.values())))
     return {name: blobs[id] for name, id in links.items()}
 
@@ -138,11 +141,13 @@ def choose(tree: Tree, top: str) -> tuple[dict[str, Entry], dict[str, str]]:
     """The files to read, by the path under which they are seen from top, and what is left out, and why."""
     found: dict[str, Entry] = {}
     left_out: dict[str, str] = {}
-    for seen, real in walk(tree, top, "", (top,)):
+    for seen, real in walk(tree, top, "", (top,), count()):
         entry = tree.entries.get(real)
         match entry:
             case None:
-                left_out[seen] = "a symbolic link that leads nowhere within the commit, or to a folder that it is in"
+                left_out[seen] = (
+                    "a symbolic link that leads nowhere within the commit, or to a folder in itself, or in too many"
+                )
             case Entry(mode="160000"):
                 left_out[seen] = "a git submodule, and submodules are not followed (commit the files themselves)"
             case _:
@@ -150,16 +155,19 @@ def choose(tree: Tree, top: str) -> tuple[dict[str, Entry], dict[str, str]]:
     return found, left_out
 
 
-def walk(tree: Tree, folder: str, prefix: str, chain: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+def walk(
+    tree: Tree, folder: str, prefix: str, chain: tuple[str, ...], visits: Iterator[int]
+) -> Iterator[tuple[str, str]]:
     """Yield (path as seen, path in the commit, "" if there is none) of all that is under folder."""
     for path in tree.folders[folder]:
+        check_visits(folder or "/", next(visits))
         name = posixpath.basename(path)
         if is_noise(name):
             continue
         real = tree.follow(path) if path in tree.links else path
-        if real is None or real in chain:
+        if real is None or real in chain or (real in tree.folders and len(chain) >= MAX_DEPTH):
             yield prefix + name, ""
         elif real in tree.folders:
-            yield from walk(tree, real, f"{prefix}{name}/", (*chain, real))
+            yield from walk(tree, real, f"{prefix}{name}/", (*chain, real), visits)
         else:
             yield prefix + name, real
