@@ -156,10 +156,22 @@ def complete_target(ctx: click.Context, _: click.Parameter, typed: str) -> list[
 
 
 def log_to_stderr() -> None:
-    """Have the log of what is done on standard error: standard output is for what was asked."""
+    """Have the log of what is done on standard error: standard output is for what was asked.
+
+    Tracebacks are plain: prettier ones would print local variables, and those may hold what is secret.
+    """
     import structlog
 
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    structlog.configure(
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper("%Y-%m-%d %H:%M:%S", utc=False),
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            ),
+        ],
+    )
 
 
 def json_option() -> Callable[[F], F]:

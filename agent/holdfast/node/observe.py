@@ -177,7 +177,7 @@ def _networks(rig: Rig, things: Things) -> dict[str, NetworkState]:
     found = {}
     for receipt in rig.store.receipts("network"):
         seen = things.get(("network", receipt.id))
-        faults = () if seen and seen.data else ("its bridge was removed or altered",)
+        faults = () if seen and seen.data else ("it was removed or altered",)
         if receipt.driver in BARE:
             faults = ()
         want = str(receipt.data.get("want", ""))
