@@ -151,6 +151,16 @@ def test_what_the_kernel_lacks_is_left_out_with_a_warning() -> None:
     assert len(settings.warnings) == 2
 
 
+def test_weights_of_v2_need_somebody_who_weighs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroup, "ROOT", tmp_path)
+    (tmp_path / "cgroup.controllers").write_text("cpu io memory\n")
+    assert cgroup.features().io_weight == Path("/sys/module/bfq").exists()
+    (tmp_path / "io.cost.qos").touch()
+    assert cgroup.features().io_weight
+    (tmp_path / "cgroup.controllers").write_text("cpu memory\n")
+    assert not cgroup.features().io_weight
+
+
 RESOURCES = {
     "memory": {"limit": 64, "swap": 96, "reservation": 32},
     "cpu": {"quota": 50_000, "period": 100_000, "shares": 1024, "cpus": "0"},

@@ -130,7 +130,8 @@ def features(runtime: str = "runc") -> Features:
     """Read what this host's cgroups can do with a runtime: crun does not know v1's weights of the BFQ scheduler."""
     if version() == 2:
         owned = (ROOT / "cgroup.controllers").read_text().split()
-        return Features(swap=Path("/proc/swaps").exists(), io_weight="io" in owned)
+        weighs = (ROOT / "io.cost.qos").exists() or Path("/sys/module/bfq").exists()
+        return Features(swap=Path("/proc/swaps").exists(), io_weight="io" in owned and weighs)
     weights = runtime != "crun" and any((ROOT / "blkio").glob("blkio.bfq.*"))
     return Features(swap=(ROOT / "memory/memory.memsw.limit_in_bytes").exists(), io_weight=weights)
 
