@@ -275,9 +275,12 @@ def number(request: web.Request, name: str, default: float) -> float:
     """A number of the query."""
     text = request.query.get(name, "")
     try:
-        return float(text) if text else default
+        found = float(text) if text else default
+        if abs(found) < 2**53:  # false for nan, which would confuse the loop's timers, and for what is no integer
+            return found
     except ValueError:
-        raise WrongCall(f"query '{name}={text}': not a number") from None
+        pass
+    raise WrongCall(f"query '{name}={text}': not a number")
 
 
 async def body(request: web.Request) -> dict[str, Any]:
