@@ -28,6 +28,7 @@ class LiveAgent:
         self.state = home / "state"
         self.config = home / "agent.toml"
         self.process: subprocess.Popen[bytes] | None = None
+        self.through: tuple[str, ...] = ()  # the words before `holdfast agent`: a program that runs it
         self.state.mkdir(parents=True)
         self.configure()
 
@@ -45,7 +46,7 @@ class LiveAgent:
         """Start the process and wait until it answers."""
         with (self.home / "agent.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [HOLDFAST, "agent", "--config", str(self.config)],
+                [*self.through, HOLDFAST, "agent", "--config", str(self.config)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         self.wait(lambda: self._answers(), "the agent answers")
