@@ -135,7 +135,7 @@ class Node:
         self.rig.plugins.wait_told(LAST_WORDS)
         self.rig.plugins.noticed = lambda plugin, error: None
         if self._applied:  # else the token is not ours: a command may end beside an agent that has just begun
-            self.rig.unmark_boot()
+            self.rig.leave()
 
     def _watch_over(self, observed: Observed) -> None:
         for instance in observed.instances:

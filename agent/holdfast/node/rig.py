@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -92,10 +93,14 @@ class Rig:
         except FileNotFoundError:
             return ""
 
-    def unmark_boot(self) -> None:
-        """Take the token away when nothing is held that it could tell of."""
-        if not self.store.instances:
-            (self.host.run_root / "boot").unlink(missing_ok=True)
+    def leave(self) -> None:
+        """Take the run root away when nothing is held that it could tell of; what others put there stays."""
+        if self.store.instances:
+            return
+        (self.host.run_root / "boot").unlink(missing_ok=True)
+        with suppress(OSError):
+            for place in (*self.host.run_root.iterdir(), self.host.run_root):
+                place.rmdir()
 
     def mark_boot(self) -> None:
         """Give a new run root its token."""
