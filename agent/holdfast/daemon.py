@@ -178,6 +178,7 @@ def _node_of(config: Config) -> Iterator[Node]:
             runtime=Runtime(host, runtime, conmon.path),
             firewall=config.firewall,
             policies=config.cgroup_policy,
+            bind_roots=config.bind_roots,
         )
     except PermissionError as error:
         raise NotPermitted(f"open '{config.root}': {error.strerror} (needs root)") from error
@@ -311,7 +312,7 @@ class Daemon(Answers):
             await asyncio.to_thread(self._watch.close)
             self._watch = await asyncio.to_thread(self._watch_source, source)
         self._config, self._deep = config, True
-        self.rig.policies = config.cgroup_policy
+        self.rig.policies, self.rig.bind_roots = config.cgroup_policy, config.bind_roots
         await asyncio.to_thread(self._reconciler.reload, source, config)
         left = f"; {', '.join(fixed)} need a restart of the agent" if fixed else ""
         self.rig.store.event("agent", "node", f"agent.toml is read again{left}")

@@ -19,6 +19,7 @@ key is a new one, so that whoever walks over the old one is not disturbed.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sqlite3
@@ -366,6 +367,11 @@ class Store:
 def _open(path: Path) -> sqlite3.Connection:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        turn = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UnfitHost(f"open store '{path}': {error}") from error
+    try:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # two that turn on write-ahead mode at once do not wait for each other
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # its siblings get the same mode
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
         db.execute("PRAGMA journal_mode = WAL")
@@ -376,6 +382,8 @@ def _open(path: Path) -> sqlite3.Connection:
             raise UnfitHost(f"open store '{path}': it is of version {version} (this holdfast writes {VERSION})")
     except (sqlite3.Error, OSError) as error:
         raise UnfitHost(f"open store '{path}': {error}") from error
+    finally:
+        os.close(turn)
     return db
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.drivers import Host
 from live.agent import HOLDFAST, LiveAgent
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]  # a busy machine takes its time
@@ -171,3 +172,24 @@ def test_nobody_but_root_may_run_an_agent_or_ask_one(agent: LiveAgent) -> None:
             assert done.returncode == (1 if command == "plan" else os.EX_NOPERM), (command, done.stderr)
             assert done.stderr.count("\n") == 1
             assert "root" in done.stderr
+
+
+def test_a_link_out_of_the_bind_roots_is_refused_while_what_runs_stays(
+    new_agent: Callable[[Host], LiveAgent], site: Host, tmp_path: Path
+) -> None:
+    allowed = tmp_path / "allowed"
+    (allowed / "data").mkdir(parents=True)
+    (allowed / "out").symlink_to("/")
+    agent = new_agent(site)
+    agent.configure(more=f'policy.bind_roots = ["{allowed}"]')
+    agent.start()
+    agent.image("busybox:1")
+    text = f'[containers.web]{SLEEPER}volumes = ["{allowed}/data:/x"]'
+    agent.write("shop.toml", text)
+    agent.converge()
+    before = agent.pid("shop/web")
+    agent.write("shop.toml", text.replace("/data:", "/out/etc:"))
+    agent.sync()
+    status = agent.wait_until(lambda status: "outside the bind_roots" in str(status["apps"]["shop"]))
+    assert not status["converged"]
+    assert agent.pid("shop/web") == before

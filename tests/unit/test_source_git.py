@@ -580,3 +580,12 @@ def test_newest_shows_a_commit_before_it_is_accepted(repository: Repository, mak
     assert source.current().id == first
     source.refresh()
     assert source.current().id == second
+
+
+def test_an_author_can_not_steer_the_reader_s_terminal(
+    repository: Repository, make: Callable[..., GitSource]
+) -> None:
+    repository.commit("\x1b[2Jgone\x07", shop="2")
+    source = make()
+    source.refresh()
+    assert source.current().message == "\N{REPLACEMENT CHARACTER}[2Jgone\N{REPLACEMENT CHARACTER}"

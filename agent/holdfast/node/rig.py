@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from holdfast.drivers import Host
-from holdfast.errors import NotFound
+from holdfast.errors import NotFound, WrongState
 from holdfast.observed import Instance, Json, Receipt
 from holdfast.plan.derived import Pages
 from holdfast.plan.diff import folder_files
@@ -41,17 +41,33 @@ class Rig:
     runtime: Runtime
     firewall: str = "nftables"
     policies: tuple[str, ...] = ("limits",)
+    bind_roots: tuple[str, ...] | None = None
     pages: Pages = field(default_factory=dict)
 
     def base(self, digest: str) -> Base:
         """What a container's root file system starts from. Raises NotFound if it is not there any more."""
         if digest.startswith(ROOTFS):
             path = Path(digest.removeprefix(ROOTFS))
+            self.check_bind(str(path))
             if not path.is_dir():
                 raise NotFound(f"rootfs '{path}': is not a directory of this host")
             return Base((path,), {})
         image = self.images.get(digest)
         return Base(image.layers, {"config": image.config})
+
+    def check_bind(self, path: str) -> None:
+        """Raise WrongState for a path of the host that leads out of agent.toml's bind_roots, links followed.
+
+        The state language compares the words; what a link on the host makes of them is known here only.
+        """
+        if self.bind_roots is None:
+            return
+        meant = Path(path).resolve()
+        if not any(meant.is_relative_to(Path(root).resolve()) for root in self.bind_roots):
+            allowed = ", ".join(self.bind_roots) or "none is allowed"
+            raise WrongState(
+                f"mount '{path}': leads to '{meant}', outside the bind_roots of agent.toml's [policy] ({allowed})"
+            )
 
     def log_path(self, instance: Instance) -> Path:
         """Where a container's output goes, whichever instance writes it."""

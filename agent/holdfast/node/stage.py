@@ -104,6 +104,8 @@ def _check_container(rig: Rig, app: App, name: str, image: str, checks: _Checks)
                 driver_name = volume_of(rig, app, mount.source).driver
                 rig.plugins.check_volume(driver_name, volume_want(rig, app, mount.source))
             else:
+                if mount.kind == "bind":
+                    rig.check_bind(mount.source)
                 asked = MountWant(instance="check", mount=mount, content=content_of(rig, app, mount))
                 rig.plugins.driver("mount", mount.kind).check(asked)
     with checks.of(f"{app.name}/{name}"):

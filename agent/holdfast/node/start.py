@@ -183,6 +183,8 @@ def _mount(rig: Rig, instance: Instance, app: App, mount: Mount, rootfs: Path) -
         made = _keep(rig, rig.plugins.driver("volume", driver).ensure(want))
         options = ["rbind", "rprivate", "ro" if mount.read_only else "rw"]
         return {"destination": mount.target, "type": "bind", "source": made.data["path"], "options": options}
+    if mount.kind == "bind":
+        rig.check_bind(mount.source)  # again: a link may have been put there since staging
     want_mount = MountWant(instance=instance.id, mount=mount, content=content_of(rig, app, mount))
     made = _keep(rig, rig.plugins.driver("mount", mount.kind).ensure(want_mount))
     return {**{key: made.data[key] for key in ("type", "source", "options")}, "destination": mount.target}

@@ -54,10 +54,15 @@ def read_commit(git: Git, commit: str, path: str, url: str) -> Revision:
         id=commit,
         files=MappingProxyType(files),
         left_out=MappingProxyType(left_out),
-        author=author,
-        message=message,
+        author=_plain(author),
+        message=_plain(message),
         at=float(at),
     )
+
+
+def _plain(text: str) -> str:
+    """Text without control characters: whoever commits must not steer the terminal of whoever reads."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def list_commit(git: Git, commit: str) -> dict[str, Entry]:
