@@ -254,6 +254,7 @@ def _stat(path: Path) -> list[str]:
 def test_every_limit_changes_while_it_runs_and_is_lifted_again(box: Box) -> None:
     id, run = box.start("sleep", "1000")
     free = cgroup.snapshot(box.runtime.cgroup(id))
+    cpus = box.value(id, "cpuset", "cpuset.effective_cpus", "cpuset.cpus.effective")
     disk = next(node for node in device_nodes(Container(rootfs="/x", privileged=True)) if node.kind == "b")
     table = Resources(
         memory=64 * MIB,
@@ -281,7 +282,8 @@ def test_every_limit_changes_while_it_runs_and_is_lifted_again(box: Box) -> None
     changed = cgroup.snapshot(box.runtime.cgroup(id))
     assert {name for name in free if free[name] != changed[name]} >= {"pids.max", "cpuset.cpus"}
     box.runtime.update(id, {})
-    assert cgroup.snapshot(box.runtime.cgroup(id)) == free
+    assert {**cgroup.snapshot(box.runtime.cgroup(id)), "cpuset.cpus": free["cpuset.cpus"]} == free
+    assert box.value(id, "cpuset", "cpuset.effective_cpus", "cpuset.cpus.effective") == cpus
     assert box.runtime.alive(run)
 
 

@@ -582,9 +582,7 @@ def test_newest_shows_a_commit_before_it_is_accepted(repository: Repository, mak
     assert source.current().id == second
 
 
-def test_an_author_can_not_steer_the_reader_s_terminal(
-    repository: Repository, make: Callable[..., GitSource]
-) -> None:
+def test_an_author_can_not_steer_a_terminal(repository: Repository, make: Callable[..., GitSource]) -> None:
     repository.commit("\x1b[2Jgone\x07", shop="2")
     source = make()
     source.refresh()
