@@ -30,7 +30,7 @@ check-imports:
 	@$(bin)/lint-imports --no-logo
 
 unit: setup
-	@$(bin)/pytest tests/unit -q
+	@$(bin)/pytest tests/unit -q -n 2
 
 test: setup
 	@$(bin)/pytest -n $(jobs) --dist worksteal --durations 10

@@ -108,7 +108,9 @@ def test_one_bad_file_refuses_the_whole_commit_where_agent_toml_says_so(shop: Li
     assert "shop.toml:2: containers.web.image" in status["problems"][0]
     assert not status["converged"]
     assert {name: shop.pid(name) for name in pids} == pids
-    assert shop.cli("plan", check=False).returncode == 0
+    plan = shop.cli("plan", check=False)
+    assert plan.returncode == 1  # the state files are wrong, and nothing would be done
+    assert "nothing to do" in plan.stdout
 
 
 def test_a_port_of_another_container_is_refused_before_anything_stops(

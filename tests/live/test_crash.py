@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from footprint import cgroups, leftovers, tables
+from footprint import cgroups, tables
 from ground import Rootfs
 from holdfast.drivers import Host
 from holdfast.observed import Hold
@@ -179,8 +179,6 @@ class World:
             path.unlink()
         self.settle()
         self.crashing.close()
-        left = [line for line in leftovers(self.host) if not line.startswith("file ")]
-        assert left == []
 
 
 def fetch(port: int, path: str) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import time
 from pathlib import Path
 
 import pytest
@@ -153,19 +152,6 @@ def test_older_kernels_are_given_the_same_hundred_layers_in_one_page(host: Host)
         unmount(folders[2])
         for descriptor in descriptors:
             os.close(descriptor)
-
-
-def test_a_mounted_root_file_system_is_ensured_without_a_fork_in_a_third_of_a_millisecond(host: Host) -> None:
-    driver = OverlayRootfs(host)
-    want = RootfsWant(instance="quick", layers=make_layers(host.root, 2))
-    receipt = driver.ensure(want)
-    try:
-        started = time.perf_counter()
-        for _ in range(100):
-            driver.ensure(want)
-        assert (time.perf_counter() - started) / 100 < 0.000_9  # three times the target: test hosts are busy
-    finally:
-        driver.remove(receipt)
 
 
 def test_written_files_survive_a_reboot(host: Host) -> None:

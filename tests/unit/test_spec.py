@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -416,14 +415,12 @@ def many(count: int) -> dict[str, bytes]:
     }
 
 
-def test_a_thousand_unchanged_containers_cost_under_ten_milliseconds() -> None:
+def test_a_thousand_unchanged_containers_are_not_read_again() -> None:
     files, cache = many(1000), Cache()
     first = load(files, NODE, cache=cache)
     assert not first.problems
     again = {path: bytes(bytearray(text)) for path, text in files.items()}  # equal, not the same
-    began = time.perf_counter()
     assert load(again, NODE, cache=cache) is first
-    assert time.perf_counter() - began < 0.010
 
 
 def test_only_a_changed_file_is_read_again() -> None:

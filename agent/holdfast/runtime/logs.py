@@ -206,13 +206,18 @@ class _Cursor:
 
     def _following(self) -> BinaryIO | None:
         """Open the file after the current one; the oldest there is when the current one was rotated away."""
-        files = log_files(self._path)
-        if self._file is not None:
-            current = os.fstat(self._file.fileno()).st_ino
+        current = os.fstat(self._file.fileno()).st_ino if self._file is not None else None
+        while files := log_files(self._path):
             inodes = [_inode(file) for file in files]
-            files = files[inodes.index(current) + 1 :] if current in inodes else files
-        with suppress(FileNotFoundError):
-            return files[0].open("rb") if files else None
+            if current in inodes:
+                files = files[inodes.index(current) + 1 :]
+            try:
+                opened = files[0].open("rb") if files else None
+            except FileNotFoundError:
+                return None
+            if opened is None or os.fstat(opened.fileno()).st_ino != current:
+                return opened
+            opened.close()  # the current one, under another name: it was rotated between two of these steps
         return None
 
 
