@@ -44,6 +44,7 @@ from holdfast_agent import HOLDFAST, Holdfast
 from workload import Gate, write_image
 
 PR_SET_CHILD_SUBREAPER = 36
+REST = 0.3  # seconds after each removal, for everyone: the kernel takes namespaces apart behind the scenes
 PEERS = {"docker": ("dockerd", "docker"), "podman": ("podman",)}
 
 os.environ["PATH"] += os.pathsep + "/usr/local/sbin:/usr/sbin:/sbin"
@@ -145,7 +146,9 @@ class Bench:
         return (self.gate.wait({name}) - begun) * 1000
 
     def _down(self) -> float:
-        return self._timed(self.who.down)
+        took = self._timed(self.who.down)
+        time.sleep(REST)
+        return took
 
     def _settle(self) -> None:
         if isinstance(self.who, Holdfast):

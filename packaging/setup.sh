@@ -72,4 +72,5 @@ fi
 echo "setup: making .venv"
 .venv/bin/python -c '' 2>/dev/null || "$(find_python)" -m venv --clear .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input --editable '.[dev]' </dev/null
+.venv/bin/python -m compileall -q agent plugins # commands start faster, also where Python may not write its cache
 touch "$stamp"

@@ -64,6 +64,8 @@ def test_crun_carries_an_app_from_its_first_start_to_nothing(
     agent.write("index.html", "changed")
     agent.converge()
     agent.wait(lambda: page(port) == "changed", "the new page is served")
+    assert agent.pid("shop/web") != first
+    assert "Seccomp:\t2" in Path(f"/proc/{agent.pid('shop/web')}/status").read_text()  # by the filter of the first
 
     agent.remove("shop.toml")
     agent.converge()

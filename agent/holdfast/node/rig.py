@@ -22,6 +22,7 @@ from holdfast.runtime.conmon import Run, Runtime, boot_id
 from holdfast.runtime.content import ContentStore
 from holdfast.runtime.images import ImageStore
 from holdfast.runtime.oci import HostLimits
+from holdfast.runtime.seccomp import Filters
 from holdfast.spec.model import App, Network, Volume
 from holdfast.store import Store
 
@@ -43,6 +44,7 @@ class Rig:
     policies: tuple[str, ...] = ("limits",)
     bind_roots: tuple[str, ...] | None = None
     pages: Pages = field(default_factory=dict)
+    filters: Filters = field(default_factory=Filters)
 
     def base(self, digest: str) -> Base:
         """What a container's root file system starts from. Raises NotFound if it is not there any more."""

@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -39,8 +39,8 @@ def start_instance(rig: Rig, action: StartInstance) -> Json:
     instance = _admit(rig, action, generation)
     try:
         ground = _lay_ground(rig, instance, generation.app)
-        warnings = _write_bundle(rig, instance, ground)
-        _run(rig, instance)
+        config, warnings = _write_bundle(rig, instance, ground)
+        _run(rig, instance, config)
     except Exception as failure:
         _undo(rig, instance, failure, first=action.instance is None)
         raise
@@ -237,7 +237,8 @@ def hostname(instance: Instance) -> str:
 # -- the bundle, and the process -----------------------------------------------------------------------------
 
 
-def _write_bundle(rig: Rig, instance: Instance, ground: Ground) -> tuple[str, ...]:
+def _write_bundle(rig: Rig, instance: Instance, ground: Ground) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Write config.json; return it, with what of it is less than was asked for."""
     settings = cgroup_settings(rig, instance.want)
     request = oci_request(rig, instance, ground.base, settings)
     place = rig.host.instance(instance.id)
@@ -253,8 +254,9 @@ def _write_bundle(rig: Rig, instance: Instance, ground: Ground) -> tuple[str, ..
         )
     )
     config = rig.plugins.adjust_oci_config(instance.app, instance.container, made.config)
+    rig.filters.annotate(config)
     (place / "config.json").write_text(json.dumps(config, separators=(",", ":")))
-    return (*made.warnings, *settings.warnings)
+    return config, (*made.warnings, *settings.warnings)
 
 
 def oci_request(rig: Rig, instance: Instance, base: Base, settings: cgroup.Settings) -> OciRequest:
@@ -308,7 +310,7 @@ def cgroup_want(want: Container) -> CgroupWant:
     return CgroupWant(resources=want.resources, version=cgroup.version(), memory_total=memory, cpus=cpus)
 
 
-def _run(rig: Rig, instance: Instance) -> None:
+def _run(rig: Rig, instance: Instance, config: Mapping[str, Any]) -> None:
     """Create the container anew and let it run; what an earlier run left of it goes first."""
     id, key = instance.id, instance.key
     earlier = rig.store.receipt("run", id)
@@ -320,6 +322,7 @@ def _run(rig: Rig, instance: Instance) -> None:
     data: dict[str, Any] = {"run": asdict(run), "limits": cgroup.snapshot(rig.runtime.cgroup(id))}
     rig.store.put_receipt(Receipt("run", rig.runtime.binary.name, id, id, data))
     rig.runtime.start(id, name=key)
+    rig.filters.learn(config, rig.runtime.root / id)
 
 
 def _end_run(rig: Rig, id: InstanceId) -> None:
