@@ -102,6 +102,7 @@ def apply_once(config: Config, timeout: float) -> Json:
 def open_node(config: Config) -> Iterator[Offline]:
     """Answer for a node whose agent does not run: from what it keeps, and from the host itself."""
     with _node_of(config) as node:
+        node.rig.notes = False
         yield Offline(config, node)
 
 

@@ -97,7 +97,7 @@ def _instance(
     rig: Rig, instance: Instance, things: Things, watches: Watches, *, same_boot: bool, deep: bool
 ) -> Instance:
     if not same_boot and instance.phase in ("running", "creating"):
-        return rig.store.change_instance(instance.id, phase="lost")
+        return rig.store.change_instance(instance.id, phase="lost") if rig.notes else replace(instance, phase="lost")
     if instance.phase != "running":
         return instance
     receipt = rig.store.receipt("run", instance.id)
@@ -131,6 +131,8 @@ def _ended(rig: Rig, instance: Instance) -> Instance:
     if instance.exit is not None and instance.exit.asked:  # its stop was cut short, or gave up waiting
         ended = replace(ended, asked=True)
     changed = replace(instance, phase="exited", exit=ended, pid=None)
+    if not rig.notes:
+        return changed
     if not rig.store.exchange_instance(instance, changed):
         return instance  # somebody else has it in hand; the next look will tell
     tell_exit(rig, instance, ended)

@@ -32,7 +32,11 @@ BARE = frozenset({"none", "host"})  # networks that are not made: loopback alone
 
 @dataclass(slots=True)
 class Rig:
-    """One per agent; shared by its threads. pages: who is called what on each network, as the last pass saw it."""
+    """One per agent; shared by its threads. pages: who is called what on each network, as the last pass saw it.
+
+    notes: whether the end of a process is written down when it is found. A command without an agent only looks: an
+    agent that starts meanwhile would find its own memory overwritten.
+    """
 
     host: Host
     store: Store
@@ -45,6 +49,7 @@ class Rig:
     bind_roots: tuple[str, ...] | None = None
     pages: Pages = field(default_factory=dict)
     filters: Filters = field(default_factory=Filters)
+    notes: bool = True
 
     def base(self, digest: str) -> Base:
         """What a container's root file system starts from. Raises NotFound if it is not there any more."""
