@@ -14,6 +14,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1
 
 FOLDER = Path("/run/netns")
 MARK = "netns-shared"
+BUSY_TRIES = 200
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -144,9 +146,12 @@ def _unshare_folder(host: Host) -> None:
     if not mark.exists():
         return
     with _folder_lock():
-        if FOLDER.is_dir() and any(FOLDER.iterdir()):
-            return
-        _libc.umount2(bytes(FOLDER), UMOUNT_NOFOLLOW)  # EBUSY: someone is in it just now, and it stays theirs
+        for _ in range(BUSY_TRIES):
+            if FOLDER.is_dir() and os.listdir(FOLDER):  # noqa: PTH208 - an iterator left open would keep it busy
+                return
+            if _libc.umount2(bytes(FOLDER), UMOUNT_NOFOLLOW) == 0 or ctypes.get_errno() != errno.EBUSY:
+                break
+            time.sleep(0.001)  # someone looks into it just now
         mark.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             FOLDER.rmdir()
