@@ -5,11 +5,14 @@ A live test that can't run here is skipped with the reason, and fails where CI=t
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +53,17 @@ def new_site() -> Iterator[Callable[[], Host]]:
 def site(new_site: Callable[[], Host]) -> Host:
     """A name, places and an address pool that no other test has."""
     return new_site()
+
+
+@pytest.fixture
+def mounts_alone() -> Iterator[None]:
+    """Keep tests apart that make a mount namespace and tests that need a mount to end with its unmount.
+
+    A new mount namespace holds a copy of every mount of the host, and so each loop device, until it ends.
+    """
+    with (Path(tempfile.gettempdir()) / "holdfast-tests-mounts.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import re
 import shutil
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from holdfast.observed import Receipt
 PROGRAMS = ("mkfs.ext4", "e2fsck", "resize2fs", "debugfs", "losetup", "mount", "umount")
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 SMALLEST = 1 << 20
+LETTING_GO = 1.0  # seconds
 BLOCK = 4096
 PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 ID = re.compile(r"[a-z0-9][a-z0-9_.-]*/[a-z0-9][a-z0-9_.-]*")
@@ -136,12 +138,22 @@ def _grow(image: Path, mounted: Path, size: int) -> None:
         return
     if mounted.is_mount():
         _run("umount", str(mounted))
-    if _loop_devices(image):  # a container has it mounted still: resizing now would destroy it
+    if not _is_let_go(image):  # a container has it mounted still: resizing now would destroy it
         raise UnfitHost(
             f"grow {str(image)!r}: in use, and this kernel lets nobody grow it then (stop its containers)"
         )
     _run("e2fsck", "-f", "-p", str(image), worst=1)  # 1: mended, as e2fsck(8) has it
     _run("resize2fs", str(image))
+
+
+def _is_let_go(image: Path) -> bool:
+    """Whether no loop device holds the image; the kernel lets go of one a moment after its last unmount."""
+    deadline = time.monotonic() + LETTING_GO
+    while _loop_devices(image):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def _grow_online(image: Path) -> bool:

@@ -16,7 +16,7 @@ from holdfast.drivers import Host
 from holdfast.runtime.binaries import obstacle_for
 from live.agent import LiveAgent
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.live, pytest.mark.usefixtures("mounts_alone"), pytest.mark.timeout(600)]
 
 CONTROLLERS = "/sys/fs/cgroup/unified/cgroup.controllers"
 HIDE = f'mount --bind /dev/null {CONTROLLERS} && exec "$@"'

@@ -15,7 +15,7 @@ import pytest
 from holdfast.drivers import Host
 from live.agent import LiveAgent
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.usefixtures("mounts_alone"), pytest.mark.timeout(600)]
 
 EXAMPLE = Path(__file__).parents[2] / "examples/plugin"
 
