@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from holdfast.runtime.layers import Unpacked, unpack
+from holdfast.images.unpack import Unpacked, unpack
 
 KINDS = {
     "file": tarfile.REGTYPE,

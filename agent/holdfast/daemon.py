@@ -36,6 +36,7 @@ from holdfast.api import serving
 from holdfast.config import Config, load_config
 from holdfast.drivers import Host
 from holdfast.errors import Conflict, HoldfastError, NotFound, NotPermitted, TryAgain
+from holdfast.images.store import ImageStore
 from holdfast.node import Node, Rig
 from holdfast.node.answers import Answers
 from holdfast.observed import Hold, Json
@@ -44,7 +45,6 @@ from holdfast.reconcile import Pass, Reconciler
 from holdfast.runtime.binaries import find_conmon, find_runtime
 from holdfast.runtime.conmon import Runtime, become_subreaper
 from holdfast.runtime.content import ContentStore
-from holdfast.runtime.images import ImageStore
 from holdfast.source import Source, Watch, make_source
 from holdfast.store import Store
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.drivers import Host, RootfsWant
-from holdfast.runtime.layers import find
+from holdfast.images.lookup import find
 from holdfast_plugins.storage import OverlayRootfs
 from tars import entry, layer
 

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from holdfast.errors import Conflict, HoldfastError, NotFound, WrongCall, WrongState
+from holdfast.images.references import familiar, normalize, parse_changes
+from holdfast.images.store import Image, ImageStore, architecture
 from holdfast.runtime.content import ContentStore
-from holdfast.runtime.images import Image, ImageStore, architecture
-from holdfast.runtime.references import familiar, normalize, parse_changes
 from tars import entry, tar_of
 
 ROOTFS = tar_of(

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import WrongState
-from holdfast.runtime.layers import find, unpack
+from holdfast.images.lookup import find
+from holdfast.images.unpack import unpack
 from holdfast.testing import host_fingerprint
 from tars import Entry, entry, layer, tar_of
 

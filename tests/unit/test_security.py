@@ -17,10 +17,10 @@ import pytest
 
 from holdfast.drivers import remove_tree
 from holdfast.errors import HoldfastError, WrongState
+from holdfast.images.archives import open_archive
+from holdfast.images.store import ImageStore
+from holdfast.images.unpack import unpack
 from holdfast.runtime import seccomp
-from holdfast.runtime.archives import open_archive
-from holdfast.runtime.images import ImageStore
-from holdfast.runtime.layers import unpack
 from holdfast.source.directory import DirectorySource, Torn, read_file
 from holdfast.source.git import GitSource
 from holdfast.spec.load import load

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from holdfast.errors import Conflict, NotFound, WrongCall
+from holdfast.images.store import Image
 from holdfast.node.recover import remove_volume
 from holdfast.node.rig import Rig
 from holdfast.observed import Instance, Json, Receipt
 from holdfast.plugins import found_by
 from holdfast.runtime import cgroup, users
-from holdfast.runtime.images import Image
 
 
 class Answers:

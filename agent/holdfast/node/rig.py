@@ -12,15 +12,15 @@ from pathlib import Path
 
 from holdfast.drivers import Host
 from holdfast.errors import NotFound, WrongState
+from holdfast.images import lookup
+from holdfast.images.store import ImageStore
 from holdfast.observed import Instance, Json, Receipt
 from holdfast.plan.derived import Pages
 from holdfast.plan.diff import folder_files
 from holdfast.plugins import Plugins
-from holdfast.runtime import layers
 from holdfast.runtime.binaries import find_init, host_limits
 from holdfast.runtime.conmon import Run, Runtime, boot_id
 from holdfast.runtime.content import ContentStore
-from holdfast.runtime.images import ImageStore
 from holdfast.runtime.oci import HostLimits
 from holdfast.runtime.seccomp import Filters
 from holdfast.spec.model import App, Network, Volume
@@ -143,12 +143,12 @@ class Base:
 
     def find(self, path: str) -> Path | None:
         """Where a path of the merged layers lies on the host."""
-        return layers.find(self.layers, path)
+        return lookup.find(self.layers, path)
 
     def read_file(self, path: str) -> bytes | None:
         """The content of a file of the merged layers, None if there is none."""
         found = self.find(path)
-        return layers.read_small(found) if found is not None and found.is_file() else None
+        return lookup.read_small(found) if found is not None and found.is_file() else None
 
     def mode(self, path: str) -> int | None:
         """The st_mode of a path of the merged layers, None if there is nothing."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from holdfast.drivers import CgroupWant, EndpointWant, MountWant, NetworkWant, RootfsWant, VolumeWant
 from holdfast.errors import TryAgain
+from holdfast.images.lookup import find
 from holdfast.node.rig import BARE, Base, Rig, init_program, limits, volume_of
 from holdfast.node.stop import remove_instance
 from holdfast.observed import Generation, Instance, InstanceId, Json, Receipt
@@ -26,7 +27,6 @@ from holdfast.plan.derived import names_of
 from holdfast.plan.diff import folder_files, mounted_files
 from holdfast.runtime import cgroup, names, netns, seccomp, users
 from holdfast.runtime.devices import device_nodes
-from holdfast.runtime.layers import find
 from holdfast.runtime.oci import OciRequest, granted_capabilities, oci_config
 from holdfast.spec.model import App, Container, Mount, Network
 

@@ -1,1 +1,1 @@
-"""Runs containers: OCI configuration, conmon with crun or runc, and the store of images."""
+"""Runs containers: OCI configuration, conmon with crun or runc, and what a container needs of the host."""

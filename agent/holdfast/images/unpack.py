@@ -1,6 +1,6 @@
-"""Layer archives → directories that overlayfs can stack, and the reading of such a stack without mounting it.
+"""Layer archives → directories that overlayfs can stack.
 
-`images` calls `unpack` for each layer of an image; `Image.lookup` and `Image.read_file` call `find`.
+`store` calls `unpack` for each layer of an image; `lookup` reads a stack of them.
 
 An archive is hostile until proven otherwise: no name in it is ever handed to the kernel as a path. Each component is
 opened on its own, relative to its parent's descriptor and without following links; a link among the parents is
@@ -267,7 +267,7 @@ def _enter(folder: int, name: str, *, create: bool) -> int:
     try:
         return os.open(name, DIRECTORY, dir_fd=folder)
     except NotADirectoryError as error:
-        if not _is_whiteout(os.stat(name, dir_fd=folder, follow_symlinks=False)) or not create:
+        if not is_whiteout(os.stat(name, dir_fd=folder, follow_symlinks=False)) or not create:
             raise WrongState(f"unpack layer: {name!r}: is a parent of another entry, but no directory") from error
         _clear_way(folder, name, keep_directory=False)
         hidden = True
@@ -283,7 +283,7 @@ def _enter(folder: int, name: str, *, create: bool) -> int:
     return descriptor
 
 
-def _is_whiteout(entry: os.stat_result) -> bool:
+def is_whiteout(entry: os.stat_result) -> bool:
     return stat.S_ISCHR(entry.st_mode) and entry.st_rdev == 0
 
 
@@ -310,7 +310,7 @@ def _clear_way(folder: int, name: str, *, keep_directory: bool) -> bool:
         os.unlink(name, dir_fd=folder)
     elif not keep_directory:
         remove_tree(name, dir_fd=folder)
-    return _is_whiteout(entry)
+    return is_whiteout(entry)
 
 
 def _make_directory(folder: int, name: str, member: tarfile.TarInfo, *, hidden: bool) -> None:
@@ -378,68 +378,3 @@ def _set_times(descriptor: int, member: tarfile.TarInfo) -> None:
 def _times(member: tarfile.TarInfo) -> tuple[int, int]:
     moment = int(member.mtime * 1_000_000_000)
     return moment, moment
-
-
-def find(layers: Sequence[Path], path: str) -> Path | None:
-    """Where path of the stacked layers (lowest first) really lies; None when there is no such entry.
-
-    Links are followed inside the stack; what a whiteout or an opaque directory hides is not there.
-    """
-    trail: list[list[Path]] = [list(reversed(layers))]
-    todo = [part for part in reversed(path.split("/")) if part not in ("", ".")]
-    links = 0
-    while todo:
-        name = todo.pop()
-        if name == "..":
-            if len(trail) > 1:
-                trail.pop()
-            continue
-        entries = _merged(trail[-1], name)
-        if not entries:
-            return None
-        if entries[0].is_symlink():
-            links += 1
-            target = str(entries[0].readlink())
-            if links > MAX_LINKS:
-                return None
-            if target.startswith("/"):
-                del trail[1:]
-            todo.extend(part for part in reversed(target.split("/")) if part not in ("", "."))
-        elif todo and not entries[0].is_dir():
-            return None
-        else:
-            trail.append(entries)
-    return trail[-1][0] if trail[-1] else None
-
-
-def read_small(path: Path) -> bytes:
-    """Read a file of an image that the agent itself looks into; raise WrongState for one that would fill memory."""
-    with path.open("rb") as file:
-        data = file.read(MAX_HEADER + 1)
-    if len(data) > MAX_HEADER:
-        raise WrongState(f"read {path.name!r} of the image: more than {MAX_HEADER} bytes")
-    return data
-
-
-def _merged(folders: Sequence[Path], name: str) -> list[Path]:
-    """The entries that make up name in a merged directory, highest first: one file, or directories."""
-    entries: list[Path] = []
-    for folder in folders:
-        entry = folder / name
-        try:
-            found = entry.lstat()
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        if not stat.S_ISDIR(found.st_mode):
-            return entries if entries or _is_whiteout(found) else [entry]
-        entries.append(entry)
-        if _is_opaque(entry):
-            break
-    return entries
-
-
-def _is_opaque(folder: Path) -> bool:
-    try:
-        return os.getxattr(folder, OPAQUE_XATTR, follow_symlinks=False) == b"y"
-    except OSError:
-        return False

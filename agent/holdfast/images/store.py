@@ -27,9 +27,10 @@ from typing import Any, BinaryIO
 
 from holdfast.drivers import remove_tree
 from holdfast.errors import Conflict, NotFound, WrongCall, WrongState
-from holdfast.runtime.archives import Archive, Found, open_archive, open_regular, plain
-from holdfast.runtime.layers import find, read_small, unpack
-from holdfast.runtime.references import DIGEST, REFERENCE, familiar, normalize, parse_changes, to_digest
+from holdfast.images.archives import Archive, Found, open_archive, open_regular, plain
+from holdfast.images.lookup import find, read_small
+from holdfast.images.references import DIGEST, REFERENCE, familiar, normalize, parse_changes, to_digest
+from holdfast.images.unpack import unpack
 
 ARCHITECTURES = {
     "x86_64": "amd64",
