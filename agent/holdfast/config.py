@@ -23,7 +23,7 @@ from holdfast.errors import WrongConfig
 from holdfast.spec.forms import absolute
 from holdfast.spec.model import NodeFacts
 from holdfast.spec.policy import RULES
-from holdfast.tables import Checked, Duration, Fault, Short, Table, Text, read_table
+from holdfast.tables import Checked, Duration, Fault, Short, Size, Table, Text, read_table
 from holdfast.toml import Document, Unreadable, dotted, suggestion
 
 DEFAULT_PATH = Path("/etc/holdfast/agent.toml")
@@ -121,6 +121,31 @@ class PolicyTable(Table):
     bind_roots: list[Directory] | None = None
 
 
+Percent = Annotated[float, Field(gt=0, le=100)]
+
+
+class ImagesTable(Table):
+    """Where images come from, and how much of the host they may take."""
+
+    authfile: Directory | None = None
+    registries_conf: Directory | None = None
+    policy: Directory | None = None
+    offline: bool = False
+    concurrent_downloads: Annotated[int, Field(ge=1, le=64)] = 3
+    stall_timeout: Duration = 60.0
+    max_layer_size: Annotated[Size, Field(ge=1)] = 32 << 30
+    max_layer_files: Annotated[int, Field(ge=1)] = 4_000_000
+    min_free: Annotated[Size, Field(ge=0)] = 512 << 20
+    high_watermark: Percent = 85.0
+    low_watermark: Percent = 80.0
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.low_watermark > self.high_watermark:
+            yield "low_watermark", f"{self.low_watermark:g} is above high_watermark (expected at most that)"
+        if self.stall_timeout <= 0:
+            yield "stall_timeout", "0 is no time at all (expected a duration as 60s)"
+
+
 class AgentTable(Table):
     """agent.toml as it is written."""
 
@@ -144,6 +169,7 @@ class AgentTable(Table):
     limits: LimitsTable = LimitsTable()
     cgroup: CgroupTable = CgroupTable()
     policy: PolicyTable = PolicyTable()
+    images: ImagesTable = ImagesTable()
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.full_pass_interval <= 0:
@@ -159,6 +185,30 @@ class StateSource:
     branch: str = "main"
     path: str = ""
     interval: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSettings:
+    """How images are fetched and kept. Sizes are bytes, times seconds, watermarks percent of the file system.
+
+    authfile, registries_conf, policy: instead of the places where skopeo looks by itself, None: those
+    (containers-auth.json(5), containers-registries.conf(5), containers-policy.json(5)). offline: no registry is
+    asked. concurrent_downloads: layers at once from one registry. stall_timeout: a transfer that brings nothing for
+    so long is given up. min_free: what a pull leaves free. Above high_watermark, unused images go until
+    low_watermark is reached.
+    """
+
+    authfile: Path | None = None
+    registries_conf: Path | None = None
+    policy: Path | None = None
+    offline: bool = False
+    concurrent_downloads: int = 3
+    stall_timeout: float = 60.0
+    max_layer_size: int = 32 << 30
+    max_layer_files: int = 4_000_000
+    min_free: int = 512 << 20
+    high_watermark: float = 85.0
+    low_watermark: float = 80.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +241,7 @@ class Config:
     cgroup_policy: tuple[str, ...] = ("limits",)
     forbid: frozenset[str] = frozenset()
     bind_roots: tuple[str, ...] | None = None
+    images: ImageSettings = ImageSettings()
 
     def facts(self) -> NodeFacts:
         """What state files may ask about this node."""
@@ -263,7 +314,15 @@ def _config(table: AgentTable, env: Mapping[str, str]) -> Config:
         cgroup_policy=tuple(table.cgroup.policy),
         forbid=frozenset(table.policy.forbid),
         bind_roots=None if roots is None else tuple(roots),
+        images=_images(table.images),
     )
+
+
+def _images(table: ImagesTable) -> ImageSettings:
+    values = table.model_dump()
+    for name in ("authfile", "registries_conf", "policy"):
+        values[name] = Path(values[name]) if values[name] else None
+    return ImageSettings(**values)
 
 
 def _source(table: StateTable) -> StateSource:

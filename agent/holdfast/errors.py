@@ -12,7 +12,8 @@
     └── TryAgain         nothing: it is retried    (exit 75, EX_TEMPFAIL)
 
 The class owns its exit code (sysexits.h). `retry` says whether trying the same thing later can help without
-anybody changing anything in git: a lane backs off where it can, and quarantines where it can't.
+anybody changing anything in git: a lane backs off where it can, and quarantines where it can't. `wait`, where an
+error carries one, is the least time before that: a registry that refuses us is not asked again every second.
 
 Messages are lower case, without a full stop: operation 'operand': cause (what would be right).
 """
@@ -26,7 +27,8 @@ class HoldfastError(Exception):
     """The root of all errors that holdfast raises on purpose; printed as one line, never as a traceback."""
 
     exit_code: ClassVar[int] = 1
-    retry: ClassVar[bool] = False
+    retry: bool = False
+    wait: float = 0.0  # seconds
 
 
 class WrongCall(HoldfastError):

@@ -156,23 +156,23 @@ class Node:
         """Intent, effect, outcome: in the thread of a lane."""
         store, began = self.rig.store, time.monotonic()
         detail: Json = {}
-        error, retry = "", True
+        error, retry, least = "", True, 0.0
         try:
             store.put_intent(action.subject, {"verb": action.verb, "reason": action.reason})
             detail = perform(self.rig, action, self._spec.blobs, self._revision)
         except Exception as failure:
-            error, retry = _account(failure)
+            error, retry, least = _account(failure)
             if not _expected(failure):
                 log.exception("bug", action=action.verb, subject=action.subject)
         took = time.monotonic() - began
         outcome = Outcome(action, not error, took, time.time(), error, retry, detail)
-        self._settle(outcome)
+        self._settle(outcome, least)
         if isinstance(action, StartInstance) and outcome.ok:
             run = self.rig.run_of(detail["instance"])
             if run is not None:
                 self._exits.add(detail["instance"], run)
 
-    def _settle(self, outcome: Outcome) -> None:
+    def _settle(self, outcome: Outcome, least: float) -> None:
         """Write down what came of an action, and tell of it."""
         store, action = self.rig.store, outcome.action
         if outcome.ok:
@@ -180,7 +180,7 @@ class Node:
             if failure is not None and failure.digest == action.tried:
                 store.clear_failure(action.subject)
         else:
-            self._remember(outcome)
+            self._remember(outcome, least)
         if isinstance(action, StageGeneration):
             number = int(outcome.detail.get("generation", 0))
             self.rig.plugins.tell("after_stage", app=action.app, generation=number, error=outcome.error)
@@ -199,11 +199,11 @@ class Node:
         self.rig.plugins.tell("after_outcome", outcome=came)
         store.drop_intent(action.subject)
 
-    def _remember(self, outcome: Outcome) -> None:
+    def _remember(self, outcome: Outcome, least: float) -> None:
         store, action = self.rig.store, outcome.action
         earlier = store.failure(action.subject)
         count = earlier.count + 1 if earlier and earlier.digest == action.tried else 1
-        wait = wait_before(RETRY, count + 1, action.subject)
+        wait = max(wait_before(RETRY, count + 1, action.subject), least)
         retry_at = outcome.at + wait if outcome.retry else None
         store.put_failure(action.subject, Failure(action.tried, outcome.error, count, outcome.at, retry_at))
 
@@ -254,11 +254,12 @@ def outlived(failures: Iterable[str], plan: Plan, busy: frozenset[str]) -> set[s
     return set(failures) - {action.subject for action in plan.actions} - plan.waiting.keys() - busy
 
 
-def _account(failure: Exception) -> tuple[str, bool]:
-    """A failure in one line, and whether trying again can help."""
+def _account(failure: Exception) -> tuple[str, bool, float]:
+    """A failure in one line, whether trying again can help, and the least time (seconds) before that."""
     causes = _leaves(failure)
     lines = dict.fromkeys(_line(cause) for cause in causes)
-    return "; ".join(lines), any(_may_pass(cause) for cause in causes)
+    least = max((cause.wait for cause in causes if isinstance(cause, HoldfastError)), default=0.0)
+    return "; ".join(lines), any(_may_pass(cause) for cause in causes), least
 
 
 def _leaves(failure: BaseException) -> list[BaseException]:

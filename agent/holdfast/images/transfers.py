@@ -1,0 +1,110 @@
+"""What is being fetched right now, for whoever looks: bytes in all and of each layer.
+
+`pull` counts here; `holdfast image pull`, `apply`, `status` and the events read it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from holdfast.observed import Json
+
+LayerState = Literal["waiting", "pulling", "done", "here"]
+
+
+@dataclass(slots=True)
+class Layer:
+    """One blob on its way. total, done: bytes as they come from the registry; here: it was in the store already."""
+
+    digest: str
+    total: int
+    done: int = 0
+    state: LayerState = "waiting"
+
+
+@dataclass(slots=True)
+class Transfer:
+    """One image on its way; changed by the threads that fetch it, read by anyone through `Transfers.look`."""
+
+    reference: str
+    began: float = field(default_factory=time.time)
+    state: Literal["resolving", "pulling", "done", "failed"] = "resolving"
+    error: str = ""
+    layers: dict[str, Layer] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Bytes that have to come, or came."""
+        return sum(layer.total for layer in self.layers.values() if layer.state != "here")
+
+    @property
+    def done(self) -> int:
+        """Bytes that came."""
+        return sum(layer.done for layer in self.layers.values() if layer.state != "here")
+
+    def expect(self, digest: str, total: int, *, here: bool = False) -> None:
+        """Say that a layer belongs to the image."""
+        self.layers[digest] = Layer(digest, total, state="here" if here else "waiting")
+
+    def begin(self, digest: str) -> None:
+        """A layer is fetched from its first byte, for the first time or once more."""
+        self.layers[digest].done, self.layers[digest].state = 0, "pulling"
+
+    def advance(self, digest: str, done: int) -> None:
+        """So many bytes of a layer have come so far."""
+        self.layers[digest].done = done
+
+    def finish(self, digest: str) -> None:
+        """A layer is unpacked and verified."""
+        layer = self.layers[digest]
+        layer.done, layer.state = layer.total, "done"
+
+    def json(self) -> Json:
+        """{"ref", "state", "error", "began", "done", "total", "layers": [{"digest", "done", "total", "state"}, …]}"""
+        layers = [
+            {"digest": each.digest, "done": each.done, "total": each.total, "state": each.state}
+            for each in list(self.layers.values())
+        ]
+        return {
+            "ref": self.reference,
+            "state": self.state,
+            "error": self.error,
+            "began": self.began,
+            "done": self.done,
+            "total": self.total,
+            "layers": layers,
+        }
+
+
+class Transfers:
+    """The transfers under way. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._current: list[Transfer] = []
+
+    @contextmanager
+    def transfer(self, reference: str) -> Iterator[Transfer]:
+        """Count a new transfer while the block runs."""
+        transfer = Transfer(reference)
+        with self._lock:
+            self._current.append(transfer)
+        try:
+            yield transfer
+            transfer.state = "done"
+        except BaseException as error:
+            transfer.state, transfer.error = "failed", str(error)
+            raise
+        finally:
+            with self._lock:
+                self._current.remove(transfer)
+
+    def look(self) -> list[Json]:
+        """Every transfer under way, oldest first, as `Transfer.json`."""
+        with self._lock:
+            return [each.json() for each in self._current]
