@@ -17,11 +17,11 @@ import os
 import shutil
 import stat
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, cast
 
 from holdfast.drivers import remove_tree
 from holdfast.errors import WrongState
@@ -47,12 +47,80 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What a layer may come to: size bytes of its plain archive, and on disk; files entries."""
+
+    size: int = 1 << 40
+    files: int = 10_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a layer has to be: the digest of its plain archive; digest and size (bytes) of the compressed stream."""
+
+    diff_id: str | None = None
+    digest: str | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Unpacked:
-    """What an archive held: the digest and size (bytes) of its plain form, the newest time (seconds) in it."""
+    """What an archive held: digest and size (bytes) of its plain form, the same of the stream it came as (`digest`,
+    `compressed`), how many entries, and the newest time (seconds) in it."""
 
     diff_id: str
     size: int
-    newest: int
+    digest: str = ""
+    compressed: int = 0
+    files: int = 0
+    newest: int = 0
+
+
+def unpack_stream(
+    stream: int,
+    folder: Path,
+    recipe: Path,
+    *,
+    limits: Limits,
+    expected: Expected = Expected(),
+    progress: Callable[[int], None] | None = None,
+    stall: float = 0,
+) -> Unpacked:
+    """Unpack the archive that comes out of the descriptor stream, compressed or not, into the empty directory folder.
+
+    recipe: the file to write from which `recipe.rebuild` makes the same plain archive again. progress is told the
+    bytes of the stream that have come so far. stall: seconds without a byte until this gives up; 0: never.
+    Raises WrongState for what is damaged, hostile, beyond limits or not as expected; TryAgain where the same may
+    well work later; UnfitHost where the disk is full. After an error folder and recipe are the caller's to delete.
+    """
+    from holdfast.images.archives import plain
+
+    hashed = _Hashed(os.fdopen(os.dup(stream), "rb"), progress)
+    with hashed.stream, recipe.open("wb") as copy, plain(cast(BinaryIO, hashed)) as archive:
+        found = unpack(cast(BinaryIO, _Copied(archive, copy)), folder)
+        hashed.drain()
+    got = replace(found, digest=f"sha256:{hashed.digest.hexdigest()}", compressed=hashed.size)
+    for what, want, have in (
+        ("size", expected.size, got.compressed),
+        ("digest", expected.digest, got.digest),
+        ("diff id", expected.diff_id, got.diff_id),
+    ):
+        if want not in (None, have):
+            raise WrongState(f"unpack layer: its {what} is {have} (expected {want})")
+    return got
+
+
+class _Copied:
+    """A stream that is kept while it is read."""
+
+    def __init__(self, stream: BinaryIO, copy: BinaryIO) -> None:
+        self.stream = stream
+        self.copy = copy
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.stream.read(size)
+        self.copy.write(data)
+        return data
 
 
 def unpack(archive: BinaryIO, root: Path) -> Unpacked:
@@ -63,7 +131,7 @@ def unpack(archive: BinaryIO, root: Path) -> Unpacked:
     """
     hashed = _Hashed(archive)
     tree = _Tree(root)
-    newest = 0
+    newest = files = 0
     try:
         with tarfile.open(  # type: ignore[call-overload]
             fileobj=hashed, mode="r|", errors="surrogateescape", bufsize=CHUNK, tarinfo=Entry
@@ -73,13 +141,15 @@ def unpack(archive: BinaryIO, root: Path) -> Unpacked:
                 with _blamed(member):
                     tree.add(member, tar.extractfile(member) if member.isreg() else None)
                 newest = max(newest, int(member.mtime))
+                files += 1
         hashed.drain()
         tree.finish()
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:  # numbers that are none
         raise WrongState(f"unpack layer: {error} (expected a tar archive)") from error
     finally:
         tree.close()
-    return Unpacked(f"sha256:{hashed.digest.hexdigest()}", hashed.size, newest)
+    digest = f"sha256:{hashed.digest.hexdigest()}"
+    return Unpacked(digest, hashed.size, digest, hashed.size, files, newest)
 
 
 @contextmanager
@@ -106,15 +176,18 @@ class Entry(tarfile.TarInfo):
 class _Hashed:
     """A stream that is hashed and counted while it is read."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, progress: Callable[[int], None] | None = None) -> None:
         self.stream = stream
         self.digest = hashlib.sha256()
         self.size = 0
+        self.progress = progress
 
     def read(self, size: int = CHUNK) -> bytes:
         data = self.stream.read(size)
         self.digest.update(data)
         self.size += len(data)
+        if self.progress is not None:
+            self.progress(self.size)
         return data
 
     def drain(self) -> None:
