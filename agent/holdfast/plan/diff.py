@@ -16,6 +16,8 @@ EFFECTS: Mapping[str, str] = {
     "resources": "live",  # written into the running container's cgroup
     "restart_policy": "record",  # what only the agent reads: noted, the process knows nothing of it
     "labels": "record",
+    "pull": "record",
+    "update_image": "record",
     "ports": "record",  # the firewall follows in a plan of its own
     "stop_signal": "record",
     "stop_grace_period": "record",

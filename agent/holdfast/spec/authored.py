@@ -308,12 +308,32 @@ class LoggingTable(Table):
     max_files: Annotated[int, Field(ge=1)] = 3
 
 
+class UpdateImageTable(Table):
+    """Whether and how often a registry is asked for a newer image."""
+
+    policy: Annotated[
+        Literal["notify", "apply"], Field(description="notify: status and events say so; apply: it is staged and run")
+    ]
+    interval: Annotated[Duration, Field(description="how often the registry is asked")] = 3600.0
+    tag_pattern: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="a glob as 1.*: of the tags that it fits, the newest version; absent: the tag itself",
+        ),
+    ] = None
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.interval < 1:
+            yield "interval", f"{self.interval:g}s is too often for a registry (expected at least 1s)"
+
+
 class ContainerTable(Table):
     """One container."""
 
     not_yet: ClassVar = (
         *("healthcheck", "replicas", "scale", "deploy", "secrets", "build", "update", "update_config"),
-        *("rolling", "pull", "pull_policy", "update_image"),
+        "rolling",
     )
     hints: ClassVar = {
         "network_mode": 'networks = ["none"] or ["host"]',
@@ -328,6 +348,7 @@ class ContainerTable(Table):
         "pids_limit": "pids in [containers.NAME.resources]",
         "oom_score_adj": "oom_score_adj in [containers.NAME.resources]",
         "security_opt": "seccomp or no_new_privileges",
+        "pull_policy": "pull",
         "env": "environment",
         "workdir": "working_dir",
         "env_file": "environment",
@@ -336,7 +357,19 @@ class ContainerTable(Table):
     }
 
     image: Annotated[
-        Annotated[str, Checked(forms.image, {})] | None, Field(description="REGISTRY/PATH:TAG@DIGEST")
+        Annotated[str, Checked(forms.image, {})] | None,
+        Field(description="REGISTRY/PATH:TAG@DIGEST, or an archive of the host as oci:/path"),
+    ] = None
+    pull: Annotated[
+        Literal["missing", "always", "newer", "never"] | None,
+        Field(
+            description="missing (the default): what is here is taken; always, newer: the registry is asked when the "
+            "app is staged; newer: what is here will do while the registry can't be reached; never: no registry"
+        ),
+    ] = None
+    update_image: Annotated[
+        Annotated[UpdateImageTable, _from(lambda policy: {"policy": policy}, "notify or apply")] | None,
+        Field(description="ask the registry for a newer image every so often; absent: never"),
     ] = None
     rootfs: Annotated[Absolute | None, Field(description="instead of an image: a directory of the host")] = None
     command: Annotated[Words | None, Field(description="instead of the image's command")] = None
@@ -395,6 +428,7 @@ class ContainerTable(Table):
             yield "image", "and rootfs exclude each other (expected one of them)"
         if self.rootfs is not None and not (self.command or self.entrypoint):
             yield "rootfs", "says nothing about what to run (expected command or entrypoint beside it)"
+        yield from self._wrong_fetching()
         if self.restart is not None and self.restart_policy is not None:
             yield "restart", "and restart_policy exclude each other (expected one of them)"
         if self.seccomp not in ("default", "unconfined") and not self.seccomp.startswith("/"):
@@ -404,6 +438,19 @@ class ContainerTable(Table):
             for key in self.sysctls:
                 if not key.startswith("net."):
                     yield "sysctls", f"'{key}' belongs to the host with ipc = \"host\" (leave one of them out)"
+
+    def _wrong_fetching(self) -> Iterator[tuple[str, str]]:
+        """pull and update_image are about images that a registry has."""
+        source = "a rootfs" if self.image is None else forms.not_of_a_registry(self.image)
+        for key in ("pull", "update_image"):
+            if source and getattr(self, key) is not None:
+                yield key, f"does not apply to {source} (expected an image of a registry, or leave it out)"
+        if source or self.image is None or self.update_image is None:
+            return
+        if "@" in self.image:
+            yield "update_image", "the image is pinned by its digest (expected a tag alone)"
+        elif self.update_image.tag_pattern and not forms.is_version(self.image):
+            yield "update_image", f"tag_pattern: '{self.image}' has no version as its tag (expected one as :1.27.3)"
 
     def _wrong_networks(self) -> Iterator[tuple[str, str]]:
         if self.networks is None:

@@ -91,19 +91,47 @@ def variable(value: str) -> str:
 
 
 def image(value: str) -> str:
-    """A Docker-style reference, `[REGISTRY/]PATH[:TAG][@DIGEST]` (the distribution project's reference grammar)."""
-    transport = _TRANSPORT.match(value)
-    if transport:
+    """A Docker-style reference, `[REGISTRY/]PATH[:TAG][@DIGEST]`, or an archive of the host, `oci:/path[:REF]`.
+
+    Sources: the distribution project's reference grammar; containers-transports(5).
+    """
+    transport, colon, path = value.partition(":")
+    if colon and transport in ARCHIVES:
+        if not path.startswith("/"):
+            raise ValueError(f"'{value}': the path is not absolute (expected {transport}:/path[:REF])")
+        return f"{transport}:{absolute(path)}"
+    if colon and transport in _OTHER_TRANSPORTS and path.startswith(("/", ".")):
         raise ValueError(
-            f"'{value}': the transport '{transport[1]}' is not supported yet (expected {_REFERENCE_FORM})"
+            f"'{value}': the transport '{transport}' is not known (expected {_REFERENCE_FORM}, or oci:, oci-archive: "
+            "or docker-archive: and an absolute path)"
         )
     if not _REFERENCE.fullmatch(value) or len(value) > 512:
         raise ValueError(f"'{value}' is not an image reference (expected {_REFERENCE_FORM}, the path in lower case)")
     return value
 
 
+def not_of_a_registry(image: str) -> str:
+    """What an image is that no registry has, in words; "" if one may have it."""
+    if image.partition(":")[0] in ARCHIVES:
+        return "an archive of the host"
+    return "an image that is built here" if image.startswith("images.") and "/" not in image.partition("/")[0] else ""
+
+
+def archive_path(image: str) -> str | None:
+    """The path of the host that an image is read from; None for an image of a registry."""
+    transport, _, path = image.partition(":")
+    return path.partition(":")[0] if transport in ARCHIVES else None
+
+
+def is_version(image: str) -> bool:
+    """Whether the tag of a reference begins like a version."""
+    tag = image.rpartition("/")[2].partition(":")[2]
+    return re.match(r"v?\d", tag) is not None
+
+
+ARCHIVES = ("oci", "oci-archive", "docker-archive")
+_OTHER_TRANSPORTS = ("docker", "docker-daemon", "containers-storage", "dir", "ostree", "sif")
 _REFERENCE_FORM = "[REGISTRY/]PATH[:TAG][@DIGEST]"
-_TRANSPORT = re.compile(r"(oci|oci-archive|docker-archive|docker|docker-daemon|containers-storage|dir):(?=[./]|.*/)")
 _LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
 _REGISTRY = rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9a-fA-F:]+\])(?::\d+)?"
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"

@@ -142,6 +142,18 @@ class Logging(Frozen):
     max_files: int = 3
 
 
+class UpdateImage(Frozen):
+    """Whether and how often a registry is asked for a newer image than the one that runs.
+
+    policy: notify says so, apply stages it. tag_pattern: a glob (fnmatch(3)) of the tags that count, of which the
+    newest version above the tag of `image` is taken; None: what that tag itself names now.
+    """
+
+    policy: Literal["notify", "apply"]
+    interval: float = 3600.0
+    tag_pattern: str | None = None
+
+
 class Container(Frozen):
     """One container, resolved. Exactly one of image and rootfs is set.
 
@@ -151,6 +163,8 @@ class Container(Frozen):
     """
 
     image: str | None = None
+    pull: Literal["missing", "always", "newer", "never"] = "missing"
+    update_image: UpdateImage | None = None
     rootfs: str | None = None
     command: tuple[str, ...] | None = None
     entrypoint: tuple[str, ...] | None = None

@@ -107,6 +107,8 @@ class _Resolver:
             self.fault((*at, "image"), "is missing (expected an image, or a rootfs)")
         container = model.Container(
             image=table.image,
+            pull=table.pull or "missing",
+            update_image=table.update_image and model.UpdateImage.model_validate(table.update_image.model_dump()),
             rootfs=table.rootfs,
             command=None if table.command is None else tuple(table.command),
             entrypoint=None if table.entrypoint is None else tuple(table.entrypoint),
@@ -145,6 +147,9 @@ class _Resolver:
         wrong = outside_roots(table.rootfs, self.facts) if table.rootfs else None
         if wrong:
             self.fault((*at, "rootfs"), wrong)
+        archive = forms.archive_path(table.image) if table.image else None
+        if archive and (wrong := outside_roots(archive, self.facts)):
+            self.fault((*at, "image"), wrong)
         for key, message in broken_rules(container, self.facts):
             self.fault((*at, key), message)
         return container
