@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from footprint import sweep, wait_clean
 from ground import Rootfs
 from holdfast.drivers import Host
 from live.agent import LiveAgent
+from live.registry import Registry
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +50,26 @@ def agent(new_agent: Callable[[Host], LiveAgent], site: Host) -> LiveAgent:
     agent.start()
     agent.image("busybox:1")
     return agent
+
+
+@pytest.fixture
+def new_registry(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[Callable[..., Registry]]:
+    """Make registries on 127.0.0.1 (or as `live.registry.Registry` takes it); all are gone at the end."""
+    with ExitStack() as stack:
+
+        def make(**options: Any) -> Registry:
+            port = free_port()
+            made = Registry(tmp_path / f"registry-{port}", port, **options)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+@pytest.fixture
+def registry(new_registry: Callable[..., Registry]) -> Registry:
+    """An empty registry on 127.0.0.1, over plain HTTP, for anyone."""
+    return new_registry()
 
 
 AGENTS = pytest.StashKey[list[LiveAgent]]()
