@@ -204,13 +204,28 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class NewerImage:
+    """What a registry has for a container instead of what it runs.
+
+    image: the reference as it is committed, which the news is about. reference: what to run instead, by name, tag and
+    digest. digest: of its manifest for this host. at: when it was found.
+    """
+
+    image: str
+    reference: str
+    digest: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class History:
     """What survives a restart of the agent, as far as decisions need it.
 
     generations: app → its kept generations, oldest first. holds: `app/container` → hold.
-    failures: action subject → failure.
+    failures: action subject → failure. newer: `app/container` → the image that a registry has for it by now.
     """
 
     generations: Mapping[str, tuple[Generation, ...]] = field(default_factory=dict)
     holds: Mapping[str, Hold] = field(default_factory=dict)
     failures: Mapping[str, Failure] = field(default_factory=dict)
+    newer: Mapping[str, NewerImage] = field(default_factory=dict)

@@ -26,7 +26,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from holdfast.observed import (
     Hold,
     Instance,
     InstanceId,
+    NewerImage,
     Receipt,
 )
 
@@ -97,6 +98,7 @@ class Store:
             key: _failure.validate_json(value) for key, value in self._rows("subject, value", "failures")
         }
         self._facts = {name: json.loads(value) for name, value in self._rows("name, value", "facts")}
+        self._newer = {key: NewerImage(**value) for key, value in (self._facts.get("newer") or {}).items()}
         self._share_wants()
 
     def close(self) -> None:
@@ -111,7 +113,7 @@ class Store:
     def history(self) -> History:
         """The past as a value."""
         with self._lock:
-            return History(dict(self._generations), dict(self._holds), dict(self._failures))
+            return History(dict(self._generations), dict(self._holds), dict(self._failures), dict(self._newer))
 
     # -- instances and receipts --
 
@@ -225,6 +227,8 @@ class Store:
                 self.release(key)
             for subject in [each for each in self._failures if each == app or each.startswith(f"{app}/")]:
                 self.clear_failure(subject)
+            for key in [key for key in self._newer if key.startswith(f"{app}/")]:
+                self.put_newer(key, None)
             self._drop("generations", "app", app)
             self._generations.pop(app, None)
 
@@ -287,6 +291,15 @@ class Store:
         """Subject → what was under way. Right after a start: what a crash cut short."""
         with self._lock:
             return {subject: json.loads(value) for subject, value in self._rows("subject, value", "intents")}
+
+    def put_newer(self, key: str, newer: NewerImage | None) -> None:
+        """Note what a registry has for `app/container` by now; None: nothing newer than what it runs."""
+        with self._lock:
+            changed = {name: each for name, each in self._newer.items() if name != key}
+            if newer is not None:
+                changed[key] = newer
+            self.put_fact("newer", {name: asdict(each) for name, each in changed.items()})
+            self._newer = changed
 
     def put_fact(self, name: str, value: Any) -> None:
         """Keep one JSON-able value by its name."""

@@ -9,7 +9,7 @@ A file gives facts in and actions out, in a short-hand that is read here:
     generation  more generations of an app: {app, state, images?, containers…}; as = "want" takes want's app
     instance    "app/name" → what is otherwise about it; absent = true: not there; "app/name+x" is one more of it
     network     "app/name" → what is otherwise about it; absent = true: not there
-    hold, failure, orphan, volumes, firewall   as in History and Observed
+    hold, failure, newer, orphan, volumes, firewall   as in History and Observed
     rounds      the actions of each round of `preview`, one line each
     waiting, drift   what the first plan says of these (in full); resting: what still waits when all is done
     wake_at     of the first plan
@@ -37,6 +37,7 @@ from holdfast.observed import (
     Instance,
     InstanceId,
     NetworkState,
+    NewerImage,
     Observed,
     PublishedPort,
     Receipt,
@@ -113,6 +114,7 @@ def read_case(facts: Mapping[str, Any]) -> Case:
         generations={name: each for name, each in generations.items() if name not in facts.get("forgotten", ())},
         holds={key: Hold(**each) for key, each in facts.get("hold", {}).items()},
         failures={key: _failure(each, want or {}) for key, each in facts.get("failure", {}).items()},
+        newer={key: NewerImage(**each, at=NOW) for key, each in facts.get("newer", {}).items()},
     )
     observed = Observed(
         at=NOW,
@@ -216,7 +218,9 @@ def _networks(otherwise: Mapping[str, Any], was: Mapping[str, App]) -> Iterator[
 def _failure(short: Mapping[str, Any], want: Mapping[str, App]) -> Failure:
     facts = {"error": "it failed", "count": 1, "at": NOW} | dict(short)
     tried = facts.pop("tried")
-    digest = want[tried.removeprefix("want ")].digest if tried.startswith("want ") else tried
+    kind, _, rest = tried.partition(" ")
+    name, *images = rest.split(" ")
+    digest = " ".join((want[name].digest, *images)) if kind == "want" else tried
     retry_at = facts.pop("retry_at")
     return Failure(digest=digest, retry_at=None if retry_at == "never" else retry_at, **facts)
 

@@ -21,6 +21,7 @@ from holdfast.spec.model import (
     Resources,
     RestartPolicy,
     Ulimit,
+    UpdateImage,
 )
 
 POLICIES = ("no", "on-failure", "always", "unless-stopped")
@@ -57,6 +58,8 @@ OTHERWISE: dict[str, Any] = {
     "sysctls": {"net.core.somaxconn": "1024"},
     "ulimits": {"nofile": Ulimit(soft=1, hard=2)},
     "group_add": ("video",),
+    "pull": "always",
+    "update_image": UpdateImage(policy="apply"),
     "init": True,
     "shm_size": 1024,
     "pid": "host",

@@ -50,13 +50,18 @@ class Action:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageGeneration(Action):
-    """Resolve images, store mounted files, let every driver check; nothing that runs is touched."""
+    """Resolve images, store mounted files, let every driver check; nothing that runs is touched.
+
+    images: container → what a registry has for it by now (name, tag and digest), where that is to be run instead of
+    what is here under the name that is committed.
+    """
 
     spec: App
+    images: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tried(self) -> str:
-        return self.spec.digest
+        return " ".join((self.spec.digest, *(self.images[name] for name in sorted(self.images))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,8 +84,11 @@ def _targets(spec: Spec | None, desk: Desk) -> Iterator[tuple[str, Generation]]:
         desk.waiting[name] = "its state file does not load; it stays as it is"
     for name, app in spec.apps.items():
         found = _staged(app, history) or _current(history.generations.get(name, ()))
+        newer = _newer_images(app, history)
         if found is None or found.app.digest != app.digest:
-            desk.offer(StageGeneration(app=name, spec=app, reason=_stage_reason(found)))
+            desk.offer(StageGeneration(app=name, spec=app, images=newer, reason=_stage_reason(found)))
+        elif moved := {key: new for key, new in newer.items() if not new.endswith(found.images.get(key, "none"))}:
+            desk.offer(StageGeneration(app=name, spec=app, images=newer, reason=_moved_reason(found, moved)))
         if found is None:
             desk.unplaced.add(name)
         else:
@@ -135,6 +138,23 @@ def _staged(app: App, history: History) -> Generation | None:
 
 def _current(known: tuple[Generation, ...]) -> Generation | None:
     return next((each for each in reversed(known) if each.state != "staged"), None)
+
+
+def _newer_images(app: App, history: History) -> dict[str, str]:
+    """Container → what its registry has by now, where the state says that this is to be run."""
+    found = {}
+    for name, want in app.containers.items():
+        newer = history.newer.get(f"{app.name}/{name}")
+        if newer and want.update_image and want.update_image.policy == "apply" and newer.image == want.image:
+            found[name] = newer.reference
+    return found
+
+
+def _moved_reason(current: Generation, moved: Mapping[str, str]) -> str:
+    return "; ".join(
+        f"the image of {name} is {reference} by now, not {current.images.get(name, '')[7:19]}"
+        for name, reference in moved.items()
+    )
 
 
 def _stage_reason(current: Generation | None) -> str:

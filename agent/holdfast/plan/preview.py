@@ -63,8 +63,8 @@ def expect(world: World, action: Action, now: float) -> World:
     """The world after an action that went well."""
     observed, history = world.observed, world.history
     match action:
-        case StageGeneration(spec=app):
-            return World(observed, _staged(history, app, now))
+        case StageGeneration(spec=app, images=images):
+            return World(observed, _staged(history, app, images, now))
         case EnsureNetwork(network=network, spec=spec):
             known = observed.networks.get(network)
             state = NetworkState(
@@ -120,10 +120,13 @@ def expect(world: World, action: Action, now: float) -> World:
             raise AssertionError(f"no expected effect for {action.verb}")
 
 
-def _staged(history: History, app: App, now: float) -> History:
+def _staged(history: History, app: App, images: Mapping[str, str], now: float) -> History:
+    pinned = {name: reference.rpartition("@")[2] for name, reference in images.items()}
     known = history.generations.get(app.name, ())
     number = known[-1].number + 1 if known else 1
-    generation = Generation(app=app, number=number, state="staged", images=_guessed(app, known), staged_at=now)
+    generation = Generation(
+        app=app, number=number, state="staged", images=_guessed(app, known) | pinned, staged_at=now
+    )
     return replace(history, generations={**history.generations, app.name: (*known, generation)})
 
 
