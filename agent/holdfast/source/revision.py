@@ -39,6 +39,7 @@ class Revision:
     left_out: path → why it is not in files (a submodule, a git LFS pointer, a link that leads out), in words.
     id: the commit's hash, or `dir:` and the start of a digest of files. message: its first line.
     at: when it was committed, seconds since the epoch; None for a directory. url: without any password.
+    executable: those of files that are programs (git's mode 100755; any of the x bits in a directory).
     """
 
     id: str
@@ -49,6 +50,7 @@ class Revision:
     at: float | None = None
     url: str = ""
     branch: str = ""
+    executable: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

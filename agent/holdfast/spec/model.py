@@ -157,6 +157,7 @@ class UpdateImage(Frozen):
 class Container(Frozen):
     """One container, resolved. Exactly one of image and rootfs is set.
 
+    image: a reference, or `images.app/name` for one of App.images.
     networks: qualified network key → attachment; {"none": …} and {"host": …} stand alone.
     mounts: volumes and configs, in the order in which they are mounted.
     depends_on: name of a container of the same app → what it must have reached.
@@ -221,11 +222,41 @@ class Volume(Frozen):
     on_remove: Literal["keep", "delete"] = "keep"
 
 
+class Build(Frozen):
+    """An image that is built on the node from files of the revision.
+
+    key: sha256 (hex) of all that the result depends on: the context's files after .dockerignore, the Dockerfile,
+    args, target, platforms, labels, network, and the keys of bases. What has been built by a key is not built again.
+    context, dockerfile: paths in the revision, for people. tree: digest (hex) of the context's listing, a blob of
+    canonical JSON: path below the context → [sha256 (hex) of the content, executable?]. instructions: digest of the
+    Dockerfile's content. bases: a name as the Dockerfile writes it → the qualified name of the image it stands for.
+    tags: further names of the result; push brings them to their registries. platforms: () is this node's alone.
+    """
+
+    key: str
+    context: str
+    dockerfile: str
+    tree: str
+    instructions: str
+    args: dict[str, str] = {}
+    target: str | None = None
+    platforms: tuple[str, ...] = ()
+    labels: dict[str, str] = {}
+    network: Literal["host", "none"] = "host"
+    bases: dict[str, str] = {}
+    tags: tuple[str, ...] = ()
+    push: bool = False
+    pull: Literal["missing", "always", "newer", "never"] = "missing"
+    no_cache: bool = False
+
+
 class App(Frozen):
     """One state file: the unit of change, of failure and of rollback.
 
     path: the state file in the revision. files: every revision file that a container mounts → its sha256 (hex).
     networks and volumes are keyed by their short names; their qualified names are `app/name`.
+    images: by qualified name, whatever app defines it, all that must be built for this app: what its containers
+    run, what it pushes, and what these are built from.
     """
 
     name: str
@@ -234,6 +265,7 @@ class App(Frozen):
     containers: dict[str, Container] = {}
     networks: dict[str, Network] = {}
     volumes: dict[str, Volume] = {}
+    images: dict[str, Build] = {}
     files: dict[str, str] = {}
 
     @cached_property
@@ -279,7 +311,7 @@ class Spec:
 
     apps: what loads, by name. broken: state files that do not load → the names that their apps may have
     (those apps stay at their last good generation). problems: all of them, in file and line order.
-    blobs: sha256 (hex) → content of every file that some app mounts.
+    blobs: sha256 (hex) → content of every file that some app mounts, or builds an image from.
     """
 
     apps: Mapping[str, App] = field(default_factory=dict)
