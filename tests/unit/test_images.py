@@ -320,7 +320,7 @@ def test_names_are_completed_as_docker_does(reference: str, full: str) -> None:
 
 @pytest.mark.parametrize("reference", ["", "App", "a b", "app:", "/app", "app/", "../x", "a:b:c", "-a"])
 def test_malformed_names_are_refused(reference: str) -> None:
-    with pytest.raises(WrongCall, match="not a valid name"):
+    with pytest.raises(WrongCall, match="image name"):
         normalize(reference)
 
 
