@@ -52,6 +52,7 @@ REST = 2.0  # after a long pass, rest that many times as long: in a burst, passe
 SHORT, LONGEST_REST = 0.005, 0.1  # seconds: a pass that takes no longer needs no rest; nobody waits longer than that
 FILES = 65_536  # open at once, as in holdfast.service
 HOUSEKEEPING = 10.0  # seconds between looks at the size of logs
+BEAT = 0.1  # seconds between looks at what is being pulled
 FOLLOWERS = 64  # answers at a time; each that follows a log takes one
 FIXED = ("name", "root", "run_root", "runtime", "socket", "group", "pool", "firewall", "start_concurrency")
 
@@ -72,8 +73,11 @@ def run_agent(path: Path | None) -> int:
         return asyncio.run(Daemon(config, path, node).serve())
 
 
-def apply_once(config: Config, timeout: float) -> Json:
-    """Converge without an agent, for at most timeout seconds; returns the last status."""
+def apply_once(config: Config, timeout: float, show: Callable[[Sequence[Json]], None]) -> Json:
+    """Converge without an agent, for at most timeout seconds; returns the last status.
+
+    show: called ten times a second while images are on their way, with `Transfers.look()`; that time does not count.
+    """
     _need_root()
     deadline, slot = time.monotonic() + timeout, threading.Event()
     with _only_agent(config), _node_of(config) as node:
@@ -95,7 +99,11 @@ def apply_once(config: Config, timeout: float) -> Json:
             hopeless = until >= left and not waits
             if left <= 0 or (at_rest and (made.status.converged or hopeless)):
                 return made.status.json()
-            slot.wait(max(min(until, left), 0.001))
+            rest = max(min(until, left), 0.001)
+            while not slot.wait(min(rest, BEAT)) and rest > 0:
+                show(coming := node.rig.transfers.look())
+                rest -= BEAT
+                deadline += BEAT if coming else 0.0
 
 
 @contextmanager
@@ -332,7 +340,8 @@ class Daemon(Answers):
         """How the node stood at the last pass."""
         if self._last is None:
             raise TryAgain("status: the agent has just started, its first pass is under way")
-        return {**self._last.status.json(), "agent": {"version": __version__, "pid": os.getpid()}}
+        agent = {"version": __version__, "pid": os.getpid()}
+        return {**self._last.status.json(), "agent": agent, "transfers": self.rig.transfers.look()}
 
     def plan(self) -> Json:
         """A preview, made now."""

@@ -18,7 +18,7 @@ from holdfast.cli.checkup import overlay
 from holdfast.cli.command import socket_path
 from holdfast.cli.render import ago, pairs, size, span
 from holdfast.cli.since import moment
-from holdfast.cli.state import app_reason, show_apps
+from holdfast.cli.state import app_reason, show_apps, show_status
 from holdfast.config import load_config
 from holdfast.plan.actions import Plan, StartInstance
 from paper import PaperAgent, served
@@ -56,9 +56,28 @@ def test_status_is_a_table_with_a_headline(agent: PaperAgent, run: Run, said: Ca
     assert run("status") == 0
     head, _, columns, *rows = said().splitlines()
     assert head.startswith("edge-1: converged  c0ffee1234  Add the shop  (Ann, ")
-    assert columns.split() == ["NAME", "STATE", "GEN", "SINCE", "ADDRESS", "PORTS"]
+    assert columns.split() == ["NAME", "STATE", "GEN", "SINCE", "ADDRESS", "PORTS", "IMAGE"]
     assert [row.split()[:3] for row in rows if row.startswith("shop")] == [["shop", "converged", "3"]]
-    assert any(row.split() == ["web", "running", "1", "1m", "10.209.0.2", "8080:80"] for row in rows)
+    assert any(
+        row.split() == ["web", "running", "1", "1m", "10.209.0.2", "8080:80", "shop/web:1.27", "(1)"] for row in rows
+    )
+
+
+def test_status_tells_what_is_on_its_way_and_what_is_newer(agent: PaperAgent, said: Callable[[], str]) -> None:
+    status = agent.status()
+    web = status["apps"]["shop"]["containers"]["web"]
+    web["newer"] = f"app:2@sha256:{'c' * 64}"
+    layers = [
+        {"digest": "sha256:a", "state": "done", "done": 1 << 20, "total": 1 << 20},
+        {"digest": "sha256:b", "state": "pulling", "done": 1 << 20, "total": 3 << 20},
+        {"digest": "sha256:c", "state": "here", "done": 0, "total": 9 << 20},
+    ]
+    coming = {"ref": "app:3", "state": "pulling", "done": 2 << 20, "total": 4 << 20, "layers": layers}
+    show_status({**status, "transfers": [coming, {"ref": "db:1", "state": "resolving"}]})
+    told = said()
+    assert "newer image: app:2 (cccccccccccc)" in told
+    assert "app:3: 2MiB of 4MiB, 1 of 2 layers" in told
+    assert "db:1: the registry is asked" in told
 
 
 def test_status_json_is_what_the_agent_says(agent: PaperAgent, run: Run, said: Callable[[], str]) -> None:
@@ -322,6 +341,9 @@ def test_a_reason_that_an_app_tells_is_not_told_by_its_containers_as_well(said: 
         "next_at": None,
         "instances": [],
         "ports": [],
+        "image": "app:1",
+        "digest": "",
+        "newer": "",
     }
     app = {"state": "failed", "reason": "no such image", "generation": None, "containers": {"web": container}}
     show_apps({"at": 0.0, "apps": {"shop": app}})

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from holdfast.cli import render
+from holdfast.cli.bars import Show, amount, bars
 from holdfast.cli.check import counted
 from holdfast.cli.client import Client
 from holdfast.cli.command import client, command, json_option, log_to_stderr, reach, settings, socket_path
@@ -17,6 +18,7 @@ from holdfast.errors import HoldfastError, TryAgain
 Json = Mapping[str, Any]
 CHANGES = 2
 BEAT = 0.1  # seconds between looks at a node that converges
+WAIT = "Seconds to wait at most, pulling images aside."
 PATIENCE = 300.0  # seconds that apply and sync --wait wait by default
 
 
@@ -90,20 +92,21 @@ def show_step(step: Json) -> None:
 @command("sync")
 @click.option("--accept-rewrite", is_flag=True, help="Take a branch whose history was rewritten as it is now.")
 @click.option("--wait", is_flag=True, help="Wait until the node is converged.")
-@click.option("--timeout", type=float, default=PATIENCE, show_default=True, help="Seconds to wait at most.")
+@click.option("--timeout", type=float, default=PATIENCE, show_default=True, help=WAIT)
 def sync(accept_rewrite: bool, wait: bool, timeout: float) -> None:
     """Read the source and make a pass now."""
     agent = client()
     status = agent.sync(accept_rewrite)
     if wait:
-        status = converge(agent, timeout)
+        with bars() as show:
+            status = converge(agent, timeout, show)
     click.echo(headline(status))
     if status["source"].get("error"):
         raise TryAgain(f"sync: {status['source']['error']}")
 
 
 @command("apply")
-@click.option("--timeout", type=float, default=PATIENCE, show_default=True, help="Seconds to wait at most.")
+@click.option("--timeout", type=float, default=PATIENCE, show_default=True, help=WAIT)
 @json_option()
 def apply(timeout: float, json_: bool) -> None:
     """Converge once and exit, agent or none.
@@ -111,14 +114,15 @@ def apply(timeout: float, json_: bool) -> None:
     Exits 0 only when the node is converged.
     """
     agent, began = Client(socket_path()), time.monotonic()
-    if agent.answers():
-        agent.sync(False)
-        status = converge(agent, timeout)
-    else:
-        from holdfast.daemon import apply_once
+    with bars() as show:
+        if agent.answers():
+            agent.sync(False)
+            status = converge(agent, timeout, show)
+        else:
+            from holdfast.daemon import apply_once
 
-        log_to_stderr()
-        status = apply_once(settings(), timeout)
+            log_to_stderr()
+            status = apply_once(settings(), timeout, show)
     if json_:
         render.as_json(status)
     elif status["converged"]:
@@ -130,12 +134,18 @@ def apply(timeout: float, json_: bool) -> None:
         )
 
 
-def converge(agent: Client, timeout: float) -> Json:
-    """Follow the agent until the node is converged or the time is up; return its last status."""
-    deadline = time.monotonic() + timeout
+def converge(agent: Client, timeout: float, show: Show) -> Json:
+    """Follow the agent until the node is converged or the time is up; return its last status.
+
+    While an image is on its way the time stands still: a transfer that stalls is given up by itself.
+    """
+    looked, left = time.monotonic(), timeout
     status: Json = agent.status()
     for _ in agent.follow(limit=1, beat=BEAT):
-        if status["converged"] or time.monotonic() >= deadline:
+        show(status["transfers"])
+        looked, passed = time.monotonic(), time.monotonic() - looked
+        left -= 0.0 if status["transfers"] else passed
+        if status["converged"] or left <= 0:
             break
         status = agent.status()
     return status
@@ -178,6 +188,7 @@ def show_status(status: Json) -> None:
     if status["apps"]:
         click.echo()
         show_apps(status)
+    listed("images on their way", images_coming(status))
     told = {*status["problems"], *status["apps"]}
     listed("not converged", [line for line in status["blockers"] if not told & {line, line.split(":")[0]}])
     source = status["source"]
@@ -196,18 +207,26 @@ def listed(title: str, lines: list[str]) -> None:
             render.note(line, indent=2, colour=None)
 
 
+def images_coming(status: Json) -> list[str]:
+    """A line for each image on its way."""
+    lines = []
+    for each in status["transfers"]:
+        asking = each["state"] == "resolving"
+        lines.append(f"{each['ref']}: " + ("the registry is asked" if asking else amount(each)))
+    return lines
+
+
 def show_apps(status: Json) -> None:
     """A row for each app and each of its instances; what needs words follows below its row."""
     rows: list[tuple[list[str], list[str]]] = []
     for name, app in status["apps"].items():
         generation = "" if app["generation"] is None else str(app["generation"])
         reason = app_reason(name, app)
-        rows.append(
-            ([render.paint(name, None, bold=True), render.state(app["state"]), generation, "", "", "", ""], [reason])
-        )
+        head = [render.paint(name, None, bold=True), render.state(app["state"]), generation]
+        rows.append(([*head, "", "", "", "", ""], [reason]))
         for container, value in app["containers"].items():
             rows.extend(container_rows(container, value, status["at"], above=reason))
-    head = ["NAME", "STATE", "GEN", "SINCE", "RESTARTS", "ADDRESS", "PORTS"]
+    head = ["NAME", "STATE", "GEN", "SINCE", "RESTARTS", "ADDRESS", "PORTS", "IMAGE"]
     render.table(head, [row for row, _ in rows], notes=[notes for _, notes in rows])
 
 
@@ -233,6 +252,7 @@ def container_rows(name: str, container: Json, at: float, *, above: str) -> Iter
                 render.state(word),
                 *instance_cells(instance, at),
                 ports(container, newest),
+                image(container, instance) if newest else "",
             ],
             [*notes, *(instance_notes(instance) if instance else ())],
         )
@@ -240,6 +260,13 @@ def container_rows(name: str, container: Json, at: float, *, above: str) -> Iter
 
 def ports(container: Json, newest: bool) -> str:
     return " ".join(port.removesuffix("/tcp") for port in container["ports"]) if newest else ""
+
+
+def image(container: Json, instance: Json | None) -> str:
+    """What a container runs, or would: the committed reference without a digest, and the digest's beginning."""
+    digest = str((instance or container)["digest"])
+    name = str(container["image"]).partition("@")[0]
+    return f"{name} ({digest[7:19]})" if digest.startswith("sha256:") else name
 
 
 def instance_cells(instance: Json | None, at: float) -> list[str]:
@@ -259,6 +286,9 @@ def container_notes(container: Json, at: float, above: str) -> Iterator[str]:
     reason = "" if above and container["reason"].startswith(above) else container["reason"]
     if reason or later:
         yield (reason + later).strip()
+    if container["newer"]:
+        name, _, digest = container["newer"].partition("@")
+        yield f"newer image: {name} ({digest[7:19]})"
 
 
 def instance_notes(instance: Json) -> Iterator[str]:

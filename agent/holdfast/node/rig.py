@@ -14,6 +14,7 @@ from holdfast.drivers import Host
 from holdfast.errors import NotFound, WrongState
 from holdfast.images import lookup
 from holdfast.images.store import ImageStore
+from holdfast.images.transfers import Transfers
 from holdfast.observed import Instance, Json, Receipt
 from holdfast.plan.derived import Pages
 from holdfast.plan.diff import folder_files
@@ -49,6 +50,7 @@ class Rig:
     bind_roots: tuple[str, ...] | None = None
     pages: Pages = field(default_factory=dict)
     filters: Filters = field(default_factory=Filters)
+    transfers: Transfers = field(default_factory=Transfers)
     notes: bool = True
 
     def base(self, digest: str) -> Base:

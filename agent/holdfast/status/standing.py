@@ -49,10 +49,14 @@ DEGRADING: frozenset[ContainerState] = frozenset({"restarting", "failed", "exite
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceStatus:
-    """One run of a container. exit_code is 128 + signal after a signal; None while it runs or when nobody saw it."""
+    """One run of a container. digest: of its image.
+
+    exit_code is 128 + signal after a signal; None while it runs or when nobody saw it.
+    """
 
     id: str
     generation: int
+    digest: str
     state: str
     pid: int | None
     restarts: int
@@ -68,11 +72,17 @@ class InstanceStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerStatus:
-    """One container of an app. next_at: when it is started again after a failure. held: by whom and since when."""
+    """One container of an app. next_at: when it is started again after a failure. held: by whom and since when.
+
+    image: as it is committed. digest: of what was staged for that, "" as long as nothing is. newer: what a registry
+    has by now, by name, tag and digest; "" for nothing newer, and where it is not asked (update_image).
+    """
 
     state: ContainerState
     reason: str
     image: str
+    digest: str
+    newer: str
     ports: tuple[str, ...]
     next_at: float | None
     held: Hold | None
@@ -93,7 +103,10 @@ class AppStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """The node as a person reads it. blockers: why it is not converged, a line each; empty when it is."""
+    """The node as a person reads it. blockers: why it is not converged, a line each; empty when it is.
+
+    transfers: the images on their way (`images.transfers.Transfer.json`); the daemon fills it in.
+    """
 
     node: str
     at: float
@@ -108,6 +121,7 @@ class Status:
     waiting: Mapping[str, str]
     drift: Mapping[str, str]
     agent: Json = field(default_factory=dict)
+    transfers: tuple[Json, ...] = ()
 
     def json(self) -> dict[str, Any]:
         """The value that `holdfast status --json` prints."""
@@ -305,15 +319,28 @@ def _container(
     actions = [action for action in plan.actions if action.subject == subject]
     state, reason, next_at = _container_state(want, instances, hold, failure, actions, _waits_for(subject, plan))
     shown = want or (instances[-1].want if instances else Container())
+    newer = history.newer.get(subject)
     return ContainerStatus(
         state=state,
         reason=reason,
         image=shown.image or shown.rootfs or "",
+        digest=_digest(subject, shown, history),
+        newer=newer.reference if newer and newer.image == shown.image else "",
         ports=tuple(str(port) for port in shown.ports),
         next_at=next_at,
         held=hold,
         instances=tuple(_instance(instance) for instance in instances),
     )
+
+
+def _digest(subject: str, shown: Container, history: History) -> str:
+    """What the newest generation that has the container as it is shown runs."""
+    app, _, name = subject.partition("/")
+    for generation in reversed(history.generations.get(app, ())):
+        staged = generation.app.containers.get(name)
+        if staged is not None and (staged.image, staged.rootfs) == (shown.image, shown.rootfs):
+            return generation.images.get(name, "")
+    return ""
 
 
 def _waits_for(subject: str, plan: Plan) -> str:
@@ -366,6 +393,7 @@ def _instance(instance: Instance) -> InstanceStatus:
     return InstanceStatus(
         id=instance.id,
         generation=instance.generation,
+        digest=instance.image,
         state=instance.phase,
         pid=instance.pid if instance.phase == "running" else None,
         restarts=instance.restarts,
