@@ -66,7 +66,7 @@ class Lanes:
         over: Callable[[Action], None] = lambda action: None,
         *,
         starts: int | None = None,
-        stages: int = 4,
+        stages: int = 16,  # most of the time they wait for a registry
     ) -> None:
         self._work, self._over = work, over
         self._lock = threading.Lock()
