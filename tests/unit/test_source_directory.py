@@ -195,3 +195,9 @@ def test_a_thousand_unchanged_files_are_listed_and_not_read(state: Path) -> None
         took.append(time.perf_counter() - begin)
     print(f"1,000 unchanged files: {min(took) * 1e3:.1f} ms")
     assert min(took) < 0.02  # 4 ms where nothing else runs
+
+
+def test_a_tree_that_is_half_replaced_is_not_read(state: Path) -> None:
+    (state / "..replacing").write_bytes(b"out\n")
+    with pytest.raises(TryAgain, match="being replaced"):
+        read(state)

@@ -24,6 +24,7 @@ ATTEMPTS = 8
 # File systems stamp with the kernel's tick (up to 10 ms at HZ=100), and only when a write begins: within this time
 # of its stamp, a file may change further without showing it.
 RACY_NS = 100_000_000
+REPLACING = "..replacing"  # at the top of a tree that is half of one and half of another, see `source.replace`
 
 
 # What tells one state of a file from another without reading it: mtime and ctime (ns), size, inode, device.
@@ -43,8 +44,10 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A tree without its content: relative path → where the file really is, and its stamp."""
+    """A tree without its content: relative path → where the file really is, and its stamp. root: which directory
+    (device, inode) it was when the listing began: another may take its place while it is read."""
 
+    root: tuple[int, int] = (0, 0)
     files: dict[str, tuple[str, Stamp]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -114,6 +117,9 @@ class DirectorySource:
                 if self._revision is not None and self._settled and listing == self._listing:
                     return self._revision
                 known = {path: self._content(path, *where) for path, where in listing.files.items()}
+                check_whole(self._path)
+                if identity(self._path) != listing.root:
+                    continue
             except (FileNotFoundError, NotADirectoryError, Torn):
                 continue  # it moved under our hands: look again
             except OSError as error:
@@ -125,7 +131,10 @@ class DirectorySource:
         known = self._known.get(path)
         if known is not None and known.settled and known.stamp == stamp:
             return known
-        return read_file(real)
+        content = read_file(real)
+        if content.stamp != stamp:  # of another tree than the one that was listed, it may be
+            raise Torn(path)
+        return content
 
     def _revise(self, listing: Listing, known: dict[str, Content]) -> Revision:
         before, self._known = self._known, known
@@ -195,13 +204,28 @@ def list_tree(root: str) -> Listing:
     if not os.path.isdir(real):
         found = "not a directory" if os.path.lexists(root) else "no such directory"
         raise TryAgain(f"read '{root}': {found} (what runs stays)")
-    listing = Listing()
+    check_whole(real)
+    listing = Listing(identity(real))
     total = 0
     for path, where, status in walk(real, real, "", (real,), listing.left_out, count()):
         listing.files[path] = (where, stamp_of(status))
         total += status.st_size
     check_size(root, total, len(listing.files))
     return listing
+
+
+def identity(folder: str) -> tuple[int, int]:
+    """What tells a directory from another that takes its name."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def check_whole(root: str) -> None:
+    """Raise TryAgain for a tree that is being replaced, or was when the host lost its power."""
+    if os.path.lexists(f"{root}/{REPLACING}"):
+        raise TryAgain(
+            f"read '{root}': it is being replaced by a bundle (what runs stays; if that broke off, load it again)"
+        )
 
 
 def walk(
