@@ -108,7 +108,7 @@ class Reconciler:
             return wanted
         if revision is self._revision or (self._revision and revision.id == self._revision.id):
             return wanted
-        return self._judged(load(revision.files, self.config.facts()))
+        return self._judged(load(revision.files, self.config.facts(), executable=revision.executable))
 
     def reload(self, source: Source, config: Config) -> None:
         """Go on with other settings: what was read by the old ones is read anew."""
@@ -125,7 +125,7 @@ class Reconciler:
 
     def _accept(self, revision: Revision) -> None:
         """Read a new revision's files; a refused one (on_invalid) changes nothing but the status."""
-        spec = load(revision.files, self.config.facts(), cache=self._cache)
+        spec = load(revision.files, self.config.facts(), cache=self._cache, executable=revision.executable)
         self._revision = revision
         self._spec = self._judged(spec)
 

@@ -143,9 +143,22 @@ class Remainder:
         return path in self.torn or path[:-1] in self.torn
 
     def cut(self, faults: Iterable[Fault]) -> None:
+        gone: set[KeyPath] = set()  # with one of several faults of a key, or of a table, the others are cut out too
         for fault in faults:
             steps = [*takewhile(lambda step: isinstance(step, str), fault.path)]
+            if any(tuple(steps[:length]) in gone for length in range(1, len(steps) + 1)):
+                continue
+            gone.add(tuple(steps))
+            if steps[:-1] and steps[-1] not in self._table(steps[:-1]):
+                gone.add(tuple(steps[:-1]))
             self.data = self._without(self.data, steps, ())
+
+    def _table(self, steps: list[Any]) -> Any:
+        """What the data has at these steps; nothing where they lead nowhere."""
+        table = self.data
+        for step in steps:
+            table = table.get(step) if isinstance(table, dict) else None
+        return table if isinstance(table, dict) else ()
 
     def _without(self, table: Any, steps: list[Any], at: KeyPath) -> Any:
         """table without what steps lead to: the key, or what it is missing from; the original stays as it is."""

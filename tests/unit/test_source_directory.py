@@ -54,6 +54,15 @@ def test_a_touched_file_gives_the_same_object(state: Path) -> None:
     assert source.current() is before
 
 
+def test_a_file_that_becomes_a_program_is_a_change(state: Path) -> None:
+    source = DirectorySource(state)
+    before = source.current()
+    (state / "shop.toml").chmod(0o744)
+    after = source.current()
+    assert (before.executable, after.executable) == (frozenset(), {"shop.toml"})
+    assert before.id != after.id
+
+
 def test_a_change_of_the_same_size_within_one_tick_is_seen(state: Path) -> None:
     source = DirectorySource(state)
     for number in range(200):

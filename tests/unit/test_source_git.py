@@ -317,6 +317,22 @@ def test_a_directory_source_and_a_git_source_give_the_same_files(
     assert fetched(make()) == dict(DirectorySource(repository.path).current().files)
 
 
+def test_programs_are_told_apart_links_to_them_included(
+    repository: Repository, make: Callable[..., GitSource], tmp_path: Path
+) -> None:
+    script = repository.path / "web/run.sh"
+    script.parent.mkdir(exist_ok=True)
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    (repository.path / "start").symlink_to("web/run.sh")
+    repository.commit("programs", data="plain")
+    source = make()
+    source.refresh()
+    assert source.current().executable == {"web/run.sh", "start"}
+    repository.git("clone", "--quiet", str(repository.path), str(tmp_path / "clone"))
+    assert DirectorySource(tmp_path / "clone").current().executable == {"web/run.sh", "start"}
+
+
 def test_the_settings_choose_the_kind_of_source(repository: Repository, tmp_path: Path) -> None:
     directory = make_source(StateSource(directory=repository.path), tmp_path / "root")
     assert directory.state().kind == "directory"

@@ -40,6 +40,7 @@ class Content:
     data: bytes
     digest: bytes
     settled: bool
+    executable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,7 @@ class DirectorySource:
             files=MappingProxyType(files),
             left_out=MappingProxyType(left_out),
             url=self._path,
+            executable=frozenset(path for path, content in known.items() if content.executable),
         )
 
 
@@ -160,14 +162,18 @@ def alike(one: dict[str, Content], other: dict[str, Content]) -> bool:
     """Whether both hold the same files with the same content."""
     if one.keys() != other.keys():
         return False
-    return all(one[path] is content or one[path].digest == content.digest for path, content in other.items())
+    return all(
+        one[path] is content or (one[path].digest, one[path].executable) == (content.digest, content.executable)
+        for path, content in other.items()
+    )
 
 
 def digest(known: dict[str, Content]) -> str:
-    """A digest of all paths and contents; independent of order."""
+    """A digest of all paths, contents and modes; independent of order."""
     total = hashlib.sha256()
     for path in sorted(known):
-        total.update(os.fsencode(path) + b"\0" + known[path].digest)
+        mode = b"x" if known[path].executable else b""
+        total.update(os.fsencode(path) + b"\0" + known[path].digest + mode)
     return total.hexdigest()
 
 
@@ -188,7 +194,7 @@ def read_file(path: str) -> Content:
         stamp = stamp_of(status)
         if stamp_of(os.fstat(handle)) != stamp:
             raise Torn(path)
-    return Content(stamp, data, hashlib.sha256(data).digest(), settled)
+    return Content(stamp, data, hashlib.sha256(data).digest(), settled, bool(status.st_mode & 0o111))
 
 
 def stamp_of(status: os.stat_result) -> Stamp:

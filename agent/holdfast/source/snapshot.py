@@ -12,7 +12,7 @@ from holdfast.errors import TryAgain, WrongState
 from holdfast.source.gitcommand import Git
 from holdfast.source.revision import MAX_DEPTH, Revision, check_size, check_visits, is_noise
 
-LINK, SUBMODULE = "120000", "160000"
+LINK, SUBMODULE, PROGRAM = "120000", "160000", "100755"
 LFS = b"version https://git-lfs.github.com/spec/"
 LFS_LONGEST = 1024  # bytes, of a pointer file
 MOST_LINKS = 40
@@ -57,6 +57,7 @@ def read_commit(git: Git, commit: str, path: str, url: str) -> Revision:
         author=_plain(author),
         message=_plain(message),
         at=float(at),
+        executable=frozenset(name for name in files if found[name].mode == PROGRAM),
     )
 
 

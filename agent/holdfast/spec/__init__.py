@@ -1,7 +1,8 @@
 """The state language: files of a revision → Spec. Pure: no clock, no disk, no kernel.
 
 `load` is the way in; `model` holds the nouns that it makes. The rooms, in reading order: `model`, `load`, `authored`
-(the language's tables), `forms` (its short forms), `interpolate`, `resolve`, `policy`, `links`, `schema`.
+(the language's tables), `forms` (its short forms), `interpolate`, `resolve`, `policy`, `links`, `builds` (with
+`dockerfile` and `dockerignore`), `schema`.
 """
 
 from holdfast.spec.forms import signal_number

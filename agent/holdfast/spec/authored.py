@@ -332,7 +332,7 @@ class ContainerTable(Table):
     """One container."""
 
     not_yet: ClassVar = (
-        *("healthcheck", "replicas", "scale", "deploy", "secrets", "build", "update", "update_config"),
+        *("healthcheck", "replicas", "scale", "deploy", "secrets", "update", "update_config"),
         "rolling",
     )
     hints: ClassVar = {
@@ -349,6 +349,7 @@ class ContainerTable(Table):
         "oom_score_adj": "oom_score_adj in [containers.NAME.resources]",
         "security_opt": "seccomp or no_new_privileges",
         "pull_policy": "pull",
+        "build": 'image = "images.NAME", and [images.NAME]',
         "env": "environment",
         "workdir": "working_dir",
         "env_file": "environment",
@@ -358,7 +359,7 @@ class ContainerTable(Table):
 
     image: Annotated[
         Annotated[str, Checked(forms.image, {})] | None,
-        Field(description="REGISTRY/PATH:TAG@DIGEST, or an archive of the host as oci:/path"),
+        Field(description="REGISTRY/PATH:TAG@DIGEST, images.NAME, or an archive of the host as oci:/path"),
     ] = None
     pull: Annotated[
         Literal["missing", "always", "newer", "never"] | None,
@@ -525,14 +526,64 @@ class ConfigTable(Table):
             yield "file", f"'{self.file}' is not a path in the repository (expected ./path)"
 
 
+class ImageTable(Table):
+    """An image that the node builds from files of the repository, whenever these change."""
+
+    not_yet: ClassVar = ("secrets", "ssh", "cache_from", "cache_to", "additional_contexts", "dockerfile_inline")
+    hints: ClassVar = {
+        "build_args": "args",
+        "tag": "tags",
+        "platform": "platforms",
+        "file": "dockerfile",
+        "containerfile": "dockerfile",
+    }
+
+    context: Annotated[str, Field(min_length=1, description="the folder that COPY copies from: ./path")]
+    dockerfile: Annotated[
+        str | None, Field(min_length=1, description="path in the context; default: Dockerfile, then Containerfile")
+    ] = None
+    args: Annotated[Pairs, Field(description="values of the Dockerfile's ARGs")] = {}
+    target: Annotated[str | None, Field(min_length=1, description="the stage to build; absent: the last")] = None
+    platforms: Annotated[
+        list[Annotated[str, Checked(forms.platform, {"examples": ["linux/amd64"]})]],
+        Field(description="this node's must be among them; the others are built to be pushed. Absent: this node's"),
+    ] = []
+    tags: Annotated[
+        list[Annotated[str, Checked(forms.tag, {})]], Field(description="further names: [REGISTRY/]PATH[:TAG]")
+    ] = []
+    push: Annotated[bool, Field(description="bring the result to the registries of its tags")] = False
+    labels: Pairs = {}
+    network: Annotated[
+        Literal["host", "none"] | None, Field(description="what RUN reaches: host (the default), or none")
+    ] = None
+    pull: Annotated[
+        Literal["missing", "always", "newer", "never"] | None,
+        Field(description="whether a build asks registries for what it starts FROM; default: missing"),
+    ] = None
+    no_cache: Annotated[bool, Field(description="run every step again, whenever it is built")] = False
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.context.startswith(("/", "~")) or "://" in self.context:
+            yield "context", f"'{self.context}' is not a path in the repository (expected ./path)"
+        if self.dockerfile is not None and self.dockerfile.startswith("/"):
+            yield "dockerfile", f"'{self.dockerfile}' is not a path in the context (expected one relative to it)"
+        if self.push and not self.tags:
+            yield "push", 'leads nowhere (expected tags = ["REGISTRY/PATH:TAG"] beside it)'
+        for key, values in (("tags", self.tags), ("platforms", self.platforms)):
+            twice = next((value for index, value in enumerate(values) if value in values[:index]), None)
+            if twice is not None:
+                yield key, f"'{twice}' is named twice"
+
+
 class StateFile(Table):
     """One state file: one app."""
 
-    not_yet: ClassVar = ("images", "secrets")
-    hints: ClassVar = {"services": "[containers.NAME]", "container": "[containers.NAME]"}
+    not_yet: ClassVar = ("secrets",)
+    hints: ClassVar = {"services": "[containers.NAME]", "container": "[containers.NAME]", "image": "[images.NAME]"}
 
     app: AppTable = AppTable()
     containers: dict[Name, ContainerTable] = {}
     networks: dict[Annotated[Name, Checked(_not_builtin, {})], NetworkTable] = {}
     volumes: dict[Name, VolumeTable] = {}
     configs: dict[Name, ConfigTable] = {}
+    images: dict[Name, ImageTable] = {}

@@ -93,8 +93,12 @@ def variable(value: str) -> str:
 def image(value: str) -> str:
     """A Docker-style reference, `[REGISTRY/]PATH[:TAG][@DIGEST]`, or an archive of the host, `oci:/path[:REF]`.
 
-    Sources: the distribution project's reference grammar; containers-transports(5).
+    `images.[APP/]NAME` is what the state files build. Sources: the distribution project's reference grammar;
+    containers-transports(5).
     """
+    if (ours := built(value)) is not None:
+        reference(ours)
+        return value
     transport, colon, path = value.partition(":")
     if colon and transport in ARCHIVES:
         if not path.startswith("/"):
@@ -114,7 +118,30 @@ def not_of_a_registry(image: str) -> str:
     """What an image is that no registry has, in words; "" if one may have it."""
     if image.partition(":")[0] in ARCHIVES:
         return "an archive of the host"
-    return "an image that is built here" if image.startswith("images.") and "/" not in image.partition("/")[0] else ""
+    return "" if built(image) is None else "an image that is built here"
+
+
+def built(image: str) -> str | None:
+    """The `[app/]name` of an image that the state files build; None for any other.
+
+    Without a tag or a digest: an image of a registry whose name begins with `images.` is written with its tag.
+    """
+    rest = image.removeprefix("images.")
+    return rest if rest != image and not re.search("[:@]|/.*/", rest) else None
+
+
+def tag(value: str) -> str:
+    """A further name of an image that is built: `[REGISTRY/]PATH[:TAG]`."""
+    if "@" in value or not _REFERENCE.fullmatch(value) or built(value) is not None or len(value) > 512:
+        raise ValueError(f"'{value}' is not a name for an image (expected [REGISTRY/]PATH[:TAG], in lower case)")
+    return value
+
+
+def platform(value: str) -> str:
+    """`linux/ARCHITECTURE[/VARIANT]`, as images name them (GOARCH, GOARM)."""
+    if not re.fullmatch(r"linux/[a-z0-9]+(/v[0-9]+)?", value):
+        raise ValueError(f"'{value}' is not a platform (expected linux/ARCHITECTURE[/VARIANT], as linux/amd64)")
+    return value
 
 
 def archive_path(image: str) -> str | None:

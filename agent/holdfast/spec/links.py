@@ -10,7 +10,7 @@ import ipaddress
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from holdfast.spec.forms import unusable
+from holdfast.spec.forms import built, unusable
 from holdfast.spec.model import BUILTIN_NETWORKS, App, Network, Port
 from holdfast.spec.resolve import Draft
 from holdfast.tables import Fault
@@ -69,15 +69,19 @@ def dangling(draft: Draft, around: Neighbours) -> Iterator[Finding]:
             yield draft, Fault(("app", "depends_on", other), wrong)
     for name, container in app.containers.items():
         at: KeyPath = ("containers", name)
+        image = None if container.image is None else built(container.image)
+        wrong = unknown(image, draft, "image", around) if image else ""
+        if wrong:
+            yield draft, Fault((*at, "image"), wrong)
         for network in container.networks:
             if network in BUILTIN_NETWORKS:
                 continue
-            wrong = _unknown(network, draft, "network", around)
+            wrong = unknown(network, draft, "network", around)
             if wrong:
                 yield draft, Fault((*at, "networks", _as_written(network, app)), wrong)
         for index, mount in enumerate(container.mounts):
             if mount.kind == "volume":
-                wrong = _unknown(mount.source, draft, "volume", around)
+                wrong = unknown(mount.source, draft, "volume", around)
                 if wrong:
                     yield draft, Fault((*at, "volumes", index), wrong)
 
@@ -94,16 +98,19 @@ def _unknown_app(name: str, around: Neighbours) -> str:
     return f"no app is called '{name}'" + (suggestion(name, around.here) or " (expected the name of a state file)")
 
 
-def _unknown(qualified: str, asking: Draft, kind: str, around: Neighbours) -> str:
-    """What is wrong with a reference to a network or volume; empty if nothing is."""
+def unknown(qualified: str, asking: Draft, kind: str, around: Neighbours) -> str:
+    """What is wrong with a reference to a network, volume or image; empty if nothing is."""
     owner, _, name = qualified.partition("/")
     if owner != asking.app.name:
         if owner in around.broken:
             return ""
         wrong = _unknown_app(owner, around)
         if wrong:
-            path = "; a path of the repository begins with ./" if kind == "volume" else ""
-            return f"'{qualified}': {wrong}{path}"
+            also = {
+                "volume": "; a path of the repository begins with ./",
+                "image": f"; one of a registry is written with its tag, images.{qualified}:latest",
+            }
+            return f"'{qualified}': {wrong}{also.get(kind, '')}"
     draft = asking if owner == asking.app.name else around.here[owner]
     known = draft.names(f"{kind}s")
     if name in known:
@@ -116,21 +123,21 @@ def _unknown(qualified: str, asking: Draft, kind: str, around: Neighbours) -> st
 def cycles_of_containers(draft: Draft) -> Iterator[Finding]:
     """Containers that wait for each other."""
     edges = {name: tuple(container.depends_on) for name, container in draft.app.containers.items()}
-    for cycle in _cycles(edges):
+    for cycle in cycles(edges):
         path = ("containers", cycle[0], "depends_on", cycle[1])
         yield draft, Fault(path, f"a cycle: {' → '.join(cycle)} (leave out one of them)")
 
 
 def cycles_of_apps(drafts: Mapping[str, Draft]) -> Iterator[Finding]:
     """Apps that wait for each other; each of them is told."""
-    for cycle in _cycles({name: draft.app.depends_on for name, draft in drafts.items()}):
+    for cycle in cycles({name: draft.app.depends_on for name, draft in drafts.items()}):
         for index, name in enumerate(cycle[:-1]):
             turned = [*cycle[index:-1], *cycle[: index + 1]]
             path = ("app", "depends_on", turned[1])
             yield drafts[name], Fault(path, f"a cycle: {' → '.join(turned)} (leave out one of them)")
 
 
-def _cycles(edges: Mapping[str, Iterable[str]]) -> Iterator[list[str]]:
+def cycles(edges: Mapping[str, Iterable[str]]) -> Iterator[list[str]]:
     """Every cycle that a depth-first walk meets, closed (its first node is its last), without recursion."""
     done: set[str] = set()
     for start in edges:

@@ -13,8 +13,9 @@ from itertools import islice
 
 from holdfast.spec import links
 from holdfast.spec.authored import StateFile
+from holdfast.spec.builds import Builds, Folder
 from holdfast.spec.interpolate import interpolated
-from holdfast.spec.model import App, NodeFacts, Problem, Spec, When
+from holdfast.spec.model import App, Build, NodeFacts, Problem, Spec, When
 from holdfast.spec.resolve import Draft, app_name, digest, draft_of
 from holdfast.tables import MOST_FAULTS, Fault, read_table, shown, text_of
 from holdfast.toml import Document, Unreadable, dotted
@@ -42,32 +43,44 @@ class Cache:
 
     facts: NodeFacts | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
+    executable: frozenset[str] = frozenset()
     spec: Spec = field(default_factory=Spec)
     readings: dict[str, Reading] = field(default_factory=dict)
+    digests: dict[str, tuple[bytes, str]] = field(default_factory=dict)
 
 
-def load(files: Mapping[str, bytes], facts: NodeFacts, *, cache: Cache | None = None) -> Spec:
+def load(
+    files: Mapping[str, bytes],
+    facts: NodeFacts,
+    *,
+    cache: Cache | None = None,
+    executable: frozenset[str] = frozenset(),
+) -> Spec:
     """Read a revision: relative path → content. Never raises for what a file holds; that is in Spec.problems.
 
     Every *.toml is an app, whatever folder it is in, but for vars.toml at the top (vars for all files; agent.toml's
-    own win) and for what begins with a dot. Apps that `when` gives to other nodes are checked and left out.
+    own win), for what begins with a dot, and for what lies in the context of an image that another file builds. Apps
+    that `when` gives to other nodes are checked and left out. executable: those of files that are programs.
     """
     cache = cache if cache is not None else Cache()
-    if cache.facts == facts and cache.files == files:
+    if cache.facts == facts and cache.files == files and cache.executable == executable:
         return cache.spec
     shared, faulty = _with_vars(files, facts)
     old = cache.readings if cache.facts == facts and cache.files.get(VARS_FILE) == files.get(VARS_FILE) else {}
     readings = {path: _reading(path, files[path], shared, old.get(path)) for path in sorted(filter(is_state, files))}
-    drafts, broken, problems = _linked(readings, files, facts, faulty)
+    folder = Folder(files, executable, {path: each for path, each in cache.digests.items() if path in files})
+    drafts, builds, broken, problems = _linked(_outside_contexts(readings), folder, facts, faulty)
     blobs: dict[str, bytes] = {}
     apps: dict[str, App] = {}
     for draft in drafts:
         path, name = draft.app.path, draft.app.name
         unchanged = path in old and old[path].draft is draft
-        apps[name] = _finished(draft, files, blobs, cache.spec.apps.get(name) if unchanged else None)
+        before = cache.spec.apps.get(name) if unchanged else None
+        apps[name] = _finished(draft, files, builds.images_of(draft.app, blobs), blobs, before)
     problems.sort(key=lambda problem: (problem.path, problem.line))
     spec = Spec(apps, broken, tuple(problems), blobs)
-    cache.facts, cache.files, cache.spec, cache.readings = facts, dict(files), spec, readings
+    cache.facts, cache.files, cache.executable, cache.spec = facts, dict(files), executable, spec
+    cache.readings, cache.digests = readings, dict(folder.digests)
     return spec
 
 
@@ -75,6 +88,23 @@ def is_state(path: str) -> bool:
     """Whether a path of the revision is a state file."""
     hidden = any(step.startswith(".") and step != ".." for step in path.split("/"))
     return path.endswith(".toml") and path != VARS_FILE and not hidden
+
+
+def _outside_contexts(readings: Mapping[str, Reading]) -> dict[str, Reading]:
+    """The readings without those of files that only belong to a program that some image is built from.
+
+    A file that has any table of a state file is one wherever it lies: no context makes an app vanish.
+    """
+    drafts = [reading.draft for reading in readings.values() if reading.draft is not None]
+    folders = tuple(f"{image.context}/".lstrip("/") for draft in drafts for image in draft.images.values())
+    return {
+        path: reading
+        for path, reading in readings.items()
+        if not path.startswith(folders) or reading.draft is None or _TABLES & reading.draft.document.data.keys()
+    }
+
+
+_TABLES = frozenset(StateFile.model_fields)
 
 
 def _with_vars(files: Mapping[str, bytes], facts: NodeFacts) -> tuple[NodeFacts, tuple[Problem, ...]]:
@@ -125,9 +155,9 @@ def _problems(path: str, document: Document, faults: Iterable[Fault]) -> Iterato
 
 
 def _linked(
-    readings: Mapping[str, Reading], files: Mapping[str, bytes], facts: NodeFacts, problems: Iterable[Problem]
-) -> tuple[list[Draft], dict[str, str], list[Problem]]:
-    """The readings held against each other: this node's drafts that stand, what is broken, and why."""
+    readings: Mapping[str, Reading], folder: Folder, facts: NodeFacts, problems: Iterable[Problem]
+) -> tuple[list[Draft], Builds, dict[str, str], list[Problem]]:
+    """The readings held against each other: this node's drafts that stand, their images, what is broken, and why."""
     found = list(problems)
     # With faulty vars, ${vars.x:-default} would silently become its default.
     uncertain = bool(found)
@@ -151,18 +181,25 @@ def _linked(
     unknown = frozenset(broken.values())
     around_here = links.Neighbours(mine, frozenset(others) - frozenset(mine), unknown)
     around_others = links.Neighbours(others, frozenset(), unknown)
+    builds, builds_of_others = Builds(mine, folder), Builds(others, folder)
     for draft in drafts:
-        refuse(islice(links.missing_files(draft, lambda path: bool(below(files, path))), MOST_FAULTS))
+        refuse(islice(links.missing_files(draft, lambda path: bool(below(folder.files, path))), MOST_FAULTS))
         refuse(links.cycles_of_containers(draft))
-        around = around_here if mine.get(draft.app.name) is draft else around_others
+        is_here = mine.get(draft.app.name) is draft
+        around = around_here if is_here else around_others
         refuse(islice(links.dangling(draft, around), MOST_FAULTS))
+        if draft.images and draft is others.get(draft.app.name):
+            refuse(islice((builds if is_here else builds_of_others).faults(draft, around), MOST_FAULTS))
+    refuse(builds.taken_tags())
+    refuse(builds.rings())
     refuse(links.cycles_of_apps(mine))
+    refuse(builds.orphans(set(broken.values())))
     claims, networks = links.Claims(), links.networks_of(here)
     standing = [draft for draft in here if draft.app.path not in broken]
     # Those that are broken come last: they are told what is taken, and take nothing from the others.
     for draft in [*standing, *(draft for draft in here if draft.app.path in broken)]:
         refuse(claims.claim(draft, networks))
-    return [draft for draft in here if draft.app.path not in broken], broken, found
+    return [draft for draft in here if draft.app.path not in broken], builds, broken, found
 
 
 def matches(when: When, facts: NodeFacts) -> bool:
@@ -179,12 +216,14 @@ def below(files: Mapping[str, bytes], path: str) -> list[str]:
     return [name for name in files if name.startswith(prefix)]
 
 
-def _finished(draft: Draft, files: Mapping[str, bytes], blobs: dict[str, bytes], before: App | None) -> App:
-    """The draft's app with the digests of what it mounts; their contents go to blobs."""
+def _finished(
+    draft: Draft, files: Mapping[str, bytes], images: dict[str, Build], blobs: dict[str, bytes], before: App | None
+) -> App:
+    """The draft's app with its images and the digests of what it mounts; their contents go to blobs."""
     contents = {path: files[path] for wanted in draft.wanted.values() for path in below(files, wanted)}
     contents |= draft.inline
     digests = {path: digest(contents[path]) for path in sorted(contents)}
     blobs.update((digests[path], content) for path, content in contents.items())
-    if before is not None and before.files == digests:
+    if before is not None and before.files == digests and before.images == images:
         return before  # its own digest is computed already
-    return draft.app.model_copy(update={"files": digests}) if digests else draft.app
+    return draft.app.model_copy(update={"files": digests, "images": images}) if digests or images else draft.app

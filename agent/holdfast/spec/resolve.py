@@ -11,10 +11,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from holdfast.spec import forms, model
-from holdfast.spec.authored import ConfigUse, ContainerTable, MountTable, StateFile
+from holdfast.spec.authored import ConfigUse, ContainerTable, ImageTable, MountTable, StateFile
 from holdfast.spec.policy import broken_rules, outside_roots
 from holdfast.tables import Fault
 from holdfast.toml import Document, KeyPath, suggestion
+
+
+@dataclass(frozen=True, slots=True)
+class ImageDraft:
+    """An image to build, as its table has it: what it is made of is still to be looked up in the revision.
+
+    context: a folder of the revision, "" is all of it. dockerfiles: where the Dockerfile may be, as paths of the
+    revision, the first that is there is taken.
+    """
+
+    context: str
+    dockerfiles: tuple[str, ...]
+    table: ImageTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +35,7 @@ class Draft:
     """An App whose mounted files and references to other apps are still to be looked up.
 
     wanted: key path → the file or directory of the revision that is named there. inline: synthetic path → content.
+    images: short name → an image that is to be built.
     A file with faults has a draft of what is left without them, so that all else of it can be checked.
     """
 
@@ -30,6 +44,7 @@ class Draft:
     document: Document
     wanted: Mapping[KeyPath, str] = field(default_factory=dict)
     inline: Mapping[str, bytes] = field(default_factory=dict)
+    images: Mapping[str, ImageDraft] = field(default_factory=dict)
 
     def names(self, table: str) -> Iterable[str]:
         """What the file defines in a table of tables, faulty or not: what points there does not dangle."""
@@ -79,7 +94,9 @@ class _Resolver:
             volumes={n: model.Volume.model_validate(t.model_dump()) for n, t in self.table.volumes.items()},
         )
         when = model.When(nodes=tuple(self.table.app.when.nodes), labels=self.table.app.when.labels)
-        return Draft(app, when, self.document, self.wanted, self.inline()), self.faults
+        drafts = ((name, self.image_draft(name, table)) for name, table in self.table.images.items())
+        images = {name: image for name, image in drafts if image is not None}
+        return Draft(app, when, self.document, self.wanted, self.inline(), images), self.faults
 
     def check_name(self) -> None:
         try:
@@ -100,13 +117,27 @@ class _Resolver:
         """Where an inline config is kept: below the state file, where the revision itself can't have a file."""
         return f"{self.path}/configs/{config}"
 
+    def image_draft(self, name: str, table: ImageTable) -> ImageDraft | None:
+        at: KeyPath = ("images", name)
+        if "host-network" in self.facts.forbid and table.network != "none":
+            rule = "is forbidden by the rule 'host-network' in [policy] forbid of agent.toml"
+            self.fault((*at, "network"), f'host {rule} (expected network = "none")')
+        context = resolved(self.path, table.context)
+        named = ("Dockerfile", "Containerfile") if table.dockerfile is None else (table.dockerfile,)
+        found = [resolved(f"{context or ''}/_".lstrip("/"), each) for each in named]
+        if context is None or None in found:
+            key, written = ("context", table.context) if context is None else ("dockerfile", named[0])
+            self.fault((*at, key), f"'{written}' leaves the repository's state (expected a path inside it)")
+            return None
+        return ImageDraft(context, tuple(filter(None, found)), table)
+
     def container(self, name: str, table: ContainerTable) -> model.Container:
         at: KeyPath = ("containers", name)
         intact = set(self.document.data["containers"][name]) <= table.model_fields_set
         if table.image is None and table.rootfs is None and intact:
             self.fault((*at, "image"), "is missing (expected an image, or a rootfs)")
         container = model.Container(
-            image=table.image,
+            image=self.image(table.image),
             pull=table.pull or "missing",
             update_image=table.update_image and model.UpdateImage.model_validate(table.update_image.model_dump()),
             rootfs=table.rootfs,
@@ -164,8 +195,13 @@ class _Resolver:
             for network, given in table.networks.items()
         }
 
+    def image(self, written: str | None) -> str | None:
+        """A reference as it is, or `images.app/name` for what the state files build."""
+        ours = None if written is None else forms.built(written)
+        return written if ours is None else f"images.{self.qualified(ours)}"
+
     def qualified(self, reference: str) -> str:
-        """`app/name` of a network or volume; the built-in networks stay as they are."""
+        """`app/name` of a network, volume or image; the built-in networks stay as they are."""
         return reference if "/" in reference or reference in model.BUILTIN_NETWORKS else f"{self.name}/{reference}"
 
     def depends_on(self, at: KeyPath, table: ContainerTable) -> dict[str, str]:

@@ -1,0 +1,236 @@
+"""The `[images.*]` of all state files → what must be built for each app: contexts, Dockerfiles, bases, keys.
+
+A key is made of all that a build depends on, and of nothing else: another commit that leaves these alone builds
+nothing. Called by `load`, once for each revision.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+
+from holdfast.spec.dockerfile import Use, images_in
+from holdfast.spec.dockerignore import Ignore
+from holdfast.spec.forms import built
+from holdfast.spec.links import Finding, Neighbours, cycles, place, unknown
+from holdfast.spec.model import App, Build, digest_of
+from holdfast.spec.resolve import Draft, ImageDraft, digest
+from holdfast.tables import Fault
+from holdfast.toml import KeyPath
+
+IGNORE = ".dockerignore"
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """The files of a revision. digests: path → (content, its sha256), of files whose digest was needed before."""
+
+    files: Mapping[str, bytes]
+    executable: frozenset[str]
+    digests: MutableMapping[str, tuple[bytes, str]]
+
+    def below(self, folder: str) -> Iterator[str]:
+        """The paths of all files in a folder."""
+        prefix = f"{folder}/" if folder else ""
+        return (path for path in self.files if path.startswith(prefix))
+
+    def digest(self, path: str) -> str:
+        """The sha256 (hex) of a file."""
+        content = self.files[path]
+        known = self.digests.get(path)
+        if known is None or known[0] is not content:
+            known = self.digests[path] = (content, digest(content))
+        return known[1]
+
+
+class Builds:
+    """The images of these apps, held against each other. drafts: by app name."""
+
+    def __init__(self, drafts: Mapping[str, Draft], folder: Folder) -> None:
+        self.drafts, self.folder = drafts, folder
+        self.images = {
+            f"{app}/{name}": image for app, draft in drafts.items() for name, image in draft.images.items()
+        }
+        self.tags: dict[str, str] = {}
+        for qualified, image in self.images.items():
+            for tag in image.table.tags:
+                self.tags.setdefault(_full(tag), qualified)
+        self._bases: dict[str, tuple[tuple[Use, str], ...]] = {}
+        self._made: dict[str, Build] = {}
+
+    def faults(self, draft: Draft, around: Neighbours) -> Iterator[Finding]:
+        """What is wrong with the images of one file: contexts, Dockerfiles and what these start from."""
+        for name, image in draft.images.items():
+            at: KeyPath = ("images", name)
+            wrong = self._wrong_context(image)
+            if wrong:
+                yield draft, Fault((*at, "context"), wrong)
+                continue
+            try:
+                self._ignore(image)
+                path = self._dockerfile(image)
+                bases = self.bases(f"{draft.app.name}/{name}")
+            except ValueError as error:
+                yield draft, Fault((*at, "dockerfile"), str(error))
+                continue
+            for use, qualified in bases:
+                wrong = unknown(qualified, draft, "image", around)
+                if wrong:
+                    yield draft, Fault((*at, "dockerfile"), f"{path}:{use.line}: '{use.name}': {wrong}")
+
+    def taken_tags(self) -> Iterator[Finding]:
+        """Names that two images are to have: the first by the state file's path keeps it."""
+        owners: dict[str, tuple[Draft, KeyPath]] = {}
+        for draft in sorted(self.drafts.values(), key=lambda draft: draft.app.path):
+            for name, image in draft.images.items():
+                for index, tag in enumerate(image.table.tags):
+                    path: KeyPath = ("images", name, "tags", index)
+                    owner = owners.setdefault(_full(tag), (draft, path))
+                    if owner != (draft, path):
+                        yield draft, Fault(path, f"'{tag}' is taken by {place(*owner)} (expected another name)")
+
+    def rings(self) -> Iterator[Finding]:
+        """Images that are built from each other; every file of the ring is told."""
+        edges = {name: [base for _, base in self._sound_bases(name) if base in self.images] for name in self.images}
+        for cycle in cycles(edges):
+            for index, qualified in enumerate(cycle[:-1]):
+                turned = " → ".join([*cycle[index:-1], *cycle[: index + 1]])
+                app, _, name = qualified.partition("/")
+                fault = Fault(
+                    ("images", name, "dockerfile"), f"a ring: {turned} (one must start from something else)"
+                )
+                yield self.drafts[app], fault
+
+    def orphans(self, broken: Iterable[str]) -> Iterator[Finding]:
+        """Files that need an image of an app that does not load: what that image is can't be known."""
+        lost = set(broken)
+        while found := [
+            (draft, where, app) for draft, where, app in self._needed() if app in lost - {draft.app.name}
+        ]:
+            found = [each for each in found if each[0].app.name not in lost]
+            if not found:
+                return
+            for draft, where, app in found:
+                yield draft, Fault(where, f"app '{app}', whose image this is, does not load (mend that one)")
+            lost |= {draft.app.name for draft, _, _ in found}
+
+    def _needed(self) -> Iterator[tuple[Draft, KeyPath, str]]:
+        """Each place where a file needs an image of an app."""
+        for draft in self.drafts.values():
+            for name, container in draft.app.containers.items():
+                if image := built(container.image or ""):
+                    yield draft, ("containers", name, "image"), image.partition("/")[0]
+            for name in draft.images:
+                for _, base in self._sound_bases(f"{draft.app.name}/{name}"):
+                    yield draft, ("images", name, "dockerfile"), base.partition("/")[0]
+
+    def images_of(self, app: App, blobs: dict[str, bytes]) -> dict[str, Build]:
+        """All that must be built for an app that loads; contents go to blobs."""
+        wanted = [image for container in app.containers.values() if (image := built(container.image or ""))]
+        wanted += [f"{app.name}/{name}" for name, image in self.drafts[app.name].images.items() if image.table.push]
+        found: dict[str, Build] = {}
+        pending = wanted[::-1]
+        while pending:
+            qualified = pending.pop()
+            if qualified not in found:
+                found[qualified] = self._build(qualified, blobs)
+                pending.extend(found[qualified].bases.values())
+        return dict(sorted(found.items()))
+
+    def bases(self, qualified: str) -> tuple[tuple[Use, str], ...]:
+        """What of an image's Dockerfile are images of the state files, as written and as qualified names.
+
+        Raises ValueError where the Dockerfile is missing or can't be read.
+        """
+        if qualified not in self._bases:
+            image, app = self.images[qualified], qualified.partition("/")[0]
+            path = self._dockerfile(image)
+            try:
+                text = self.folder.files[path].decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"'{path}': byte {error.start} is not UTF-8") from None
+            uses = ((use, self._meant(use.name, app)) for use in images_in(text, image.table.args))
+            self._bases[qualified] = tuple((use, meant) for use, meant in uses if meant)
+        return self._bases[qualified]
+
+    def _sound_bases(self, qualified: str) -> tuple[tuple[Use, str], ...]:
+        try:
+            return self.bases(qualified)
+        except ValueError:
+            return ()
+
+    def _meant(self, name: str, app: str) -> str:
+        """The qualified name of the image that a Dockerfile of an app names; "" for one of a registry."""
+        ours = built(name)
+        if ours:
+            return ours if "/" in ours else f"{app}/{ours}"
+        return self.tags.get(_full(name), "")
+
+    def _wrong_context(self, image: ImageDraft) -> str:
+        if image.context in self.folder.files:
+            return f"'{image.context}' is a file (expected a folder)"
+        if next(self.folder.below(image.context), None) is None:
+            return f"'{image.context}' is not in this revision (expected a folder)"
+        return ""
+
+    def _dockerfile(self, image: ImageDraft) -> str:
+        """The path of the Dockerfile. Raises ValueError."""
+        found = next((path for path in image.dockerfiles if path in self.folder.files), None)
+        if found is None:
+            raise ValueError(f"'{image.dockerfiles[0] if image.dockerfiles else ''}' is not in this revision")
+        return found
+
+    def _ignore(self, image: ImageDraft) -> Ignore:
+        """What the context leaves out: DOCKERFILE.dockerignore, else .dockerignore. Raises ValueError."""
+        own = f"{self._dockerfile(image)}{IGNORE}"
+        path = own if own in self.folder.files else f"{image.context}/{IGNORE}".lstrip("/")
+        try:
+            return Ignore(self.folder.files.get(path, b"").decode(errors="surrogateescape"))
+        except ValueError as error:
+            raise ValueError(f"'{path}': {error}") from None
+
+    def _build(self, qualified: str, blobs: dict[str, bytes]) -> Build:
+        if qualified not in self._made:
+            self._made[qualified] = self._assemble(self.images[qualified], self.bases(qualified), blobs)
+        return self._made[qualified]
+
+    def _assemble(self, image: ImageDraft, bases: Iterable[tuple[Use, str]], blobs: dict[str, bytes]) -> Build:
+        folder, table, ignore = self.folder, image.table, self._ignore(image)
+        prefix = f"{image.context}/" if image.context else ""
+        paths = [path for path in folder.below(image.context) if not ignore.leaves_out(path.removeprefix(prefix))]
+        dockerfile = self._dockerfile(image)
+        blobs.update((folder.digest(path), folder.files[path]) for path in [*paths, dockerfile])
+        listing = {p.removeprefix(prefix): [folder.digest(p), p in folder.executable] for p in sorted(paths)}
+        # Names that are not UTF-8 are surrogates here, which only the ASCII form can carry.
+        content = json.dumps(listing, sort_keys=True, separators=(",", ":")).encode()
+        blobs[digest(content)] = content
+        meant = {use.name: base for use, base in bases}
+        parts = {
+            "tree": digest(content),
+            "instructions": folder.digest(dockerfile),
+            "args": table.args,
+            "target": table.target,
+            "platforms": table.platforms,
+            "labels": table.labels,
+            "network": table.network or "host",
+        }
+        keys = {name: self._build(base, blobs).key for name, base in meant.items()}
+        return Build(
+            key=digest_of({**parts, "bases": keys}),
+            context=image.context,
+            dockerfile=dockerfile,
+            bases=meant,
+            tags=tuple(table.tags),
+            push=table.push,
+            pull=table.pull or "missing",
+            no_cache=table.no_cache,
+            **{**parts, "platforms": tuple(table.platforms)},
+        )
+
+
+def _full(name: str) -> str:
+    """A name with its tag, as Docker completes it."""
+    short = re.sub(r"^(index\.)?docker\.io/(library/)?", "", name)
+    return short if ":" in short.rpartition("/")[2] else f"{short}:latest"

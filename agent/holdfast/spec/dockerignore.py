@@ -1,0 +1,88 @@
+"""A .dockerignore → which paths of a build's context it leaves out, as Docker does (moby's patternmatcher).
+
+Later lines win; `!` takes back; a pattern that fits a folder fits all that is in it; `*` and `?` stay within one step
+of the path, `**` spans any number of them.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+
+
+class Ignore:
+    """The patterns of one .dockerignore."""
+
+    def __init__(self, text: str) -> None:
+        """Raises ValueError, with the line, for a pattern that means nothing."""
+        self.rules = [*_rules(text)]
+        self._folders: dict[str, tuple[bool, ...]] = {"": (False,) * len(self.rules)}
+
+    def leaves_out(self, path: str) -> bool:
+        """Whether a file, by its path below the context, is left out."""
+        out = False
+        for (keeps, _), fits in zip(self.rules, self._fits(path), strict=True):
+            out = not keeps if fits else out
+        return out
+
+    def _fits(self, path: str) -> tuple[bool, ...]:
+        """Rule by rule, whether it fits the path or a folder above it."""
+        folder = posixpath.dirname(path)
+        if folder not in self._folders:
+            self._folders[folder] = self._fits(folder)
+        above = self._folders[folder]
+        return tuple(
+            inherited or pattern.fullmatch(path) is not None
+            for inherited, (_, pattern) in zip(above, self.rules, strict=True)
+        )
+
+
+def _rules(text: str) -> Iterator[tuple[bool, re.Pattern[str]]]:
+    """(takes back?, pattern) of each line that is one."""
+    for number, raw in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
+        line = raw.strip()
+        if raw.startswith("#") or not line:
+            continue
+        keeps = line.startswith("!")
+        pattern = line.removeprefix("!").strip()
+        if not pattern:
+            raise ValueError(f"line {number}: '{raw}' takes back nothing (expected a pattern behind '!')")
+        cleaned = posixpath.normpath(pattern)
+        stripped = cleaned.lstrip("/") if len(cleaned) > 1 else cleaned
+        try:
+            yield keeps, re.compile(_expression(stripped), re.DOTALL)
+        except (re.error, IndexError):
+            raise ValueError(f"line {number}: '{raw}' is not a pattern (expected a closed [ ])") from None
+
+
+@lru_cache(maxsize=512)
+def _expression(pattern: str) -> str:
+    """The regular expression of one pattern."""
+    parts: list[str] = []
+    at = 0
+    while at < len(pattern):
+        char = pattern[at]
+        at += 1
+        if char == "*" and pattern[at : at + 1] == "*":
+            at += 1
+            if pattern[at : at + 1] == "/":
+                at += 1
+            parts.append(".*" if at == len(pattern) else "(?:.*/)?")
+        elif char == "*":
+            parts.append("[^/]*")
+        elif char == "?":
+            parts.append("[^/]")
+        elif char == "\\":
+            parts.append(re.escape(pattern[at]))
+            at += 1
+        elif char == "[":
+            end = pattern.index("]", at + 1) if "]" in pattern[at + 1 :] else -1
+            if end < 0:
+                raise IndexError(pattern)
+            parts.append(f"[{pattern[at:end].replace('[', chr(92) + '[')}]")
+            at = end + 1
+        else:
+            parts.append(re.escape(char))
+    return "".join(parts)
