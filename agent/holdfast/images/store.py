@@ -1,131 +1,242 @@
-"""Archives on this host → images by name and digest, unpacked and ready to be stacked.
+"""Archives and streams of layers → images by name and digest, unpacked and ready to be stacked.
 
-    images/blobs/sha256/HEX      manifests and configurations, as the OCI image spec has them
-    images/layers/sha256/HEX/    one unpacked directory per layer, by diff id; HEX.size next to it
-    images/index.json            name → manifest digest
-    images/partial/              what is being unpacked; counts for nothing
+    images/blobs/sha256/HEX       manifests, indexes and configurations, as the OCI image spec has them; a manifest's
+                                  mtime is when its image was used last
+    images/layers/sha256/HEX/     one unpacked directory per layer, by diff id; beside it
+                 HEX.json         its figures ({"size", "files", …}; a store of old has HEX.size instead)
+                 HEX.recipe       what it takes to make its archive again
+    images/index.json             name → {"digest", "top", "source", "at"}; of old: name → manifest digest
+    images/partial/               what is being unpacked; counts for nothing
 
-The command line imports, loads and lists; `node` resolves names while it stages, and stacks the layers.
-An index entry is written last, when all that it names is on disk.
+`pull`, `build` and `bundle` put images in; `node` resolves names while it stages, and stacks the layers.
+A layer counts when its directory has its name, which it gets when all of it is on disk; an image when its manifest is
+there, which is written after its layers; its names come last. They go in the opposite order.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
-import stat
-import uuid
+import re
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
-from holdfast.drivers import remove_tree
+from holdfast.config import ImageSettings
 from holdfast.errors import Conflict, NotFound, WrongCall, WrongState
-from holdfast.images.archives import Archive, Found, open_archive, open_regular, plain
-from holdfast.images.lookup import find, read_small
-from holdfast.images.references import DIGEST, REFERENCE, familiar, normalize, parse_changes, to_digest
-from holdfast.images.unpack import unpack
+from holdfast.images.archives import Archive, Found, open_archive, open_regular
+from holdfast.images.disk import Locks, write_whole
+from holdfast.images.image import (
+    Freed as Freed,
+)
+from holdfast.images.image import (
+    Image as Image,
+)
+from holdfast.images.image import (
+    InUse,
+    Name,
+    Source,
+    check_manifest,
+    listing,
+    moment,
+    plain_manifest,
+    read_diff_ids,
+    read_name,
+    users_of,
+)
+from holdfast.images.image import (
+    architecture as architecture,
+)
+from holdfast.images.layers import HEX, LayerStore, Progress
+from holdfast.images.references import DIGEST, familiar, parse, parse_changes, to_digest
+from holdfast.images.unpack import Expected, Unpacked
 
-ARCHITECTURES = {
-    "x86_64": "amd64",
-    "aarch64": "arm64",
-    "armv7l": "arm",
-    "armv6l": "arm",
-    "i686": "386",
-    "riscv64": "riscv64",
-    "ppc64le": "ppc64le",
-    "s390x": "s390x",
-    "loongarch64": "loong64",
-}
-MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-CONFIG = "application/vnd.oci.image.config.v1+json"
-LAYER = "application/vnd.oci.image.layer.v1.tar"
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """An image that is wholly here.
-
-    digest: of its manifest (`sha256:…`). config: the `config` object of its OCI configuration (Entrypoint, Cmd, Env,
-    User, WorkingDir, StopSignal, …). layers: unpacked, lowest first. size: bytes, of its layers' plain archives.
-    created: seconds since the epoch, 0.0 if the image does not say.
-    """
-
-    digest: str
-    names: tuple[str, ...]
-    config: Mapping[str, Any]
-    layers: tuple[Path, ...]
-    size: int
-    created: float
-    architecture: str
-
-    def lookup(self, path: str) -> int | None:
-        """The mode (as st_mode) of what path leads to inside the image, links followed; None: nothing is there."""
-        found = find(self.layers, path)
-        return None if found is None else found.lstat().st_mode
-
-    def read_file(self, path: str) -> bytes | None:
-        """The content of the regular file that path leads to inside the image; None when there is none."""
-        found = find(self.layers, path)
-        if found is None or not stat.S_ISREG(found.lstat().st_mode):
-            return None
-        return read_small(found)
+SHORT = re.compile("(?:sha256:)?([0-9a-f]{6,64})")  # of a digest, as people copy it from a list
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
     """What a manifest and its configuration say, names aside; never changes for a digest."""
 
-    config: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    document: Mapping[str, Any]
+    config_digest: str
     diff_ids: tuple[str, ...]
     size: int
     created: float
     architecture: str
-    blobs: tuple[str, ...] = field(default=())
 
 
 class ImageStore:
     """The images of one agent. Safe for several threads and processes at once."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, settings: ImageSettings = ImageSettings()) -> None:
         self.root = root
+        self.settings = settings
+        self.partial = root / "partial"
         self._blobs = root / "blobs/sha256"
-        self._layers = root / "layers/sha256"
-        self._partial = root / "partial"
         self._known: dict[str, _Parts] = {}
-        for folder in (self._blobs, self._layers, self._partial):
+        self._listings: dict[str, tuple[str, ...] | None] = {}
+        for folder in (self._blobs, self.partial):
             folder.mkdir(parents=True, exist_ok=True)
         root.chmod(0o700)  # layers hold set-user-ID programs, for containers only
-        self._sweep()
+        self._locks = Locks(self.partial, frozenset({"store", "index"}))
+        self.layers = LayerStore(root / "layers/sha256", self.partial, self._locks, settings)
+        self.layers.sweep()
 
-    def import_rootfs(self, tar: Path, name: str, changes: Sequence[str] = ()) -> Image:
+    # -- finding --
+
+    def resolve(self, reference: str) -> Image:
+        """The image of a name, with or without a digest, or of a digest or its beginning. Raises NotFound.
+
+        A digest is a manifest's, a configuration's (Docker's image id), or that of an index which is here.
+        """
+        return self.get(self.digest_of(reference))
+
+    def digest_of(self, reference: str) -> str:
+        """The manifest digest that a reference stands for here; the image may be damaged. Raises NotFound."""
+        if DIGEST.fullmatch(reference):
+            return self._digest_by(reference) or self._unknown(reference)
+        try:
+            parsed = parse(reference)
+        except WrongCall:  # a digest without its algorithm is no name
+            found = self._digest_by_start(reference)
+            if found is None:
+                raise
+            return found
+        if parsed.digest:
+            return self._digest_by(parsed.digest) or self._unknown(reference)
+        known = self.names().get(parsed.name)
+        return known.digest if known else self._digest_by_start(reference) or self._unknown(reference)
+
+    def get(self, digest: str) -> Image:
+        """The image of a manifest digest. Raises NotFound when it, or a layer of it, is not here."""
+        image = self._image(digest)
+        for layer in image.layers:
+            if not layer.is_dir():
+                raise NotFound(f"find image {digest!r}: its layer {layer.name!r} is gone (pull or load it again)")
+        return image
+
+    def names(self) -> dict[str, Name]:
+        """Every full name (`docker.io/library/app:latest`) and what it leads to."""
+        try:
+            written = json.loads((self.root / "index.json").read_bytes())
+        except FileNotFoundError:
+            return {}
+        return {name: read_name(name, value) for name, value in written.items()}
+
+    def digests(self) -> list[str]:
+        """The manifest digest of every image that is here, with a name or without."""
+        return [f"sha256:{blob}" for blob in self._blob_names() if self._mentions(blob) == ()]
+
+    def read_blob(self, digest: str) -> bytes:
+        """A manifest, an index or a configuration, byte for byte. Raises NotFound."""
+        try:
+            return self._blob(digest).read_bytes()
+        except FileNotFoundError as error:
+            raise NotFound(f"find blob {digest!r}: it is not here (pull or load its image again)") from error
+
+    def used_at(self, digest: str) -> float:
+        """When an image was used last, or came: seconds since the epoch; 0.0 for one that is not here."""
+        try:
+            return self._blob(digest).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def touch(self, digests: Collection[str]) -> None:
+        """Note that images are used now; those that are not here are left out."""
+        for digest in digests:
+            if DIGEST.fullmatch(digest):
+                with suppress(FileNotFoundError):
+                    os.utime(self._blob(digest))
+
+    # -- putting images in --
+
+    def has_layer(self, diff_id: str) -> bool:
+        """Whether a layer is wholly here."""
+        return self.layers.has(diff_id)
+
+    def add_layer(
+        self,
+        stream: int | BinaryIO,
+        expected: Expected = Expected(),
+        progress: Progress | None = None,
+        *,
+        stall: float = 0,
+    ) -> Unpacked:
+        """Unpack a layer's archive, compressed or not, and verify it while it is read; returns its figures.
+
+        A layer that is here already is not read at all. Of several that bring the same diff id, threads or processes,
+        one works; the others wait and get the result. Hold `keep` until `add_image` has been called. Raises what
+        `unpack_stream` does; then nothing is left of it. progress and stall: as there.
+        """
+        return self.layers.add(stream, expected, progress, stall=stall)
+
+    def add_image(
+        self, manifest: bytes, config: bytes, names: Sequence[str], *, source: Source, top: bytes | None = None
+    ) -> Image:
+        """Store a manifest and its configuration, and have names lead to it. All its layers must be here.
+
+        top: what the registry gave for the tag, if that is an index. Raises WrongState when the configuration is not
+        the manifest's, or is not for this host; NotFound for a layer that is not here.
+        """
+        full = [parse(name).name for name in names]
+        digest = f"sha256:{sha256(manifest).hexdigest()}"
+        what = full[0] if full else digest
+        diff_ids = read_diff_ids(config, what)
+        check_manifest(manifest, config, diff_ids, what)
+        with self.keep():
+            missing = [each for each in diff_ids if not self.has_layer(each)]
+            if missing:
+                raise NotFound(f"store image {what!r}: its layer {missing[0]} is not here")
+            self._add_blob(config)
+            above = digest if top is None else self._add_blob(top)
+            self._add_blob(manifest)  # the last: from now on it is an image
+            self._set_names(full, digest, above, source)
+            return self.get(digest)
+
+    def tag(self, reference: str, name: str) -> Image:
+        """Have one more name lead to an image. Raises NotFound."""
+        full = parse(name)
+        if full.digest or full.transport != "docker":
+            raise WrongCall(f"tag image {name!r}: not a name to give (expected [HOST/]NAME[:TAG])")
+        with self.keep():
+            image = self.resolve(reference)
+            tops = [each.top for each in self.names().values() if each.digest == image.digest]
+            self._set_names([full.name], image.digest, tops[0] if tops else image.digest, "tag")
+            return self.get(image.digest)
+
+    def import_rootfs(self, tar: Path | int, name: str, changes: Sequence[str] = ()) -> Image:
         """Make an image of one layer from the tar of a root file system (plain, gzip, xz, bzip2 or zstd).
 
-        changes: as `docker import --change` has them: CMD, ENTRYPOINT, ENV, WORKDIR, USER, EXPOSE, LABEL, VOLUME,
-        STOPSIGNAL. The same archive and changes make the same digest, so that nothing restarts for it.
+        tar: a file, or a descriptor to read it from. changes: as `docker import --change` has them: CMD, ENTRYPOINT,
+        ENV, WORKDIR, USER, EXPOSE, LABEL, VOLUME, STOPSIGNAL. The same archive and changes make the same digest, so
+        that nothing restarts for it.
         """
-        name = normalize(name)
+        parsed = parse(name)
         config = parse_changes(changes)
-        with self._lock("store", shared=True):
-            with _open(tar) as stream, plain(stream) as archive:
-                diff_id, size, newest = self._add_layer(archive, None)
-            created = datetime.fromtimestamp(newest, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        with self.keep():
+            if isinstance(tar, int):
+                layer = self.add_layer(tar)
+            else:
+                with _open(tar) as stream:
+                    layer = self.add_layer(stream)
+            created = datetime.fromtimestamp(layer.newest, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
             document = {
                 "architecture": architecture(),
                 "config": config,
                 "created": created,
                 "os": "linux",
-                "rootfs": {"type": "layers", "diff_ids": [diff_id]},
+                "rootfs": {"type": "layers", "diff_ids": [layer.diff_id]},
             }
-            digest = self._add_image(json.dumps(document, sort_keys=True).encode(), [(diff_id, size)])
-            self._set_names(digest, [name])
-        return self.get(digest)
+            data = json.dumps(document, sort_keys=True).encode()
+            return self.add_image(plain_manifest(data, [layer]), data, [parsed.name], source="import")
 
     def load(self, path: Path, name: str | None = None) -> list[Image]:
         """Load the images of an OCI layout (directory or archive) or of a docker-archive.
@@ -133,267 +244,266 @@ class ImageStore:
         name: instead of what the archive calls its image. Raises WrongState for what is damaged, or made for
         another architecture than this host's.
         """
-        with self._lock("store", shared=True), open_archive(path, self._partial, architecture()) as archive:
+        with self.keep(), open_archive(path, self.partial, architecture()) as archive:
             found = archive.images()
             if name is not None and len(found) != 1:
                 raise WrongCall(f"load {str(path)!r}: holds {len(found)} images (one name can't be given to all)")
             return [self._load(archive, image, path, name) for image in found]
 
-    def resolve(self, reference: str) -> Image:
-        """The image of a name (`app`, `app:1`, `host/app:1@sha256:…`) or digest. Raises NotFound."""
-        if DIGEST.fullmatch(reference):
-            return self.get(reference)
-        match = REFERENCE.fullmatch(reference)
-        if match is not None and match["digest"]:
-            return self.get(match["digest"])
-        name = normalize(reference)
-        index = self._read_index()
-        if name not in index:
-            near = get_close_matches(name, index, n=1)
-            hint = f"; did you mean {familiar(near[0])!r}?" if near else ""
-            raise NotFound(
-                f"find image {reference!r}: no such image{hint} (images can only be imported or loaded for now, "
-                "with `holdfast image import` or `holdfast image load`: registries come later)"
-            )
-        return self.get(index[name])
+    # -- taking images out --
 
-    def get(self, digest: str) -> Image:
-        """The image of a manifest digest. Raises NotFound when it, or a layer of it, is not here."""
-        image = self._image(digest)
-        for layer in image.layers:
-            if not layer.is_dir():
-                raise NotFound(f"find image {digest!r}: its layer {layer.name!r} is gone (import or load it again)")
-        return image
+    def keep(self) -> AbstractContextManager[bool]:
+        """Keep everything that is here while the block runs: what it has put in or found, and no image needs yet."""
+        return self._locks.hold("store", shared=True)
 
-    def list(self) -> list[Image]:
-        """Every image that has a name, ordered by its first name."""
-        images = [self._image(digest) for digest in set(self._read_index().values())]
-        return sorted(images, key=lambda image: image.names)
-
-    def remove(self, reference: str, in_use: Collection[str] | Mapping[str, Collection[str]] = ()) -> None:
-        """Take a name away, or (by digest) all names; what no name leads to any more is deleted.
+    def remove(self, reference: str, in_use: InUse = ()) -> Freed:
+        """Take a name away, or (by digest) all names; an image that no name leads to any more goes.
 
         in_use: digests that must stay; as a mapping, digest → who uses it. Raises Conflict for one of them when its
-        last name would go, NotFound when there is no such image.
+        last name would go, NotFound when there is no such image. While something is being put in, the image's
+        content stays, without a name, for the next `prune` or collection.
         """
-        with self._lock("store", shared=False):
-            digest = self.resolve(reference).digest
-            index = self._read_index()
-            by_name = not DIGEST.fullmatch(reference) and "@" not in reference
-            doomed = {normalize(reference)} if by_name else {key for key, value in index.items() if value == digest}
-            rest = {key: value for key, value in index.items() if key not in doomed}
-            if digest in in_use and digest not in rest.values():
-                users = ", ".join(sorted(in_use[digest])) if isinstance(in_use, Mapping) else ""
-                raise Conflict(f"remove image {reference!r}: in use by {users or 'a container'} (remove that first)")
+        with self._locks.hold("index"):
+            digest = self.digest_of(reference)
+            index = self.names()
+            name = _plain_name(reference)
+            doomed = {name} if name in index else {key for key, each in index.items() if each.digest == digest}
+            rest = {key: each for key, each in index.items() if key not in doomed}
+            named = digest in {each.digest for each in rest.values()}
+            used = users_of(in_use)
+            if digest in used and not named:
+                raise Conflict(
+                    f"remove image {reference!r}: in use by {', '.join(sorted(used[digest])) or 'a container'} "
+                    "(remove that first)"
+                )
             self._write_index(rest)
-            self._drop_unneeded({*rest.values(), *in_use})
+        if named:
+            return Freed()
+        with self.alone() as alone:
+            return self.delete([digest], in_use) if alone else Freed()
+
+    def prune(self, in_use: InUse = (), *, all: bool = False) -> Freed:
+        """Delete the images without a name that nobody uses; with all, the unused ones with names, too.
+
+        Blocks until nothing is being put in.
+        """
+        with self.alone(wait=True):
+            used = users_of(in_use)
+            named = {each.digest for each in self.names().values()}
+            return self.delete([each for each in self.digests() if all or each not in named], used)
+
+    @contextmanager
+    def alone(self, *, wait: bool = False) -> Iterator[bool]:
+        """Hold off whoever puts something in (`keep`); yields whether that is so: without wait it may not be."""
+        with self._locks.hold("store", wait=wait) as held:
+            yield held
+
+    def delete(self, digests: Collection[str], in_use: InUse = ()) -> Freed:
+        """Delete images, their names, and what no other image needs, but for what is in use. Only when `alone`."""
+        doomed = set(digests) - users_of(in_use).keys()
+        with self._locks.hold("index"):
+            index = self.names()
+            rest = {name: each for name, each in index.items() if each.digest not in doomed}
+            if rest != index:
+                self._write_index(rest)
+        gone, candidates = [], set[str]()
+        for digest in sorted(doomed):
+            with suppress(NotFound):
+                parts = self._parts(digest)
+                self._blob(digest).unlink()
+                self._known.pop(digest, None)
+                candidates.update((parts.config_digest, *parts.diff_ids))
+                gone.append(digest)
+        needed = self._needed()
+        layers = [each for each in candidates - needed if self.has_layer(each)]
+        freed = Freed(tuple(gone), tuple(sorted(layers)), sum(self.layers.facts(each).size for each in layers))
+        for each in candidates - needed:
+            self.layers.drop(each)
+            self._blob(each).unlink(missing_ok=True)
+        for blob in self._blob_names():
+            mentions = self._mentions(blob)
+            if mentions and not needed & {f"sha256:{blob}"} and set(mentions) & set(gone):
+                (self._blobs / blob).unlink(missing_ok=True)
+        return freed
+
+    def delete_orphans(self, before: float) -> Freed:
+        """Delete layers and blobs that no image needs and that came before that moment (seconds since the epoch).
+
+        Such are what pulls that broke off have left; a new try takes them up. Only for who is `alone`.
+        """
+        needed = self._needed()
+        layers = [each for each in self.layers.all() if each not in needed and self.layers.came(each) < before]
+        freed = Freed((), tuple(sorted(layers)), sum(self.layers.facts(each).size for each in layers))
+        for each in layers:
+            self.layers.drop(each)
+        for path in self._blobs.iterdir():
+            if f"sha256:{path.name}" not in needed and path.lstat().st_mtime < before:
+                path.unlink(missing_ok=True)
+        self.layers.drop_strays(before)
+        return freed
+
+    # -- inside --
 
     def _image(self, digest: str) -> Image:
         parts = self._parts(digest)
-        layers = tuple(self._layer(diff_id) for diff_id in parts.diff_ids)
-        names = tuple(familiar(name) for name, value in sorted(self._read_index().items()) if value == digest)
-        return Image(digest, names, parts.config, layers, parts.size, parts.created, parts.architecture)
+        names = tuple(familiar(name) for name, each in sorted(self.names().items()) if each.digest == digest)
+        return Image(
+            digest=digest,
+            names=names,
+            config=parts.document.get("config") or {},
+            layers=tuple(self.layers.folder(diff_id) for diff_id in parts.diff_ids),
+            size=parts.size,
+            created=parts.created,
+            architecture=parts.architecture,
+            config_digest=parts.config_digest,
+            diff_ids=parts.diff_ids,
+            manifest=parts.manifest,
+            document=parts.document,
+        )
+
+    def _unknown(self, reference: str) -> NoReturn:
+        names = [familiar(name) for name in self.names()]
+        near = get_close_matches(familiar(reference), names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise NotFound(
+            f"find image {reference!r}: no such image here{hint} (see `holdfast image list`; `holdfast image pull` "
+            "gets one)"
+        )
+
+    def _digest_by(self, digest: str) -> str | None:
+        """The manifest that any digest leads to: its own, an index's, a configuration's."""
+        mentions = self._mentions(digest.removeprefix("sha256:"))
+        if mentions == ():
+            return digest
+        here = self.digests()
+        if mentions:
+            return next((each for each in mentions if each in here), None)
+        return next((each for each in here if self._config_digest(each) == digest), None)
+
+    def _digest_by_start(self, text: str) -> str | None:
+        match = SHORT.fullmatch(text)
+        if match is None:
+            return None
+        start = f"sha256:{match[1]}"
+        here = self.digests()
+        found = {each for each in here if each.startswith(start) or self._config_digest(each).startswith(start)}
+        if len(found) > 1:
+            raise WrongCall(f"find image {text!r}: {len(found)} images begin so (write more of the digest)")
+        return found.pop() if found else None
+
+    def _config_digest(self, digest: str) -> str:
+        try:
+            return self._parts(digest).config_digest
+        except NotFound:
+            return ""
 
     def _load(self, archive: Archive, found: Found, path: Path, name: str | None) -> Image:
-        diff_ids = _diff_ids(found.config, path)
+        diff_ids = read_diff_ids(found.config, str(path))
         if len(diff_ids) != len(found.layers):
             raise WrongState(f"load {str(path)!r}: {len(found.layers)} layers with {len(diff_ids)} diff ids")
-        names = [normalize(each) for each in ([name] if name else found.names)]
+        names = [name] if name else list(found.names)
         if not names:
             raise WrongCall(f"load {str(path)!r}: the image in it has no name (give one)")
-        layers = [
-            (diff_id, self._load_layer(archive, diff_id, layer))
-            for diff_id, layer in zip(diff_ids, found.layers, strict=True)
-        ]
-        digest = self._add_image(found.config, layers, found.manifest)
-        self._set_names(digest, names)
-        return self.get(digest)
+        layers = [self._load_layer(archive, *each) for each in zip(diff_ids, found.layers, strict=True)]
+        manifest = found.manifest or plain_manifest(found.config, layers)
+        return self.add_image(manifest, found.config, names, source="load")
 
-    def _load_layer(self, archive: Archive, diff_id: str, member: str) -> int:
-        if self._layer(diff_id).is_dir():
-            return self._size(diff_id)
-        with archive.open(member) as stream, plain(stream) as layer:
-            return self._add_layer(layer, diff_id)[1]
+    def _load_layer(self, archive: Archive, diff_id: str, member: str) -> Unpacked:
+        if self.has_layer(diff_id):
+            return self.layers.facts(diff_id)
+        try:
+            with archive.open(member) as stream:
+                return self.add_layer(stream, Expected(diff_id))
+        except WrongState as error:
+            raise WrongState(f"load {str(archive.files.path)!r}: {error}") from error
 
-    def _add_layer(self, archive: BinaryIO, expected: str | None) -> tuple[str, int, int]:
-        """Unpack into partial/, verify, and only then call it a layer. One at a time for one diff id."""
-        key = expected.removeprefix("sha256:") if expected else uuid.uuid4().hex
-        with self._lock(key, shared=False):
-            if expected and self._layer(expected).is_dir():
-                return expected, self._size(expected), 0
-            folder = self._partial / key
-            with suppress(FileNotFoundError):
-                remove_tree(folder)
-            folder.mkdir()
-            folder.chmod(0o755)
-            try:
-                unpacked = unpack(archive, folder)
-                if expected not in (None, unpacked.diff_id):
-                    raise WrongState(
-                        f"unpack layer {expected!r}: its content is {unpacked.diff_id} (damaged archive)"
-                    )
-                self._finish_layer(folder, unpacked.diff_id, unpacked.size)
-            finally:
-                with suppress(FileNotFoundError):
-                    remove_tree(folder)
-        return unpacked.diff_id, unpacked.size, unpacked.newest
-
-    def _finish_layer(self, folder: Path, diff_id: str, size: int) -> None:
-        target = self._layer(diff_id)
-        _write_whole(target.with_suffix(".size"), str(size).encode())
-        with suppress(OSError):  # ENOTEMPTY: an import of the same archive was faster
-            folder.rename(target)
-        _sync(target.parent)
-        if not target.is_dir():
-            raise WrongState(f"unpack layer {diff_id!r}: could not be moved to {str(target)!r}")
-
-    def _add_image(self, config: bytes, layers: Sequence[tuple[str, int]], manifest: bytes | None = None) -> str:
-        """Store the configuration and the manifest; one is made for an image that comes without."""
-        config_digest = self._add_blob(config)
-        if manifest is None:
-            document = {
-                "schemaVersion": 2,
-                "mediaType": MANIFEST,
-                "config": {"mediaType": CONFIG, "digest": config_digest, "size": len(config)},
-                "layers": [{"mediaType": LAYER, "digest": diff_id, "size": size} for diff_id, size in layers],
-            }
-            manifest = json.dumps(document, sort_keys=True).encode()
-        return self._add_blob(manifest)
+    def _needed(self) -> set[str]:
+        """All blobs and layers of all images, and the indexes that lead to one of them or have a name."""
+        here = self.digests()
+        needed = {*here, *(each.top for each in self.names().values())}
+        for digest in here:
+            with suppress(NotFound):
+                parts = self._parts(digest)
+                needed.update((parts.config_digest, *parts.diff_ids))
+        needed.update(f"sha256:{blob}" for blob in self._blob_names() if set(self._mentions(blob) or ()) & set(here))
+        return needed
 
     def _add_blob(self, data: bytes) -> str:
-        digest = hashlib.sha256(data).hexdigest()
-        _write_whole(self._blobs / digest, data)
-        return f"sha256:{digest}"
+        digest = f"sha256:{sha256(data).hexdigest()}"
+        write_whole(self._blob(digest), data)
+        return digest
+
+    def _blob(self, digest: str) -> Path:
+        return self._blobs / to_digest(digest).removeprefix("sha256:")
+
+    def _blob_names(self) -> list[str]:
+        return [name for name in os.listdir(self._blobs) if HEX.fullmatch(name)]  # noqa: PTH208
+
+    def _mentions(self, blob: str) -> tuple[str, ...] | None:
+        """The manifests that an index lists; () for a manifest, None for anything else, or when it is not here."""
+        path = self._blobs / blob
+        if not path.exists():
+            return None
+        if blob not in self._listings:
+            with suppress(FileNotFoundError):
+                self._listings[blob] = listing(path.read_bytes())
+        return self._listings.get(blob)
 
     def _parts(self, digest: str) -> _Parts:
         """What is read from the two blobs; kept, for they never change."""
-        if (known := self._known.get(digest)) and (self._blobs / digest.removeprefix("sha256:")).exists():
+        if (known := self._known.get(digest)) and self._blob(digest).exists():
             return known
         try:
-            manifest = json.loads(self._read_blob(digest))
+            manifest = json.loads(self._blob(digest).read_bytes())
             config_digest = manifest["config"]["digest"]
-            config = json.loads(self._read_blob(config_digest))
-        except FileNotFoundError as error:
-            raise NotFound(f"find image {digest!r}: no such image (import or load it again)") from error
-        diff_ids = tuple(config["rootfs"]["diff_ids"])
+            document = json.loads(self._blob(config_digest).read_bytes())
+        except (FileNotFoundError, KeyError) as error:
+            raise NotFound(f"find image {digest!r}: no such image (pull or load it again)") from error
+        diff_ids = tuple(document["rootfs"]["diff_ids"])
         parts = _Parts(
-            config=config.get("config") or {},
+            manifest=manifest,
+            document=document,
+            config_digest=config_digest,
             diff_ids=diff_ids,
-            size=sum(self._size(diff_id) for diff_id in diff_ids),
-            created=_moment(config.get("created")),
-            architecture=config.get("architecture", ""),
-            blobs=(digest, config_digest),
+            size=sum(self.layers.facts(diff_id).size for diff_id in diff_ids),
+            created=moment(document.get("created")),
+            architecture=document.get("architecture", ""),
         )
         self._known[digest] = parts
         return parts
 
-    def _read_blob(self, digest: str) -> bytes:
-        return (self._blobs / to_digest(digest).removeprefix("sha256:")).read_bytes()
+    def _write_index(self, names: Mapping[str, Name]) -> None:
+        index = {
+            key: {"digest": each.digest, "top": each.top, "source": each.source, "at": each.at}
+            for key, each in names.items()
+        }
+        write_whole(self.root / "index.json", json.dumps(index, indent=1, sort_keys=True).encode())
 
-    def _layer(self, diff_id: str) -> Path:
-        return self._layers / diff_id.removeprefix("sha256:")
+    def _set_names(self, names: Sequence[str], digest: str, top: str, source: Source) -> None:
+        if names:
+            with self._locks.hold("index"):
+                fresh = {name: Name(name, digest, top, source, time.time()) for name in names}
+                self._write_index({**self.names(), **fresh})
 
-    def _size(self, diff_id: str) -> int:
-        try:
-            return int(self._layer(diff_id).with_suffix(".size").read_text())
-        except FileNotFoundError:
-            return 0
-
-    def _read_index(self) -> dict[str, str]:
-        try:
-            index: dict[str, str] = json.loads((self.root / "index.json").read_bytes())
-        except FileNotFoundError:
-            return {}
-        return index
-
-    def _write_index(self, index: Mapping[str, str]) -> None:
-        _write_whole(self.root / "index.json", json.dumps(index, indent=1, sort_keys=True).encode())
-
-    def _set_names(self, digest: str, names: Sequence[str]) -> None:
-        with self._lock("index", shared=False):
-            self._write_index({**self._read_index(), **dict.fromkeys(names, digest)})
-
-    def _drop_unneeded(self, digests: Collection[str]) -> None:
-        """Delete all blobs and layers that these images don't need: those of an interrupted load as well."""
-        needed: set[str] = set()
+    def list(self, *, dangling: bool = False) -> list[Image]:
+        """Every image that has a name, ordered by its first name; dangling: then those without."""
+        digests = {each.digest for each in self.names().values()}
+        if dangling:
+            digests.update(self.digests())
+        images = []
         for digest in digests:
             with suppress(NotFound):
-                parts = self._parts(digest)
-                needed.update(parts.blobs, parts.diff_ids)
-        keep = {each.removeprefix("sha256:") for each in needed}
-        for blob in self._blobs.iterdir():
-            if blob.name not in keep:
-                blob.unlink()
-        for layer in self._layers.iterdir():
-            if layer.stem not in keep:
-                self._delete_layer(layer)
-
-    def _delete_layer(self, layer: Path) -> None:
-        if layer.suffix:
-            layer.unlink()
-            return
-        doomed = self._partial / uuid.uuid4().hex  # half a layer must not be found under a layer's name
-        layer.rename(doomed)
-        remove_tree(doomed)
-
-    def _sweep(self) -> None:
-        """Delete what a killed process left half unpacked; what a living one unpacks is locked."""
-        for key in {path.name.removesuffix(".lock") for path in self._partial.iterdir()} - {"store", "index"}:
-            with self._lock(key, shared=False, wait=False) as locked:
-                if locked:
-                    with suppress(OSError):
-                        remove_tree(self._partial / key)
-
-    @contextmanager
-    def _lock(self, key: str, *, shared: bool, wait: bool = True) -> Iterator[bool]:
-        """Hold a flock(2) of that name against threads and processes; yields whether it is held."""
-        path = self._partial / f"{key}.lock"
-        mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
-        while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(descriptor, mode)
-            except BlockingIOError:
-                os.close(descriptor)
-                yield False
-                return
-            if _still(path, descriptor):
-                break
-            os.close(descriptor)
-        try:
-            yield True
-        finally:
-            if key not in ("store", "index"):
-                path.unlink(missing_ok=True)
-            os.close(descriptor)
+                images.append(self._image(digest))
+        return sorted(images, key=lambda image: (not image.names, image.names, image.digest))
 
 
-def architecture() -> str:
-    """This host's architecture as images name it (GOARCH)."""
-    machine = os.uname().machine
-    return ARCHITECTURES.get(machine, machine)
-
-
-def _diff_ids(config: bytes, path: Path) -> list[str]:
-    """The layers that a configuration names, lowest first. Raises WrongState if they are not for this host."""
+def _plain_name(reference: str) -> str:
+    """The full name that is meant, "" where a digest is."""
     try:
-        document = json.loads(config)
-        machine, system = document["architecture"], document.get("os", "linux")
-        diff_ids = [to_digest(diff_id) for diff_id in document["rootfs"]["diff_ids"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise WrongState(f"load {str(path)!r}: damaged image configuration: {error!r}") from error
-    if (system, machine) != ("linux", architecture()):
-        raise WrongState(
-            f"load {str(path)!r}: the image is for {system}/{machine} (this host is linux/{architecture()})"
-        )
-    return diff_ids
-
-
-def _moment(text: str | None) -> float:
-    try:
-        return datetime.fromisoformat(text).timestamp() if text else 0.0
-    except ValueError:
-        return 0.0
+        parsed = parse(reference)
+    except WrongCall:
+        return ""
+    return "" if parsed.digest or DIGEST.fullmatch(reference) else parsed.name
 
 
 def _open(path: Path) -> BinaryIO:
@@ -401,30 +511,3 @@ def _open(path: Path) -> BinaryIO:
         return open_regular(path)
     except FileNotFoundError as error:
         raise NotFound(f"open {str(path)!r}: no such file") from error
-
-
-def _still(path: Path, descriptor: int) -> bool:
-    """Whether the lock file at path is the one that is locked: a former holder may have deleted it meanwhile."""
-    try:
-        return path.stat().st_ino == os.fstat(descriptor).st_ino
-    except FileNotFoundError:
-        return False
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, even after a power failure."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")
-    with temporary.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

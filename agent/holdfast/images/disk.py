@@ -1,0 +1,85 @@
+"""What the image store promises of its files: locked against threads and processes, written whole or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Locks:
+    """flock(2) by name, against threads and processes alike; a lock file is in the way of nothing.
+
+    lasting: names whose file stays when nobody holds it.
+    """
+
+    def __init__(self, folder: Path, lasting: frozenset[str]) -> None:
+        self.folder = folder
+        self.lasting = lasting
+
+    @contextmanager
+    def hold(self, name: str, *, shared: bool = False, wait: bool = True) -> Iterator[bool]:
+        """Hold the lock while the block runs; yields whether it is held, which only wait=False leaves open."""
+        path = self.folder / f"{name}.lock"
+        mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(descriptor, mode)
+            except BlockingIOError:
+                os.close(descriptor)
+                yield False
+                return
+            if _still(path, descriptor):
+                break
+            os.close(descriptor)
+        try:
+            yield True
+        finally:
+            if name not in self.lasting:
+                path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all, even after a power failure."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")
+    with temporary.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a directory on disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_all(folder: Path) -> None:
+    """Have everything of the file system that folder is on written to disk (syncfs(2))."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if _libc.syncfs(descriptor) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+    finally:
+        os.close(descriptor)
+
+
+def _still(path: Path, descriptor: int) -> bool:
+    """Whether the lock file at path is the one that is locked: a former holder may have deleted it meanwhile."""
+    try:
+        return path.stat().st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False

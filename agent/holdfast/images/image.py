@@ -1,0 +1,179 @@
+"""What an image is, as values: names, digests, documents. No I/O but for looking into its layers."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from holdfast.errors import WrongState
+from holdfast.images.lookup import find, read_small
+from holdfast.images.references import to_digest
+from holdfast.images.unpack import Unpacked
+
+ARCHITECTURES = {
+    "x86_64": "amd64",
+    "aarch64": "arm64",
+    "armv7l": "arm",
+    "armv6l": "arm",
+    "i686": "386",
+    "riscv64": "riscv64",
+    "ppc64le": "ppc64le",
+    "s390x": "s390x",
+    "loongarch64": "loong64",
+}
+MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+CONFIG = "application/vnd.oci.image.config.v1+json"
+LAYER = "application/vnd.oci.image.layer.v1.tar"
+
+Source = Literal["registry", "load", "import", "build", "commit", "bundle", "tag"]
+#: Who uses images: digests, or digest → users; as a call, it is asked again when nothing can change any more.
+InUse = Collection[str] | Mapping[str, Collection[str]] | Callable[[], Mapping[str, Collection[str]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A name and what it leads to.
+
+    digest: of the manifest for this platform; top: what the registry gave for the tag, an index or that manifest.
+    at: when it came to lead there, seconds since the epoch.
+    """
+
+    name: str
+    digest: str
+    top: str
+    source: Source
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image that is wholly here.
+
+    digest: of its manifest (`sha256:…`); config_digest: what Docker calls the image's id. config: the `config` object
+    of its OCI configuration (Entrypoint, Cmd, Env, User, WorkingDir, StopSignal, …), document: all of that.
+    layers: unpacked, lowest first, and their diff_ids. size: bytes, of its layers' plain archives.
+    created: seconds since the epoch, 0.0 if the image does not say.
+    """
+
+    digest: str
+    names: tuple[str, ...]
+    config: Mapping[str, Any]
+    layers: tuple[Path, ...]
+    size: int
+    created: float
+    architecture: str
+    config_digest: str = ""
+    diff_ids: tuple[str, ...] = ()
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    document: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def history(self) -> list[Mapping[str, Any]]:
+        """How it was made, oldest step first (OCI image spec, config.md: `history`); may be empty."""
+        return [step for step in self.document.get("history") or () if isinstance(step, dict)]
+
+    def lookup(self, path: str) -> int | None:
+        """The mode (as st_mode) of what path leads to inside the image, links followed; None: nothing is there."""
+        found = find(self.layers, path)
+        return None if found is None else found.lstat().st_mode
+
+    def read_file(self, path: str) -> bytes | None:
+        """The content of the regular file that path leads to inside the image; None when there is none."""
+        found = find(self.layers, path)
+        if found is None or not stat.S_ISREG(found.lstat().st_mode):
+            return None
+        return read_small(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """What went: images (digests) and layers (diff ids), and their size in bytes."""
+
+    images: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    size: int = 0
+
+    def __add__(self, other: Freed) -> Freed:
+        return Freed(self.images + other.images, self.layers + other.layers, self.size + other.size)
+
+
+def architecture() -> str:
+    """This host's architecture as images name it (GOARCH)."""
+    machine = os.uname().machine
+    return ARCHITECTURES.get(machine, machine)
+
+
+def plain_manifest(config: bytes, layers: Sequence[Unpacked]) -> bytes:
+    """The manifest of an image that comes without one: its layers are plain archives."""
+    document = {
+        "schemaVersion": 2,
+        "mediaType": MANIFEST,
+        "config": {"mediaType": CONFIG, "digest": f"sha256:{sha256(config).hexdigest()}", "size": len(config)},
+        "layers": [{"mediaType": LAYER, "digest": each.diff_id, "size": each.size} for each in layers],
+    }
+    return json.dumps(document, sort_keys=True).encode()
+
+
+def read_diff_ids(config: bytes, what: str) -> list[str]:
+    """The layers that a configuration names, lowest first. Raises WrongState if they are not for this host."""
+    try:
+        document = json.loads(config)
+        machine, system = document["architecture"], document.get("os", "linux")
+        diff_ids = [to_digest(diff_id) for diff_id in document["rootfs"]["diff_ids"]]
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise WrongState(f"load {what!r}: damaged image configuration: {error!r}") from error
+    if (system, machine) != ("linux", architecture()):
+        raise WrongState(f"load {what!r}: the image is for {system}/{machine} (this host is linux/{architecture()})")
+    return diff_ids
+
+
+def users_of(in_use: InUse) -> Mapping[str, Collection[str]]:
+    """digest → who uses it, however that is told."""
+    found = in_use() if callable(in_use) else in_use
+    return found if isinstance(found, Mapping) else dict.fromkeys(found, ())
+
+
+def check_manifest(manifest: bytes, config: bytes, diff_ids: Sequence[str], what: str) -> None:
+    """Raise WrongState unless manifest and configuration belong together."""
+    try:
+        document = json.loads(manifest)
+        named, count = document["config"]["digest"], len(document["layers"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise WrongState(f"store image {what!r}: damaged manifest: {error!r}") from error
+    if named != (found := f"sha256:{sha256(config).hexdigest()}"):
+        raise WrongState(f"store image {what!r}: its configuration is {found} (its manifest says {named})")
+    if count != len(diff_ids):
+        raise WrongState(f"store image {what!r}: {count} layers with {len(diff_ids)} diff ids")
+
+
+def listing(blob: bytes) -> tuple[str, ...] | None:
+    """The manifests that an index lists; () for a manifest, None for anything else."""
+    try:
+        document = json.loads(blob)
+        if isinstance(document.get("manifests"), list):
+            return tuple(str(each["digest"]) for each in document["manifests"]) or None
+        return () if "digest" in document["config"] and "layers" in document else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def read_name(name: str, value: Any) -> Name:
+    """An entry of index.json."""
+    if isinstance(value, str):  # as stores of old have it
+        return Name(name, value, value, "load", 0.0)
+    return Name(name, value["digest"], value.get("top") or value["digest"], value["source"], float(value["at"]))
+
+
+def moment(text: str | None) -> float:
+    """An RFC 3339 time in seconds since the epoch; 0.0 for none."""
+    try:
+        return datetime.fromisoformat(text).timestamp() if text else 0.0
+    except (ValueError, TypeError):
+        return 0.0

@@ -1,0 +1,191 @@
+"""Streams of archives → unpacked layers by diff id, each once. The lower half of `images.store`.
+
+layers/sha256/HEX/         the directory; when it has this name, all of it is on disk
+layers/sha256/HEX.json     its figures ({"size", "files", …}; stores of old have HEX.size instead)
+layers/sha256/HEX.recipe   what it takes to make its archive again
+partial/                   what is being unpacked or deleted; counts for nothing
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from holdfast.config import ImageSettings
+from holdfast.drivers import remove_tree
+from holdfast.errors import WrongState
+from holdfast.images.disk import Locks, sync_all, sync_folder
+from holdfast.images.references import to_digest
+from holdfast.images.unpack import Expected, Limits, Unpacked, unpack_stream
+
+HEX = re.compile("[0-9a-f]{64}")
+Progress = Callable[[int], None]
+
+
+class LayerStore:
+    """The layers of one agent. Safe for several threads and processes at once."""
+
+    def __init__(self, root: Path, partial: Path, locks: Locks, settings: ImageSettings) -> None:
+        self.root = root
+        self.partial = partial
+        self.settings = settings
+        self._locks = locks
+        root.mkdir(parents=True, exist_ok=True)
+
+    def has(self, diff_id: str) -> bool:
+        """Whether a layer is wholly here."""
+        return self.folder(diff_id).is_dir()
+
+    def folder(self, diff_id: str) -> Path:
+        """Where a layer is, or would be."""
+        return self.root / to_digest(diff_id).removeprefix("sha256:")
+
+    def recipe(self, diff_id: str) -> Path:
+        """What its archive is made from again; a layer that was stored long ago has none."""
+        return self.folder(diff_id).with_suffix(".recipe")
+
+    def all(self) -> list[str]:
+        """The diff id of every layer that is here, whether an image needs it or not."""
+        return [f"sha256:{name}" for name in os.listdir(self.root) if HEX.fullmatch(name)]  # noqa: PTH208
+
+    def facts(self, diff_id: str) -> Unpacked:
+        """The figures of a layer, zeros where nobody wrote them down."""
+        base = self.folder(diff_id)
+        with suppress(FileNotFoundError, ValueError, TypeError):
+            return Unpacked(diff_id=diff_id, **json.loads(base.with_suffix(".json").read_bytes()))
+        with suppress(FileNotFoundError, ValueError):
+            return Unpacked(diff_id, int(base.with_suffix(".size").read_text()))
+        return Unpacked(diff_id, 0)
+
+    def add(
+        self,
+        stream: int | BinaryIO,
+        expected: Expected = Expected(),
+        progress: Progress | None = None,
+        *,
+        stall: float = 0,
+    ) -> Unpacked:
+        """See `ImageStore.add_layer`."""
+        key = expected.diff_id.removeprefix("sha256:") if expected.diff_id else uuid.uuid4().hex
+        with self._locks.hold(key):
+            if expected.diff_id and self.has(expected.diff_id):
+                return self.facts(expected.diff_id)
+            folder = self.partial / key
+            self._clear(key)
+            folder.mkdir()
+            folder.chmod(0o755)
+            limits = Limits(self.settings.max_layer_size, self.settings.max_layer_files)
+            try:
+                with _descriptor(stream) as descriptor:
+                    found = unpack_stream(
+                        descriptor,
+                        folder,
+                        folder.with_suffix(".recipe"),
+                        limits=limits,
+                        expected=expected,
+                        progress=progress,
+                        stall=stall,
+                    )
+                self._finish(folder, found)
+            finally:
+                self._clear(key)
+        return found
+
+    def drop(self, diff_id: str) -> None:
+        """Delete a layer, if it is here. Its directory loses its name at once: half a layer is never found."""
+        folder, key = self.folder(diff_id), uuid.uuid4().hex
+        with self._locks.hold(key), suppress(FileNotFoundError):
+            folder.rename(self.partial / key)
+            remove_tree(self.partial / key)
+        for kind in (".json", ".size", ".recipe"):
+            folder.with_suffix(kind).unlink(missing_ok=True)
+
+    def came(self, diff_id: str) -> float:
+        """When a layer came to be here, in seconds since the epoch; its own times are its archive's."""
+        for path in (self.folder(diff_id).with_suffix(".json"), self.folder(diff_id)):
+            with suppress(FileNotFoundError):
+                return path.lstat().st_ctime
+        return 0.0
+
+    def drop_strays(self, before: float) -> None:
+        """Delete figures and recipes, older than that, of layers that are not here."""
+        for path in self.root.glob("*.*"):
+            if not path.with_suffix("").exists() and path.lstat().st_mtime < before:
+                path.unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Delete what a killed process left half unpacked; what a living one unpacks is locked."""
+        for key in {path.name.partition(".")[0] for path in self.partial.iterdir()} - self._locks.lasting:
+            with self._locks.hold(key, wait=False) as held:
+                if held:
+                    with suppress(OSError):
+                        self._clear(key)
+
+    def _finish(self, folder: Path, found: Unpacked) -> None:
+        """Figures and recipe get their names first: a directory under its diff id is a layer that is whole."""
+        figures = {key: value for key, value in asdict(found).items() if key != "diff_id"}
+        folder.with_suffix(".json").write_text(json.dumps(figures))
+        sync_all(folder)
+        target = self.folder(found.diff_id)
+        for kind in (".json", ".recipe"):
+            folder.with_suffix(kind).replace(target.with_suffix(kind))
+        with suppress(OSError):  # ENOTEMPTY: an import of the same archive was faster
+            folder.rename(target)
+        sync_folder(target.parent)
+        if not target.is_dir():
+            raise WrongState(f"unpack layer {found.diff_id!r}: could not be moved to {str(target)!r}")
+
+    def _clear(self, key: str) -> None:
+        with suppress(FileNotFoundError):
+            remove_tree(self.partial / key)
+        for kind in (".json", ".recipe"):
+            (self.partial / f"{key}{kind}").unlink(missing_ok=True)
+
+
+@contextmanager
+def _descriptor(stream: int | BinaryIO) -> Iterator[int]:
+    """A descriptor to read the stream from; one that has none, as a member of a tar, is pumped through a pipe."""
+    if isinstance(stream, int):
+        yield stream
+        return
+    if isinstance(stream, io.BufferedReader) and isinstance(stream.raw, io.FileIO) and _unread(stream):
+        yield stream.fileno()
+        return
+    ours, theirs = os.pipe()
+    failures: list[Exception] = []
+
+    def pump() -> None:
+        try:
+            with os.fdopen(theirs, "wb", 0) as pipe:
+                while data := stream.read(1 << 20):
+                    view = memoryview(data)
+                    while view:
+                        view = view[cast(int, pipe.write(view)) :]
+        except BrokenPipeError:
+            pass  # whoever reads had enough, and says why
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=pump, name="layer pump", daemon=True)
+    thread.start()
+    try:
+        yield ours
+    finally:
+        os.close(ours)
+        thread.join()
+        if failures:  # what could not be read is why the rest went wrong
+            raise failures[0]
+
+
+def _unread(stream: io.BufferedReader) -> bool:
+    """Whether nothing of the file is in the reader's buffer."""
+    return stream.seekable() and stream.tell() == os.lseek(stream.fileno(), 0, os.SEEK_CUR)
