@@ -122,6 +122,17 @@ class LayerStore:
             if not path.with_suffix("").exists() and path.lstat().st_mtime < before:
                 path.unlink(missing_ok=True)
 
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """See `ImageStore.scratch`."""
+        key = uuid.uuid4().hex
+        with self._locks.hold(key):
+            (self.partial / key).mkdir(mode=0o700)
+            try:
+                yield self.partial / key
+            finally:
+                self._clear(key)
+
     def sweep(self) -> None:
         """Delete what a killed process left half unpacked; what a living one unpacks is locked."""
         for key in {path.name.partition(".")[0] for path in self.partial.iterdir()} - self._locks.lasting:

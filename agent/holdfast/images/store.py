@@ -256,6 +256,10 @@ class ImageStore:
         """Keep everything that is here while the block runs: what it has put in or found, and no image needs yet."""
         return self._locks.hold("store", shared=True)
 
+    def scratch(self) -> AbstractContextManager[Path]:
+        """A folder on the store's disk for whatever is needed while the block runs; it goes after it, or a crash."""
+        return self.layers.scratch()
+
     def remove(self, reference: str, in_use: InUse = ()) -> Freed:
         """Take a name away, or (by digest) all names; an image that no name leads to any more goes.
 
