@@ -46,5 +46,5 @@ bench: setup
 	@$(bin)/python bench/run.py $(BENCH)
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist
+	rm -rf .bench .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist
 	find agent plugins tests bench examples -name __pycache__ -prune -exec rm -rf {} +

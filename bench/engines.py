@@ -35,6 +35,32 @@ def run_options(name: str, shape: Shape, gate: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def dockerd(home: Path, *options: str) -> subprocess.Popen[bytes]:
+    """An engine with all it has in home, answering on its docker.sock. Raises RuntimeError if it does not."""
+    with (home / "dockerd.log").open("wb") as log:
+        daemon = subprocess.Popen(
+            ["dockerd", "--data-root", home / "data", "--exec-root", home / "exec", "--pidfile", home / "dockerd.pid",
+             "--host", f"unix://{home}/docker.sock", *options],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            quiet("docker", "--host", f"unix://{home}/docker.sock", "version")
+            return daemon
+        except RuntimeError:
+            if daemon.poll() is not None or time.monotonic() > deadline:
+                daemon.kill()
+                raise
+            time.sleep(0.1)
+
+
+def podman(home: Path, runtime: str) -> list[str]:
+    """How every command to a podman begins that has all it has in home."""
+    return ["podman", "--root", str(home / "root"), "--runroot", str(home / "run"), "--runtime", runtime,
+            "--cgroup-manager", "cgroupfs", "--storage-driver", "overlay"]  # fmt: skip
+
+
 class Docker:
     """`docker run` for one container, Compose for several and for everything after."""
 
@@ -63,21 +89,8 @@ class Docker:
         self.home.mkdir(parents=True)
         self.tables = nft_tables()
         self.ruleset = quiet("iptables-save") if shutil.which("iptables-save") and self.tables else None
-        with (self.home / "dockerd.log").open("wb") as log:
-            self.daemon = subprocess.Popen(
-                ["dockerd", "--data-root", self.home / "data", "--exec-root", self.home / "exec",
-                 "--pidfile", self.home / "dockerd.pid", "--host", self.host],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                version = self._docker("version", "--format", "{{.Server.Version}}").strip()
-                break
-            except RuntimeError:
-                if self.daemon.poll() is not None or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.1)
+        self.daemon = dockerd(self.home)
+        version = self._docker("version", "--format", "{{.Server.Version}}").strip()
         self._docker("import", str(self.image), IMAGE)
         self.compose = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
         return f"docker {version}, {quiet(*self.compose, 'version', '--short').strip()} for many"
@@ -157,8 +170,7 @@ class Podman:
 
     def __init__(self, home: Path, image: Path, gate: Path, runtime: str) -> None:
         self.home, self.image, self.gate = home, image, gate
-        self.base = ["podman", "--root", str(home / "root"), "--runroot", str(home / "run"), "--runtime", runtime,
-                     "--cgroup-manager", "cgroupfs", "--storage-driver", "overlay"]  # fmt: skip
+        self.base = podman(home, runtime)
         self.asked: Sequence[str] = ()
         self.shape = NO_NETWORK
         self.links: set[str] = set()

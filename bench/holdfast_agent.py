@@ -32,8 +32,15 @@ class Holdfast:
         self.asked: Sequence[str] = ()
         self.shape = NO_NETWORK
         self.round = 0
+        self.image_name = IMAGE
 
     def open(self) -> str:
+        self.start()
+        self.call("image", "import", str(self.image), IMAGE)
+        return f"{self.call('version').strip()} ({self.runtime})"
+
+    def start(self) -> None:
+        """Start an agent on an empty store, and wait until it answers."""
         self.state.mkdir(parents=True)
         self.config.write_text(
             f'name = "{self.host.name}"\nstate = "{self.state}"\nroot = "{self.host.root}"\n'
@@ -49,15 +56,13 @@ class Holdfast:
             if self.agent.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the agent does not answer, see {log.name}")
             time.sleep(0.05)
-        self._call("image", "import", str(self.image), IMAGE)
-        return f"{self._call('version').strip()} ({self.runtime})"
 
     def up(self, names: Sequence[str], shape: Shape) -> None:
         self.asked, self.shape = names, shape
         self._write({})
 
     def same(self) -> None:
-        self._call("sync")
+        self.call("sync")
 
     def change(self, name: str) -> None:
         self.round += 1
@@ -68,7 +73,7 @@ class Holdfast:
         return int(instance["pid"])
 
     def show(self) -> None:
-        self._call("status")
+        self.call("status")
 
     def down(self) -> None:
         (self.state / "bench.toml").unlink(missing_ok=True)
@@ -107,7 +112,7 @@ class Holdfast:
         volumes = [f"{self.gate}:/gate", *(["/var/tmp:/data"] if shape.volume else [])]
         return "\n".join([
             f"[containers.{name}]",
-            f'image = "{IMAGE}"',
+            f'image = "{self.image_name}"',
             f'command = ["/ready", "{name}"]',
             f"volumes = {json.dumps(volumes)}",
             'restart = "always"',
@@ -118,7 +123,7 @@ class Holdfast:
         ])  # fmt: skip
 
     def _status(self) -> Any:
-        return json.loads(self._call("status", "--json"))
+        return json.loads(self.call("status", "--json"))
 
     def _answers(self) -> bool:
         try:
@@ -127,5 +132,6 @@ class Holdfast:
             return False
         return True
 
-    def _call(self, *args: str) -> str:
+    def call(self, *args: str) -> str:
+        """Run the command against this agent, and return what it prints."""
         return quiet(HOLDFAST, *args, env={**os.environ, "HOLDFAST_CONFIG": str(self.config)})

@@ -4,11 +4,13 @@
     make bench                 whoever is installed
     make bench PEERS=yes       install Debian's Docker, Compose and podman first
     make bench BENCH="--counts 10,100 --only holdfast,docker"         or --quick
+    make bench BENCH="--rows images,stacks"                           or containers: what to measure
 
 Method. Everyone runs in this one session, on the same workload (see `workload`), one after the other. A figure is the
 median of several rounds. Time begins when the state file is renamed into place (or the command is called) and ends
 when the last program has said itself that it runs. CPU is that of the whole machine, less its idle rate, because an
-engine's work is not done by its client. Ratios of one session mean something; absolute figures only on a quiet host.
+engine's work is not done by its client. How pulling is measured, `images` says. Ratios of one session mean something;
+absolute figures only on a quiet host.
 
 A hybrid host on which cgroup v2 still owns hugetlb makes crun refuse to run; the bench then mounts hugetlb as v1 on a
 folder of its own for as long as it runs, and says so.
@@ -22,7 +24,6 @@ import ctypes
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,34 +34,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from rich.console import Console
-from rich.table import Table
-
+import images
 import machine
 from contestant import BRIDGE, NO_NETWORK, Contestant, Shape, Unsupported, full
 from engines import Docker, Podman, mounts_below
+from figures import Figures, show
 from floor import Floor
+from forge import stacks
 from holdfast_agent import HOLDFAST, Holdfast
 from workload import Gate, write_image
 
 PR_SET_CHILD_SUBREAPER = 36
 REST = 0.3  # seconds after each removal, for everyone: the kernel takes namespaces apart behind the scenes
+NAMES = ["holdfast", "docker", "podman", "floor"]
+ROWS = ["containers", "images", "stacks"]
+HIGH = 20  # layers of a stack
 PEERS = {"docker": ("dockerd", "docker"), "podman": ("podman",)}
 
 os.environ["PATH"] += os.pathsep + "/usr/local/sbin:/usr/sbin:/sbin"
-
-
-@dataclass
-class Figures:
-    """What was measured: row → contestant → median; rows in the order in which they first came up."""
-
-    unit: dict[str, str] = field(default_factory=dict)
-    cells: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    def put(self, row: str, unit: str, who: str, values: list[float]) -> None:
-        self.unit[row] = unit
-        self.cells.setdefault(row, {})[who] = statistics.median(values)
-        print(f"  {row}: {statistics.median(values):.4g} {unit}", file=sys.stderr, flush=True)
 
 
 class Bench:
@@ -102,6 +93,14 @@ class Bench:
             (f"{count} down", "s", down), (f"{count}: status / ps", "ms", listing),
         ):  # fmt: skip
             self._put(row, unit, values)
+
+    def first(self, image: str) -> float:
+        """One container of an image, up and away again; milliseconds until it ran."""
+        assert isinstance(self.who, Holdfast)
+        self.who.image_name = image
+        took = self._up(["c0"], NO_NETWORK)
+        self._down()
+        return took
 
     def killed(self) -> None:
         """SIGKILL → running, the first time and the fifth in a row."""
@@ -182,40 +181,6 @@ def race(who: Contestant, bench: Bench, counts: list[int], ports: Iterator[int])
             who.down()
 
 
-def show(figures: Figures, who: list[str], versions: dict[str, str], about: str) -> None:
-    """The table: medians, and how holdfast compares with each of the others."""
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    table = Table(title=about, title_justify="left", caption="\n".join(versions.values()), caption_justify="left")
-    table.add_column("")
-    table.add_column("unit")
-    for name in who:
-        table.add_column(name, justify="right")
-    peers = [name for name in who if name not in ("holdfast", "floor")]
-    for name in peers:
-        table.add_column(f"÷ {name}", justify="right")
-    for row, cells in figures.cells.items():
-        own = cells.get("holdfast")
-        table.add_row(
-            row,
-            figures.unit[row],
-            *(figure(cells[name]) if name in cells else "" for name in who),
-            *(ratio(own, cells.get(name)) for name in peers),
-        )
-    console.print(table)
-
-
-def figure(value: float) -> str:
-    """Three digits, and none of them an exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def ratio(own: float | None, other: float | None) -> str:
-    """holdfast as a part of the other: 1/7.3 where it takes less, ×2.0 where it takes more."""
-    if not own or not other or own <= 0 or other <= 0:
-        return ""
-    return f"1/{other / own:.1f}" if own < other else f"×{own / other:.1f}"
-
-
 @contextlib.contextmanager
 def fit_runtime(asked: str, home: Path) -> Iterator[str]:
     """The runtime to measure with. auto: crun wherever it can be made to work."""
@@ -242,23 +207,26 @@ def fit_runtime(asked: str, home: Path) -> Iterator[str]:
         subprocess.run(["umount", folder], check=True)
 
 
-def contestants(home: Path, image: Path, gate: Path, runtime: str, only: list[str]) -> Iterator[Contestant]:
-    """Those who take part: holdfast, the peers that are installed, the floor."""
+def present(only: list[str]) -> list[str]:
+    """Those of them that are installed; the others are named."""
     for name in only:
+        if name not in NAMES:
+            raise SystemExit(f"bench: '{name}' is nobody (expected {', '.join(NAMES)})")
         if any(shutil.which(program) is None for program in PEERS.get(name, ())):
             print(f"bench: {name} is not installed (make bench PEERS=yes installs Debian's)", file=sys.stderr)
-            continue
-        match name:
-            case "holdfast":
-                yield Holdfast(home / name, image, gate, runtime)
-            case "docker":
-                yield Docker(home / name, image, gate)
-            case "podman":
-                yield Podman(home / name, image, gate, runtime)
-            case "floor":
-                yield Floor(home / name, image, gate, runtime)
-            case _:
-                raise SystemExit(f"bench: '{name}' is nobody (expected holdfast, docker, podman, floor)")
+    return [name for name in only if all(shutil.which(program) for program in PEERS.get(name, ()))]
+
+
+def contestant(name: str, home: Path, image: Path, gate: Path, runtime: str) -> Contestant:
+    match name:
+        case "holdfast":
+            return Holdfast(home, image, gate, runtime)
+        case "docker":
+            return Docker(home, image, gate)
+        case "podman":
+            return Podman(home, image, gate, runtime)
+        case _:
+            return Floor(home, image, gate, runtime)
 
 
 def close(who: Contestant) -> None:
@@ -269,23 +237,77 @@ def close(who: Contestant) -> None:
         print(f"bench: {who.name} left something behind: {error}", file=sys.stderr)
 
 
-def measure(arguments: argparse.Namespace, home: Path) -> None:
-    gate, figures, versions = Gate(home / "gate"), Figures(), {}
-    program = write_image(home / "image.tar")
-    idle = machine.idle_rate(2)
-    ports = iter(range(18_000, 19_000))
-    with fit_runtime(arguments.runtime, home) as runtime:
-        for who in contestants(home, home / "image.tar", gate.folder, runtime, arguments.only):
-            print(f"{who.name}", file=sys.stderr, flush=True)
+@dataclass(frozen=True)
+class Session:
+    """What one run of the bench has: places, what was measured so far, and who was there in which version."""
+
+    home: Path
+    gate: Gate
+    runtime: str
+    rounds: int
+    counts: list[int]
+    names: list[str]
+    idle: float
+    figures: Figures = field(default_factory=Figures)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def containers(self) -> str:
+        """Starting, changing, stopping: everyone who is there, one after the other; returns what was started."""
+        image = self.home / "image.tar"
+        program = write_image(image)
+        ports = iter(range(18_000, 19_000))
+        for name in self.names:
+            who = contestant(name, self.home / name, image, self.gate.folder, self.runtime)
+            print(name, file=sys.stderr, flush=True)
             try:
-                versions[who.name] = f"{who.name}: {who.open()}"
-                race(who, Bench(who, gate, figures, arguments.rounds, idle), arguments.counts, ports)
+                self.versions[name] = f"{name}: {who.open()}"
+                bench = Bench(who, self.gate, self.figures, self.rounds, self.idle)
+                race(who, bench, self.counts, ports)
             except (RuntimeError, TimeoutError, OSError) as error:
-                print(f"bench: {who.name} gave up: {error}", file=sys.stderr)
+                print(f"bench: {name} gave up: {error}", file=sys.stderr)
             finally:
                 close(who)
-    about = f"medians of {arguments.rounds} rounds; {program}; {os.cpu_count()} cores, Linux {os.uname().release}"
-    show(figures, [name for name in arguments.only if name in versions], versions, about)
+        return f"containers: {program}"
+
+    def images(self) -> str:
+        """Pulling into an empty store, and what shares layers; returns what was pulled."""
+        stores = images.stores(self.names, self.runtime)
+        pulled, versions = images.race(stores, self.home, self.figures, self.rounds, self.idle)
+        self.versions.update(
+            {name: f"{name}: {text}" for name, text in versions.items() if name not in self.versions}
+        )
+        return f"images: {pulled}"
+
+    def stacks(self) -> str:
+        """The first container of an image of one layer, and of one of twenty: state file renamed → program runs."""
+        heights = [1, HIGH] * (self.rounds + 1)
+        layout, home = self.home / "stacks", self.home / "stacked"
+        write_image(self.home / "image.tar")
+        stacks(layout, self.home / "image.tar", heights)
+        who = Holdfast(home, self.home / "image.tar", self.gate.folder, self.runtime)
+        bench = Bench(who, self.gate, self.figures, self.rounds, self.idle)
+        try:
+            self.versions["holdfast"] = f"holdfast: {who.open()}"
+            who.call("image", "load", str(layout))
+            took = [bench.first(f"stack-{number}") for number in range(len(heights))]
+        except (RuntimeError, TimeoutError, OSError) as error:
+            print(f"bench: holdfast gave up: {error}", file=sys.stderr)
+        else:
+            for height, values in ((1, took[2::2]), (HIGH, took[3::2])):  # the first pair warms up
+                self.figures.put(f"first container, image of {height} layers", "ms", "holdfast", values)
+        finally:
+            close(who)
+        return f"stacks: each image is used for the first time, its {HIGH} layers are no other one's"
+
+
+def measure(arguments: argparse.Namespace, home: Path) -> None:
+    gate, idle = Gate(home / "gate"), machine.idle_rate(2)
+    names = present(arguments.only)
+    with fit_runtime(arguments.runtime, home) as runtime:
+        session = Session(home, gate, runtime, arguments.rounds, arguments.counts, names, idle)
+        about = [f"medians of {arguments.rounds} rounds; {os.cpu_count()} cores, Linux {os.uname().release}"]
+        about += [getattr(session, row)() for row in arguments.rows]
+    show(session.figures, [name for name in names if name in session.versions], session.versions, "\n".join(about))
 
 
 def reap_orphans() -> None:
@@ -312,11 +334,14 @@ def main() -> None:
     parser.add_argument("--runtime", choices=["auto", "crun", "runc"], default="auto")
     parser.add_argument("--counts", type=lambda text: [int(part) for part in text.split(",")], default=[10, 50, 100])
     parser.add_argument(
-        "--only", type=lambda text: text.split(","), default=["holdfast", "docker", "podman", "floor"]
+        "--only", type=lambda text: text.split(","), default=NAMES, help="who takes part: %(default)s"
     )
+    parser.add_argument("--rows", type=lambda text: text.split(","), default=ROWS, help="what: %(default)s")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.counts = 2, [10]
+    if unknown := {*arguments.rows} - {*ROWS}:
+        raise SystemExit(f"bench: there are no rows '{unknown.pop()}' (expected {', '.join(ROWS)})")
     if os.geteuid() != 0:
         raise SystemExit("bench: must be root")
     if not HOLDFAST.exists():
