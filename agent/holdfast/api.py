@@ -12,7 +12,7 @@
     POST   /v1/volumes/prune                       GET    /v1/networks[/ID]
     GET    /v1/images                              DELETE /v1/images?ref=
     POST   /v1/images/{import,load}                GET    /v1/plugins
-    GET    /v1/stats
+    GET    /v1/stats                               POST   /v1/bundles/load
 """
 
 from __future__ import annotations
@@ -163,6 +163,10 @@ class Agent(Protocol):
 
     def remove_image(self, ref: str) -> Json:
         """Forget a reference, and what only it needs."""
+        ...
+
+    def load_bundle(self, path: str) -> Sequence[Json]:
+        """Take in the images of a bundle: {"ref", "digest", "new"} of each; its state is the caller's business."""
         ...
 
     def plugins(self) -> Sequence[Json]:
@@ -348,6 +352,11 @@ async def take_image(request: web.Request) -> web.Response:
     return web.json_response(await asyncio.to_thread(agent.import_image, path, asked(value, "ref"), changes))
 
 
+async def load_bundle(request: web.Request) -> web.Response:
+    path = asked(await body(request), "path")
+    return web.json_response(await asyncio.to_thread(request.app[AGENT].load_bundle, path))
+
+
 async def events(request: web.Request) -> web.StreamResponse:
     """Events as JSON lines; with follow=1 until the caller goes, with an empty line when nothing happens."""
     agent = request.app[AGENT]
@@ -452,5 +461,6 @@ ROUTES = [
     web.get("/v1/images", answer(lambda agent, _: agent.images())),
     web.post("/v1/images/{verb:import|load}", take_image),
     web.delete("/v1/images", answer(lambda agent, request: agent.remove_image(request.query.get("ref", "")))),
+    web.post("/v1/bundles/load", load_bundle),
     web.get("/v1/plugins", answer(lambda agent, _: agent.plugins())),
 ]

@@ -102,6 +102,9 @@ class Client:
     def remove_image(self, ref: str) -> Json:
         return self._call("DELETE", f"/v1/images?{urlencode({'ref': ref})}")
 
+    def load_bundle(self, path: str) -> Json:
+        return self._call("POST", "/v1/bundles/load", {"path": path})
+
     def plugins(self) -> Json:
         return self._call("GET", "/v1/plugins")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import click
 
-from holdfast.cli import agent, check, containers, doctor, events, images, networks, state, volumes
+from holdfast.cli import agent, bundle, check, containers, doctor, events, images, networks, state, volumes
 from holdfast.cli.command import Group
 from holdfast.errors import HoldfastError
 
@@ -26,7 +26,7 @@ def holdfast() -> None:
     """
 
 
-for module in (check, state, containers, events, images, volumes, networks, doctor, agent):
+for module in (check, state, containers, events, images, bundle, volumes, networks, doctor, agent):
     for command in module.COMMANDS:
         holdfast.add_command(command)
 

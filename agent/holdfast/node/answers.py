@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from holdfast.errors import Conflict, NotFound, WrongCall
 from holdfast.images.store import Image
+from holdfast.node.bundle import load_bundle
 from holdfast.node.recover import remove_volume
 from holdfast.node.rig import Rig
 from holdfast.observed import Instance, Json, Receipt
@@ -252,6 +253,10 @@ class Answers:
     def _images_changed(self) -> None:
         """What could not be staged for want of an image can be tried at once."""
         self.rig.store.retry_now()
+
+    def load_bundle(self, path: str) -> Sequence[Json]:
+        """Take in the images of a bundle."""
+        return load_bundle(self.rig, Path(path))
 
     # -- plugins --
 

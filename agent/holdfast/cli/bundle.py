@@ -1,0 +1,266 @@
+"""bundle create, inspect, load: a whole state with its images in one file, for nodes without a network."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from holdfast.cli import render
+from holdfast.cli.bars import bars
+from holdfast.cli.check import counted
+from holdfast.cli.client import Client
+from holdfast.cli.command import Group, client, json_option, reach, settings, socket_path
+from holdfast.cli.state import PATIENCE, converge, headline
+from holdfast.errors import TryAgain, WrongCall, WrongState
+
+if TYPE_CHECKING:
+    from holdfast.images.bundle import Bundle, Tree
+    from holdfast.images.gather import Coming, Wanted
+    from holdfast.source import Revision
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.group("bundle", cls=Group)
+def bundle() -> None:
+    """A state and its images in one file, for nodes without a network."""
+
+
+# -- create --------------------------------------------------------------------------------------------------
+
+
+@bundle.command("create")
+@click.argument("state_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("-o", "--output", required=True, metavar="FILE", type=click.Path(path_type=Path), help="What to write.")
+@click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="What the nodes are.  [default: as this host]")
+@click.option("--node-name", metavar="NAME", help="Only apps for a node of this name (and of the labels).")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label of that node; may repeat.")
+@click.option(
+    "--authfile", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Passwords, as skopeo's."
+)
+def create(
+    state_dir: Path,
+    output: Path,
+    platform: str | None,
+    node_name: str | None,
+    labels: tuple[str, ...],
+    authfile: Path | None,
+) -> None:
+    """Write the files of a state directory and every image that they name to one file.
+
+    Needs skopeo, and neither an agent nor root. Variables get the values that agent.toml of this host gives them (see
+    --config). The file is an OCI image layout: `skopeo inspect oci-archive:FILE:IMAGE` shows what is in it.
+    """
+    import tempfile
+
+    from holdfast.images.bundle import write_bundle
+    from holdfast.images.gather import Gatherer
+    from holdfast.source.directory import DirectorySource
+
+    config = settings()
+    revision = DirectorySource(state_dir).current()
+    wanted = images_of(state_dir, revision, node_name, labels)
+    tree = tree_of(state_dir, revision)
+    goal = platform_of(platform)
+    fetching = replace(config.images, authfile=authfile.absolute()) if authfile else config.images
+    if not output.parent.is_dir():
+        raise WrongCall(f"write '{output}': '{output.parent}' is no directory")
+    beside = output.parent.resolve()  # skopeo takes a colon for the end of a path
+    with (
+        tempfile.TemporaryDirectory(prefix=".bundle.", dir=None if ":" in str(beside) else beside) as folder,
+        closing(Gatherer(Path(folder), goal, fetching, told=coming)) as gatherer,
+    ):
+        images = gatherer.gather(wanted)
+        digest = write_bundle(output, tree, images, gatherer.blobs, goal)
+    size = render.size(output.stat().st_size)
+    files = counted(len(tree.files), "state file")
+    click.echo(f"wrote {output}: {files}, {counted(len(images), 'image')} for {goal}, {size}")
+    click.echo(f"sha256:{digest}")
+
+
+def images_of(state_dir: Path, revision: Revision, node_name: str | None, labels: Sequence[str]) -> list[Wanted]:
+    """Every image that the files name; raises what is wrong with them, all at once."""
+    from holdfast.images.gather import Unread, wanted_images
+
+    facts = settings().facts()
+    if node_name is not None:
+        facts = replace(facts, name=node_name)
+    if labels:
+        facts = replace(facts, labels={**facts.labels, **dict(pair(label) for label in labels)})
+    everywhere = node_name is None and not labels
+    try:
+        found = wanted_images(revision.files, facts, executable=revision.executable, everywhere=everywhere)
+    except Unread as error:
+        told = [WrongState(str(replace(each, path=str(state_dir / each.path)))) for each in error.problems]
+        raise ExceptionGroup("state files", told) from None
+    for path, why in revision.left_out.items():
+        click.echo(f"left out {state_dir / path}: {why}", err=True)
+    return [replace(each, places=tuple(str(state_dir / place) for place in each.places)) for each in found]
+
+
+def pair(label: str) -> tuple[str, str]:
+    key, equals, value = label.partition("=")
+    if not equals or not key:
+        raise WrongCall(f"label '{label}': no KEY=VALUE")
+    return key, value
+
+
+def platform_of(text: str | None) -> str:
+    """`OS/ARCH[/VARIANT]` as images name platforms; for None, this host's."""
+    from holdfast.images.store import architecture
+
+    if text is None:
+        return f"linux/{architecture()}"
+    system, *rest = text.split("/")
+    if system != "linux" or len(rest) not in (1, 2) or not all(part.isalnum() for part in rest):
+        raise WrongCall(f"platform '{text}': not one that containers run on here (expected as linux/arm64)")
+    return text
+
+
+def coming(image: Coming) -> None:
+    """A line for each image, before its layers come."""
+    fresh = "" if image.fresh == image.layers else f", {image.layers - image.fresh} of them fetched already"
+    size = render.size(image.size)
+    click.echo(
+        f"[{image.number}/{image.of}] {image.reference}  {size} in {counted(image.layers, 'layer')}{fresh}", err=True
+    )
+
+
+def tree_of(state_dir: Path, revision: Revision) -> Tree:
+    """The files, with the commit and author that git knows them by, if they are just as they were committed."""
+    from holdfast.images.bundle import Tree
+
+    created = float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
+    commit, _, author = git(state_dir, "log", "-1", "--format=%H%n%an <%ae>").partition("\n")
+    if not commit or git(state_dir, "status", "--porcelain", "--ignored", "--", "."):
+        commit, author = revision.id, ""
+    return Tree(revision.files, revision.executable, commit, author, created)
+
+
+def git(folder: Path, *words: str) -> str:
+    """What git says of a folder; "" where there is no git, or no repository."""
+    import subprocess
+
+    try:
+        done = subprocess.run(
+            ["git", "--no-optional-locks", "-C", str(folder), *words],
+            capture_output=True, check=False, text=True, errors="replace", timeout=30, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+# -- inspect -------------------------------------------------------------------------------------------------
+
+
+@bundle.command("inspect")
+@click.argument("file", type=FILE)
+@json_option()
+def inspect(file: Path, json_: bool) -> None:
+    """Show what is in a bundle. Its layers are not read: load verifies them."""
+    from holdfast.images.bundle import open_bundle
+
+    with open_bundle(file) as found:
+        told = found.json()
+    if json_:
+        render.as_json(told)
+        return
+    about = [f"for {told['platform']}", told["revision"][:19], told["author"], render.ago(told["created"] or None)]
+    click.echo(f"{file}: {render.size(told['size'])}, " + ", ".join(filter(None, about)))
+    click.echo()
+    rows = [
+        [each["ref"], each["top"].removeprefix("sha256:")[:12], render.size(each["size"]), str(len(each["layers"]))]
+        for each in told["images"]
+    ]
+    render.table(["IMAGE", "DIGEST", "SIZE", "LAYERS"], rows)
+    if rows:
+        click.echo()
+    render.table(["STATE FILE", "SIZE"], [[each["path"], render.size(each["size"])] for each in told["files"]])
+
+
+# -- load ----------------------------------------------------------------------------------------------------
+
+
+@bundle.command("load")
+@click.argument("file", type=FILE)
+@click.option(
+    "--state", metavar="DIR", type=click.Path(path_type=Path), help="Where the files go.  [default: agent.toml]"
+)
+@click.option("--images-only", is_flag=True, help="Take in the images and leave the state as it is.")
+@click.option("--wait", is_flag=True, help="Wait until the node is converged.")
+@click.option("--timeout", type=float, default=PATIENCE, show_default=True, help="Seconds to wait at most.")
+def load(file: Path, state: Path | None, images_only: bool, wait: bool, timeout: float) -> None:
+    """Take in the images of a bundle, then make its files the state of this node.
+
+    The directory that agent.toml names is replaced as a whole, and what was in it is kept beside it. An agent that
+    runs converges by itself.
+    """
+    from holdfast.images.bundle import open_bundle
+    from holdfast.source.replace import check_replaceable, holds, replace_tree
+
+    if images_only and state:
+        raise WrongCall("load bundle: --state and --images-only exclude each other")
+    agent = client() if wait else None
+    folder = None if images_only else (state or state_directory())
+    with open_bundle(file) as found:
+        check_platform(found)
+        if folder is not None:
+            check_replaceable(folder)
+        with reach() as node:
+            images = node.load_bundle(str(file.absolute()))
+        for each in images:
+            click.echo(f"{each['ref']}  {each['digest']}" + ("" if each["new"] else "  (here already)"))
+        if folder is None:
+            pass
+        elif holds(folder, found.tree.files, found.tree.executable):
+            click.echo(f"{folder}: holds this state already")
+        else:
+            previous = replace_tree(folder, found.tree.files, found.tree.executable)
+            kept = f" (what was there: {previous})" if previous else ""
+            click.echo(f"{folder}: {counted(len(found.tree.files), 'state file')}{kept}")
+    follow(agent, timeout)
+
+
+def follow(agent: Client | None, timeout: float) -> None:
+    """Wait for the agent, if that is asked for; say so where nobody would converge."""
+    if agent is None:
+        if not Client(socket_path()).answers():
+            click.echo("no agent runs: 'holdfast apply' converges once, 'holdfast agent' from now on")
+        return
+    agent.sync(False)
+    with bars() as show:
+        status = converge(agent, timeout, show)
+    click.echo(headline(status))
+    if not status["converged"]:
+        raise TryAgain(f"load bundle: not converged within {render.span(timeout)} (see 'holdfast status')")
+
+
+def state_directory() -> Path:
+    """The directory that agent.toml has the state in. Raises WrongCall where that comes from git."""
+    source = settings().state
+    if source.git:
+        raise WrongCall(
+            f"load bundle: the state of this node comes from '{source.git}', which no bundle can replace (take "
+            "--images-only, or write the files elsewhere with --state DIR and have agent.toml name that)"
+        )
+    return source.directory
+
+
+def check_platform(found: Bundle) -> None:
+    """Raise WrongState for a bundle that is for other machines than this."""
+    from holdfast.images.store import architecture
+
+    here = f"linux/{architecture()}"
+    if "/".join(found.platform.split("/")[:2]) != here:
+        raise WrongState(f"load bundle '{found.path}': is for {found.platform} (this host is {here})")
+
+
+COMMANDS = [bundle]

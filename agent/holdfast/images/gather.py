@@ -1,0 +1,178 @@
+"""The state files of a tree → every image that they name, fetched into one folder: what a bundle is made of.
+
+skopeo fetches, with the same credentials, mirrors and signature policy as for a pull, but for any platform, without
+an image store and without root. Manifests and configurations keep their very bytes, for state files pin their
+digests; layers come into one folder, where those that several images share are fetched once.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.config import ImageSettings
+from holdfast.errors import HoldfastError, WrongState
+from holdfast.images.bundle import MANIFEST, Gathered, digest_of, media_type_of
+from holdfast.images.manifests import Unfit, choose, is_index, read_diff_ids, read_document, read_manifest
+from holdfast.images.references import Reference, parse
+from holdfast.images.skopeo import Skopeo
+from holdfast.spec import Cache, NodeFacts, Problem, load
+
+#: OCI's names of architectures (with variant) → uname(2)'s, by which `manifests.choose` knows what a host runs.
+MACHINES = {"amd64": "x86_64", "arm64": "aarch64", "arm64/v8": "aarch64", "arm": "armv7l", "arm/v7": "armv7l"}
+MACHINES |= {"arm/v6": "armv6l"}
+DEEPEST_INDEX = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An image that state files name. places: where, as `shop.toml:3`."""
+
+    reference: str
+    places: tuple[str, ...]
+
+
+class Unread(Exception):
+    """State files that don't load; problems says why."""
+
+    def __init__(self, problems: tuple[Problem, ...]) -> None:
+        super().__init__(f"{len(problems)} problems")
+        self.problems = problems
+
+
+def wanted_images(
+    files: Mapping[str, bytes], facts: NodeFacts, *, executable: frozenset[str], everywhere: bool
+) -> list[Wanted]:
+    """Every image of a tree, each once, in the order of the files. Raises Unread where a file does not load.
+
+    everywhere: also of apps that `when` gives to other nodes than the one of facts.
+    """
+    cache = Cache()
+    spec = load(files, facts, executable=executable, cache=cache)
+    if spec.problems:
+        raise Unread(spec.problems)
+    here = {app.path for app in spec.apps.values()}
+    found: dict[str, list[str]] = {}
+    for path, reading in cache.readings.items():
+        if reading.draft is None or not (everywhere or path in here):
+            continue
+        for name, container in reading.draft.app.containers.items():
+            if container.image is not None:
+                line = reading.draft.document.line(("containers", name, "image"))
+                found.setdefault(container.image, []).append(f"{path}:{line}")
+    return [Wanted(reference, tuple(places)) for reference, places in found.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """What is told of an image before its layers come. size: bytes of all; fresh: how many layers are yet to come."""
+
+    number: int
+    of: int
+    reference: str
+    size: int
+    layers: int
+    fresh: int
+
+
+class Gatherer:
+    """Fetches images of one platform (`linux/amd64`, `linux/arm/v7`) into folder, which is the caller's to delete.
+
+    folder: without a colon in its path, which skopeo would take for the end of it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        platform: str,
+        settings: ImageSettings,
+        told: Callable[[Coming], None] = lambda _: None,
+    ) -> None:
+        self.folder, self.platform, self.told = folder, platform, told
+        self.blobs = folder / "sha256"
+        self.blobs.mkdir(parents=True, exist_ok=True)
+        self._architecture = platform.split("/")[1]
+        self._machine = MACHINES.get(platform.partition("/")[2], "")
+        self._skopeo = Skopeo(settings)
+
+    def close(self) -> None:
+        """End what is under way."""
+        self._skopeo.close()
+
+    def gather(self, wanted: list[Wanted]) -> list[Gathered]:
+        """Fetch all of them. Raises an ExceptionGroup with every one that could not be had, and where it is named."""
+        found: list[Gathered] = []
+        failures: list[HoldfastError] = []
+        for number, each in enumerate(wanted, 1):
+            try:
+                found.append(self._gather(each.reference, number, len(wanted)))
+            except Unfit as error:
+                failures.append(WrongState(f"{', '.join(each.places)}: bundle {each.reference!r}: {error}"))
+            except HoldfastError as error:
+                failures.append(type(error)(f"{', '.join(each.places)}: {error}"))
+        if failures:
+            raise ExceptionGroup("gather images", failures)
+        return found
+
+    def _gather(self, written: str, number: int, of: int) -> Gathered:
+        reference = parse(written)
+        if reference.transport != "docker":
+            raise Unfit(
+                "is read from a path of its node, where no bundle puts anything (expected the name of an image)"
+            )
+        top = self._skopeo.manifest(reference, reference.remote, written)
+        if reference.digest:
+            _check(top, reference.digest)
+        manifest = self._for_platform(reference, top, written)
+        parts = read_manifest(manifest)
+        name = reference.at(digest_of(manifest))
+        config = self._skopeo.configuration(reference, name, written)
+        _check(config, parts.config.digest)
+        self._check_platform(config)
+        read_diff_ids(config, parts, self._architecture)
+        layers = {layer.digest: layer.size for layer in parts.layers}
+        fresh = [digest for digest in layers if not self._blob(digest).exists()]
+        self.told(Coming(number, of, written, sum(layers.values()), len(layers), len(fresh)))
+        if fresh:
+            self._fetch(reference, name, written, exact=media_type_of(manifest) == MANIFEST)
+        for digest in fresh:
+            if not self._blob(digest).exists():
+                raise Unfit(f"skopeo has not brought its layer {digest}")
+        ordered = tuple((layer.digest, layer.size) for layer in parts.layers)
+        return Gathered(written, reference.remote, top, manifest, config, ordered)
+
+    def _for_platform(self, reference: Reference, top: bytes, written: str) -> bytes:
+        """The manifest for the platform: top itself, or what it leads to where it is an index."""
+        manifest = top
+        for _ in range(DEEPEST_INDEX):
+            document = read_document(manifest)
+            if not is_index(document):
+                return manifest
+            chosen = choose(document, self._architecture, self._machine).digest
+            manifest = self._skopeo.manifest(reference, reference.at(chosen), written)
+            _check(manifest, chosen)
+        raise Unfit("too many indexes within each other")
+
+    def _fetch(self, reference: Reference, name: str, written: str, *, exact: bool) -> None:
+        """Bring what is missing of the layers."""
+        layout = self.folder / "layout"
+        try:
+            self._skopeo.fetch_layers(reference, name, written, layout, self.folder, exact=exact)
+        finally:
+            shutil.rmtree(layout, ignore_errors=True)
+
+    def _check_platform(self, config: bytes) -> None:
+        document = read_document(config)
+        found = f"{document.get('os') or 'linux'}/{document.get('architecture') or self._architecture}"
+        if found != f"linux/{self._architecture}":
+            raise Unfit(f"is for {found} (expected {self.platform})")
+
+    def _blob(self, digest: str) -> Path:
+        return self.blobs / digest.removeprefix("sha256:")
+
+
+def _check(data: bytes, digest: str) -> None:
+    if digest_of(data) != digest:
+        raise Unfit(f"the registry sent {digest_of(data)} for {digest}")

@@ -1,0 +1,94 @@
+"""A bundle → the images in it in the store of this node: all of them, or no name changes.
+
+The API calls it for `holdfast bundle load`. The state in the bundle is none of its business: whoever runs the command
+writes the files, with rights of his own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from holdfast.errors import HoldfastError, NotFound, WrongState
+from holdfast.images.bundle import Blob, Bundle, Packed, open_bundle
+from holdfast.images.store import ImageStore
+from holdfast.images.transfers import Transfer
+from holdfast.images.unpack import Expected
+from holdfast.node.rig import Rig
+from holdfast.observed import Json
+
+SIDE_BY_SIDE = 4  # layers: each has a process that unpacks it
+
+
+def load_bundle(rig: Rig, path: Path) -> Sequence[Json]:
+    """Take in the images of a bundle; a damaged one changes no name. Blocks; doing it again costs next to nothing.
+
+    Returns {"ref", "digest", "new": whether it was not here just so} of each. Raises WrongState for what is damaged
+    or for another architecture, UnfitHost where the disk is full.
+    """
+    with open_bundle(path) as bundle, rig.transfers.transfer(path.name) as transfer, rig.images.keep():
+        here = {image.reference: _is_here(rig.images, image) for image in bundle.images}
+        _add_layers(rig.images, bundle, transfer)
+        for image in bundle.images:
+            if not here[image.reference]:
+                _add_image(rig.images, image)
+    new = [each for each in bundle.images if not here[each.reference]]
+    if new:
+        told = f"loaded from '{path}': {', '.join(each.reference for each in new)}"
+        rig.store.event("images", "node", told)
+    rig.store.retry_now()
+    return [{"ref": each.reference, "digest": each.digest, "new": each in new} for each in bundle.images]
+
+
+def _is_here(store: ImageStore, image: Packed) -> bool:
+    """Whether loading the image would change nothing."""
+    try:
+        store.get(image.digest)
+        store.read_blob(image.top_digest)
+    except (NotFound, WrongState):
+        return False
+    name = store.names().get(image.name)
+    return _pinned(image) or (
+        name is not None and (name.digest, name.top, name.source) == (image.digest, image.top_digest, "bundle")
+    )
+
+
+def _pinned(image: Packed) -> bool:
+    """Whether its digest alone is what it is called: as after a pull, such an image has no name."""
+    return "@" in image.name
+
+
+def _add_layers(store: ImageStore, bundle: Bundle, transfer: Transfer) -> None:
+    """Unpack what is missing, several at once. After a failure nothing new is begun."""
+    missing = []
+    for layer in bundle.layers():
+        here = store.has_layer(layer.diff_id)
+        transfer.expect(layer.digest, layer.size, here=here)
+        missing += [] if here else [layer]
+    transfer.state = "pulling"
+    with ThreadPoolExecutor(min(SIDE_BY_SIDE, os.cpu_count() or 1), "bundle layer") as pool:
+        under_way = [pool.submit(_add_layer, store, bundle, layer, transfer) for layer in missing]
+        try:
+            for each in under_way:
+                each.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _add_layer(store: ImageStore, bundle: Bundle, layer: Blob, transfer: Transfer) -> None:
+    transfer.begin(layer.digest)
+    try:
+        with bundle.open_layer(layer.digest) as stream:
+            expected = Expected(layer.diff_id, layer.digest, layer.size)
+            store.add_layer(stream, expected, lambda done: transfer.advance(layer.digest, done))
+    except HoldfastError as error:
+        raise type(error)(f"load bundle '{bundle.path}': layer {layer.digest}: {error}") from error
+    transfer.finish(layer.digest)
+
+
+def _add_image(store: ImageStore, image: Packed) -> None:
+    top = None if image.top_digest == image.digest else image.top
+    store.add_image(image.manifest, image.config, [] if _pinned(image) else [image.name], source="bundle", top=top)
