@@ -98,11 +98,11 @@ def real_images(cache: Path) -> tuple[Path, list[Layer], Layer]:
 
 
 def stacks(folder: Path, root: Path, heights: Sequence[int]) -> None:
-    """A layout with an image `stack-N` for each height: a tar of a root file system below small layers of its own."""
+    """A layout with an image for each height, its number for a tag: a root file system (tar) below small layers."""
     layout = Layout(folder)
     for number, height in enumerate(heights):
         layers = [pack_small(layout.blobs, f"{number}-{level}") for level in range(1, height)]
-        layout.add_image(f"stack-{number}", [pack_small(layout.blobs, f"{number}-0", root), *layers])
+        layout.add_image(str(number), [pack_small(layout.blobs, f"{number}-0", root), *layers])
 
 
 def plan_layers(sizes: Iterable[int]) -> list[list[str]]:

@@ -289,7 +289,7 @@ class Session:
         try:
             self.versions["holdfast"] = f"holdfast: {who.open()}"
             who.call("image", "load", str(layout))
-            took = [bench.first(f"stack-{number}") for number in range(len(heights))]
+            took = [bench.first(f"{layout.name}:{number}") for number in range(len(heights))]
         except (RuntimeError, TimeoutError, OSError) as error:
             print(f"bench: holdfast gave up: {error}", file=sys.stderr)
         else:
