@@ -1,19 +1,45 @@
 """References → images in the store, out of registries; and images of the store into registries.
 
-`node.stage` pulls what a generation needs; `api` what a person asks for; `images.build` pushes.
+`node.stage` pulls what a generation needs; `api` what a person asks for; `images.build` pushes. One pull: the
+manifest (`skopeo inspect`), the configuration and the layers (`proxy`), policy.json where there is anything in it to
+check, and at last the image's entry in the store. What is here already is not asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import sha256
 
 from holdfast.config import ImageSettings
-from holdfast.images.references import Reference
-from holdfast.images.store import Image, ImageStore
-from holdfast.images.transfers import Transfers
+from holdfast.errors import NotFound, TryAgain, UnfitHost, WrongCall, WrongState
+from holdfast.images.faults import REFUSED, UNFIT, failure
+from holdfast.images.fetch import Fetch, Flights, Job
+from holdfast.images.manifests import (
+    DEEPEST_INDEX,
+    Blob,
+    Manifest,
+    Unfit,
+    choose,
+    is_index,
+    read_diff_ids,
+    read_document,
+    read_manifest,
+)
+from holdfast.images.references import Reference, parse
+from holdfast.images.skopeo import Skopeo
+from holdfast.images.store import Image, ImageStore, architecture
+from holdfast.images.transfers import Transfer, Transfers
 
 Told = Callable[..., None]  # (kind, subject, message, **more), as `store.event`
+
+DEFAULTS = ImageSettings()
+GROWTH = 3  # bytes on disk that one compressed byte comes to, at a guess
+NEWS_EVERY, NEWS_AT_LEAST = 10.0, 1.0  # seconds between two events of one pull
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +61,14 @@ class Puller:
     """Fetches images into a store and sends them out of it. Safe for several threads at once.
 
     All verbs block. Errors have one line with the reference in it; `retry` and `wait` say when the same may be tried
-    again: TryAgain for a registry that is down, slow or overloaded, NotFound for what it does not have, WrongState for
-    content that is damaged or not for this host, UnfitHost where skopeo is missing or the disk is full.
+    again: TryAgain for a registry that is down, slow or overloaded, NotFound for what it does not have, WrongState
+    for content that is damaged or not for this host, UnfitHost where skopeo, a login or space is missing.
     """
 
     def __init__(
         self,
         store: ImageStore,
-        settings: ImageSettings = ImageSettings(),
+        settings: ImageSettings = DEFAULTS,
         transfers: Transfers | None = None,
         told: Told = lambda *_args, **_more: None,
     ) -> None:
@@ -50,26 +76,221 @@ class Puller:
         self.settings = settings
         self.transfers = transfers or Transfers()
         self.told = told
+        self._skopeo = Skopeo(settings)
+        self._flights = Flights(settings.concurrent_downloads)
 
     def resolve(self, ref: str) -> Remote:
         """Ask the registry what it has for this host under a reference. Fetches no layer."""
-        raise NotImplementedError
+        reference = self._reference(ref, "pull")
+        top = manifest = self._skopeo.manifest(reference, reference.remote, ref)
+        with _unfit(ref):
+            if reference.digest:
+                _check(top, reference.digest)
+            document = read_document(top)
+            for _ in range(DEEPEST_INDEX):
+                if not is_index(document):
+                    break
+                chosen = choose(document, architecture())
+                manifest = self._document(reference, chosen, ref)
+                document = read_document(manifest)
+            else:
+                raise Unfit(f"its indexes are nested deeper than {DEEPEST_INDEX}")
+            read_manifest(manifest)
+        return Remote(reference, top, _digest(top), manifest, _digest(manifest))
 
     def pull(self, ref: str, remote: Remote | None = None) -> Image:
         """Have the image here, under its name unless the reference is a digest; fetch only what is missing.
 
-        remote: what `resolve` has said just now. The same image under way in another thread is waited for.
+        remote: what `resolve` has said just now. A layer under way for another image or caller is waited for.
         """
-        raise NotImplementedError
+        reference = self._reference(ref, "pull")
+        with self.transfers.transfer(ref) as transfer, self.store.keep():
+            news = _News(self.told, ref, transfer)
+            fetch = Fetch(self.store, self._skopeo, self._flights, reference, ref, transfer, news.moved)
+            try:
+                if not self._here(ref):
+                    fetch.warm_up()
+                remote = remote or self.resolve(ref)
+                transfer.state = "pulling"
+                fetch.source = reference.at(remote.digest)
+                return self._pull(ref, remote, fetch, transfer, news)
+            except OSError as error:
+                words = (error.strerror or str(error)).lower()
+                raise failure(UnfitHost, f"pull {ref!r}: {words}: {str(self.store.root)!r}", REFUSED) from error
+            finally:
+                fetch.close()
 
     def push(self, image: Image, ref: str) -> str:
         """Send an image to a registry; blobs that are there are not sent again. The manifest's digest there."""
-        raise NotImplementedError
+        from holdfast.images.write import write_layout
+
+        reference = self._reference(ref, "push")
+        if reference.digest:
+            raise WrongCall(f"push {ref!r}: a digest is not for us to choose (expected [HOST/]NAME[:TAG])")
+        with self.store.keep(), self.store.scratch() as folder:
+            digest = write_layout(self.store, image, folder)
+            self._skopeo.send(folder, "latest", reference, ref)
+        self.told("pushed", ref, f"{image.digest} is there as {digest}", digest=digest)
+        return digest
 
     def tags(self, ref: str) -> list[str]:
         """Every tag of the reference's repository. Raises as `resolve`."""
-        raise NotImplementedError
+        return self._skopeo.tags(self._reference(ref, "list tags of"), ref)
 
     def close(self) -> None:
         """End what is under way, quickly: it raises TryAgain. Nothing can be asked for afterwards."""
-        raise NotImplementedError
+        self._flights.close()
+        self._skopeo.close()
+
+    def _reference(self, ref: str, operation: str) -> Reference:
+        reference = parse(ref)
+        if reference.transport != "docker":
+            raise WrongCall(f"{operation} {ref!r}: an archive of this host (expected an image of a registry)")
+        if self.settings.offline:
+            raise failure(
+                UnfitHost,
+                f"{operation} {ref!r}: this node is offline (expected the image in a bundle or an archive that is "
+                "loaded here, or offline = false in [images] of agent.toml)",
+            )
+        return reference
+
+    def _here(self, ref: str) -> bool:
+        with suppress(NotFound):
+            return bool(self.store.resolve(ref))
+        return False
+
+    def _document(self, reference: Reference, blob: Blob, ref: str) -> bytes:
+        """A manifest, or an index in an index: from the store where it is here."""
+        with suppress(NotFound):
+            return self.store.read_blob(blob.digest)
+        data = self._skopeo.manifest(reference, reference.at(blob.digest), ref)
+        _check(data, blob.digest)
+        return data
+
+    def _pull(self, ref: str, remote: Remote, fetch: Fetch, transfer: Transfer, news: _News) -> Image:
+        with _unfit(ref):
+            manifest = read_manifest(remote.manifest)
+            config = self._config(manifest, fetch)
+            diff_ids = read_diff_ids(config, manifest, architecture())
+        jobs = self._missing(manifest, diff_ids, transfer)
+        began = time.monotonic()
+        if jobs:
+            self._check_room(ref, jobs)
+        if not self._whole(remote.digest) and not self._skopeo.policy_is_open():
+            self._check_policy(ref, remote, manifest)
+        if jobs:
+            news.begin(len(jobs))
+            fetch.layers(jobs)
+        names = [] if remote.reference.digest else [remote.reference.name]
+        top = None if remote.top_digest == remote.digest else remote.top
+        image = self.store.add_image(remote.manifest, config, names, source="registry", top=top)
+        if jobs:
+            news.end(image.digest, time.monotonic() - began)
+        return image
+
+    def _whole(self, digest: str) -> bool:
+        """Whether an image is wholly here."""
+        with suppress(NotFound):
+            return bool(self.store.get(digest))
+        return False
+
+    def _config(self, manifest: Manifest, fetch: Fetch) -> bytes:
+        with suppress(NotFound):
+            return self.store.read_blob(manifest.config.digest)
+        data = fetch.small(manifest.config)
+        _check(data, manifest.config.digest)
+        return data
+
+    def _missing(self, manifest: Manifest, diff_ids: Sequence[str], transfer: Transfer) -> list[Job]:
+        jobs: dict[str, Job] = {}
+        for diff_id, blob in zip(diff_ids, manifest.layers, strict=True):
+            here = self.store.has_layer(diff_id)
+            if diff_id not in jobs:
+                transfer.expect(blob.digest, blob.size, here=here)
+            if not here:
+                jobs.setdefault(diff_id, Job(diff_id, blob))
+        return list(jobs.values())
+
+    def _check_room(self, ref: str, jobs: list[Job]) -> None:
+        """Compare what will have to be written with what is free, before the first byte comes."""
+        system = os.statvfs(self.store.root)
+        free = system.f_bavail * system.f_frsize
+        coming = sum(job.blob.size for job in jobs)
+        needed = sum(job.blob.size * (1 if job.blob.media_type.endswith("tar") else GROWTH) for job in jobs)
+        if needed + self.settings.min_free > free:
+            raise failure(
+                UnfitHost,
+                f"pull {ref!r}: not enough space in {str(self.store.root)!r}: {_size(free)} free, {_size(needed)} "
+                f"needed for {len(jobs)} layers ({_size(coming)} compressed), and {_size(self.settings.min_free)} "
+                "are to stay free (min_free in [images] of agent.toml)",
+                REFUSED,
+            )
+
+    def _check_policy(self, ref: str, remote: Remote, manifest: Manifest) -> None:
+        layers = [layer.digest for layer in manifest.layers]
+        with self.store.scratch() as scratch:
+            checked = self._skopeo.check_policy(remote.reference, layers, ref, scratch)
+        if _digest(checked) != remote.digest:
+            raise TryAgain(f"pull {ref!r}: the tag has moved to {_digest(checked)} meanwhile")
+
+
+class _News:
+    """What a pull tells of itself: at its beginning, now and then, at its end."""
+
+    def __init__(self, told: Told, ref: str, transfer: Transfer) -> None:
+        self._told, self._ref, self._transfer = told, ref, transfer
+        self._lock = threading.Lock()
+        self._last, self._quarter = time.monotonic(), 0
+
+    def begin(self, layers: int) -> None:
+        total = self._transfer.total
+        here = len(self._transfer.layers) - layers
+        known = f" ({here} more are here)" if here else ""
+        self._last = time.monotonic()
+        plural = "layer" if layers == 1 else "layers"
+        self._told("pulling", self._ref, f"{layers} {plural}, {_size(total)}{known}", bytes=0, total=total)
+
+    def moved(self) -> None:
+        """Some bytes have come."""
+        now = time.monotonic()
+        if now - self._last < NEWS_AT_LEAST:
+            return
+        with self._lock:
+            done, total = self._transfer.done, self._transfer.total
+            quarter = 4 * done // max(total, 1)
+            if now - self._last < NEWS_EVERY and (quarter == self._quarter or now - self._last < NEWS_AT_LEAST):
+                return
+            self._last, self._quarter = now, quarter
+        self._told("pulling", self._ref, f"{_size(done)} of {_size(total)}", bytes=done, total=total)
+
+    def end(self, digest: str, took: float) -> None:
+        total = self._transfer.total
+        message = f"{_size(total)} in {took:.1f} s: {digest}"
+        self._told("pulled", self._ref, message, bytes=total, took=round(took, 3), digest=digest)
+
+
+@contextmanager
+def _unfit(ref: str) -> Iterator[None]:
+    """What can't be taken, as an error of the pull: another push helps, or another reference."""
+    try:
+        yield
+    except Unfit as error:
+        raise failure(WrongState, f"pull {ref!r}: {error}", UNFIT) from error
+
+
+def _check(data: bytes, digest: str) -> None:
+    if _digest(data) != digest:
+        raise Unfit(f"the registry sent {_digest(data)} for {digest}")
+
+
+def _digest(data: bytes) -> str:
+    return f"sha256:{sha256(data).hexdigest()}"
+
+
+def _size(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

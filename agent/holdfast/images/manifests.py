@@ -1,0 +1,156 @@
+"""Documents of a registry (index, manifest, configuration) → what is to be fetched for this host. Pure.
+
+`pull` reads them here before it fetches a layer. Sources: OCI image spec 1.1 (image-index.md, manifest.md,
+config.md), Docker Image Manifest V2, Schema 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from holdfast.images.references import DIGEST
+
+INDEXES = (
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+)
+CONFIGS = ("application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json")
+SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+"
+LARGEST_CONFIG = 16 << 20  # bytes
+LARGEST_BLOB = 1 << 46  # more is no size but a lie
+DEEPEST_INDEX = 4
+LISTED = 12  # platforms that an error names
+
+#: Variants of an architecture that this host runs, best first; "": none is given.
+VARIANTS: Mapping[str, tuple[str, ...]] = {
+    "armv7l": ("v7", "v6", "v5", ""),
+    "armv6l": ("v6", "v5", ""),
+    "aarch64": ("v8", ""),
+    "x86_64": ("", "v1"),
+}
+
+
+class Unfit(ValueError):
+    """Why an image can't be taken, in words that follow `pull 'app': `."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """What a manifest says of one of its parts. size: bytes."""
+
+    digest: str
+    size: int
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an image consists of; layers lowest first, one may come more than once."""
+
+    config: Blob
+    layers: tuple[Blob, ...]
+
+
+def read_document(data: bytes) -> Mapping[str, Any]:
+    """An index or manifest. Raises Unfit."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        what = "a web page" if data.lstrip()[:1] == b"<" else "nothing that is JSON"
+        raise Unfit(f"the registry sent {what} (expected a manifest)") from None
+    if not isinstance(document, dict):
+        raise Unfit("the registry sent JSON that is no manifest")
+    return document
+
+
+def is_index(document: Mapping[str, Any]) -> bool:
+    return document.get("mediaType") in INDEXES or ("manifests" in document and "layers" not in document)
+
+
+def choose(index: Mapping[str, Any], architecture: str, machine: str | None = None) -> Blob:
+    """The manifest (or inner index) that is for this host. machine: as uname(2) says it. Raises Unfit."""
+    entries = index.get("manifests")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise Unfit("its index is damaged")
+    if not entries:
+        raise Unfit("its index is empty: there is no image in it for any platform")
+    variants = VARIANTS.get(machine or os.uname().machine, ("",))
+    fitting = [
+        (variants.index(_platform(entry)[2]), number, entry)
+        for number, entry in enumerate(entries)
+        if _platform(entry)[:2] == ("linux", architecture) and _platform(entry)[2] in variants
+    ]
+    if fitting:
+        return _blob(min(fitting)[2])
+    for entry in entries:  # its own configuration, or the index inside, says more
+        if "platform" not in entry:
+            return _blob(entry)
+    there = sorted({"/".join(filter(None, _platform(entry))) for entry in entries} - {"unknown/unknown"})
+    more = f" and {len(there) - LISTED} more" if len(there) > LISTED else ""
+    raise Unfit(
+        f"there is no image for linux/{architecture} (it has {', '.join(there[:LISTED]) or 'none at all'}{more})"
+    )
+
+
+def read_manifest(data: bytes) -> Manifest:
+    """The manifest of one image. Raises Unfit for what is none, or an artifact of another kind."""
+    document = read_document(data)
+    kind = str(document.get("mediaType") or "")
+    if kind.startswith(SCHEMA1) or document.get("schemaVersion") == 1:
+        raise Unfit("its manifest is of schema 1, which nobody writes any more (push the image again)")
+    config = document.get("config")
+    if "artifact.manifest" in kind or not isinstance(config, dict):
+        raise Unfit(f"it is no image but {document.get('artifactType') or kind or 'something else'!r}")
+    if (made := str(config.get("mediaType") or CONFIGS[0])) not in CONFIGS:
+        raise Unfit(f"it is no image but an artifact ({str(document.get('artifactType') or made)[:100]})")
+    layers = document.get("layers")
+    if not isinstance(layers, list):
+        raise Unfit("its manifest is damaged: it has no layers")
+    blobs = tuple(_blob(layer) for layer in layers)
+    for blob in blobs:
+        if "+encrypted" in blob.media_type:
+            raise Unfit("its layers are encrypted, which is not supported")
+    parsed = Manifest(_blob(config), blobs)
+    if parsed.config.size > LARGEST_CONFIG:
+        raise Unfit(f"its configuration has {parsed.config.size} bytes (at most {LARGEST_CONFIG})")
+    return parsed
+
+
+def read_diff_ids(config: bytes, manifest: Manifest, architecture: str) -> Sequence[str]:
+    """The digest of each layer's plain archive, in the manifest's order. Raises Unfit; for another platform, too."""
+    try:
+        document = json.loads(config)
+        system, machine = str(document.get("os") or "linux"), str(document.get("architecture") or architecture)
+        diff_ids = document["rootfs"]["diff_ids"]
+        sound = all(isinstance(each, str) and DIGEST.fullmatch(each) for each in diff_ids)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Unfit("its configuration is damaged") from None
+    if (system, machine) != ("linux", architecture):
+        raise Unfit(f"the image is for {system[:20]}/{machine[:20]} (this host is linux/{architecture})")
+    if not sound or len(diff_ids) != len(manifest.layers):
+        raise Unfit(f"it has {len(manifest.layers)} layers, and {len(diff_ids)} diff ids for them")
+    return list(diff_ids)
+
+
+def _platform(entry: Mapping[str, Any]) -> tuple[str, str, str]:
+    platform = entry.get("platform")
+    if not isinstance(platform, dict):
+        return ("unknown", "unknown", "")
+    return tuple(str(platform.get(key) or "") for key in ("os", "architecture", "variant"))  # type: ignore[return-value]
+
+
+def _blob(descriptor: Any) -> Blob:
+    try:
+        digest, size = descriptor["digest"], descriptor["size"]
+        media_type = str(descriptor.get("mediaType") or "")
+    except (KeyError, TypeError, AttributeError):
+        raise Unfit("its manifest is damaged: a part has no digest or no size") from None
+    if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
+        raise Unfit(f"its manifest names {str(digest)[:80]!r} (expected sha256: and 64 hexadecimal digits)")
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= LARGEST_BLOB:
+        raise Unfit(f"its manifest is damaged: {str(size)[:40]!r} is no size")
+    return Blob(digest, size, media_type)

@@ -1,0 +1,166 @@
+"""skopeo as a process that is asked for blobs: requests over a socket, content through pipes.
+
+`pull` opens an image by its digest and hands the pipes to the store, so that the agent itself never touches the
+content. The protocol is `skopeo experimental-image-proxy`'s, 0.2 and newer (cmd/skopeo/proxy.go): JSON in datagrams
+of a SOCK_SEQPACKET socket; a blob's descriptor comes with SCM_RIGHTS, and its pipe is closed only after FinishPipe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+LARGEST_REPLY = 64 << 10
+TICK = 0.25  # seconds between looks at what can end a wait from outside
+
+
+class ProxyError(Exception):
+    """skopeo's own words about what failed; `faults.explain` makes sense of them."""
+
+
+class _Silence(ProxyError):
+    """skopeo did not answer in time."""
+
+
+class Proxy:
+    """One process; one blob at a time.
+
+    start: starts skopeo with a socket as its standard input and a file as its standard error. patience: seconds
+    that a reply may take. look: called while waiting, with what skopeo has logged; raises to give up.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[int, BinaryIO], subprocess.Popen[bytes]],
+        patience: float,
+        look: Callable[[str], None],
+    ) -> None:
+        self._patience, self._look = patience, look
+        self._image: Any = None
+        self._name = ""
+        self._log: BinaryIO = os.fdopen(os.memfd_create("skopeo", os.MFD_CLOEXEC), "w+b")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket = ours
+        try:
+            with theirs:
+                self.process = start(theirs.fileno(), self._log)
+        except BaseException:
+            self._socket.close()
+            self._log.close()
+            raise
+        self._send("Initialize")  # its reply is read when it is needed: skopeo starts meanwhile
+        self._fresh = True
+
+    def open(self, image: str) -> None:
+        """Have `docker://NAME` open: all blobs are read from there."""
+        if self._name == image:
+            return
+        if self._fresh:
+            self._receive()
+            self._fresh = False
+        self._send("OpenImage", f"docker://{image}")
+        self._image, self._name = self._receive()[0]["value"], image
+
+    @contextmanager
+    def blob(self, digest: str, size: int) -> Iterator[int]:
+        """A descriptor of the content, which ends where the blob ends; verified when the block ends.
+
+        An error of the block is kept, unless skopeo says why there was less to read than there should have been.
+        Raises ProxyError. After any error the process is of no more use.
+        """
+        self._send("GetBlob", self._image, digest, size)
+        reply, pipe = self._receive()
+        self._send("FinishPipe", reply["pipeid"])
+        try:
+            try:
+                yield pipe
+            finally:
+                os.close(pipe)
+        except Exception as error:
+            if (words := self._last_words()) is not None:
+                raise ProxyError(words) from error
+            raise
+        self._receive()
+
+    def read(self, digest: str, size: int) -> bytes:
+        """A whole blob of known size, which is small."""
+        data = bytearray()
+        with self.blob(digest, size) as pipe:
+            deadline = time.monotonic() + self._patience
+            while True:
+                self._wait(pipe, deadline)
+                chunk = os.read(pipe, 1 << 16)
+                if not chunk:
+                    break
+                data += chunk
+        return bytes(data)
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self._socket.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._log.close()
+
+    def _last_words(self) -> str | None:
+        """Why the content ended early, if skopeo gave it up by itself; None where it is us who stopped reading."""
+        try:
+            self._receive(patience=1.0)
+        except _Silence:
+            return None
+        except ProxyError as error:
+            words = str(error)
+            return None if "broken pipe" in words else words
+        return None
+
+    def _send(self, method: str, *args: Any) -> None:
+        request = json.dumps({"method": method, "args": args}).encode()
+        try:
+            self._socket.send(request)
+        except OSError as error:
+            raise ProxyError(self._dying_words()) from error
+
+    def _receive(self, patience: float | None = None) -> tuple[dict[str, Any], int]:
+        """The next reply, and the descriptor that came with it (-1: none)."""
+        self._wait(self._socket.fileno(), time.monotonic() + (self._patience if patience is None else patience))
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._socket, LARGEST_REPLY, 1)
+        except OSError as error:
+            raise ProxyError(self._dying_words()) from error
+        if not data:
+            raise ProxyError(self._dying_words())
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)
+        reply: dict[str, Any] = json.loads(data)
+        if not reply.get("success"):
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise ProxyError(str(reply.get("error") or "unknown error"))
+        return reply, descriptors[0] if descriptors else -1
+
+    def _wait(self, descriptor: int, deadline: float) -> None:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        while not poll.poll(TICK * 1000):
+            self._look(self._logged())
+            if time.monotonic() >= deadline:
+                raise _Silence("i/o timeout")
+
+    def _dying_words(self) -> str:
+        try:
+            self.process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return "connection reset by skopeo"
+        return self._logged() or f"skopeo ended with {self.process.returncode}"
+
+    def _logged(self) -> str:
+        size = os.fstat(self._log.fileno()).st_size
+        return os.pread(self._log.fileno(), size, 0).decode(errors="replace")  # skopeo shares the position

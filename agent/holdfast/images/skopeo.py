@@ -1,0 +1,307 @@
+"""Runs skopeo (1.9 and newer): its arguments, the settings that it is to follow, its end and its errors.
+
+`pull` calls it. Credentials, mirrors, certificates and signature policies are skopeo's business, in the places where
+all containers tools look: containers-auth.json(5), containers-registries.conf(5), containers-certs.d(5),
+containers-policy.json(5). What it says on its standard error becomes one of our errors in `faults`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+import select
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from holdfast.config import ImageSettings
+from holdfast.errors import HoldfastError, TryAgain, UnfitHost
+from holdfast.images.faults import explain
+from holdfast.images.proxy import Proxy, ProxyError
+from holdfast.images.references import Reference
+
+BUSY = "Too many requests to "  # skopeo then waits by itself, for minutes
+DIR_VERSION = "version"  # the first file that a `dir:` destination writes
+TICK = 0.25  # seconds between looks at what ends a wait
+
+
+class Skopeo:
+    """Every process of skopeo that one puller runs. They end when the agent does, and with `close`."""
+
+    def __init__(self, settings: ImageSettings) -> None:
+        self.settings = settings
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._closed = False
+        # PR_SET_PDEATHSIG strikes when the *thread* that started a process ends: one thread starts all of them.
+        self._starter = ThreadPoolExecutor(1, "skopeo")
+
+    def close(self) -> None:
+        """Kill what runs; every call under way raises TryAgain."""
+        with self._lock:
+            self._closed = True
+            running = list(self._running)
+        for process in running:
+            process.kill()
+        self._starter.shutdown(wait=False)
+
+    def manifest(self, reference: Reference, name: str, as_written: str) -> bytes:
+        """The very bytes of the manifest or index that name (tag or digest) leads to."""
+        return self._run(
+            "pull", reference, as_written, "inspect", "--raw", *self._access(reference), f"docker://{name}"
+        )
+
+    def tags(self, reference: Reference, as_written: str) -> list[str]:
+        """Every tag of the repository."""
+        place = f"docker://{reference.repository}"
+        data = self._run("list tags of", reference, as_written, "list-tags", *self._access(reference), place)
+        return [str(tag) for tag in json.loads(data)["Tags"] or ()]
+
+    def send(self, layout: Path, tag: str, reference: Reference, as_written: str) -> None:
+        """Copy an image of an OCI layout to the registry. Blobs that are there stay."""
+        access = self._access(reference, "dest-")
+        target = f"docker://{reference.repository}:{reference.tag}"
+        words = ("copy", "--preserve-digests", *access, f"oci:{layout}:{tag}", target)
+        self._run("push", reference, as_written, *words, long=True)
+
+    def configuration(self, reference: Reference, name: str, as_written: str) -> bytes:
+        """The very bytes of the configuration of an image, of any platform; name is its digest's."""
+        words = ("inspect", "--config", "--raw", *self._access(reference), f"docker://{name}")
+        return self._run("pull", reference, as_written, *words)
+
+    def fetch_layers(
+        self, reference: Reference, name: str, as_written: str, layout: Path, shared: Path, *, exact: bool
+    ) -> None:
+        """Copy an image into a new OCI layout, its blobs into shared (as sha256/HEX); those that are there stay.
+
+        exact: fail rather than change its manifest; one that is not OCI's becomes another, its layers stay.
+        """
+        words = ["copy", *self._access(reference, "src-"), *(["--preserve-digests"] if exact else [])]
+        words += ["--remove-signatures", "--dest-oci-accept-uncompressed-layers"]
+        words += ["--dest-shared-blob-dir", str(shared)]
+        self._run("pull", reference, as_written, *words, f"docker://{name}", f"oci:{layout}:image", long=True)
+
+    def check_policy(self, reference: Reference, digests: Sequence[str], as_written: str, scratch: Path) -> bytes:
+        """Have skopeo check policy.json for a reference; the bytes of the manifest that it checked.
+
+        It copies the image into a directory, into which empty files are put in the place of the layers (digests) as
+        soon as it has made it its own: what is there is not fetched. Were that too late, they would be fetched here.
+        """
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            words = ("copy", *self._access(reference, "src-"), f"docker://{reference.remote}", f"dir:{folder}")
+            pending = [Path(folder, digest.partition(":")[2]) for digest in digests]
+
+            def put_placeholders() -> None:
+                if pending and Path(folder, DIR_VERSION).exists():
+                    while pending:
+                        pending.pop().touch()
+
+            self._run("pull", reference, as_written, *words, long=True, tick=put_placeholders)
+            return Path(folder, "manifest.json").read_bytes()
+
+    def policy_is_open(self) -> bool:
+        """Whether the policy in force accepts anything from anywhere, so that there is nothing to check."""
+        try:
+            policy = json.loads(self._policy_path().read_bytes())
+            scopes = [
+                scope for transport in (policy.get("transports") or {}).values() for scope in transport.values()
+            ]
+            return all(
+                [each["type"] for each in requirements] == ["insecureAcceptAnything"]
+                for requirements in (policy["default"], *scopes)
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False  # skopeo itself says what is wrong with it
+
+    def proxy(self, reference: Reference) -> Proxy:
+        """Start a process that is asked for blobs."""
+
+        def start(stdin: int, stderr: BinaryIO) -> subprocess.Popen[bytes]:
+            words = ("experimental-image-proxy", *self._access(reference))
+            return self._start(words, stdin=stdin, stdout=subprocess.DEVNULL, stderr=stderr)
+
+        return Proxy(start, self.settings.stall_timeout, _raise_busy)
+
+    def end(self, proxy: Proxy) -> None:
+        """End a process of `proxy`."""
+        proxy.close()
+        with self._lock:
+            self._running.discard(proxy.process)
+
+    def explain(
+        self, error: ProxyError, reference: Reference, as_written: str, operation: str = "pull"
+    ) -> HoldfastError:
+        """Our error for one of the proxy's."""
+        return self._ended() or explain(str(error), operation, as_written, noise(reference, as_written))
+
+    def _run(
+        self,
+        operation: str,
+        reference: Reference,
+        as_written: str,
+        *words: str,
+        long: bool = False,
+        tick: Callable[[], None] | None = None,
+    ) -> bytes:
+        """What a command prints. long: it may take any time while it reads or writes; otherwise stall_timeout in all.
+
+        tick: called every millisecond while the command runs.
+        """
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            process = self._start(words, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+            try:
+                text = self._wait(process, err, long=long, tick=tick)
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+                with self._lock:
+                    self._running.discard(process)
+            if process.returncode == 0:
+                out.seek(0)
+                return out.read()
+            text = text or _read(err)
+        raise self._ended() or explain(text, operation, as_written, noise(reference, as_written))
+
+    def _wait(
+        self, process: subprocess.Popen[bytes], log: BinaryIO, *, long: bool, tick: Callable[[], None] | None
+    ) -> str:
+        """Wait for the end; "", or what is to be said of a command that is given up."""
+        poll, moved, look_at = select.poll(), (time.monotonic(), -1), time.monotonic() + TICK
+        descriptor = os.pidfd_open(process.pid)
+        try:
+            poll.register(descriptor, select.POLLIN)
+            while not poll.poll(1 if tick else TICK * 1000):
+                if tick:
+                    tick()
+                if (now := time.monotonic()) < look_at:
+                    continue
+                look_at = now + TICK
+                if BUSY in _read(log):
+                    return "too many requests"
+                if long and (count := _transferred(process.pid)) != moved[1]:
+                    moved = (now, count)
+                if now - moved[0] >= self.settings.stall_timeout:
+                    return "i/o timeout"
+        finally:
+            os.close(descriptor)
+        return ""
+
+    def _start(self, words: Sequence[str], **streams: Any) -> subprocess.Popen[bytes]:
+        """Start skopeo as a child that dies with the agent. Raises UnfitHost."""
+        program = shutil.which("skopeo")
+        if program is None:
+            raise UnfitHost("run 'skopeo': no such program (expected the package skopeo)")
+        settings = self.settings
+        common = ["--debug"]
+        if settings.policy:
+            common += ["--policy", str(settings.policy)]
+        if settings.registries_conf:
+            common += ["--registries-conf", str(settings.registries_conf)]
+        killed = shutil.which("setpriv")
+        before = [killed, "--pdeathsig", "KILL", "--"] if killed else []
+        with self._lock:
+            if self._closed:
+                raise TryAgain("run 'skopeo': the agent is stopping")
+            job = self._starter.submit(_spawn, [*before, program, *common, *words], streams)
+            try:
+                process = job.result()
+            except OSError as error:
+                raise UnfitHost(f"run 'skopeo': {(error.strerror or str(error)).lower()}") from error
+            self._running.add(process)
+        return process
+
+    def _access(self, reference: Reference, prefix: str = "") -> list[str]:
+        """Arguments that say how a registry is talked to. prefix: of their names, as `src-`."""
+        words = ["--authfile", str(self.settings.authfile)] if self.settings.authfile else []
+        if is_loopback(reference.host) and not configured(reference.repository, self._registries()):
+            words.append(f"--{prefix}tls-verify=false")
+        return words
+
+    def _registries(self) -> Iterator[dict[str, Any]]:
+        """The files of registries.conf that are in force, as skopeo chooses them."""
+        own = Path(os.environ.get("HOME") or "/root", ".config/containers")
+        main = self.settings.registries_conf
+        folders = [own / "registries.conf.d", SYSTEM / "registries.conf.d"]
+        if main is None:
+            main = own / "registries.conf"
+            if main.exists():
+                folders.pop()
+            else:
+                main = SYSTEM / "registries.conf"
+        for path in (main, *(each for folder in folders for each in sorted(folder.glob("*.conf")))):
+            with suppress(OSError, ValueError):  # skopeo says what is wrong with it
+                yield tomllib.loads(path.read_text())
+
+    def _policy_path(self) -> Path:
+        own = Path(os.environ.get("HOME") or "/root", ".config/containers/policy.json")
+        return self.settings.policy or (own if own.exists() else SYSTEM / "policy.json")
+
+    def _ended(self) -> HoldfastError | None:
+        return TryAgain("run 'skopeo': the agent is stopping") if self._closed else None
+
+
+SYSTEM = Path("/etc/containers")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a registry is on this host, where Docker asks for no certificate. host: with or without a port."""
+    name = re.sub(r":\d+$", "", host)
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def configured(repository: str, files: Iterator[dict[str, Any]]) -> bool:
+    """Whether a registries.conf has an entry for a repository (containers-registries.conf(5)): that one decides."""
+    for document in files:
+        for entry in document.get("registry") or ():
+            prefix = str(entry.get("prefix") or entry.get("location") or "")
+            if prefix and (repository == prefix or repository.startswith((f"{prefix}/", f"{prefix}:"))):
+                return True
+        old = (document.get("registries") or {}) if isinstance(document.get("registries"), dict) else {}
+        if any(repository.partition("/")[0] in (kind.get("registries") or ()) for kind in old.values()):
+            return True
+    return False
+
+
+def noise(reference: Reference, as_written: str) -> tuple[str, ...]:
+    """Parts of skopeo's messages that are names, not causes."""
+    return (reference.remote, reference.repository, reference.name, reference.host, reference.path, as_written)
+
+
+def _spawn(words: Sequence[str], streams: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(words, **streams)
+
+
+def _raise_busy(log: str) -> None:
+    if BUSY in log:
+        raise ProxyError("too many requests")
+
+
+def _read(log: BinaryIO) -> str:
+    """All of a file that somebody else writes to through the same description: its position is not ours to move."""
+    size = os.fstat(log.fileno()).st_size
+    return os.pread(log.fileno(), min(size, 1 << 20), max(0, size - (1 << 20))).decode(errors="replace")
+
+
+def _transferred(pid: int) -> int:
+    """What a process has read and written so far, in bytes (proc_pid_io(5))."""
+    try:
+        text = Path(f"/proc/{pid}/io").read_text()
+    except OSError:
+        return -1
+    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith(("rchar", "wchar")))
