@@ -11,7 +11,8 @@
     GET    /v1/volumes[/APP/NAME]                  DELETE /v1/volumes/APP/NAME?force=
     POST   /v1/volumes/prune                       GET    /v1/networks[/ID]
     GET    /v1/images                              DELETE /v1/images?ref=
-    POST   /v1/images/{import,load}                GET    /v1/plugins
+    GET    /v1/images/outdated                     GET    /v1/plugins
+    POST   /v1/images/{import,load}
     GET    /v1/stats                               POST   /v1/bundles/load
 """
 
@@ -159,6 +160,10 @@ class Agent(Protocol):
 
     def load_image(self, path: str) -> Sequence[Json]:
         """Take in the images of an OCI layout (directory or archive) or a docker-archive."""
+        ...
+
+    def outdated(self) -> Sequence[Json]:
+        """What registries have by now for the images that were staged (`node.newer.outdated`)."""
         ...
 
     def remove_image(self, ref: str) -> Json:
@@ -459,6 +464,7 @@ ROUTES = [
     web.get("/v1/networks", answer(lambda agent, _: agent.networks())),
     web.get("/v1/networks/{id:.+}", answer(lambda agent, request: agent.network(request.match_info["id"]))),
     web.get("/v1/images", answer(lambda agent, _: agent.images())),
+    web.get("/v1/images/outdated", answer(lambda agent, _: agent.outdated())),
     web.post("/v1/images/{verb:import|load}", take_image),
     web.delete("/v1/images", answer(lambda agent, request: agent.remove_image(request.query.get("ref", "")))),
     web.post("/v1/bundles/load", load_bundle),

@@ -36,7 +36,9 @@ from holdfast.api import serving
 from holdfast.config import Config, load_config
 from holdfast.drivers import Host
 from holdfast.errors import Conflict, HoldfastError, NotFound, NotPermitted, TryAgain
+from holdfast.images.pull import Puller
 from holdfast.images.store import ImageStore
+from holdfast.images.transfers import Transfers
 from holdfast.node import Node, Rig
 from holdfast.node.answers import Answers
 from holdfast.observed import Hold, Json
@@ -177,12 +179,15 @@ def _node_of(config: Config) -> Iterator[Node]:
     host = Host(config.name, config.root, config.run_root, config.pool)
     runtime, conmon = find_runtime(config.runtime), find_conmon()
     try:
-        store = Store(config.root / "state.db")
+        store, transfers = Store(config.root / "state.db"), Transfers()
+        images = ImageStore(config.root / "images", config.images)
         rig = Rig(
             host=host,
             store=store,
             plugins=load_plugins(host),
-            images=ImageStore(config.root / "images"),
+            images=images,
+            puller=Puller(images, config.images, transfers, store.event),
+            transfers=transfers,
             content=ContentStore(config.root / "content"),
             runtime=Runtime(host, runtime, conmon.path),
             firewall=config.firewall,
@@ -322,6 +327,7 @@ class Daemon(Answers):
             self._watch = await asyncio.to_thread(self._watch_source, source)
         self._config, self._deep = config, True
         self.rig.policies, self.rig.bind_roots = config.cgroup_policy, config.bind_roots
+        self.rig.images.settings = self.rig.puller.settings = config.images
         await asyncio.to_thread(self._reconciler.reload, source, config)
         left = f"; {', '.join(fixed)} need a restart of the agent" if fixed else ""
         self.rig.store.event("agent", "node", f"agent.toml is read again{left}")

@@ -99,6 +99,9 @@ class Client:
     def load_image(self, path: str) -> Json:
         return self._call("POST", "/v1/images/load", {"path": path})
 
+    def outdated(self) -> Json:
+        return self._call("GET", "/v1/images/outdated")
+
     def remove_image(self, ref: str) -> Json:
         return self._call("DELETE", f"/v1/images?{urlencode({'ref': ref})}")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import click
 
-from holdfast.cli import agent, bundle, check, containers, doctor, events, images, networks, state, volumes
+from holdfast.cli import agent, bundle, check, containers, doctor, events, images, networks, outdated, state, volumes
 from holdfast.cli.command import Group
 from holdfast.errors import HoldfastError
 
@@ -29,6 +29,7 @@ def holdfast() -> None:
 for module in (check, state, containers, events, images, bundle, volumes, networks, doctor, agent):
     for command in module.COMMANDS:
         holdfast.add_command(command)
+images.image.add_command(outdated.outdated)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

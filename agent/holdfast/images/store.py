@@ -248,7 +248,24 @@ class ImageStore:
             found = archive.images()
             if name is not None and len(found) != 1:
                 raise WrongCall(f"load {str(path)!r}: holds {len(found)} images (one name can't be given to all)")
-            return [self._load(archive, image, path, name) for image in found]
+            if not name and not all(image.names for image in found):
+                raise WrongCall(f"load {str(path)!r}: the image in it has no name (give one)")
+            return [self._load(archive, image, path, [name] if name else image.names) for image in found]
+
+    def load_reference(self, reference: str) -> Image:
+        """The image that `oci:/path[:REF]`, `oci-archive:` or `docker-archive:` means; it gets no name here.
+
+        Costs the reading of a manifest when all of it is here already. Raises NotFound, and WrongState as `load`.
+        """
+        wanted = parse(reference)
+        path = Path(wanted.path)
+        with self.keep(), open_archive(path, self.partial, architecture()) as archive:
+            there = archive.images()
+            found = [each for each in there if not wanted.tag or any(_means(wanted.tag, name) for name in each.names)]
+            if len(found) != 1:
+                names = ", ".join(name for each in there for name in each.names) or "no names"
+                raise NotFound(f"load {reference!r}: leads to {len(found)} images, not to one (it holds {names})")
+            return self._load(archive, found[0], path, ())
 
     # -- taking images out --
 
@@ -401,13 +418,10 @@ class ImageStore:
         except NotFound:
             return ""
 
-    def _load(self, archive: Archive, found: Found, path: Path, name: str | None) -> Image:
+    def _load(self, archive: Archive, found: Found, path: Path, names: Sequence[str]) -> Image:
         diff_ids = read_diff_ids(found.config, str(path))
         if len(diff_ids) != len(found.layers):
             raise WrongState(f"load {str(path)!r}: {len(found.layers)} layers with {len(diff_ids)} diff ids")
-        names = [name] if name else list(found.names)
-        if not names:
-            raise WrongCall(f"load {str(path)!r}: the image in it has no name (give one)")
         layers = [self._load_layer(archive, *each) for each in zip(diff_ids, found.layers, strict=True)]
         manifest = found.manifest or plain_manifest(found.config, layers)
         return self.add_image(manifest, found.config, names, source="load")
@@ -508,6 +522,11 @@ def _plain_name(reference: str) -> str:
     except WrongCall:
         return ""
     return "" if parsed.digest or DIGEST.fullmatch(reference) else parsed.name
+
+
+def _means(ref: str, name: str) -> bool:
+    """Whether an image that an archive calls name is what REF means: its whole name, or its tag."""
+    return name == ref or name.rpartition(":")[2] == ref
 
 
 def _open(path: Path) -> BinaryIO:

@@ -13,6 +13,7 @@ from typing import Any, cast
 from holdfast.errors import Conflict, NotFound, WrongCall
 from holdfast.images.store import Image
 from holdfast.node.bundle import load_bundle
+from holdfast.node.newer import outdated
 from holdfast.node.recover import remove_volume
 from holdfast.node.rig import Rig
 from holdfast.observed import Instance, Json, Receipt
@@ -234,6 +235,10 @@ class Answers:
         images = self.rig.images.load(Path(path))
         self._images_changed()
         return [{**_image_json(image), "ref": image.names[0] if image.names else image.digest} for image in images]
+
+    def outdated(self) -> Sequence[Json]:
+        """Ask the registries what they have by now."""
+        return outdated(self.rig)
 
     def remove_image(self, ref: str) -> Json:
         """Forget a reference; Conflict if a container, or a generation that may come back, needs it."""

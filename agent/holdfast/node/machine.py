@@ -16,6 +16,7 @@ import structlog
 
 from holdfast.errors import HoldfastError
 from holdfast.node.lanes import Lanes
+from holdfast.node.newer import NewerWatch
 from holdfast.node.observe import observe
 from holdfast.node.recover import recover, remove_volume
 from holdfast.node.rig import Rig
@@ -83,6 +84,7 @@ class Node:
         self._applied = False
         self._lanes = Lanes(self._do, lambda action: self.wake(action.subject), starts=starts)
         self._exits = ExitWatch(lambda instance: self.wake(instance))
+        self._newer: NewerWatch | None = None
 
     def recover(self) -> None:
         """Make the places that the runtime needs, and note what a crash cut short: the first pass puts it right.
@@ -102,6 +104,7 @@ class Node:
         """Put what is planned on the lanes and return at once; what is under way already is left to itself."""
         self._applied = True
         self.rig.mark_boot()
+        self._newer = self._newer or NewerWatch(self.rig, lambda what: self.wake(what))
         self._watch_over(observed)
         if spec is not None:
             self._spec, self._revision = spec, revision
@@ -130,6 +133,9 @@ class Node:
 
     def close(self) -> None:
         """Finish what is in hand and stop watching. Containers run on."""
+        if self._newer is not None:
+            self._newer.close()
+        self.rig.puller.close()
         self._lanes.close()
         self._exits.close()
         self.rig.plugins.wait_told(LAST_WORDS)
@@ -183,6 +189,8 @@ class Node:
             self._remember(outcome, least)
         if isinstance(action, StageGeneration):
             number = int(outcome.detail.get("generation", 0))
+            if self._newer is not None:
+                self._newer.look()
             self.rig.plugins.tell("after_stage", app=action.app, generation=number, error=outcome.error)
         if not isinstance(action, QUIET) or not outcome.ok:
             kind = PAST[action.verb] if outcome.ok else "failed"

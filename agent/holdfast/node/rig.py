@@ -13,6 +13,7 @@ from pathlib import Path
 from holdfast.drivers import Host
 from holdfast.errors import NotFound, WrongState
 from holdfast.images import lookup
+from holdfast.images.pull import Puller
 from holdfast.images.store import ImageStore
 from holdfast.images.transfers import Transfers
 from holdfast.observed import Instance, Json, Receipt
@@ -43,6 +44,7 @@ class Rig:
     store: Store
     plugins: Plugins
     images: ImageStore
+    puller: Puller
     content: ContentStore
     runtime: Runtime
     firewall: str = "nftables"

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from holdfast.drivers import MountWant, RootfsWant
 from holdfast.errors import NotFound, TryAgain
+from holdfast.images.references import parse
 from holdfast.node.rig import BARE, ROOTFS, Base, Rig, network_of, volume_of
 from holdfast.node.start import cgroup_settings, content_of, network_want, oci_request, volume_want
 from holdfast.observed import Generation, Instance, InstanceId, Json
@@ -22,6 +24,7 @@ from holdfast.plan.diff import folder_files
 from holdfast.runtime.executables import find_executable
 from holdfast.runtime.oci import command_line, environment, oci_config, working_dir
 from holdfast.runtime.ports import check_free
+from holdfast.spec.forms import archive_path
 from holdfast.spec.model import App, Container, digest_of
 
 
@@ -30,20 +33,22 @@ def stage_generation(rig: Rig, action: StageGeneration, blobs: Mapping[str, byte
     app = action.spec
     _store_files(rig, app, blobs)
     checks = _Checks()
-    images = {}
-    for name, want in app.containers.items():
-        with checks.of(f"{app.name}/{name}"):
-            images[name] = resolve_image(rig, want)
-            _check_container(rig, app, name, images[name], checks)
-    for network in sorted({net for want in app.containers.values() for net in want.networks} - BARE):
-        with checks.of(f"network {network}"):
-            _check_network(rig, app, network)
-    checks.report(f"stage '{app.name}'")
-    known = rig.store.history().generations.get(app.name, ())
-    number = known[-1].number + 1 if known else 1
-    rig.store.put_generation(
-        Generation(app=app, number=number, state="staged", revision=revision, images=images, staged_at=time.time())
-    )
+    with rig.images.keep():  # what is fetched here counts as used by nobody until the generation is written down
+        images = fetch_images(rig, app, action.images, checks)
+        for name in images:
+            with checks.of(f"{app.name}/{name}"):
+                _check_container(rig, app, name, images[name], checks)
+        for network in sorted({net for want in app.containers.values() for net in want.networks} - BARE):
+            with checks.of(f"network {network}"):
+                _check_network(rig, app, network)
+        checks.report(f"stage '{app.name}'")
+        known = rig.store.history().generations.get(app.name, ())
+        number = known[-1].number + 1 if known else 1
+        rig.store.put_generation(
+            Generation(
+                app=app, number=number, state="staged", revision=revision, images=images, staged_at=time.time()
+            )
+        )
     _store_files(rig, app, blobs)  # once more: whoever pruned meanwhile did not know of this generation
     return {"generation": number, "images": images}
 
@@ -82,14 +87,75 @@ def _store_files(rig: Rig, app: App, blobs: Mapping[str, bytes]) -> None:
                 rig.content.store_tree(folder_files(app, mount))
 
 
-def resolve_image(rig: Rig, want: Container) -> str:
-    """The digest of what a container is to run. Raises what makes a later try worth while when it is missing."""
+def fetch_images(rig: Rig, app: App, newer: Mapping[str, str], checks: _Checks) -> dict[str, str]:
+    """Container → digest of its image, which is then wholly here; different images come side by side.
+
+    newer: container → what its registry is known to have by now.
+    """
+    wanted: dict[tuple[str, str], list[str]] = {}
+    for name, want in app.containers.items():
+        wanted.setdefault((newer.get(name) or want.image or "", want.pull), []).append(name)
+    images: dict[str, str] = {}
+
+    def fetch(names: list[str]) -> None:
+        with checks.of(f"{app.name}/{', '.join(names)}"):
+            digest = resolve_image(rig, app.containers[names[0]], newer.get(names[0], ""))
+            images.update(dict.fromkeys(names, digest))
+
+    with ThreadPoolExecutor(max(len(wanted), 1), "image") as threads:
+        list(threads.map(fetch, wanted.values()))
+    return {name: images[name] for name in app.containers if name in images}
+
+
+def resolve_image(rig: Rig, want: Container, newer: str = "") -> str:
+    """The digest of what a container is to run, fetched where its `pull` says so.
+
+    newer: the reference to run instead of the committed one. Raises TryAgain, NotFound, WrongState as `Puller.pull`.
+    """
     if want.rootfs is not None:
         if not Path(want.rootfs).is_dir():
             raise TryAgain(f"rootfs '{want.rootfs}': is not a directory of this host")
         return f"{ROOTFS}{want.rootfs}"
+    reference = newer or want.image or ""
+    if archive_path(reference):
+        return _from_archive(rig, reference)
+    here = _here(rig, reference)
+    known = rig.images.names().get(parse(reference).name)
+    ours = here is not None and known is not None and known.source == "bundle"
+    match "never" if rig.images.settings.offline or ours else "missing" if newer else want.pull:
+        case "never" if here is None:
+            why = "pull is never" if want.pull == "never" else "this node is offline"
+            raise TryAgain(f"image '{reference}': is not here, and {why} (expected it to be loaded or imported)")
+        case "never" | "missing" if here is not None:
+            return here
+        case "newer" if here is not None:
+            return _newer(rig, reference, here)
+        case _:
+            return rig.puller.pull(reference).digest
+
+
+def _here(rig: Rig, reference: str) -> str | None:
     try:
-        return rig.images.resolve(want.image or "").digest
+        return rig.images.resolve(reference).digest
+    except NotFound:
+        return None
+
+
+def _newer(rig: Rig, reference: str, here: str) -> str:
+    """What the registry has, or, as long as it can't be reached, what is here."""
+    try:
+        return rig.puller.pull(reference).digest
+    except TryAgain as error:
+        rig.store.event("pull", reference, f'{error}; what is here will do (pull = "newer")', digest=here)
+        return here
+
+
+def _from_archive(rig: Rig, reference: str) -> str:
+    """The image of an archive of this host, read each time: the archive may be another by now."""
+    path = archive_path(reference) or ""
+    rig.check_bind(path)
+    try:
+        return rig.images.load_reference(reference).digest
     except NotFound as error:
         raise TryAgain(str(error)) from error
 

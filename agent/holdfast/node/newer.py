@@ -1,0 +1,178 @@
+"""Asks registries, every so often, whether they have newer images; `holdfast image outdated` asks at once.
+
+What is found is kept in the store as part of History: the planner decides what follows from it, an event tells of it
+once. One thread, which sleeps until the next container's time has come.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from holdfast.errors import HoldfastError
+from holdfast.images.versions import newest
+from holdfast.node.rig import ROOTFS, Rig
+from holdfast.observed import Json, NewerImage
+from holdfast.spec.forms import not_of_a_registry
+from holdfast.spec.model import Container
+
+RETRY = 60.0  # seconds, at the least, before a registry that did not answer is asked again
+IDLE = 3600.0
+
+log = structlog.get_logger("holdfast")
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A container of the newest generation of its app. digest: of the image that was staged for it."""
+
+    key: str
+    want: Container
+    digest: str
+
+    @property
+    def of_a_registry(self) -> bool:
+        """Whether a registry can have something newer."""
+        image = self.want.image
+        return bool(image) and not not_of_a_registry(image or "") and not self.digest.startswith(ROOTFS)
+
+
+def held(rig: Rig) -> Iterator[Held]:
+    """Every container that the node is brought to, or is about to be."""
+    for app, known in sorted(rig.store.history().generations.items()):
+        for name, want in known[-1].app.containers.items():
+            yield Held(f"{app}/{name}", want, known[-1].images.get(name, ""))
+
+
+def ask(rig: Rig, each: Held) -> NewerImage | None:
+    """What the registry has for a container by now; None when that is what was staged. Raises as `Puller.resolve`."""
+    image = each.want.image or ""
+    update = each.want.update_image
+    asked = image
+    if update and update.tag_pattern:
+        name, _, tag = image.rpartition(":")
+        asked = f"{name}:{newest(tag, rig.puller.tags(image), update.tag_pattern)}"
+    remote = rig.puller.resolve(asked)
+    if remote.digest == each.digest:
+        return None
+    return NewerImage(image, f"{asked}@{remote.digest}", remote.digest, time.time())
+
+
+def outdated(rig: Rig) -> Sequence[Json]:
+    """Ask for every container at once.
+
+    {"target", "image", "digest" (of what was staged), "newer", "newer_digest", "policy", "error"} of each; newer is
+    "" where there is nothing newer, error says why a registry could not tell. What none can have is left out.
+    """
+    return [_answer(rig, each) for each in held(rig) if each.of_a_registry]
+
+
+def _answer(rig: Rig, each: Held) -> Json:
+    answer = {
+        "target": each.key,
+        "image": each.want.image,
+        "digest": each.digest,
+        "newer": "",
+        "newer_digest": "",
+        "policy": each.want.update_image.policy if each.want.update_image else "",
+        "error": "",
+    }
+    if "@" in (each.want.image or ""):
+        return answer
+    try:
+        found = ask(rig, each)
+    except HoldfastError as error:
+        return answer | {"error": str(error)}
+    if each.want.update_image:
+        note(rig, each, found)
+    return answer | ({"newer": found.reference.partition("@")[0], "newer_digest": found.digest} if found else {})
+
+
+def note(rig: Rig, each: Held, found: NewerImage | None) -> bool:
+    """Keep what was found, and tell of it once. Returns whether it was news."""
+    known = rig.store.history().newer.get(each.key)
+    if (known and known.digest) == (found and found.digest):
+        return False
+    rig.store.put_newer(each.key, found)
+    if found:
+        follows = (
+            "it is staged" if each.want.update_image and each.want.update_image.policy == "apply" else "told only"
+        )
+        message = f"the registry has {found.reference}, newer than {each.digest[7:19]} ({follows})"
+        rig.store.event("outdated", each.key, message, image=found.image, reference=found.reference)
+    return found is not None
+
+
+class NewerWatch:
+    """The thread that asks, while the agent runs. wake(what) is called when there is something newer."""
+
+    def __init__(self, rig: Rig, wake: Callable[[str], None]) -> None:
+        self._rig, self._wake = rig, wake
+        self._due: dict[str, tuple[Container, float]] = {}  # container → what it was asked for, when it is next
+        self._failed: dict[str, str] = {}
+        self._look = threading.Event()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="newer images", daemon=True)
+        self._thread.start()
+
+    def look(self) -> None:
+        """What is held may be another now."""
+        self._look.set()
+
+    def close(self) -> None:
+        """End the thread; a registry that is being asked is not waited for long."""
+        self._over.set()
+        self._look.set()
+        self._thread.join(5.0)
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            self._look.clear()
+            try:
+                wait = self._round(time.time())
+            except Exception:  # the edge of a thread: the next round tries again
+                log.exception("bug", thread="newer images")
+                wait = RETRY
+            self._look.wait(wait)
+
+    def _round(self, now: float) -> float:
+        """Ask for everything whose time has come; return the seconds until the next."""
+        if self._rig.images.settings.offline:
+            return IDLE
+        asked = {each.key: each for each in held(self._rig) if each.want.update_image and each.of_a_registry}
+        for key in self._rig.store.history().newer.keys() - asked.keys():
+            self._rig.store.put_newer(key, None)
+        self._due = {key: value for key, value in self._due.items() if key in asked}
+        for key, each in asked.items():
+            if self._over.is_set():
+                break
+            before, at = self._due.get(key, (None, now + self._first(each)))
+            if before is not None and before != each.want:
+                at = now
+            self._due[key] = (each.want, at if at > now else now + self._ask(each))
+        return max(min((at for _, at in self._due.values()), default=now + IDLE) - time.time(), 0.1)
+
+    def _first(self, each: Held) -> float:
+        """Seconds until the first question: staging has just asked, and a restart of the agent is no news."""
+        assert each.want.update_image is not None
+        return min(each.want.update_image.interval, RETRY)
+
+    def _ask(self, each: Held) -> float:
+        """Ask for one; return the seconds until it is asked for again."""
+        assert each.want.update_image is not None
+        interval = each.want.update_image.interval
+        try:
+            found = ask(self._rig, each)
+        except HoldfastError as error:
+            if self._failed.get(each.key) != str(error):
+                self._failed[each.key] = str(error)
+                self._rig.store.event("failed", each.key, f"{error} (asked for a newer image)")
+            return max(interval, error.wait, min(interval, RETRY))
+        self._failed.pop(each.key, None)
+        if note(self._rig, each, found):
+            self._wake(each.key)
+        return interval

@@ -1,0 +1,173 @@
+"""Which image a commit gets: when a registry is asked, what a moved tag changes, and what it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ground import Rootfs
+from layouts import Layout
+from live.agent import LiveAgent
+from live.registry import Registry
+
+pytestmark = pytest.mark.live
+
+RUN = 'command = "sleep 1000"\nnetworks = ["none"]\nstop_signal = "SIGKILL"'
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout(tmp_path / "layout")
+
+
+@pytest.fixture
+def busybox(busybox_rootfs: Rootfs) -> bytes:
+    return busybox_rootfs.tar.read_bytes()
+
+
+def publish(registry: Registry, layout: Layout, busybox: bytes, tag: str, version: str) -> str:
+    """Put an image that says its version under /version to the registry as app:tag; returns its digest."""
+    layout.tag(layout.image([busybox, {"version": version.encode()}]), tag)
+    return registry.push(layout.path, f"app:{tag}", tag=tag)
+
+
+def state(registry: Registry, *lines: str, tag: str = "1") -> str:
+    return "\n".join(("[containers.web]", f'image = "{registry.address}/app:{tag}"', RUN, *lines))
+
+
+def staged(agent: LiveAgent) -> str:
+    """The digest that the newest generation names for shop/web."""
+    return str(agent.status()["apps"]["shop"]["containers"]["web"]["digest"])
+
+
+def version(agent: LiveAgent) -> str:
+    return agent.exec("shop/web", "cat", "/version")
+
+
+def test_a_tag_is_a_digest_from_the_moment_it_is_staged(
+    agent: LiveAgent, registry: Registry, layout: Layout, busybox: bytes
+) -> None:
+    first = publish(registry, layout, busybox, "1", "one")
+    agent.write("shop.toml", state(registry))
+    agent.converge()
+    assert (staged(agent), version(agent)) == (first, "one")
+    publish(registry, layout, busybox, "1", "two")
+    agent.write("shop.toml", state(registry, 'environment = { A = "1" }'))
+    agent.converge()
+    agent.cli("restart", "shop/web")
+    agent.converge()
+    assert (staged(agent), version(agent)) == (first, "one")
+
+
+def test_always_asks_whenever_the_app_is_staged(
+    agent: LiveAgent, registry: Registry, layout: Layout, busybox: bytes
+) -> None:
+    publish(registry, layout, busybox, "1", "one")
+    agent.write("shop.toml", state(registry, 'pull = "always"'))
+    agent.converge()
+    second = publish(registry, layout, busybox, "1", "two")
+    agent.restart()
+    agent.converge()
+    assert version(agent) == "one"  # nothing was staged
+    agent.write("shop.toml", state(registry, 'pull = "always"', "read_only = true"))
+    agent.converge()
+    assert (staged(agent), version(agent)) == (second, "two")
+
+
+def test_newer_takes_what_is_here_while_the_registry_is_away(
+    agent: LiveAgent, registry: Registry, layout: Layout, busybox: bytes
+) -> None:
+    first = publish(registry, layout, busybox, "1", "one")
+    agent.write("shop.toml", state(registry, 'pull = "newer"'))
+    agent.converge()
+    registry.stop()
+    agent.write("shop.toml", state(registry, 'pull = "newer"', "read_only = true"))
+    agent.converge()
+    assert staged(agent) == first
+    (told,) = [event for event in agent.events() if event["kind"] == "pull" and "will do" in event["message"]]
+    assert f"{registry.address}/app:1" in told["message"]
+    registry.start()
+    second = publish(registry, layout, busybox, "1", "two")
+    agent.write("shop.toml", state(registry, 'pull = "newer"'))
+    agent.converge()
+    assert staged(agent) == second
+
+
+def test_never_asks_no_registry(agent: LiveAgent, registry: Registry, layout: Layout, busybox: bytes) -> None:
+    publish(registry, layout, busybox, "1", "one")
+    before = len(registry.requests())
+    agent.write("shop.toml", state(registry, 'pull = "never"'))
+    status = agent.wait_until(lambda status: status["apps"].get("shop", {}).get("state") == "failed")
+    assert "pull is never" in status["apps"]["shop"]["reason"]
+    assert len(registry.requests()) == before
+    agent.cli("image", "pull", f"{registry.address}/app:1")
+    agent.converge()
+    assert version(agent) == "one"
+
+
+def test_an_agent_that_is_offline_asks_nobody(
+    agent: LiveAgent, registry: Registry, layout: Layout, busybox: bytes
+) -> None:
+    publish(registry, layout, busybox, "1", "one")
+    agent.configure(more="images.offline = true")
+    agent.restart()
+    before = len(registry.requests())
+    agent.write("shop.toml", state(registry, 'update_image = "apply"'))
+    status = agent.wait_until(lambda status: status["apps"].get("shop", {}).get("state") == "failed")
+    assert "offline" in status["apps"]["shop"]["reason"]
+    assert len(registry.requests()) == before
+
+
+def test_a_moved_tag_is_applied_where_the_state_says_so(
+    agent: LiveAgent, registry: Registry, layout: Layout, busybox: bytes
+) -> None:
+    update = 'update_image = { policy = "apply", interval = "1s" }'
+    publish(registry, layout, busybox, "1", "one")
+    agent.write("shop.toml", state(registry, update))
+    agent.converge()
+    assert agent.cli("image", "outdated").returncode == 0
+    second = publish(registry, layout, busybox, "1", "two")
+    agent.wait_until(lambda status: status["apps"]["shop"]["containers"]["web"]["digest"] == second)
+    agent.converge()
+    assert version(agent) == "two"
+    (told,) = [event for event in agent.events() if event["kind"] == "outdated"]
+    assert second in told["message"]
+    registry.stop()  # what is asked in vain is told once, and disturbs nothing
+    pid = agent.pid("shop/web")
+    agent.wait(lambda: any("newer image" in event["message"] for event in agent.events()), "the failure is told")
+    assert agent.pid("shop/web") == pid
+    assert agent.status()["converged"]
+
+
+def test_a_newer_version_is_told_where_only_notice_is_asked_for(
+    agent: LiveAgent, registry: Registry, layout: Layout, busybox: bytes
+) -> None:
+    update = 'update_image = { policy = "notify", interval = "1s", tag_pattern = "1.*" }'
+    first = publish(registry, layout, busybox, "1.0.9", "one")
+    for tag in ("1.0.10", "2.0.0", "latest"):
+        newest = publish(registry, layout, busybox, tag, tag)
+    publish(registry, layout, busybox, "1.0.2", "old")
+    assert newest
+    agent.write("shop.toml", state(registry, update, tag="1.0.9"))
+    agent.converge()
+    status = agent.wait_until(lambda status: bool(status["apps"]["shop"]["containers"]["web"]["newer"]))
+    assert status["apps"]["shop"]["containers"]["web"]["newer"].startswith(f"{registry.address}/app:1.0.10@sha256:")
+    assert status["converged"] and staged(agent) == first
+    asked = agent.cli("image", "outdated", check=False)
+    assert asked.returncode == 2
+    assert f"{registry.address}/app:1.0.10" in asked.stdout
+    assert "newer image: " in agent.cli("status").stdout
+
+
+def test_an_archive_of_the_host_is_an_image(agent: LiveAgent, layout: Layout, busybox: bytes) -> None:
+    first = layout.image([busybox, {"version": b"one"}])
+    layout.tag(first, "1")
+    agent.write("shop.toml", f'[containers.web]\nimage = "oci:{layout.path}:1"\n{RUN}')
+    agent.converge()
+    assert (staged(agent), version(agent)) == (first["digest"], "one")
+    second = layout.image([busybox, {"version": b"two"}])
+    layout.tag(second, "1")
+    agent.write("shop.toml", f'[containers.web]\nimage = "oci:{layout.path}:1"\nread_only = true\n{RUN}')
+    agent.converge()
+    assert (staged(agent), version(agent)) == (second["digest"], "two")
