@@ -1,0 +1,122 @@
+"""How full the disk is, and what nobody uses → which images go, least recently used first. `node` asks now and then.
+
+Above the high watermark unused images go until the low one is reached. Never: what is in use (`node` says by whom:
+instances, exited ones too, and every generation that is kept for a rollback), anything while something is put in
+(`ImageStore.keep`), and what was used or came within `GRACE`, for whoever has just pulled an image means to use it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.images.image import Freed, InUse, users_of
+from holdfast.images.store import ImageStore
+
+GRACE = 600.0  # seconds: ten minutes
+ORPHANS = 86_400.0  # seconds that layers of a pull that broke off wait for its next try, while there is room
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An image as the collector sees it. layers: diff ids. used_at: seconds since the epoch."""
+
+    digest: str
+    layers: tuple[str, ...]
+    used_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A file system: bytes used, and bytes that whoever is no root could have. df(1) counts so."""
+
+    used: int
+    free: int
+
+    @property
+    def percent(self) -> float:
+        """How full it is."""
+        return 100.0 * self.used / max(self.used + self.free, 1)
+
+    def excess(self, percent: float) -> int:
+        """Bytes that have to go until it is no fuller than that."""
+        return max(int(self.used - percent / 100.0 * (self.used + self.free)) + 1, 0) if self.percent > percent else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What a collection came to. full: the disk is above the high watermark and nothing more may go."""
+
+    freed: Freed
+    percent: float
+    full: bool
+
+
+def choose(
+    images: Sequence[Stored], sizes: Mapping[str, int], in_use: Collection[str], excess: int, now: float
+) -> list[str]:
+    """The images that go so that excess bytes are freed: the unused ones, least recently used first.
+
+    sizes: bytes, by diff id. An image frees those of its layers that no image needs which stays; one that would free
+    nothing stays.
+    """
+    needs = Counter(layer for each in images for layer in set(each.layers))
+    doomed: list[Stored] = []
+    for image in sorted(images, key=lambda each: (each.used_at, each.digest)):
+        if excess <= 0:
+            break
+        if image.digest in in_use or image.used_at > now - GRACE:
+            continue
+        doomed.append(image)
+        needs.subtract(set(image.layers))
+        excess -= sum(sizes.get(layer, 0) for layer in set(image.layers) if not needs[layer])
+    return [each.digest for each in doomed if any(not needs[layer] for layer in each.layers)]
+
+
+def collect(
+    store: ImageStore, in_use: InUse, *, look: Callable[[], Disk] | None = None, now: float | None = None
+) -> Collected:
+    """Note what is used now, sweep what crashes have left, and free what the watermarks ask for.
+
+    in_use is asked again while nothing can be put in. look: how full the disk is (of the store, unless given). While
+    something is being put in nothing but the noting is done.
+    """
+    now = time.time() if now is None else now
+    look = look or (lambda: disk_of(store.root))
+    store.touch(users_of(in_use).keys())
+    with store.alone() as alone:
+        if not alone:
+            return Collected(Freed(), look().percent, full=False)
+        store.layers.sweep()
+        freed = store.delete_orphans(now - ORPHANS)
+        high, low = store.settings.high_watermark, store.settings.low_watermark
+        if look().percent <= high:
+            return Collected(freed, look().percent, full=False)
+        freed += store.delete_orphans(now - GRACE)
+        while excess := look().excess(low):
+            used = users_of(in_use)
+            doomed = choose(_stored(store), _sizes(store), used.keys(), excess, now)
+            if not doomed:
+                break
+            freed += store.delete(doomed, used)
+    percent = look().percent
+    return Collected(freed, percent, full=percent > high)
+
+
+def disk_of(path: Path) -> Disk:
+    """The file system that path is on, as df(1) counts."""
+    system = os.statvfs(path)
+    unit = system.f_frsize
+    return Disk((system.f_blocks - system.f_bfree) * unit, system.f_bavail * unit)
+
+
+def _stored(store: ImageStore) -> list[Stored]:
+    return [Stored(each.digest, each.diff_ids, store.used_at(each.digest)) for each in store.list(dangling=True)]
+
+
+def _sizes(store: ImageStore) -> dict[str, int]:
+    return {diff_id: store.layers.facts(diff_id).size for diff_id in store.layers.all()}
