@@ -1,0 +1,62 @@
+"""Images on their way, as a person sees them come."""
+
+from __future__ import annotations
+
+import os
+import pty
+import sys
+from pathlib import Path
+
+import pytest
+
+from holdfast.cli.bars import bars
+from holdfast.images.transfers import Transfers
+
+MIB = 1 << 20
+
+
+def test_a_log_gets_a_line_for_each_quarter(capsys: pytest.CaptureFixture[str]) -> None:
+    transfers = Transfers()
+    with bars() as show, transfers.transfer("app:1") as coming:
+        show(transfers.look())
+        coming.state = "pulling"
+        coming.expect("sha256:a", 4 * MIB)
+        coming.expect("sha256:b", 9 * MIB, here=True)
+        coming.begin("sha256:a")
+        for done in range(0, 4 * MIB + 1, MIB // 2):
+            coming.advance("sha256:a", done)
+            show(transfers.look())
+        coming.finish("sha256:a")
+        show(transfers.look())
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        f"pulling app:1  {done} of 4MiB, 0 of 1 layers" for done in ("0B", "1MiB", "2MiB", "3MiB", "4MiB")
+    ]
+
+
+def test_a_terminal_gets_a_bar_for_each_layer_that_comes_and_one_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys, "stderr", os.fdopen(slave, "w"))
+    transfers = Transfers()
+    with bars() as show, transfers.transfer("registry.example/[red]app:1") as coming:
+        coming.state = "pulling"
+        coming.expect(f"sha256:{'a' * 64}", 4 * MIB)
+        coming.expect(f"sha256:{'b' * 64}", 4 * MIB)
+        coming.begin(f"sha256:{'a' * 64}")
+        coming.advance(f"sha256:{'a' * 64}", 2 * MIB)
+        show(transfers.look())
+    seen = os.read(master, 1 << 16).decode()
+    sys.stderr.close()
+    os.close(master)
+    assert "registry.example/[red]app:1" in seen  # a name is no markup
+    assert "aaaaaaaaaaaa" in seen and "bbbbbbbbbbbb" not in seen
+    assert "2.0/8.0 MiB" in seen and "2.0/4.0 MiB" in seen
+
+
+def test_rich_is_not_imported_where_nothing_is_drawn(tmp_path: Path) -> None:
+    import subprocess
+
+    program = "import sys, holdfast.cli.entry; sys.exit('rich' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False, cwd=tmp_path).returncode == 0
