@@ -13,8 +13,12 @@ help:
 	@echo "make bench   how fast, beside what else is installed (PEERS=yes installs docker.io and podman first)"
 	@echo "make setup   install what is missing             make clean  remove what make made"
 
+# What only the tests need: a registry to pull from, passwords and certificates for it, a real root file system.
+test-packages := docker-registry apache2-utils openssl debootstrap
+
 setup:
 	@packaging/setup.sh
+	@packaging/setup.sh $(test-packages)
 
 # Four checkers side by side; each one's output stays together.
 check: setup

@@ -12,7 +12,6 @@ packages=(
     catatonit                                 # `init = true`
     git ca-certificates                       # the source of the state
     skopeo buildah                            # images: from registries, and from Dockerfiles
-    docker-registry apache2-utils debootstrap # what the tests pull from, htpasswd for it, and a real root file system
     busybox-static                            # the image of the demo and of the tests
     e2fsprogs mount                           # examples/plugin: volumes in ext4 images
     python3 python3-venv
