@@ -24,7 +24,7 @@ from typing import Any
 
 from contestant import quiet
 
-RECIPE = "1"  # another one makes everything anew
+RECIPE = "2"  # another one makes everything anew
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
@@ -106,12 +106,12 @@ def stacks(folder: Path, root: Path, heights: Sequence[int]) -> None:
 
 
 def plan_layers(sizes: Iterable[int]) -> list[list[str]]:
-    """The paths of each layer: installed packages, the required ones first, until the layer has its size (MB)."""
-    form = "${Priority}\t${Package}\t${Installed-Size}\t${db:Status-Status}\n"
+    """The paths of each layer: packages of Debian's own, the required ones first, until it has its size (MB)."""
+    form = "${Priority}\t${Package}\t${Installed-Size}\t${db:Status-Status}\t${Maintainer}\n"
     packages = []
     for line in quiet("dpkg-query", "--show", f"--showformat={form}").splitlines():
-        priority, name, kilobytes, status = line.split("\t")
-        if status == "installed" and int(kilobytes or 0) < BIGGEST * 1000:
+        priority, name, kilobytes, status, maintainer = line.split("\t")
+        if status == "installed" and int(kilobytes or 0) < BIGGEST * 1000 and "debian" in maintainer:
             packages.append((priority not in ("required", "important"), name))
     todo = iter(sorted(set(packages)))
     layers, taken = [], set[str]()
