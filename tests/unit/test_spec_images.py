@@ -148,7 +148,7 @@ def test_a_changed_base_changes_what_is_built_from_it(name: str) -> None:
         "web/Dockerfile": f"ARG BASE={name}\nFROM $BASE AS final",
     }
     before, after = (read({**files, "base/x": text}).apps["shop"] for text in "ab")
-    assert before.images["shop/web"].bases == {name: "shop/base"}
+    assert before.images["shop/web"].bases == {name: "shop/base", "$BASE": "shop/base"}
     assert key(before) != key(after)
 
 
@@ -243,4 +243,4 @@ def test_a_dockerfile_names_the_images_it_starts_from(text: str, names: list[str
 
 
 def test_an_image_is_found_by_the_line_of_its_instruction() -> None:
-    assert images_in("# c\n\nFROM a\nRUN x \\\n y\nFROM b\n", {}) == (Use(3, "a"), Use(6, "b"))
+    assert images_in("# c\n\nFROM a\nRUN x \\\n y\nFROM b\n", {}) == (Use(3, "a", "a"), Use(6, "b", "b"))

@@ -1,22 +1,52 @@
 """`[images.*]` of a state tree → images in the store, by buildah.
 
 The context is laid out, built with a storage of buildah's own (its layers are the cache of later builds), and what
-comes of it is taken into the image store under a name that holds the build's key: where that is known, nothing is built.
-Called by `node` while it stages.
+comes of it is taken into the store under a name that holds the build's key: where that is known, nothing is built.
+Called by `node` while it stages; the programs are run by `buildah`.
+
+ROOT/builds/logs/APP/NAME.log holds all that the last build of an image said, NAME.log.1 the one before. Events of
+kind `build` and subject `image APP/NAME` say the steps, and of their output as much as a person reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from holdfast.config import ImageSettings
-from holdfast.images.store import Image, ImageStore
+from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, WrongState
+from holdfast.images.buildah import Buildah, Failed, on_loopback
+from holdfast.images.faults import explain, failure
+from holdfast.images.image import Image, architecture
+from holdfast.images.store import ImageStore
+from holdfast.images.unpack import Expected
+from holdfast.images.write import write_layout
+from holdfast.spec.dockerfile import images_in
 from holdfast.spec.model import Build
+
+RETRY = 60.0  # seconds; a build that failed is not tried again before, unless something else is committed
+MTIME = 315532800  # 1980-01-01: of all that is copied from a context; older ones trouble zip and make
+STEP = re.compile(r"(\[\d+/\d+\] )?STEP \d+")
+LOUD = 20  # lines of one step that events carry; of those beyond it, one a second
+LONGEST_EVENT = 400  # characters of a line in an event
+LOG_LIMIT = 16 << 20  # bytes of one log; what a build says beyond it is not kept
+REGISTRY = re.compile(r"docker://|pinging container registry|short-name|registr(y|ies)\b")
+NATIVE = {"amd64": ("386",), "arm64": ("arm",)}  # what a kernel runs besides its own
+BINFMT = Path("/proc/sys/fs/binfmt_misc")
+QEMU = {"386": "i386", "amd64": "x86_64", "arm64": "aarch64", "loong64": "loongarch64"}
+
+Images = Mapping[str, Build]
+Blobs = Mapping[str, bytes]
 
 
 class Builder:
-    """Builds images, one at a time for one key. Safe for several threads."""
+    """Builds the images of one agent, one at a time. Safe for several threads."""
 
     def __init__(
         self,
@@ -26,17 +56,323 @@ class Builder:
         run_root: Path,
         told: Callable[..., None],
         *,
+        name: str = "holdfast",
         runtime: str = "",
         push: Callable[[Image, str], str] | None = None,
     ) -> None:
-        """root, run_root: the agent's own. told: called as told(kind, subject, message). runtime: crun's or runc's
-        path, for RUN steps. push: `Puller.push`."""
-        self.store, self.settings, self.root, self.run_root = store, settings, root, run_root
-        self.told, self.runtime, self.push = told, runtime, push
+        """root, run_root, name: the agent's own. told: called as told(kind, subject, message). runtime: crun's or
+        runc's path, for RUN steps. push: `Puller.push`; without it, what asks to be pushed raises UnfitHost."""
+        self.store, self.told, self.push = store, told, push
+        self.buildah = Buildah(settings, root, run_root, name, runtime)
+        self.logs = root / "builds/logs"
 
-    def build(self, name: str, images: Mapping[str, Build], blobs: Mapping[str, bytes]) -> Image:
-        """The image of a qualified name of App.images, built if it is not here, and before it what it is built from.
+    @property
+    def settings(self) -> ImageSettings:
+        """agent.toml's [images]."""
+        return self.buildah.settings
 
-        blobs: Spec.blobs. Raises WrongState (the build failed), UnfitHost (no buildah), TryAgain.
+    @settings.setter
+    def settings(self, settings: ImageSettings) -> None:
+        self.buildah.settings = settings
+
+    def build(self, name: str, images: Images, blobs: Blobs) -> Image:
+        """The image of a qualified name of App.images: built if it is not here, and pushed where it says so.
+
+        Before it, what it is built from. blobs: Spec.blobs. Blocks while another is built. Raises WrongState (the
+        build failed: the last line that says why), UnfitHost (no buildah, no emulator), TryAgain.
         """
-        raise NotImplementedError
+        build = images[name]
+        check_platforms(name, build)
+        image = self.find(name, build)
+        if image is None:
+            with self.store.keep(), self.buildah.alone():
+                image = self._build(name, images, blobs)
+                self.buildah.prune(self._is_known)
+        image = self._named(image, build)
+        if build.push:
+            self._push(name, images, blobs, image)
+        return image
+
+    def find(self, name: str, build: Build) -> Image | None:
+        """The image that was built by this key, if it is here."""
+        with suppress(NotFound):
+            return self.store.resolve(built_name(name, build))
+        return None
+
+    def sweep(self) -> None:
+        """Clear away what a killed agent's build left, and the cache once no built image is left. When it starts."""
+        self.buildah.sweep()
+        if self.buildah.storage.exists() and not any(map(self._is_known, self.store.names())):
+            with suppress(HoldfastError), self.buildah.alone():
+                self.buildah.wipe()
+
+    def close(self) -> None:
+        """Kill what is being built; who waits for it gets TryAgain."""
+        self.buildah.close()
+
+    def _build(self, name: str, images: Images, blobs: Blobs) -> Image:
+        """Build an image while we are alone, and first what it is built from."""
+        build = images[name]
+        for base in sorted(set(build.bases.values())):
+            image = self.find(base, images[base]) or self._build(base, images, blobs)
+            if built_name(base, images[base]) not in self.buildah.names():
+                with self._scratch() as folder:
+                    write_layout(self.store, image, folder / "layout")
+                    self.buildah.take_in(folder / "layout", built_name(base, images[base]))
+        subject, began = f"image {name}", time.monotonic()
+        with Log(self.logs / f"{name}.log", lambda line: self.told("build", subject, line)) as log:
+            self.told("build", subject, f"building from {build.context or '.'} ({build.dockerfile})")
+            try:
+                with self._scratch() as folder:
+                    id = self._make(folder, name, images, blobs, log.hear)
+                    image = self._take(folder, id, built_name(name, build))
+            except Failed as error:
+                raise self._failure(name, error, log.path) from error
+            except HoldfastError as error:
+                error.wait = max(error.wait, RETRY)
+                raise
+            seconds = time.monotonic() - began
+            self.told("build", subject, f"built in {seconds:.1f} s: {image.digest}", digest=image.digest)
+        return image
+
+    def _make(
+        self,
+        folder: Path,
+        name: str,
+        images: Images,
+        blobs: Blobs,
+        hear: Callable[[str], None],
+        platform: str = "",
+    ) -> str:
+        """Have buildah build it; the id of the image in its storage. platform: "" is this node's."""
+        build = images[name]
+        tag = built_name(name, build) + platform.replace("/", "-")
+        platform = platform or next(iter(ours(build.platforms)), "")
+        try:
+            lay_out(build, blobs, folder)
+        except KeyError as error:
+            raise TryAgain(f"build 'images.{name}': its context is of an older commit (commit once more)") from error
+        words = ["--network", build.network, "--file", str(folder / "Dockerfile")]
+        words += ["--ignorefile", os.devnull, "--iidfile", str(folder / "id"), "--tag", tag]
+        words += ["--platform", platform] if platform else []
+        words += [_PULL["never" if self.settings.offline else build.pull]]
+        words += ["--no-cache"] if build.no_cache else []
+        words += ["--target", build.target] if build.target else []
+        words += ["--tls-verify=false"] if _starts_on_loopback(build, blobs) else []
+        for option, values in (("--build-arg", build.args), ("--label", build.labels)):
+            words += [word for key, value in values.items() for word in (option, f"{key}={value}")]
+        for written, base in build.bases.items():
+            image = f"container-image://{built_name(base, images[base])}"
+            words += ["--build-context", f"{written}={image}"]
+        self.buildah.build([*words, str(folder / "context")], hear)
+        return (folder / "id").read_text().strip().removeprefix("sha256:")
+
+    def _take(self, folder: Path, id: str, name: str) -> Image:
+        """Copy an image from buildah's storage into ours; of its layers, those that are not here yet."""
+        layout = folder / "layout"
+        blobs = layout / "blobs/sha256"
+        blobs.mkdir(parents=True)
+        for diff_id in self.buildah.config(id)["rootfs"]["diff_ids"]:
+            if self.store.has_layer(diff_id):  # a file of holes stands for it: skopeo takes it for the layer
+                with (blobs / diff_id.removeprefix("sha256:")).open("wb") as file:
+                    file.truncate(self.store.layers.facts(diff_id).size)
+        self.buildah.take_out(id, layout)
+
+        def read(digest: str) -> bytes:
+            return (blobs / digest.removeprefix("sha256:")).read_bytes()
+
+        manifest = read(json.loads((layout / "index.json").read_bytes())["manifests"][0]["digest"])
+        document = json.loads(manifest)
+        config = read(document["config"]["digest"])
+        for layer, diff_id in zip(document["layers"], json.loads(config)["rootfs"]["diff_ids"], strict=True):
+            if not self.store.has_layer(diff_id):
+                with (blobs / layer["digest"].removeprefix("sha256:")).open("rb") as file:
+                    self.store.add_layer(file.fileno(), Expected(diff_id, layer["digest"], layer["size"]))
+        return self.store.add_image(manifest, config, [name], source="build")
+
+    def _named(self, image: Image, build: Build) -> Image:
+        """The image with all names that its tags give it."""
+        from holdfast.images.references import parse
+
+        known = self.store.names()
+        for tag in build.tags:
+            there = known.get(parse(tag).name)
+            if there is None or there.digest != image.digest:
+                image = self.store.tag(image.digest, tag)
+        return image
+
+    def _push(self, name: str, images: Images, blobs: Blobs, image: Image) -> None:
+        """Bring the image to the registries of its tags, unless that was done. What fails is tried again, alone."""
+        build, note = images[name], self.logs / f"{name}.pushed"
+        mark = f"{image.digest} {','.join(build.platforms)}"
+        done: dict[str, str] = {}
+        with suppress(FileNotFoundError, ValueError):
+            done = json.loads(note.read_bytes())
+        left = [tag for tag in build.tags if done.get(tag) != mark]
+        others = [platform for platform in build.platforms if platform not in ours(build.platforms)]
+        if left and others:
+            with self.buildah.alone():
+                self._push_index(name, images, blobs, others, left)
+        for tag in left:
+            if not others:
+                if self.push is None:
+                    raise UnfitHost(f"push '{tag}': this agent pushes nothing")
+                self.push(image, tag)
+            done[tag] = mark
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(json.dumps({each: done[each] for each in build.tags if each in done}))
+
+    def _push_index(self, name: str, images: Images, blobs: Blobs, others: list[str], tags: list[str]) -> None:
+        """Build for the other platforms, and push all as one index, while we are alone."""
+        build, own = images[name], built_name(name, images[name])
+        index, subject = f"{own}-index", f"image {name}"
+        if own not in self.buildah.names():
+            with self._scratch() as folder:
+                write_layout(self.store, self.store.resolve(own), folder / "layout")
+                self.buildah.take_in(folder / "layout", own)
+        with Log(self.logs / f"{name}.platforms.log", lambda line: self.told("build", subject, line)) as log:
+            try:
+                ids = [self.buildah.names()[own]]
+                for platform in others:
+                    self.told("build", subject, f"building for {platform}")
+                    with self._scratch() as folder:
+                        ids.append(self._make(folder, name, images, blobs, log.hear, platform))
+                if index in self.buildah.names():
+                    self.buildah.run("manifest", "rm", index)
+                self.buildah.run("manifest", "create", index, *ids)
+                for tag in tags:
+                    self.buildah.send(index, tag)
+                    self.told("pushed", tag, f"{own} is there for {', '.join(build.platforms)}")
+            except Failed as error:
+                raise self._failure(name, error, log.path) from error
+
+    def _failure(self, name: str, error: Failed, log: Path) -> HoldfastError:
+        """One line for what went wrong: the step, its end, and what it said last."""
+        reasons = [line.removeprefix("Error: ") for line in error.output if line.startswith("Error: ")]
+        reason = reasons[-1] if reasons else next(reversed(error.output), str(error))
+        if not STEP.search(reason) and REGISTRY.search(reason):
+            found = explain(reason, "build", f"images.{name}")
+            found.wait = max(found.wait, RETRY)
+            return found
+        said = [line for line in error.output if not line.startswith(("Error: ", "time=", "STEP ", "--> "))]
+        last = said[-1].strip() if said and "exit status" in reason else ""
+        reason = re.sub(r"^building at STEP \"(.*?)\": (while running runtime: )?", r"\1: ", reason)
+        text = f"build 'images.{name}': {reason}" + (f": {last}" if last and last not in reason else "")
+        return failure(WrongState, f"{text} (all of it is in {log})", RETRY)
+
+    def _is_known(self, name: str) -> bool:
+        """Whether a name of buildah's storage is still that of an image in the store."""
+        return name.startswith(PREFIX) and name in self.store.names()
+
+    @contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        """A folder for one step; all of `work` goes when we are alone no more."""
+        folder = self.buildah.work / str(time.monotonic_ns())
+        folder.mkdir()
+        yield folder
+
+
+PREFIX = "localhost/images/"
+_PULL = {"missing": "--pull=false", "newer": "--pull=ifnewer", "always": "--pull-always", "never": "--pull-never"}
+
+
+def built_name(name: str, build: Build) -> str:
+    """The full name by which the store knows what was built: localhost/images/APP/NAME:KEY."""
+
+    def component(text: str) -> str:
+        """Nearest to text that a reference may hold: the key tells apart what this makes alike."""
+        return re.sub(r"[._-]{2,}", "-", text).strip("._-")
+
+    return f"{PREFIX}{'/'.join(map(component, name.split('/')))}:{build.key[:16]}"
+
+
+def ours(platforms: Sequence[str]) -> list[str]:
+    """Those of the platforms that are this node's."""
+    return [platform for platform in platforms if platform.split("/")[1] == architecture()]
+
+
+def check_platforms(name: str, build: Build) -> None:
+    """Raise WrongState for an image that is not for this node, UnfitHost for one that can't be built here."""
+    own = architecture()
+    if not build.platforms:
+        return
+    if not ours(build.platforms):
+        said = ", ".join(build.platforms)
+        raise WrongState(f"build 'images.{name}': its platforms are {said} (expected linux/{own}, this node's, too)")
+    others = [platform for platform in build.platforms if platform not in ours(build.platforms)]
+    if not build.push:
+        return  # the others would lead nowhere
+    for platform in others:
+        machine = platform.split("/")[1]
+        emulator = f"qemu-{QEMU.get(machine, machine)}"
+        if machine not in NATIVE.get(own, ()) and not (BINFMT / emulator).exists():
+            raise UnfitHost(
+                f"build 'images.{name}': {platform} can't be run here: no {emulator} in {BINFMT} (expected "
+                "the package qemu-user-static)"
+            )
+    if others and build.bases:
+        base = next(iter(build.bases.values()))
+        raise WrongState(
+            f"build 'images.{name}': starts from 'images.{base}', which is built for this node alone (expected "
+            "an image of a registry for several platforms)"
+        )
+
+
+def lay_out(build: Build, blobs: Blobs, folder: Path) -> None:
+    """Write folder/context and folder/Dockerfile, so that the same build always finds the same. Raises KeyError."""
+    context = folder / "context"
+    context.mkdir()
+    listing: dict[str, Sequence[Any]] = json.loads(blobs[build.tree])
+    for path, (digest, executable) in listing.items():
+        file = context / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(blobs[digest])
+        file.chmod(0o755 if executable else 0o644)
+    (folder / "Dockerfile").write_bytes(blobs[build.instructions])
+    for top, folders, files in os.walk(context, topdown=False):
+        for each in files:
+            os.utime(Path(top, each), (MTIME, MTIME))
+        for each in folders:
+            Path(top, each).chmod(0o755)
+        os.utime(top, (MTIME, MTIME))
+
+
+def _starts_on_loopback(build: Build, blobs: Blobs) -> bool:
+    """Whether it starts from nothing but registries on this host, which may be without TLS."""
+    uses = images_in(blobs[build.instructions].decode(), build.args)
+    names = [use.name for use in uses if use.name not in build.bases]
+    return bool(names) and all(map(on_loopback, names))
+
+
+class Log:
+    """Where the output of one build goes: all of it to a file, as much as a person reads to events."""
+
+    def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
+        self.path, self._tell = path, tell
+        self._size, self._lines, self._left_out, self._told_at = 0, 0, 0, 0.0
+
+    def __enter__(self) -> Log:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            self.path.replace(self.path.with_name(f"{self.path.name}.1"))
+        self._file = self.path.open("w", encoding="utf-8", errors="replace")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def hear(self, line: str) -> None:
+        """Take one line."""
+        if self._size <= LOG_LIMIT:
+            self._size += len(line) + 1
+            self._file.write(f"{line}\n" if self._size <= LOG_LIMIT else "what follows is not kept\n")
+            self._file.flush()
+        if STEP.match(line):
+            self._lines = 0
+        self._lines += 1
+        if self._lines > LOUD and time.monotonic() - self._told_at < 1:
+            self._left_out += 1
+            return
+        left_out = f" ({self._left_out} lines left out before it)" if self._left_out else ""
+        self._left_out, self._told_at = 0, time.monotonic()
+        self._tell((line if len(line) <= LONGEST_EVENT else f"{line[:LONGEST_EVENT]}…") + left_out)

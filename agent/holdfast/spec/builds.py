@@ -206,7 +206,8 @@ class Builds:
         # Names that are not UTF-8 are surrogates here, which only the ASCII form can carry.
         content = json.dumps(listing, sort_keys=True, separators=(",", ":")).encode()
         blobs[digest(content)] = content
-        meant = {use.name: base for use, base in bases}
+        # buildah before 1.30 looks a name up as it is written, later ones with its variables replaced.
+        meant = {name: base for use, base in bases for name in (use.name, use.written)}
         parts = {
             "tree": digest(content),
             "instructions": folder.digest(dockerfile),

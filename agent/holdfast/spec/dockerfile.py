@@ -17,10 +17,11 @@ _FROM_OPTION = re.compile(r"--from=(\S+)|--mount=\S*?\bfrom=([^,\s]+)")
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """An image that a Dockerfile names in some line, its variables replaced."""
+    """An image that a Dockerfile names in some line. name: with its variables replaced, written: without."""
 
     line: int
     name: str
+    written: str
 
 
 def images_in(text: str, args: Mapping[str, str]) -> tuple[Use, ...]:
@@ -37,15 +38,17 @@ def images_in(text: str, args: Mapping[str, str]) -> tuple[Use, ...]:
                         known[name] = args.get(name, _replaced(default.strip("\"'"), known))
             case "FROM":
                 words = [each for each in rest.split() if not each.startswith("--")]
-                name = _replaced(words[0].strip("\"'"), known) if words else ""
+                written = words[0].strip("\"'") if words else ""
+                name = _replaced(written, known)
                 if name and name.lower() not in stages and name != "scratch":
-                    found.append(Use(line, name))
+                    found.append(Use(line, name, written))
                 stages.add(words[2].lower() if len(words) > 2 and words[1].upper() == "AS" else f"{len(stages)}")
             case "COPY" | "ADD" | "RUN":
                 for match in _FROM_OPTION.finditer(rest):
-                    name = _replaced((match[1] or match[2]).strip("\"'"), {**known, **args})
+                    written = (match[1] or match[2]).strip("\"'")
+                    name = _replaced(written, {**known, **args})
                     if name.lower() not in stages and not name.isdigit():
-                        found.append(Use(line, name))
+                        found.append(Use(line, name, written))
     return tuple(found)
 
 
