@@ -52,7 +52,7 @@ def carried(registry: Registry, busybox_rootfs: Rootfs, tmp_path: Path) -> Path:
         f'[containers.db]\nimage = "${{vars.registry}}/team/docker:1"\n{RUN}\n'
     )
     (tree / "mail.toml").write_text(
-        f'[containers.in]\nimage = "${{vars.registry}}/team/pinned@{pinned["digest"]}"\n{RUN}\n'
+        f'[containers.in]\nimage = "${{vars.registry}}/team/pinned@{pinned["digest"]}"\npull = "newer"\n{RUN}\n'
         f'[containers.out]\nimage = "${{vars.registry}}/team/tagged:1"\npull = "always"\n{RUN}\n'
     )
     bundle = tmp_path / "node.bundle"
@@ -123,6 +123,20 @@ def test_a_second_load_changes_nothing_and_a_damaged_bundle_neither(bare_agent: 
     assert again.stdout.count("(here already)") == 3 and "holds this state already" in again.stdout
     after = (agent.state.stat().st_ino, agent.pid("shop/web"), (agent.host.root / "images/index.json").stat().st_ino)
     assert after == before
+
+
+def test_what_only_this_host_has_is_in_its_bundles_and_runs_elsewhere(
+    agent: LiveAgent, new_site: Callable[[], Host], new_agent: Callable[[Host], LiveAgent], tmp_path: Path
+) -> None:
+    tree, bundle = tmp_path / "tree", tmp_path / "node.bundle"
+    tree.mkdir()
+    (tree / "shop.toml").write_text(f'[containers.web]\nimage = "busybox:1"\n{RUN}\n')
+    made = agent.cli("bundle", "create", str(tree), "-o", str(bundle))
+    assert "busybox:1  from the store of this host" in made.stderr
+    other = new_agent(new_site())
+    other.start()
+    other.cli("bundle", "load", str(bundle), "--wait")
+    assert "nobody" in other.exec("shop/web", "cat", "/etc/passwd")
 
 
 def test_a_state_from_git_is_not_replaced_unless_somebody_says_where(bare_agent: LiveAgent, carried: Path) -> None:

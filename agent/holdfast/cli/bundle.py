@@ -23,6 +23,7 @@ from holdfast.errors import TryAgain, WrongCall, WrongState
 if TYPE_CHECKING:
     from holdfast.images.bundle import Bundle, Tree
     from holdfast.images.gather import Coming, Wanted
+    from holdfast.images.store import ImageStore
     from holdfast.source import Revision
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -75,7 +76,7 @@ def create(
     beside = output.parent.resolve()  # skopeo takes a colon for the end of a path
     with (
         tempfile.TemporaryDirectory(prefix=".bundle.", dir=None if ":" in str(beside) else beside) as folder,
-        closing(Gatherer(Path(folder), goal, fetching, told=coming)) as gatherer,
+        closing(Gatherer(Path(folder), goal, fetching, store_here(config.root), coming)) as gatherer,
     ):
         images = gatherer.gather(wanted)
         digest = write_bundle(output, tree, images, gatherer.blobs, goal)
@@ -105,6 +106,14 @@ def images_of(state_dir: Path, revision: Revision, node_name: str | None, labels
     return [replace(each, places=tuple(str(state_dir / place) for place in each.places)) for each in found]
 
 
+def store_here(root: Path) -> ImageStore | None:
+    """This host's image store; None where there is none, or not for this user."""
+    from holdfast.images.store import ImageStore
+
+    place = root / "images"
+    return ImageStore(place) if os.access(place / "index.json", os.R_OK | os.W_OK) else None
+
+
 def pair(label: str) -> tuple[str, str]:
     key, equals, value = label.partition("=")
     if not equals or not key:
@@ -126,6 +135,9 @@ def platform_of(text: str | None) -> str:
 
 def coming(image: Coming) -> None:
     """A line for each image, before its layers come."""
+    if image.local:
+        click.echo(f"[{image.number}/{image.of}] {image.reference}  from the store of this host", err=True)
+        return
     fresh = "" if image.fresh == image.layers else f", {image.layers - image.fresh} of them fetched already"
     size = render.size(image.size)
     click.echo(

@@ -18,6 +18,8 @@ from holdfast.images.bundle import MANIFEST, Gathered, digest_of, media_type_of
 from holdfast.images.manifests import Unfit, choose, is_index, read_diff_ids, read_document, read_manifest
 from holdfast.images.references import Reference, parse
 from holdfast.images.skopeo import Skopeo
+from holdfast.images.store import Image, ImageStore
+from holdfast.images.write import write_layout
 from holdfast.spec import Cache, NodeFacts, Problem, load
 
 #: OCI's names of architectures (with variant) → uname(2)'s, by which `manifests.choose` knows what a host runs.
@@ -67,20 +69,25 @@ def wanted_images(
 
 @dataclass(frozen=True, slots=True)
 class Coming:
-    """What is told of an image before its layers come. size: bytes of all; fresh: how many layers are yet to come."""
+    """What is told of an image before its layers come. size: bytes of all; fresh: how many layers are yet to come.
+
+    local: it comes out of this host's store, and nothing else is known of it yet.
+    """
 
     number: int
     of: int
     reference: str
-    size: int
-    layers: int
-    fresh: int
+    size: int = 0
+    layers: int = 0
+    fresh: int = 0
+    local: bool = False
 
 
 class Gatherer:
     """Fetches images of one platform (`linux/amd64`, `linux/arm/v7`) into folder, which is the caller's to delete.
 
-    folder: without a colon in its path, which skopeo would take for the end of it.
+    folder: without a colon in its path, which skopeo would take for the end of it. store: of this host, for what was
+    imported, loaded or built here, which no registry has.
     """
 
     def __init__(
@@ -88,9 +95,10 @@ class Gatherer:
         folder: Path,
         platform: str,
         settings: ImageSettings,
+        store: ImageStore | None = None,
         told: Callable[[Coming], None] = lambda _: None,
     ) -> None:
-        self.folder, self.platform, self.told = folder, platform, told
+        self.folder, self.platform, self.store, self.told = folder, platform, store, told
         self.blobs = folder / "sha256"
         self.blobs.mkdir(parents=True, exist_ok=True)
         self._architecture = platform.split("/")[1]
@@ -107,7 +115,7 @@ class Gatherer:
         failures: list[HoldfastError] = []
         for number, each in enumerate(wanted, 1):
             try:
-                found.append(self._gather(each.reference, number, len(wanted)))
+                found.append(self._gather(each, number, len(wanted)))
             except Unfit as error:
                 failures.append(WrongState(f"{', '.join(each.places)}: bundle {each.reference!r}: {error}"))
             except HoldfastError as error:
@@ -116,12 +124,43 @@ class Gatherer:
             raise ExceptionGroup("gather images", failures)
         return found
 
-    def _gather(self, written: str, number: int, of: int) -> Gathered:
-        reference = parse(written)
+    def _gather(self, wanted: Wanted, number: int, of: int) -> Gathered:
+        reference = parse(wanted.reference)
         if reference.transport != "docker":
             raise Unfit(
                 "is read from a path of its node, where no bundle puts anything (expected the name of an image)"
             )
+        if self.store is not None and (image := self._stored(self.store, reference)):
+            self.told(Coming(number, of, wanted.reference, local=True))
+            return self._from_store(self.store, image, wanted.reference, reference.name)
+        return self._from_registry(reference, wanted.reference, number, of)
+
+    def _stored(self, store: ImageStore, reference: Reference) -> Image | None:
+        """What this host has under a name that did not come from a registry.
+
+        What is pinned is a registry's matter: layers of the store are compressed anew, so the image's digest changes.
+        """
+        name = None if reference.digest else store.names().get(reference.name)
+        return None if name is None or name.source == "registry" else store.get(name.digest)
+
+    def _from_store(self, store: ImageStore, image: Image, written: str, name: str) -> Gathered:
+        layout = self.folder / "stored"
+        try:
+            with store.keep():
+                digest = write_layout(store, image, layout)
+            blobs = layout / "blobs/sha256"
+            manifest = (blobs / digest.removeprefix("sha256:")).read_bytes()
+            parts = read_manifest(manifest)
+            config = (blobs / parts.config.digest.removeprefix("sha256:")).read_bytes()
+            self._check_platform(config)
+            for digest in {layer.digest for layer in parts.layers}:
+                (blobs / digest.removeprefix("sha256:")).replace(self._blob(digest))
+        finally:
+            shutil.rmtree(layout, ignore_errors=True)
+        layers = tuple((layer.digest, layer.size) for layer in parts.layers)
+        return Gathered(written, name, manifest, manifest, config, layers)
+
+    def _from_registry(self, reference: Reference, written: str, number: int, of: int) -> Gathered:
         top = self._skopeo.manifest(reference, reference.remote, written)
         if reference.digest:
             _check(top, reference.digest)

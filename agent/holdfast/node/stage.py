@@ -121,8 +121,9 @@ def resolve_image(rig: Rig, want: Container, newer: str = "") -> str:
         return _from_archive(rig, reference)
     here = _here(rig, reference)
     known = rig.images.names().get(parse(reference).name)
-    ours = here is not None and known is not None and known.source == "bundle"
-    match "never" if rig.images.settings.offline or ours else "missing" if newer else want.pull:
+    # A bundle is there for want of a registry, and what a digest pins can't be newer anywhere.
+    settled = here is not None and bool(parse(reference).digest or (known and known.source == "bundle"))
+    match "never" if rig.images.settings.offline or settled else "missing" if newer else want.pull:
         case "never" if here is None:
             why = "pull is never" if want.pull == "never" else "this node is offline"
             raise TryAgain(f"image '{reference}': is not here, and {why} (expected it to be loaded or imported)")
