@@ -1,15 +1,17 @@
-"""Builds layer archives entry by entry, hostile ones included."""
+"""Builds layer archives entry by entry, and unpacks them."""
 
 from __future__ import annotations
 
 import io
 import os
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from holdfast.images.unpack import Unpacked, unpack
+from holdfast.images.unpack import Expected, Limits, Unpacked, unpack_stream
 
+LIMITS = Limits(size=1 << 30, files=20_000)
 KINDS = {
     "file": tarfile.REGTYPE,
     "dir": tarfile.DIRTYPE,
@@ -44,7 +46,17 @@ def tar_of(*entries: Entry) -> bytes:
     return buffer.getvalue()
 
 
+def unpack(stream: bytes, root: Path, *, limits: Limits = LIMITS, expected: Expected = Expected()) -> Unpacked:
+    """Unpack a stream into root, which is made; the recipe is written beside it (root.recipe)."""
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile() as file:
+        file.write(stream)
+        file.seek(0)
+        return unpack_stream(
+            file.fileno(), root, root.with_name(f"{root.name}.recipe"), limits=limits, expected=expected
+        )
+
+
 def layer(root: Path, *entries: Entry) -> Unpacked:
     """Unpack the entries into root, which is made."""
-    root.mkdir(parents=True)
-    return unpack(io.BytesIO(tar_of(*entries)), root)
+    return unpack(tar_of(*entries), root)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 import os
 import random
 import stat
@@ -14,9 +13,8 @@ import pytest
 
 from holdfast.errors import WrongState
 from holdfast.images.lookup import find
-from holdfast.images.unpack import unpack
 from holdfast.testing import host_fingerprint
-from tars import Entry, entry, layer, tar_of
+from tars import Entry, entry, layer, tar_of, unpack
 
 
 def is_whiteout(path: Path) -> bool:
@@ -51,7 +49,7 @@ def test_content_mode_times_and_links_are_as_in_the_archive(tmp_path: Path) -> N
 def test_the_digest_is_that_of_all_bytes_padding_included(tmp_path: Path) -> None:
     data = tar_of(entry("a", b"1")) + bytes(100_000)
     (tmp_path / "l").mkdir()
-    unpacked = unpack(io.BytesIO(data), tmp_path / "l")
+    unpacked = unpack(data, tmp_path / "l")
     assert unpacked.diff_id == f"sha256:{hashlib.sha256(data).hexdigest()}"
     assert (unpacked.size, unpacked.newest) == (len(data), 1_000_000_000)
 
@@ -177,7 +175,7 @@ def test_a_hostile_layer_is_refused_and_changes_nothing_outside(tmp_path: Path, 
     with pytest.raises(WrongState, match="unpack layer"):
         layer(tmp_path / "l", *_aimed(HOSTILE[name], precious))
     assert host_fingerprint("nobody", precious) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["l", "precious"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["l", "l.recipe", "precious"]
 
 
 @pytest.mark.parametrize("name", HARMLESS)
@@ -185,14 +183,14 @@ def test_what_points_outside_stays_inside(tmp_path: Path, precious: Path, name: 
     before = host_fingerprint("nobody", precious)
     layer(tmp_path / "l", *_aimed(HARMLESS[name], precious))
     assert host_fingerprint("nobody", precious) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["l", "precious"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["l", "l.recipe", "precious"]
 
 
 @pytest.mark.parametrize("data", [b"no archive at all" * 100, tar_of(entry("a", bytes(100_000)))[:60_000]])
 def test_a_damaged_archive_is_an_error(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "l").mkdir()
     with pytest.raises(WrongState, match="unpack layer"):
-        unpack(io.BytesIO(data), tmp_path / "l")
+        unpack(data, tmp_path / "l")
 
 
 @pytest.fixture

@@ -27,7 +27,6 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from holdfast.errors import HoldfastError, NotFound, UnfitHost, WrongState
 from holdfast.images.references import to_digest
-from holdfast.images.unpack import Entry
 
 GZIP, BZIP2, XZ, ZSTD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
 INDEXES = (
@@ -37,6 +36,14 @@ INDEXES = (
 NAME = "io.containerd.image.name"
 REF_NAME = "org.opencontainers.image.ref.name"
 LARGEST_DOCUMENT = 64 << 20
+MAX_HEADER = 8 << 20  # bytes: tarfile holds names and attributes that precede an entry in memory
+HEADERS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,16 @@ class Found:
     config: bytes
     manifest: bytes | None
     layers: tuple[str, ...]
+
+
+class Entry(tarfile.TarInfo):
+    """An entry of a tar archive whose headers fit into memory."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        """Called by tarfile with the plain header, before it reads what that announces."""
+        if self.type in HEADERS and self.size > MAX_HEADER:
+            raise tarfile.ReadError(f"header of {self.size} bytes is too long (at most {MAX_HEADER})")
+        return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
 
 
 class Files(Protocol):

@@ -1,16 +1,367 @@
-"""A layer's folder and recipe → the plain archive that it was unpacked from, byte by byte."""
+"""A layer's folder and its recipe → the plain archive that it was unpacked from, byte by byte.
+
+The recipe is written while the layer is unpacked (`Writer`, in the worker), and holds every byte of the archive that
+no file in the folder holds. `rebuild` is for what needs the archive again: save, push, bundles.
+
+    MAGIC, one byte (1: there are K frames), then a zlib stream of frames; numbers are little-endian:
+
+    L  u32 length, bytes                        bytes of the archive, as they are
+    F  u64 size, u32 length, path               the content of that file of the folder
+    S  u32 pieces, u32 length, path, pieces × (u64 offset, u64 size)    the same, of a sparse file
+    K  u64 size, u32 length, path, (u64 offset, u32 size, bytes) …, (u64 0, u32 0)   what the file at path held up
+                                                to here, holes left out: a later entry of the archive replaced it
+    R  u32 length, path, u32 number             likewise, for another name of the file in that K frame (from 0)
+    .  u64 size                                 the end; how many bytes the archive has
+
+Paths are relative to the folder, without links among their parents. An F or S frame means the file that was at
+its path then: the first K or R frame of that path that follows it, else what the folder has there now.
+"""
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-from typing import BinaryIO
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from struct import Struct
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any, BinaryIO
+
+try:
+    from isal import isal_zlib
+
+    _compressor: Callable[[int], Any] = isal_zlib.compressobj
+except ImportError:  # a machine that isal is not made for
+    _compressor = zlib.compressobj
+
+MAGIC = b"holdfast recipe1"
+LEVEL = 1
+CHUNK = 1 << 20
+FLUSH = 1 << 17  # bytes of frames that are compressed at once
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_u32, _u64 = Struct("<I"), Struct("<Q")
+_literal = Struct("<cI").pack
+_file = Struct("<cQI").pack
+_sparse = Struct("<cII").pack
+_piece = Struct("<QQ")
+_kept = Struct("<QI")
+
+
+class Writer:
+    """Writes a recipe to a descriptor. Bytes only: it lives in the worker."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._packer = _compressor(LEVEL)
+        self._frames: list[bytes | memoryview] = []
+        self._room = 0
+        self._kept = 0
+        self._linked: dict[int, int] = {}  # inode → its K frame, while other names of it remain
+        os.write(descriptor, MAGIC + b"\0")
+
+    def literal(self, data: bytes | memoryview) -> None:
+        self._frames += (_literal(b"L", len(data)), bytes(data))
+        self._room += len(data) + 5
+        if self._room > FLUSH:
+            self._flush()
+
+    def file(self, path: bytes, size: int) -> None:
+        self._frames += (_file(b"F", size, len(path)), path)
+
+    def sparse(self, path: bytes, pieces: list[tuple[int, int]]) -> None:
+        self._frames += (_sparse(b"S", len(pieces), len(path)), path, *(_piece.pack(*piece) for piece in pieces))
+        self._flush()
+
+    def replaced(self, path: bytes, descriptor: int) -> None:
+        """Keep what the file at path holds, before it goes; of a file with several names, once."""
+        found = os.fstat(descriptor)
+        if found.st_ino in self._linked:
+            self._frames += (_literal(b"R", len(path)), path, _u32.pack(self._linked[found.st_ino]))
+        else:
+            self._frames += (_file(b"K", found.st_size, len(path)), path)
+            for offset, size in _extents(descriptor, found.st_size):
+                self._frames += (_kept.pack(offset, size), _read(descriptor, offset, size))
+                self._flush()
+            self._frames.append(_kept.pack(0, 0))
+            self._linked[found.st_ino] = self._kept
+            self._kept += 1
+        if found.st_nlink == 1:
+            del self._linked[found.st_ino]  # the number may be another file's, next
+
+    def finish(self, size: int) -> None:
+        """size: bytes of the archive."""
+        self._frames.append(b"." + _u64.pack(size))
+        self._flush()
+        _write(self._descriptor, self._packer.flush())
+        if self._kept:
+            os.pwrite(self._descriptor, b"\1", len(MAGIC))
+
+    def _flush(self) -> None:
+        data = self._packer.compress(b"".join(self._frames))
+        self._frames.clear()
+        self._room = 0
+        if data:
+            _write(self._descriptor, data)
 
 
 def rebuild(folder: Path, recipe: Path, out: BinaryIO) -> None:
     """Write the plain archive again that folder was unpacked from; the caller holds its digest against the diff id.
 
-    Raises WrongState where folder or recipe are no longer what was unpacked.
+    Raises WrongState where the recipe is damaged, or a file is gone, has another size, or is no file any more. That a
+    file's content was changed is seen by the digest alone.
     """
-    with recipe.open("rb") as kept:
-        shutil.copyfileobj(kept, out, 1 << 20)
+    import tempfile
+
+    from holdfast.errors import WrongState
+
+    try:
+        with recipe.open("rb") as file, tempfile.TemporaryFile(dir=recipe.parent) as scratch, _Files(folder) as files:
+            kept = _Kept(scratch.fileno())
+            if _Frames(file).has_kept:
+                kept.collect(_Frames(file))
+            _write_archive(_Frames(file), files, kept, out)
+    except (_Broken, zlib.error) as error:
+        raise WrongState(f"rebuild layer {recipe.stem!r}: {error} (the layer on disk is damaged)") from error
+
+
+class _Broken(Exception):
+    """Recipe and folder do not make the archive."""
+
+
+class _Frames:
+    """The frames of a recipe, read from its beginning."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        file.seek(0)
+        head = file.read(len(MAGIC) + 1)
+        if head[:-1] != MAGIC:
+            raise _Broken("no recipe")
+        self.has_kept = head[-1:] != b"\0"
+        self._file = file
+        self._unpacker = zlib.decompressobj()
+        self._buffer = b""
+        self._position = 0
+
+    def read(self, size: int) -> bytes:
+        end = self._position + size
+        if end > len(self._buffer):
+            parts = [self._buffer[self._position :]]
+            have = len(parts[0])
+            while have < size:
+                parts.append(self._more())
+                have += len(parts[-1])
+            self._buffer = b"".join(parts)
+            self._position, end = 0, size
+        data = self._buffer[self._position : end]
+        self._position = end
+        return data
+
+    def copy(self, size: int, write: Callable[[bytes], object]) -> None:
+        while size:
+            data = self.read(min(size, CHUNK))
+            write(data)
+            size -= len(data)
+
+    def number(self) -> int:
+        return int(_u32.unpack(self.read(4))[0])
+
+    def long(self) -> int:
+        return int(_u64.unpack(self.read(8))[0])
+
+    def path(self) -> bytes:
+        return self.read(self.number())
+
+    def kept(self) -> Iterator[tuple[int, int]]:
+        """Offset and size of each extent of a K frame; the bytes are the caller's to read."""
+        while True:
+            offset, size = _kept.unpack(self.read(_kept.size))
+            if not size:
+                return
+            yield offset, size
+
+    def pieces(self, count: int) -> Iterator[tuple[int, int]]:
+        for _ in range(count):
+            yield _piece.unpack(self.read(_piece.size))
+
+    def _more(self) -> bytes:
+        while True:
+            raw = self._unpacker.unconsumed_tail or self._file.read(CHUNK)
+            data = self._unpacker.decompress(raw, CHUNK)
+            if data:
+                return data
+            if not raw or self._unpacker.eof:
+                raise _Broken("the recipe ends too early")
+
+
+class _Kept:
+    """What replaced files held, in a scratch file, by path and by the number of F and S frames before it."""
+
+    def __init__(self, scratch: int) -> None:
+        self._scratch = scratch
+        self._replaced: dict[bytes, list[tuple[int, int]]] = {}
+
+    def collect(self, frames: _Frames) -> None:
+        bases: list[int] = []
+        content = end = 0
+        while (kind := frames.read(1)) != b".":
+            if kind == b"L":
+                frames.copy(frames.number(), _nothing)
+            elif kind == b"F":
+                frames.read(8)
+                frames.path()
+                content += 1
+            elif kind == b"S":
+                count = frames.number()
+                frames.path()
+                frames.copy(count * _piece.size, _nothing)
+                content += 1
+            elif kind == b"K":
+                base, end = end, end + frames.long()
+                bases.append(base)
+                path = frames.path()
+                for offset, size in frames.kept():
+                    _write(self._scratch, frames.read(size), base + offset)
+                self._replaced.setdefault(path, []).append((content, base))
+            elif kind == b"R":
+                path, number = frames.path(), frames.number()
+                if number >= len(bases):
+                    raise _Broken("the recipe is damaged")
+                self._replaced.setdefault(path, []).append((content, bases[number]))
+            else:
+                raise _Broken(f"the recipe has a frame {kind!r}")
+
+    def find(self, path: bytes, content: int) -> tuple[int, int] | None:
+        """Descriptor and offset of what the content-th F or S frame (from 0) means, if that was replaced."""
+        for before, base in self._replaced.get(path, ()):
+            if before > content:
+                return self._scratch, base
+        return None
+
+
+class _Files:
+    """The regular files of a folder, opened without following a link; the parent of the last one stays open."""
+
+    def __init__(self, folder: Path) -> None:
+        self._root = os.open(folder, FOLDER)
+        self._parent: tuple[bytes, int] = (b"", os.dup(self._root))
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._root)
+        os.close(self._parent[1])
+
+    def open(self, path: bytes) -> int:
+        parent, _, name = path.rpartition(b"/")
+        try:
+            if parent != self._parent[0]:
+                self._enter(parent)
+            return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._parent[1])
+        except OSError as error:
+            raise _Broken(f"{path!r}: {error.strerror}") from error
+
+    def _enter(self, parent: bytes) -> None:
+        folder = os.dup(self._root)
+        for part in parent.split(b"/") if parent else ():
+            if part in (b"", b".", b".."):
+                raise _Broken(f"{parent!r} leads out of the layer")
+            try:
+                inner = os.open(part, FOLDER, dir_fd=folder)
+            finally:
+                os.close(folder)
+            folder = inner
+        os.close(self._parent[1])
+        self._parent = parent, folder
+
+
+def _write_archive(frames: _Frames, files: _Files, kept: _Kept, out: BinaryIO) -> None:
+    written = content = 0
+    while (kind := frames.read(1)) != b".":
+        if kind == b"L":
+            size = frames.number()
+            frames.copy(size, out.write)
+            written += size
+        elif kind in (b"F", b"S"):
+            if kind == b"F":
+                size, path = frames.long(), frames.path()
+                pieces = iter([(0, size)])
+            else:
+                count, path = frames.number(), frames.path()
+                pieces = frames.pieces(count)
+            written += _write_file(path, pieces, kept.find(path, content), files, out)
+            content += 1
+        elif kind == b"K":
+            frames.long()
+            frames.path()
+            for _, size in frames.kept():
+                frames.copy(size, _nothing)
+        elif kind == b"R":
+            frames.path()
+            frames.number()
+        else:
+            raise _Broken(f"the recipe has a frame {kind!r}")
+    if frames.long() != written:
+        raise _Broken("the recipe does not add up")
+
+
+def _write_file(
+    path: bytes, pieces: Iterator[tuple[int, int]], kept: tuple[int, int] | None, files: _Files, out: BinaryIO
+) -> int:
+    descriptor, base = kept or (files.open(path), 0)
+    total = 0
+    try:
+        for offset, size in pieces:
+            total += size
+            while size:
+                data = os.pread(descriptor, min(size, CHUNK), base + offset)
+                if not data and kept:
+                    data = bytes(min(size, CHUNK))  # a hole at its end
+                if not data:
+                    raise _Broken(f"{path!r} is shorter than it was")
+                out.write(data)
+                offset += len(data)
+                size -= len(data)
+    except OSError as error:
+        raise _Broken(f"{path!r}: {error.strerror}") from error
+    finally:
+        if not kept:
+            os.close(descriptor)
+    return total
+
+
+def _extents(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where a file has data, in parts of at most CHUNK bytes."""
+    offset = 0
+    while offset < size:
+        try:
+            offset = os.lseek(descriptor, offset, os.SEEK_DATA)
+        except OSError:  # ENXIO: only a hole is left
+            return
+        end = os.lseek(descriptor, offset, os.SEEK_HOLE)
+        while offset < end:
+            part = min(CHUNK, end - offset)
+            yield offset, part
+            offset += part
+
+
+def _read(descriptor: int, offset: int, size: int) -> bytes:
+    data = os.pread(descriptor, size, offset)
+    if len(data) != size:
+        raise OSError(5, "a file is shorter than it says")
+    return data
+
+
+def _write(descriptor: int, data: bytes, offset: int | None = None) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.write(descriptor, view) if offset is None else os.pwrite(descriptor, view, offset)
+        view = view[written:]
+        offset = None if offset is None else offset + written
+
+
+def _nothing(_: bytes) -> None:
+    pass
