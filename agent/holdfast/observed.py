@@ -205,9 +205,9 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class NewerImage:
-    """What a registry has for a container instead of what it runs.
+    """What a registry had for a container when it was last asked; often that is what runs.
 
-    image: the reference as it is committed, which the news is about. reference: what to run instead, by name, tag and
+    image: the reference as it is committed, which the question was about. reference: the answer, by name, tag and
     digest. digest: of its manifest for this host. at: when it was found.
     """
 
@@ -222,7 +222,7 @@ class History:
     """What survives a restart of the agent, as far as decisions need it.
 
     generations: app → its kept generations, oldest first. holds: `app/container` → hold.
-    failures: action subject → failure. newer: `app/container` → the image that a registry has for it by now.
+    failures: action subject → failure. newer: `app/container` → what a registry has for it by now.
     """
 
     generations: Mapping[str, tuple[Generation, ...]] = field(default_factory=dict)

@@ -133,6 +133,9 @@ def test_a_moved_tag_is_applied_where_the_state_says_so(
     assert version(agent) == "two"
     (told,) = [event for event in agent.events() if event["kind"] == "outdated"]
     assert second in told["message"]
+    agent.write("shop.toml", state(registry, update, 'labels = { a = "1" }'))
+    agent.converge()
+    assert (staged(agent), version(agent)) == (second, "two")  # another commit does not take it back
     registry.stop()  # what is asked in vain is told once, and disturbs nothing
     pid = agent.pid("shop/web")
     agent.wait(lambda: any("newer image" in event["message"] for event in agent.events()), "the failure is told")
@@ -145,10 +148,9 @@ def test_a_newer_version_is_told_where_only_notice_is_asked_for(
 ) -> None:
     update = 'update_image = { policy = "notify", interval = "1s", tag_pattern = "1.*" }'
     first = publish(registry, layout, busybox, "1.0.9", "one")
-    for tag in ("1.0.10", "2.0.0", "latest"):
-        newest = publish(registry, layout, busybox, tag, tag)
-    publish(registry, layout, busybox, "1.0.2", "old")
-    assert newest
+    newest = publish(registry, layout, busybox, "1.0.10", "1.0.10")
+    for tag in ("2.0.0", "latest", "1.0.2"):
+        publish(registry, layout, busybox, tag, tag)
     agent.write("shop.toml", state(registry, update, tag="1.0.9"))
     agent.converge()
     status = agent.wait_until(lambda status: bool(status["apps"]["shop"]["containers"]["web"]["newer"]))
@@ -158,6 +160,10 @@ def test_a_newer_version_is_told_where_only_notice_is_asked_for(
     assert asked.returncode == 2
     assert f"{registry.address}/app:1.0.10" in asked.stdout
     assert "newer image: " in agent.cli("status").stdout
+    agent.write("shop.toml", state(registry, update.replace("notify", "apply"), tag="1.0.9"))
+    agent.wait_until(lambda status: status["apps"]["shop"]["containers"]["web"]["digest"] == newest)
+    agent.converge()
+    assert version(agent) == "1.0.10"
 
 
 def test_an_archive_of_the_host_is_an_image(agent: LiveAgent, layout: Layout, busybox: bytes) -> None:

@@ -1,7 +1,8 @@
 """Asks registries, every so often, whether they have newer images; `holdfast image outdated` asks at once.
 
-What is found is kept in the store as part of History: the planner decides what follows from it, an event tells of it
-once. One thread, which sleeps until the next container's time has come.
+What is found is kept in the store as part of History, also when it is what runs: another commit of the app is then
+staged with it, and not with what the name stood for before. The planner decides what follows from it, an event tells
+of it once. One thread, which sleeps until the next container's time has come.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def held(rig: Rig) -> Iterator[Held]:
             yield Held(f"{app}/{name}", want, known[-1].images.get(name, ""))
 
 
-def ask(rig: Rig, each: Held) -> NewerImage | None:
-    """What the registry has for a container by now; None when that is what was staged. Raises as `Puller.resolve`."""
+def ask(rig: Rig, each: Held) -> NewerImage:
+    """What the registry has for a container by now, newer or not. Raises as `Puller.resolve`."""
     image = each.want.image or ""
     update = each.want.update_image
     asked = image
@@ -57,8 +58,6 @@ def ask(rig: Rig, each: Held) -> NewerImage | None:
         name, _, tag = image.rpartition(":")
         asked = f"{name}:{newest(tag, rig.puller.tags(image), update.tag_pattern)}"
     remote = rig.puller.resolve(asked)
-    if remote.digest == each.digest:
-        return None
     return NewerImage(image, f"{asked}@{remote.digest}", remote.digest, time.time())
 
 
@@ -89,22 +88,23 @@ def _answer(rig: Rig, each: Held) -> Json:
         return answer | {"error": str(error)}
     if each.want.update_image:
         note(rig, each, found)
-    return answer | ({"newer": found.reference.partition("@")[0], "newer_digest": found.digest} if found else {})
+    if found.digest == each.digest:
+        return answer
+    return answer | {"newer": found.reference.partition("@")[0], "newer_digest": found.digest}
 
 
-def note(rig: Rig, each: Held, found: NewerImage | None) -> bool:
-    """Keep what was found, and tell of it once. Returns whether it was news."""
+def note(rig: Rig, each: Held, found: NewerImage) -> bool:
+    """Keep what was found, and tell of it once where it is news. Returns whether it is."""
     known = rig.store.history().newer.get(each.key)
-    if (known and known.digest) == (found and found.digest):
+    if known and (known.image, known.digest) == (found.image, found.digest):
         return False
     rig.store.put_newer(each.key, found)
-    if found:
-        follows = (
-            "it is staged" if each.want.update_image and each.want.update_image.policy == "apply" else "told only"
-        )
-        message = f"the registry has {found.reference}, newer than {each.digest[7:19]} ({follows})"
-        rig.store.event("outdated", each.key, message, image=found.image, reference=found.reference)
-    return found is not None
+    if found.digest == each.digest:
+        return False
+    follows = "it is staged" if each.want.update_image and each.want.update_image.policy == "apply" else "told only"
+    message = f"the registry has {found.reference}, newer than {each.digest[7:19]} ({follows})"
+    rig.store.event("outdated", each.key, message, image=found.image, reference=found.reference)
+    return True
 
 
 class NewerWatch:
@@ -141,9 +141,9 @@ class NewerWatch:
 
     def _round(self, now: float) -> float:
         """Ask for everything whose time has come; return the seconds until the next."""
-        if self._rig.images.settings.offline:
-            return IDLE
-        asked = {each.key: each for each in held(self._rig) if each.want.update_image and each.of_a_registry}
+        offline = self._rig.images.settings.offline
+        every = () if offline else held(self._rig)
+        asked = {each.key: each for each in every if each.want.update_image and each.of_a_registry}
         for key in self._rig.store.history().newer.keys() - asked.keys():
             self._rig.store.put_newer(key, None)
         self._due = {key: value for key, value in self._due.items() if key in asked}

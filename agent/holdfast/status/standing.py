@@ -319,13 +319,13 @@ def _container(
     actions = [action for action in plan.actions if action.subject == subject]
     state, reason, next_at = _container_state(want, instances, hold, failure, actions, _waits_for(subject, plan))
     shown = want or (instances[-1].want if instances else Container())
-    newer = history.newer.get(subject)
+    newer, digest = history.newer.get(subject), _digest(subject, shown, history)
     return ContainerStatus(
         state=state,
         reason=reason,
         image=shown.image or shown.rootfs or "",
-        digest=_digest(subject, shown, history),
-        newer=newer.reference if newer and newer.image == shown.image else "",
+        digest=digest,
+        newer=newer.reference if newer and newer.image == shown.image and newer.digest != digest else "",
         ports=tuple(str(port) for port in shown.ports),
         next_at=next_at,
         held=hold,
