@@ -36,6 +36,7 @@ from holdfast.api import serving
 from holdfast.config import Config, load_config
 from holdfast.drivers import Host
 from holdfast.errors import Conflict, HoldfastError, NotFound, NotPermitted, TryAgain
+from holdfast.images.build import Builder
 from holdfast.images.pull import Puller
 from holdfast.images.store import ImageStore
 from holdfast.images.transfers import Transfers
@@ -181,12 +182,14 @@ def _node_of(config: Config) -> Iterator[Node]:
     try:
         store, transfers = Store(config.root / "state.db"), Transfers()
         images = ImageStore(config.root / "images", config.images)
+        puller = Puller(images, config.images, transfers, store.event)
         rig = Rig(
             host=host,
             store=store,
             plugins=load_plugins(host),
             images=images,
-            puller=Puller(images, config.images, transfers, store.event),
+            puller=puller,
+            builder=Builder(images, config.images, host, runtime.path, store.event, puller.push),
             transfers=transfers,
             content=ContentStore(config.root / "content"),
             runtime=Runtime(host, runtime, conmon.path),
@@ -327,7 +330,7 @@ class Daemon(Answers):
             self._watch = await asyncio.to_thread(self._watch_source, source)
         self._config, self._deep = config, True
         self.rig.policies, self.rig.bind_roots = config.cgroup_policy, config.bind_roots
-        self.rig.images.settings = self.rig.puller.settings = config.images
+        self.rig.images.settings = self.rig.puller.settings = self.rig.builder.settings = config.images
         await asyncio.to_thread(self._reconciler.reload, source, config)
         left = f"; {', '.join(fixed)} need a restart of the agent" if fixed else ""
         self.rig.store.event("agent", "node", f"agent.toml is read again{left}")

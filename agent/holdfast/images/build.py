@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.config import ImageSettings
+from holdfast.drivers import Host
 from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, WrongState
 from holdfast.images.buildah import Buildah, Failed, on_loopback
 from holdfast.images.faults import explain, failure
@@ -52,19 +53,16 @@ class Builder:
         self,
         store: ImageStore,
         settings: ImageSettings,
-        root: Path,
-        run_root: Path,
+        host: Host,
+        runtime: Path,
         told: Callable[..., None],
-        *,
-        name: str = "holdfast",
-        runtime: str = "",
-        push: Callable[[Image, str], str] | None = None,
+        push: Callable[[Image, str], object],
     ) -> None:
-        """root, run_root, name: the agent's own. told: called as told(kind, subject, message). runtime: crun's or
-        runc's path, for RUN steps. push: `Puller.push`; without it, what asks to be pushed raises UnfitHost."""
+        """runtime: crun's or runc's path, for RUN steps. told: called as told(kind, subject, message). push: called
+        with an image and a name, `Puller.push`."""
         self.store, self.told, self.push = store, told, push
-        self.buildah = Buildah(settings, root, run_root, name, runtime)
-        self.logs = root / "builds/logs"
+        self.buildah = Buildah(settings, host, runtime)
+        self.logs = host.root / "builds/logs"
 
     @property
     def settings(self) -> ImageSettings:
@@ -215,8 +213,6 @@ class Builder:
                 self._push_index(name, images, blobs, others, left)
         for tag in left:
             if not others:
-                if self.push is None:
-                    raise UnfitHost(f"push '{tag}': this agent pushes nothing")
                 self.push(image, tag)
             done[tag] = mark
             note.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.config import ImageSettings
-from holdfast.drivers import remove_tree
+from holdfast.drivers import Host, remove_tree
 from holdfast.errors import TryAgain, UnfitHost
 from holdfast.images import fence
 
@@ -51,11 +51,11 @@ class Failed(Exception):
 
 
 class Buildah:
-    """buildah of one agent. name: the agent's, which its cgroups bear. runtime: crun's or runc's path."""
+    """buildah of one agent. runtime: crun's or runc's path."""
 
-    def __init__(self, settings: ImageSettings, root: Path, run_root: Path, name: str, runtime: str) -> None:
-        self.settings, self.name, self.runtime = settings, name, runtime
-        self.folder, self.run_folder = root / "builds", run_root / "builds"
+    def __init__(self, settings: ImageSettings, host: Host, runtime: Path) -> None:
+        self.settings, self.host, self.runtime = settings, host, runtime
+        self.folder, self.run_folder = host.root / "builds", host.run_root / "builds"
         self.storage, self.work = self.folder / "storage", self.folder / "work"
         self._mine, self._lock_file = threading.Lock(), -1
         self._process: subprocess.Popen[bytes] | None = None
@@ -103,11 +103,11 @@ class Buildah:
 
     def build(self, words: Sequence[str], hear: Callable[[str], None]) -> None:
         """Run `buildah build` with these arguments. Raises Failed."""
-        runtime = ["--runtime", self.runtime, "--runtime-flag", f"root={self.run_folder}/runtime"]
+        runtime = ["--runtime", str(self.runtime), "--runtime-flag", f"root={self.run_folder}/runtime"]
         policy = ["--signature-policy", str(self.settings.policy)] if self.settings.policy else []
         authfile = ["--authfile", str(self.settings.authfile)] if self.settings.authfile else []
         fixed = ["--layers", "--force-rm", "--format", "oci", "--isolation", "oci", "--cgroup-parent", self.cgroup]
-        self.run("build", *fixed, *(runtime if self.runtime else ()), *policy, *authfile, *words, hear=hear)
+        self.run("build", *fixed, *runtime, *policy, *authfile, *words, hear=hear)
 
     def take_in(self, layout: Path, name: str) -> None:
         """Bring an image of an OCI layout (tag `latest`) into the storage, by a name of its own."""
@@ -162,7 +162,7 @@ class Buildah:
     @property
     def cgroup(self) -> str:
         """Where RUN steps live, relative to each hierarchy's root."""
-        return f"/{self.name}-build"
+        return f"{self.host.cgroup}-build"
 
     @property
     def _place(self) -> list[str]:

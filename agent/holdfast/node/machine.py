@@ -92,6 +92,7 @@ class Node:
         What failed gets another try, for the agent, its settings or its host may have been mended meanwhile.
         """
         self.rig.runtime.prepare()
+        self.rig.builder.sweep()
         self.rig.store.retry_now()
         recover(self.rig)
 
@@ -136,6 +137,7 @@ class Node:
         if self._newer is not None:
             self._newer.close()
         self.rig.puller.close()
+        self.rig.builder.close()
         self._lanes.close()
         self._exits.close()
         self.rig.plugins.wait_told(LAST_WORDS)

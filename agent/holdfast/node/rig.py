@@ -13,6 +13,7 @@ from pathlib import Path
 from holdfast.drivers import Host
 from holdfast.errors import NotFound, WrongState
 from holdfast.images import lookup
+from holdfast.images.build import Builder
 from holdfast.images.pull import Puller
 from holdfast.images.store import ImageStore
 from holdfast.images.transfers import Transfers
@@ -45,6 +46,7 @@ class Rig:
     plugins: Plugins
     images: ImageStore
     puller: Puller
+    builder: Builder
     content: ContentStore
     runtime: Runtime
     firewall: str = "nftables"

@@ -24,7 +24,7 @@ from holdfast.plan.diff import folder_files
 from holdfast.runtime.executables import find_executable
 from holdfast.runtime.oci import command_line, environment, oci_config, working_dir
 from holdfast.runtime.ports import check_free
-from holdfast.spec.forms import archive_path
+from holdfast.spec.forms import archive_path, built
 from holdfast.spec.model import App, Container, digest_of
 
 
@@ -34,7 +34,8 @@ def stage_generation(rig: Rig, action: StageGeneration, blobs: Mapping[str, byte
     _store_files(rig, app, blobs)
     checks = _Checks()
     with rig.images.keep():  # what is fetched here counts as used by nobody until the generation is written down
-        images = fetch_images(rig, app, action.images, checks)
+        images = build_images(rig, app, blobs, checks)
+        images |= fetch_images(rig, app, action.images, checks)
         for name in images:
             with checks.of(f"{app.name}/{name}"):
                 _check_container(rig, app, name, images[name], checks)
@@ -87,6 +88,24 @@ def _store_files(rig: Rig, app: App, blobs: Mapping[str, bytes]) -> None:
                 rig.content.store_tree(folder_files(app, mount))
 
 
+def build_images(rig: Rig, app: App, blobs: Mapping[str, bytes], checks: _Checks) -> dict[str, str]:
+    """Container → digest of the image that the state files build for it. What the app only pushes is built, too.
+
+    What can't be built, or pushed, is a failure, and its containers are left out.
+    """
+    users: dict[str, list[str]] = {
+        image: [] for image, build in app.images.items() if build.push and image.startswith(f"{app.name}/")
+    }
+    for name, want in app.containers.items():
+        if (image := built(want.image or "")) is not None:
+            users.setdefault(image, []).append(name)
+    images: dict[str, str] = {}
+    for image, names in sorted(users.items()):
+        with checks.of(f"image {image}"):
+            images.update(dict.fromkeys(names, rig.builder.build(image, app.images, blobs).digest))
+    return images
+
+
 def fetch_images(rig: Rig, app: App, newer: Mapping[str, str], checks: _Checks) -> dict[str, str]:
     """Container → digest of its image, which is then wholly here; different images come side by side.
 
@@ -94,6 +113,8 @@ def fetch_images(rig: Rig, app: App, newer: Mapping[str, str], checks: _Checks) 
     """
     wanted: dict[tuple[str, str], list[str]] = {}
     for name, want in app.containers.items():
+        if built(want.image or "") is not None:
+            continue
         wanted.setdefault((newer.get(name) or want.image or "", want.pull), []).append(name)
     images: dict[str, str] = {}
 
