@@ -11,9 +11,14 @@ import pytest
 
 from footprint import sweep, wait_clean
 from ground import Rootfs
+from holdfast.config import ImageSettings
 from holdfast.drivers import Host
+from holdfast.images.pull import Puller
+from holdfast.images.store import ImageStore
 from live.agent import LiveAgent
 from live.registry import Registry
+
+QUICK = ImageSettings(stall_timeout=1.0, min_free=0)
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +75,25 @@ def new_registry(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[Calla
 def registry(new_registry: Callable[..., Registry]) -> Registry:
     """An empty registry on 127.0.0.1, over plain HTTP, for anyone."""
     return new_registry()
+
+
+@pytest.fixture
+def new_puller(tmp_path: Path) -> Iterator[Callable[..., Puller]]:
+    """Make pullers, each with a store in root (default: one of the test's own), which are closed at the end."""
+    with ExitStack() as stack:
+
+        def make(settings: ImageSettings = QUICK, root: Path | None = None, **rest: Any) -> Puller:
+            puller = Puller(ImageStore(root or tmp_path / "images", settings), settings, **rest)
+            stack.callback(puller.close)
+            return puller
+
+        yield make
+
+
+@pytest.fixture
+def puller(new_puller: Callable[..., Puller]) -> Puller:
+    """A puller that gives up after a second of silence, with an empty store."""
+    return new_puller()
 
 
 AGENTS = pytest.StashKey[list[LiveAgent]]()

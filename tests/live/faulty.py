@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import BinaryIO
 
 from layouts import Layout, digest_of
 
@@ -20,7 +21,8 @@ MEDIA = "application/vnd.oci.image.manifest.v1+json"
 class Answer:
     """What is answered instead. length: announced, where it is not the body's. drip: bytes at once, with a pause.
 
-    hang: after the body, nothing more comes and the connection stays. mute: nothing comes at all. times: how often, None: always.
+    hang: after the body, nothing more comes and the connection stays. mute: nothing comes at all.
+    times: how often, None: always.
     """
 
     status: int = 200
@@ -34,11 +36,12 @@ class Answer:
 
 
 class FaultyRegistry:
-    """Listens on 127.0.0.1 until `close`. paths: all that it was asked, in order."""
+    """Listens on 127.0.0.1 until `close`. paths: all it was asked, in order. peak: slow answers at once."""
 
     def __init__(self, layout: Path | None = None) -> None:
         self.layout = Layout(layout) if layout else None
         self.paths: list[str] = []
+        self.peak = self._now = 0
         self.released = threading.Event()
         self._rules: list[tuple[str, Answer]] = []
         self._lock = threading.Lock()
@@ -79,6 +82,21 @@ class FaultyRegistry:
                     return answer
         return self._proper(path)
 
+    def _drip(self, answer: Answer, file: BinaryIO) -> bytes:
+        """Write all but the last drop, which is returned: who has that may begin with something else."""
+        with self._lock:
+            self._now += 1
+            self.peak = max(self.peak, self._now)
+        try:
+            last = len(answer.body) - answer.drip
+            for start in range(0, max(last, 0), answer.drip):
+                file.write(answer.body[start : min(start + answer.drip, last)])
+                self.released.wait(0.01)
+        finally:
+            with self._lock:
+                self._now -= 1
+        return answer.body[max(last, 0) :]
+
     def _proper(self, path: str) -> Answer:
         if path == "/v2/":
             return Answer(body=b"{}")
@@ -111,11 +129,7 @@ class FaultyRegistry:
                         self.send_header(name, value)
                     self.send_header("Content-Length", str(length))
                     self.end_headers()
-                    step = answer.drip or max(len(answer.body), 1)
-                    for start in range(0, len(answer.body), step):
-                        self.wfile.write(answer.body[start : start + step])
-                        if answer.drip:
-                            registry.released.wait(0.01)
+                    self.wfile.write(registry._drip(answer, self.wfile) if answer.drip else answer.body)
                     if answer.hang:
                         self.wfile.flush()
                         registry.released.wait(60)

@@ -25,8 +25,8 @@ ANYTHING = [{"type": "insecureAcceptAnything"}]
 SAID: list[tuple[str, type[HoldfastError], str, float]] = [
     (
         f'time="2026-11-21T11:00:19Z" level=fatal msg="Error parsing image name \\"docker://{REF}\\": pinging '
-        'container registry reg.example:5000: Get \\"https://reg.example:5000/v2/\\": x509: certificate signed by unknown '
-        'authority"',
+        'container registry reg.example:5000: Get \\"https://reg.example:5000/v2/\\": x509: certificate signed by '
+        'unknown authority"',
         UnfitHost,
         "signed by an authority that is not known here",
         60,

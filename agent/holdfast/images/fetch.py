@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from holdfast.errors import HoldfastError, TryAgain, WrongState
-from holdfast.images.faults import UNFIT, failure
+from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
+from holdfast.images.faults import REFUSED, UNFIT, failure
 from holdfast.images.manifests import Blob
 from holdfast.images.proxy import Proxy, ProxyError
 from holdfast.images.references import Reference
@@ -232,8 +232,8 @@ class Fetch:
         """The store's error as one of this pull."""
         if self._flights.closed.is_set():
             return TryAgain(f"pull {self._as_written!r}: the agent is stopping")
-        wait = max(error.wait, UNFIT if isinstance(error, WrongState) else 0.0)
-        return failure(type(error), f"pull {self._as_written!r}: {error}", wait)
+        least = UNFIT if isinstance(error, WrongState) else REFUSED if isinstance(error, UnfitHost) else 0.0
+        return failure(type(error), f"pull {self._as_written!r}: {error}", max(error.wait, least))
 
     def _proxy(self) -> Proxy:
         """A process that has the image open."""

@@ -1,0 +1,356 @@
+"""Pulling and pushing with real registries: what is fetched, how often, and what a broken pull leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongCall, WrongState
+from holdfast.images.pull import Puller
+from holdfast.images.store import ImageStore
+from holdfast.images.transfers import Transfers
+from layouts import Layout, make_layout
+from live.conftest import QUICK
+from live.faulty import Answer, FaultyRegistry
+from live.registry import Registry
+
+pytestmark = pytest.mark.live
+
+ONE, TWO, THREE = ({f"etc/{name}": os.urandom(40_000)} for name in ("one", "two", "three"))
+
+
+def layers_of(layout: Path, tag: str = "latest") -> list[str]:
+    """The digests of an image's layers as the registry has them."""
+    there = Layout(layout)
+    return [layer["digest"] for layer in there.json(there.find(tag)["digest"])["layers"]]
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout: float = 20) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def drip(tmp_path: Path) -> Iterator[FaultyRegistry]:
+    """Serves an image of three layers as `app`, so slowly that pulls overlap."""
+    make_layout(tmp_path / "layout", [ONE, TWO, THREE])
+    registry = FaultyRegistry(tmp_path / "layout")
+    for digest in layers_of(tmp_path / "layout"):
+        registry.answer(digest, Answer(body=Layout(tmp_path / "layout").read(digest), drip=2000))
+    yield registry
+    registry.close()
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd", ""])
+def test_a_pull_brings_the_image_under_its_name(
+    compression: str, registry: Registry, puller: Puller, tmp_path: Path
+) -> None:
+    digest = make_layout(tmp_path / "layout", [ONE, {"b": b"2"}], compression=compression, config={"User": "web"})
+    registry.push(tmp_path / "layout", "shop/web:1")
+    ref = f"{registry.address}/shop/web:1"
+    image = puller.pull(ref)
+    assert (image.digest, image.config["User"]) == (digest, "web")
+    assert image.read_file("/b") == b"2"
+    assert puller.store.resolve(ref) == puller.store.resolve(f"{registry.address}/shop/web@{digest}") == image
+    name = puller.store.names()[ref]
+    assert (name.digest, name.top, name.source) == (digest, digest, "registry")
+
+
+@pytest.mark.parametrize("docker", [False, True])
+def test_an_index_gives_this_hosts_image(docker: bool, registry: Registry, puller: Puller, tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "layout")
+    others = [layout.image([{"a": name.encode()}], architecture=name, docker=docker) for name in ("s390x", "mips")]
+    mine = layout.image([ONE], docker=docker)
+    top = layout.tag(layout.index([others[0], mine, others[1]], docker=docker))
+    registry.push(layout.path, "multi")
+    image = puller.pull(f"{registry.address}/multi")
+    assert image.digest == mine["digest"]
+    assert puller.store.names()[f"{registry.address}/multi:latest"].top == top
+    assert puller.store.resolve(f"{registry.address}/multi@{top}") == image
+    assert registry.fetched(layout.json(others[0]["digest"])["layers"][0]["digest"]) == 0
+
+
+def test_an_index_in_an_index_is_followed(puller: Puller, registry: Registry, tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "layout")
+    mine = layout.image([ONE])
+    inner = layout.index([layout.image([TWO], architecture="s390x"), mine])
+    layout.tag(layout.index([inner]))
+    registry.push(layout.path, "nested")
+    assert puller.pull(f"{registry.address}/nested").digest == mine["digest"]
+
+
+def test_a_pinned_image_is_pulled_by_its_digest_and_moves_no_name(
+    puller: Puller, registry: Registry, tmp_path: Path
+) -> None:
+    old = make_layout(tmp_path / "old", [ONE])
+    registry.push(tmp_path / "old", "app:1")
+    make_layout(tmp_path / "new", [TWO])
+    registry.push(tmp_path / "new", "app:1")
+    image = puller.pull(f"{registry.address}/app:1@{old}")
+    assert image.digest == old
+    assert not puller.store.names()
+
+
+def test_layers_that_are_here_are_not_fetched_again(puller: Puller, registry: Registry, tmp_path: Path) -> None:
+    make_layout(tmp_path / "layout", [ONE, TWO], tag="a")
+    make_layout(tmp_path / "layout", [ONE, TWO, THREE, ONE], tag="b")
+    for tag in ("a", "b"):
+        registry.push(tmp_path / "layout", f"app:{tag}", tag=tag)
+        puller.pull(f"{registry.address}/app:{tag}")
+    assert [registry.fetched(digest) for digest in layers_of(tmp_path / "layout", "b")] == [1, 1, 1, 1]
+    before = len(registry.requests("/blobs/"))
+    assert len(puller.pull(f"{registry.address}/app:b").layers) == 4
+    assert len(registry.requests("/blobs/")) == before
+
+
+def test_a_tag_that_moved_is_followed(puller: Puller, registry: Registry, tmp_path: Path) -> None:
+    ref = f"{registry.address}/app:1"
+    for layer in (ONE, TWO):
+        digest = make_layout(tmp_path / "layout", [layer])
+        registry.push(tmp_path / "layout", "app:1")
+        remote = puller.resolve(ref)
+        assert remote.digest == remote.top_digest == digest
+        assert puller.pull(ref, remote).digest == puller.store.resolve(ref).digest == digest
+
+
+def test_what_several_want_at_once_is_fetched_once(drip: FaultyRegistry, puller: Puller, tmp_path: Path) -> None:
+    make_layout(tmp_path / "layout", [ONE, TWO, {"own": b"1"}], tag="other")
+    refs = [f"{drip.address}/app", f"{drip.address}/app:other"] * 3
+    with ThreadPoolExecutor(len(refs)) as pool:
+        images = list(pool.map(puller.pull, refs))
+    assert len({image.digest for image in images}) == 2
+    digests = {*layers_of(tmp_path / "layout"), *layers_of(tmp_path / "layout", "other")}
+    assert {digest: drip.asked(digest) for digest in digests} == dict.fromkeys(digests, 1)
+
+
+def test_a_registry_is_asked_for_so_many_layers_at_once_and_no_more(
+    drip: FaultyRegistry, new_puller: Callable[..., Puller], tmp_path: Path
+) -> None:
+    make_layout(tmp_path / "layout", [{"a": os.urandom(9000)}, {"b": os.urandom(9000)}], tag="other")
+    for digest in layers_of(tmp_path / "layout", "other"):
+        drip.answer(digest, Answer(body=Layout(tmp_path / "layout").read(digest), drip=500))
+    puller = new_puller(replace(QUICK, concurrent_downloads=2))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(puller.pull, [f"{drip.address}/app", f"{drip.address}/app:other"]))
+    assert drip.peak == 2
+
+
+def test_what_comes_is_counted_and_told(
+    drip: FaultyRegistry, new_puller: Callable[..., Puller], tmp_path: Path
+) -> None:
+    told: list[tuple[Any, ...]] = []
+    transfers = Transfers()
+    puller = new_puller(transfers=transfers, told=lambda *words, **more: told.append((*words, more)))
+    ref = f"{drip.address}/app"
+    seen: list[Any] = []
+    with ThreadPoolExecutor(1) as pool:
+        pulling = pool.submit(puller.pull, ref)
+        while not pulling.done():
+            seen += transfers.look()
+            time.sleep(0.005)
+    sizes = sorted(len(Layout(tmp_path / "layout").read(digest)) for digest in layers_of(tmp_path / "layout"))
+    total = sum(sizes)
+    assert {each["ref"] for each in seen} == {ref}
+    assert {"resolving", "pulling"} <= {each["state"] for each in seen}
+    assert any(0 < each["done"] < each["total"] == total for each in seen)
+    assert any(sorted(layer["total"] for layer in each["layers"]) == sizes for each in seen)
+    kinds = [kind for kind, *_ in told]
+    assert (kinds[0], kinds[-1]) == ("pulling", "pulled") and told[0][1] == ref
+    assert told[0][3] == {"bytes": 0, "total": total} and "3 layers" in told[0][2]
+    assert told[-1][3]["bytes"] == total and 0 < told[-1][3]["took"] < 20
+    assert not transfers.look()
+
+
+PULLS = """
+import sys
+from pathlib import Path
+from holdfast.config import ImageSettings
+from holdfast.images.pull import Puller
+from holdfast.images.store import ImageStore
+Puller(ImageStore(Path(sys.argv[1])), ImageSettings(min_free=0)).pull(sys.argv[2])
+"""
+
+
+def descendants(pid: int) -> set[int]:
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found |= {int(child), *descendants(int(child))}
+    return found
+
+
+def test_a_pull_that_is_killed_leaves_no_process_and_repeats_only_unfinished_layers(
+    tmp_path: Path, new_puller: Callable[..., Puller]
+) -> None:
+    make_layout(tmp_path / "layout", [ONE, TWO])
+    first, second = layers_of(tmp_path / "layout")
+    body = Layout(tmp_path / "layout").read(second)
+    registry = FaultyRegistry(tmp_path / "layout")
+    root = tmp_path / "images"
+    ref = f"{registry.address}/app"
+    try:
+        registry.answer(second, Answer(body=body[:20_000], length=len(body), hang=True))
+        process = subprocess.Popen([sys.executable, "-c", PULLS, str(root), ref])
+        wait_for(lambda: list(root.glob("layers/sha256/*.json")) and registry.asked(second), "one layer is done")
+        started = descendants(process.pid)
+        assert started
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), "what it started has ended")
+        registry.mend()
+        puller = new_puller(root=root)
+        assert {path.suffix for path in puller.store.partial.iterdir()} <= {".lock"}
+        assert len(puller.pull(ref).layers) == 2
+        assert (registry.asked(first), registry.asked(second)) == (1, 2)
+    finally:
+        registry.close()
+
+
+def test_closing_ends_what_is_under_way(
+    drip: FaultyRegistry, new_puller: Callable[..., Puller], tmp_path: Path
+) -> None:
+    drip.answer(layers_of(tmp_path / "layout")[0], Answer(length=40_000, hang=True))
+    puller = new_puller(replace(QUICK, stall_timeout=60.0))
+    errors: list[BaseException] = []
+
+    def pull() -> None:
+        try:
+            puller.pull(f"{drip.address}/app")
+        except HoldfastError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=pull) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: drip.asked(layers_of(tmp_path / "layout")[0]), "the layer is asked for")
+    began = time.monotonic()
+    puller.close()
+    for thread in threads:
+        thread.join(10)
+    assert time.monotonic() - began < 3
+    assert [type(error) for error in errors] == [TryAgain, TryAgain]
+    with pytest.raises(TryAgain, match="stopping"):
+        puller.pull(f"{drip.address}/app")
+
+
+def test_a_registry_that_dies_and_comes_back_costs_only_what_was_not_finished(
+    registry: Registry, puller: Puller, tmp_path: Path
+) -> None:
+    make_layout(tmp_path / "layout", [ONE, TWO])
+    first, second = layers_of(tmp_path / "layout")
+    registry.push(tmp_path / "layout", "app")
+    kept = registry.blob(second).read_bytes()
+    registry.blob(second).unlink()
+    with pytest.raises(HoldfastError, match="404"):
+        puller.pull(f"{registry.address}/app")
+    registry.stop()
+    with pytest.raises(TryAgain, match="nobody listens there"):
+        puller.pull(f"{registry.address}/app")
+    registry.blob(second).write_bytes(kept)
+    registry.start()
+    assert len(puller.pull(f"{registry.address}/app").layers) == 2
+    assert registry.fetched(first) == 1
+
+
+def write_policy(path: Path, **policy: Any) -> Path:
+    path.write_text(json.dumps(policy))
+    return path
+
+
+ANYTHING, NOTHING = [{"type": "insecureAcceptAnything"}], [{"type": "reject"}]
+
+
+def test_a_policy_decides_and_costs_no_second_download(
+    registry: Registry, new_puller: Callable[..., Puller], tmp_path: Path
+) -> None:
+    digest = make_layout(tmp_path / "layout", [ONE, TWO])
+    registry.push(tmp_path / "layout", "app")
+    ref = f"{registry.address}/app"
+    closed = write_policy(tmp_path / "closed.json", default=NOTHING)
+    with pytest.raises(
+        WrongState, match=r"policy.json does not allow it: running image .* is rejected by policy"
+    ) as no:
+        new_puller(replace(QUICK, policy=closed)).pull(ref)
+    assert no.value.retry and no.value.wait == 300
+    assert sum(registry.fetched(layer) for layer in layers_of(tmp_path / "layout")) == 0
+    scoped = write_policy(
+        tmp_path / "scoped.json", default=NOTHING, transports={"docker": {registry.address: ANYTHING}}
+    )
+    assert new_puller(replace(QUICK, policy=scoped)).pull(ref).digest == digest
+    assert [registry.fetched(layer) for layer in layers_of(tmp_path / "layout")] == [1, 1]
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    with pytest.raises(UnfitHost, match="no signature policy that can be read"):
+        new_puller(replace(QUICK, policy=broken), tmp_path / "other").pull(ref)
+
+
+def test_registries_conf_decides_about_mirrors_and_tls(
+    registry: Registry, new_puller: Callable[..., Puller], tmp_path: Path
+) -> None:
+    digest = make_layout(tmp_path / "layout", [ONE])
+    registry.push(tmp_path / "layout", "mirror/app")
+    conf = tmp_path / "registries.conf"
+    settings = replace(QUICK, registries_conf=conf)
+    conf.write_text(
+        f'[[registry]]\nlocation = "registry.invalid"\n[[registry.mirror]]\n'
+        f'location = "{registry.address}/mirror"\ninsecure = true\n'
+    )
+    puller = new_puller(settings)
+    assert puller.pull("registry.invalid/app").digest == digest
+    assert "registry.invalid/app:latest" in puller.store.names()
+    with pytest.raises(TryAgain, match=r"'registry.invalid' \(DNS\) \(its mirrors failed as well\)"):
+        puller.pull("registry.invalid/other")
+    conf.write_text(f'[[registry]]\nlocation = "{registry.address}"\ninsecure = false\n')
+    with pytest.raises(UnfitHost, match="speaks plain HTTP"):
+        puller.pull(f"{registry.address}/mirror/app")
+    conf.write_text(f'[[registry]]\nlocation = "{registry.address}"\nblocked = true\n')
+    with pytest.raises(UnfitHost, match=r"registries\.conf blocks"):
+        puller.pull(f"{registry.address}/mirror/app")
+
+
+def test_what_is_pushed_can_be_pulled_and_is_not_sent_twice(
+    registry: Registry, new_puller: Callable[..., Puller], tmp_path: Path
+) -> None:
+    make_layout(tmp_path / "layout", [ONE, TWO], config={"Cmd": ["/one"]})
+    registry.push(tmp_path / "layout", "app:1")
+    puller = new_puller()
+    image = puller.pull(f"{registry.address}/app:1")
+    digest = puller.push(image, f"{registry.address}/copies/app:2")
+    other = new_puller(root=tmp_path / "other")
+    copy = other.pull(f"{registry.address}/copies/app:2")
+    assert (copy.digest, copy.config, copy.config_digest) == (digest, image.config, image.config_digest)
+    assert [path.name for path in copy.layers] == [path.name for path in image.layers]
+    uploads = len(registry.requests("/blobs/uploads/"))
+    assert puller.push(image, f"{registry.address}/copies/app:3") == digest
+    assert len(registry.requests("/blobs/uploads/")) == uploads
+    assert sorted(puller.tags(f"{registry.address}/copies/app")) == ["2", "3"]
+    assert {path.suffix for path in puller.store.partial.iterdir()} <= {".lock"}
+    with pytest.raises(WrongCall, match="a digest is not for us to choose"):
+        puller.push(image, f"{registry.address}/app@{digest}")
+    registry.stop()
+    with pytest.raises(TryAgain, match=r"^push '.*/app:4': nobody listens there"):
+        puller.push(image, f"{registry.address}/app:4")
+
+
+def test_the_store_of_an_older_pull_is_enough_when_the_registry_is_gone(
+    registry: Registry, puller: Puller, tmp_path: Path
+) -> None:
+    make_layout(tmp_path / "layout", [ONE])
+    registry.push(tmp_path / "layout", "app")
+    image = puller.pull(f"{registry.address}/app")
+    registry.stop()
+    assert ImageStore(puller.store.root).resolve(f"{registry.address}/app") == image
