@@ -6,9 +6,12 @@ import ctypes
 import fcntl
 import os
 import uuid
+from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_TOPDIR_FL = 0x80086601, 0x40086602, 0x00020000  # linux/fs.h, on 64 bits
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -60,19 +63,38 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Have the names in a directory on disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with _opened(folder) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_all(folder: Path) -> None:
     """Have everything of the file system that folder is on written to disk (syncfs(2))."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with _opened(folder) as descriptor:
         if _libc.syncfs(descriptor) != 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+
+
+def spread(folder: Path) -> None:
+    """Have ext4 choose a block group of its own for each directory that will be made in folder (chattr +T).
+
+    What is in such a directory lies in its group, else in folder's. A group in which many inodes were deleted in the
+    last minutes gives out each new one at 20 to 30 times the cost, as an image that is pulled after another one
+    was collected would find; and layers that are unpacked side by side would wait for one group's lock. Other file
+    systems go without.
+    """
+    with suppress(OSError), _opened(folder) as descriptor:
+        flags = array("i", (0, 0))
+        fcntl.ioctl(descriptor, FS_IOC_GETFLAGS, flags)
+        if not flags[0] & FS_TOPDIR_FL:
+            flags[0] |= FS_TOPDIR_FL
+            fcntl.ioctl(descriptor, FS_IOC_SETFLAGS, flags)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
 

@@ -31,7 +31,7 @@ from typing import Any, BinaryIO, NoReturn
 from holdfast.config import ImageSettings
 from holdfast.errors import Conflict, NotFound, WrongCall, WrongState
 from holdfast.images.archives import Archive, Found, open_archive, open_regular
-from holdfast.images.disk import Locks, write_whole
+from holdfast.images.disk import Locks, spread, write_whole
 from holdfast.images.image import (
     Freed as Freed,
 )
@@ -85,9 +85,10 @@ class ImageStore:
         self._listings: dict[str, tuple[str, ...] | None] = {}
         for folder in (self._blobs, self.partial):
             folder.mkdir(parents=True, exist_ok=True)
+        spread(self.partial)
         root.chmod(0o700)  # layers hold set-user-ID programs, for containers only
-        self._locks = Locks(self.partial, frozenset({"store", "index"}))
-        self.layers = LayerStore(root / "layers/sha256", self.partial, self._locks, settings)
+        self.locks = Locks(self.partial, frozenset({"store", "index"}))
+        self.layers = LayerStore(root / "layers/sha256", self.partial, self.locks, settings)
         self.layers.sweep()
 
     # -- finding --
@@ -271,7 +272,7 @@ class ImageStore:
 
     def keep(self) -> AbstractContextManager[bool]:
         """Keep everything that is here while the block runs: what it has put in or found, and no image needs yet."""
-        return self._locks.hold("store", shared=True)
+        return self.locks.hold("store", shared=True)
 
     def scratch(self) -> AbstractContextManager[Path]:
         """A folder on the store's disk for whatever is needed while the block runs; it goes after it, or a crash."""
@@ -284,7 +285,7 @@ class ImageStore:
         last name would go, NotFound when there is no such image. While something is being put in, the image's
         content stays, without a name, for the next `prune` or collection.
         """
-        with self._locks.hold("index"):
+        with self.locks.hold("index"):
             digest = self.digest_of(reference)
             index = self.names()
             name = _plain_name(reference)
@@ -316,13 +317,13 @@ class ImageStore:
     @contextmanager
     def alone(self, *, wait: bool = False) -> Iterator[bool]:
         """Hold off whoever puts something in (`keep`); yields whether that is so: without wait it may not be."""
-        with self._locks.hold("store", wait=wait) as held:
+        with self.locks.hold("store", wait=wait) as held:
             yield held
 
     def delete(self, digests: Collection[str], in_use: InUse = ()) -> Freed:
         """Delete images, their names, and what no other image needs, but for what is in use. Only when `alone`."""
         doomed = set(digests) - users_of(in_use).keys()
-        with self._locks.hold("index"):
+        with self.locks.hold("index"):
             index = self.names()
             rest = {name: each for name, each in index.items() if each.digest not in doomed}
             if rest != index:
@@ -499,7 +500,7 @@ class ImageStore:
 
     def _set_names(self, names: Sequence[str], digest: str, top: str, source: Source) -> None:
         if names:
-            with self._locks.hold("index"):
+            with self.locks.hold("index"):
                 fresh = {name: Name(name, digest, top, source, time.time()) for name in names}
                 self._write_index({**self.names(), **fresh})
 

@@ -1,0 +1,27 @@
+"""What the image store asks of its file system."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from holdfast.images.store import ImageStore
+
+
+def _attributes(folder: Path) -> str:
+    done = subprocess.run(["lsattr", "-d", folder], capture_output=True, text=True, check=False)
+    return done.stdout.split(" ")[0] if done.returncode == 0 else ""
+
+
+def test_layers_are_made_away_from_each_other_on_a_disk_that_knows_how(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    probe = subprocess.run(["chattr", "+T", tmp_path / "other"], capture_output=True, check=False)
+    if os.geteuid() != 0 or probe.returncode != 0 or "T" not in _attributes(tmp_path / "other"):
+        pytest.skip("this file system has no such attribute")
+    for _ in range(2):  # an old store, as well as one made just now
+        store = ImageStore(tmp_path / "images")
+        assert "T" in _attributes(store.partial)
+    assert "T" not in _attributes(store.root)
