@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import uuid
@@ -12,8 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_TOPDIR_FL = 0x80086601, 0x40086602, 0x00020000  # linux/fs.h, on 64 bits
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Locks:
@@ -65,13 +62,6 @@ def sync_folder(folder: Path) -> None:
     """Have the names in a directory on disk."""
     with _opened(folder) as descriptor:
         os.fsync(descriptor)
-
-
-def sync_all(folder: Path) -> None:
-    """Have everything of the file system that folder is on written to disk (syncfs(2))."""
-    with _opened(folder) as descriptor:
-        if _libc.syncfs(descriptor) != 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
 
 
 def spread(folder: Path) -> None:

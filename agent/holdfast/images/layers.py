@@ -23,7 +23,7 @@ from typing import BinaryIO, cast
 from holdfast.config import ImageSettings
 from holdfast.drivers import remove_tree
 from holdfast.errors import WrongState
-from holdfast.images.disk import Locks, sync_all, sync_folder
+from holdfast.images.disk import Locks, sync_folder, write_whole
 from holdfast.images.references import to_digest
 from holdfast.images.unpack import Expected, Limits, Unpacked, unpack_stream
 
@@ -144,11 +144,9 @@ class LayerStore:
     def _finish(self, folder: Path, found: Unpacked) -> None:
         """Figures and recipe get their names first: a directory under its diff id is a layer that is whole."""
         figures = {key: value for key, value in asdict(found).items() if key != "diff_id"}
-        folder.with_suffix(".json").write_text(json.dumps(figures))
-        sync_all(folder)
         target = self.folder(found.diff_id)
-        for kind in (".json", ".recipe"):
-            folder.with_suffix(kind).replace(target.with_suffix(kind))
+        write_whole(target.with_suffix(".json"), json.dumps(figures).encode())  # the rest is on disk already
+        folder.with_suffix(".recipe").replace(target.with_suffix(".recipe"))
         with suppress(OSError):  # ENOTEMPTY: an import of the same archive was faster
             folder.rename(target)
         sync_folder(target.parent)
@@ -158,8 +156,7 @@ class LayerStore:
     def _clear(self, key: str) -> None:
         with suppress(FileNotFoundError):
             remove_tree(self.partial / key)
-        for kind in (".json", ".recipe"):
-            (self.partial / f"{key}{kind}").unlink(missing_ok=True)
+        (self.partial / f"{key}.recipe").unlink(missing_ok=True)
 
 
 @contextmanager
