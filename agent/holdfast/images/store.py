@@ -33,15 +33,12 @@ from holdfast.errors import Conflict, NotFound, WrongCall, WrongState
 from holdfast.images.archives import Archive, Found, open_archive, open_regular
 from holdfast.images.disk import Locks, spread, write_whole
 from holdfast.images.image import (
-    Freed as Freed,
-)
-from holdfast.images.image import (
-    Image as Image,
-)
-from holdfast.images.image import (
+    Freed,
+    Image,
     InUse,
     Name,
     Source,
+    architecture,
     check_manifest,
     listing,
     moment,
@@ -50,12 +47,11 @@ from holdfast.images.image import (
     read_name,
     users_of,
 )
-from holdfast.images.image import (
-    architecture as architecture,
-)
 from holdfast.images.layers import HEX, LayerStore, Progress
 from holdfast.images.references import DIGEST, familiar, parse, parse_changes, to_digest
 from holdfast.images.unpack import Expected, Unpacked
+
+__all__ = ["Freed", "Image", "ImageStore", "Name", "architecture"]
 
 SHORT = re.compile("(?:sha256:)?([0-9a-f]{6,64})")  # of a digest, as people copy it from a list
 
@@ -78,7 +74,6 @@ class ImageStore:
 
     def __init__(self, root: Path, settings: ImageSettings = ImageSettings()) -> None:
         self.root = root
-        self.settings = settings
         self.partial = root / "partial"
         self._blobs = root / "blobs/sha256"
         self._known: dict[str, _Parts] = {}
@@ -90,6 +85,15 @@ class ImageStore:
         self.locks = Locks(self.partial, frozenset({"store", "index"}))
         self.layers = LayerStore(root / "layers/sha256", self.partial, self.locks, settings)
         self.layers.sweep()
+
+    @property
+    def settings(self) -> ImageSettings:
+        """agent.toml's [images]."""
+        return self.layers.settings
+
+    @settings.setter
+    def settings(self, settings: ImageSettings) -> None:
+        self.layers.settings = settings
 
     # -- finding --
 

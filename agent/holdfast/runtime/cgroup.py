@@ -11,12 +11,13 @@ import errno
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from holdfast.drivers import CgroupPolicy, CgroupWant
-from holdfast.errors import UnfitHost
+from holdfast.errors import HoldfastError, TryAgain, UnfitHost
 from holdfast.observed import Json
 from holdfast.spec.model import Resources
 
@@ -320,11 +321,35 @@ def usage(path: str) -> Usage:
     return Usage(int(memory) if memory else None, cpu, int(count) if count else None)
 
 
+def freeze(path: str, *, timeout: float = 10.0) -> None:
+    """Stop the processes of a cgroup where they are (freezer-subsystem.rst; cgroup-v2.rst, cgroup.freeze).
+
+    Raises TryAgain, and lets them go on, when they do not all stop within timeout (seconds): one that waits for a
+    disk or a network file system can't be stopped.
+    """
+    place, deadline = folder("freezer", path), time.monotonic() + timeout
+    v2 = version() == 2
+    try:
+        while True:
+            _write(place / ("cgroup.freeze" if v2 else "freezer.state"), "1" if v2 else "FROZEN")
+            said = (_read(str(place / ("cgroup.events" if v2 else "freezer.state"))) or "").split()
+            if (said[said.index("frozen") + 1] == "1") if v2 and "frozen" in said else said == ["FROZEN"]:
+                return
+            if time.monotonic() > deadline:
+                raise TryAgain(f"pause cgroup '{path}': its processes did not stop in {timeout:g} s")
+            time.sleep(0.002)
+    except BaseException:
+        with suppress(HoldfastError):
+            thaw(path)
+        raise
+
+
 def thaw(path: str) -> None:
     """Let the frozen processes of a cgroup go on: on v1, even SIGKILL waits for that."""
-    state = folder("freezer", path) / "freezer.state"
-    if state.exists():
-        _write(state, "THAWED")
+    for name, value in (("freezer.state", "THAWED"), ("cgroup.freeze", "0")):
+        state = folder("freezer", path) / name
+        if state.exists():
+            _write(state, value)
 
 
 def remove(path: str, *, timeout: float = 2.0) -> None:

@@ -1,0 +1,120 @@
+"""A container's writable layer and the image below it → a new image. `node` says where the layer is, and pauses."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import Any
+
+from holdfast.images.image import CONFIG, LAYER, MANIFEST, Image
+from holdfast.images.store import ImageStore
+from holdfast.images.unpack import Unpacked
+from holdfast.images.write import Sink
+
+APPENDED = ("Env", "Labels", "ExposedPorts", "Volumes")  # of a configuration: what is added to, not replaced
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What a new image says of its making. at: seconds since the epoch."""
+
+    by: str
+    message: str
+    author: str
+    at: float
+
+
+def commit_image(
+    store: ImageStore, base: Image, write: Callable[[Sink], None], name: str, config: Mapping[str, Any], note: Note
+) -> Image:
+    """Make an image of base and one more layer, whose archive write writes, and give it a name.
+
+    The layer goes straight into the store: there is no other copy of it. config: the whole `config` object of the new
+    image. Raises what write raises, and what `ImageStore.add_layer` does.
+    """
+    with store.keep():
+        layer = _taken(store, write)
+        made = datetime.fromtimestamp(note.at, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        step = {"created": made, "created_by": note.by, "comment": note.message, "author": note.author}
+        document = {
+            **base.document,
+            "created": made,
+            "config": dict(config),
+            "rootfs": {"type": "layers", "diff_ids": [*base.diff_ids, layer.diff_id]},
+            "history": [*base.history, {key: value for key, value in step.items() if value}],
+        }
+        if note.author:
+            document["author"] = note.author
+        for leftover in ("container", "container_config", "id", "parent"):  # of Docker's, about another container
+            document.pop(leftover, None)
+        data = json.dumps(document, sort_keys=True).encode()
+        return store.add_image(_manifest(base, data, layer), data, [name], source="commit")
+
+
+def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the changes of `parse_changes`: lists of variables, labels, ports and volumes grow."""
+    result = {**config, **{key: value for key, value in changes.items() if key not in APPENDED}}
+    for key in APPENDED:
+        if key not in changes:
+            continue
+        if key == "Env":
+            pairs = dict(entry.partition("=")[::2] for entry in (*(config.get("Env") or ()), *changes["Env"]))
+            result["Env"] = [f"{name}={value}" for name, value in pairs.items()]
+        else:
+            result[key] = {**(config.get(key) or {}), **changes[key]}
+    return result
+
+
+def _taken(store: ImageStore, write: Callable[[Sink], None]) -> Unpacked:
+    """The layer that write writes, through a pipe."""
+    ours, theirs = os.pipe()
+    failures: list[BaseException] = []
+
+    def fill() -> None:
+        try:
+            with os.fdopen(theirs, "wb") as pipe:
+                write(pipe)
+        except BrokenPipeError:
+            pass  # the store had enough, and says why
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=fill, name="commit", daemon=True)
+    thread.start()
+    try:
+        layer = store.add_layer(ours)
+    except Exception:
+        os.close(ours)
+        thread.join()
+        if failures:  # what could not be read is why the rest went wrong
+            raise failures[0] from None
+        raise
+    os.close(ours)
+    thread.join()
+    if failures:
+        raise failures[0]
+    return layer
+
+
+def _manifest(base: Image, config: bytes, layer: Unpacked) -> bytes:
+    """The layers of the base keep their descriptors: a registry that has them need not be sent them again."""
+    below = [{**each, "mediaType": _oci_type(str(each.get("mediaType", "")))} for each in base.manifest["layers"]]
+    document = {
+        "schemaVersion": 2,
+        "mediaType": MANIFEST,
+        "config": {"mediaType": CONFIG, "digest": f"sha256:{sha256(config).hexdigest()}", "size": len(config)},
+        "layers": [*below, {"mediaType": LAYER, "digest": layer.diff_id, "size": layer.size}],
+    }
+    return json.dumps(document, sort_keys=True).encode()
+
+
+def _oci_type(media_type: str) -> str:
+    """What OCI calls a layer that Docker's schema 2 calls otherwise."""
+    if not media_type.startswith("application/vnd.docker."):
+        return media_type or LAYER
+    return f"{LAYER}+gzip" if media_type.endswith("gzip") else LAYER
