@@ -53,9 +53,7 @@ def figure(value: float) -> str:
 
 
 def ratio(own: float | None, other: float | None) -> str:
-    """holdfast as a part of the other: 1/7.3 where it takes much less, ×0.62 near it, ×2.0 where it takes more."""
+    """holdfast as a part of the other: 1/7.3 where it takes less, ×2.0 where it takes more."""
     if not own or not other or own <= 0 or other <= 0:
         return ""
-    if own <= other / 2:
-        return f"1/{other / own:.1f}"
-    return f"×{own / other:.2f}"
+    return f"1/{other / own:.1f}" if own < other else f"×{own / other:.1f}"

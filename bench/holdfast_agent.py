@@ -54,7 +54,8 @@ class Holdfast:
         deadline = time.monotonic() + 30
         while not self._answers():
             if self.agent.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the agent does not answer, see {log.name}")
+                said = Path(log.name).read_text().strip()[-500:]
+                raise RuntimeError(f"the agent does not answer: {said or 'it said nothing'}")
             time.sleep(0.05)
 
     def up(self, names: Sequence[str], shape: Shape) -> None:
