@@ -90,8 +90,9 @@ def links(host: Host) -> list[Path]:
 
 
 def cgroups(host: Host) -> list[Path]:
-    hierarchies = Path("/sys/fs/cgroup")
-    return [path for path in (hierarchies / host.name, *hierarchies.glob(f"*/{host.name}")) if path.is_dir()]
+    """The agent's cgroup, and that of what it builds, in every hierarchy."""
+    hierarchies, names = Path("/sys/fs/cgroup"), (host.name, f"{host.name}-build")
+    return [path for name in names for path in (hierarchies / name, *hierarchies.glob(f"*/{name}")) if path.is_dir()]
 
 
 def tables(host: Host) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ from busybox_image import write_busybox_tar
 from ground import Rootfs, find_port, make_site
 from holdfast.drivers import Host
 
-PROGRAMS = ("conmon", "nft", "ip", "git", "busybox")
+PROGRAMS = ("conmon", "nft", "ip", "git", "busybox", "skopeo", "buildah")
 
 os.environ["PATH"] += os.pathsep + "/usr/local/sbin:/usr/sbin:/sbin"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,8 +20,10 @@ from holdfast.errors import WrongCall, WrongState
 def check(paths: tuple[Path, ...]) -> None:
     """Print everything that is wrong with state files.
 
-    PATH is a file or a directory of them; needs no agent and no root.
+    PATH is a file or a directory of them; needs no agent and no root. Says so when images are to be built and this
+    host has no buildah.
     """
+    from holdfast.runtime.binaries import find_program
     from holdfast.spec import load
 
     files, top = snapshot(paths)
@@ -32,6 +35,11 @@ def check(paths: tuple[Path, ...]) -> None:
         raise WrongState(f"check: {counted(len(spec.problems), 'problem')} in {counted(wrong, 'file')}")
     containers = sum(len(app.containers) for app in spec.apps.values())
     click.echo(f"{counted(len(spec.apps), 'app')}, {counted(containers, 'container')}: ok")
+    built = sorted({name for app in spec.apps.values() for name in app.images})
+    if built and find_program("buildah") is None:
+        click.echo(
+            f"buildah is not installed here: this host can't build images.{built[0]} (install buildah)", err=True
+        )
 
 
 def counted(number: int, noun: str) -> str:
@@ -68,7 +76,8 @@ def state_file(path: Path) -> Iterator[tuple[str, bytes]]:
         raise WrongCall(f"check '{path}': {(error.strerror or str(error)).lower()}") from error
     yield path.name, content
     try:
-        names = {text.split(":")[0] for text in texts(tomllib.loads(content.decode()))}
+        data = tomllib.loads(content.decode())
+        names = {text.split(":")[0] for text in texts(data)}
     except ValueError:
         return  # what is wrong with it is said by whoever loads it
     for name in sorted(names):
@@ -77,6 +86,22 @@ def state_file(path: Path) -> Iterator[tuple[str, bytes]]:
             for file in sorted(beside.rglob("*")) if beside.is_dir() else [beside]:
                 if file.is_file() and file.suffix != ".toml":
                     yield str(file.relative_to(path.parent)), file.read_bytes()
+    yield from instructions(path.parent, data.get("images"))
+
+
+def instructions(folder: Path, images: Any) -> Iterator[tuple[str, bytes]]:
+    """The Dockerfiles of [images], what their contexts leave out, and any file of each context to show that it is."""
+    for image in images.values() if isinstance(images, dict) else ():
+        context = image.get("context") if isinstance(image, dict) else None
+        if not isinstance(context, str) or not (folder / context).is_dir():
+            continue
+        named = image.get("dockerfile")
+        dockerfiles = [named] if isinstance(named, str) else ["Dockerfile", "Containerfile"]
+        wanted = [*dockerfiles, *(f"{each}.dockerignore" for each in dockerfiles), ".dockerignore"]
+        any_file = next((each for each in (folder / context).rglob("*") if each.is_file()), None)
+        for file in filter(None, [*(folder / context / each for each in wanted), any_file]):
+            if file.is_file():
+                yield os.path.relpath(file, folder), file.read_bytes()
 
 
 def texts(value: Any) -> Iterator[str]:

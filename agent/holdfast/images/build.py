@@ -35,6 +35,7 @@ RETRY = 60.0  # seconds; a build that failed is not tried again before, unless s
 MTIME = 315532800  # 1980-01-01: of all that is copied from a context; older ones trouble zip and make
 STEP = re.compile(r"(\[\d+/\d+\] )?STEP \d+")
 LOUD = 20  # lines of one step that events carry; of those beyond it, one a second
+LONGEST_STEP = 80  # characters of an instruction in an error
 LONGEST_EVENT = 400  # characters of a line in an event
 LOG_LIMIT = 16 << 20  # bytes of one log; what a build says beyond it is not kept
 REGISTRY = re.compile(r"docker://|pinging container registry|short-name|registr(y|ies)\b")
@@ -144,7 +145,8 @@ class Builder:
     ) -> str:
         """Have buildah build it; the id of the image in its storage. platform: "" is this node's."""
         build = images[name]
-        tag = built_name(name, build) + platform.replace("/", "-")
+        tag = _tag_for(built_name(name, build), platform)
+        cached = not platform  # buildah takes another platform's layers for its own
         platform = platform or next(iter(ours(build.platforms)), "")
         try:
             lay_out(build, blobs, folder)
@@ -153,6 +155,7 @@ class Builder:
         words = ["--network", build.network, "--file", str(folder / "Dockerfile")]
         words += ["--ignorefile", os.devnull, "--iidfile", str(folder / "id"), "--tag", tag]
         words += ["--platform", platform] if platform else []
+        words += ["--layers"] if cached else ["--layers=false"]
         words += [_PULL["never" if self.settings.offline else build.pull]]
         words += ["--no-cache"] if build.no_cache else []
         words += ["--target", build.target] if build.target else []
@@ -230,9 +233,12 @@ class Builder:
             try:
                 ids = [self.buildah.names()[own]]
                 for platform in others:
-                    self.told("build", subject, f"building for {platform}")
-                    with self._scratch() as folder:
-                        ids.append(self._make(folder, name, images, blobs, log.hear, platform))
+                    built = self.buildah.names().get(_tag_for(own, platform))
+                    if built is None:
+                        self.told("build", subject, f"building for {platform}")
+                        with self._scratch() as folder:
+                            built = self._make(folder, name, images, blobs, log.hear, platform)
+                    ids.append(built)
                 if index in self.buildah.names():
                     self.buildah.run("manifest", "rm", index)
                 self.buildah.run("manifest", "create", index, *ids)
@@ -250,15 +256,19 @@ class Builder:
             found = explain(reason, "build", f"images.{name}")
             found.wait = max(found.wait, RETRY)
             return found
-        said = [line for line in error.output if not line.startswith(("Error: ", "time=", "STEP ", "--> "))]
-        last = said[-1].strip() if said and "exit status" in reason else ""
-        reason = re.sub(r"^building at STEP \"(.*?)\": (while running runtime: )?", r"\1: ", reason)
-        text = f"build 'images.{name}': {reason}" + (f": {last}" if last and last not in reason else "")
-        return failure(WrongState, f"{text} (all of it is in {log})", RETRY)
+        if step := re.fullmatch(r'building at STEP "(.*?)": (?:while running runtime: )?(.*)', reason):
+            what = step[1] if len(step[1]) <= LONGEST_STEP else f"{step[1][:LONGEST_STEP]}…"
+            said = [
+                line for line in error.output if not line.startswith(("Error: ", "error running", "time=", "--> "))
+            ]
+            last = said[-1].strip() if said and "exit status" in step[2] and not STEP.match(said[-1]) else ""
+            reason = f"{what}: {step[2]}" + (f": {last}" if last else "")
+        return failure(WrongState, f"build 'images.{name}': {reason} (all of it is in {log})", RETRY)
 
     def _is_known(self, name: str) -> bool:
         """Whether a name of buildah's storage is still that of an image in the store."""
-        return name.startswith(PREFIX) and name in self.store.names()
+        known = self.store.names()
+        return name.startswith(PREFIX) and any(each in known for each in (name, name[: name.rfind(":") + 17]))
 
     @contextmanager
     def _scratch(self) -> Iterator[Path]:
@@ -280,6 +290,11 @@ def built_name(name: str, build: Build) -> str:
         return re.sub(r"[._-]{2,}", "-", text).strip("._-")
 
     return f"{PREFIX}{'/'.join(map(component, name.split('/')))}:{build.key[:16]}"
+
+
+def _tag_for(name: str, platform: str) -> str:
+    """The name of what is built for another platform, in buildah's storage alone."""
+    return f"{name}-{platform.replace('/', '-')}" if platform else name
 
 
 def ours(platforms: Sequence[str]) -> list[str]:

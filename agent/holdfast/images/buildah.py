@@ -106,7 +106,7 @@ class Buildah:
         runtime = ["--runtime", str(self.runtime), "--runtime-flag", f"root={self.run_folder}/runtime"]
         policy = ["--signature-policy", str(self.settings.policy)] if self.settings.policy else []
         authfile = ["--authfile", str(self.settings.authfile)] if self.settings.authfile else []
-        fixed = ["--layers", "--force-rm", "--format", "oci", "--isolation", "oci", "--cgroup-parent", self.cgroup]
+        fixed = ["--force-rm", "--format", "oci", "--isolation", "oci", "--cgroup-parent", self.cgroup]
         self.run("build", *fixed, *runtime, *policy, *authfile, *words, hear=hear)
 
     def take_in(self, layout: Path, name: str) -> None:
