@@ -98,16 +98,18 @@ CASES = {
     "500": Case("manifests", Answer(500, b"oh"), TryAgain, "the registry answered 500 Internal Server Error"),
     "503": Case("manifests", Answer(503, PAGE.body), TryAgain, "the registry answered 503 Service Unavailable"),
     "500 for a blob": Case(BLOBS, Answer(500, b"oh"), TryAgain, "the registry answered 500"),
-    "404 for a blob": Case(BLOBS, Answer(404, error("BLOB_UNKNOWN", "x")), NotFound, "no such image (404)", 60),
+    "404 for a blob": Case(
+        BLOBS, Answer(404, error("BLOB_UNKNOWN", "x")), NotFound, "lacks a part of the image (404)", 60
+    ),
     "403 for a blob": Case(BLOBS, Answer(403, b"<Error>Denied</Error>"), UnfitHost, "forbids it to who", 60),
     "a page for the manifest": Case("manifests", PAGE, WrongState, "sent a web page (expected a manifest)", 300),
     "a page for everything": Case("", PAGE, WrongState, "sent a web page", 300),
     "an error page": Case("manifests", replace(PAGE, status=404), NotFound, "no such image (404)", 60),
-    "a page for a blob": Case(BLOBS, PAGE, WrongState, "", 300),
+    "a page for a blob": Case(BLOBS, PAGE, WrongState, "its content is damaged", 300),
     "silence": Case("manifests", Answer(mute=True), TryAgain, "does not answer"),
     "a hang": Case("manifests", Answer(length=100, hang=True), TryAgain, "does not answer"),
     "a hang at the door": Case("/v2/$", Answer(mute=True), TryAgain, "does not answer"),
-    "a hang for a blob": Case(BLOBS, Answer(length=30_000, hang=True), TryAgain, ""),
+    "a hang for a blob": Case(BLOBS, Answer(length=30_000, hang=True), TryAgain, "does not answer"),
     "a redirect to a dead host": Case(
         BLOBS, Answer(307, headers={"Location": "http://127.0.0.1:1/blob"}), TryAgain, "nobody listens there"
     ),

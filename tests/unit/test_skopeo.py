@@ -182,6 +182,7 @@ def test_the_last_fatal_line_is_the_message() -> None:
     log = 'time="x" level=debug msg="GET https://a/v2/"\ntime="x" level=fatal msg="one \\"two\\" \\x00"\n'
     assert message_of(log) == 'one "two" \\x00'
     assert message_of("level=fatal msg=EOF") == "EOF"
+    assert message_of('time="x" level=debug msg="Ping https://a/v2/ status 401"\nKilled\n') == "Killed"
 
 
 @pytest.mark.parametrize(

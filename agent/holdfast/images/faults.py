@@ -89,9 +89,9 @@ CAUSES = (
     _Cause(r"no route to host|network is unreachable", TryAgain, "the registry can't be reached (no route to it)"),
     _Cause(r"tls handshake timeout|i/o timeout|deadline exceeded", TryAgain, "the registry does not answer"),
     _Cause(
-        r"source image rejected: ([^\n]{1,200})",
+        r"source image rejected: ([^\n]{1,200})|(running image [^\n]{1,200} is rejected by policy)",
         WrongState,
-        lambda match: f"policy.json does not allow it: {match[1][:1].lower()}{match[1][1:]}",
+        lambda match: f"policy.json does not allow it: {(said := match[1] or match[2])[:1].lower()}{said[1:]}",
         UNFIT,
     ),
     _Cause(
@@ -119,7 +119,13 @@ CAUSES = (
         REFUSED,
     ),
     _Cause(
-        r"manifest unknown|name unknown|repository name not known|blob unknown|name_unknown|manifest_unknown"
+        r"blob unknown|blob_unknown|(?:fetching|reading) blob[^\n]*404",
+        NotFound,
+        "the registry lacks a part of the image (404)",
+        REFUSED,
+    ),
+    _Cause(
+        r"manifest unknown|name unknown|repository name not known|name_unknown|manifest_unknown"
         rf"|{_CODE}404|404 \(not found\)|404 not found",
         NotFound,
         "the registry has no such image (404)",
@@ -139,7 +145,12 @@ CAUSES = (
         REFUSED,
     ),
     _Cause(rf"{_CODE}(5\d\d)|(?<!\d)(?=5\d\d \()(5\d\d)", TryAgain, lambda match: _server_error(match)),
-    _Cause(r"corrupted blob|digest (?:did|does) not match", WrongState, "its content is damaged", UNFIT),
+    _Cause(
+        r"corrupted blob(?:, expecting (sha256:[0-9a-f]{12}))?|digest (?:did|does) not match",
+        WrongState,
+        lambda match: "its content is damaged" + (f": the registry sent something else as {match[1]}…" * bool(match[1])),
+        UNFIT,
+    ),
     _Cause(
         r"expected (\d+) bytes in blob, got (\d+)",
         WrongState,
@@ -192,10 +203,10 @@ def explain(text: str, operation: str, reference: str, noise: tuple[str, ...] = 
 
 
 def message_of(text: str) -> str:
-    """The message of the log line with which skopeo ends, or all the text where there is none."""
+    """The message of the log line with which skopeo ends; without one, all that is no line of its log."""
     found = FATAL.findall(text)
     if not found:
-        return text.strip()
+        return re.sub(r"^time=.*(?:\n|$)", "", text, flags=re.MULTILINE).strip()
     last: str = found[-1]
     if not last.startswith('"'):
         return last

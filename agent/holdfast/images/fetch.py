@@ -53,6 +53,13 @@ class Flights:
         self._flights: dict[str, _Flight] = {}
         self._hosts: dict[str, threading.Semaphore] = {}
 
+    def turn_to(self, turns: int) -> None:
+        """Let so many layers come from one registry at once from now on; those under way count no more."""
+        with self._lock:
+            if turns != self.turns:
+                self.turns = turns
+                self._hosts.clear()
+
     def join(self, diff_id: str, watcher: Callable[[int], None]) -> tuple[_Flight, bool]:
         """The flight of a layer, and whether the caller is the one to fetch it."""
         with self._lock:
@@ -110,10 +117,12 @@ class Fetch:
         try:
             proxy = self._proxy()
             data = proxy.read(blob.digest, blob.size)
-        except ProxyError as error:
+        except BaseException as error:
             if proxy:
                 self._skopeo.end(proxy)
-            raise self._skopeo.explain(error, self._reference, self._as_written) from error
+            if isinstance(error, ProxyError):
+                raise self._skopeo.explain(error, self._reference, self._as_written) from error
+            raise
         self._put_back(proxy)
         return data
 

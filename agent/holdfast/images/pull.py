@@ -73,11 +73,20 @@ class Puller:
         told: Told = lambda *_args, **_more: None,
     ) -> None:
         self.store = store
-        self.settings = settings
         self.transfers = transfers or Transfers()
         self.told = told
         self._skopeo = Skopeo(settings)
         self._flights = Flights(settings.concurrent_downloads)
+
+    @property
+    def settings(self) -> ImageSettings:
+        """May be set at any time, for what begins from then on."""
+        return self._skopeo.settings
+
+    @settings.setter
+    def settings(self, settings: ImageSettings) -> None:
+        self._skopeo.settings = settings
+        self._flights.turn_to(settings.concurrent_downloads)
 
     def resolve(self, ref: str) -> Remote:
         """Ask the registry what it has for this host under a reference. Fetches no layer."""
@@ -183,7 +192,10 @@ class Puller:
             fetch.layers(jobs)
         names = [] if remote.reference.digest else [remote.reference.name]
         top = None if remote.top_digest == remote.digest else remote.top
-        image = self.store.add_image(remote.manifest, config, names, source="registry", top=top)
+        try:
+            image = self.store.add_image(remote.manifest, config, names, source="registry", top=top)
+        except (WrongState, NotFound) as error:
+            raise failure(type(error), f"pull {ref!r}: {error}", UNFIT) from error
         if jobs:
             news.end(image.digest, time.monotonic() - began)
         return image
