@@ -17,11 +17,13 @@ from typing import Any
 
 import pytest
 
+from ground import Rootfs
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongCall, WrongState
 from holdfast.images.pull import Puller
 from holdfast.images.store import ImageStore
 from holdfast.images.transfers import Transfers
 from layouts import Layout, make_layout
+from live.agent import LiveAgent
 from live.conftest import QUICK
 from live.faulty import Answer, FaultyRegistry
 from live.registry import Registry
@@ -354,3 +356,49 @@ def test_the_store_of_an_older_pull_is_enough_when_the_registry_is_gone(
     image = puller.pull(f"{registry.address}/app")
     registry.stop()
     assert ImageStore(puller.store.root).resolve(f"{registry.address}/app") == image
+
+
+def test_what_runs_keeps_running_while_its_successors_registry_is_away(
+    agent: LiveAgent, registry: Registry, busybox_rootfs: Rootfs, tmp_path: Path
+) -> None:
+    busybox = busybox_rootfs.tar.read_bytes()
+    for tag in ("1", "2"):
+        make_layout(tmp_path / "layout", [busybox, {"version": tag.encode()}], tag=tag)
+        registry.push(tmp_path / "layout", f"app:{tag}", tag=tag)
+
+    def commit(tag: str) -> None:
+        image = f"{registry.address}/app:{tag}"
+        agent.write(
+            "shop.toml", f'[containers.web]\nimage = "{image}"\ncommand = "sleep 1000"\nnetworks = ["none"]\n'
+        )
+
+    commit("1")
+    agent.converge()
+    pid = agent.pid("shop/web")
+    assert agent.exec("shop/web", "cat", "/version") == "1"
+    registry.stop()
+    commit("2")
+    agent.sync()
+    line = f"pull '{registry.address}/app:2': nobody listens there (connection refused)"
+    agent.wait_until(lambda status: line in json.dumps(status["apps"]["shop"]))
+    assert agent.pid("shop/web") == pid
+    assert line in agent.cli("status", check=False).stdout.replace("\n", " ")
+    registry.start()
+    agent.wait_until(lambda status: bool(status["converged"]))
+    assert agent.exec("shop/web", "cat", "/version") == "2"
+    tried = [event for event in agent.events() if line in event["message"]]
+    assert 1 <= len(tried) <= 5, "each try is told, and tries back off"
+    kinds = [event["kind"] for event in agent.events() if event["subject"].startswith(registry.address)]
+    assert kinds == ["pulling", "pulled", "pulling", "pulled"]
+
+
+def test_two_containers_of_one_new_image_fetch_each_layer_once(
+    agent: LiveAgent, registry: Registry, busybox_rootfs: Rootfs, tmp_path: Path
+) -> None:
+    make_layout(tmp_path / "layout", [busybox_rootfs.tar.read_bytes(), ONE, TWO])
+    registry.push(tmp_path / "layout", "app")
+    run = f'image = "{registry.address}/app"\ncommand = "sleep 1000"\nnetworks = ["none"]\nstop_signal = "SIGKILL"\n'
+    for name in ("one", "two"):
+        agent.write(f"{name}.toml", f"[containers.a]\n{run}[containers.b]\n{run}")
+    agent.converge()
+    assert [registry.fetched(layer) for layer in layers_of(tmp_path / "layout")] == [0, 1, 1]  # busybox is here

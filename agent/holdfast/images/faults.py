@@ -148,7 +148,7 @@ CAUSES = (
     _Cause(
         r"corrupted blob(?:, expecting (sha256:[0-9a-f]{12}))?|digest (?:did|does) not match",
         WrongState,
-        lambda match: "its content is damaged" + (f": the registry sent something else as {match[1]}…" * bool(match[1])),
+        lambda match: "its content is damaged" + (f": {match[1]}… is something else" if match[1] else ""),
         UNFIT,
     ),
     _Cause(
