@@ -25,3 +25,11 @@ def test_layers_are_made_away_from_each_other_on_a_disk_that_knows_how(tmp_path:
         store = ImageStore(tmp_path / "images")
         assert "T" in _attributes(store.partial)
     assert "T" not in _attributes(store.root)
+
+
+def test_a_layer_folder_that_never_got_its_name_is_swept_away(tmp_path: Path) -> None:
+    key = "a" * 64
+    left = ImageStore(tmp_path).partial / f"{key}.{'b' * 32}"
+    left.mkdir()
+    (left.parent / f"{key}.recipe").touch()
+    assert list(ImageStore(tmp_path).partial.glob("a*")) == []

@@ -65,7 +65,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def spread(folder: Path) -> None:
-    """Have ext4 choose a block group of its own for each directory that will be made in folder (chattr +T).
+    """Have ext4 choose a block group for each directory that will be made in folder, by its name (chattr +T).
 
     What is in such a directory lies in its group, else in folder's. A group in which many inodes were deleted in the
     last minutes gives out each new one at 20 to 30 times the cost, as an image that is pulled after another one

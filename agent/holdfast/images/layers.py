@@ -81,7 +81,9 @@ class LayerStore:
                 return self.facts(expected.diff_id)
             folder = self.partial / key
             self._clear(key)
-            folder.mkdir()
+            born = self.partial / f"{key}.{uuid.uuid4().hex}"  # ext4 picks the place by the name: see disk.spread
+            born.mkdir()
+            born.rename(folder)
             folder.chmod(0o755)
             limits = Limits(self.settings.max_layer_size, self.settings.max_layer_files)
             try:
@@ -156,7 +158,11 @@ class LayerStore:
     def _clear(self, key: str) -> None:
         with suppress(FileNotFoundError):
             remove_tree(self.partial / key)
-        (self.partial / f"{key}.recipe").unlink(missing_ok=True)
+        for path in self.partial.glob(f"{key}.*"):
+            if path.is_dir():
+                path.rmdir()
+            elif path.suffix != ".lock":
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
