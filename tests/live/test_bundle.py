@@ -110,7 +110,7 @@ def test_a_second_load_changes_nothing_and_a_damaged_bundle_neither(bare_agent: 
     damaged.write_bytes(whole)
     done = agent.cli("bundle", "load", str(damaged), check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (65, 1), done.stderr
-    assert "damaged.bundle" in done.stderr and "layer sha256:" in done.stderr
+    assert "damaged.bundle" in done.stderr and "layer 'sha256:" in done.stderr
     assert agent.cli("image", "list", "--json").stdout.strip() == "[]"
     assert agent.pid("old/old")
 
@@ -169,3 +169,25 @@ def test_everything_that_keeps_a_bundle_from_being_made_is_said_at_once_and_noth
     done = holdfast("bundle", "create", tree, "-o", tmp_path / "x.bundle")
     assert done.returncode == 65 and done.stderr.count("'${vars.version}' has no value") == 2, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir() if "registry" not in path.name) == ["tree"]
+
+
+def test_what_the_state_builds_is_in_the_bundle_and_nothing_is_built_elsewhere(
+    bare_agent: LiveAgent, busybox_rootfs: Rootfs, tmp_path: Path
+) -> None:
+    tree, bundle = tmp_path / "tree", tmp_path / "node.bundle"
+    (tree / "web").mkdir(parents=True)
+    (tree / "web/busybox").write_bytes((busybox_rootfs.path / "bin/busybox").read_bytes())
+    (tree / "web/busybox").chmod(0o755)
+    (tree / "web/Dockerfile").write_text("FROM scratch\nCOPY busybox /bin/sleep\nCOPY busybox /bin/cat\n")
+    (tree / "shop.toml").write_text(
+        f'[images.web]\ncontext = "./web"\ntags = ["nowhere.test/web:1"]\n'
+        f'[containers.web]\nimage = "images.web"\n{RUN}\n[containers.tagged]\nimage = "nowhere.test/web:1"\n{RUN}\n'
+    )
+    done = holdfast("bundle", "create", tree, "-o", bundle, "--config", bare_agent.config)
+    assert done.returncode == 0, done.stderr
+    assert "STEP" in done.stderr
+    assert not bare_agent.host.root.joinpath("images").exists()  # a host that is no node keeps nothing of it
+    bare_agent.start()
+    bare_agent.cli("bundle", "load", str(bundle), "--wait")
+    assert {bare_agent.pid(f"shop/{name}") for name in ("web", "tagged")}
+    assert not [event for event in bare_agent.events() if event["kind"] == "build"]

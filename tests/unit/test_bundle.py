@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 
 from holdfast.errors import NotFound, WrongState
+from holdfast.images.archives import open_archive
 from holdfast.images.bundle import Gathered, Tree, digest_of, open_bundle, pack_files, unpack_files, write_bundle
+from holdfast.images.gather import Unread, Wanted, wanted_images
+from holdfast.spec import NodeFacts
 from layouts import Layout
 from tars import entry, tar_of
 
@@ -174,6 +177,14 @@ def test_a_flipped_bit_in_any_document_is_noticed(bundle: Path) -> None:
             "does not lead to its manifest",
         ),
         (lambda index: index["manifests"].append(7), "damaged"),
+        (
+            lambda index: index["manifests"][1]["annotations"].update({"io.containerd.image.name": "\x1b[2J"}),
+            "image name '\\x1b[2J'",
+        ),
+        (
+            lambda index: index["annotations"].update({"vnd.holdfast.bundle.platform": "linux/\x1b[2J"}),
+            "it is for 'linux/\\x1b[2J'",
+        ),
         (lambda index: index.update(manifests={}), "holds 0 states"),
     ],
 )
@@ -241,3 +252,53 @@ def test_packed_files_have_no_times_and_owners() -> None:
     assert [each[0] for each in found] == sorted(FILES)
     assert {each[2:] for each in found} == {(0, 0, "")}
     assert unpack_files(pack_files(TREE)) == (FILES, TREE.executable)
+
+
+def test_image_load_leaves_bundles_to_bundle_load(bundle: Path, tmp_path: Path) -> None:
+    with open_archive(bundle, tmp_path, "amd64") as archive, pytest.raises(WrongState, match="holdfast bundle load"):
+        archive.images()
+
+
+SHOP = b"""
+[containers.web]
+image = "${vars.registry}/web:1"
+[containers.db]
+rootfs = "/srv/db"
+command = "x"
+"""
+MAIL = b"""
+[app]
+when.nodes = ["other"]
+[containers.in]
+image = "mail:1"
+[containers.out]
+image = "r.test/web:1"
+"""
+TREE_FILES = {"vars.toml": b'registry = "r.test"', "shop.toml": SHOP, "mail.toml": MAIL}
+
+
+def test_every_image_is_wanted_once_with_the_places_that_name_it() -> None:
+    found, _ = wanted_images(TREE_FILES, NodeFacts(name="node"), executable=frozenset(), everywhere=True)
+    assert found == [Wanted("mail:1", ("mail.toml:5",)), Wanted("r.test/web:1", ("mail.toml:7", "shop.toml:3"))]
+
+
+def test_only_what_a_node_runs_is_wanted_for_that_node() -> None:
+    found, _ = wanted_images(TREE_FILES, NodeFacts(name="node"), executable=frozenset(), everywhere=False)
+    assert found == [Wanted("r.test/web:1", ("shop.toml:3",))]
+
+
+def test_a_variable_without_a_value_is_no_image_of_any_name() -> None:
+    with pytest.raises(Unread) as caught:
+        wanted_images({"shop.toml": SHOP}, NodeFacts(name="node"), executable=frozenset(), everywhere=True)
+    assert [problem.line for problem in caught.value.problems] == [3]
+
+
+def test_images_that_are_built_come_before_those_that_may_be_their_tags() -> None:
+    files = {
+        "shop.toml": b'[containers.a]\nimage = "web:1"\n[containers.b]\nimage = "images.web"\n'
+        b'[images.web]\ncontext = "./web"\ntags = ["web:1"]\n',
+        "web/Dockerfile": b"FROM scratch\nCOPY Dockerfile /\n",
+    }
+    found, spec = wanted_images(files, NodeFacts(name="node"), executable=frozenset(), everywhere=True)
+    assert [each.reference for each in found] == ["images.shop/web", "web:1"]
+    assert set(spec.apps["shop"].images) == {"shop/web"}

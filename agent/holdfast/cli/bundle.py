@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,14 +19,17 @@ from holdfast.cli.bars import bars
 from holdfast.cli.check import counted
 from holdfast.cli.client import Client
 from holdfast.cli.command import Group, client, json_option, reach, settings, socket_path
-from holdfast.cli.state import PATIENCE, converge, headline
-from holdfast.errors import TryAgain, WrongCall, WrongState
+from holdfast.cli.state import BEAT, PATIENCE, converge, headline
+from holdfast.errors import HoldfastError, NotPermitted, TryAgain, UnfitHost, WrongCall, WrongState
 
 if TYPE_CHECKING:
+    from holdfast.config import Config
+    from holdfast.images.build import Builder
     from holdfast.images.bundle import Bundle, Tree
     from holdfast.images.gather import Coming, Wanted
     from holdfast.images.store import ImageStore
     from holdfast.source import Revision
+    from holdfast.spec import Spec
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -59,26 +64,28 @@ def create(
     Needs skopeo, and neither an agent nor root. Variables get the values that agent.toml of this host gives them (see
     --config). The file is an OCI image layout: `skopeo inspect oci-archive:FILE:IMAGE` shows what is in it.
     """
-    import tempfile
-
     from holdfast.images.bundle import write_bundle
     from holdfast.images.gather import Gatherer
     from holdfast.source.directory import DirectorySource
 
     config = settings()
     revision = DirectorySource(state_dir).current()
-    wanted = images_of(state_dir, revision, node_name, labels)
+    wanted, spec = images_of(state_dir, revision, node_name, labels)
     tree = tree_of(state_dir, revision)
     goal = platform_of(platform)
     fetching = replace(config.images, authfile=authfile.absolute()) if authfile else config.images
     if not output.parent.is_dir():
         raise WrongCall(f"write '{output}': '{output.parent}' is no directory")
-    beside = output.parent.resolve()  # skopeo takes a colon for the end of a path
     with (
-        tempfile.TemporaryDirectory(prefix=".bundle.", dir=None if ":" in str(beside) else beside) as folder,
-        closing(Gatherer(Path(folder), goal, fetching, store_here(config.root), coming)) as gatherer,
+        scratch(output) as folder,
+        ExitStack() as stack,
     ):
-        images = gatherer.gather(wanted)
+        store = store_here(config.root)
+        place = config.root if store else folder / "root"
+        builder = partial(builder_in, stack, replace(config, root=place, images=fetching)) if is_root() else None
+        gatherer = Gatherer(folder, goal, fetching, store, coming, builder)
+        stack.callback(gatherer.close)
+        images = gatherer.gather(wanted, spec)
         digest = write_bundle(output, tree, images, gatherer.blobs, goal)
     size = render.size(output.stat().st_size)
     files = counted(len(tree.files), "state file")
@@ -86,7 +93,26 @@ def create(
     click.echo(f"sha256:{digest}")
 
 
-def images_of(state_dir: Path, revision: Revision, node_name: str | None, labels: Sequence[str]) -> list[Wanted]:
+@contextmanager
+def scratch(output: Path) -> Iterator[Path]:
+    """A folder beside the file that is to be written, on its disk; gone at the end."""
+    import tempfile
+
+    beside = output.parent.resolve()
+    try:
+        # skopeo takes a colon for the end of a path
+        folder = tempfile.TemporaryDirectory(prefix=".bundle.", dir=None if ":" in str(beside) else beside)
+    except PermissionError as error:
+        raise NotPermitted(f"write '{output}': may not write to '{beside}'") from error
+    except OSError as error:
+        raise UnfitHost(f"write '{output}': {(error.strerror or str(error)).lower()}") from error
+    with folder as path:
+        yield Path(path)
+
+
+def images_of(
+    state_dir: Path, revision: Revision, node_name: str | None, labels: Sequence[str]
+) -> tuple[list[Wanted], Spec]:
     """Every image that the files name; raises what is wrong with them, all at once."""
     from holdfast.images.gather import Unread, wanted_images
 
@@ -97,13 +123,13 @@ def images_of(state_dir: Path, revision: Revision, node_name: str | None, labels
         facts = replace(facts, labels={**facts.labels, **dict(pair(label) for label in labels)})
     everywhere = node_name is None and not labels
     try:
-        found = wanted_images(revision.files, facts, executable=revision.executable, everywhere=everywhere)
+        found, spec = wanted_images(revision.files, facts, executable=revision.executable, everywhere=everywhere)
     except Unread as error:
         told = [WrongState(str(replace(each, path=str(state_dir / each.path)))) for each in error.problems]
         raise ExceptionGroup("state files", told) from None
     for path, why in revision.left_out.items():
         click.echo(f"left out {state_dir / path}: {why}", err=True)
-    return [replace(each, places=tuple(str(state_dir / place) for place in each.places)) for each in found]
+    return [replace(each, places=tuple(str(state_dir / place) for place in each.places)) for each in found], spec
 
 
 def store_here(root: Path) -> ImageStore | None:
@@ -112,6 +138,27 @@ def store_here(root: Path) -> ImageStore | None:
 
     place = root / "images"
     return ImageStore(place) if os.access(place / "index.json", os.R_OK | os.W_OK) else None
+
+
+def is_root() -> bool:
+    return os.geteuid() == 0
+
+
+def builder_in(stack: ExitStack, config: Config) -> Builder:
+    """What builds images that state files define, in the agent's place or in a scratch one; it ends with stack."""
+    from holdfast.drivers import Host
+    from holdfast.images.build import Builder
+    from holdfast.images.store import ImageStore
+    from holdfast.runtime.binaries import find_runtime
+
+    def told(_: str, subject: str, message: str, **__: object) -> None:
+        click.echo(f"{subject}: {message}", err=True)
+
+    host = Host(config.name, config.root, config.run_root, config.pool)
+    store = ImageStore(config.root / "images", config.images)
+    builder = Builder(store, config.images, host, find_runtime(config.runtime).path, told, lambda *_: None)
+    stack.callback(builder.close)
+    return builder
 
 
 def pair(label: str) -> tuple[str, str]:
@@ -135,8 +182,8 @@ def platform_of(text: str | None) -> str:
 
 def coming(image: Coming) -> None:
     """A line for each image, before its layers come."""
-    if image.local:
-        click.echo(f"[{image.number}/{image.of}] {image.reference}  from the store of this host", err=True)
+    if image.otherwise:
+        click.echo(f"[{image.number}/{image.of}] {image.reference}  {image.otherwise}", err=True)
         return
     fresh = "" if image.fresh == image.layers else f", {image.layers - image.fresh} of them fetched already"
     size = render.size(image.size)
@@ -185,7 +232,8 @@ def inspect(file: Path, json_: bool) -> None:
     if json_:
         render.as_json(told)
         return
-    about = [f"for {told['platform']}", told["revision"][:19], told["author"], render.ago(told["created"] or None)]
+    made = f"made {render.ago(told['created'])}" if told["created"] else ""
+    about = [f"for {told['platform']}", told["revision"][:19], told["author"], made]
     click.echo(f"{file}: {render.size(told['size'])}, " + ", ".join(filter(None, about)))
     click.echo()
     rows = [
@@ -195,7 +243,8 @@ def inspect(file: Path, json_: bool) -> None:
     render.table(["IMAGE", "DIGEST", "SIZE", "LAYERS"], rows)
     if rows:
         click.echo()
-    render.table(["STATE FILE", "SIZE"], [[each["path"], render.size(each["size"])] for each in told["files"]])
+    files = [[repr(each["path"])[1:-1], render.size(each["size"])] for each in told["files"]]  # no control characters
+    render.table(["STATE FILE", "SIZE"], files)
 
 
 # -- load ----------------------------------------------------------------------------------------------------
@@ -227,7 +276,7 @@ def load(file: Path, state: Path | None, images_only: bool, wait: bool, timeout:
         if folder is not None:
             check_replaceable(folder)
         with reach() as node:
-            images = node.load_bundle(str(file.absolute()))
+            images = load_images(node, file)
         for each in images:
             click.echo(f"{each['ref']}  {each['digest']}" + ("" if each["new"] else "  (here already)"))
         if folder is None:
@@ -239,6 +288,24 @@ def load(file: Path, state: Path | None, images_only: bool, wait: bool, timeout:
             kept = f" (what was there: {previous})" if previous else ""
             click.echo(f"{folder}: {counted(len(found.tree.files), 'state file')}{kept}")
     follow(agent, timeout)
+
+
+def load_images(node: Any, file: Path) -> Sequence[Mapping[str, Any]]:
+    """Have the node take in the images, and show how far it has come."""
+    from concurrent.futures import ThreadPoolExecutor, wait
+
+    def coming() -> Sequence[Mapping[str, Any]]:
+        with suppress(HoldfastError):
+            found = node.status()["transfers"] if isinstance(node, Client) else node.rig.transfers.look()
+            return [each for each in found if each["ref"] == file.name]
+        return []
+
+    with bars(quiet=not sys.stderr.isatty()) as show, ThreadPoolExecutor(1) as thread:
+        under_way = thread.submit(node.load_bundle, str(file.absolute()))
+        while wait([under_way], BEAT).not_done:
+            show(coming())
+        images: Sequence[Mapping[str, Any]] = under_way.result()
+    return images
 
 
 def follow(agent: Client | None, timeout: float) -> None:

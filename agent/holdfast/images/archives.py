@@ -35,6 +35,7 @@ INDEXES = (
 )
 NAME = "io.containerd.image.name"
 REF_NAME = "org.opencontainers.image.ref.name"
+BUNDLE = "vnd.holdfast.bundle.version"
 LARGEST_DOCUMENT = 64 << 20
 MAX_HEADER = 8 << 20  # bytes: tarfile holds names and attributes that precede an entry in memory
 HEADERS = (
@@ -102,6 +103,10 @@ class Archive:
 
     def _oci_images(self) -> list[Found]:
         index = json.loads(self._read("index.json"))
+        if BUNDLE in (index.get("annotations") or {}):
+            raise WrongState(
+                f"load {str(self.files.path)!r}: is a bundle (holdfast bundle load; its images alone: --images-only)"
+            )
         found = [self._oci_image(entry) for entry in self._manifests(index)]
         if not found:
             there = ", ".join(sorted({_platform(entry) for entry in index["manifests"]})) or "none at all"

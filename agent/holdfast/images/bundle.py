@@ -1,7 +1,7 @@
 """One file that holds a state tree and all its images ↔ what is in it. `cli` writes and reads it, `node` loads it.
 
-It is a tar archive of an OCI image layout (image-layout.md 1.1), so that `skopeo inspect oci-archive:FILE:NAME` and
-`holdfast image load` take its images, too:
+It is a tar archive of an OCI image layout (image-layout.md 1.1), so that `skopeo copy oci-archive:FILE:NAME …` takes
+its images, too:
 
     index.json         first the state, then a descriptor for each image name; annotations: version and platform
     blobs/sha256/HEX   each once: the state's manifest and tar, indexes, manifests, configurations, then layers
@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,7 +32,7 @@ from typing import Any, BinaryIO, cast
 
 from holdfast.errors import HoldfastError, NotFound, UnfitHost, WrongCall, WrongState
 from holdfast.images.archives import open_regular
-from holdfast.images.references import to_digest
+from holdfast.images.references import parse, to_digest
 from holdfast.observed import Json
 
 VERSION = 1
@@ -348,11 +349,11 @@ class _Members:
         if member.isdir():
             return
         if not member.isreg() or member.sparse is not None:
-            raise ValueError(f"{member.name[:255]!r} is no plain file")
+            raise ValueError(f"{member.name[:255]!r} is no plain file (expected a file of 'holdfast bundle create')")
         if member.name in self._places or len(self._places) >= MOST_MEMBERS:
             raise ValueError(f"{member.name[:255]!r} is in it twice, or it has too many members")
         if member.offset_data + member.size > self.size:
-            raise ValueError(f"cut short at {self.size} bytes")
+            raise ValueError(f"it is cut short: {self.size} bytes are here (copy it again)")
         self._places[member.name] = (member.offset_data, member.size)
 
     def offset(self, name: str) -> int:
@@ -424,6 +425,8 @@ def _read_bundle(path: Path, file: BinaryIO) -> Bundle:
         if int(version) > VERSION:
             raise ValueError(f"it is of version {int(version)} (this holdfast knows {VERSION}: update it)")
         platform = str(annotations[f"{ANNOTATION}platform"])
+        if not re.fullmatch(r"linux/\w{1,20}(/\w{1,20})?", platform, re.ASCII):
+            raise ValueError(f"it is for {platform[:100]!r} (expected as linux/amd64)")
         entries = index["manifests"]
         states = [entry for entry in entries if entry.get("artifactType") == STATE]
         if len(states) != 1:
@@ -508,7 +511,7 @@ def _check_folders(files: Mapping[str, bytes]) -> None:
 def _read_image(members: _Members, entry: Json, platform: str) -> Packed:
     annotations = entry["annotations"]
     members.blob(to_digest(entry["digest"]))  # what other programs go by
-    reference, name = str(annotations[REF_NAME]), str(annotations[NAME])
+    reference, name = (_image_name(annotations[key]) for key in (REF_NAME, NAME))
     digest, top_digest = to_digest(annotations[f"{ANNOTATION}manifest"]), to_digest(annotations[f"{ANNOTATION}top"])
     manifest, top = members.blob(digest), members.blob(top_digest)
     if top != manifest and digest not in [each["digest"] for each in json.loads(top)["manifests"]]:
@@ -528,6 +531,15 @@ def _read_image(members: _Members, entry: Json, platform: str) -> Packed:
             raise ValueError(f"layer {layer['digest']} has {size} bytes (its manifest says {layer['size']})")
         blobs.append(Blob(layer["digest"], size, to_digest(diff_id)))
     return Packed(reference, name, digest, top_digest, top, manifest, config, tuple(blobs))
+
+
+def _image_name(text: object) -> str:
+    """A name that the store can have; it is shown as well."""
+    try:
+        parse(str(text))
+    except WrongCall as error:
+        raise ValueError(str(error)) from error
+    return str(text)
 
 
 def digest_of(data: bytes) -> str:

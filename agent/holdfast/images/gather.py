@@ -9,28 +9,31 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.config import ImageSettings
-from holdfast.errors import HoldfastError, WrongState
+from holdfast.errors import HoldfastError, NotFound, TryAgain, WrongState
+from holdfast.images.build import Builder, built_name
 from holdfast.images.bundle import MANIFEST, Gathered, digest_of, media_type_of
+from holdfast.images.image import Image, architecture
 from holdfast.images.manifests import Unfit, choose, is_index, read_diff_ids, read_document, read_manifest
 from holdfast.images.references import Reference, parse
 from holdfast.images.skopeo import Skopeo
-from holdfast.images.store import Image, ImageStore
+from holdfast.images.store import ImageStore
 from holdfast.images.write import write_layout
-from holdfast.spec import Cache, NodeFacts, Problem, load
+from holdfast.spec import Cache, NodeFacts, Problem, Spec, load
+from holdfast.spec.forms import built
 
 #: OCI's names of architectures (with variant) → uname(2)'s, by which `manifests.choose` knows what a host runs.
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64", "arm64/v8": "aarch64", "arm": "armv7l", "arm/v7": "armv7l"}
 MACHINES |= {"arm/v6": "armv6l"}
-DEEPEST_INDEX = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """An image that state files name. places: where, as `shop.toml:3`."""
+    """An image that state files name, or have built and pushed (`images.app/name`). places: as `shop.toml:3`."""
 
     reference: str
     places: tuple[str, ...]
@@ -46,10 +49,10 @@ class Unread(Exception):
 
 def wanted_images(
     files: Mapping[str, bytes], facts: NodeFacts, *, executable: frozenset[str], everywhere: bool
-) -> list[Wanted]:
-    """Every image of a tree, each once, in the order of the files. Raises Unread where a file does not load.
+) -> tuple[list[Wanted], Spec]:
+    """Every image of a tree, each once, those that are built first, and the tree. Raises Unread for what is wrong.
 
-    everywhere: also of apps that `when` gives to other nodes than the one of facts.
+    everywhere: also of apps that `when` gives to other nodes than the one of facts; their images are built there.
     """
     cache = Cache()
     spec = load(files, facts, executable=executable, cache=cache)
@@ -64,14 +67,19 @@ def wanted_images(
             if container.image is not None:
                 line = reading.draft.document.line(("containers", name, "image"))
                 found.setdefault(container.image, []).append(f"{path}:{line}")
-    return [Wanted(reference, tuple(places)) for reference, places in found.items()]
+    for app in spec.apps.values():
+        for image, build in app.images.items():
+            if build.push and image.startswith(f"{app.name}/"):
+                found.setdefault(f"images.{image}", []).append(app.path)
+    in_order = sorted(found.items(), key=lambda each: built(each[0]) is None)
+    return [Wanted(reference, tuple(places)) for reference, places in in_order], spec
 
 
 @dataclass(frozen=True, slots=True)
 class Coming:
     """What is told of an image before its layers come. size: bytes of all; fresh: how many layers are yet to come.
 
-    local: it comes out of this host's store, and nothing else is known of it yet.
+    otherwise: where it comes from, in words, if not from a registry; nothing else is known of it yet then.
     """
 
     number: int
@@ -80,14 +88,15 @@ class Coming:
     size: int = 0
     layers: int = 0
     fresh: int = 0
-    local: bool = False
+    otherwise: str = ""
 
 
 class Gatherer:
     """Fetches images of one platform (`linux/amd64`, `linux/arm/v7`) into folder, which is the caller's to delete.
 
     folder: without a colon in its path, which skopeo would take for the end of it. store: of this host, for what was
-    imported, loaded or built here, which no registry has.
+    imported, loaded or built here, which no registry has. builder: makes what the state files have built; None: this
+    user can't.
     """
 
     def __init__(
@@ -97,8 +106,9 @@ class Gatherer:
         settings: ImageSettings,
         store: ImageStore | None = None,
         told: Callable[[Coming], None] = lambda _: None,
+        builder: Callable[[], Builder] | None = None,
     ) -> None:
-        self.folder, self.platform, self.store, self.told = folder, platform, store, told
+        self.folder, self.platform, self.store, self.told, self.builder = folder, platform, store, told, builder
         self.blobs = folder / "sha256"
         self.blobs.mkdir(parents=True, exist_ok=True)
         self._architecture = platform.split("/")[1]
@@ -109,13 +119,21 @@ class Gatherer:
         """End what is under way."""
         self._skopeo.close()
 
-    def gather(self, wanted: list[Wanted]) -> list[Gathered]:
-        """Fetch all of them. Raises an ExceptionGroup with every one that could not be had, and where it is named."""
+    def gather(self, wanted: list[Wanted], spec: Spec) -> list[Gathered]:
+        """Fetch all of them; spec says how those are built that are.
+
+        Raises an ExceptionGroup with every one that could not be had, and where it is named.
+        """
         found: list[Gathered] = []
         failures: list[HoldfastError] = []
         for number, each in enumerate(wanted, 1):
             try:
-                found.append(self._gather(each, number, len(wanted)))
+                name = built(each.reference)
+                if name is None:
+                    found.append(self._gather(each, number, len(wanted)))
+                else:
+                    self.told(Coming(number, len(wanted), each.reference, otherwise="built from its files"))
+                    found.append(self._build(name, each.reference, spec))
             except Unfit as error:
                 failures.append(WrongState(f"{', '.join(each.places)}: bundle {each.reference!r}: {error}"))
             except HoldfastError as error:
@@ -124,26 +142,43 @@ class Gatherer:
             raise ExceptionGroup("gather images", failures)
         return found
 
+    def _build(self, name: str, written: str, spec: Spec) -> Gathered:
+        """What a node would build, under the name by which it knows that it need not."""
+        images = next((app.images for app in spec.apps.values() if name in app.images), None)
+        if images is None:
+            raise Unfit("is built on other nodes than this (--node-name and --label say for which node a bundle is)")
+        if self._architecture != architecture():
+            raise Unfit(f"is built here, for linux/{architecture()} alone (expected that platform)")
+        if self.builder is None:
+            raise Unfit("is built from files of the state, which only root can do (run it as root)")
+        builder = self.builder()
+        self.store = self.store or builder.store  # where its tags lead to it, whatever registries have
+        here = {each: build.model_copy(update={"push": False}) for each, build in images.items()}
+        image = builder.build(name, here, spec.blobs)
+        return self._from_store(builder.store, image, built_name(name, images[name]), written)
+
     def _gather(self, wanted: Wanted, number: int, of: int) -> Gathered:
         reference = parse(wanted.reference)
         if reference.transport != "docker":
             raise Unfit(
                 "is read from a path of its node, where no bundle puts anything (expected the name of an image)"
             )
-        if self.store is not None and (image := self._stored(self.store, reference)):
-            self.told(Coming(number, of, wanted.reference, local=True))
-            return self._from_store(self.store, image, wanted.reference, reference.name)
-        return self._from_registry(reference, wanted.reference, number, of)
+        store = self.store
+        name = None if reference.digest or store is None else store.names().get(reference.name)
+        image = None if store is None or name is None else store.get(name.digest)
+        if store is None or name is None or image is None or name.source == "registry":
+            return self._from_registry(reference, wanted.reference, number, of)
+        if image.architecture != self._architecture:
+            return self._from_registry(reference, wanted.reference, number, of)
+        if name.source == "bundle":  # a registry had it once, with its own digest
+            with suppress(TryAgain, NotFound, Unfit):
+                return self._from_registry(reference, wanted.reference, number, of)
+        self.told(Coming(number, of, wanted.reference, otherwise="from the store of this host"))
+        return self._from_store(store, image, name.name, wanted.reference)
 
-    def _stored(self, store: ImageStore, reference: Reference) -> Image | None:
-        """What this host has under a name that did not come from a registry.
-
-        What is pinned is a registry's matter: layers of the store are compressed anew, so the image's digest changes.
-        """
-        name = None if reference.digest else store.names().get(reference.name)
-        return None if name is None or name.source == "registry" else store.get(name.digest)
-
-    def _from_store(self, store: ImageStore, image: Image, written: str, name: str) -> Gathered:
+    def _from_store(self, store: ImageStore, image: Image, name: str, written: str) -> Gathered:
+        """What this host has and no registry, or none that answers. Layers are compressed anew: its digest changes,
+        which is why nothing that is pinned comes from here."""
         layout = self.folder / "stored"
         try:
             with store.keep():
@@ -184,15 +219,15 @@ class Gatherer:
 
     def _for_platform(self, reference: Reference, top: bytes, written: str) -> bytes:
         """The manifest for the platform: top itself, or what it leads to where it is an index."""
-        manifest = top
-        for _ in range(DEEPEST_INDEX):
-            document = read_document(manifest)
-            if not is_index(document):
-                return manifest
-            chosen = choose(document, self._architecture, self._machine).digest
-            manifest = self._skopeo.manifest(reference, reference.at(chosen), written)
-            _check(manifest, chosen)
-        raise Unfit("too many indexes within each other")
+        document = read_document(top)
+        if not is_index(document):
+            return top
+        chosen = choose(document, self._architecture, self._machine).digest
+        manifest = self._skopeo.manifest(reference, reference.at(chosen), written)
+        _check(manifest, chosen)
+        if is_index(read_document(manifest)):
+            raise Unfit(f"is an index in an index, which no bundle holds (expected as {reference.repository}@DIGEST)")
+        return manifest
 
     def _fetch(self, reference: Reference, name: str, written: str, *, exact: bool) -> None:
         """Bring what is missing of the layers."""

@@ -32,6 +32,9 @@ from holdfast.images.references import Reference
 
 BUSY = "Too many requests to "  # skopeo then waits by itself, for minutes
 DIR_VERSION = "version"  # the first file that a `dir:` destination writes
+#: Has containers/image remember in memory which registry has which blob (pkg/blobinfocache): otherwise each blob is
+#: noted and synced in a file of the host's, for which all processes wait and which we never ask.
+NO_CACHE = {"_CONTAINERS_ROOTLESS_UID": "1", "XDG_DATA_HOME": "/proc/none"}
 TICK = 0.25  # seconds between looks at what ends a wait
 
 
@@ -128,7 +131,8 @@ class Skopeo:
 
         def start(stdin: int, stderr: BinaryIO) -> subprocess.Popen[bytes]:
             words = ("experimental-image-proxy", *self._access(reference))
-            return self._start(words, stdin=stdin, stdout=subprocess.DEVNULL, stderr=stderr)
+            environment = {**os.environ, **NO_CACHE}
+            return self._start(words, stdin=stdin, stdout=subprocess.DEVNULL, stderr=stderr, env=environment)
 
         return Proxy(start, self.settings.stall_timeout, _raise_busy)
 
@@ -235,17 +239,20 @@ class Skopeo:
         folders = [own / "registries.conf.d", SYSTEM / "registries.conf.d"]
         if main is None:
             main = own / "registries.conf"
-            if main.exists():
+            if os.path.exists(main):  # noqa: PTH110 (it may be another user's: then it is not there for us)
                 folders.pop()
             else:
                 main = SYSTEM / "registries.conf"
-        for path in (main, *(each for folder in folders for each in sorted(folder.glob("*.conf")))):
+        for path in (
+            main,
+            *(each for folder in folders if os.access(folder, os.R_OK) for each in sorted(folder.glob("*.conf"))),
+        ):
             with suppress(OSError, ValueError):  # skopeo says what is wrong with it
                 yield tomllib.loads(path.read_text())
 
     def _policy_path(self) -> Path:
         own = Path(os.environ.get("HOME") or "/root", ".config/containers/policy.json")
-        return self.settings.policy or (own if own.exists() else SYSTEM / "policy.json")
+        return self.settings.policy or (own if os.path.exists(own) else SYSTEM / "policy.json")  # noqa: PTH110
 
     def _ended(self) -> HoldfastError | None:
         return TryAgain("run 'skopeo': the agent is stopping") if self._closed else None

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from holdfast.errors import HoldfastError, NotFound, WrongState
+from holdfast.errors import HoldfastError, NotFound, UnfitHost, WrongState
 from holdfast.images.bundle import Blob, Bundle, Packed, open_bundle
+from holdfast.images.pull import GROWTH
 from holdfast.images.store import ImageStore
 from holdfast.images.transfers import Transfer
 from holdfast.images.unpack import Expected
@@ -34,6 +35,7 @@ def load_bundle(rig: Rig, path: Path) -> Sequence[Json]:
         for image in bundle.images:
             if not here[image.reference]:
                 _add_image(rig.images, image)
+        rig.images.touch([image.digest for image in bundle.images])  # nobody uses them yet, and somebody will soon
     new = [each for each in bundle.images if not here[each.reference]]
     if new:
         told = f"loaded from '{path}': {', '.join(each.reference for each in new)}"
@@ -67,6 +69,7 @@ def _add_layers(store: ImageStore, bundle: Bundle, transfer: Transfer) -> None:
         here = store.has_layer(layer.diff_id)
         transfer.expect(layer.digest, layer.size, here=here)
         missing += [] if here else [layer]
+    _check_room(store, bundle, missing)
     transfer.state = "pulling"
     with ThreadPoolExecutor(min(SIDE_BY_SIDE, os.cpu_count() or 1), "bundle layer") as pool:
         under_way = [pool.submit(_add_layer, store, bundle, layer, transfer) for layer in missing]
@@ -78,6 +81,18 @@ def _add_layers(store: ImageStore, bundle: Bundle, transfer: Transfer) -> None:
             raise
 
 
+def _check_room(store: ImageStore, bundle: Bundle, missing: Sequence[Blob]) -> None:
+    """Compare what will have to be written with what is free, before the first byte is."""
+    system = os.statvfs(store.root)
+    free, packed = system.f_bavail * system.f_frsize, sum(layer.size for layer in missing)
+    if missing and GROWTH * packed + store.settings.min_free > free:
+        raise UnfitHost(
+            f"load bundle '{bundle.path}': not enough space in '{store.root}': {free >> 20} MiB free, about "
+            f"{GROWTH * packed >> 20} MiB needed, and {store.settings.min_free >> 20} MiB are to stay free (min_free "
+            "in [images] of agent.toml)"
+        )
+
+
 def _add_layer(store: ImageStore, bundle: Bundle, layer: Blob, transfer: Transfer) -> None:
     transfer.begin(layer.digest)
     try:
@@ -85,7 +100,7 @@ def _add_layer(store: ImageStore, bundle: Bundle, layer: Blob, transfer: Transfe
             expected = Expected(layer.diff_id, layer.digest, layer.size)
             store.add_layer(stream, expected, lambda done: transfer.advance(layer.digest, done))
     except HoldfastError as error:
-        raise type(error)(f"load bundle '{bundle.path}': layer {layer.digest}: {error}") from error
+        raise type(error)(f"load bundle '{bundle.path}': {error}") from error
     transfer.finish(layer.digest)
 
 
