@@ -187,6 +187,58 @@ class PaperAgent:
     def remove_image(self, ref: str) -> dict[str, Any]:
         raise NotFound(f"image '{ref}': no such image")
 
+    def image(self, ref: str) -> dict[str, Any]:
+        return {"Id": "sha256:abc", "RepoTags": [ref]}
+
+    def image_history(self, ref: str) -> Sequence[dict[str, Any]]:
+        return [{"layer": "", "created": NOW, "created_by": "CMD", "size": 0, "comment": ref}]
+
+    def outdated(self) -> Sequence[dict[str, Any]]:
+        return []
+
+    def pull_image(self, ref: str) -> Iterator[dict[str, Any]]:
+        yield {"transfers": []}
+        if ref == "gone:1":
+            raise NotFound(f"pull '{ref}': the registry has no such image")
+        yield {"image": {"ref": ref, "digest": "sha256:abc"}}
+
+    def push_image(self, ref: str, to: str = "") -> Iterator[dict[str, Any]]:
+        yield {"pushed": {"ref": to or ref, "digest": "sha256:abc"}}
+
+    def load_bundle(self, path: str) -> Sequence[dict[str, Any]]:
+        return []
+
+    def tag_image(self, ref: str, name: str) -> dict[str, Any]:
+        return {"ref": name}
+
+    def prune_images(self, all: bool = False) -> dict[str, Any]:
+        return {"images": ["sha256:abc"] * all, "layers": [], "freed": 0}
+
+    def save_images(self, refs: Sequence[str], format: str, out: Any) -> dict[str, Any]:
+        out.write(b"tar" * 1_000_000)
+        if "gone:1" in refs:
+            raise NotFound("find image 'gone:1': no such image here")
+        out.write(format.encode())
+        return {"images": list(refs)}
+
+    def export_image(self, ref: str, out: Any) -> dict[str, Any]:
+        out.write(ref.encode())
+        return {"ref": ref}
+
+    def commit(self, target: str, name: str, **options: Any) -> dict[str, Any]:
+        self._known(target)
+        return {"ref": name, **options}
+
+    def export(self, target: str, out: Any, pause: bool = True) -> dict[str, Any]:
+        out.write(target.encode())
+        return {"target": target, "pause": pause}
+
+    def usage(self) -> dict[str, Any]:
+        return {"kinds": [], "images": [], "containers": [], "volumes": []}
+
+    def prune(self, all: bool = False, volumes: bool = False) -> dict[str, Any]:
+        return {"images": [], "volumes": ["shop/old"] * volumes, "freed": int(all), "kinds": {}}
+
     def plugins(self) -> Sequence[dict[str, Any]]:
         return [{"name": "odd", "version": "1", "state": "failed", "error": "no module named 'odd'", "drivers": []}]
 

@@ -56,6 +56,7 @@ SHORT, LONGEST_REST = 0.005, 0.1  # seconds: a pass that takes no longer needs n
 FILES = 65_536  # open at once, as in holdfast.service
 HOUSEKEEPING = 10.0  # seconds between looks at the size of logs
 BEAT = 0.1  # seconds between looks at what is being pulled
+COLLECT = 60.0  # seconds between looks at how full the disk is
 FOLLOWERS = 64  # answers at a time; each that follows a log takes one
 FIXED = ("name", "root", "run_root", "runtime", "socket", "group", "pool", "firewall", "start_concurrency")
 
@@ -237,7 +238,9 @@ class Daemon(Answers):
         try:
             async with serving(self, self._config.socket, group=self._config.group):
                 self.rig.store.event("agent", "node", f"holdfast {__version__} runs as process {os.getpid()}")
+                collecting = self._loop.create_task(self._collect())
                 await self._passes()
+                await collecting
         finally:
             _notify("STOPPING=1")
             await asyncio.to_thread(self._watch.close)
@@ -260,6 +263,13 @@ class Daemon(Answers):
             wake_at = self._last.plan.wake_at if self._last else None
             timer = min(full_at, rotate_at) - time.monotonic()
             await self._wait(timer if wake_at is None else min(timer, wake_at - time.time()))
+
+    async def _collect(self) -> None:
+        """Look now and then whether images have to go: beside the passes, for to delete many files takes a while."""
+        while not self._stop.is_set():
+            await asyncio.to_thread(self._node.collect_images)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), COLLECT)
 
     async def _pass(self) -> None:
         """One pass, in a thread. What it raises is a bug: reported, and the next pass tries again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pwd
 import socket
@@ -14,7 +15,7 @@ import pytest
 
 from holdfast.api import answers, listen
 from holdfast.cli.client import Client
-from holdfast.errors import Conflict, NoAgent, NotFound, WrongConfig
+from holdfast.errors import Conflict, NoAgent, NotFound, WrongCall, WrongConfig
 from paper import PaperAgent, served, until
 
 
@@ -75,6 +76,42 @@ def test_every_call_of_the_client_has_a_route(client: Client, agent: PaperAgent)
     assert client.stats()[0]["pids"] == 2
     assert client.exec_of("shop/web", ["true"], user="1") == ["/usr/bin/env", "true"]
     assert client.logs_of("shop/web")["paths"] == [str(agent.logs)]
+
+
+def test_every_call_about_images_has_a_route(client: Client) -> None:
+    assert client.image("app:1")["RepoTags"] == ["app:1"]
+    assert client.image_history("app:1")[0]["comment"] == "app:1"
+    assert client.tag_image("app:1", "app:2") == {"ref": "app:2"}
+    assert client.prune_images(all=True)["images"] == ["sha256:abc"]
+    assert list(client.pull_image("app:1"))[-1]["image"]["ref"] == "app:1"
+    assert list(client.push_image("app:1", "r.test/a:1")) == [
+        {"pushed": {"ref": "r.test/a:1", "digest": "sha256:abc"}}
+    ]
+    made = client.commit("shop/web", "app:3", changes=["USER 1"], message="m", author="a", pause=False)
+    assert made == {"ref": "app:3", "changes": ["USER 1"], "message": "m", "author": "a", "pause": False}
+    assert (client.usage()["kinds"], client.outdated(), client.load_bundle("/x")) == ([], [], [])
+    assert client.prune(all=True, volumes=True)["volumes"] == ["shop/old"]
+
+
+def test_archives_come_whole_through_the_agent_or_not_at_all(client: Client) -> None:
+    out = io.BytesIO()
+    assert client.save_images(["a:1", "b:1"], "docker-archive", out) == {"images": ["a:1", "b:1"]}
+    assert out.getvalue() == b"tar" * 1_000_000 + b"docker-archive"
+    with pytest.raises(NotFound, match="'gone:1'"):
+        client.save_images(["gone:1"], "oci-archive", io.BytesIO())
+    out = io.BytesIO()
+    assert client.export("shop/web", out, pause=False) == {"target": "shop/web", "pause": False}
+    client.export_image("app:1", out)
+    assert out.getvalue() == b"shop/webapp:1"
+    with pytest.raises(WrongCall, match="no image is named"):
+        client.export_image("", io.BytesIO())
+
+
+def test_what_fails_while_an_image_is_pulled_arrives_as_it_was_raised(client: Client) -> None:
+    lines = client.pull_image("gone:1")
+    assert next(lines) == {"transfers": []}
+    with pytest.raises(NotFound, match="the registry has no such image"):
+        next(lines)
 
 
 def test_events_are_read_from_where_the_reader_was(client: Client) -> None:

@@ -11,13 +11,21 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 from urllib.parse import quote, urlencode
 
 from holdfast import errors
 from holdfast.errors import HoldfastError, NoAgent, NotPermitted, UnfitHost
 
 Json = Any
+
+
+class Out(Protocol):
+    """Where an archive goes."""
+
+    def write(self, data: bytes, /) -> object:
+        """Take all of data."""
+        ...
 
 
 class Client:
@@ -93,20 +101,59 @@ class Client:
     def images(self) -> Json:
         return self._call("GET", "/v1/images")
 
+    def image(self, ref: str) -> Json:
+        return self._call("GET", f"/v1/images/inspect?{urlencode({'ref': ref})}")
+
+    def image_history(self, ref: str) -> Json:
+        return self._call("GET", f"/v1/images/history?{urlencode({'ref': ref})}")
+
+    def outdated(self) -> Json:
+        return self._call("GET", "/v1/images/outdated")
+
+    def pull_image(self, ref: str) -> Iterator[Json]:
+        """Transfers as they come, and at last the image."""
+        return self._steps("/v1/images/pull", {"ref": ref})
+
+    def push_image(self, ref: str, to: str = "") -> Iterator[Json]:
+        """Transfers as they go, and at last what was pushed."""
+        return self._steps("/v1/images/push", {"ref": ref, "to": to})
+
     def import_image(self, path: str, ref: str, changes: Sequence[str] = ()) -> Json:
         return self._call("POST", "/v1/images/import", {"path": path, "ref": ref, "changes": list(changes)})
 
     def load_image(self, path: str) -> Json:
         return self._call("POST", "/v1/images/load", {"path": path})
 
-    def outdated(self) -> Json:
-        return self._call("GET", "/v1/images/outdated")
+    def load_bundle(self, path: str) -> Json:
+        return self._call("POST", "/v1/bundles/load", {"path": path})
+
+    def tag_image(self, ref: str, name: str) -> Json:
+        return self._call("POST", "/v1/images/tag", {"ref": ref, "name": name})
 
     def remove_image(self, ref: str) -> Json:
         return self._call("DELETE", f"/v1/images?{urlencode({'ref': ref})}")
 
-    def load_bundle(self, path: str) -> Json:
-        return self._call("POST", "/v1/bundles/load", {"path": path})
+    def prune_images(self, all: bool = False) -> Json:
+        return self._call("POST", "/v1/images/prune", {"all": all})
+
+    def save_images(self, refs: Sequence[str], format: str, out: Out) -> Json:
+        asked = urlencode([*(("ref", ref) for ref in refs), ("format", format)])
+        return self._frames(f"/v1/images/save?{asked}", out)
+
+    def export_image(self, ref: str, out: Out) -> Json:
+        return self._frames(f"/v1/images/export?{urlencode({'ref': ref})}", out)
+
+    def commit(self, target: str, name: str, **options: Any) -> Json:
+        return self._call("POST", f"/v1/containers/{quote(target)}/commit", {"name": name, **options})
+
+    def export(self, target: str, out: Out, pause: bool = True) -> Json:
+        return self._frames(f"/v1/containers/{quote(target)}/export?pause={int(pause)}", out)
+
+    def usage(self) -> Json:
+        return self._call("GET", "/v1/usage")
+
+    def prune(self, all: bool = False, volumes: bool = False) -> Json:
+        return self._call("POST", "/v1/prune", {"all": all, "volumes": volumes})
 
     def plugins(self) -> Json:
         return self._call("GET", "/v1/plugins")
@@ -119,6 +166,33 @@ class Client:
         with self._answer("GET", target) as answer:
             for line in answer:
                 yield json.loads(line) if line.strip() else None
+
+    def _steps(self, target: str, body: Json) -> Iterator[Json]:
+        """The lines of an answer that takes long; the last one is its result, or the error that is raised."""
+        with self._answer("POST", target, body) as answer:
+            last = None
+            for line in answer:
+                if last is not None:
+                    yield last
+                last = json.loads(line)
+            yield self._end(last)
+
+    def _frames(self, target: str, out: Out) -> Json:
+        """Write what comes in frames (see `holdfast.api.images`); return what comes at their end."""
+        with self._answer("GET", target) as answer:
+            while size := int(answer.readline() or b"-1", 16):
+                data = answer.read(size) if size > 0 else b""
+                if len(data) != size:
+                    raise NoAgent(f"ask the agent on '{self.path}': it hung up in the middle of an answer")
+                out.write(data)
+            return self._end(json.loads(answer.readline() or b"null"))
+
+    def _end(self, last: Json) -> Json:
+        if last is None:
+            raise NoAgent(f"ask the agent on '{self.path}': it hung up in the middle of an answer")
+        if isinstance(last, dict) and "exit_code" in last:
+            raise error_of(json.dumps(last).encode())
+        return last
 
     @contextmanager
     def _answer(self, method: str, target: str, body: Json = None) -> Iterator[IO[bytes]]:

@@ -7,25 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, cast
 
 from holdfast.errors import Conflict, NotFound, WrongCall
-from holdfast.images.store import Image
-from holdfast.node.bundle import load_bundle
-from holdfast.node.newer import outdated
+from holdfast.node.images import ImageAnswers
 from holdfast.node.recover import remove_volume
-from holdfast.node.rig import Rig
+from holdfast.node.usage import prune_build_cache, prune_logs, usage
 from holdfast.observed import Instance, Json, Receipt
 from holdfast.plugins import found_by
 from holdfast.runtime import cgroup, users
 
 
-class Answers:
+class Answers(ImageAnswers):
     """The questions of `holdfast.api.Agent` that need no loop. Raises NotFound for what is not there."""
-
-    def __init__(self, rig: Rig) -> None:
-        self.rig = rig
 
     # -- containers --
 
@@ -213,68 +207,30 @@ class Answers:
                 owner = self.rig.store.instances.get(cast(Any, instance))
                 yield {"container": owner.key if owner else instance, **receipt.data}
 
-    # -- images --
+    # -- the disk --
 
-    def images(self) -> Sequence[Json]:
-        """Every image, a line for each of its names."""
-        users_of = self._image_users()
-        return [
-            {**_image_json(image), "ref": name, "used_by": sorted(users_of.get(image.digest, ()))}
-            for image in self.rig.images.list()
-            for name in image.names
-        ]
+    def usage(self) -> Json:
+        """What takes up the disk, and what of it could go."""
+        return usage(self.rig, self.volumes())
 
-    def import_image(self, path: str, ref: str, changes: Sequence[str] = ()) -> Json:
-        """Make an image of a root file system's tar archive."""
-        image = self.rig.images.import_rootfs(Path(path), ref, changes)
-        self._images_changed()
-        return {**_image_json(image), "ref": ref}
+    def prune(self, all: bool = False, volumes: bool = False) -> Json:
+        """Delete what nobody needs, named images and volumes only if that is asked for."""
+        images = self.prune_images(all)
+        found = self._volume_sizes() if volumes else {}
+        gone = list(self.prune_volumes()) if volumes else []
+        freed = {
+            "images": images["freed"],
+            "volumes": sum(found.get(id, 0) for id in gone),
+            "logs": prune_logs(self.rig),
+            "build cache": prune_build_cache(self.rig),
+        }
+        return {"images": images["images"], "volumes": gone, "freed": sum(freed.values()), "kinds": freed}
 
-    def load_image(self, path: str) -> Sequence[Json]:
-        """Take in the images of an archive or layout."""
-        images = self.rig.images.load(Path(path))
-        self._images_changed()
-        return [{**_image_json(image), "ref": image.names[0] if image.names else image.digest} for image in images]
-
-    def outdated(self) -> Sequence[Json]:
-        """Ask the registries what they have by now."""
-        return outdated(self.rig)
-
-    def remove_image(self, ref: str) -> Json:
-        """Forget a reference; Conflict if a container, or a generation that may come back, needs it."""
-        self.rig.images.remove(ref, self._image_users())
-        return {"ref": ref}
-
-    def _image_users(self) -> dict[str, set[str]]:
-        found: dict[str, set[str]] = {}
-        for instance in self.rig.store.instances.values():
-            found.setdefault(instance.image, set()).add(instance.key)
-        for app, known in self.rig.store.history().generations.items():
-            for generation in known:
-                for name, digest in generation.images.items():
-                    found.setdefault(digest, set()).add(f"{app}/{name}")
-        return found
-
-    def _images_changed(self) -> None:
-        """What could not be staged for want of an image can be tried at once."""
-        self.rig.store.retry_now()
-
-    def load_bundle(self, path: str) -> Sequence[Json]:
-        """Take in the images of a bundle."""
-        return load_bundle(self.rig, Path(path))
+    def _volume_sizes(self) -> dict[str, int]:
+        return {str(each["volume"]): int(each["size"]) for each in self.usage()["volumes"]}
 
     # -- plugins --
 
     def plugins(self) -> Sequence[Json]:
         """Every plugin that was found, and how it fares."""
         return [asdict(state) for state in self.rig.plugins.states]
-
-
-def _image_json(image: Image) -> dict[str, Any]:
-    return {
-        "digest": image.digest,
-        "size": image.size,
-        "created": image.created,
-        "layers": len(image.layers),
-        "architecture": image.architecture,
-    }

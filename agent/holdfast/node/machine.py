@@ -15,6 +15,7 @@ from functools import partial
 import structlog
 
 from holdfast.errors import HoldfastError
+from holdfast.node.images import Collector
 from holdfast.node.lanes import Lanes
 from holdfast.node.newer import NewerWatch
 from holdfast.node.observe import observe
@@ -83,6 +84,7 @@ class Node:
         self._revision = ""
         self._applied = False
         self._lanes = Lanes(self._do, lambda action: self.wake(action.subject), starts=starts)
+        self._collector = Collector(rig)
         self._exits = ExitWatch(lambda instance: self.wake(instance))
         self._newer: NewerWatch | None = None
 
@@ -126,6 +128,10 @@ class Node:
                     rotate(self.rig.log_path(instance), kept.max_size, kept.max_files, partial(reopen_log, bundle))
                 except OSError as error:  # conmon goes on writing where it writes; the next look tries again
                     log.warning("log not rotated", container=instance.key, error=str(error))
+
+    def collect_images(self) -> None:
+        """Free what no image needs where the disk is full."""
+        self._collector.collect()
 
     @property
     def busy(self) -> frozenset[str]:

@@ -10,6 +10,7 @@ from holdfast.errors import HoldfastError
 from holdfast.node.rig import Rig
 from holdfast.node.stop import remove_thing
 from holdfast.observed import Json, Receipt
+from holdfast.runtime import cgroup
 
 
 def recover(rig: Rig) -> None:
@@ -28,6 +29,8 @@ def settle(rig: Rig, subject: str, intent: Json) -> None:
     match intent["verb"]:
         case "StartInstance":
             _undo_restart(rig, subject)
+        case "Pause":
+            cgroup.thaw(rig.runtime.cgroup(intent["instance"]))
         case "RemoveVolume":
             _finish_removal(rig, subject.removeprefix("volume "))
 

@@ -10,10 +10,9 @@
     GET    /v1/containers/APP/NAME/files           POST   /v1/containers/APP/NAME/exec   {"command": […], …}
     GET    /v1/volumes[/APP/NAME]                  DELETE /v1/volumes/APP/NAME?force=
     POST   /v1/volumes/prune                       GET    /v1/networks[/ID]
-    GET    /v1/images                              DELETE /v1/images?ref=
-    GET    /v1/images/outdated                     GET    /v1/plugins
-    POST   /v1/images/{import,load}
-    GET    /v1/stats                               POST   /v1/bundles/load
+    GET    /v1/stats                               GET    /v1/plugins
+
+Images, and the disk: see `api.images`.
 """
 
 from __future__ import annotations
@@ -27,160 +26,28 @@ import pwd
 import socket
 import struct
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 from aiohttp import web
 
-from holdfast.errors import (
-    Conflict,
-    HoldfastError,
-    NotFound,
-    NotPermitted,
-    TryAgain,
-    UnfitHost,
-    WrongCall,
-    WrongConfig,
-    WrongState,
-)
-from holdfast.observed import Json
+from holdfast.api.agent import Agent
+from holdfast.api.images import IMAGE_ROUTES
+from holdfast.api.wire import AGENT, answer, body, number, report, target_of
+from holdfast.errors import Conflict, UnfitHost, WrongConfig
 from holdfast.runtime.logs import LogLine
 from holdfast.runtime.output import output
 
 HEARTBEAT = 1.0  # seconds: a follower hears an empty line that often (or each `beat`), and so knows that we live
 
-HTTP_STATUS: tuple[tuple[type[HoldfastError], int], ...] = (
-    (NotFound, 404),
-    (WrongCall, 400),
-    (WrongState, 422),
-    (NotPermitted, 403),
-    (Conflict, 409),
-    (TryAgain, 503),
-    (UnfitHost, 503),
-)
 HOLDS: dict[str, Literal["stopped", "started", "restarted"]] = {
     "stop": "stopped",
     "start": "started",
     "restart": "restarted",
 }
-
-
-class Agent(Protocol):
-    """What the API asks of the agent. Plain methods may block and are called from threads.
-
-    A target is `app/container`, and names something that is there, or NotFound is raised.
-    """
-
-    def status(self) -> Json:
-        """`Status.json()` of the last pass."""
-        ...
-
-    def plan(self) -> Json:
-        """`plan_json` of a preview made now; touches nothing."""
-        ...
-
-    async def sync(self, accept_rewrite: bool) -> Json:
-        """Ask the source, make a pass, and return the status after it."""
-        ...
-
-    def events(self, after: int, limit: int) -> Sequence[Json]:
-        """The events with a seq above `after`, oldest first; the newest `limit` of them.
-
-        An event is {"seq", "at" (epoch seconds), "kind", "subject", "message", …}.
-        """
-        ...
-
-    async def wait_events(self, after: int) -> None:
-        """Return when there is an event with a seq above `after`; safe to cancel."""
-
-    def hold(self, target: str, kind: Literal["stopped", "started", "restarted"], by: str) -> None:
-        """Record what a person asks for, and wake the loop."""
-
-    def release(self, target: str) -> None:
-        """End a hold, and wake the loop."""
-
-    def inspect(self, target: str) -> Json:
-        """Everything known of a container: want, instances, receipts, paths."""
-        ...
-
-    def logs_of(self, target: str) -> Json:
-        """{"paths": the log of each instance that has one, oldest first} (see `runtime.logs`)."""
-        ...
-
-    def exec_of(
-        self,
-        target: str,
-        command: Sequence[str],
-        *,
-        user: str = "",
-        env: Sequence[str] = (),
-        workdir: str = "",
-        tty: bool = False,
-    ) -> Sequence[str]:
-        """The argument list that runs a command inside the container's newest running instance."""
-        ...
-
-    def stats(self) -> Sequence[Json]:
-        """{"target", "instance", "memory", "memory_limit", "cpu" (seconds), "pids"} of every running instance."""
-        ...
-
-    def volumes(self) -> Sequence[Json]:
-        """{"id", "driver", "path", "used_by": […], "orphan": bool} of every volume."""
-        ...
-
-    def volume(self, id: str) -> Json:
-        """One volume, in full."""
-        ...
-
-    def remove_volume(self, id: str, force: bool = False) -> None:
-        """Delete a volume and its data; Conflict when a container has it mounted, or (without force) declares it."""
-
-    def prune_volumes(self) -> Sequence[str]:
-        """Delete every volume that no app declares; return their ids."""
-        ...
-
-    def networks(self) -> Sequence[Json]:
-        """{"id", "driver", "subnet", "gateway", "interface", "internal", "endpoints": […]} of every network."""
-        ...
-
-    def network(self, id: str) -> Json:
-        """One network, in full."""
-        ...
-
-    def images(self) -> Sequence[Json]:
-        """{"ref", "digest", "size", "created", "used_by": […]} of every image in the store."""
-        ...
-
-    def import_image(self, path: str, ref: str, changes: Sequence[str] = ()) -> Json:
-        """Make an image of one layer out of a root file system's tar archive; changes as CMD, ENV, USER …"""
-        ...
-
-    def load_image(self, path: str) -> Sequence[Json]:
-        """Take in the images of an OCI layout (directory or archive) or a docker-archive."""
-        ...
-
-    def outdated(self) -> Sequence[Json]:
-        """What registries have by now for the images that were staged (`node.newer.outdated`)."""
-        ...
-
-    def remove_image(self, ref: str) -> Json:
-        """Forget a reference, and what only it needs."""
-        ...
-
-    def load_bundle(self, path: str) -> Sequence[Json]:
-        """Take in the images of a bundle: {"ref", "digest", "new"} of each; its state is the caller's business."""
-        ...
-
-    def plugins(self) -> Sequence[Json]:
-        """{"name", "version", "state": ok | failed | raised, "error", "drivers": […]} of every plugin."""
-        ...
-
-
-AGENT: web.AppKey[Agent] = web.AppKey("agent")
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @asynccontextmanager
@@ -258,68 +125,6 @@ def caller(request: web.Request) -> str:
         return f"uid {uid}"
 
 
-def error_json(error: HoldfastError) -> dict[str, Any]:
-    """An error as the API writes it."""
-    return {"error": str(error), "class": type(error).__name__, "exit_code": error.exit_code}
-
-
-@web.middleware
-async def report(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn what a handler raises on purpose into its JSON."""
-    try:
-        return await handler(request)
-    except HoldfastError as error:
-        code = next((code for kind, code in HTTP_STATUS if isinstance(error, kind)), 500)
-        return web.json_response(error_json(error), status=code)
-    except web.HTTPException as error:
-        wrong = WrongCall(f"{request.method} '{request.path}': {error.reason.lower()}")
-        return web.json_response(error_json(wrong), status=error.status)
-
-
-def target_of(request: web.Request) -> str:
-    return f"{request.match_info['app']}/{request.match_info['name']}"
-
-
-def number(request: web.Request, name: str, default: float) -> float:
-    """A number of the query."""
-    text = request.query.get(name, "")
-    try:
-        found = float(text) if text else default
-        if abs(found) < 2**53:  # false for nan, which would confuse the loop's timers, and for what is no integer
-            return found
-    except ValueError:
-        pass
-    raise WrongCall(f"query '{name}={text}': not a number")
-
-
-async def body(request: web.Request) -> dict[str, Any]:
-    """The JSON object that a request carries; none is an empty one."""
-    text = await request.text()
-    try:
-        value = json.loads(text) if text else {}
-    except ValueError as error:
-        raise WrongCall(f"{request.method} '{request.path}': body is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise WrongCall(f"{request.method} '{request.path}': body is not a JSON object")
-    return value
-
-
-def asked(value: dict[str, Any], key: str) -> str:
-    text = value.get(key)
-    if not isinstance(text, str) or not text:
-        raise WrongCall(f"body '{key}': a string is needed")
-    return text
-
-
-def answer(call: Callable[[Agent, web.Request], Any]) -> Handler:
-    """A handler that makes one blocking call in a thread and writes what it returns."""
-
-    async def handle(request: web.Request) -> web.Response:
-        return web.json_response(await asyncio.to_thread(call, request.app[AGENT], request))
-
-    return handle
-
-
 async def sync(request: web.Request) -> web.Response:
     value = await body(request)
     return web.json_response(await request.app[AGENT].sync(bool(value.get("accept_rewrite"))))
@@ -346,20 +151,6 @@ async def exec_argv(request: web.Request) -> web.Response:
         tty=bool(value.get("tty")),
     )
     return web.json_response({"argv": list(argv)})
-
-
-async def take_image(request: web.Request) -> web.Response:
-    agent, value = request.app[AGENT], await body(request)
-    path = asked(value, "path")
-    if request.match_info["verb"] == "load":
-        return web.json_response(await asyncio.to_thread(agent.load_image, path))
-    changes = [str(change) for change in value.get("changes") or ()]
-    return web.json_response(await asyncio.to_thread(agent.import_image, path, asked(value, "ref"), changes))
-
-
-async def load_bundle(request: web.Request) -> web.Response:
-    path = asked(await body(request), "path")
-    return web.json_response(await asyncio.to_thread(request.app[AGENT].load_bundle, path))
 
 
 async def events(request: web.Request) -> web.StreamResponse:
@@ -463,10 +254,6 @@ ROUTES = [
     ),
     web.get("/v1/networks", answer(lambda agent, _: agent.networks())),
     web.get("/v1/networks/{id:.+}", answer(lambda agent, request: agent.network(request.match_info["id"]))),
-    web.get("/v1/images", answer(lambda agent, _: agent.images())),
-    web.get("/v1/images/outdated", answer(lambda agent, _: agent.outdated())),
-    web.post("/v1/images/{verb:import|load}", take_image),
-    web.delete("/v1/images", answer(lambda agent, request: agent.remove_image(request.query.get("ref", "")))),
-    web.post("/v1/bundles/load", load_bundle),
     web.get("/v1/plugins", answer(lambda agent, _: agent.plugins())),
+    *IMAGE_ROUTES,
 ]

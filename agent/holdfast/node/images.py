@@ -1,0 +1,308 @@
+"""What a person may ask about images, and do to them; who uses which, and when unused ones go.
+
+Part of `answers`; `machine` collects what is no longer used. Everything returned is JSON-able; what takes long is an
+iterator that tells how far it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import HoldfastError, WrongCall
+from holdfast.images.collect import collect
+from holdfast.images.image import Freed, Image, Name
+from holdfast.images.references import familiar, parse
+from holdfast.images.write import FORMATS, Sink, save
+from holdfast.node.bundle import load_bundle
+from holdfast.node.capture import commit_container, export_container, export_image
+from holdfast.node.newer import outdated
+from holdfast.node.rig import Rig
+from holdfast.observed import Json
+
+BEAT = 0.1  # seconds between looks at a transfer
+
+
+class ImageAnswers:
+    """The questions of `holdfast.api.agent.ImageAgent`. Raises NotFound for what is not there."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+
+    # -- looking --
+
+    def images(self) -> Sequence[Json]:
+        """Every image, a line for each of its names; one without a name has the ref ""."""
+        users = image_users(self.rig)
+        names = self.rig.images.names()
+        return [
+            {**image_json(image, names.get(full)), "ref": short, "used_by": sorted(users.get(image.digest, ()))}
+            for image in self.rig.images.list(dangling=True)
+            for short, full in ([(name, parse(name).name) for name in image.names] or [("", "")])
+        ]
+
+    def image(self, ref: str) -> Json:
+        """One image, in the words of `docker image inspect`."""
+        store = self.rig.images
+        image = store.resolve(ref)
+        names = [each for each in store.names().values() if each.digest == image.digest]
+        tops = [(parse(each.name), each.top) for each in names if each.source == "registry"]
+        document = image.document
+        return {
+            "Id": image.config_digest,
+            "Digest": image.digest,
+            "RepoTags": [familiar(each.name) for each in names],
+            "RepoDigests": sorted({familiar(name.at(top)) for name, top in tops if name.transport == "docker"}),
+            "Comment": str((image.history or [{}])[-1].get("comment", "")),
+            "Created": str(document.get("created") or ""),
+            "Author": str(document.get("author") or ""),
+            "Architecture": image.architecture,
+            "Variant": str(document.get("variant") or ""),
+            "Os": str(document.get("os") or "linux"),
+            "Size": image.size,
+            "Config": dict(image.config),
+            "RootFS": {"Type": "layers", "Layers": list(image.diff_ids)},
+            "History": [dict(step) for step in image.history],
+            "ManifestType": str(image.manifest.get("mediaType") or ""),
+            "Annotations": dict(image.manifest.get("annotations") or {}),
+            "Names": [_name_json(each) for each in names],
+            "UsedBy": sorted(image_users(self.rig).get(image.digest, ())),
+            "LastUsed": store.used_at(image.digest),
+        }
+
+    def image_history(self, ref: str) -> Sequence[Json]:
+        """How an image was made, the newest step first: {"layer", "created", "created_by", "size", "comment"}."""
+        image = self.rig.images.resolve(ref)
+        return history_of(image, lambda diff_id: self.rig.images.layers.facts(diff_id).size)
+
+    def outdated(self) -> Sequence[Json]:
+        """Ask the registries what they have by now."""
+        return outdated(self.rig)
+
+    # -- taking in --
+
+    def pull_image(self, ref: str) -> Iterator[Json]:
+        """Fetch an image: {"transfers": […]} now and then, {"image": …} at the end."""
+
+        def pull() -> Json:
+            local = parse(ref).transport != "docker"
+            image = self.rig.images.load_reference(ref) if local else self.rig.puller.pull(ref)
+            self._images_changed()
+            return {"image": {**image_json(image), "ref": ref}}
+
+        return self._watched(ref, pull)
+
+    def push_image(self, ref: str, to: str = "") -> Iterator[Json]:
+        """Send an image to a registry, under its own name or another: {"pushed": {"ref", "digest"}} at the end."""
+
+        def push() -> Json:
+            image = self.rig.images.resolve(ref)
+            return {"pushed": {"ref": to or ref, "digest": self.rig.puller.push(image, to or ref)}}
+
+        return self._watched(to or ref, push)
+
+    def import_image(self, path: str, ref: str, changes: Sequence[str] = ()) -> Json:
+        """Make an image of a root file system's tar archive."""
+        image = self.rig.images.import_rootfs(Path(path), ref, changes)
+        self._images_changed()
+        return {**image_json(image), "ref": ref}
+
+    def load_image(self, path: str) -> Sequence[Json]:
+        """Take in the images of an archive or layout."""
+        images = self.rig.images.load(Path(path))
+        self._images_changed()
+        return [{**image_json(image), "ref": image.names[0] if image.names else image.digest} for image in images]
+
+    def load_bundle(self, path: str) -> Sequence[Json]:
+        """Take in the images of a bundle."""
+        return load_bundle(self.rig, Path(path))
+
+    def tag_image(self, ref: str, name: str) -> Json:
+        """Give an image one more name."""
+        image = self.rig.images.tag(ref, name)
+        self._images_changed()
+        return {**image_json(image), "ref": name}
+
+    def commit(
+        self,
+        target: str,
+        name: str,
+        *,
+        changes: Sequence[str] = (),
+        message: str = "",
+        author: str = "",
+        pause: bool = True,
+    ) -> Json:
+        """Make an image of what a container has become."""
+        image = commit_container(self.rig, target, name, changes, message=message, author=author, pause=pause)
+        self.rig.store.event("committed", target, f"to image {name}", digest=image.digest)
+        self._images_changed()
+        return {**image_json(image), "ref": name}
+
+    # -- handing out --
+
+    def save_images(self, refs: Sequence[str], format: str, out: Sink) -> Json:
+        """Write images as one archive."""
+        if format not in FORMATS:
+            raise WrongCall(f"save images: format {format!r} is not known (expected {' or '.join(FORMATS)})")
+        chosen = next(each for each in FORMATS if each == format)
+        return {"images": [image_json(image) for image in save(self.rig.images, refs, out, chosen)]}
+
+    def export_image(self, ref: str, out: Sink) -> Json:
+        """Write the root file system of an image as a tar archive."""
+        return image_json(export_image(self.rig, ref, out))
+
+    def export(self, target: str, out: Sink, pause: bool = True) -> Json:
+        """Write the root file system of a container as a tar archive."""
+        export_container(self.rig, target, out, pause=pause)
+        return {"target": target}
+
+    # -- taking away --
+
+    def remove_image(self, ref: str) -> Json:
+        """Forget a reference; Conflict if a container, or a generation that may come back, needs it."""
+        return {"ref": ref, **freed_json(self.rig.images.remove(ref, lambda: image_users(self.rig)))}
+
+    def prune_images(self, all: bool = False) -> Json:
+        """Delete what has no name, with all also what has one, if nobody uses it."""
+        freed = self.rig.images.prune(lambda: image_users(self.rig), all=all)
+        if freed.images:
+            self.rig.store.event("removed", "images", f"{len(freed.images)} unused images, by hand", freed=freed.size)
+        return freed_json(freed)
+
+    def _watched(self, ref: str, work: Callable[[], Json]) -> Iterator[Json]:
+        """Do the work in a thread, and tell how its transfer fares meanwhile."""
+        done: list[Json] = []
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                done.append(work())
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=run, name="transfer", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(BEAT)
+            yield {"transfers": [each for each in self.rig.transfers.look() if each["ref"] == ref]}
+        if failures:
+            raise failures[0]
+        yield done[0]
+
+    def _images_changed(self) -> None:
+        """What could not be staged for want of an image can be tried at once."""
+        self.rig.store.retry_now()
+
+
+class Collector:
+    """Frees what nobody uses when the disk is full, and says so: once, however long it stays full."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self._full = False
+
+    def collect(self) -> None:
+        """Look how full the disk is, and do what is to be done. What fails is told, and tried the next time."""
+        try:
+            done = collect(self.rig.images, lambda: image_users(self.rig))
+        except (HoldfastError, OSError) as error:
+            if not self._full:
+                self.rig.store.event("failed", "images", f"collect unused images: {error}")
+            self._full = True
+            return
+        if done.freed.images or done.freed.layers:
+            gone, settings = done.freed, self.rig.images.settings
+            self.rig.store.event(
+                "removed",
+                "images",
+                f"{len(gone.images)} unused images and {len(gone.layers)} layers went, {_size(gone.size)} are free "
+                f"(above {settings.high_watermark:g}% of the disk)",
+                digests=list(gone.images),
+                freed=gone.size,
+            )
+        if done.full and not self._full:
+            limit = self.rig.images.settings.high_watermark
+            self.rig.store.event(
+                "full",
+                "images",
+                f"the disk is {done.percent:.0f}% full, above {limit:g}%, and every image is in use or new "
+                "(see 'holdfast system df')",
+            )
+        self._full = done.full
+
+
+def image_users(rig: Rig) -> Mapping[str, set[str]]:
+    """digest → APP/NAME of whoever needs it: instances, ended ones too, and all generations that are kept."""
+    found: dict[str, set[str]] = {}
+    for app, known in list(rig.store.history().generations.items()):
+        for generation in known:
+            for name, digest in generation.images.items():
+                found.setdefault(digest, set()).add(f"{app}/{name}")
+    for instance in list(rig.store.instances.values()):
+        found.setdefault(instance.image, set()).add(instance.key)
+    return found
+
+
+def image_json(image: Image, name: Name | None = None) -> dict[str, Any]:
+    """{"digest", "id", "size", "created", "layers", "architecture"}, and of a name {"top", "source", "at"}"""
+    found: dict[str, Any] = {
+        "digest": image.digest,
+        "id": image.config_digest,
+        "size": image.size,
+        "created": image.created,
+        "layers": len(image.layers),
+        "architecture": image.architecture,
+    }
+    return found | ({"top": name.top, "source": name.source, "at": name.at} if name else {})
+
+
+def freed_json(freed: Freed) -> dict[str, Any]:
+    """{"images": digests, "layers": diff ids, "freed": bytes}"""
+    return {"images": list(freed.images), "layers": list(freed.layers), "freed": freed.size}
+
+
+def history_of(image: Image, size: Callable[[str], int]) -> list[Json]:
+    """The steps of an image, newest first, each with its layer, if it made one. Layers without a step have no words.
+
+    config.md says which steps made none (`empty_layer`); images whose steps do not add up are shown layer by layer.
+    """
+    steps: list[Mapping[str, Any]] = image.history
+    if sum(not step.get("empty_layer") for step in steps) != len(image.diff_ids):
+        steps = [{} for _ in image.diff_ids]
+    left = iter(image.diff_ids)
+    rows: list[Json] = []
+    for step in steps:
+        layer = "" if step.get("empty_layer") else next(left)
+        rows.append(
+            {
+                "layer": layer,
+                "created": _moment(step.get("created")),
+                "created_by": str(step.get("created_by") or ""),
+                "size": size(layer) if layer else 0,
+                "comment": str(step.get("comment") or ""),
+            }
+        )
+    return rows[::-1]
+
+
+def _name_json(name: Name) -> Json:
+    return {"name": name.name, "top": name.top, "source": name.source, "at": name.at}
+
+
+def _moment(text: Any) -> float | None:
+    with suppress(ValueError, TypeError):
+        return datetime.fromisoformat(text).astimezone(UTC).timestamp()
+    return None
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"

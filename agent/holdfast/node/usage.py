@@ -1,0 +1,164 @@
+"""What takes up the disk, and how much of it nobody needs: `holdfast system df`, `holdfast system prune`.
+
+Kinds are Docker's, with layers, which images share, and logs besides. Sizes are bytes: of images and layers those of
+their plain archives, of anything else what is allocated on disk.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from holdfast.images.image import Image
+from holdfast.node.images import image_users
+from holdfast.node.rig import Rig
+from holdfast.observed import Json
+
+Row = dict[str, Any]
+
+
+def usage(rig: Rig, volumes: Sequence[Json]) -> Json:
+    """{"kinds": [{"kind", "count", "active", "size", "reclaimable"}, …], "images", "containers", "volumes": details}
+
+    volumes: as `Answers.volumes` has them. reclaimable is what `prune` could free, of everything.
+    """
+    store, users = rig.images, image_users(rig)
+    images = store.list(dangling=True)
+    sizes = {diff_id: store.layers.facts(diff_id).size for diff_id in store.layers.all()}
+    of_all = {diff_id for image in images for diff_id in image.diff_ids}
+    of_used = {diff_id for image in images if image.digest in users for diff_id in image.diff_ids}
+
+    def total(diff_ids: Iterable[str]) -> int:
+        return sum(sizes.get(each, 0) for each in diff_ids)
+
+    containers = [_container(rig, each.id, each.key, each.phase) for each in list(rig.store.instances.values())]
+    kept = [_volume(each) for each in volumes]
+    logs = [_log(rig, path) for path in _folders(rig.host.root / "logs")]
+    used = [image for image in images if image.digest in users]
+    cache = rig.builder.buildah.storage
+    kinds = [
+        _kind("images", len(images), len(used), total(of_all), total(of_all - of_used)),
+        _kind("layers", len(sizes), len(of_used & sizes.keys()), total(sizes), total(sizes.keys() - of_used)),
+        _kind("containers", len(containers), _running(containers), _sum(containers), 0),
+        _kind("volumes", len(kept), sum(bool(each["used_by"]) for each in kept), _sum(kept), _sum(_free(kept))),
+        _kind("logs", len(logs), sum(not each["orphan"] for each in logs), _sum(logs), _sum(_free(logs))),
+    ]
+    if cache.is_dir():
+        size = allocated(cache)
+        kinds.append(_kind("build cache", 1, 0, size, size))
+    return {
+        "kinds": kinds,
+        "images": [_image(image, images, sizes, users) for image in images],
+        "containers": containers,
+        "volumes": kept,
+    }
+
+
+def prune_logs(rig: Rig) -> int:
+    """Delete the output of apps that are gone; returns the bytes that are free then."""
+    doomed = [each for each in (_log(rig, path) for path in _folders(rig.host.root / "logs")) if each["orphan"]]
+    for each in doomed:
+        shutil.rmtree(each["path"], ignore_errors=True)
+    return _sum(doomed)
+
+
+def prune_build_cache(rig: Rig) -> int:
+    """Empty the layer cache of builds, while nothing is built; returns the bytes that are free then."""
+    buildah = rig.builder.buildah
+    if not buildah.storage.is_dir():
+        return 0
+    with buildah.alone():
+        size = allocated(buildah.storage)
+        buildah.wipe()
+    return size
+
+
+def allocated(path: Path) -> int:
+    """Bytes that a file, or a directory and all that is in it, takes up on disk; hard links count once.
+
+    What can't be read, or goes meanwhile, counts for nothing.
+    """
+    total, seen = 0, set[tuple[int, int]]()
+    for entry in _walk(path):
+        if entry.st_nlink > 1 and not stat.S_ISDIR(entry.st_mode):
+            if (entry.st_dev, entry.st_ino) in seen:
+                continue
+            seen.add((entry.st_dev, entry.st_ino))
+        total += entry.st_blocks * 512
+    return total
+
+
+def _walk(path: Path) -> Iterator[os.stat_result]:
+    left = [str(path)]
+    with suppress(OSError):
+        yield path.lstat()
+    while left:
+        with suppress(OSError), os.scandir(left.pop()) as entries:
+            for entry in entries:
+                with suppress(OSError):
+                    yield entry.stat(follow_symlinks=False)
+                    if entry.is_dir(follow_symlinks=False):
+                        left.append(entry.path)
+
+
+def _folders(path: Path) -> list[Path]:
+    with suppress(FileNotFoundError):
+        return sorted(each for each in path.iterdir() if each.is_dir())
+    return []
+
+
+def _container(rig: Rig, id: str, key: str, phase: str) -> Row:
+    places = [each.data["upper"] for each in rig.store.owned(id) if each.kind == "rootfs" and each.data.get("upper")]
+    size = sum(allocated(Path(place)) for place in places)
+    return {"container": key, "instance": id, "state": phase, "size": size}
+
+
+def _volume(volume: Json) -> Row:
+    path = str(volume.get("path") or "")
+    return {
+        "volume": volume["id"],
+        "used_by": list(volume["used_by"]),
+        "orphan": bool(volume["orphan"]) and not volume["used_by"],
+        "size": allocated(Path(path)) if path else 0,
+    }
+
+
+def _log(rig: Rig, path: Path) -> Row:
+    apps: Collection[str] = {each.app for each in list(rig.store.instances.values())}
+    gone = path.name not in apps and path.name not in rig.store.history().generations
+    return {"path": str(path), "size": allocated(path), "orphan": gone}
+
+
+def _image(image: Image, images: Sequence[Image], sizes: Mapping[str, int], users: Mapping[str, set[str]]) -> Row:
+    others = {diff_id for each in images if each.digest != image.digest for diff_id in each.diff_ids}
+    own = set(image.diff_ids)
+    return {
+        "refs": list(image.names),
+        "digest": image.digest,
+        "created": image.created,
+        "size": image.size,
+        "shared": sum(sizes.get(each, 0) for each in own & others),
+        "unique": sum(sizes.get(each, 0) for each in own - others),
+        "used_by": sorted(users.get(image.digest, ())),
+    }
+
+
+def _kind(kind: str, count: int, active: int, size: int, reclaimable: int) -> Row:
+    return {"kind": kind, "count": count, "active": active, "size": size, "reclaimable": reclaimable}
+
+
+def _running(containers: Iterable[Row]) -> int:
+    return sum(each["state"] == "running" for each in containers)
+
+
+def _free(rows: Iterable[Row]) -> list[Row]:
+    return [each for each in rows if each["orphan"]]
+
+
+def _sum(rows: Iterable[Row]) -> int:
+    return sum(each["size"] for each in rows)
