@@ -88,6 +88,22 @@ def test_a_later_entry_replaces_an_earlier_one(tmp_path: Path) -> None:
     assert (tmp_path / "l/c").read_bytes() == b"2"
 
 
+def test_what_follows_a_replaced_folder_goes_where_its_name_leads_then(tmp_path: Path) -> None:
+    layer(
+        tmp_path / "l",
+        entry("a", kind="dir", mtime=5),
+        entry("a/x", b"1"),
+        entry("b", kind="dir"),
+        entry("a", kind="link", linkname="b"),
+        entry("a/y", b"2"),
+        entry("c", kind="dir", mtime=5),
+        entry("c", b"3", mtime=7),
+    )
+    assert sorted(path.name for path in (tmp_path / "l").iterdir()) == ["a", "b", "c"]
+    assert [path.name for path in (tmp_path / "l/b").iterdir()] == ["y"]
+    assert (tmp_path / "l/c").stat().st_mtime == 7
+
+
 def test_links_among_parents_are_followed_inside_the_layer(tmp_path: Path) -> None:
     layer(
         tmp_path / "l",

@@ -170,7 +170,7 @@ class TarStream:
         entry.realsize = 0
         if kind not in KINDS:
             if kind not in ALIASES:
-                raise Damaged(f"{entry.name[:255]!r}: entry of unknown type {kind!r}")
+                raise Damaged(f"{shown(entry.name)}: entry of unknown type {kind!r}")
             if kind == SPARSE:
                 self._old_sparse(entry, position)
             kind = ALIASES[kind]
@@ -181,6 +181,8 @@ class TarStream:
         entry.kind = kind
         entry.major = number(major) if kind in (CHAR, BLOCKDEV) else 0
         entry.minor = number(minor) if kind in (CHAR, BLOCKDEV) else 0
+        if abs(entry.mtime) >= 1 << 63:
+            raise Damaged(f"{shown(entry.name)}: a time of {entry.mtime // 1_000_000_000} seconds")
         if kind in WITHOUT_CONTENT:
             entry.size = 0
             entry.sparse = None
@@ -285,7 +287,7 @@ class TarStream:
         more = header[482]
         while more:
             if len(numbers) * 12 > MAX_HEADER:
-                raise Damaged(f"{entry.name[:255]!r}: more than {MAX_HEADER} bytes of sparse map")
+                raise Damaged(f"{shown(entry.name)}: more than {MAX_HEADER} bytes of sparse map")
             block = self._read_padded(BLOCK)
             _add_pieces(block[:504], numbers)
             more = block[504]
@@ -301,7 +303,7 @@ class TarStream:
         elif not numbers and b"GNU.sparse.size" not in records:
             return
         if len(numbers) % 2:
-            raise Damaged(f"{entry.name[:255]!r}: an odd sparse map")
+            raise Damaged(f"{shown(entry.name)}: an odd sparse map")
         size = records.get(b"GNU.sparse.realsize") or records.get(b"GNU.sparse.size")
         entry.realsize = _decimal(size) if size else entry.size
         entry.sparse = list(zip(numbers[::2], numbers[1::2], strict=True))
@@ -312,7 +314,7 @@ class TarStream:
         want, text, taken = 1, b"", 0
         while len(numbers) < want:
             if taken + BLOCK > min(self._left, MAX_HEADER):
-                raise Damaged(f"{entry.name[:255]!r}: a sparse map that does not end")
+                raise Damaged(f"{shown(entry.name)}: a sparse map that does not end")
             *lines, text = (text + self._read_padded(BLOCK)).split(b"\n")
             taken += BLOCK
             for line in lines:
@@ -321,6 +323,11 @@ class TarStream:
                     want = 1 + 2 * numbers[0]
         self._left -= taken
         return numbers[1:]
+
+
+def shown(name: bytes) -> str:
+    """A name of the archive as an error has it: on one line, whatever its bytes are."""
+    return repr(name[:255].decode("utf-8", "surrogateescape"))
 
 
 def _number(field: bytes) -> int:
@@ -355,11 +362,11 @@ def _check_map(entry: Entry, stored: int) -> None:
     end = total = 0
     for offset, length in entry.sparse or ():
         if offset < end or length < 0:
-            raise Damaged(f"{entry.name[:255]!r}: a sparse map whose pieces overlap")
+            raise Damaged(f"{shown(entry.name)}: a sparse map whose pieces overlap")
         end = offset + length
         total += length
     if not 0 <= end <= entry.realsize or total != stored:
-        raise Damaged(f"{entry.name[:255]!r}: a sparse map that does not fit its content")
+        raise Damaged(f"{shown(entry.name)}: a sparse map that does not fit its content")
 
 
 def _parse_pax(data: bytes, pax: _Pax) -> None:
@@ -409,7 +416,7 @@ def _apply(pax: _Pax, entry: Entry) -> None:
                 try:
                     xattrs[name] = binascii.a2b_base64(value)
                 except ValueError as error:
-                    raise Damaged(f"{entry.name[:255]!r}: attribute {name!r}: {error}") from None
+                    raise Damaged(f"{shown(entry.name)}: attribute {shown(name)}: {error}") from None
     if xattrs:
         entry.xattrs = xattrs
 

@@ -15,7 +15,19 @@ import zlib
 from collections.abc import Iterator
 from struct import Struct
 
-from holdfast.images.tarstream import BLOCKDEV, CHAR, DIRECTORY, FIFO, FILE, HARD, LINK, Damaged, Entry, TarStream
+from holdfast.images.tarstream import (
+    BLOCKDEV,
+    CHAR,
+    DIRECTORY,
+    FIFO,
+    FILE,
+    HARD,
+    LINK,
+    Damaged,
+    Entry,
+    TarStream,
+    shown,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -116,6 +128,9 @@ class Tree:
             except (Damaged, FileNotFoundError, NotADirectoryError):
                 if not self._ever_stale:  # else a later entry has replaced it
                     raise
+
+    def close(self) -> None:
+        """Let go of the directories that are kept open; root stays."""
         self._forget()
 
     def _finish_directory(self, path: bytes, moment: int, acl: bytes | None) -> None:
@@ -140,7 +155,7 @@ class Tree:
 
     def _add_root(self, entry: Entry) -> None:
         if entry.kind != DIRECTORY:
-            raise Damaged(f"{entry.name[:255]!r}: an entry without a name")
+            raise Damaged(f"{shown(entry.name)}: an entry without a name")
         os.fchown(self._root, _owner(entry.uid), _owner(entry.gid))
         os.fchmod(self._root, entry.mode & 0o7777)
         self._note_directory(b"", entry)
@@ -240,7 +255,7 @@ class Tree:
         except OSError as error:
             if error.errno in HOST:
                 raise
-            raise Damaged(f"links to {entry.link[:255]!r}, which is not in this layer") from error
+            raise Damaged(f"links to {shown(entry.link)}, which is not in this layer") from error
 
     def _node(self, folder: int, base: bytes, path: bytes, entry: Entry) -> None:
         if entry.major > 0xFFF or entry.minor > 0xFFFFF:
@@ -302,7 +317,7 @@ class Tree:
                     parts = [part for part in target.split(b"/") if part not in (b"", b".")]
                     links, detour = links + 1, detour + len(parts)
                     if links > MAX_LINKS or detour > MAX_DETOUR:
-                        raise Damaged(f"{parent[:255]!r}: too many symbolic links") from None
+                        raise Damaged(f"{shown(parent)}: too many symbolic links") from None
                     if target.startswith(b"/"):
                         os.close(folder)
                         folder, path = os.dup(self._root), b""
@@ -326,7 +341,7 @@ class Tree:
         else:
             hidden = is_whiteout(found)
             if not hidden:
-                raise Damaged(f"{path[-255:]!r}: is a parent of another entry, but no directory")
+                raise Damaged(f"{shown(path[-255:])}: is a parent of another entry, but no directory")
             os.unlink(name, dir_fd=folder)
         self._count()
         os.mkdir(name, 0o755, dir_fd=folder)
@@ -423,9 +438,9 @@ def is_whiteout(entry: os.stat_result) -> bool:
 def _parts(name: bytes) -> list[bytes]:
     parts = [part for part in name.split(b"/") if part not in (b"", b".")]
     if len(name) > MAX_NAME:
-        raise Damaged(f"{name[:255]!r}: a name of {len(name)} bytes (at most {MAX_NAME})")
+        raise Damaged(f"{shown(name)}: a name of {len(name)} bytes (at most {MAX_NAME})")
     if b".." in parts or b"\0" in name:
-        raise Damaged(f"{name[:255]!r}: reaches outside of the layer")
+        raise Damaged(f"{shown(name)}: reaches outside of the layer")
     return parts
 
 
@@ -469,6 +484,4 @@ def _set_xattrs(target: int | bytes, xattrs: dict[bytes, bytes]) -> None:
             if isinstance(target, int) or not name.startswith(b"user."):  # links and devices have none: xattr(7)
                 raise
         except OSError as error:
-            raise type(error)(
-                error.errno, f"attribute {name.decode(errors='replace')!r}: {error.strerror}"
-            ) from error
+            raise type(error)(error.errno, f"attribute {shown(name)}: {error.strerror}") from error

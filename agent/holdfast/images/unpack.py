@@ -84,14 +84,18 @@ def unpack_stream(
     recipe: the file to write from which `recipe.rebuild` makes the same plain archive again. progress is told the
     bytes of the stream that have come so far. stall: seconds without a byte until this gives up; 0: never.
     Blocks until all is verified and on disk. Raises WrongState for what is damaged, hostile, beyond limits or not as
-    expected; TryAgain where the same may well work later; UnfitHost where the disk is full. After an error folder and
-    recipe are the caller's to delete. The stream is not closed, nor read further after an error: whoever writes into
-    a pipe waits until the caller closes its other end.
+    expected; TryAgain where the same may well work later, as with a stream that breaks off; UnfitHost where the disk
+    is full. After an error folder and recipe are the caller's to delete. The stream is not closed, nor read further
+    after an error: whoever writes into a pipe waits until the caller closes its other end.
     """
     label = expected.digest or expected.diff_id
     what = f"unpack layer {label!r}" if label else "unpack layer"
     message = _run_worker(stream, folder, recipe, limits, expected.size, progress, stall, what)
     kind, *fields = message
+    if kind == "short":
+        if fields[1] == expected.digest:
+            raise WrongState(f"{what}: its size is {fields[0]} (expected {expected.size})")
+        raise TryAgain(f"{what}: the stream ended after {fields[0]} of {expected.size} bytes")
     if kind != "done":
         raise ERRORS[kind](f"{what}: {_printable(' '.join(fields))}")
     diff_id, size, digest, compressed, files, newest = fields
@@ -149,12 +153,12 @@ def _run_worker(
     finally:
         process.kill()
         status = process.wait()
-    if message is not None and message[0] in ("done", *ERRORS):
+    if message is not None:
         return message
-    if message is None and status < 0:
+    if status < 0:
         name = signal.Signals(-status).name
         raise TryAgain(f"{what}: its worker was ended by {name} (is there enough memory?)")
-    raise RuntimeError(f"{what}: its worker broke: {message[1] if message else said}")
+    raise RuntimeError(f"{what}: its worker broke: {said}")
 
 
 def _listen(control: socket.socket, progress: Callable[[int], None] | None) -> tuple[list[str] | None, str]:
@@ -165,7 +169,7 @@ def _listen(control: socket.socket, progress: Callable[[int], None] | None) -> t
         if kind == "progress":
             if progress is not None:
                 progress(int(fields[0]))
-        elif kind in ("done", "bug", *ERRORS):
+        elif kind in ("done", "short", *ERRORS):
             return [kind, *fields], said
         else:
             said = (said + kind)[-LONGEST_MESSAGE:]

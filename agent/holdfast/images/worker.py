@@ -23,7 +23,7 @@ from _queue import SimpleQueue
 from collections.abc import Callable, Iterator
 
 from holdfast.images.recipe import Writer
-from holdfast.images.tarstream import Damaged, TarStream
+from holdfast.images.tarstream import Damaged, TarStream, shown
 from holdfast.images.tree import HOST, Tree
 
 TYPE_CHECKING = False
@@ -59,9 +59,11 @@ _CHOWN, _DAC_OVERRIDE, _FOWNER, _FSETID, _SYS_ADMIN, _MKNOD, _SETFCAP = 0, 1, 3,
 def main() -> None:
     """Unpack, and say on the descriptor control what became of it, in messages of fields that are parted by NUL:
 
-    `progress` bytes; at the end one of `done` diff-id size digest compressed files newest, or `damaged`, `host`,
-    `again`, `denied` or `bug` with a text. Arguments: sys.path, descriptors control, stream and recipe, the folder,
-    most bytes and entries, most bytes of the compressed stream, milliseconds of silence that are borne (0: any).
+    `progress` bytes; at the end one of `done` diff-id size digest compressed files newest, `short` bytes digest, or
+    `damaged`, `host`, `again` or `denied` with a text. A bug writes its traceback there.
+
+    Arguments: sys.path, descriptors control, stream and recipe, the folder, most bytes and entries, the size of the
+    compressed stream (-1: any), milliseconds of silence that are borne (0: any).
     """
     gc.disable()
     control, stream, recipe = (int(number) for number in sys.argv[2:5])
@@ -70,6 +72,8 @@ def main() -> None:
         message = ["done", *map(str, done)]
     except BaseException as error:
         message = _explain(error)
+    if not message:
+        os._exit(1)
     os.write(control, "\0".join(message).encode("utf-8", "replace"))
     os._exit(0)  # whatever the other thread waits for
 
@@ -77,6 +81,8 @@ def main() -> None:
 def _explain(error: BaseException) -> list[str]:
     if isinstance(error, Damaged):
         return ["damaged", str(error)]
+    if isinstance(error, _Short):
+        return ["short", *map(str, error.args)]
     if isinstance(error, MemoryError):
         return ["damaged", f"takes more than {MEMORY >> 20} MiB of memory to unpack"]
     if isinstance(error, _Silence):
@@ -88,9 +94,8 @@ def _explain(error: BaseException) -> list[str]:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECONNRESET):
             return ["again", text]
         return ["host", text]
-    import traceback  # may be out of reach: then this is the text
-
-    return ["bug", "".join(traceback.format_exception(error))]
+    sys.excepthook(type(error), error, error.__traceback__)  # what is written there, the parent reads
+    return []
 
 
 def _unpack(
@@ -115,14 +120,14 @@ def _unpack(
             tree.add(entry)
         except Damaged as error:
             text = str(error)
-            name = repr(entry.name[:255])
+            name = shown(entry.name)
             raise Damaged(text if text.startswith(name) else f"{name}: {text}") from None
         except OSError as error:  # what the kernel does not take is the archive's fault, but for a host that is unfit
             if error.errno in HOST or error.errno in (errno.EPERM, errno.EACCES):
-                raise OSError(error.errno, f"{entry.name[:255]!r}: {error.strerror}") from error
-            raise Damaged(f"{entry.name[:255]!r}: {error.strerror or error}") from error
+                raise OSError(error.errno, f"{shown(entry.name)}: {error.strerror}") from error
+            raise Damaged(f"{shown(entry.name)}: {error.strerror or error}") from error
         except (ValueError, OverflowError) as error:
-            raise Damaged(f"{entry.name[:255]!r}: {error}") from error
+            raise Damaged(f"{shown(entry.name)}: {error}") from error
     if not archive.ended and (head.startswith(ZSTD) or not source.size):
         raise Damaged("ends too early (expected a tar archive)")
     tree.finish()
@@ -133,6 +138,10 @@ def _unpack(
 
 class _Silence(Exception):
     """Nothing comes any more."""
+
+
+class _Short(Exception):
+    """The stream ends before its size: how many bytes came, and their digest."""
 
 
 class _Source:
@@ -183,6 +192,8 @@ class _Source:
         if self._poll is not None and not self._poll.poll(self._silence):
             raise _Silence(f"not a byte came for {self._silence / 1000:g} s")
         data = os.read(self._stream, READ)
+        if not data and self.size < self._most:
+            raise _Short(self.size, self.digest())
         self._hash.update(data)
         self.size += len(data)
         if 0 <= self._most < self.size:
@@ -244,7 +255,7 @@ class _Ahead:
 def _decompressor(head: bytes) -> Callable[[_Source], Iterator[bytes]]:
     """What makes the plain archive of a stream that begins so. Nothing can be imported later."""
     if head.startswith(GZIP):
-        return _inflater(_gzip())
+        return _gzip()
     if head.startswith(ZSTD) or (head[:1] in b"PQRSTUVWXYZ[\\]^_" and head[1:4] == ZSTD_SKIPPED):
         return _zstd()
     if head.startswith(XZ):
@@ -258,12 +269,12 @@ def _decompressor(head: bytes) -> Callable[[_Source], Iterator[bytes]]:
     return _Source.blocks
 
 
-def _gzip() -> Callable[[], Unpacker]:
+def _gzip() -> Callable[[_Source], Iterator[bytes]]:
     try:
         from isal import igzip_lib
     except ImportError:  # a machine that isal is not made for
-        return _Zlib
-    return lambda: igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
+        return _inflater(_Zlib)
+    return _inflater(lambda: igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP), igzip_lib.IsalError)  # type: ignore[arg-type]
 
 
 def _zstd() -> Callable[[_Source], Iterator[bytes]]:
