@@ -207,7 +207,8 @@ def test_a_pull_that_is_killed_leaves_no_process_and_repeats_only_unfinished_lay
     try:
         registry.answer(second, Answer(body=body[:20_000], length=len(body), hang=True))
         process = subprocess.Popen([sys.executable, "-c", PULLS, str(root), ref])
-        wait_for(lambda: list(root.glob("layers/sha256/*.json")) and registry.asked(second), "one layer is done")
+        done = root / "layers/sha256"
+        wait_for(lambda: registry.asked(second) and any(map(Path.is_dir, done.glob("*"))), "one layer is done")
         started = descendants(process.pid)
         assert started
         process.send_signal(signal.SIGKILL)
@@ -368,9 +369,8 @@ def test_what_runs_keeps_running_while_its_successors_registry_is_away(
 
     def commit(tag: str) -> None:
         image = f"{registry.address}/app:{tag}"
-        agent.write(
-            "shop.toml", f'[containers.web]\nimage = "{image}"\ncommand = "sleep 1000"\nnetworks = ["none"]\n'
-        )
+        run = 'command = "sleep 1000"\nnetworks = ["none"]\nstop_signal = "SIGKILL"\n'
+        agent.write("shop.toml", f'[containers.web]\nimage = "{image}"\n{run}')
 
     commit("1")
     agent.converge()
