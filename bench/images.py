@@ -125,14 +125,15 @@ class PodmanStore:
 
 @contextlib.contextmanager
 def disk(home: Path) -> Iterator[Path]:
-    """Mount a file system just made, which writes straight to the host's disk."""
-    image, folder = home / "disk", home / "mounted"
+    """Mount a file system just made, which writes straight to the host's disk where that can be had."""
+    image, folder = CACHE / "disk", home / "mounted"  # not on a /tmp that is memory
     with image.open("ab") as file:
         file.truncate(DISK)
     folder.mkdir(exist_ok=True)
     quiet("mkfs.ext4", "-F", "-q", "-J", "size=256", "-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1", image)
-    device = quiet("losetup", "--find", "--show", "--direct-io=on", image).strip()
+    device = quiet("losetup", "--find", "--show", image).strip()
     try:
+        subprocess.run(["losetup", "--direct-io=on", device], check=False, capture_output=True)
         quiet("mount", "-o", "noinit_itable", device, folder)
         try:
             inside = folder / "home"
@@ -229,6 +230,7 @@ def race(stores: list[Store], home: Path, figures: Figures, rounds: int, idle: f
                 except (RuntimeError, OSError) as error:
                     print(f"bench: {store.name} gave up pulling: {error}", file=sys.stderr)
                     del samples[store.name]
+    (CACHE / "disk").unlink(missing_ok=True)
     for name, rows in samples.items():
         print(name, file=sys.stderr)
         for (row, unit), values in rows.items():

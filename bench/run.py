@@ -48,6 +48,7 @@ PR_SET_CHILD_SUBREAPER = 36
 REST = 0.3  # seconds after each removal, for everyone: the kernel takes namespaces apart behind the scenes
 NAMES = ["holdfast", "docker", "podman", "floor"]
 ROWS = ["containers", "images", "stacks"]
+BUSY = 0.2  # CPU seconds a second that others may take
 HIGH = 20  # layers of a stack
 PEERS = {"docker": ("dockerd", "docker"), "podman": ("podman",)}
 
@@ -303,6 +304,8 @@ class Session:
 def measure(arguments: argparse.Namespace, home: Path) -> None:
     gate, idle = Gate(home / "gate"), machine.idle_rate(2)
     names = present(arguments.only)
+    if idle > BUSY:
+        print(f"bench: this host is busy ({idle:.1f} cores without us): believe no figure", file=sys.stderr)
     with fit_runtime(arguments.runtime, home) as runtime:
         session = Session(home, gate, runtime, arguments.rounds, arguments.counts, names, idle)
         about = [f"medians of {arguments.rounds} rounds; {os.cpu_count()} cores, Linux {os.uname().release}"]
