@@ -180,7 +180,7 @@ def test_what_the_state_builds_is_in_the_bundle_and_nothing_is_built_elsewhere(
     (tree / "web/busybox").chmod(0o755)
     (tree / "web/Dockerfile").write_text("FROM scratch\nCOPY busybox /bin/sleep\nCOPY busybox /bin/cat\n")
     (tree / "shop.toml").write_text(
-        f'[images.web]\ncontext = "./web"\ntags = ["nowhere.test/web:1"]\n'
+        f'[images.web]\ncontext = "./web"\ntags = ["nowhere.test/web:1"]\npush = true\n'
         f'[containers.web]\nimage = "images.web"\n{RUN}\n[containers.tagged]\nimage = "nowhere.test/web:1"\n{RUN}\n'
     )
     done = holdfast("bundle", "create", tree, "-o", bundle, "--config", bare_agent.config)

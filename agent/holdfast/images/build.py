@@ -34,6 +34,7 @@ from holdfast.spec.model import Build
 RETRY = 60.0  # seconds; a build that failed is not tried again before, unless something else is committed
 MTIME = 315532800  # 1980-01-01: of all that is copied from a context; older ones trouble zip and make
 STEP = re.compile(r"(\[\d+/\d+\] )?STEP \d+")
+NOISE = re.compile(rf"Error: |error running|time=|--> |{STEP.pattern}")
 LOUD = 20  # lines of one step that events carry; of those beyond it, one a second
 LONGEST_STEP = 80  # characters of an instruction in an error
 LONGEST_EVENT = 400  # characters of a line in an event
@@ -77,12 +78,16 @@ class Builder:
     def build(self, name: str, images: Images, blobs: Blobs) -> Image:
         """The image of a qualified name of App.images: built if it is not here, and pushed where it says so.
 
-        Before it, what it is built from. blobs: Spec.blobs. Blocks while another is built. Raises WrongState (the
-        build failed: the last line that says why), UnfitHost (no buildah, no emulator), TryAgain.
+        Before it, what it is built from. What came in a bundle was built, and is to be pushed, elsewhere. blobs:
+        Spec.blobs. Blocks while another is built. Raises WrongState (the build failed: the last line that says why),
+        UnfitHost (no buildah, no emulator), TryAgain.
         """
         build = images[name]
-        check_platforms(name, build)
         image = self.find(name, build)
+        known = self.store.names().get(built_name(name, build))
+        if image is not None and known is not None and known.source == "bundle":
+            return self._named(image, build)
+        check_platforms(name, build)
         if image is None:
             with self.store.keep(), self.buildah.alone():
                 image = self._build(name, images, blobs)
@@ -155,7 +160,7 @@ class Builder:
         words = ["--network", build.network, "--file", str(folder / "Dockerfile")]
         words += ["--ignorefile", os.devnull, "--iidfile", str(folder / "id"), "--tag", tag]
         words += ["--platform", platform] if platform else []
-        words += ["--layers"] if cached else ["--layers=false"]
+        words += [] if cached else ["--layers=false"]
         words += [_PULL["never" if self.settings.offline else build.pull]]
         words += ["--no-cache"] if build.no_cache else []
         words += ["--target", build.target] if build.target else []
@@ -250,19 +255,18 @@ class Builder:
 
     def _failure(self, name: str, error: Failed, log: Path) -> HoldfastError:
         """One line for what went wrong: the step, its end, and what it said last."""
-        reasons = [line.removeprefix("Error: ") for line in error.output if line.startswith("Error: ")]
-        reason = reasons[-1] if reasons else next(reversed(error.output), str(error))
+        reasons = [line.removeprefix("Error: ") for line in error.errors if line.startswith("Error: ")]
+        reason = reasons[-1] if reasons else next(reversed([*error.output, *error.errors]), str(error))
         if not STEP.search(reason) and REGISTRY.search(reason):
             found = explain(reason, "build", f"images.{name}")
             found.wait = max(found.wait, RETRY)
             return found
         if step := re.fullmatch(r'building at STEP "(.*?)": (?:while running runtime: )?(.*)', reason):
             what = step[1] if len(step[1]) <= LONGEST_STEP else f"{step[1][:LONGEST_STEP]}…"
-            said = [
-                line for line in error.output if not line.startswith(("Error: ", "error running", "time=", "--> "))
-            ]
-            last = said[-1].strip() if said and "exit status" in step[2] and not STEP.match(said[-1]) else ""
-            reason = f"{what}: {step[2]}" + (f": {last}" if last else "")
+            said = [line for line in error.errors if not NOISE.match(line)]
+            said = said or [line for line in error.output if not NOISE.match(line)]
+            last = f": {said[-1].strip()[:LONGEST_EVENT]}" if said and "exit status" in step[2] else ""
+            reason = f"{what}: {step[2]}{last}"
         return failure(WrongState, f"build 'images.{name}': {reason} (all of it is in {log})", RETRY)
 
     def _is_known(self, name: str) -> bool:

@@ -153,8 +153,8 @@ class Gatherer:
             raise Unfit("is built from files of the state, which only root can do (run it as root)")
         builder = self.builder()
         self.store = self.store or builder.store  # where its tags lead to it, whatever registries have
-        here = {each: build.model_copy(update={"push": False}) for each, build in images.items()}
-        image = builder.build(name, here, spec.blobs)
+        unpushed = {each: build.model_copy(update={"push": False}) for each, build in images.items()}
+        image = builder.build(name, unpushed, spec.blobs)
         return self._from_store(builder.store, image, built_name(name, images[name]), written)
 
     def _gather(self, wanted: Wanted, number: int, of: int) -> Gathered:
