@@ -227,7 +227,7 @@ class PaperAgent:
 
     def commit(self, target: str, name: str, **options: Any) -> dict[str, Any]:
         self._known(target)
-        return {"ref": name, **options}
+        return {"ref": name, "digest": "sha256:abc", **options}
 
     def export(self, target: str, out: Any, pause: bool = True) -> dict[str, Any]:
         out.write(target.encode())

@@ -88,7 +88,8 @@ def test_every_call_about_images_has_a_route(client: Client) -> None:
         {"pushed": {"ref": "r.test/a:1", "digest": "sha256:abc"}}
     ]
     made = client.commit("shop/web", "app:3", changes=["USER 1"], message="m", author="a", pause=False)
-    assert made == {"ref": "app:3", "changes": ["USER 1"], "message": "m", "author": "a", "pause": False}
+    options = {"changes": ["USER 1"], "message": "m", "author": "a", "pause": False}
+    assert made == {"ref": "app:3", "digest": "sha256:abc", **options}
     assert (client.usage()["kinds"], client.outdated(), client.load_bundle("/x")) == ([], [], [])
     assert client.prune(all=True, volumes=True)["volumes"] == ["shop/old"]
 

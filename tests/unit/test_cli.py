@@ -205,6 +205,61 @@ def test_image_import_hands_on_an_absolute_path(
     assert said() == "app:1  sha256:abc\n"
 
 
+IMAGES = [
+    {"ref": "app:1", "digest": "sha256:" + "a" * 64, "size": 1 << 20, "used_by": ["shop/web"], "source": "registry"},
+    {"ref": "localhost/images/shop/web:0123456789abcdef", "digest": "sha256:" + "a" * 64, "size": 1 << 20},
+    {"ref": "", "digest": "sha256:" + "b" * 64, "size": 1 << 10, "used_by": ["shop/old"]},
+]
+
+
+def test_images_without_a_name_are_listed_as_such(
+    agent: PaperAgent, run: Run, said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "images", lambda: IMAGES)
+    assert run("image", "list") == 0
+    lines = said().splitlines()
+    assert [line.split()[0] for line in lines] == ["IMAGE", "app:1", "<none>"]
+    assert "shop/old" in lines[2]
+    for words, expected in {
+        ("-q",): ["a" * 12, "b" * 12],
+        ("-q", "--no-trunc", "--filter", "dangling=true"): ["sha256:" + "b" * 64],
+        ("-q", "--filter", "reference=app*"): ["a" * 12],
+        ("-q", "ap"): [],
+        ("-a", "-q", "localhost/*:0*"): ["a" * 12],
+    }.items():
+        assert run("image", "list", *words) == 0
+        assert said().split() == expected, words
+    assert run("image", "list", "--filter", "since=x") == 64
+
+
+def test_an_archive_is_written_whole_or_not_at_all(
+    agent: PaperAgent, run: Run, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    (tmp_path / "x.tar").write_bytes(b"before")
+    assert run("image", "save", "-o", str(tmp_path / "x.tar"), "gone:1") == 64
+    assert [(path.name, path.read_bytes()) for path in tmp_path.glob("*x.tar*")] == [("x.tar", b"before")]
+    assert run("image", "save", "-o", str(tmp_path / "x.tar"), "app:1") == 0
+    assert (tmp_path / "x.tar").read_bytes() == b"tar" * 1_000_000 + b"oci-archive"
+    capfdbinary.readouterr()
+    assert run("export", "shop/web") == 0
+    assert capfdbinary.readouterr().out == b"shop/web"
+
+
+def test_what_images_are_asked_for_is_said_in_a_line(agent: PaperAgent, run: Run, said: Callable[[], str]) -> None:
+    for words, expected in {
+        ("image", "pull", "app:1"): "app:1  sha256:abc",
+        ("image", "push", "app:1", "r.test/a:1"): "r.test/a:1  sha256:abc",
+        ("image", "history", "app:1"): "CMD",
+        ("image", "inspect", "app:1"): '"RepoTags"',
+        ("image", "prune", "--all", "--force"): "removed sha256:abc",
+        ("commit", "shop/web", "app:2", "-m", "why"): "app:2",
+        ("system", "prune", "--force", "--volumes"): "removed shop/old",
+    }.items():
+        assert run(*words) == 0, words
+        assert expected in said(), words
+    assert run("image", "pull", "gone:1") == 64
+
+
 def test_check_counts_what_is_well_and_lists_what_is_wrong(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

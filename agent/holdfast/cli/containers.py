@@ -1,4 +1,4 @@
-"""logs, exec, stop, start, restart, release, inspect, stats: one container at a time."""
+"""logs, exec, stop, start, restart, release, inspect, stats, commit, export: one container at a time."""
 
 from __future__ import annotations
 
@@ -186,6 +186,42 @@ def stats(json_: bool) -> None:
         )
 
 
+@command("commit")
+@click.option(
+    "-c", "--change", "changes", multiple=True, metavar="'CMD [\"sh\"]'", help="Set CMD, ENV …; may repeat."
+)
+@click.option("-m", "--message", default="", metavar="TEXT", help="What the image's history says of it.")
+@click.option("-a", "--author", default="", metavar="NAME", help="Who made it.")
+@click.option("--pause/--no-pause", default=True, show_default=True, help="Whether processes stand still meanwhile.")
+@target_argument()
+@click.argument("name", metavar="NAME[:TAG]")
+def commit(target: str, name: str, changes: tuple[str, ...], message: str, author: str, pause: bool) -> None:
+    """Make an image of what a container has become.
+
+    Without what lies in its volumes and mounts. Containers that are to run it need a commit of their own.
+    """
+    with reach() as node:
+        known = resolve(node.status(), target)
+        made = node.commit(known, name, changes=list(changes), message=message, author=author, pause=pause)
+    click.echo(f"{made['ref']}  {made['digest']}")
+
+
+@command("export")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Where to.")
+@click.option("--pause/--no-pause", default=True, show_default=True, help="Whether processes stand still meanwhile.")
+@target_argument()
+def export(target: str, output: Path | None, pause: bool) -> None:
+    """Write a container's root file system as a tar archive.
+
+    To standard output, unless a file is named; without what lies in volumes and mounts.
+    """
+    from holdfast.cli.images import written
+
+    with reach() as node:
+        known = resolve(node.status(), target)
+        written(output, lambda out: node.export(known, out, pause))
+
+
 def usage(before: Mapping[str, Json], found: list[Json], passed: float) -> Iterator[dict[str, Any]]:
     """The later reading, with the share of one core that was used since the earlier one."""
     for each in found:
@@ -193,4 +229,4 @@ def usage(before: Mapping[str, Json], found: list[Json], passed: float) -> Itera
         yield {**each, "cpu_percent": 100 * ((each["cpu"] or 0) - (earlier["cpu"] or 0)) / passed}
 
 
-COMMANDS = [logs, exec_, stop, start, restart, release, inspect, stats]
+COMMANDS = [logs, exec_, stop, start, restart, release, inspect, stats, commit, export]

@@ -9,7 +9,20 @@ from collections.abc import Sequence
 
 import click
 
-from holdfast.cli import agent, bundle, check, containers, doctor, events, images, networks, outdated, state, volumes
+from holdfast.cli import (
+    agent,
+    bundle,
+    check,
+    containers,
+    doctor,
+    events,
+    images,
+    networks,
+    outdated,
+    state,
+    system,
+    volumes,
+)
 from holdfast.cli.command import Group
 from holdfast.errors import HoldfastError
 
@@ -26,7 +39,7 @@ def holdfast() -> None:
     """
 
 
-for module in (check, state, containers, events, images, bundle, volumes, networks, doctor, agent):
+for module in (check, state, containers, events, images, bundle, volumes, networks, system, doctor, agent):
     for command in module.COMMANDS:
         holdfast.add_command(command)
 images.image.add_command(outdated.outdated)
