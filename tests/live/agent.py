@@ -178,7 +178,8 @@ class LiveAgent:
             self.restart()
 
     def _answers(self) -> bool:
-        return self.cli("status", "--json", check=False).returncode == 0
+        done = self.cli("status", "--json", check=False)  # without an agent, the command looks for itself
+        return done.returncode == 0 and "note" not in json.loads(done.stdout)["agent"]
 
     @staticmethod
     def _replace(path: Path, text: str) -> None:

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from holdfast.config import ImageSettings
 from holdfast.drivers import Host, remove_tree
@@ -35,6 +35,7 @@ from holdfast.images import fence
 
 CACHE_LIMIT = 10 << 30  # bytes of the storage; above it, what no image of the store is named after goes
 QUIET = 3600.0  # seconds without a word after which a build is given up
+KEPT_LINES = 20_000  # of what a program says, for who asked; the longest answer is an image's configuration
 LONGEST_LINE = 64 << 10  # bytes; more of one line is cut
 CLEANING = 10.0  # seconds that a killed build is given to be gone
 POLICY = b'{"default": [{"type": "insecureAcceptAnything"}]}'  # for what never leaves this node
@@ -43,11 +44,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Failed(Exception):
-    """A program ended with another status than 0. output: the last lines of what it said."""
+    """A program ended with another status than 0. output, errors: the last lines of what it said, where."""
 
-    def __init__(self, status: int, output: Sequence[str]) -> None:
+    def __init__(self, status: int, output: Sequence[str], errors: Sequence[str]) -> None:
         super().__init__(f"exit status {status}")
-        self.status, self.output = status, output
+        self.output, self.errors = output, errors
 
 
 class Buildah:
@@ -106,7 +107,7 @@ class Buildah:
         runtime = ["--runtime", str(self.runtime), "--runtime-flag", f"root={self.run_folder}/runtime"]
         policy = ["--signature-policy", str(self.settings.policy)] if self.settings.policy else []
         authfile = ["--authfile", str(self.settings.authfile)] if self.settings.authfile else []
-        fixed = ["--force-rm", "--format", "oci", "--isolation", "oci", "--cgroup-parent", self.cgroup]
+        fixed = ["--layers", "--force-rm", "--format", "oci", "--isolation", "oci", "--cgroup-parent", self.cgroup]
         self.run("build", *fixed, *runtime, *policy, *authfile, *words, hear=hear)
 
     def take_in(self, layout: Path, name: str) -> None:
@@ -247,20 +248,21 @@ class Buildah:
             [*start, program, *command[1:]],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE,
             env={**_environment(), "TMPDIR": work},
             cwd=work,
             start_new_session=True,
             pass_fds=[self._lock_file],
         )
         self._process = process
-        lines: list[str] = []
+        output: list[str] = []
+        errors: list[str] = []
         try:
-            for line in _lines(process, QUIET):
+            for line, is_error in _lines(process, QUIET):
                 hear(line)
-                lines.append(line)
-                if command[0] == "buildah" and "build" in command:
-                    del lines[:-100]
+                kept_lines = errors if is_error else output
+                kept_lines.append(line)
+                del kept_lines[:-KEPT_LINES]
             status = process.wait()
         finally:
             self._process = None
@@ -268,8 +270,8 @@ class Buildah:
         if status != 0:
             if self._closed:
                 raise TryAgain(f"run '{command[0]}': the agent is stopping")
-            raise Failed(status, lines)
-        return lines
+            raise Failed(status, output, errors)
+        return output
 
     def _files_of_settings(self) -> tuple[Path | None, ...]:
         return self.settings.authfile, self.settings.registries_conf, self.settings.policy
@@ -293,22 +295,32 @@ def _environment() -> dict[str, str]:
     return {"HOME": "/root", **kept, "PATH": path, "LC_ALL": "C"}
 
 
-def _lines(process: subprocess.Popen[bytes], quiet: float) -> Iterator[str]:
-    """What a process says, line by line, as printable text. Raises TryAgain after so many seconds without a word."""
-    assert process.stdout is not None
-    pending = b""
+def _lines(process: subprocess.Popen[bytes], quiet: float) -> Iterator[tuple[str, bool]]:
+    """What a process says, line by line, as printable text, and whether it is on its standard error.
+
+    Raises TryAgain after so many seconds without a word.
+    """
+    assert process.stdout is not None and process.stderr is not None
+    pending = {process.stdout: b"", process.stderr: b""}
     with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while True:
-            if not selector.select(quiet):
+        for stream in pending:
+            selector.register(stream, selectors.EVENT_READ)
+        while selector.get_map():
+            ready = selector.select(quiet)
+            if not ready:
                 raise TryAgain(f"build: said nothing for {quiet:g} s")
-            data = os.read(process.stdout.fileno(), LONGEST_LINE)
-            *whole, pending = re.split(rb"\r*\n|\r", pending + data) if data else [pending, b""]
-            if len(pending) > LONGEST_LINE:
-                whole, pending = [*whole, pending[:LONGEST_LINE]], b""
-            yield from (_printable(line) for line in whole if line.strip())
-            if not data:
-                return
+            for key, _ in ready:
+                stream = cast("IO[bytes]", key.fileobj)
+                data = os.read(stream.fileno(), LONGEST_LINE)
+                if data:
+                    *whole, rest = re.split(rb"\r*\n|\r", pending[stream] + data)
+                else:
+                    whole, rest = [pending[stream]], b""
+                    selector.unregister(stream)
+                if len(rest) > LONGEST_LINE:
+                    whole, rest = [*whole, rest], b""
+                pending[stream] = rest
+                yield from ((_printable(line), stream is process.stderr) for line in whole if line.strip())
 
 
 def _printable(line: bytes) -> str:
@@ -326,8 +338,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    if process.stdout:
-        process.stdout.close()
+    for stream in (process.stdout, process.stderr):
+        if stream:
+            stream.close()
 
 
 def _remove(folder: Path) -> None:
