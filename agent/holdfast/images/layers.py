@@ -25,7 +25,7 @@ from holdfast.drivers import remove_tree
 from holdfast.errors import WrongState
 from holdfast.images.disk import Locks, sync_folder, write_whole
 from holdfast.images.references import to_digest
-from holdfast.images.unpack import Expected, Limits, Unpacked, unpack_stream
+from holdfast.images.unpack import Expected, Limits, Unpacked, discard, unpack_stream
 
 HEX = re.compile("[0-9a-f]{64}")
 Progress = Callable[[int], None]
@@ -157,7 +157,7 @@ class LayerStore:
 
     def _clear(self, key: str) -> None:
         with suppress(FileNotFoundError):
-            remove_tree(self.partial / key)
+            discard(self.partial / key)
         for path in self.partial.glob(f"{key}.*"):
             if path.is_dir():
                 path.rmdir()

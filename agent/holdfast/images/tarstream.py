@@ -414,7 +414,7 @@ def _apply(pax: _Pax, entry: Entry) -> None:
             name = _unquoted(key[len(XATTR_BASE64) :])
             if XATTR + name not in pax.records:
                 try:
-                    xattrs[name] = binascii.a2b_base64(value)
+                    xattrs[name] = binascii.a2b_base64(value + b"=" * (-len(value) % 4))
                 except ValueError as error:
                     raise Damaged(f"{shown(entry.name)}: attribute {shown(name)}: {error}") from None
     if xattrs:

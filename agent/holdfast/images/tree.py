@@ -221,17 +221,18 @@ class Tree:
         if not made or entry.uid != self._uid or entry.gid != self._gid or mode & 0o6000 or not self._plain:
             os.chown(base, _owner(entry.uid), _owner(entry.gid), dir_fd=folder, follow_symlinks=False)
             os.chmod(base, mode, dir_fd=folder)  # a directory, made just now or looked at: nothing to follow
+        self._note_directory(path, entry)
         if hidden or entry.xattrs:
             descriptor = os.open(base, FOLDER, dir_fd=folder)
             if hidden:
                 os.setxattr(descriptor, OPAQUE_XATTR, b"y")
             _set_xattrs(descriptor, entry.xattrs or {})
             os.close(descriptor)
-        self._note_directory(path, entry)
 
     def _note_directory(self, path: bytes, entry: Entry) -> None:
         if entry.gid != self._gid or entry.mode & stat.S_ISGID:
             self._plain = False
+        # What a default ACL hands down would be on everything that follows.
         self._late.append(path, entry.mtime, entry.xattrs.pop(DEFAULT_ACL, None) if entry.xattrs else None)
 
     def _link(self, folder: int, base: bytes, path: bytes, entry: Entry) -> None:

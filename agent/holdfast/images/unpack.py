@@ -8,6 +8,7 @@ hostile layer breaks is nobody else's, and what it makes grow is not the agent.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import socket
@@ -20,11 +21,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from holdfast.drivers import remove_tree
 from holdfast.errors import HoldfastError, NotPermitted, TryAgain, UnfitHost, WrongState
 from holdfast.images.tree import MAX_LINKS, OPAQUE_XATTR, is_whiteout
 from holdfast.images.worker import COMMAND
 
-__all__ = ["MAX_LINKS", "OPAQUE_XATTR", "Expected", "Limits", "Unpacked", "is_whiteout", "unpack_stream"]
+__all__ = ["MAX_LINKS", "OPAQUE_XATTR", "Expected", "Limits", "Unpacked", "discard", "is_whiteout", "unpack_stream"]
 
 LONGEST_MESSAGE = 64 << 10
 ERRORS: dict[str, type[HoldfastError]] = {
@@ -111,6 +113,17 @@ def unpack_stream(
     return found
 
 
+def discard(folder: Path) -> None:
+    """Delete a folder that may have been being unpacked into, once its worker is gone: one whose agent was killed
+    takes a moment to notice. Raises OSError, FileNotFoundError among them."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        remove_tree(folder)
+    finally:
+        os.close(descriptor)
+
+
 def _run_worker(
     stream: int,
     folder: Path,
@@ -125,18 +138,19 @@ def _run_worker(
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     source = os.dup(stream)  # a number that is none of the standard ones
     target = os.open(recipe, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     numbers = (
-        *(theirs.fileno(), source, target),
-        os.fspath(folder),
+        *(theirs.fileno(), source, target, place),
         *(limits.size, limits.files, -1 if compressed is None else compressed, int(stall * 1000)),
     )
     try:
+        fcntl.flock(place, fcntl.LOCK_SH)  # for as long as the worker lives: see discard
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-X", "utf8", "-c", COMMAND, ":".join(sys.path), *map(str, numbers)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=theirs.fileno(),
-            pass_fds=(theirs.fileno(), source, target),
+            pass_fds=(theirs.fileno(), source, target, place),
             start_new_session=True,  # what a terminal signals is for us to act on
             env=ENVIRONMENT,
         )
@@ -147,6 +161,7 @@ def _run_worker(
         theirs.close()
         os.close(source)
         os.close(target)
+        os.close(place)
     try:
         with ours:
             message, said = _listen(ours, progress)

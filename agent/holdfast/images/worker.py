@@ -62,13 +62,13 @@ def main() -> None:
     `progress` bytes; at the end one of `done` diff-id size digest compressed files newest, `short` bytes digest, or
     `damaged`, `host`, `again` or `denied` with a text. A bug writes its traceback there.
 
-    Arguments: sys.path, descriptors control, stream and recipe, the folder, most bytes and entries, the size of the
-    compressed stream (-1: any), milliseconds of silence that are borne (0: any).
+    Arguments: sys.path, descriptors control, stream, recipe and folder, most bytes and entries, the size of
+    the compressed stream (-1: any), milliseconds of silence that are borne (0: any).
     """
     gc.disable()
-    control, stream, recipe = (int(number) for number in sys.argv[2:5])
+    control, *numbers = map(int, sys.argv[2:])
     try:
-        done = _unpack(control, stream, recipe, sys.argv[5], *(int(number) for number in sys.argv[6:10]))
+        done = _unpack(control, *numbers)
         message = ["done", *map(str, done)]
     except BaseException as error:
         message = _explain(error)
@@ -99,12 +99,11 @@ def _explain(error: BaseException) -> list[str]:
 
 
 def _unpack(
-    control: int, stream: int, recipe: int, folder: str, most: int, entries: int, compressed: int, silence: int
+    control: int, stream: int, recipe: int, root: int, most: int, entries: int, compressed: int, silence: int
 ) -> tuple[object, ...]:
     source = _Source(stream, control, compressed, silence)
     head = source.peek()
     plain = _decompressor(head)  # imports what it needs
-    root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     _lock_up(root)
     _thread.start_new_thread(_die_with_parent, (control,))
     chunks = _Ahead(source, plain, most)
