@@ -78,6 +78,17 @@ def test_a_git_work_tree_and_a_file_are_left_alone(state: Path) -> None:
     assert files(state) == OLD
 
 
+def test_a_directory_with_a_mount_inside_is_left_alone(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replace, "mount_points", lambda: iter(["/", "/proc", str(state), f"{state}/conf"]))
+    with pytest.raises(Conflict, match=r"mounted inside of it, at '.*/conf'"):
+        replace_tree(state, NEW, NONE)
+    assert files(state) == OLD
+
+
+def test_the_mount_points_of_this_host_are_known() -> None:
+    assert {"/", "/proc"} <= set(replace.mount_points())
+
+
 def test_a_file_system_that_can_not_exchange_gets_two_renames(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replace, "RENAME_EXCHANGE", 1 << 30)  # EINVAL from the real kernel
     previous = replace_tree(state, NEW, NONE)

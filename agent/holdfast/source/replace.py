@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,6 +49,8 @@ def check_replaceable(directory: Path) -> None:
             f"replace '{directory}': is a git work tree, which a bundle would take away (move it, or name another "
             "folder with --state)"
         )
+    if inner := next((each for each in mount_points() if each.startswith(f"{real}/")), None):
+        raise Conflict(f"replace '{directory}': something is mounted inside of it, at '{inner}' (unmount that first)")
     place = real if os.path.ismount(real) else real.parent
     while not place.exists():
         place = place.parent
@@ -126,6 +129,12 @@ def _replace_inside(real: Path, files: Mapping[str, bytes], executable: frozense
     mark.unlink()
     _sync(real)
     return previous
+
+
+def mount_points() -> Iterator[str]:
+    """Every mount point of this process's namespace (proc_pid_mountinfo(5))."""
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        yield os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), line.split()[4]))
 
 
 def _write_mark(mark: Path, text: bytes) -> None:
