@@ -169,6 +169,7 @@ def test_what_comes_is_counted_and_told(
     assert {each["ref"] for each in seen} == {ref}
     assert {"resolving", "pulling"} <= {each["state"] for each in seen}
     assert any(0 < each["done"] < each["total"] == total for each in seen)
+    assert any(0 < layer["done"] < layer["total"] for each in seen for layer in each["layers"])
     assert any(sorted(layer["total"] for layer in each["layers"]) == sizes for each in seen)
     kinds = [kind for kind, *_ in told]
     assert (kinds[0], kinds[-1]) == ("pulling", "pulled") and told[0][1] == ref

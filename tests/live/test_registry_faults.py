@@ -242,6 +242,18 @@ def test_a_layer_that_breaks_off_is_fetched_again_and_then_given_up(faulty: Faul
     assert len(other) == len(set(other)) + 1, "only the configuration is fetched twice"
 
 
+def test_a_layer_that_stops_coming_is_asked_for_again_and_then_given_up(
+    faulty: FaultyRegistry, new_puller: Callable[..., Puller]
+) -> None:
+    assert faulty.layout
+    digest = layer_digest(faulty)
+    body = faulty.layout.read(digest)
+    faulty.answer(digest, Answer(200, body[:1000], length=len(body), hang=True))
+    puller = new_puller(replace(QUICK, stall_timeout=0.3))
+    fails(puller, f"{faulty.address}/app", TryAgain, "0.3 s")
+    assert faulty.asked(digest) == 3
+
+
 def test_a_layer_with_another_content_is_refused(faulty: FaultyRegistry, puller: Puller) -> None:
     assert faulty.layout
     digest = layer_digest(faulty)
