@@ -23,6 +23,7 @@ from holdfast.images.pull import Puller
 from holdfast.images.store import ImageStore
 from holdfast.runtime.binaries import find_runtime
 from holdfast.spec import NodeFacts, Spec, load
+from layouts import make_layout
 from live.agent import HOLDFAST, LiveAgent
 from live.registry import Registry
 
@@ -77,9 +78,12 @@ def read(files: Mapping[str, str | bytes]) -> Spec:
 
 def shop(dockerfile: str, state: str = STATE, **files: str | bytes) -> dict[str, str | bytes]:
     """The files of an app whose context is web/, with busybox in it."""
-    busybox = Path(shutil.which("busybox") or "").read_bytes()
-    web = {f"web/{name}": text for name, text in {"busybox": busybox, **files}.items()}
+    web = {f"web/{name}": text for name, text in {"busybox": busybox(), **files}.items()}
     return {"shop.toml": state, "web/Dockerfile": dockerfile, **web}
+
+
+def busybox() -> bytes:
+    return Path(shutil.which("busybox") or "").read_bytes()
 
 
 def content(image: Image, path: str) -> str | None:
@@ -171,6 +175,19 @@ def test_an_image_is_built_from_another_of_the_tree_that_comes_first(workshop: W
     changed = workshop.build({**files, "web/new": ""})
     assert content(changed, "/once") == content(base, "/once")
     assert len(workshop.steps("tools/base")) == 4
+
+
+def test_what_a_build_starts_from_is_fetched_once(workshop: Workshop, registry: Registry, tmp_path: Path) -> None:
+    made = [{"bin": None, "bin/busybox": busybox(), "bin/sh": "busybox"}]
+    make_layout(tmp_path / "layout", made, history=[{"created_by": "tar"}])
+    registry.push(tmp_path / "layout", "base")
+    dockerfile = "ARG WHERE\nFROM $WHERE/base\nRUN busybox cp /bin/busybox /copy\nCOPY a /a\n"
+    state = STATE.replace("[containers", f'args = ["WHERE={registry.address}"]\n[containers')
+    workshop.build(shop(dockerfile, state, a="1"))
+    registry.stop()
+    image = workshop.build(shop(dockerfile, state, a="2"))
+    assert content(image, "/a") == "2"
+    assert (image.lookup("/copy") or 0) & 0o777 == 0o755
 
 
 def test_a_build_that_fails_says_why_in_one_line_and_keeps_all_of_it(workshop: Workshop) -> None:

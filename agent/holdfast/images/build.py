@@ -106,7 +106,7 @@ class Builder:
     def sweep(self) -> None:
         """Clear away what a killed agent's build left, and the cache once no built image is left. When it starts."""
         self.buildah.sweep()
-        if self.buildah.storage.exists() and not any(map(self._is_known, self.store.names())):
+        if self.buildah.storage.exists() and not any(name.startswith(PREFIX) for name in self.store.names()):
             with suppress(HoldfastError), self.buildah.alone():
                 self.buildah.wipe()
 
@@ -270,9 +270,10 @@ class Builder:
         return failure(WrongState, f"build 'images.{name}': {reason} (all of it is in {log})", RETRY)
 
     def _is_known(self, name: str) -> bool:
-        """Whether a name of buildah's storage is still that of an image in the store."""
+        """Whether a name of buildah's storage is still worth keeping: not if what was built is in the store no more."""
         known = self.store.names()
-        return name.startswith(PREFIX) and any(each in known for each in (name, name[: name.rfind(":") + 17]))
+        end = name.rfind(":") + 17  # behind it stands for which platform it was built
+        return not name.startswith(PREFIX) or name[:end] in known
 
     @contextmanager
     def _scratch(self) -> Iterator[Path]:

@@ -289,7 +289,7 @@ def find(program: str) -> Path | None:
 
 
 def _environment() -> dict[str, str]:
-    stray = re.compile(r"(BUILDAH|STORAGE|CONTAINERS_STORAGE)_.*|_?CONTAINERS_.*ROOT.*|XDG_RUNTIME_DIR")
+    stray = re.compile(r"(BUILDAH|STORAGE|CONTAINERS_STORAGE)_.*|_CONTAINERS_.*")
     kept = {name: value for name, value in os.environ.items() if not stray.fullmatch(name)}
     path = os.pathsep.join(filter(None, (kept.get("PATH"), "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin")))
     return {"HOME": "/root", **kept, "PATH": path, "LC_ALL": "C"}

@@ -23,8 +23,9 @@ MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x8, 0x4000, 0x40
 MNT_DETACH, UMOUNT_NOFOLLOW = 0x2, 0x8
 PR_SET_PDEATHSIG = 1
 
-SYSTEM = ("/proc", "/sys", "/dev")  # with all that is mounted below them
-NEEDED = ("/usr", "/etc", "/bin", "/sbin", "/lib", "/lib64", "/opt", "/var", "/root", "/run", "/tmp", "/nix/store")
+# With all that is mounted below them: programs and their settings, single files of which may be mounts.
+SYSTEM = ("/proc", "/sys", "/dev", "/usr", "/etc", "/bin", "/sbin", "/lib", "/lib64", "/opt", "/nix/store")
+NEEDED = ("/var", "/root", "/run", "/tmp")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -52,7 +53,7 @@ def main(parent: int, kept: list[str], command: list[str]) -> int:
 
 def detached(points: Iterable[str], kept: Iterable[str]) -> list[str]:
     """Which mount points to let go of, the last mounted first."""
-    steps = [path.rstrip("/") + "/" for path in (os.path.realpath(each) for each in kept)]  # noqa: PTH - no pathlib
+    steps = [path.rstrip("/") + "/" for path in (os.path.realpath(each) for each in kept)]
 
     def needed(point: str) -> bool:
         below_system = any(point == each or point.startswith(f"{each}/") for each in SYSTEM)
