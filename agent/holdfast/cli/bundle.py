@@ -95,7 +95,9 @@ def create(
 
 @contextmanager
 def scratch(output: Path) -> Iterator[Path]:
-    """A folder beside the file that is to be written, on its disk; gone at the end."""
+    """A folder beside the file that is to be written, on its disk; gone at the end, also of a command that is told to
+    end."""
+    import signal
     import tempfile
 
     beside = output.parent.resolve()
@@ -106,8 +108,12 @@ def scratch(output: Path) -> Iterator[Path]:
         raise NotPermitted(f"write '{output}': may not write to '{beside}'") from error
     except OSError as error:
         raise UnfitHost(f"write '{output}': {(error.strerror or str(error)).lower()}") from error
-    with folder as path:
-        yield Path(path)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with folder as path:
+            yield Path(path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def images_of(
