@@ -296,6 +296,8 @@ def test_a_policy_decides_and_costs_no_second_download(
     )
     assert new_puller(replace(QUICK, policy=scoped)).pull(ref).digest == digest
     assert [registry.fetched(layer) for layer in layers_of(tmp_path / "layout")] == [1, 1]
+    with pytest.raises(WrongState, match="does not allow it"):
+        new_puller(replace(QUICK, policy=closed)).pull(ref)  # what is here as well
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     with pytest.raises(UnfitHost, match="no signature policy that can be read"):

@@ -81,6 +81,8 @@ def test_archives_of_the_host_are_named_as_skopeo_names_them(text: str, path: st
         ("a___b", "not a valid name"),
         ("host_x.y:1/app", "'host_x.y:1' is no host"),
         ("host:port/app", "'host:port' is no host"),
+        ("127.0.0.1:65536/app", "'127.0.0.1:65536' is no host"),
+        ("host:0/app", "'host:0' is no host"),
         (HEX, "looks like a digest (expected sha256: before it)"),
         ("a/" * 128 + "a", "the path has 257 characters (at most 255)"),
         ("docker-daemon:/app:1", "the transport 'docker-daemon' is not known"),

@@ -132,6 +132,14 @@ SAID: list[tuple[str, type[HoldfastError], str, float]] = [
         "no credentials: ",
         60,
     ),
+    (
+        'getting username and password: 1 error occurred:\n\t* reading JSON file "/a": unmarshaling JSON at "/a": '
+        "unexpected end of JSON input\n\n",
+        UnfitHost,
+        'no credentials: unmarshaling JSON at "/a": unexpected end of JSON input',
+        60,
+    ),
+    ("invalid reference format", WrongState, "skopeo can't read this name", 300),
     ("expected 17 bytes in blob, got 20030", WrongState, "a blob has 20030 bytes, its manifest says 17", 300),
     ("corrupted blob, expecting sha256:00", WrongState, "its content is damaged", 300),
     ("unexpected EOF", TryAgain, "the connection broke off", 0),

@@ -113,7 +113,7 @@ CAUSES = (
         REFUSED,
     ),
     _Cause(
-        r"getting username and password[^\n]*|error (?:getting|reading) credentials[^\n]*|auth\.json[^\n]*",
+        r"(?s:getting username and password.{0,600})|error (?:getting|reading) credentials[^\n]*|auth\.json[^\n]*",
         UnfitHost,
         lambda match: f"no credentials: {_last(match[0])}",
         REFUSED,
@@ -124,6 +124,7 @@ CAUSES = (
         "the registry lacks a part of the image (404)",
         REFUSED,
     ),
+    _Cause(r"invalid reference format", WrongState, "skopeo can't read this name", UNFIT),
     _Cause(
         r"manifest unknown|name unknown|repository name not known|name_unknown|manifest_unknown"
         rf"|{_CODE}404|404 \(not found\)|404 not found",

@@ -185,7 +185,7 @@ class Puller:
         began = time.monotonic()
         if jobs:
             self._check_room(ref, jobs)
-        if not self._whole(remote.digest) and not self._skopeo.policy_is_open():
+        if not self._skopeo.policy_is_open():
             self._check_policy(ref, remote, manifest)
         if jobs:
             news.begin(len(jobs))
@@ -199,12 +199,6 @@ class Puller:
         if jobs:
             news.end(image.digest, time.monotonic() - began)
         return image
-
-    def _whole(self, digest: str) -> bool:
-        """Whether an image is wholly here."""
-        with suppress(NotFound):
-            return bool(self.store.get(digest))
-        return False
 
     def _config(self, manifest: Manifest, fetch: Fetch) -> bytes:
         with suppress(NotFound):

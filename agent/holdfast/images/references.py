@@ -127,7 +127,8 @@ def _split_host(name: str) -> tuple[str, str]:
     host, slash, rest = name.partition("/")
     if not slash or not ("." in host or ":" in host or host == "localhost"):
         return DOCKER_HUB, name
-    if not _HOST.fullmatch(host):
+    port = re.search(r":(\d+)$", host)
+    if not _HOST.fullmatch(host) or (port and not 0 < int(port[1]) < 1 << 16):
         raise ValueError(f"{host[:300]!r} is no host ({_FORM})")
     return (DOCKER_HUB if host == "index.docker.io" else host), rest
 
