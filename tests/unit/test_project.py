@@ -157,11 +157,13 @@ def test_agent_toml_in_readme_loads(tmp_path: Path) -> None:
 
 
 def test_state_files_in_readme_load() -> None:
-    written = {title: text for language in ("toml", "html") for title, text in fenced("README.md", language)}
+    written = {
+        title: text for language in ("toml", "html", "dockerfile") for title, text in fenced("README.md", language)
+    }
     files = {title: text.encode() for title, text in written.items() if title != "agent.toml"}
     spec = load({**files, "web.conf": b""}, NodeFacts(name="edge-7", labels={"region": "eu"}))
     assert spec.problems == ()
-    assert {*spec.apps} == {"hello", "shop", "databases"}
+    assert {*spec.apps} == {"hello", "shop", "databases", "web", "site"}
 
 
 def test_example_state_loads() -> None:
