@@ -89,8 +89,8 @@ class Builder:
             return self._named(image, build)
         check_platforms(name, build)
         if image is None:
-            with self.store.keep(), self.buildah.alone():
-                image = self._build(name, images, blobs)
+            with self._failing(name), self.store.keep(), self.buildah.alone():
+                image = self.find(name, build) or self._build(name, images, blobs)  # somebody else's, by now
                 self.buildah.prune(self._is_known)
         image = self._named(image, build)
         if build.push:
@@ -126,15 +126,9 @@ class Builder:
         subject, began = f"image {name}", time.monotonic()
         with Log(self.logs / f"{name}.log", lambda line: self.told("build", subject, line)) as log:
             self.told("build", subject, f"building from {build.context or '.'} ({build.dockerfile})")
-            try:
-                with self._scratch() as folder:
-                    id = self._make(folder, name, images, blobs, log.hear)
-                    image = self._take(folder, id, built_name(name, build))
-            except Failed as error:
-                raise self._failure(name, error, log.path) from error
-            except HoldfastError as error:
-                error.wait = max(error.wait, RETRY)
-                raise
+            with self._failing(name), self._scratch() as folder:
+                id = self._make(folder, name, images, blobs, log.hear)
+                image = self._take(folder, id, built_name(name, build))
             seconds = time.monotonic() - began
             self.told("build", subject, f"built in {seconds:.1f} s: {image.digest}", digest=image.digest)
         return image
@@ -217,7 +211,7 @@ class Builder:
         left = [tag for tag in build.tags if done.get(tag) != mark]
         others = [platform for platform in build.platforms if platform not in ours(build.platforms)]
         if left and others:
-            with self.buildah.alone():
+            with self._failing(name), self.store.keep(), self.buildah.alone():
                 self._push_index(name, images, blobs, others, left)
         for tag in left:
             if not others:
@@ -234,27 +228,39 @@ class Builder:
             with self._scratch() as folder:
                 write_layout(self.store, self.store.resolve(own), folder / "layout")
                 self.buildah.take_in(folder / "layout", own)
-        with Log(self.logs / f"{name}.platforms.log", lambda line: self.told("build", subject, line)) as log:
-            try:
-                ids = [self.buildah.names()[own]]
-                for platform in others:
-                    built = self.buildah.names().get(_tag_for(own, platform))
-                    if built is None:
-                        self.told("build", subject, f"building for {platform}")
-                        with self._scratch() as folder:
-                            built = self._make(folder, name, images, blobs, log.hear, platform)
-                    ids.append(built)
-                if index in self.buildah.names():
-                    self.buildah.run("manifest", "rm", index)
-                self.buildah.run("manifest", "create", index, *ids)
-                for tag in tags:
-                    self.buildah.send(index, tag)
-                    self.told("pushed", tag, f"{own} is there for {', '.join(build.platforms)}")
-            except Failed as error:
-                raise self._failure(name, error, log.path) from error
+        with Log(self.logs / f"{name}.log", lambda line: self.told("build", subject, line)) as log:
+            ids = [self.buildah.names()[own]]
+            for platform in others:
+                built = self.buildah.names().get(_tag_for(own, platform))
+                if built is None:
+                    self.told("build", subject, f"building for {platform}")
+                    with self._scratch() as folder:
+                        built = self._make(folder, name, images, blobs, log.hear, platform)
+                ids.append(built)
+            if index in self.buildah.names():
+                self.buildah.run("manifest", "rm", index)
+            self.buildah.run("manifest", "create", index, *ids)
+            for tag in tags:
+                self.buildah.send(index, tag)
+                self.told("pushed", tag, f"{own} is there for {', '.join(build.platforms)}")
 
-    def _failure(self, name: str, error: Failed, log: Path) -> HoldfastError:
+    @contextmanager
+    def _failing(self, name: str) -> Iterator[None]:
+        """Say in one line what fails in the block, and when a next try makes sense."""
+        try:
+            yield
+        except Failed as error:
+            raise self._failure(name, error) from error
+        except OSError as error:
+            cause = (error.strerror or str(error)).lower()
+            raise failure(UnfitHost, f"build 'images.{name}': {cause}", RETRY) from error
+        except HoldfastError as error:
+            error.wait = max(error.wait, RETRY)
+            raise
+
+    def _failure(self, name: str, error: Failed) -> HoldfastError:
         """One line for what went wrong: the step, its end, and what it said last."""
+        log = self.logs / f"{name}.log"
         reasons = [line.removeprefix("Error: ") for line in error.errors if line.startswith("Error: ")]
         reason = reasons[-1] if reasons else next(reversed([*error.output, *error.errors]), str(error))
         if not STEP.search(reason) and REGISTRY.search(reason):
@@ -270,7 +276,7 @@ class Builder:
         return failure(WrongState, f"build 'images.{name}': {reason} (all of it is in {log})", RETRY)
 
     def _is_known(self, name: str) -> bool:
-        """Whether a name of buildah's storage is still worth keeping: not if what was built is in the store no more."""
+        """Whether a name of buildah's storage is worth keeping: not if what was built is in the store no more."""
         known = self.store.names()
         end = name.rfind(":") + 17  # behind it stands for which platform it was built
         return not name.startswith(PREFIX) or name[:end] in known

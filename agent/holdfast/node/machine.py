@@ -94,7 +94,10 @@ class Node:
         What failed gets another try, for the agent, its settings or its host may have been mended meanwhile.
         """
         self.rig.runtime.prepare()
-        self.rig.builder.sweep()
+        try:
+            self.rig.builder.sweep()
+        except (HoldfastError, OSError) as error:  # it is tried again before the next build
+            self.rig.store.event("failed", "node", f"clear up after builds: {error}")
         self.rig.store.retry_now()
         recover(self.rig)
 
