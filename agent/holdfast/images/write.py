@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, Literal, Protocol, cast
 from holdfast.errors import WrongCall, WrongState
 from holdfast.images.image import CONFIG, LAYER, MANIFEST, Image
 from holdfast.images.recipe import rebuild
-from holdfast.images.references import familiar, parse
+from holdfast.images.references import parse
 from holdfast.images.store import ImageStore
 
 Format = Literal["oci-archive", "docker-archive"]
@@ -161,7 +161,7 @@ def _save_docker(store: ImageStore, chosen: Sequence[tuple[Image, list[str]]], a
         if config not in there:
             there.add(config)
             archive.file(config, store.read_blob(image.config_digest))
-        entries.append({"Config": config, "RepoTags": [familiar(each) for each in names], "Layers": members})
+        entries.append({"Config": config, "RepoTags": names, "Layers": members})
     archive.file("manifest.json", _dump(entries))
 
 

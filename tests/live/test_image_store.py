@@ -1,0 +1,227 @@
+"""The image store with real processes: kills, skopeo and podman as readers, a registry, running containers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ground import Rootfs
+from holdfast.images.store import ImageStore
+from holdfast.images.write import FORMATS, save
+from holdfast.runtime import cgroup
+from layouts import Layout
+from live.agent import HOLDFAST, LiveAgent
+from live.registry import Registry
+from tars import entry, tar_of
+
+pytestmark = pytest.mark.live
+
+LOAD = "import sys; from pathlib import Path; from holdfast.images.store import ImageStore as S; S(Path(sys.argv[1]))"
+RUN = 'networks = ["none"]\nstop_signal = "SIGKILL"'
+LOOP = "touch /made; rm /etc/passwd; while :; do echo tick >> /log; sleep 0.01; done"
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout(tmp_path / "layout")
+
+
+@pytest.fixture
+def busybox(busybox_rootfs: Rootfs) -> bytes:
+    return busybox_rootfs.tar.read_bytes()
+
+
+def wait(condition: Callable[[], object], what: str, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def unpacking(partial: Path) -> bool:
+    with suppress(FileNotFoundError):  # it comes and goes
+        return any(any(path.iterdir()) for path in partial.iterdir() if path.is_dir())
+    return False
+
+
+def run(*words: str) -> str:
+    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
+    return done.stdout
+
+
+def test_a_kill_at_any_moment_leaves_whole_layers_only(tmp_path: Path, layout: Layout) -> None:
+    rest = random.Random(3)
+    layers = [tar_of(*(entry(f"{name}/{n}", rest.randbytes(9000)) for n in range(200))) for name in "abc"]
+    layout.tag(layout.image(layers), "1")
+    root = tmp_path / "images"
+    seen = set()
+    for number in range(10):
+        load = [sys.executable, "-c", f"{LOAD}.load(Path(sys.argv[2]), 'x:1')", str(root), str(layout.path)]
+        child = subprocess.Popen(load, stderr=subprocess.DEVNULL)
+        partial = root / "partial"
+        if number % 3:
+            wait(lambda: child.poll() is not None or unpacking(partial), "it unpacks")  # noqa: B023
+        time.sleep(rest.random() * 0.15)  # any moment
+        child.kill()
+        child.wait()
+        store = ImageStore(root)
+        assert {path.name for path in partial.iterdir()} <= {"store.lock", "index.lock"}
+        there = store.layers.all()
+        seen.add(len(there))
+        for diff_id in there:
+            files = list(store.layers.folder(diff_id).rglob("*"))
+            assert len(files) == store.layers.facts(diff_id).files == 201
+            assert sum(path.stat().st_size for path in files if path.is_file()) == 200 * 9000
+        for image in store.list(dangling=True):
+            assert store.get(image.digest).names in ((), ("x:1",))
+        if len(there) == 3:
+            store.prune(all=True)
+            store.delete_orphans(time.time() + 1)
+    assert len(seen) > 1, "the moments were not spread"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_saved_is_read_by_skopeo_and_podman(tmp_path: Path, layout: Layout, format: Any) -> None:
+    layers = [tar_of(entry("bin/a", b"a", uid=0, gid=0)), tar_of(entry("bin/.wh.a", uid=0, gid=0), entry("b", b"b"))]
+    layout.tag(layout.image(layers, config={"Cmd": ["/b"]}), "1")
+    store = ImageStore(tmp_path / "images")
+    image = store.load(layout.path, "shop/web:1")[0]
+    with (tmp_path / "x.tar").open("wb") as out:
+        save(store, ["shop/web:1"], out, format)
+    source = f"{format}:{tmp_path}/x.tar"
+    config = json.loads(run("skopeo", "inspect", "--config", "--raw", source))
+    assert config["rootfs"]["diff_ids"] == list(image.diff_ids)
+    with tempfile.TemporaryDirectory() as folder:  # podman takes short paths only
+        place = ["--root", f"{folder}/root", "--runroot", f"{folder}/run", "--storage-driver", "vfs"]
+        run("podman", *place, "load", "-q", "-i", f"{tmp_path}/x.tar")
+        (loaded,) = json.loads(run("podman", *place, "images", "--format", "json"))
+    assert f"sha256:{loaded['Id']}" == image.config_digest
+    assert loaded["Names"] == ["docker.io/shop/web:1"]
+
+
+def test_images_come_and_go_by_commands_with_an_agent_and_without(
+    agent: LiveAgent, registry: Registry, layout: Layout, busybox: bytes, tmp_path: Path
+) -> None:
+    agent.cli("image", "remove", "busybox:1")
+    layout.tag(layout.image([busybox, {"version": b"1"}]), "1")
+    digest = registry.push(layout.path, "app:1", tag="1")
+    ref = f"{registry.address}/app:1"
+    for running in (True, False):
+        if not running:
+            agent.stop()
+        assert agent.cli("image", "pull", "-q", ref).stdout == f"{ref}  {digest}\n"
+        agent.cli("image", "tag", ref, f"{registry.address}/copy:{running:d}")
+        (found,) = json.loads(agent.cli("image", "inspect", f"{registry.address}/copy:{running:d}").stdout)
+        assert (found["Digest"], len(found["RootFS"]["Layers"]), found["UsedBy"]) == (digest, 2, [])
+        assert found["RepoDigests"] == [f"{registry.address}/app@{digest}"]
+        assert len(agent.cli("image", "history", found["Id"][7:19]).stdout.splitlines()) == 3
+        pushed = agent.cli("image", "push", "-q", f"{registry.address}/copy:{running:d}").stdout.split()[1]
+        there = run("skopeo", "inspect", "--tls-verify=false", f"docker://{registry.address}/copy:{running:d}")
+        assert json.loads(there)["Digest"] == pushed
+        agent.cli("image", "save", "-o", str(tmp_path / "x.tar"), ref)
+        agent.cli("image", "export", "-o", str(tmp_path / "root.tar"), ref)
+        with tarfile.open(tmp_path / "root.tar") as tar:
+            assert {"bin/busybox", "version"} <= set(tar.getnames())
+        agent.cli("image", "remove", ref, f"{registry.address}/copy:{running:d}")
+        assert agent.cli("image", "load", str(tmp_path / "x.tar")).stdout.startswith(ref)
+        assert "removed sha256:" in agent.cli("image", "prune", "--all", "--force").stdout
+        kinds = {each["kind"]: each for each in json.loads(agent.cli("system", "df", "--json").stdout)["kinds"]}
+        assert (kinds["layers"]["count"], kinds["images"]["size"]) == (0, 0)
+    gone = agent.cli("image", "pull", f"{registry.address}/app:9", check=False)
+    assert gone.returncode == 64 and "app:9" in gone.stderr and len(gone.stderr.splitlines()) == 1
+
+
+def running(agent: LiveAgent) -> Path:
+    """Run a container that writes all the time; returns its writable layer."""
+    agent.write(
+        "shop.toml", f'[containers.web]\nimage = "busybox:1"\n{RUN}\ncommand = ["sh", "-c", {json.dumps(LOOP)}]\n'
+    )
+    agent.converge()
+    (upper,) = (agent.host.root / "instances").glob("*/upper")
+    wait(lambda: (upper / "log").exists(), "it writes")
+    return upper
+
+
+def freezer(agent: LiveAgent) -> str:
+    instance = agent.instances("shop/web")[0]["id"]
+    place = cgroup.folder("freezer", f"{agent.host.cgroup}/{instance}")
+    name = "cgroup.freeze" if cgroup.version() == 2 else "freezer.state"
+    return {"1": "FROZEN", "0": "THAWED"}.get(state := (place / name).read_text().strip(), state)
+
+
+def test_a_running_container_becomes_an_image_and_an_archive(agent: LiveAgent, tmp_path: Path) -> None:
+    upper = running(agent)
+    agent.cli("commit", "shop/web", "busybox:2", "-m", "why", "-a", "me", "-c", 'CMD ["cat", "/made"]')
+    (found,) = json.loads(agent.cli("image", "inspect", "busybox:2").stdout)
+    (base,) = json.loads(agent.cli("image", "inspect", "busybox:1").stdout)
+    assert found["RootFS"]["Layers"][:-1] == base["RootFS"]["Layers"]
+    assert (found["Config"]["Cmd"], found["Author"], found["Comment"]) == (["cat", "/made"], "me", "why")
+    agent.cli("export", "shop/web", "-o", str(tmp_path / "root.tar"))
+    with tarfile.open(tmp_path / "root.tar") as tar:
+        names = set(tar.getnames())
+    assert {"made", "log", "bin/busybox"} <= names and "etc/passwd" not in names
+    written = (upper / "log").stat().st_size
+    wait(lambda: (upper / "log").stat().st_size > written, "it goes on")
+    agent.write("shop.toml", f'[containers.web]\nimage = "busybox:2"\n{RUN}\ncommand = "sleep 1000"\n')
+    agent.converge()
+    assert agent.exec("shop/web", "sh", "-c", "ls -d /made /etc/passwd 2>/dev/null || true").split() == ["/made"]
+
+
+def test_a_container_that_stands_still_when_its_agent_is_killed_goes_on_with_the_next_one(agent: LiveAgent) -> None:
+    running(agent)
+    config = {**os.environ, "HOLDFAST_CONFIG": str(agent.config)}
+    ours, theirs = os.pipe()  # that nobody reads from
+    export = subprocess.Popen([HOLDFAST, "export", "shop/web"], env=config, stdout=theirs, stderr=subprocess.DEVNULL)
+    try:
+        wait(lambda: freezer(agent) == "FROZEN", "it stands still")
+        agent.kill()
+    finally:
+        export.send_signal(signal.SIGKILL)
+        export.wait(20)
+        os.close(ours)
+        os.close(theirs)
+    agent.start()
+    wait(lambda: freezer(agent) == "THAWED", "it goes on")
+
+
+def test_a_full_disk_costs_unused_images_and_never_those_that_run_or_may_come_back(
+    agent: LiveAgent, tmp_path: Path
+) -> None:
+    for number in range(1, 5):
+        (tmp_path / f"{number}.tar").write_bytes(agent.rootfs.tar.read_bytes())
+        with tarfile.open(tmp_path / f"{number}.tar", "a") as tar:
+            member, _ = entry(f"v{number}")
+            tar.addfile(member)
+        agent.image(f"app:{number}", tmp_path / f"{number}.tar")
+    agent.cli("image", "remove", "busybox:1")
+    for number in (1, 2):
+        agent.write("shop.toml", f'[containers.web]\nimage = "app:{number}"\n{RUN}\ncommand = "sleep 1000"\n')
+        agent.converge()
+    refused = agent.cli("image", "remove", "app:1", check=False)  # the generation before ran it
+    assert "in use by shop/web" in refused.stderr
+    agent.stop()
+    images = ImageStore(agent.host.root / "images")
+    for blob in (images.root / "blobs/sha256").iterdir():
+        os.utime(blob, (1, 1))
+    agent.configure(more="images.high_watermark = 0.001\nimages.low_watermark = 0.001")
+    agent.start()
+    agent.wait(lambda: len(images.digests()) == 2, "unused images are gone")
+    told = [event for event in agent.events() if event["subject"] == "images"]
+    assert [event["kind"] for event in told] == ["removed", "full"]
+    assert len(told[0]["digests"]) == 2 and told[0]["freed"] > 0
+    assert [image.names for image in images.list(dangling=True)] == [("app:1",), ("app:2",)]
+    assert agent.exec("shop/web", "ls", "/v2") == "/v2\n"
