@@ -120,29 +120,29 @@ def test_images_come_and_go_by_commands_with_an_agent_and_without(
     layout.tag(layout.image([busybox, {"version": b"1"}]), "1")
     digest = registry.push(layout.path, "app:1", tag="1")
     ref = f"{registry.address}/app:1"
-    for running in (True, False):
-        if not running:
-            agent.stop()
-        assert agent.cli("image", "pull", "-q", ref).stdout == f"{ref}  {digest}\n"
-        agent.cli("image", "tag", ref, f"{registry.address}/copy:{running:d}")
-        (found,) = json.loads(agent.cli("image", "inspect", f"{registry.address}/copy:{running:d}").stdout)
-        assert (found["Digest"], len(found["RootFS"]["Layers"]), found["UsedBy"]) == (digest, 2, [])
-        assert found["RepoDigests"] == [f"{registry.address}/app@{digest}"]
-        assert len(agent.cli("image", "history", found["Id"][7:19]).stdout.splitlines()) == 3
-        pushed = agent.cli("image", "push", "-q", f"{registry.address}/copy:{running:d}").stdout.split()[1]
-        there = run("skopeo", "inspect", "--tls-verify=false", f"docker://{registry.address}/copy:{running:d}")
-        assert json.loads(there)["Digest"] == pushed
-        agent.cli("image", "save", "-o", str(tmp_path / "x.tar"), ref)
-        agent.cli("image", "export", "-o", str(tmp_path / "root.tar"), ref)
-        with tarfile.open(tmp_path / "root.tar") as tar:
-            assert {"bin/busybox", "version"} <= set(tar.getnames())
-        agent.cli("image", "remove", ref, f"{registry.address}/copy:{running:d}")
-        assert agent.cli("image", "load", str(tmp_path / "x.tar")).stdout.startswith(ref)
-        assert "removed sha256:" in agent.cli("image", "prune", "--all", "--force").stdout
-        kinds = {each["kind"]: each for each in json.loads(agent.cli("system", "df", "--json").stdout)["kinds"]}
-        assert (kinds["layers"]["count"], kinds["images"]["size"]) == (0, 0)
+    copy = f"{registry.address}/copy:1"
+    assert agent.cli("image", "pull", "-q", ref).stdout == f"{ref}  {digest}\n"
+    agent.cli("image", "tag", ref, copy)
+    (found,) = json.loads(agent.cli("image", "inspect", copy).stdout)
+    assert (found["Digest"], len(found["RootFS"]["Layers"]), found["UsedBy"]) == (digest, 2, [])
+    assert found["RepoDigests"] == [f"{registry.address}/app@{digest}"]
+    assert len(agent.cli("image", "history", found["Id"][7:19]).stdout.splitlines()) == 3
+    pushed = agent.cli("image", "push", "-q", copy).stdout.split()[1]
+    assert json.loads(run("skopeo", "inspect", "--tls-verify=false", f"docker://{copy}"))["Digest"] == pushed
+    agent.cli("image", "save", "-o", str(tmp_path / "x.tar"), ref)
+    agent.cli("image", "export", "-o", str(tmp_path / "root.tar"), ref)
+    with tarfile.open(tmp_path / "root.tar") as tar:
+        assert {"bin/busybox", "version"} <= set(tar.getnames())
+    agent.cli("image", "remove", ref, copy)
+    assert agent.cli("image", "load", str(tmp_path / "x.tar")).stdout.startswith(ref)
+    assert "removed sha256:" in agent.cli("image", "prune", "--all", "--force").stdout
     gone = agent.cli("image", "pull", f"{registry.address}/app:9", check=False)
     assert gone.returncode == 64 and "app:9" in gone.stderr and len(gone.stderr.splitlines()) == 1
+    agent.stop()
+    assert agent.cli("image", "pull", copy).stdout == f"{copy}  {pushed}\n"
+    agent.cli("image", "remove", copy)
+    kinds = {each["kind"]: each for each in json.loads(agent.cli("system", "df", "--json").stdout)["kinds"]}
+    assert (kinds["layers"]["count"], kinds["images"]["size"]) == (0, 0)
 
 
 def running(agent: LiveAgent) -> Path:
