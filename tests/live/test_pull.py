@@ -149,6 +149,10 @@ def test_a_registry_is_asked_for_so_many_layers_at_once_and_no_more(
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(puller.pull, [f"{drip.address}/app", f"{drip.address}/app:other"]))
     assert drip.peak == 2
+    puller.settings, drip.peak = replace(QUICK, concurrent_downloads=1), 0
+    puller.store.remove(f"{drip.address}/app")
+    puller.pull(f"{drip.address}/app")
+    assert drip.peak == 1
 
 
 def test_what_comes_is_counted_and_told(
@@ -393,6 +397,22 @@ def test_what_runs_keeps_running_while_its_successors_registry_is_away(
     assert 1 <= len(tried) <= 5, "each try is told, and tries back off"
     kinds = [event["kind"] for event in agent.events() if event["subject"].startswith(registry.address)]
     assert kinds == ["pulling", "pulled", "pulling", "pulled"]
+
+
+def test_an_image_that_is_not_there_is_not_asked_for_again_and_again(
+    agent: LiveAgent, registry: Registry, busybox_rootfs: Rootfs, tmp_path: Path
+) -> None:
+    run = 'command = "sleep 1000"\nnetworks = ["none"]\nstop_signal = "SIGKILL"\n'
+    mine = f'[containers.web]\nimage = "{registry.address}/app"\n{run}'
+    agent.write("shop.toml", mine)
+    agent.wait_until(lambda status: "has no such image (404)" in json.dumps(status["apps"].get("shop")))
+    agent.write("other.toml", f'[containers.web]\nimage = "busybox:1"\n{run}')
+    agent.wait(lambda: any(each["pid"] for each in agent.instances("other/web")), "another app runs")
+    assert len(registry.requests("/manifests/")) == 1, "passes come and go, the registry is asked when it is time"
+    make_layout(tmp_path / "layout", [busybox_rootfs.tar.read_bytes()])
+    registry.push(tmp_path / "layout", "app")
+    agent.write("shop.toml", f"{mine}read_only = true\n")  # another commit is another try
+    agent.wait_until(lambda status: bool(status["converged"]))
 
 
 def test_two_containers_of_one_new_image_fetch_each_layer_once(

@@ -187,6 +187,11 @@ def wrong_diff_id(layout: Layout) -> bytes:
     return json.dumps({**document, "config": layout.blob(json.dumps(config).encode())}).encode()
 
 
+def another_config_size(layout: Layout) -> bytes:
+    document = layout.json(layout.find()["digest"])
+    return json.dumps({**document, "config": {**document["config"], "size": 3}}).encode()
+
+
 HELM = {"mediaType": "application/vnd.cncf.helm.config.v1+json", "digest": digest_of(b""), "size": 1}
 
 MANIFESTS: dict[str, tuple[Callable[[Layout], bytes], str]] = {
@@ -198,6 +203,7 @@ MANIFESTS: dict[str, tuple[Callable[[Layout], bytes], str]] = {
     "an artifact": (altered(config=HELM), "an artifact (application/vnd.cncf.helm.config.v1+json)"),
     "a negative size": (first_layer(size=-1), "'-1' is no size"),
     "a size that lies": (first_layer(size=17), "its manifest says 17"),
+    "a size of its configuration that lies": (another_config_size, "its manifest says 3"),
     "a digest of another kind": (first_layer(digest="sha1:da39"), "its manifest names 'sha1:da39'"),
     "no layers": (altered(layers=None), "it has no layers"),
     "one diff id too few": (one_diff_id_less, "it has 2 layers, and 1 diff ids for them"),
