@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,11 +194,20 @@ Puller(ImageStore(Path(sys.argv[1])), ImageSettings(min_free=0)).pull(sys.argv[2
 
 
 def descendants(pid: int) -> set[int]:
+    """Processes that a process has started, and those that they have."""
     found: set[int] = set()
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            found |= {int(child), *descendants(int(child))}
+        with suppress(OSError):  # a thread that has ended
+            for child in task.read_text().split():
+                found |= {int(child), *descendants(int(child))}
     return found
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def test_a_pull_that_is_killed_leaves_no_process_and_repeats_only_unfinished_layers(
@@ -226,6 +236,17 @@ def test_a_pull_that_is_killed_leaves_no_process_and_repeats_only_unfinished_lay
         assert (registry.asked(first), registry.asked(second)) == (1, 2)
     finally:
         registry.close()
+
+
+def test_a_skopeo_that_is_killed_is_replaced(drip: FaultyRegistry, puller: Puller) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pulling = pool.submit(puller.pull, f"{drip.address}/app")
+        wait_for(lambda: drip.peak == 3, "all layers are on their way")
+        killed = [pid for pid in descendants(os.getpid()) if b"image-proxy" in command_of(pid)]
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        assert len(pulling.result().layers) == 3
+    assert len(killed) == 3
 
 
 def test_closing_ends_what_is_under_way(

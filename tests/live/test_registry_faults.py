@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,18 +36,12 @@ def faulty(tmp_path: Path) -> Iterator[FaultyRegistry]:
 
 
 def children() -> list[str]:
-    """The programs that this process has started and that still run."""
-    mine = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    tasks = Path("/proc/self/task").glob("*/children")
-    pids = {pid for task in tasks for pid in task.read_text().split()} | set(mine)
-    return [name for pid in pids if (name := _name(pid)) and "skopeo" in name]
-
-
-def _name(pid: str) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
+    """skopeo's processes that this one has started and that still run."""
+    found = []
+    for task in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # a thread or a process that has ended
+            found += [Path(f"/proc/{pid}/cmdline").read_text() for pid in task.read_text().split()]
+    return [command for command in found if "skopeo" in command]
 
 
 def fails(puller: Puller, ref: str, kind: type[HoldfastError], words: str, wait: float = 0.0) -> HoldfastError:

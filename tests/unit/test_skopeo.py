@@ -147,6 +147,7 @@ SAID: list[tuple[str, type[HoldfastError], str, float]] = [
     ("writing blob: write /x: no space left on device", UnfitHost, "no space left", 60),
     ("Error: the sky: has fallen: on us", TryAgain, "has fallen: on us", 30),
     ("", TryAgain, "skopeo failed without a word", 30),
+    ("skopeo ended with -9", TryAgain, "skopeo was ended from outside (-9)", 0),
 ]
 
 

@@ -16,6 +16,7 @@ from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, WrongS
 REFUSED = 60.0  # seconds: nothing changes within them, unless somebody does something
 UNFIT = 300.0  # seconds: the image has to be pushed again
 LONGEST = 240  # characters of a text that we have no words for
+ENDED = "skopeo ended with"  # what we say for a process that had no time to say anything
 FATAL = re.compile(r'level=fatal msg=("(?:[^"\\]|\\.)*"|\S+)')
 
 
@@ -174,6 +175,7 @@ CAUSES = (
         r"no space left on device", UnfitHost, "no space left on this host's disk", REFUSED
     ),
     _Cause(rf"{_CODE}(4\d\d)", TryAgain, _status, REFUSED),
+    _Cause(rf"{ENDED} (-?\d+)", TryAgain, lambda match: f"skopeo was ended from outside ({match[1]})"),
 )  # fmt: skip
 
 

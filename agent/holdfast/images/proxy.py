@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
+from holdfast.images.faults import ENDED, message_of
+
 LARGEST_REPLY = 64 << 10
 TICK = 0.25  # seconds between looks at what can end a wait from outside
 
@@ -159,7 +161,7 @@ class Proxy:
             self.process.wait(1.0)
         except subprocess.TimeoutExpired:
             return "connection reset by skopeo"
-        return self._logged() or f"skopeo ended with {self.process.returncode}"
+        return message_of(self._logged()) or f"{ENDED} {self.process.returncode}"
 
     def _logged(self) -> str:
         size = os.fstat(self._log.fileno()).st_size

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 from holdfast.config import ImageSettings
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost
-from holdfast.images.faults import explain
+from holdfast.images.faults import ENDED, explain, message_of
 from holdfast.images.proxy import Proxy, ProxyError
 from holdfast.images.references import Reference
 
@@ -174,7 +174,7 @@ class Skopeo:
             if process.returncode == 0:
                 out.seek(0)
                 return out.read()
-            text = text or _read(err)
+            text = text or message_of(_read(err)) or f"{ENDED} {process.returncode}"
         raise self._ended() or explain(text, operation, as_written, noise(reference, as_written))
 
     def _wait(
