@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import stat
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,10 @@ import pytest
 
 from holdfast.errors import Conflict, HoldfastError, NotFound, WrongCall, WrongState
 from holdfast.images.disk import Locks
+from holdfast.images.image import Source
 from holdfast.images.references import familiar, normalize, parse_changes
 from holdfast.images.store import Freed, Image, ImageStore, architecture
+from holdfast.images.unpack import Expected
 from holdfast.runtime.content import ContentStore
 from tars import entry, tar_of
 
@@ -300,6 +303,142 @@ def test_a_lost_layer_is_named_and_comes_back_with_the_next_load(store: ImageSto
         store.resolve("app")
     assert store.list()[0].digest == image.digest
     assert store.import_rootfs(rootfs, "app") == store.resolve("app")
+
+
+def pulled(store: ImageStore, layout: Layout, *names: str, source: Source = "registry") -> tuple[Image, str]:
+    """An image that an index led to, as a puller puts it in; and the index's digest."""
+    descriptor = layout.image(ROOTFS, tar_of(entry("v", str(names).encode())))
+    manifest = (layout.path / "blobs" / descriptor["digest"].replace(":", "/")).read_bytes()
+    config = (layout.path / "blobs" / json.loads(manifest)["config"]["digest"].replace(":", "/")).read_bytes()
+    top = json.dumps({"schemaVersion": 2, "manifests": [{"digest": "sha256:" + "0" * 64}, descriptor]}).encode()
+    with store.keep():
+        for layer in json.loads(manifest)["layers"]:
+            with (layout.path / "blobs" / layer["digest"].replace(":", "/")).open("rb") as stream:
+                store.add_layer(stream)
+        return store.add_image(manifest, config, names, source=source, top=top), digest_of(top)
+
+
+def test_an_image_is_found_by_every_digest_that_leads_to_it(store: ImageStore, layout: Layout, rootfs: Path) -> None:
+    image, top = pulled(store, layout, "registry.example/app:1")
+    other = store.import_rootfs(rootfs, "other")
+    for reference in (
+        image.digest,
+        image.config_digest,
+        top,
+        f"registry.example/app@{top}",
+        f"registry.example/app:1@{image.digest}",
+        image.digest[7:19],
+        image.config_digest[:20],
+    ):
+        assert store.resolve(reference) == image, reference
+    assert store.names()["registry.example/app:1"].top == top
+    assert store.read_blob(top)
+    assert store.resolve(other.digest[7:15]) == other
+    for reference in ("sha256:" + "0" * 64, "registry.example/app@sha256:" + "0" * 64, "0" * 12):
+        with pytest.raises(NotFound, match=reference[-12:]):
+            store.resolve(reference)
+    store.remove("registry.example/app:1")
+    assert files_below(store.root / "blobs/sha256") == sorted(
+        digest.removeprefix("sha256:") for digest in (other.digest, other.config_digest)
+    )
+
+
+def test_an_index_that_is_pinned_leads_to_its_image_without_any_name(store: ImageStore, layout: Layout) -> None:
+    image, top = pulled(store, layout)
+    assert store.names() == {} and store.list() == []
+    assert store.list(dangling=True) == [image] == [store.resolve(f"app@{top}")]
+    assert store.prune({image.digest}) == Freed()
+    assert store.resolve(top) == image
+    assert store.prune().images == (image.digest,)
+    assert files_below(store.root / "blobs") == []
+
+
+def test_a_configuration_that_is_not_the_manifests_is_refused(store: ImageStore, layout: Layout) -> None:
+    image, _ = pulled(store, layout, "app")
+    manifest, config = store.read_blob(image.digest), store.read_blob(image.config_digest)
+    with pytest.raises(WrongState, match=r"store image .*other.*its configuration is"):
+        store.add_image(manifest, config + b" ", ["other"], source="registry")
+    with pytest.raises(WrongState, match="damaged manifest"):
+        store.add_image(b"{}", config, ["other"], source="registry")
+    store.layers.drop(image.diff_ids[0])
+    with pytest.raises(NotFound, match=r"its layer sha256:.* is not here"):
+        store.add_image(manifest, config, ["other"], source="registry")
+    assert set(store.names()) == {"docker.io/library/app:latest"}
+
+
+def test_names_remember_where_they_came_from(store: ImageStore, layout: Layout, rootfs: Path) -> None:
+    store.import_rootfs(rootfs, "a")
+    image, top = pulled(store, layout, "b")
+    store.tag("b", "registry.example/c:2")
+    found = {name.rpartition("/")[2]: (each.source, each.top) for name, each in store.names().items()}
+    assert found == {
+        "a:latest": ("import", store.resolve("a").digest),
+        "b:latest": ("registry", top),
+        "c:2": ("tag", top),
+    }
+    assert store.resolve("registry.example/c:2").digest == image.digest
+    with pytest.raises(WrongCall, match="not a name to give"):
+        store.tag("b", f"c@{image.digest}")
+    with pytest.raises(NotFound):
+        store.tag("nothing", "d")
+
+
+def test_a_store_of_old_is_read(store: ImageStore, rootfs: Path) -> None:
+    image = store.import_rootfs(rootfs, "app")
+    (store.root / "index.json").write_text(json.dumps({"docker.io/library/app:latest": image.digest}))
+    layer = image.layers[0]
+    layer.with_suffix(".json").unlink()
+    layer.with_suffix(".recipe").unlink()
+    layer.with_suffix(".size").write_text(str(len(ROOTFS)))
+    again = ImageStore(store.root)
+    assert again.resolve("app") == image
+    name = again.names()["docker.io/library/app:latest"]
+    assert (name.digest, name.top, name.source, name.at) == (image.digest, image.digest, "load", 0.0)
+    again.remove("app")
+    assert files_below(store.root) == ["index.json"]
+
+
+def test_of_two_who_bring_a_layer_one_works_and_the_other_waits_for_it(store: ImageStore) -> None:
+    diff_id = digest_of(ROOTFS)
+    (first, feed), (second, unused) = os.pipe(), os.pipe()
+    with ThreadPoolExecutor(2) as threads:
+        one = threads.submit(store.add_layer, first, Expected(diff_id))
+        while not any(path.is_dir() for path in store.partial.iterdir()):
+            assert not one.done()
+        other = ImageStore(store.root)
+        two = threads.submit(other.add_layer, second, Expected(diff_id))  # nothing ever comes out of that pipe
+        os.write(feed, ROOTFS)
+        os.close(feed)
+        found = one.result(20)
+        assert two.result(20) == found
+    assert (found.diff_id, found.size) == (diff_id, len(ROOTFS))
+    for descriptor in (first, second, unused):
+        os.close(descriptor)
+
+
+def test_what_loses_its_name_while_something_is_put_in_goes_later(store: ImageStore, rootfs: Path) -> None:
+    image = store.import_rootfs(rootfs, "app")
+    with store.keep():
+        assert store.remove("app") == Freed()
+        assert store.get(image.digest).names == ()
+    assert store.prune().images == (image.digest,)
+
+
+def test_a_layer_that_others_need_is_not_freed(store: ImageStore, layout: Layout, rootfs: Path) -> None:
+    plain = store.import_rootfs(rootfs, "plain")
+    image, _ = pulled(store, layout, "app")
+    freed = store.remove("app")
+    assert (freed.images, freed.layers) == ((image.digest,), (image.diff_ids[1],))
+    assert freed.size == image.size - plain.size
+    assert store.get(plain.digest) == plain
+
+
+def test_a_scratch_folder_goes_with_its_block_and_is_not_swept_before(store: ImageStore) -> None:
+    with store.scratch() as folder:
+        (folder / "x").write_text("x")
+        ImageStore(store.root)
+        assert (folder / "x").exists()
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(

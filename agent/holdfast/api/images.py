@@ -17,6 +17,7 @@ after 0 comes that last line.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -60,8 +61,9 @@ def steps(call: Callable[[Agent, dict[str, Any]], Iterator[Json]]) -> Handler:
         lines = await asyncio.to_thread(call, agent, value)
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         await response.prepare(request)
-        while (line := await asyncio.to_thread(_next, lines)) is not None:
-            await response.write(json.dumps(line).encode() + b"\n")
+        with contextlib.suppress(ConnectionError):  # the caller has gone; what was begun goes on
+            while (line := await asyncio.to_thread(_next, lines)) is not None:
+                await response.write(json.dumps(line).encode() + b"\n")
         return response
 
     return handle

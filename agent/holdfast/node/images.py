@@ -216,15 +216,7 @@ class Collector:
             self._full = True
             return
         if done.freed.images or done.freed.layers:
-            gone, settings = done.freed, self.rig.images.settings
-            self.rig.store.event(
-                "removed",
-                "images",
-                f"{len(gone.images)} unused images and {len(gone.layers)} layers went, {_size(gone.size)} are free "
-                f"(above {settings.high_watermark:g}% of the disk)",
-                digests=list(gone.images),
-                freed=gone.size,
-            )
+            self._tell(done.freed)
         if done.full and not self._full:
             limit = self.rig.images.settings.high_watermark
             self.rig.store.event(
@@ -234,6 +226,13 @@ class Collector:
                 "(see 'holdfast system df')",
             )
         self._full = done.full
+
+    def _tell(self, freed: Freed) -> None:
+        limit = self.rig.images.settings.high_watermark
+        what = f"{len(freed.images)} unused images" if freed.images else f"{len(freed.layers)} layers of broken pulls"
+        why = f" (the disk was above {limit:g}%)" if freed.images else ""
+        more = {"digests": list(freed.images), "freed": freed.size}
+        self.rig.store.event("removed", "images", f"{what} went, {_size(freed.size)} are free{why}", **more)
 
 
 def image_users(rig: Rig) -> Mapping[str, set[str]]:
