@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from footprint import leftovers
+from ground import Rootfs
 from holdfast.config import ImageSettings
 from holdfast.drivers import Host
 from holdfast.errors import HoldfastError, TryAgain, WrongState
@@ -25,6 +26,7 @@ from holdfast.runtime.binaries import find_runtime
 from holdfast.spec import NodeFacts, Spec, load
 from layouts import make_layout
 from live.agent import HOLDFAST, LiveAgent
+from live.debian import debian_tar
 from live.registry import Registry
 
 pytestmark = pytest.mark.live
@@ -188,6 +190,17 @@ def test_what_a_build_starts_from_is_fetched_once(workshop: Workshop, registry: 
     image = workshop.build(shop(dockerfile, state, a="2"))
     assert content(image, "/a") == "2"
     assert (image.lookup("/copy") or 0) & 0o777 == 0o755
+
+
+def test_a_build_may_start_from_what_was_imported_here(workshop: Workshop, busybox_rootfs: Rootfs) -> None:
+    base = workshop.store.import_rootfs(busybox_rootfs.tar, "ground:1", ["ENV A=b"])
+    image = workshop.build(
+        shop("FROM ground:1 AS one\nRUN echo more > /more\nFROM one\nCOPY --from=ground:1 /etc /x\n")
+    )
+    assert image.layers[0] == base.layers[0]
+    assert "A=b" in image.config["Env"]
+    assert content(image, "/more") == "more\n"
+    assert content(image, "/x/passwd") == content(base, "/etc/passwd")
 
 
 def test_a_build_that_fails_says_why_in_one_line_and_keeps_all_of_it(workshop: Workshop) -> None:
@@ -402,3 +415,26 @@ def test_a_node_without_buildah_says_so(agent: LiveAgent, mounts_alone: None) ->
         )
         assert done.returncode == 0 or words == ("doctor",)
         assert told in done.stdout + done.stderr
+
+
+@pytest.mark.timeout(400)
+def test_a_container_runs_what_is_built_on_a_real_debian(agent: LiveAgent) -> None:
+    try:
+        agent.image("debian:12", debian_tar())
+    except LookupError as error:
+        if os.environ.get("CI") == "true":
+            pytest.fail(str(error), pytrace=False)
+        pytest.skip(str(error))
+    libc = "/home/shop/libc"
+    steps = f"useradd --create-home shop && dpkg-query --show libc6 > {libc} && chown shop: {libc}"
+    dockerfile = f"FROM debian:12\nRUN {steps}\nUSER shop\nWORKDIR /home/shop\nCMD exec sleep 1000\n"
+    commit(agent, {"shop.toml": STATE + 'stop_signal = "SIGKILL"\n', "web/Dockerfile": dockerfile})
+    agent.converge(120)
+    assert agent.exec("shop/web", "cat", "libc").startswith("libc6")
+    assert agent.exec("shop/web", "stat", "--format", "%U %a", "libc", "/usr/bin/passwd").split() == [
+        "shop",
+        "644",
+        "root",
+        "4755",
+    ]
+    assert agent.exec("shop/web", "id", "--user", "--name") == "shop\n"

@@ -16,12 +16,13 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from holdfast.config import ImageSettings
 from holdfast.drivers import Host
-from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, WrongState
+from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, WrongCall, WrongState
 from holdfast.images.buildah import Buildah, Failed, on_loopback
 from holdfast.images.faults import explain, failure
 from holdfast.images.image import Image, architecture
@@ -119,10 +120,7 @@ class Builder:
         build = images[name]
         for base in sorted(set(build.bases.values())):
             image = self.find(base, images[base]) or self._build(base, images, blobs)
-            if built_name(base, images[base]) not in self.buildah.names():
-                with self._scratch() as folder:
-                    write_layout(self.store, image, folder / "layout")
-                    self.buildah.take_in(folder / "layout", built_name(base, images[base]))
+            self._take_in(image, built_name(base, images[base]))
         subject, began = f"image {name}", time.monotonic()
         with Log(self.logs / f"{name}.log", lambda line: self.told("build", subject, line)) as log:
             self.told("build", subject, f"building from {build.context or '.'} ({build.dockerfile})")
@@ -145,27 +143,47 @@ class Builder:
         """Have buildah build it; the id of the image in its storage. platform: "" is this node's."""
         build = images[name]
         tag = _tag_for(built_name(name, build), platform)
-        cached = not platform  # buildah takes another platform's layers for its own
-        platform = platform or next(iter(ours(build.platforms)), "")
+        own = next(iter(ours(build.platforms)), "")
         try:
             lay_out(build, blobs, folder)
         except KeyError as error:
             raise TryAgain(f"build 'images.{name}': its context is of an older commit (commit once more)") from error
         words = ["--network", build.network, "--file", str(folder / "Dockerfile")]
         words += ["--ignorefile", os.devnull, "--iidfile", str(folder / "id"), "--tag", tag]
-        words += ["--platform", platform] if platform else []
-        words += [] if cached else ["--layers=false"]
+        words += ["--platform", platform or own] if platform or own else []
+        words += ["--layers=false"] if platform else []  # buildah takes another platform's layers for its own
         words += [_PULL["never" if self.settings.offline else build.pull]]
         words += ["--no-cache"] if build.no_cache else []
         words += ["--target", build.target] if build.target else []
         words += ["--tls-verify=false"] if _starts_on_loopback(build, blobs) else []
         for option, values in (("--build-arg", build.args), ("--label", build.labels)):
             words += [word for key, value in values.items() for word in (option, f"{key}={value}")]
-        for written, base in build.bases.items():
-            image = f"container-image://{built_name(base, images[base])}"
-            words += ["--build-context", f"{written}={image}"]
+        bases = {written: built_name(base, images[base]) for written, base in build.bases.items()}
+        bases |= {} if platform else self._stored(build, blobs)
+        words += [f"--build-context={written}=container-image://{base}" for written, base in bases.items()]
         self.buildah.build([*words, str(folder / "context")], hear)
         return (folder / "id").read_text().strip().removeprefix("sha256:")
+
+    def _stored(self, build: Build, blobs: Blobs) -> dict[str, str]:
+        """What it starts from that our own store has, imported say: as written → name in buildah's storage."""
+        found: dict[str, str] = {}
+        if build.pull in ("always", "newer") and not self.settings.offline:
+            return found
+        for use in images_in(blobs[build.instructions].decode(), build.args):
+            with suppress(NotFound, WrongCall):
+                if use.name not in build.bases:
+                    image = self.store.resolve(use.name)
+                    found[use.name] = found[use.written] = f"{STORED}{image.digest.removeprefix('sha256:')}"
+                    self._take_in(image, found[use.name])
+        return found
+
+    def _take_in(self, image: Image, name: str) -> None:
+        """Have an image of our store in buildah's by this name, while we are alone."""
+        if name not in self.buildah.names():
+            with self._scratch() as folder:
+                write_layout(self.store, image, folder / "layout")
+                complete_history(folder / "layout")
+                self.buildah.take_in(folder / "layout", name)
 
     def _take(self, folder: Path, id: str, name: str) -> Image:
         """Copy an image from buildah's storage into ours; of its layers, those that are not here yet."""
@@ -224,10 +242,7 @@ class Builder:
         """Build for the other platforms, and push all as one index, while we are alone."""
         build, own = images[name], built_name(name, images[name])
         index, subject = f"{own}-index", f"image {name}"
-        if own not in self.buildah.names():
-            with self._scratch() as folder:
-                write_layout(self.store, self.store.resolve(own), folder / "layout")
-                self.buildah.take_in(folder / "layout", own)
+        self._take_in(self.store.resolve(own), own)
         with Log(self.logs / f"{name}.log", lambda line: self.told("build", subject, line)) as log:
             ids = [self.buildah.names()[own]]
             for platform in others:
@@ -277,9 +292,10 @@ class Builder:
 
     def _is_known(self, name: str) -> bool:
         """Whether a name of buildah's storage is worth keeping: not if what was built is in the store no more."""
-        known = self.store.names()
+        if name.startswith(STORED):
+            return f"sha256:{name.removeprefix(STORED)}" in self.store.digests()
         end = name.rfind(":") + 17  # behind it stands for which platform it was built
-        return not name.startswith(PREFIX) or name[:end] in known
+        return not name.startswith(PREFIX) or name[:end] in self.store.names()
 
     @contextmanager
     def _scratch(self) -> Iterator[Path]:
@@ -290,6 +306,7 @@ class Builder:
 
 
 PREFIX = "localhost/images/"
+STORED = "localhost/stored:"  # in buildah's storage: and the digest of what our store has
 _PULL = {"missing": "--pull=false", "newer": "--pull=ifnewer", "always": "--pull-always", "never": "--pull-never"}
 
 
@@ -357,6 +374,30 @@ def lay_out(build: Build, blobs: Blobs, folder: Path) -> None:
         for each in folders:
             Path(top, each).chmod(0o755)
         os.utime(top, (MTIME, MTIME))
+
+
+def complete_history(layout: Path) -> None:
+    """Have the image of a layout say of each layer where it came from: buildah refuses it otherwise."""
+    blobs = layout / "blobs/sha256"
+
+    def read(digest: str) -> Any:
+        return json.loads((blobs / digest.removeprefix("sha256:")).read_bytes())
+
+    def write(document: Any, descriptor: dict[str, Any]) -> None:
+        data = json.dumps(document).encode()
+        descriptor |= {"digest": f"sha256:{sha256(data).hexdigest()}", "size": len(data)}
+        (blobs / descriptor["digest"].removeprefix("sha256:")).write_bytes(data)
+
+    index = json.loads((layout / "index.json").read_bytes())
+    manifest = read(index["manifests"][0]["digest"])
+    config = read(manifest["config"]["digest"])
+    history = config.get("history") or []
+    missing = len(manifest["layers"]) - sum(not entry.get("empty_layer") for entry in history)
+    if missing > 0:
+        config["history"] = [*history, *({"created_by": "unknown"} for _ in range(missing))]
+        write(config, manifest["config"])
+        write(manifest, index["manifests"][0])
+        (layout / "index.json").write_text(json.dumps(index))
 
 
 def _starts_on_loopback(build: Build, blobs: Blobs) -> bool:

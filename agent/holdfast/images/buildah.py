@@ -111,18 +111,12 @@ class Buildah:
         self.run("build", *fixed, *runtime, *policy, *authfile, *words, hear=hear)
 
     def take_in(self, layout: Path, name: str) -> None:
-        """Bring an image of an OCI layout (tag `latest`) into the storage, by a name of its own."""
-        *_, id = self.run("pull", "--quiet", "--signature-policy", str(self._lenient()), f"oci:{layout}:latest")
-        self.run("tag", id.strip(), name)
+        """Bring an image of an OCI layout (tag `latest`) into the storage, by this name. Raises Failed."""
+        self._copy(f"oci:{layout}:latest", f"{self._transport}{name}")
 
     def take_out(self, image: str, layout: Path) -> None:
         """Copy an image (its id) from the storage into an OCI layout, its layers plain; blobs that are there stay."""
-        source = f"containers-storage:[overlay@{self.storage}+{self.run_folder}/storage]@{image}"
-        options = ["--policy", str(self._lenient())]
-        words = ["copy", "--quiet", "--dest-oci-accept-uncompressed-layers", source, f"oci:{layout}:latest"]
-        if find("skopeo") is None:
-            raise UnfitHost("run 'skopeo': no such program (expected the package skopeo)")
-        self._run(["skopeo", *options, *words], lambda line: None)
+        self._copy("--dest-oci-accept-uncompressed-layers", f"{self._transport}@{image}", f"oci:{layout}:latest")
 
     def send(self, index: str, tag: str) -> None:
         """Push an index of the storage, with all images in it, to a registry. Raises Failed."""
@@ -159,6 +153,16 @@ class Buildah:
     def wipe(self) -> None:
         """Empty the storage."""
         _remove(self.storage)
+
+    def _copy(self, *words: str) -> None:
+        if find("skopeo") is None:
+            raise UnfitHost("run 'skopeo': no such program (expected the package skopeo)")
+        self._run(["skopeo", "--policy", str(self._lenient()), "copy", "--quiet", *words], lambda line: None)
+
+    @property
+    def _transport(self) -> str:
+        """How skopeo names the storage (containers-transports(5))."""
+        return f"containers-storage:[overlay@{self.storage}+{self.run_folder}/storage]"
 
     @property
     def cgroup(self) -> str:
