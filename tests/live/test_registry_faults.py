@@ -344,6 +344,11 @@ def test_certificates_and_passwords_are_checked(
         fails(new_puller(replace(QUICK, authfile=wrong)), ref, UnfitHost, "the registry wants a login", 60)
         right = login_file(tmp_path / "right.json", proper.address, "user:secret")
         assert len(new_puller(replace(QUICK, authfile=right)).pull(ref).layers) == 2
+        (tmp_path / ".docker").mkdir()
+        right.rename(tmp_path / ".docker/config.json")  # one of the places where all containers tools look
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+        assert len(new_puller(root=tmp_path / "other").pull(ref).layers) == 2
         for each in (proper, expired, plain):
             each.close()
 
