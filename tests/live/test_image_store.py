@@ -179,7 +179,13 @@ def test_a_running_container_becomes_an_image_and_an_archive(agent: LiveAgent, t
     written = (upper / "log").stat().st_size
     wait(lambda: (upper / "log").stat().st_size > written, "it goes on")
     agent.write("shop.toml", f'[containers.web]\nimage = "busybox:2"\n{RUN}\ncommand = "sleep 1000"\n')
+    agent.write("bare.toml", f'[containers.bare]\nrootfs = "{agent.rootfs.path}"\n{RUN}\ncommand = "sleep 1000"\n')
     agent.converge()
+    refused = agent.cli("commit", "bare", "x:1", check=False)
+    assert refused.returncode == 64 and "a directory of this host" in refused.stderr
+    agent.cli("export", "bare", "-o", str(tmp_path / "bare.tar"))
+    with tarfile.open(tmp_path / "bare.tar") as tar:
+        assert "bin/busybox" in tar.getnames()
     assert agent.exec("shop/web", "sh", "-c", "ls -d /made /etc/passwd 2>/dev/null || true").split() == ["/made"]
 
 

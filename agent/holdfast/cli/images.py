@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -217,6 +215,8 @@ def on_disk(path: Path) -> Iterator[Path]:
     if str(path) != "-":
         yield path
         return
+    import tempfile
+
     if sys.stdin.isatty():
         raise WrongCall("read standard input: it is a terminal (name a file, or let a pipe lead here)")
     with tempfile.NamedTemporaryFile(prefix="holdfast-", dir="/var/tmp") as copy:
@@ -281,7 +281,7 @@ def written(output: Path | None, write: Callable[[IO[bytes]], object]) -> None:
         with output.open("wb") as out:
             write(out)
         return
-    temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
+    temporary = output.with_name(f".{output.name}.{os.urandom(4).hex()}.partial")
     try:
         with temporary.open("xb") as out:
             write(out)
