@@ -111,6 +111,7 @@ HOSTILE = {
     "a header of nothing": (pax((b"path", b"a")) + END, "belongs to nothing"),
     "a record that is longer than its header": (raw(b"p", b"99 path=a\n", kind=b"x") + raw(b"a"), "pax header"),
     "a record without length": (raw(b"p", b"0 path=a\n", kind=b"x") + raw(b"a"), "pax header"),
+    "a record after which nothing follows": (raw(b"p", b"9 path=a\nno", kind=b"x") + raw(b"a"), "pax header"),
     "a record without end": (raw(b"p", b"9 path=ab", kind=b"x") + raw(b"a"), "pax header"),
     "a record without value": (raw(b"p", b"7 path\n", kind=b"x") + raw(b"a"), "pax header"),
     "a lone block of zeros": (FILE + bytes(512) + FILE, "block of zeros"),

@@ -9,9 +9,12 @@ can't have content have none, whatever their size says. Names are bytes. Imports
 from __future__ import annotations
 
 import binascii
-from collections.abc import Callable
 from struct import Struct
 from zlib import adler32
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BLOCK = 512
 ZEROS = bytes(BLOCK)
@@ -374,10 +377,11 @@ def _parse_pax(data: bytes, pax: _Pax) -> None:
     position = 0
     while position < len(data) and data[position]:
         space = data.find(b" ", position, position + 20)
-        length = _decimal(data[position:space]) if space > 0 else 0
-        end = position + length
+        end = position + (_decimal(data[position:space]) if space > position else 0)
+        if not space < end - 1 < len(data) or space < 0 or data[end - 1] != 10:
+            raise Damaged("a pax header that is none")
         key, equals, value = data[space + 1 : end - 1].partition(b"=")
-        if end > len(data) or end - 1 <= space or data[end - 1] != 10 or not equals:
+        if not equals:
             raise Damaged("a pax header that is none")
         position = end
         if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):

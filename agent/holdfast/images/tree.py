@@ -12,7 +12,6 @@ import errno
 import os
 import stat
 import zlib
-from collections.abc import Iterator
 from struct import Struct
 
 from holdfast.images.tarstream import (
@@ -31,6 +30,8 @@ from holdfast.images.tarstream import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from holdfast.images.recipe import Writer
 
 WHITEOUT = b".wh."

@@ -20,7 +20,6 @@ import time
 import zlib
 from _hashlib import openssl_sha256 as sha256  # hashlib would load all that there is
 from _queue import SimpleQueue
-from collections.abc import Callable, Iterator
 
 from holdfast.images.recipe import Writer
 from holdfast.images.tarstream import Damaged, TarStream, shown
@@ -28,6 +27,7 @@ from holdfast.images.tree import HOST, Tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from typing import Any, Protocol
 
     class Unpacker(Protocol):
