@@ -18,6 +18,7 @@ from ground import Rootfs
 from holdfast.config import ImageSettings
 from holdfast.drivers import Host
 from holdfast.errors import HoldfastError, TryAgain, WrongState
+from holdfast.images import buildah
 from holdfast.images.build import Builder
 from holdfast.images.image import Image, architecture
 from holdfast.images.pull import Puller
@@ -318,6 +319,17 @@ def test_the_cache_goes_with_the_last_image_that_was_built(workshop: Workshop) -
     workshop.store.remove(image.digest)
     workshop.builder.sweep()
     assert not workshop.builder.buildah.storage.exists()
+
+
+def test_a_cache_that_grew_too_large_goes_and_the_next_build_starts_afresh(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buildah, "CACHE_LIMIT", 1000)
+    dockerfile = BUSYBOX + "RUN cat /proc/sys/kernel/random/uuid > /once\nCOPY a /a\n"
+    before = workshop.build(shop(dockerfile, a="1"))
+    assert workshop.builder.buildah.size() == 0
+    after = workshop.build(shop(dockerfile, a="2"))
+    assert content(before, "/once") != content(after, "/once")
 
 
 def test_what_lies_in_the_cache_after_a_crash_of_the_host_is_not_trusted(workshop: Workshop) -> None:

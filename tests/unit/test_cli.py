@@ -312,6 +312,22 @@ def test_the_shell_completes_containers_by_their_names(
     assert said().split() == ["plain,shop/web", "plain,shop/api"]
 
 
+def test_check_of_one_file_finds_what_its_images_are_built_from(
+    run: Run, said: Callable[[], str], tmp_path: Path
+) -> None:
+    (tmp_path / "web").mkdir()
+    (tmp_path / "Dockerfile").write_text("FROM images.base\n")
+    (tmp_path / "web/Base").write_text("FROM scratch\n")
+    (tmp_path / "broken.toml").write_text("[containers\n")
+    text = '[images.web]\ncontext = "."\n[images.base]\ncontext = "./web"\ndockerfile = "Base"\n'
+    (tmp_path / "shop.toml").write_text(text + '[containers.web]\nimage = "images.web"\n')
+    assert run("check", str(tmp_path / "shop.toml")) == 0
+    assert "1 app, 1 container: ok" in said()
+    (tmp_path / "web/Base").write_text("FROM images.bsae\n")
+    assert run("check", str(tmp_path / "shop.toml")) == 65
+    assert "did you mean 'base'?" in said()
+
+
 def test_doctor_prints_a_verdict_for_each_check(run: Run, said: Callable[[], str]) -> None:
     assert run("doctor", "--json") in (0, 69)
     found = json.loads(said())

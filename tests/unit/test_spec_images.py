@@ -167,6 +167,15 @@ def test_a_program_with_toml_files_of_its_own_can_be_built() -> None:
     assert set(read(files).apps) == {"shop", "app"}
 
 
+def test_no_context_hides_what_may_be_a_state_file_that_is_written_wrong() -> None:
+    beside = {"shop.toml": SHOP.replace("./web", "."), "Dockerfile": "FROM scratch", "api.toml": "[container.api]\n"}
+    raw = {path: text.encode() for path, text in beside.items()}
+    assert load(raw, NODE).broken == {"api.toml": "api"}
+    inside = {**FILES, "web/api.toml": "[containers.api]\nimge = 1\n", "web/ill.toml": "["}
+    raw = {path: text.encode() for path, text in inside.items()}
+    assert load(raw, NODE).broken == {"web/api.toml": "api", "web/ill.toml": "ill"}
+
+
 def test_a_reading_that_is_kept_still_sees_a_changed_context() -> None:
     cache = Cache()
     before = read(FILES, cache=cache).apps["shop"]

@@ -185,7 +185,7 @@ class Builds:
     def _ignore(self, image: ImageDraft) -> Ignore:
         """What the context leaves out: DOCKERFILE.dockerignore, else .dockerignore. Raises ValueError."""
         own = f"{self._dockerfile(image)}{IGNORE}"
-        path = own if own in self.folder.files else f"{image.context}/{IGNORE}".lstrip("/")
+        path = own if own in self.folder.files else f"{image.prefix}{IGNORE}"
         try:
             return Ignore(self.folder.files.get(path, b"").decode(errors="surrogateescape"))
         except ValueError as error:
@@ -198,7 +198,7 @@ class Builds:
 
     def _assemble(self, image: ImageDraft, bases: Iterable[tuple[Use, str]], blobs: dict[str, bytes]) -> Build:
         folder, table, ignore = self.folder, image.table, self._ignore(image)
-        prefix = f"{image.context}/" if image.context else ""
+        prefix = image.prefix
         paths = [path for path in folder.below(image.context) if not ignore.leaves_out(path.removeprefix(prefix))]
         dockerfile = self._dockerfile(image)
         blobs.update((folder.digest(path), folder.files[path]) for path in [*paths, dockerfile])

@@ -95,8 +95,12 @@ def _outside_contexts(readings: Mapping[str, Reading]) -> dict[str, Reading]:
 
     A file that has any table of a state file is one wherever it lies: no context makes an app vanish.
     """
-    drafts = [reading.draft for reading in readings.values() if reading.draft is not None]
-    folders = tuple(f"{image.context}/".lstrip("/") for draft in drafts for image in draft.images.values())
+    folders = tuple(
+        image.prefix
+        for path, reading in readings.items()
+        for image in (reading.draft.images.values() if reading.draft else ())
+        if not path.startswith(image.prefix)  # beside its own Dockerfile, a state file may have neighbours
+    )
     return {
         path: reading
         for path, reading in readings.items()

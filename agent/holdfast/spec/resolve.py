@@ -29,6 +29,11 @@ class ImageDraft:
     dockerfiles: tuple[str, ...]
     table: ImageTable
 
+    @property
+    def prefix(self) -> str:
+        """What the path of every file of the context begins with."""
+        return f"{self.context}/" if self.context else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Draft:
@@ -124,7 +129,7 @@ class _Resolver:
             self.fault((*at, "network"), f'host {rule} (expected network = "none")')
         context = resolved(self.path, table.context)
         named = ("Dockerfile", "Containerfile") if table.dockerfile is None else (table.dockerfile,)
-        found = [resolved(f"{context or ''}/_".lstrip("/"), each) for each in named]
+        found = [resolved(f"{context}/_" if context else "_", each) for each in named]
         if context is None or None in found:
             key, written = ("context", table.context) if context is None else ("dockerfile", named[0])
             self.fault((*at, key), f"'{written}' leaves the repository's state (expected a path inside it)")
