@@ -177,11 +177,12 @@ class Fetch:
             self._moved()
 
         flight, mine = self._flights.join(job.diff_id, watch)
-        self._transfer.begin(digest)
         if not mine:
+            self._transfer.begin(digest)
             return flight
         try:
             with self._flights.host(self._reference.host):
+                self._transfer.begin(digest)
                 self._persist(job, flight)
         finally:
             self._flights.land(job.diff_id)
