@@ -146,17 +146,27 @@ def _run_worker(
     try:
         fcntl.flock(place, fcntl.LOCK_SH)  # for as long as the worker lives: see discard
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-X", "utf8", "-c", COMMAND, ":".join(sys.path), *map(str, numbers)],
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                "-X",
+                "utf8",
+                "-c",
+                COMMAND,
+                ":".join(filter(None, sys.path)),
+                *map(str, numbers),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=theirs.fileno(),
             pass_fds=(theirs.fileno(), source, target, place),
             start_new_session=True,  # what a terminal signals is for us to act on
-            env=ENVIRONMENT,
+            env=ENVIRONMENT | {key: value for key, value in os.environ.items() if key == "LD_LIBRARY_PATH"},
         )
-    except BaseException:
+    except OSError as error:
         ours.close()
-        raise
+        raise UnfitHost(f"{what}: start {sys.executable!r}: {error.strerror}") from error
     finally:
         theirs.close()
         os.close(source)
