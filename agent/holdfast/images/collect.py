@@ -87,22 +87,23 @@ def collect(
     """
     now = time.time() if now is None else now
     look = look or (lambda: disk_of(store.root))
+    high, low = store.settings.high_watermark, store.settings.low_watermark
     store.touch(users_of(in_use).keys())
-    with store.alone() as alone:
-        if not alone:
-            return Collected(Freed(), look().percent, full=False)
-        store.layers.sweep()
-        freed = store.delete_orphans(now - ORPHANS)
-        high, low = store.settings.high_watermark, store.settings.low_watermark
-        if look().percent <= high:
-            return Collected(freed, look().percent, full=False)
-        freed += store.delete_orphans(now - GRACE)
-        while excess := look().excess(low):
-            used = users_of(in_use)
-            doomed = choose(_stored(store), _sizes(store), used.keys(), excess, now)
-            if not doomed:
-                break
-            freed += store.delete(doomed, used)
+    store.layers.sweep()
+    freed, goal = Freed(), high
+    while True:
+        with store.alone() as alone:
+            if not alone:
+                return Collected(freed, look().percent, full=False)
+            disk = look()
+            excess = disk.excess(low) if disk.percent > goal else 0
+            gone = store.delete_orphans(now - (GRACE if excess else ORPHANS))
+            if excess and not gone.size:
+                used = users_of(in_use)
+                gone = store.delete(choose(_stored(store), _sizes(store), used.keys(), excess, now), used)
+        freed, goal = freed + gone, low  # it is off the disk by now, and how much that is the disk says
+        if not excess or not (gone.images or gone.layers):
+            break
     percent = look().percent
     return Collected(freed, percent, full=percent > high)
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from holdfast.config import ImageSettings
-from holdfast.drivers import remove_tree
 from holdfast.errors import WrongState
 from holdfast.images.disk import Locks, sync_folder, write_whole
 from holdfast.images.references import to_digest
@@ -103,11 +102,13 @@ class LayerStore:
         return found
 
     def drop(self, diff_id: str) -> None:
-        """Delete a layer, if it is here. Its directory loses its name at once: half a layer is never found."""
-        folder, key = self.folder(diff_id), uuid.uuid4().hex
-        with self._locks.hold(key), suppress(FileNotFoundError):
-            folder.rename(self.partial / key)
-            remove_tree(self.partial / key)
+        """Take a layer away, if it is here: its directory loses its name at once, half a layer is never found.
+
+        Its files take longer: they go with the next `sweep`.
+        """
+        folder = self.folder(diff_id)
+        with suppress(FileNotFoundError):
+            folder.rename(self.partial / uuid.uuid4().hex)
         for kind in (".json", ".size", ".recipe"):
             folder.with_suffix(kind).unlink(missing_ok=True)
 
@@ -136,7 +137,7 @@ class LayerStore:
                 self._clear(key)
 
     def sweep(self) -> None:
-        """Delete what a killed process left half unpacked; what a living one unpacks is locked."""
+        """Delete what was dropped, or left half unpacked by a killed process; what a living one unpacks is locked."""
         for key in {path.name.partition(".")[0] for path in self.partial.iterdir()} - self._locks.lasting:
             with self._locks.hold(key, wait=False) as held:
                 if held:

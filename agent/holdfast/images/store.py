@@ -320,9 +320,14 @@ class ImageStore:
 
     @contextmanager
     def alone(self, *, wait: bool = False) -> Iterator[bool]:
-        """Hold off whoever puts something in (`keep`); yields whether that is so: without wait it may not be."""
+        """Hold off whoever puts something in (`keep`); yields whether that is so: without wait it may not be.
+
+        What was deleted meanwhile is off the disk when this returns: nobody is held off for that.
+        """
         with self.locks.hold("store", wait=wait) as held:
             yield held
+        if held:
+            self.layers.sweep()
 
     def delete(self, digests: Collection[str], in_use: InUse = ()) -> Freed:
         """Delete images, their names, and what no other image needs, but for what is in use. Only when `alone`."""
