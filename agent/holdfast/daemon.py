@@ -183,7 +183,8 @@ def _node_of(config: Config) -> Iterator[Node]:
     try:
         store, transfers = Store(config.root / "state.db"), Transfers()
         images = ImageStore(config.root / "images", config.images)
-        puller = Puller(images, config.images, transfers, store.event)
+        told = partial(store.event, app="", container="")  # a reference is the name of neither
+        puller = Puller(images, config.images, transfers, told)
         rig = Rig(
             host=host,
             store=store,

@@ -86,7 +86,7 @@ def test_newer_takes_what_is_here_while_the_registry_is_away(
     agent.converge()
     assert staged(agent) == first
     (told,) = [event for event in agent.events() if event["kind"] == "pull" and "will do" in event["message"]]
-    assert f"{registry.address}/app:1" in told["message"]
+    assert (told["subject"], told["app"]) == (f"{registry.address}/app:1", "")
     registry.start()
     second = publish(registry, layout, busybox, "1", "two")
     agent.write("shop.toml", state(registry, 'pull = "newer"'))

@@ -263,9 +263,9 @@ def ports(container: Json, newest: bool) -> str:
 
 
 def image(container: Json, instance: Json | None) -> str:
-    """What a container runs, or would: the committed reference without a digest, and the digest's beginning."""
-    digest = str((instance or container)["digest"])
-    name = str(container["image"]).partition("@")[0]
+    """What a container runs, or would: the reference, and the beginning of the digest that it stands for."""
+    shown = instance or container
+    name, digest = str(shown["image"]).partition("@")[0], str(shown["digest"])
     return f"{name} ({digest[7:19]})" if digest.startswith("sha256:") else name
 
 

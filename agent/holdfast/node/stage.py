@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from holdfast.drivers import MountWant, RootfsWant
-from holdfast.errors import NotFound, TryAgain
+from holdfast.errors import NotFound, TryAgain, UnfitHost
 from holdfast.images.references import parse
 from holdfast.node.rig import BARE, ROOTFS, Base, Rig, network_of, volume_of
 from holdfast.node.start import cgroup_settings, content_of, network_want, oci_request, volume_want
@@ -167,8 +167,9 @@ def _newer(rig: Rig, reference: str, here: str) -> str:
     """What the registry has, or, as long as it can't be reached, what is here."""
     try:
         return rig.puller.pull(reference).digest
-    except TryAgain as error:
-        rig.store.event("pull", reference, f'{error}; what is here will do (pull = "newer")', digest=here)
+    except (TryAgain, UnfitHost, NotFound) as error:  # what is damaged or not to be trusted is another matter
+        message = f'{error}; what is here will do (pull = "newer")'
+        rig.store.event("pull", reference, message, digest=here, app="", container="")
         return here
 
 

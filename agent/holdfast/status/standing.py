@@ -49,13 +49,14 @@ DEGRADING: frozenset[ContainerState] = frozenset({"restarting", "failed", "exite
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceStatus:
-    """One run of a container. digest: of its image.
+    """One run of a container. image: as it was committed then; digest: of what that stood for.
 
     exit_code is 128 + signal after a signal; None while it runs or when nobody saw it.
     """
 
     id: str
     generation: int
+    image: str
     digest: str
     state: str
     pid: int | None
@@ -393,6 +394,7 @@ def _instance(instance: Instance) -> InstanceStatus:
     return InstanceStatus(
         id=instance.id,
         generation=instance.generation,
+        image=instance.want.image or instance.want.rootfs or "",
         digest=instance.image,
         state=instance.phase,
         pid=instance.pid if instance.phase == "running" else None,
