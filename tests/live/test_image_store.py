@@ -142,9 +142,16 @@ def test_images_come_and_go_by_commands_with_an_agent_and_without(
     assert gone.returncode == 64 and "app:9" in gone.stderr and len(gone.stderr.splitlines()) == 1
     agent.stop()
     assert agent.cli("image", "pull", copy).stdout == f"{copy}  {pushed}\n"
-    agent.cli("image", "remove", copy)
+    (agent.host.root / "logs/gone").mkdir(parents=True)
+    (agent.host.root / "logs/gone/web.log").write_bytes(bytes(100_000))
     kinds = {each["kind"]: each for each in json.loads(agent.cli("system", "df", "--json").stdout)["kinds"]}
-    assert (kinds["layers"]["count"], kinds["images"]["size"]) == (0, 0)
+    assert (kinds["layers"]["count"], kinds["images"]["reclaimable"]) == (2, found["Size"])
+    assert kinds["logs"]["reclaimable"] >= 100_000
+    freed = json.loads(agent.cli("system", "prune", "--all", "--force", "--json").stdout)
+    assert (len(freed["images"]), freed["kinds"]["images"]) == (1, found["Size"])
+    assert freed["freed"] >= found["Size"] + 100_000
+    assert not list((agent.host.root / "logs").glob("gone*"))
+    assert not list((agent.host.root / "images/layers/sha256").iterdir())
 
 
 def running(agent: LiveAgent) -> Path:

@@ -10,6 +10,7 @@ import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +107,27 @@ def test_archives_come_whole_through_the_agent_or_not_at_all(client: Client) -> 
     assert out.getvalue() == b"shop/webapp:1"
     with pytest.raises(WrongCall, match="no image is named"):
         client.export_image("", io.BytesIO())
+
+
+def test_a_reader_who_stops_reading_is_given_up(
+    agent: PaperAgent, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+
+    def export(target: str, out: Any, pause: bool = True) -> dict[str, Any]:
+        try:
+            while True:
+                out.write(bytes(1 << 20))
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(agent, "export", export)
+    monkeypatch.setattr("holdfast.api.images.STALLED", 0.2)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(tmp_path / "agent.sock"))
+        connection.sendall(b"GET /v1/containers/shop/web/export HTTP/1.0\r\n\r\n")
+        assert ended.wait(10)
+    assert client.status()
 
 
 def test_what_fails_while_an_image_is_pulled_arrives_as_it_was_raised(client: Client) -> None:
