@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from holdfast.errors import Conflict, HoldfastError, NotFound, WrongCall, WrongState
+from holdfast.errors import Conflict, HoldfastError, NotFound, TryAgain, WrongCall, WrongState
 from holdfast.images.disk import Locks
 from holdfast.images.image import Source
 from holdfast.images.references import familiar, normalize, parse_changes
@@ -416,11 +416,16 @@ def test_of_two_who_bring_a_layer_one_works_and_the_other_waits_for_it(store: Im
         os.close(descriptor)
 
 
-def test_what_loses_its_name_while_something_is_put_in_goes_later(store: ImageStore, rootfs: Path) -> None:
+def test_what_loses_its_name_while_something_is_put_in_goes_later(
+    store: ImageStore, rootfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.images.store.PATIENCE", 0.1)
     image = store.import_rootfs(rootfs, "app")
     with store.keep():
         assert store.remove("app") == Freed()
         assert store.get(image.digest).names == ()
+        with pytest.raises(TryAgain, match="is being pulled"):
+            store.prune()
     assert store.prune().images == (image.digest,)
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from holdfast.config import ImageSettings
-from holdfast.errors import Conflict, NotFound, WrongCall, WrongState
+from holdfast.errors import Conflict, NotFound, TryAgain, WrongCall, WrongState
 from holdfast.images.archives import Archive, Found, open_archive, open_regular
 from holdfast.images.disk import Locks, spread, write_whole
 from holdfast.images.image import (
@@ -53,6 +53,7 @@ from holdfast.images.unpack import Expected, Unpacked
 
 __all__ = ["Freed", "Image", "ImageStore", "Name", "architecture"]
 
+PATIENCE = 5.0  # seconds
 SHORT = re.compile("(?:sha256:)?([0-9a-f]{6,64})")  # of a digest, as people copy it from a list
 
 
@@ -311,20 +312,28 @@ class ImageStore:
     def prune(self, in_use: InUse = (), *, all: bool = False) -> Freed:
         """Delete the images without a name that nobody uses; with all, the unused ones with names, too.
 
-        Blocks until nothing is being put in.
+        Raises TryAgain while something is being put in, after a moment's patience.
         """
-        with self.alone(wait=True):
-            used = users_of(in_use)
-            named = {each.digest for each in self.names().values()}
-            return self.delete([each for each in self.digests() if all or each not in named], used)
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            with self.alone() as alone:
+                if alone:
+                    used = users_of(in_use)
+                    named = {each.digest for each in self.names().values()}
+                    return self.delete([each for each in self.digests() if all or each not in named], used)
+            if time.monotonic() > deadline:
+                raise TryAgain(
+                    "prune images: an image is being pulled, built or loaded (try again when that is done)"
+                )
+            time.sleep(0.05)
 
     @contextmanager
-    def alone(self, *, wait: bool = False) -> Iterator[bool]:
-        """Hold off whoever puts something in (`keep`); yields whether that is so: without wait it may not be.
+    def alone(self) -> Iterator[bool]:
+        """Hold off whoever puts something in (`keep`); yields whether that is so: somebody may be at it already.
 
         What was deleted meanwhile is off the disk when this returns: nobody is held off for that.
         """
-        with self.locks.hold("store", wait=wait) as held:
+        with self.locks.hold("store", wait=False) as held:
             yield held
         if held:
             self.layers.sweep()
