@@ -11,19 +11,24 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from holdfast.drivers import remove_tree
 from holdfast.errors import TryAgain, WrongState
+from holdfast.images.tarstream import Damaged
 from holdfast.images.unpack import Expected, Limits, unpack_stream
 from holdfast.testing import host_fingerprint
-from tars import END, LIMITS, entry, header, padded, pax, raw, tar_of, unpack
+from tars import END, LIMITS, entry, header, padded, pax, raw, tar_of, unpack, unpack_here
 
 FILE = raw(b"a", b"content" * 1000)
 NOISE = raw(b"a", random.Random(1).randbytes(200_000)) + END
@@ -269,6 +274,40 @@ def test_a_deep_folder_can_be_replaced(tmp_path: Path) -> None:
     deep = pax((b"path", b"d/" * 2200 + b"f")) + raw(b"x", b"1")
     unpack(deep + raw(b"d", b"a file") + END, tmp_path / "l")
     assert (tmp_path / "l/d").read_bytes() == b"a file"
+
+
+SEEDS = [stream for stream, _ in HOSTILE.values() if len(stream) < 5000] + [
+    pax((b"path", b"x/y"), (b"SCHILY.xattr.user.a", b"1"), (b"mtime", b"1.5")) + raw(b"b", b"x" * 700) + END,
+    sparse(5000, (512, 3), (4000, 4), content=b"abcdefg") + FILE + END,
+    sparse_pax(padded(b"1\n9000\n3\n") + b"abc") + FILE + END,
+]
+
+
+CHANGES = [b"\0", b"/", b"0", b"7", b"9", b" ", b"=", b"x", b"\x80", b"\xff"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_whatever_changes_in_an_archive_is_refused_or_unpacked_and_nothing_else(data: st.DataObject) -> None:
+    """Bytes of headers change, and the checksums with them: what is thrown must be among what the worker expects."""
+    archive = bytearray(data.draw(st.sampled_from(SEEDS)) + data.draw(st.sampled_from(SEEDS)))
+    blocks = st.integers(0, max(0, len(archive) // 512 - 1))
+    places = st.sampled_from([0, 3, 100, 110, 124, 135, 136, 156, 157, 257, 345, 386, 400, 482, 483, 500])
+    for _ in range(data.draw(st.integers(1, 5))):
+        at = data.draw(blocks) * 512 + data.draw(places)
+        archive[at : at + 1] = data.draw(st.sampled_from(CHANGES))
+    for at in range(0, len(archive) - 511, 512):
+        archive[at + 148 : at + 156] = b" " * 8
+        archive[at + 148 : at + 156] = b"%06o\0 " % sum(archive[at : at + 512])
+    before = os.umask(0)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with suppress(Damaged, OSError, ValueError, OverflowError):
+                unpack_here(bytes(archive), Path(folder, "l"), Path(folder, "l.recipe"))
+        finally:
+            os.umask(before)
+            remove_tree(Path(folder, "l"))
+            assert set(os.listdir(folder)) <= {"l.recipe"}  # noqa: PTH208
 
 
 def test_folders_that_nobody_mentions_count_too(tmp_path: Path) -> None:
