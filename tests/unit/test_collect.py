@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -14,6 +16,9 @@ from holdfast.config import ImageSettings
 from holdfast.errors import NotFound
 from holdfast.images.collect import GRACE, ORPHANS, Disk, Stored, choose, collect
 from holdfast.images.store import Image, ImageStore
+from holdfast.node.images import Collector
+from holdfast.node.rig import Rig
+from holdfast.store import Store
 from tars import entry, tar_of
 
 NOW = 1_000_000.0
@@ -191,3 +196,18 @@ def test_images_that_are_put_to_use_beside_collections_never_lose_a_layer(world:
     collector.join()
     assert (wrong, len(uses)) == ([], 200)
     assert sum(freed) > 0
+
+
+def test_a_disk_that_stays_full_is_told_of_once(tmp_path: Path) -> None:
+    images = ImageStore(tmp_path / "images", ImageSettings(high_watermark=0.0001, low_watermark=0.0001))
+    store = Store(tmp_path / "state.db")
+    collector = Collector(cast(Rig, SimpleNamespace(images=images, store=store)))
+    for _ in range(3):
+        collector.collect()
+    images.settings = ImageSettings(high_watermark=100, low_watermark=100)
+    collector.collect()
+    assert [event["kind"] for event in store.events()] == ["full"]
+    images.settings = ImageSettings(high_watermark=0.0001, low_watermark=0.0001)
+    collector.collect()
+    assert [event["kind"] for event in store.events()] == ["full", "full"]
+    store.close()

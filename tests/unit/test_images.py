@@ -10,6 +10,7 @@ import lzma
 import os
 import stat
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -427,6 +428,19 @@ def test_what_loses_its_name_while_something_is_put_in_goes_later(
         with pytest.raises(TryAgain, match="is being pulled"):
             store.prune()
     assert store.prune().images == (image.digest,)
+
+
+def test_an_image_whose_configuration_is_lost_can_be_taken_away(store: ImageStore, rootfs: Path) -> None:
+    image = store.import_rootfs(rootfs, "app")
+    (store.root / "blobs/sha256" / image.config_digest[7:]).unlink()
+    again = ImageStore(store.root)
+    with pytest.raises(NotFound):
+        again.resolve("app")
+    assert again.list(dangling=True) == []
+    assert again.remove("app").images == (image.digest,)
+    with again.alone():
+        assert again.delete_orphans(time.time() + 1).layers == image.diff_ids
+    assert files_below(store.root) == ["index.json"]
 
 
 def test_a_layer_that_others_need_is_not_freed(store: ImageStore, layout: Layout, rootfs: Path) -> None:

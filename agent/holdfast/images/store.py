@@ -348,12 +348,14 @@ class ImageStore:
                 self._write_index(rest)
         gone, candidates = [], set[str]()
         for digest in sorted(doomed):
-            with suppress(NotFound):
+            if not self._blob(digest).exists():
+                continue
+            with suppress(NotFound):  # its configuration is lost
                 parts = self._parts(digest)
-                self._blob(digest).unlink()
-                self._known.pop(digest, None)
                 candidates.update((parts.config_digest, *parts.diff_ids))
-                gone.append(digest)
+            self._blob(digest).unlink()
+            self._known.pop(digest, None)
+            gone.append(digest)
         needed = self._needed()
         layers = [each for each in candidates - needed if self.has_layer(each)]
         freed = Freed(tuple(gone), tuple(sorted(layers)), sum(self.layers.facts(each).size for each in layers))
