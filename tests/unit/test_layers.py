@@ -59,6 +59,14 @@ def test_names_that_are_no_utf8_are_kept_byte_by_byte(tmp_path: Path) -> None:
     assert sorted(os.fsencode(path.name) for path in (tmp_path / "l").iterdir()) == [b"caf\xe9", "日本".encode()]
 
 
+def test_a_file_whose_short_name_ends_at_a_slash_is_no_directory(tmp_path: Path) -> None:
+    """A header has room for 100 bytes of a name; the whole of it is in the extended header before."""
+    folder = "d" * 99
+    layer(tmp_path / "l", entry(f"{folder}/file", b"content"), entry("after", b"1"))
+    assert (tmp_path / "l" / folder / "file").read_bytes() == b"content"
+    assert (tmp_path / "l/after").read_bytes() == b"1"
+
+
 def test_whiteouts_become_what_overlayfs_reads(tmp_path: Path) -> None:
     layer(tmp_path / "l", entry("etc/.wh.gone", b""), entry("etc/.wh..wh.plnk", b""), entry("etc/kept", b"1"))
     assert is_whiteout(tmp_path / "l/etc/gone")
