@@ -112,6 +112,12 @@ def test_what_follows_a_replaced_folder_goes_where_its_name_leads_then(tmp_path:
     assert (tmp_path / "l/c").stat().st_mtime == 7
 
 
+def test_a_folder_of_many_folders_can_be_replaced(tmp_path: Path) -> None:
+    folders = [entry(f"a/{number // 40}/{number}", kind="dir") for number in range(1200)]
+    layer(tmp_path / "l", *folders, entry("a", b"1"))
+    assert (tmp_path / "l/a").read_bytes() == b"1"
+
+
 def test_links_among_parents_are_followed_inside_the_layer(tmp_path: Path) -> None:
     layer(
         tmp_path / "l",

@@ -301,37 +301,48 @@ class Tree:
         while known and known not in self._open:
             known, _, part = known.rpartition(b"/")
             rest.append(part)
-        folder, path = self._open[known] if known else (self._root, b"")
-        folder = os.dup(folder)
+        start, path = self._open[known] if known else (self._root, b"")
+        place = [os.dup(start)]
+        try:
+            path = self._walk(place, path, rest, parent, create=create, follow=follow)
+        except BaseException:
+            os.close(place[0])
+            raise
+        self._open[parent] = place[0], path
+        return place[0], path
+
+    def _walk(
+        self, place: list[int], path: bytes, rest: list[bytes], parent: bytes, *, create: bool, follow: bool
+    ) -> bytes:
+        """Step from the directory in place, and to it again, through what rest has, last one first; say the path."""
         links = detour = 0
         while rest:
             name = rest.pop()
             if name == b"..":
                 if path:
-                    folder = _step(b"..", folder)
+                    _step(b"..", place)
                     path = path[: path.rfind(b"/", 0, -1) + 1]
                 continue
             try:
-                folder = _step(name, folder)
+                _step(name, place)
             except (FileNotFoundError, NotADirectoryError) as error:
-                target = _readlink(folder, name) if isinstance(error, NotADirectoryError) and follow else None
+                target = _readlink(place[0], name) if isinstance(error, NotADirectoryError) and follow else None
                 if target is not None:
                     parts = [part for part in target.split(b"/") if part not in (b"", b".")]
                     links, detour = links + 1, detour + len(parts)
                     if links > MAX_LINKS or detour > MAX_DETOUR:
                         raise Damaged(f"{shown(parent)}: too many symbolic links") from None
                     if target.startswith(b"/"):
-                        os.close(folder)
-                        folder, path = os.dup(self._root), b""
+                        os.dup2(self._root, place[0], inheritable=False)
+                        path = b""
                     rest += reversed(parts)
                     continue
                 if not create:
                     raise
-                self._make_parent(folder, name, path + name)
-                folder = _step(name, folder)
+                self._make_parent(place[0], name, path + name)
+                _step(name, place)
             path += name + b"/"
-        self._open[parent] = folder, path
-        return folder, path
+        return path
 
     def _make_parent(self, folder: int, name: bytes, path: bytes) -> None:
         """Make a directory that no entry speaks of; what a whiteout hides stays hidden."""
@@ -458,11 +469,11 @@ def _owner(number: int) -> int:
     return number
 
 
-def _step(name: bytes, folder: int) -> int:
-    """Open a directory inside folder, which is closed when that worked."""
-    inner = os.open(name, FOLDER, dir_fd=folder)
-    os.close(folder)
-    return inner
+def _step(name: bytes, place: list[int]) -> None:
+    """Go on from the directory in place to one inside it."""
+    inner = os.open(name, FOLDER, dir_fd=place[0])
+    os.close(place[0])
+    place[0] = inner
 
 
 def _readlink(folder: int, name: bytes) -> bytes | None:
