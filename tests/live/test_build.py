@@ -171,6 +171,8 @@ def test_an_image_is_built_from_another_of_the_tree_that_comes_first(workshop: W
     assert content(image, "/once") == content(image, "/twice") == content(base, "/once")
     assert image.layers[: len(base.layers)] == base.layers
     assert len(workshop.steps("tools/base")) == 4
+    sizes = [workshop.store.layers.facts(diff_id).size for diff_id in image.diff_ids]
+    assert [layer["size"] for layer in image.manifest["layers"]] == sizes
     told = [subject for _, subject, message in workshop.told if message.startswith("built in")]
     assert told == ["image tools/base", "image shop/mine", "image shop/web"]
 

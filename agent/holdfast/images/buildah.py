@@ -65,8 +65,9 @@ class Buildah:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Build while the block runs: nobody else does. What a killed build left is cleared away before."""
-        if find("buildah") is None:
-            raise UnfitHost("run 'buildah': no such program (expected the package buildah, to build [images.*])")
+        for program in ("buildah", "skopeo"):
+            if find(program) is None:
+                raise UnfitHost(f"run '{program}': no such program (expected the package {program}, for [images.*])")
         with self._mine, self._locked(wait=True):
             self._clear()
             self.work.mkdir(parents=True)
@@ -155,8 +156,6 @@ class Buildah:
         _remove(self.storage)
 
     def _copy(self, *words: str) -> None:
-        if find("skopeo") is None:
-            raise UnfitHost("run 'skopeo': no such program (expected the package skopeo)")
         self._run(["skopeo", "--policy", str(self._lenient()), "copy", "--quiet", *words], lambda line: None)
 
     @property
