@@ -124,6 +124,13 @@ def test_a_directory_that_overlayfs_redirected_is_refused(upper: Path) -> None:
         packed(upper)
 
 
+def test_whoever_reads_no_more_is_not_taken_for_a_damaged_tree(upper: Path) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with pytest.raises(BrokenPipeError), os.fdopen(theirs, "wb", 0) as pipe:
+        pack_changes(upper, pipe)
+
+
 def test_a_merged_stack_is_what_overlayfs_shows(upper: Path, tmp_path: Path) -> None:
     lower = tmp_path / "lower"
     for folder in ("etc", "srv", "opt/deep"):

@@ -26,7 +26,7 @@ from aiohttp import web
 
 from holdfast.api.agent import Agent
 from holdfast.api.wire import AGENT, Handler, answer, asked, body, error_json, target_of
-from holdfast.errors import HoldfastError, WrongCall
+from holdfast.errors import HoldfastError, UnfitHost, WrongCall
 from holdfast.images.write import Sink
 from holdfast.observed import Json
 
@@ -90,11 +90,16 @@ def frames(call: Callable[[Agent, web.Request, Sink], Json]) -> Handler:
                 out.flush()
             except HoldfastError as error:
                 return error_json(error)
+            except (ConnectionError, TimeoutError):
+                raise
+            except OSError as error:
+                words = (error.strerror or str(error)).lower()
+                return error_json(UnfitHost(f"{request.method} '{request.path}': {words}"))
             return found
 
         try:
             end = await asyncio.to_thread(work)
-            await response.write(b"0\n" + json.dumps(end).encode() + b"\n")
+            await asyncio.wait_for(response.write(b"0\n" + json.dumps(end).encode() + b"\n"), STALLED)
         except (ConnectionError, TimeoutError):
             if request.transport is not None:  # the reader has gone, or reads no more
                 request.transport.abort()

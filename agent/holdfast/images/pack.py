@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.errors import WrongState
+from holdfast.errors import UnfitHost, WrongState
 from holdfast.images.unpack import OPAQUE_XATTR, is_whiteout
 from holdfast.images.write import BLOCK, Sink
 
@@ -45,7 +45,8 @@ def pack_changes(upper: Path, out: Sink, leave_out: Collection[str] = ()) -> Non
     """Write a writable layer as an OCI layer.
 
     leave_out: absolute paths inside of it, of empty files and directories that are there only to be mounted on.
-    Raises WrongState for what can't be written without the layers below: directories that overlayfs has redirected.
+    Raises WrongState for what can't be written without the layers below (directories that overlayfs has redirected),
+    UnfitHost for what can't be read.
     """
     _Packer(out, changes=True, leave_out=leave_out).pack([upper])
 
@@ -83,9 +84,11 @@ class _Packer:
                 elif (inner := self._add(stack[-1], name)) is not None:
                     stack.append(inner)
             self.out.write(bytes(2 * BLOCK))
+        except (ConnectionError, TimeoutError):
+            raise  # nobody takes what is written: out's business
         except OSError as error:
             where = stack[-1].path if stack else b""
-            raise WrongState(f"pack {os.fsdecode(where)!r}: {(error.strerror or str(error)).lower()}") from error
+            raise UnfitHost(f"pack {os.fsdecode(where)!r}: {(error.strerror or str(error)).lower()}") from error
         finally:
             for folder in stack:
                 _close(folder)
