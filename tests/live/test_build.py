@@ -226,6 +226,15 @@ def test_a_build_that_fails_says_why_in_one_line_and_keeps_all_of_it(workshop: W
     assert log.with_name("web.log.1").read_text().count("\nline ") == 300
 
 
+def test_a_runtime_that_refuses_is_named_with_its_reason(workshop: Workshop) -> None:
+    runtime = workshop.host.root / "moody"
+    runtime.write_text("#!/bin/sh\necho no cgroup today >&2\nexit 1\n")
+    runtime.chmod(0o755)
+    workshop.builder.buildah.runtime = runtime
+    with pytest.raises(WrongState, match=r"RUN .*: exit status 1: moody: no cgroup today"):
+        workshop.build(shop(BUSYBOX))
+
+
 def test_an_image_that_no_registry_has_is_told_by_its_name(workshop: Workshop, registry: Registry) -> None:
     with pytest.raises(HoldfastError, match=r"^build 'images.shop/web': .*") as caught:
         workshop.build(shop(f"FROM {registry.address}/nothing:1\n"))

@@ -35,7 +35,8 @@ from holdfast.spec.model import Build
 RETRY = 60.0  # seconds; a build that failed is not tried again before, unless something else is committed
 MTIME = 315532800  # 1980-01-01: of all that is copied from a context; older ones trouble zip and make
 STEP = re.compile(r"(\[\d+/\d+\] )?STEP \d+")
-NOISE = re.compile(rf"Error: |error running|time=|--> |{STEP.pattern}")
+NOISE = re.compile(rf"Error: |error running container: from \S+ (?!creating)|: exit status|time=|--> |{STEP.pattern}")
+UNSTARTED = re.compile(r"error running container: from (\S+) creating container for \[.*?\]: (.*)")
 LOUD = 20  # lines of one step that events carry; of those beyond it, one a second
 LONGEST_STEP = 80  # characters of an instruction in an error
 LONGEST_EVENT = 400  # characters of a line in an event
@@ -286,6 +287,8 @@ class Builder:
             what = step[1] if len(step[1]) <= LONGEST_STEP else f"{step[1][:LONGEST_STEP]}…"
             said = [line for line in error.errors if not NOISE.match(line)]
             said = said or [line for line in error.output if not NOISE.match(line)]
+            if said and (unstarted := UNSTARTED.match(said[-1])):
+                said[-1] = f"{Path(unstarted[1]).name}: {unstarted[2]}"
             last = f": {said[-1].strip()[:LONGEST_EVENT]}" if said and "exit status" in step[2] else ""
             reason = f"{what}: {step[2]}{last}"
         return failure(WrongState, f"build 'images.{name}': {reason} (all of it is in {log})", RETRY)
