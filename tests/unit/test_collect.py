@@ -65,6 +65,18 @@ def test_the_excess_is_what_lies_above_a_watermark() -> None:
     assert Disk(0, 0).percent == 0
 
 
+def test_what_nobody_could_bring_back_stays() -> None:
+    assert chosen([Stored("mine", ("c",), NOW - 9000, unique=True), A], 1000) == ["A"]
+
+
+def fetch(store: ImageStore, tar: Path, name: str) -> Image:
+    """An image as if a registry had it."""
+    image = store.import_rootfs(tar, name)
+    return store.add_image(
+        store.read_blob(image.digest), store.read_blob(image.config_digest), [name], source="registry"
+    )
+
+
 class World:
     """A store on a disk that holds nothing else, 10,240 plain archive bytes to an image."""
 
@@ -74,9 +86,8 @@ class World:
         self.capacity = 51_200
 
     def make(self, name: str, age: float = 10 * GRACE) -> Image:
-        path = self.root / f"{name}.tar"
-        path.write_bytes(tar_of(entry(name, b"x")))
-        image = self.store.import_rootfs(path, name)
+        path = _tar(self.root / f"{name}.tar", name)
+        image = fetch(self.store, path, name)
         when = time.time() - age
         os.utime(self.store.root / "blobs/sha256" / image.digest[7:], (when, when))
         return image
@@ -101,6 +112,22 @@ def test_above_the_high_watermark_images_go_until_the_low_one(world: World) -> N
     assert world.here() == {"e", "d"}
     assert (len(done.freed.images), done.freed.size, done.full) == (3, 30_720, False)
     assert collect(world.store, (), look=world.look).freed.images == ()
+
+
+def test_what_was_imported_by_hand_stays_and_goes_by_hand(world: World) -> None:
+    for name in "abcde":
+        world.store.import_rootfs(_tar(world.root / f"{name}.tar", name), name)
+    assert collect(world.store, (), look=world.look, now=time.time() + 2 * GRACE).full
+    assert world.here() == set("abcde")
+    world.store.tag("a", "z")
+    world.store.remove("a")
+    world.store.remove("z")
+    assert world.here() == set("bcde")
+
+
+def _tar(path: Path, name: str) -> Path:
+    path.write_bytes(tar_of(entry(name, b"x")))
+    return path
 
 
 def test_below_the_high_watermark_nothing_goes(world: World) -> None:
@@ -167,7 +194,7 @@ def test_images_that_are_put_to_use_beside_collections_never_lose_a_layer(world:
                     try:
                         image = world.store.resolve(f"app:{number}")
                     except NotFound:
-                        image = world.store.import_rootfs(tars[number], f"app:{number}")
+                        image = fetch(world.store, tars[number], f"app:{number}")
                     with lock:
                         used.setdefault(image.digest, []).append("x")
                 read = {image.read_file("/file") for _ in range(20)}

@@ -2,7 +2,8 @@
 
 Above the high watermark unused images go until the low one is reached. Never: what is in use (`node` says by whom:
 instances, exited ones too, and every generation that is kept for a rollback), anything while something is put in
-(`ImageStore.keep`), and what was used or came within `GRACE`, for whoever has just pulled an image means to use it.
+(`ImageStore.keep`), what was used or came within `GRACE`, for whoever has just pulled an image means to use it, and
+what has a name that no registry and no build gave it: nobody could bring that back.
 """
 
 from __future__ import annotations
@@ -18,16 +19,21 @@ from holdfast.images.image import Freed, InUse, users_of
 from holdfast.images.store import ImageStore
 
 GRACE = 600.0  # seconds: ten minutes
+REPLACEABLE = ("registry", "build")  # where a name comes from whose image can be had again
 ORPHANS = 86_400.0  # seconds that layers of a pull that broke off wait for its next try, while there is room
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An image as the collector sees it. layers: diff ids. used_at: seconds since the epoch."""
+    """An image as the collector sees it.
+
+    layers: diff ids. used_at: seconds since the epoch. unique: a person brought it here, and nobody else could.
+    """
 
     digest: str
     layers: tuple[str, ...]
     used_at: float
+    unique: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +75,7 @@ def choose(
     for image in sorted(images, key=lambda each: (each.used_at, each.digest)):
         if excess <= 0:
             break
-        if image.digest in in_use or image.used_at > now - GRACE:
+        if image.digest in in_use or image.unique or image.used_at > now - GRACE:
             continue
         doomed.append(image)
         needs.subtract(set(image.layers))
@@ -116,7 +122,11 @@ def disk_of(path: Path) -> Disk:
 
 
 def _stored(store: ImageStore) -> list[Stored]:
-    return [Stored(each.digest, each.diff_ids, store.used_at(each.digest)) for each in store.list(dangling=True)]
+    unique = {each.digest for each in store.names().values() if each.source not in REPLACEABLE}
+    return [
+        Stored(each.digest, each.diff_ids, store.used_at(each.digest), each.digest in unique)
+        for each in store.list(dangling=True)
+    ]
 
 
 def _sizes(store: ImageStore) -> dict[str, int]:

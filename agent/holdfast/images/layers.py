@@ -8,6 +8,7 @@ partial/                   what is being unpacked or deleted; counts for nothing
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from holdfast.config import ImageSettings
-from holdfast.errors import WrongState
 from holdfast.images.disk import Locks, sync_folder, write_whole
 from holdfast.images.references import to_digest
 from holdfast.images.unpack import Expected, Limits, Unpacked, discard, unpack_stream
@@ -150,11 +150,12 @@ class LayerStore:
         target = self.folder(found.diff_id)
         write_whole(target.with_suffix(".json"), json.dumps(figures).encode())  # the rest is on disk already
         folder.with_suffix(".recipe").replace(target.with_suffix(".recipe"))
-        with suppress(OSError):  # ENOTEMPTY: an import of the same archive was faster
+        try:
             folder.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # an import of the same archive was faster
+                raise
         sync_folder(target.parent)
-        if not target.is_dir():
-            raise WrongState(f"unpack layer {found.diff_id!r}: could not be moved to {str(target)!r}")
 
     def _clear(self, key: str) -> None:
         with suppress(FileNotFoundError):

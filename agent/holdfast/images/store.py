@@ -192,7 +192,7 @@ class ImageStore:
         top: what the registry gave for the tag, if that is an index. Raises WrongState when the configuration is not
         the manifest's, or is not for this host; NotFound for a layer that is not here.
         """
-        full = [parse(name).name for name in names]
+        full = [each.name for each in map(parse, names) if not each.digest]  # a digest leads here without a name
         digest = f"sha256:{sha256(manifest).hexdigest()}"
         what = full[0] if full else digest
         diff_ids = read_diff_ids(config, what)
@@ -238,6 +238,7 @@ class ImageStore:
                 "architecture": architecture(),
                 "config": config,
                 "created": created,
+                "history": [{"created": created, "created_by": "holdfast image import"}],
                 "os": "linux",
                 "rootfs": {"type": "layers", "diff_ids": [layer.diff_id]},
             }
@@ -307,7 +308,8 @@ class ImageStore:
         if named:
             return Freed()
         with self.alone() as alone:
-            return self.delete([digest], in_use) if alone else Freed()
+            again = digest in {each.digest for each in self.names().values()}  # somebody has named it meanwhile
+            return self.delete([digest], in_use) if alone and not again else Freed()
 
     def prune(self, in_use: InUse = (), *, all: bool = False) -> Freed:
         """Delete the images without a name that nobody uses; with all, the unused ones with names, too.
@@ -419,7 +421,8 @@ class ImageStore:
             return digest
         here = self.digests()
         if mentions:
-            return next((each for each in mentions if each in here), None)
+            named = (each.digest for each in self.names().values() if each.top == digest)  # by an index in the index
+            return next((each for each in (*mentions, *named) if each in here), None)
         return next((each for each in here if self._config_digest(each) == digest), None)
 
     def _digest_by_start(self, text: str) -> str | None:
