@@ -245,6 +245,7 @@ def test_an_ignorefile_leaves_out_what_docker_leaves_out(text: str, left: list[s
         ("FROM a\nRUN <<EOF\nFROM no\nEOF\nRUN --mount=type=bind,from=m,target=/m x\n", ["a", "m"]),
         ('FROM a \\\n\n # c\n AS b\nRUN echo \\\n FROM no\nFROM "b"\n', ["a"]),
         ("ADD x y\nFROM\n", []),
+        ("FROM a\nRUN copy --from=b --mount=type=bind,from=c\nCOPY --link --from=d / /\n", ["a", "d"]),
     ],
 )
 def test_a_dockerfile_names_the_images_it_starts_from(text: str, names: list[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 
 _HEREDOC = re.compile(r"""<<-?\s*(["']?)([A-Za-z_][A-Za-z0-9_]*)\1""")
 _VARIABLE = re.compile(r"\$(?:(?P<plain>\w+)|\{(?P<name>\w+)(?:(?P<operator>:?[-+])(?P<word>[^}]*))?\})", re.ASCII)
@@ -44,7 +45,8 @@ def images_in(text: str, args: Mapping[str, str]) -> tuple[Use, ...]:
                     found.append(Use(line, name, written))
                 stages.add(words[2].lower() if len(words) > 2 and words[1].upper() == "AS" else f"{len(stages)}")
             case "COPY" | "ADD" | "RUN":
-                for match in _FROM_OPTION.finditer(rest):
+                options = " ".join(takewhile(lambda each: each.startswith("--"), rest.split()))
+                for match in _FROM_OPTION.finditer(options):
                     written = (match[1] or match[2]).strip("\"'")
                     name = _replaced(written, {**known, **args})
                     if name.lower() not in stages and not name.isdigit():
