@@ -286,7 +286,7 @@ SEEDS = [stream for stream, _ in HOSTILE.values() if len(stream) < 5000] + [
 CHANGES = [b"\0", b"/", b"0", b"7", b"9", b" ", b"=", b"x", b"\x80", b"\xff"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_whatever_changes_in_an_archive_is_refused_or_unpacked_and_nothing_else(data: st.DataObject) -> None:
     """Bytes of headers change, and the checksums with them: what is thrown must be among what the worker expects."""
@@ -324,7 +324,7 @@ unpack_stream(0, Path(sys.argv[1]), Path(sys.argv[1] + ".recipe"), limits=Limits
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
     peaks = []
-    for count in (100, 10_000):
+    for count in (100, 5_000):
         parts = []
         for number in range(count):
             name = b"folder%d/" % (number // 10) if number % 10 == 0 else b"folder%d/%d" % (number // 10, number)
@@ -338,7 +338,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
             check=True,
         )
         peaks.append(int(done.stdout))
-    assert peaks[1] - peaks[0] < 8_000, "KiB"
+    assert peaks[1] - peaks[0] < 6_000, "KiB"
 
 
 @pytest.mark.parametrize(

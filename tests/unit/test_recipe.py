@@ -116,7 +116,7 @@ def archives(draw: st.DrawFn) -> bytes:
     return b"".join(parts) + draw(st.sampled_from([b"", END, END + bytes(9000), END + b"more"]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(archive=archives(), chunk=st.sampled_from([511, 512, 1000, 1 << 16]))
 def test_any_archive_that_can_be_unpacked_comes_out_as_it_went_in(archive: bytes, chunk: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -120,7 +120,7 @@ def test_a_reader_sees_one_tree_or_the_other_while_they_alternate(state: Path) -
 
     reader = threading.Thread(target=read)
     reader.start()
-    for _ in range(40):
+    for _ in range(15):
         replace_tree(state, two, NONE)
         replace_tree(state, one, NONE)
     end.set()

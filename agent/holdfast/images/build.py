@@ -37,6 +37,7 @@ MTIME = 315532800  # 1980-01-01: of all that is copied from a context; older one
 STEP = re.compile(r"(\[\d+/\d+\] )?STEP \d+")
 NOISE = re.compile(rf"Error: |error running container: from \S+ (?!creating)|: exit status|time=|--> |{STEP.pattern}")
 UNSTARTED = re.compile(r"error running container: from (\S+) creating container for \[.*?\]: (.*)")
+DUMPED = re.compile(r"step \{Env:\[.*? Original:(.*?)\}")  # buildah prints the whole of its own value
 LOUD = 20  # lines of one step that events carry; of those beyond it, one a second
 LONGEST_STEP = 80  # characters of an instruction in an error
 LONGEST_EVENT = 400  # characters of a line in an event
@@ -279,12 +280,13 @@ class Builder:
         log = self.logs / f"{name}.log"
         reasons = [line.removeprefix("Error: ") for line in error.errors if line.startswith("Error: ")]
         reason = reasons[-1] if reasons else next(reversed([*error.output, *error.errors]), str(error))
+        reason = DUMPED.sub(lambda step: _shortened(step[1]), reason)
         if not STEP.search(reason) and REGISTRY.search(reason):
             found = explain(reason, "build", f"images.{name}")
             found.wait = max(found.wait, RETRY)
             return found
         if step := re.fullmatch(r'building at STEP "(.*?)": (?:while running runtime: )?(.*)', reason):
-            what = step[1] if len(step[1]) <= LONGEST_STEP else f"{step[1][:LONGEST_STEP]}…"
+            what = _shortened(step[1])
             said = [line for line in error.errors if not NOISE.match(line)]
             said = said or [line for line in error.output if not NOISE.match(line)]
             if said and (unstarted := UNSTARTED.match(said[-1])):
@@ -311,6 +313,10 @@ class Builder:
 PREFIX = "localhost/images/"
 STORED = "localhost/stored:"  # in buildah's storage: and the digest of what our store has
 _PULL = {"missing": "--pull=false", "newer": "--pull=ifnewer", "always": "--pull-always", "never": "--pull-never"}
+
+
+def _shortened(instruction: str) -> str:
+    return instruction if len(instruction) <= LONGEST_STEP else f"{instruction[:LONGEST_STEP]}…"
 
 
 def built_name(name: str, build: Build) -> str:
