@@ -220,6 +220,20 @@ class Store:
                 return each
         raise KeyError(f"{app} generation {number}")
 
+    def images(self) -> list[tuple[str, str]]:
+        """(APP/NAME, digest) of every container of a kept generation and of every instance.
+
+        As the database has it: a command that began without an agent may end beside one that has staged meanwhile.
+        """
+        with self._lock:
+            found = [
+                (f"{app}/{name}", digest)
+                for app, value in self._rows("app, value", "generations")
+                for name, digest in json.loads(value)["images"].items()
+            ]
+            instances = [json.loads(value) for _, value in self._rows("id, value", "instances")]
+        return [*found, *((f"{each['app']}/{each['container']}", each["image"]) for each in instances)]
+
     def forget_app(self, app: str) -> None:
         """Drop everything that is kept of an app."""
         with self._lock:

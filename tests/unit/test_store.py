@@ -150,6 +150,13 @@ def test_old_generations_go_but_never_the_one_in_force(store: Store) -> None:
     assert kept == [1, *range(9 - KEPT_GENERATIONS, 9)]
 
 
+def test_what_another_process_has_staged_counts_among_the_images(tmp_path: Path) -> None:
+    with _open(tmp_path) as command, _open(tmp_path) as agent:
+        agent.put_generation(Generation(app=APP, number=1, state="staged", images={"web": "new"}))
+        agent.put_instance(WEB)
+        assert command.images() == agent.images() == [("shop/web", "new"), ("shop/web", "sha")]
+
+
 def test_a_generation_never_moves_back(store: Store) -> None:
     store.put_generation(Generation(app=APP, number=1, state="good"))
     store.mark_generation("shop", 1, "active")

@@ -322,10 +322,10 @@ def remove(refs: tuple[str, ...]) -> None:
 @click.option("-f", "--force", is_flag=True, help="Don't ask.")
 def prune(all_: bool, force: bool) -> None:
     """Delete images without a name that nobody uses."""
+    if not force:
+        which = "every image that nobody uses" if all_ else "every image without a name that nobody uses"
+        click.confirm(f"delete {which}?", abort=True)
     with reach() as node:
-        if not force:
-            which = "every image that nobody uses" if all_ else "every image without a name that nobody uses"
-            click.confirm(f"delete {which}?", abort=True)
         freed = node.prune_images(all_)
         for digest in freed["images"]:
             click.echo(f"removed {digest}")

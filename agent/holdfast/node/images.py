@@ -238,12 +238,8 @@ class Collector:
 def image_users(rig: Rig) -> Mapping[str, set[str]]:
     """digest → APP/NAME of whoever needs it: instances, ended ones too, and all generations that are kept."""
     found: dict[str, set[str]] = {}
-    for app, known in list(rig.store.history().generations.items()):
-        for generation in known:
-            for name, digest in generation.images.items():
-                found.setdefault(digest, set()).add(f"{app}/{name}")
-    for instance in list(rig.store.instances.values()):
-        found.setdefault(instance.image, set()).add(instance.key)
+    for user, digest in rig.store.images():
+        found.setdefault(digest, set()).add(user)
     return found
 
 
