@@ -255,7 +255,8 @@ def _round(store: Store, server: Registry, folder: Path, idle: float) -> Iterato
         durable = time.monotonic() - begun
         yield row, "s", said
         yield f"{row}, until on disk", "s", durable
-        yield f"{row}: CPU of the machine", "s", machine.busy_seconds() - busy - idle * durable
+        if idle <= machine.BUSY:
+            yield f"{row}: CPU of the machine", "s", machine.busy_seconds() - busy - idle * durable
         yield f"{row}: from the registry", "MB", (server.served() - served) / 1e6
 
 

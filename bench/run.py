@@ -48,7 +48,6 @@ PR_SET_CHILD_SUBREAPER = 36
 REST = 0.3  # seconds after each removal, for everyone: the kernel takes namespaces apart behind the scenes
 NAMES = ["holdfast", "docker", "podman", "floor"]
 ROWS = ["containers", "images", "stacks"]
-BUSY = 0.2  # CPU seconds a second that others may take
 HIGH = 20  # layers of a stack
 PEERS = {"docker": ("dockerd", "docker"), "podman": ("podman",)}
 
@@ -79,7 +78,8 @@ class Bench:
             busy, begun = machine.busy_seconds(), time.monotonic()
             up.append(self._up(names, BRIDGE) / 1000)
             self._settle()
-            cpu.append(machine.busy_seconds() - busy - self.idle * (time.monotonic() - begun))
+            if self.idle <= machine.BUSY:
+                cpu.append(machine.busy_seconds() - busy - self.idle * (time.monotonic() - begun))
             with contextlib.suppress(Unsupported):
                 same.append(self._timed(self.who.same))
             listing += [self._timed(self.who.show) for _ in range(3)]
@@ -304,8 +304,11 @@ class Session:
 def measure(arguments: argparse.Namespace, home: Path) -> None:
     gate, idle = Gate(home / "gate"), machine.idle_rate(2)
     names = present(arguments.only)
-    if idle > BUSY:
-        print(f"bench: this host is busy ({idle:.1f} cores without us): believe no figure", file=sys.stderr)
+    if idle > machine.BUSY:
+        print(
+            f"bench: this host is busy ({idle:.1f} cores without us): believe no figure, CPU is left out",
+            file=sys.stderr,
+        )
     with fit_runtime(arguments.runtime, home) as runtime:
         session = Session(home, gate, runtime, arguments.rounds, arguments.counts, names, idle)
         about = [f"medians of {arguments.rounds} rounds; {os.cpu_count()} cores, Linux {os.uname().release}"]
