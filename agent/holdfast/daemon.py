@@ -77,7 +77,7 @@ def run_agent(path: Path | None) -> int:
         return asyncio.run(Daemon(config, path, node).serve())
 
 
-def apply_once(config: Config, timeout: float, show: Callable[[Sequence[Json]], None]) -> Json:
+def apply_once(config: Config, timeout: float, show: Callable[[Sequence[Json]], None] = lambda coming: None) -> Json:
     """Converge without an agent, for at most timeout seconds; returns the last status.
 
     show: called ten times a second while images are on their way, with `Transfers.look()`; that time does not count.

@@ -22,7 +22,7 @@ from ground import Rootfs
 from holdfast.images.store import ImageStore
 from holdfast.images.write import FORMATS, save
 from holdfast.runtime import cgroup
-from layouts import Layout
+from layouts import Layout, make_layout
 from live.agent import HOLDFAST, LiveAgent
 from live.registry import Registry
 from tars import entry, tar_of
@@ -214,19 +214,18 @@ def test_a_container_that_stands_still_when_its_agent_is_killed_goes_on_with_the
 
 
 def test_a_full_disk_costs_unused_images_and_never_those_that_run_or_may_come_back(
-    agent: LiveAgent, tmp_path: Path
+    agent: LiveAgent, registry: Registry, tmp_path: Path
 ) -> None:
     for number in range(1, 5):
-        (tmp_path / f"{number}.tar").write_bytes(agent.rootfs.tar.read_bytes())
-        with tarfile.open(tmp_path / f"{number}.tar", "a") as tar:
-            member, _ = entry(f"v{number}")
-            tar.addfile(member)
-        agent.image(f"app:{number}", tmp_path / f"{number}.tar")
+        make_layout(tmp_path / "layout", [agent.rootfs.tar.read_bytes(), {f"v{number}": b""}], tag=str(number))
+        registry.push(tmp_path / "layout", f"app:{number}", tag=str(number))
+        agent.cli("image", "pull", f"{registry.address}/app:{number}")
+    app = f"{registry.address}/app"
     agent.cli("image", "remove", "busybox:1")
     for number in (1, 2):
-        agent.write("shop.toml", f'[containers.web]\nimage = "app:{number}"\n{RUN}\ncommand = "sleep 1000"\n')
+        agent.write("shop.toml", f'[containers.web]\nimage = "{app}:{number}"\n{RUN}\ncommand = "sleep 1000"\n')
         agent.converge()
-    refused = agent.cli("image", "remove", "app:1", check=False)  # the generation before ran it
+    refused = agent.cli("image", "remove", f"{app}:1", check=False)  # the generation before ran it
     assert "in use by shop/web" in refused.stderr
     agent.stop()
     images = ImageStore(agent.host.root / "images")
@@ -238,5 +237,5 @@ def test_a_full_disk_costs_unused_images_and_never_those_that_run_or_may_come_ba
     told = [event for event in agent.events() if event["subject"] == "images"]
     assert [event["kind"] for event in told] == ["removed", "full"]
     assert len(told[0]["digests"]) == 2 and told[0]["freed"] > 0
-    assert [image.names for image in images.list(dangling=True)] == [("app:1",), ("app:2",)]
+    assert [image.names for image in images.list(dangling=True)] == [(f"{app}:1",), (f"{app}:2",)]
     assert agent.exec("shop/web", "ls", "/v2") == "/v2\n"
