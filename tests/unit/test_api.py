@@ -137,6 +137,14 @@ def test_what_fails_while_an_image_is_pulled_arrives_as_it_was_raised(client: Cl
         next(lines)
 
 
+def test_a_pull_that_ends_in_a_bug_is_no_result(
+    agent: PaperAgent, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "pull_image", lambda ref: iter(({"transfers": []}, {"transfers": [{}]})))
+    with pytest.raises(NoAgent, match="hung up in the middle"):
+        list(client.pull_image("app:1"))
+
+
 def test_events_are_read_from_where_the_reader_was(client: Client) -> None:
     assert [event["message"] for event in client.events()] == ["started"]
     assert client.events(after=1) == []

@@ -188,7 +188,7 @@ class Client:
             return self._end(json.loads(answer.readline() or b"null"))
 
     def _end(self, last: Json) -> Json:
-        if last is None:
+        if last is None or (isinstance(last, dict) and "transfers" in last):  # no result followed: a bug ended it
             raise NoAgent(f"ask the agent on '{self.path}': it hung up in the middle of an answer")
         if isinstance(last, dict) and "exit_code" in last:
             raise error_of(json.dumps(last).encode())
