@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from live.agent import LiveAgent
+from live.agent import HOLDFAST, LiveAgent
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]  # a busy machine takes its time
 
@@ -53,6 +55,27 @@ on_remove = "delete"
     agent.converge()
     assert "shop/data" in agent.cli("volume", "prune", "--force").stdout
     assert agent.cli("volume", "list").stdout.strip() == "no volumes"
+
+
+def test_a_prune_spares_what_an_agent_mounts_by_the_time_the_question_is_answered(agent: LiveAgent) -> None:
+    text = f'[containers.one]{SLEEPER}volumes = ["data:/data"]\n[volumes.data]\n'
+    agent.write("shop.toml", text)
+    agent.converge()
+    agent.remove("shop.toml")
+    agent.converge()
+    agent.stop()
+    prune = subprocess.Popen(
+        [HOLDFAST, "volume", "prune"], env={**os.environ, "HOLDFAST_CONFIG": str(agent.config)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert prune.stdout is not None
+    assert prune.stdout.read(len("delete shop/data")) == "delete shop/data"
+    agent.write("shop.toml", text)
+    agent.start()
+    agent.converge()
+    agent.exec("shop/one", "touch", "/data/kept")
+    assert "removed" not in prune.communicate("y\n", timeout=60)[0]
+    assert agent.exec("shop/one", "ls", "/data") == "kept\n"
 
 
 def test_mounts_are_as_they_were_asked_for(agent: LiveAgent, tmp_path: Path) -> None:

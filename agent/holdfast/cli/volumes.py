@@ -73,10 +73,13 @@ def prune(force: bool) -> None:
         if not orphans:
             click.echo("no orphans")
             return
-        if not force:
-            click.confirm(f"delete {', '.join(orphans)} and their data?", abort=True)
-        for id in node.prune_volumes():
-            click.echo(f"removed {id}")
+    if not force:
+        click.confirm(f"delete {', '.join(orphans)} and their data?", abort=True)
+    with reach() as node:  # once more: an agent may have begun while the question stood, and another volume been left
+        for each in node.volumes():
+            if each["id"] in orphans and each.get("orphan") and not each["used_by"]:
+                node.remove_volume(each["id"])
+                click.echo(f"removed {each['id']}")
 
 
 COMMANDS = [volume]
