@@ -443,6 +443,13 @@ def test_an_image_whose_configuration_is_lost_can_be_taken_away(store: ImageStor
     assert files_below(store.root) == ["index.json"]
 
 
+def test_what_a_crash_left_of_the_index_goes(store: ImageStore) -> None:
+    (store.root / "index.json.0f58.new").write_bytes(b"{")
+    with store.alone():
+        store.delete_orphans(0.0)
+    assert files_below(store.root) == []
+
+
 def test_a_layer_that_others_need_is_not_freed(store: ImageStore, layout: Layout, rootfs: Path) -> None:
     plain = store.import_rootfs(rootfs, "plain")
     image, _ = pulled(store, layout, "app")

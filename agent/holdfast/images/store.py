@@ -384,6 +384,9 @@ class ImageStore:
             if f"sha256:{path.name}" not in needed and path.lstat().st_mtime < before:
                 path.unlink(missing_ok=True)
         self.layers.drop_strays(before)
+        with self.locks.hold("index"):  # nobody writes it now: such a file was left by a crash
+            for path in self.root.glob("index.json.*.new"):
+                path.unlink()
         return freed
 
     # -- inside --
