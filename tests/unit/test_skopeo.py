@@ -192,6 +192,8 @@ def test_the_last_fatal_line_is_the_message() -> None:
     assert message_of(log) == 'one "two" \\x00'
     assert message_of("level=fatal msg=EOF") == "EOF"
     assert message_of('time="x" level=debug msg="Ping https://a/v2/ status 401"\nKilled\n') == "Killed"
+    crash = 'time="x" level=debug msg=x\nSIGSEGV: segmentation violation\nPC=0x1 m=0\n\ngoroutine 1:\nnet.go:404 +0x1'
+    assert message_of(crash) == "skopeo crashed, SIGSEGV, segmentation violation"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ REFUSED = 60.0  # seconds: nothing changes within them, unless somebody does som
 UNFIT = 300.0  # seconds: the image has to be pushed again
 LONGEST = 240  # characters of a text that we have no words for
 ENDED = "skopeo ended with"  # what we say for a process that had no time to say anything
+CRASH = re.compile(r"^(?:panic|fatal error|SIG[A-Z]+): .*", re.MULTILINE)  # of Go; all its stacks follow
 FATAL = re.compile(r'level=fatal msg=("(?:[^"\\]|\\.)*"|\S+)')
 
 
@@ -208,6 +209,8 @@ def explain(text: str, operation: str, reference: str, noise: tuple[str, ...] = 
 def message_of(text: str) -> str:
     """The message of the log line with which skopeo ends; without one, all that is no line of its log."""
     found = FATAL.findall(text)
+    if not found and (crash := CRASH.search(text)):
+        return f"skopeo crashed, {crash[0].replace(': ', ', ')}"
     if not found:
         return re.sub(r"^time=.*(?:\n|$)", "", text, flags=re.MULTILINE).strip()
     last: str = found[-1]
