@@ -101,7 +101,8 @@ def apply_once(config: Config, timeout: float, show: Callable[[Sequence[Json]], 
             at_rest = made.plan.empty and not made.observed.busy and not node.busy
             waits = any(app.state == "waiting" for app in made.status.apps.values())  # for the end of a job, say
             hopeless = until >= left and not waits
-            if left <= 0 or (at_rest and (made.status.converged or hopeless)):
+            lasting = any(app.exit_code not in (None, TryAgain.exit_code) for app in made.status.apps.values())
+            if left <= 0 or (at_rest and (made.status.converged or hopeless or (lasting and not waits))):
                 return made.status.json()
             rest = max(min(until, left), 0.001)
             while not slot.wait(min(rest, BEAT)) and rest > 0:

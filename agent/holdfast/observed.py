@@ -169,7 +169,8 @@ GenerationState = Literal["staged", "active", "good"]
 class Generation:
     """An app resolved: numbered per app, staged → active (something runs by it) → good (everything does).
 
-    What can't be staged has no generation, but a Failure. images: container → digest of its image.
+    What can't be staged has no generation, but a Failure. images: container → digest of its image. newer: container →
+    what it runs instead of the reference that is committed, by name, tag and digest.
     """
 
     app: App
@@ -177,6 +178,7 @@ class Generation:
     state: GenerationState
     revision: str = ""
     images: Mapping[str, str] = field(default_factory=dict)
+    newer: Mapping[str, str] = field(default_factory=dict)
     staged_at: float = 0.0
 
 
@@ -193,7 +195,7 @@ class Hold:
 class Failure:
     """The last failures in a row of an action on one subject. digest: what was tried; another digest is another try.
 
-    retry_at None: only a change helps (quarantine).
+    retry_at None: only a change helps (quarantine). code: the exit code of the error's class (`errors`).
     """
 
     digest: str
@@ -201,6 +203,7 @@ class Failure:
     count: int
     at: float
     retry_at: float | None
+    code: int = 75
 
 
 @dataclass(frozen=True, slots=True)

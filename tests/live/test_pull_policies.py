@@ -164,6 +164,19 @@ def test_a_newer_version_is_told_where_only_notice_is_asked_for(
     agent.wait_until(lambda status: status["apps"]["shop"]["containers"]["web"]["digest"] == newest)
     agent.converge()
     assert version(agent) == "1.0.10"
+    (instance,) = agent.instances("shop/web")
+    assert instance["image"].startswith(f"{registry.address}/app:1.0.10@")
+    assert f"{registry.address}/app:1.0.10" in agent.cli("image", "list").stdout
+
+
+def test_apply_ends_at_once_where_only_a_commit_helps(agent: LiveAgent, registry: Registry) -> None:
+    agent.write("shop.toml", state(registry, tag="gone"))
+    done = agent.cli("apply", "--timeout", "50", check=False, timeout=30)
+    assert done.returncode == 65
+    assert "the registry has no such image" in done.stderr
+    assert agent.cli("plan", check=False).returncode == 2
+    agent.stop()
+    assert agent.cli("apply", "--timeout", "50", check=False, timeout=30).returncode == 65
 
 
 def test_an_archive_of_the_host_is_an_image(agent: LiveAgent, layout: Layout, busybox: bytes) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -18,8 +19,9 @@ from holdfast.cli.checkup import overlay
 from holdfast.cli.command import socket_path
 from holdfast.cli.render import ago, pairs, size, span
 from holdfast.cli.since import moment
-from holdfast.cli.state import app_reason, show_apps, show_status
+from holdfast.cli.state import app_reason, hopeless, kind_of, show_apps, show_status
 from holdfast.config import load_config
+from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
 from holdfast.plan.actions import Plan, StartInstance
 from paper import PaperAgent, served
 
@@ -419,3 +421,27 @@ def test_a_reason_that_an_app_tells_is_not_told_by_its_containers_as_well(said: 
     app = {"state": "failed", "reason": "no such image", "generation": None, "containers": {"web": container}}
     show_apps({"at": 0.0, "apps": {"shop": app}})
     assert said().count("no such image") == 1
+
+
+def app_status(state: str, code: int | None = None, at: float | None = None) -> dict[str, Any]:
+    return {"state": state, "exit_code": code, "failed_at": at}
+
+
+@pytest.mark.parametrize(
+    ("apps", "transfers", "given_up", "kind"),
+    [
+        ([app_status("failed", 65, 11.0)], [], True, WrongState),
+        ([app_status("failed", 69, 11.0), app_status("converged")], [], True, UnfitHost),
+        ([app_status("failed", 69, 11.0), app_status("failed", 65, 11.0)], [], True, WrongState),
+        ([app_status("failed", 75, 11.0)], [], False, TryAgain),  # it passes by itself
+        ([app_status("failed", 65, 9.0)], [], False, WrongState),  # of an earlier try
+        ([app_status("failed", 65, 11.0), app_status("changing")], [], False, WrongState),
+        ([app_status("failed", 65, 11.0), app_status("failed", 75, 9.0)], [], False, WrongState),
+        ([app_status("failed", 65, 11.0)], [{}], False, WrongState),
+    ],
+)
+def test_apply_gives_up_when_only_somebody_can_help_and_says_who(
+    apps: list[dict[str, Any]], transfers: list[Any], given_up: bool, kind: type[HoldfastError]
+) -> None:
+    status = {"apps": {str(number): each for number, each in enumerate(apps)}, "problems": (), "transfers": transfers}
+    assert (hopeless(status, 10.0), kind_of(status)) == (given_up, kind)

@@ -19,8 +19,8 @@ from holdfast.cli.bars import bars
 from holdfast.cli.check import counted
 from holdfast.cli.client import Client
 from holdfast.cli.command import Group, client, json_option, reach, settings, socket_path
-from holdfast.cli.state import BEAT, PATIENCE, converge, headline
-from holdfast.errors import HoldfastError, NotPermitted, TryAgain, UnfitHost, WrongCall, WrongState
+from holdfast.cli.state import BEAT, PATIENCE, converge, headline, kind_of
+from holdfast.errors import HoldfastError, NotPermitted, UnfitHost, WrongCall, WrongState
 
 if TYPE_CHECKING:
     from holdfast.config import Config
@@ -320,12 +320,14 @@ def follow(agent: Client | None, timeout: float) -> None:
         if not Client(socket_path()).answers():
             click.echo("no agent runs: 'holdfast apply' converges once, 'holdfast agent' from now on")
         return
+    began = time.time()
     agent.sync(False)
     with bars() as show:
-        status = converge(agent, timeout, show)
+        status = converge(agent, timeout, show, began)
     click.echo(headline(status))
     if not status["converged"]:
-        raise TryAgain(f"load bundle: not converged within {render.span(timeout)} (see 'holdfast status')")
+        took = render.span(time.time() - began)
+        raise kind_of(status)(f"load bundle: not converged after {took} (see 'holdfast status')")
 
 
 def state_directory() -> Path:

@@ -13,7 +13,7 @@ from holdfast.cli.bars import Show, amount, bars
 from holdfast.cli.check import counted
 from holdfast.cli.client import Client
 from holdfast.cli.command import client, command, json_option, log_to_stderr, reach, settings, socket_path
-from holdfast.errors import HoldfastError, TryAgain
+from holdfast.errors import Conflict, HoldfastError, TryAgain, UnfitHost, WrongState
 
 Json = Mapping[str, Any]
 CHANGES = 2
@@ -27,7 +27,8 @@ PATIENCE = 300.0  # seconds that apply and sync --wait wait by default
 def plan(json_: bool) -> int:
     """Show what the agent would do now, and why. Touches nothing.
 
-    Exits 0 when there is nothing to do, 2 when there are changes, 1 on any error, in a state file too.
+    Exits 0 when there is nothing to do, 2 when there are changes or something waits for its next try, 1 on any
+    error, in a state file too.
     """
     try:
         with reach() as node:
@@ -41,7 +42,7 @@ def plan(json_: bool) -> int:
         show_plan(found)
     if found["problems"]:
         return 1
-    return 0 if found["empty"] else CHANGES
+    return 0 if found["empty"] and not found["waiting"] else CHANGES
 
 
 def show_plan(found: Json) -> None:
@@ -59,7 +60,7 @@ def show_plan(found: Json) -> None:
         for problem in found["problems"]:
             render.note(problem, indent=2, colour=None)
     if found["empty"]:
-        click.echo("nothing to do")
+        click.echo("nothing to do now" if found["waiting"] else "nothing to do")
     else:
         click.echo(f"\n{counted(sum(len(steps) for steps in found['apps'].values()), 'change')}")
 
@@ -95,11 +96,11 @@ def show_step(step: Json) -> None:
 @click.option("--timeout", type=float, default=PATIENCE, show_default=True, help=WAIT)
 def sync(accept_rewrite: bool, wait: bool, timeout: float) -> None:
     """Read the source and make a pass now."""
-    agent = client()
+    agent, began = client(), time.time()
     status = agent.sync(accept_rewrite)
     if wait:
         with bars() as show:
-            status = converge(agent, timeout, show)
+            status = converge(agent, timeout, show, began)
     click.echo(headline(status))
     if status["source"].get("error"):
         raise TryAgain(f"sync: {status['source']['error']}")
@@ -113,11 +114,11 @@ def apply(timeout: float, json_: bool) -> None:
 
     Exits 0 only when the node is converged.
     """
-    agent, began = Client(socket_path()), time.monotonic()
+    agent, began = Client(socket_path()), time.time()
     with bars() as show:
         if agent.answers():
             agent.sync(False)
-            status = converge(agent, timeout, show)
+            status = converge(agent, timeout, show, began)
         else:
             from holdfast.daemon import apply_once
 
@@ -128,14 +129,32 @@ def apply(timeout: float, json_: bool) -> None:
     elif status["converged"]:
         click.echo(headline(status))
     if not status["converged"]:
-        raise TryAgain(
-            f"apply: not converged within {render.span(time.monotonic() - began)}"
-            + "".join(f"\n  {line}" for line in status["blockers"])
-        )
+        lines = "".join(f"\n  {line}" for line in status["blockers"])
+        raise kind_of(status)(f"apply: not converged after {render.span(time.time() - began)}{lines}")
 
 
-def converge(agent: Client, timeout: float, show: Show) -> Json:
-    """Follow the agent until the node is converged or the time is up; return its last status.
+def kind_of(status: Json) -> type[HoldfastError]:
+    """The class of what keeps the node from its state: one that asks for somebody to act comes first."""
+    codes = {app["exit_code"] for app in status["apps"].values() if app["exit_code"] is not None}
+    if status["problems"]:
+        codes.add(WrongState.exit_code)
+    return next((kind for kind in (WrongState, UnfitHost, Conflict) if kind.exit_code in codes), TryAgain)
+
+
+def hopeless(status: Json, began: float) -> bool:
+    """Whether nothing goes on any more, and what has failed since began waits for somebody to act."""
+    apps = status["apps"].values()
+    failed = [app for app in apps if app["state"] == "failed" and (app["failed_at"] or 0.0) >= began]
+    going_on = any(app["state"] in ("changing", "waiting", "removing", "degraded") for app in apps)
+    still = any(app["state"] == "failed" and app not in failed for app in apps)
+    lasting = any(app["exit_code"] not in (None, TryAgain.exit_code) for app in failed)
+    return lasting and not going_on and not still and not status["transfers"]
+
+
+def converge(agent: Client, timeout: float, show: Show, began: float) -> Json:
+    """Follow the agent until the node is converged, it is hopeless or the time is up; return its last status.
+
+    began: when it was asked to, in seconds since the epoch.
 
     While an image is on its way the time stands still: a transfer that stalls is given up by itself.
     """
@@ -145,7 +164,7 @@ def converge(agent: Client, timeout: float, show: Show) -> Json:
         show(status["transfers"])
         looked, passed = time.monotonic(), time.monotonic() - looked
         left -= 0.0 if status["transfers"] else passed
-        if status["converged"] or left <= 0:
+        if status["converged"] or left <= 0 or hopeless(status, began):
             break
         status = agent.status()
     return status

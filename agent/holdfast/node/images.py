@@ -17,6 +17,7 @@ from holdfast.errors import HoldfastError, WrongCall
 from holdfast.images.collect import collect
 from holdfast.images.image import Freed, Image, Name
 from holdfast.images.references import familiar, parse
+from holdfast.images.transfers import Transfer
 from holdfast.images.write import FORMATS, Sink, save
 from holdfast.node.bundle import load_bundle
 from holdfast.node.capture import commit_container, export_container, export_image
@@ -87,14 +88,20 @@ class ImageAnswers:
 
     def pull_image(self, ref: str) -> Iterator[Json]:
         """Fetch an image: {"transfers": […]} now and then, {"image": …} at the end."""
+        if ref.startswith("images.") and "/" not in ref:
+            raise WrongCall(
+                f"pull {ref!r}: such an image is built, not pulled (its app does it: holdfast apply, or sync)"
+            )
+        local = parse(ref).transport != "docker"
+        mine: list[Transfer] = []
 
         def pull() -> Json:
-            local = parse(ref).transport != "docker"
-            image = self.rig.images.load_reference(ref) if local else self.rig.puller.pull(ref)
+            store = self.rig.images
+            image = store.load_reference(ref) if local else self.rig.puller.pull(ref, watch=mine.append)
             self._images_changed()
             return {"image": {**image_json(image), "ref": ref}}
 
-        return self._watched(ref, pull)
+        return self._watched(ref, pull, mine)
 
     def push_image(self, ref: str, to: str = "") -> Iterator[Json]:
         """Send an image to a registry, under its own name or another: {"pushed": {"ref", "digest"}} at the end."""
@@ -103,7 +110,7 @@ class ImageAnswers:
             image = self.rig.images.resolve(ref)
             return {"pushed": {"ref": to or ref, "digest": self.rig.puller.push(image, to or ref)}}
 
-        return self._watched(to or ref, push)
+        return self._watched(to or ref, push, ())
 
     def import_image(self, path: str, ref: str, changes: Sequence[str] = ()) -> Json:
         """Make an image of a root file system's tar archive."""
@@ -168,14 +175,22 @@ class ImageAnswers:
         return {"ref": ref, **freed_json(self.rig.images.remove(ref, lambda: image_users(self.rig)))}
 
     def prune_images(self, all: bool = False) -> Json:
-        """Delete what has no name, with all also what has one, if nobody uses it."""
+        """Delete what has no name, with all also what has one, if nobody uses it, and layers of broken pulls."""
         freed = self.rig.images.prune(lambda: image_users(self.rig), all=all)
-        if freed.images:
-            self.rig.store.event("removed", "images", f"{len(freed.images)} unused images, by hand", freed=freed.size)
+        if freed.images or freed.layers:
+            what = (
+                f"{len(freed.images)} unused images"
+                if freed.images
+                else f"{len(freed.layers)} layers of broken pulls"
+            )
+            self.rig.store.event("removed", "images", f"{what}, by hand", freed=freed.size)
         return freed_json(freed)
 
-    def _watched(self, ref: str, work: Callable[[], Json]) -> Iterator[Json]:
-        """Do the work in a thread, and tell how its transfer fares meanwhile."""
+    def _watched(self, ref: str, work: Callable[[], Json], mine: Sequence[Transfer]) -> Iterator[Json]:
+        """Do the work in a thread, and tell how its transfers fare meanwhile: mine, to which the work may add.
+
+        It goes on when nobody listens any more; what comes of it is told as an event then, too.
+        """
         done: list[Json] = []
         failures: list[BaseException] = []
 
@@ -184,12 +199,14 @@ class ImageAnswers:
                 done.append(work())
             except BaseException as error:
                 failures.append(error)
+                if isinstance(error, HoldfastError) and type(error) is not WrongCall:
+                    self.rig.store.event("failed", ref, str(error))
 
         thread = threading.Thread(target=run, name="transfer", daemon=True)
         thread.start()
         while thread.is_alive():
             thread.join(BEAT)
-            yield {"transfers": [each for each in self.rig.transfers.look() if each["ref"] == ref]}
+            yield {"transfers": [each.json() for each in list(mine) if each.state in ("resolving", "pulling")]}
         if failures:
             raise failures[0]
         yield done[0]

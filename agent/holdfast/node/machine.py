@@ -14,7 +14,7 @@ from functools import partial
 
 import structlog
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, TryAgain, WrongCall, WrongState
 from holdfast.node.images import Collector
 from holdfast.node.lanes import Lanes
 from holdfast.node.newer import NewerWatch
@@ -173,23 +173,23 @@ class Node:
         """Intent, effect, outcome: in the thread of a lane."""
         store, began = self.rig.store, time.monotonic()
         detail: Json = {}
-        error, retry, least = "", True, 0.0
+        error, retry, least, code = "", True, 0.0, 0
         try:
             store.put_intent(action.subject, {"verb": action.verb, "reason": action.reason})
             detail = perform(self.rig, action, self._spec.blobs, self._revision)
         except Exception as failure:
-            error, retry, least = _account(failure)
+            error, retry, least, code = _account(failure)
             if not _expected(failure):
                 log.exception("bug", action=action.verb, subject=action.subject)
         took = time.monotonic() - began
         outcome = Outcome(action, not error, took, time.time(), error, retry, detail)
-        self._settle(outcome, least)
+        self._settle(outcome, least, code)
         if isinstance(action, StartInstance) and outcome.ok:
             run = self.rig.run_of(detail["instance"])
             if run is not None:
                 self._exits.add(detail["instance"], run)
 
-    def _settle(self, outcome: Outcome, least: float) -> None:
+    def _settle(self, outcome: Outcome, least: float, code: int) -> None:
         """Write down what came of an action, and tell of it."""
         store, action = self.rig.store, outcome.action
         if outcome.ok:
@@ -197,7 +197,7 @@ class Node:
             if failure is not None and failure.digest == action.tried:
                 store.clear_failure(action.subject)
         else:
-            self._remember(outcome, least)
+            self._remember(outcome, least, code)
         if isinstance(action, StageGeneration):
             number = int(outcome.detail.get("generation", 0))
             if self._newer is not None:
@@ -218,13 +218,13 @@ class Node:
         self.rig.plugins.tell("after_outcome", outcome=came)
         store.drop_intent(action.subject)
 
-    def _remember(self, outcome: Outcome, least: float) -> None:
+    def _remember(self, outcome: Outcome, least: float, code: int) -> None:
         store, action = self.rig.store, outcome.action
         earlier = store.failure(action.subject)
         count = earlier.count + 1 if earlier and earlier.digest == action.tried else 1
         wait = max(wait_before(RETRY, count + 1, action.subject), least)
         retry_at = outcome.at + wait if outcome.retry else None
-        store.put_failure(action.subject, Failure(action.tried, outcome.error, count, outcome.at, retry_at))
+        store.put_failure(action.subject, Failure(action.tried, outcome.error, count, outcome.at, retry_at, code))
 
 
 def perform(rig: Rig, action: Action, blobs: Mapping[str, bytes], revision: str) -> Json:
@@ -273,12 +273,19 @@ def outlived(failures: Iterable[str], plan: Plan, busy: frozenset[str]) -> set[s
     return set(failures) - {action.subject for action in plan.actions} - plan.waiting.keys() - busy
 
 
-def _account(failure: Exception) -> tuple[str, bool, float]:
-    """A failure in one line, whether trying again can help, and the least time (seconds) before that."""
+def _account(failure: Exception) -> tuple[str, bool, float, int]:
+    """A failure in one line, whether trying again can help, the least time (seconds) before that, and its exit code.
+
+    What somebody has to do something about comes before what passes by itself; a name that a commit gives, and that
+    leads nowhere, is a fault of the commit.
+    """
     causes = _leaves(failure)
     lines = dict.fromkeys(_line(cause) for cause in causes)
-    least = max((cause.wait for cause in causes if isinstance(cause, HoldfastError)), default=0.0)
-    return "; ".join(lines), any(_may_pass(cause) for cause in causes), least
+    ours = [cause for cause in causes if isinstance(cause, HoldfastError)]
+    least = max((cause.wait for cause in ours), default=0.0)
+    codes = [WrongState.exit_code if isinstance(cause, WrongCall) else cause.exit_code for cause in ours]
+    code = next((code for code in codes if code != TryAgain.exit_code), TryAgain.exit_code)
+    return "; ".join(lines), any(_may_pass(cause) for cause in causes), least, code
 
 
 def _leaves(failure: BaseException) -> list[BaseException]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
 
 from holdfast.errors import HoldfastError
+from holdfast.images.image import Name
+from holdfast.images.references import parse
 from holdfast.images.versions import newest
 from holdfast.node.rig import ROOTFS, Rig
 from holdfast.observed import Json, NewerImage
@@ -67,7 +69,14 @@ def outdated(rig: Rig) -> Sequence[Json]:
     {"target", "image", "digest" (of what was staged), "newer", "newer_digest", "policy", "error"} of each; newer is
     "" where there is nothing newer, error says why a registry could not tell. What none can have is left out.
     """
-    return [_answer(rig, each) for each in held(rig) if each.of_a_registry]
+    names = rig.images.names()
+    return [_answer(rig, each) for each in held(rig) if each.of_a_registry and not _brought(each, names)]
+
+
+def _brought(each: Held, names: Mapping[str, Name]) -> bool:
+    """Whether the image was brought here by other ways, and no registry is meant to be asked for it."""
+    known = names.get(parse(each.want.image or "").name)
+    return each.want.update_image is None and known is not None and known.source not in ("registry", "tag")
 
 
 def _answer(rig: Rig, each: Held) -> Json:

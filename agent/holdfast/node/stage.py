@@ -47,7 +47,13 @@ def stage_generation(rig: Rig, action: StageGeneration, blobs: Mapping[str, byte
         number = known[-1].number + 1 if known else 1
         rig.store.put_generation(
             Generation(
-                app=app, number=number, state="staged", revision=revision, images=images, staged_at=time.time()
+                app=app,
+                number=number,
+                state="staged",
+                revision=revision,
+                images=images,
+                newer=action.images,
+                staged_at=time.time(),
             )
         )
     _store_files(rig, app, blobs)  # once more: whoever pruned meanwhile did not know of this generation
@@ -152,8 +158,19 @@ def resolve_image(rig: Rig, want: Container, newer: str = "") -> str:
             return here
         case "newer" if here is not None:
             return _newer(rig, reference, here)
+        case _ if newer:
+            return _pull_newer(rig, newer)
         case _:
             return rig.puller.pull(reference).digest
+
+
+def _pull_newer(rig: Rig, newer: str) -> str:
+    """What was found to be newer, under its tag while that still leads there."""
+    name, _, digest = newer.partition("@")
+    remote = rig.puller.resolve(name)
+    if remote.digest != digest:  # the tag has moved on meanwhile: the next question finds that
+        return rig.puller.pull(newer).digest
+    return rig.puller.pull(name, remote).digest
 
 
 def _here(rig: Rig, reference: str) -> str | None:

@@ -125,7 +125,7 @@ def _staged(history: History, app: App, images: Mapping[str, str], now: float) -
     known = history.generations.get(app.name, ())
     number = known[-1].number + 1 if known else 1
     generation = Generation(
-        app=app, number=number, state="staged", images=_guessed(app, known) | pinned, staged_at=now
+        app=app, number=number, state="staged", images=_guessed(app, known) | pinned, newer=images, staged_at=now
     )
     return replace(history, generations={**history.generations, app.name: (*known, generation)})
 

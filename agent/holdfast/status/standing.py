@@ -49,7 +49,7 @@ DEGRADING: frozenset[ContainerState] = frozenset({"restarting", "failed", "exite
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceStatus:
-    """One run of a container. image: as it was committed then; digest: of what that stood for.
+    """One run of a container. image: as it was committed then, or what was newer; digest: of what that stood for.
 
     exit_code is 128 + signal after a signal; None while it runs or when nobody saw it.
     """
@@ -92,10 +92,15 @@ class ContainerStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppStatus:
-    """One app. generation and revision are those of what runs (or of the newest try, when nothing runs)."""
+    """One app. generation and revision are those of what runs (or of the newest try, when nothing runs).
+
+    failed_at, exit_code: of the last try, where the state is failed; the code is the error's (`errors`).
+    """
 
     state: AppState
     reason: str
+    failed_at: float | None
+    exit_code: int | None
     path: str
     generation: int | None
     revision: str
@@ -232,9 +237,12 @@ def _app(
     }
     state, reason = _app_state(name, spec, containers, history, plan, busy)
     current = _current(generations)
+    failure = _failure(name, history, plan) if state == "failed" else None
     return AppStatus(
         state=state,
         reason=reason,
+        failed_at=failure.at if failure else None,
+        exit_code=failure.code if failure else None,
         path=shown.path if shown else next((p for p, n in spec.broken.items() if n == name), "") if spec else "",
         generation=current.number if current else None,
         revision=current.revision if current else "",
@@ -330,7 +338,7 @@ def _container(
         ports=tuple(str(port) for port in shown.ports),
         next_at=next_at,
         held=hold,
-        instances=tuple(_instance(instance) for instance in instances),
+        instances=tuple(_instance(instance, history) for instance in instances),
     )
 
 
@@ -389,12 +397,17 @@ def _after_exit(want: Container, instance: Instance) -> tuple[ContainerState, st
             return ("exited" if want.restart_policy.policy == "no" else "failed"), follows.reason, None
 
 
-def _instance(instance: Instance) -> InstanceStatus:
+def _instance(instance: Instance, history: History) -> InstanceStatus:
     ended = instance.exit if instance.phase != "running" else None
+    newer = [
+        each.newer.get(instance.container, "")
+        for each in history.generations.get(instance.app, ())
+        if each.number == instance.generation and each.images.get(instance.container) == instance.image
+    ]
     return InstanceStatus(
         id=instance.id,
         generation=instance.generation,
-        image=instance.want.image or instance.want.rootfs or "",
+        image=(newer[0] if newer else "") or instance.want.image or instance.want.rootfs or "",
         digest=instance.image,
         state=instance.phase,
         pid=instance.pid if instance.phase == "running" else None,
