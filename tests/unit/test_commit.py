@@ -10,7 +10,7 @@ import pytest
 
 from holdfast.errors import UnfitHost
 from holdfast.images.commit import Note, changed, commit_image
-from holdfast.images.image import Image
+from holdfast.images.image import Image, whole_history
 from holdfast.images.store import ImageStore
 from holdfast.node.images import history_of
 from holdfast.node.usage import allocated
@@ -54,6 +54,8 @@ def test_a_committed_image_is_the_base_with_one_more_layer(store: ImageStore, ba
         "comment": "why",
         "author": "me",
     }
+    assert [step.get("created_by") for step in image.history] == ["unknown", "unknown", "holdfast commit shop/web"]
+    assert history_of(image, lambda _: 1)[0]["comment"] == "why"
     assert (image.read_file("/a"), image.read_file("/c")) == (b"1", b"3")
     assert store.names()["docker.io/library/new:1"].source == "commit"
 
@@ -99,6 +101,13 @@ def test_a_history_gives_each_layer_to_the_step_that_made_it() -> None:
 def test_a_history_that_does_not_add_up_is_shown_layer_by_layer() -> None:
     rows = history_of(image_with([{"created_by": "ADD"}]), {"one": 10, "two": 20}.__getitem__)
     assert [(row["layer"], row["created_by"]) for row in rows] == [("two", ""), ("one", "")]
+
+
+def test_a_history_tells_of_every_layer_when_it_is_whole() -> None:
+    steps = [{"created_by": "ADD"}, {"created_by": "CMD", "empty_layer": True}]
+    assert whole_history(steps, 1) == steps
+    assert whole_history(steps, 2) == [*steps, {"created_by": "unknown"}]
+    assert whole_history(steps, 0) == []
 
 
 def test_hard_links_take_up_the_disk_once(tmp_path: Path) -> None:

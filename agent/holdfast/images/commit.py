@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
 
-from holdfast.images.image import CONFIG, LAYER, MANIFEST, Image
+from holdfast.images.image import CONFIG, LAYER, MANIFEST, Image, whole_history
 from holdfast.images.store import ImageStore
 from holdfast.images.unpack import Unpacked
 from holdfast.images.write import Sink
@@ -41,12 +41,13 @@ def commit_image(
         layer = _taken(store, write)
         made = datetime.fromtimestamp(note.at, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         step = {"created": made, "created_by": note.by, "comment": note.message, "author": note.author}
+        below = whole_history(base.history, len(base.diff_ids))
         document = {
             **base.document,
             "created": made,
             "config": dict(config),
             "rootfs": {"type": "layers", "diff_ids": [*base.diff_ids, layer.diff_id]},
-            "history": [*base.history, {key: value for key, value in step.items() if value}],
+            "history": [*below, {key: value for key, value in step.items() if value}],
         }
         if note.author:
             document["author"] = note.author

@@ -134,6 +134,16 @@ def read_diff_ids(config: bytes, what: str) -> list[str]:
     return diff_ids
 
 
+def whole_history(history: Sequence[Mapping[str, Any]], layers: int) -> list[Mapping[str, Any]]:
+    """The steps of an image of so many layers, with one that is not known for each layer that they do not tell of.
+
+    Steps that tell of more layers than there are can't be right: all of them are unknown then.
+    """
+    missing = layers - sum(not step.get("empty_layer") for step in history)
+    known, unknown = (list(history), missing) if missing >= 0 else ([], layers)
+    return [*known, *({"created_by": "unknown"} for _ in range(unknown))]
+
+
 def users_of(in_use: InUse) -> Mapping[str, Collection[str]]:
     """digest → who uses it, however that is told."""
     found = in_use() if callable(in_use) else in_use
