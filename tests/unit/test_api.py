@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from holdfast.api import answers, listen
-from holdfast.cli.client import Client
+from holdfast.cli.client import Client, one_each
 from holdfast.errors import Conflict, NoAgent, NotFound, WrongCall, WrongConfig
 from paper import PaperAgent, served, until
 
@@ -135,6 +135,14 @@ def test_what_fails_while_an_image_is_pulled_arrives_as_it_was_raised(client: Cl
     assert next(lines) == {"transfers": []}
     with pytest.raises(NotFound, match="the registry has no such image"):
         next(lines)
+
+
+def test_of_two_transfers_of_one_image_the_farther_one_is_shown() -> None:
+    asking = {"ref": "a:1", "state": "resolving", "done": 0}
+    near, far = ({"ref": "a:1", "state": "pulling", "done": done} for done in (1, 2))
+    other = {"ref": "b:1", "state": "resolving", "done": 0}
+    assert one_each([asking, near, other, far]) == [far, other]
+    assert one_each([asking, asking]) == [asking]
 
 
 def test_a_pull_that_ends_in_a_bug_is_no_result(

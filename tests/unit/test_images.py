@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -13,16 +14,23 @@ import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from holdfast.errors import Conflict, HoldfastError, NotFound, TryAgain, WrongCall, WrongState
 from holdfast.images.disk import Locks
+from holdfast.images.faults import failure
 from holdfast.images.image import Source
-from holdfast.images.references import familiar, normalize, parse_changes
+from holdfast.images.pull import Puller
+from holdfast.images.references import Reference, familiar, normalize, parse_changes
+from holdfast.images.skopeo import Skopeo
 from holdfast.images.store import Freed, Image, ImageStore, architecture
+from holdfast.images.transfers import Transfer
 from holdfast.images.unpack import Expected
+from holdfast.node.images import ImageAnswers
+from holdfast.node.rig import Rig
 from holdfast.runtime.content import ContentStore
 from tars import entry, tar_of
 
@@ -227,6 +235,26 @@ def test_an_unknown_name_says_what_is_near_and_how_to_get_it(store: ImageStore, 
         store.resolve("shop/web:1.26")
 
 
+@pytest.mark.parametrize(
+    ("wanted", "offered"),
+    [
+        ("shop/web:9", "shop/web:1.27"),
+        ("shop/wbe:1.27", "shop/web:1.27"),
+        ("other.test:5000/web", "shop/web:1.27"),
+        ("shop/api:1.27", ""),
+        ("docker.io/library/x:1.27", ""),
+    ],
+)
+def test_a_name_is_offered_for_its_repository_or_the_end_of_it(
+    store: ImageStore, rootfs: Path, wanted: str, offered: str
+) -> None:
+    for name in ("shop/web:1.27", "shop/db:9"):
+        store.import_rootfs(rootfs, name)
+    with pytest.raises(NotFound) as raised:
+        store.resolve(wanted)
+    assert str(raised.value).partition("did you mean ")[2].partition("?")[0] == (repr(offered) if offered else "")
+
+
 def test_removal_keeps_what_others_need(store: ImageStore, rootfs: Path, layout: Layout) -> None:
     store.import_rootfs(rootfs, "one")
     store.import_rootfs(rootfs, "same")
@@ -428,6 +456,69 @@ def test_what_loses_its_name_while_something_is_put_in_goes_later(
         with pytest.raises(TryAgain, match="is being pulled"):
             store.prune()
     assert store.prune().images == (image.digest,)
+
+
+def test_prune_by_hand_takes_what_a_pull_that_broke_off_has_left(store: ImageStore, rootfs: Path) -> None:
+    kept = store.import_rootfs(rootfs, "app")
+    with store.keep():
+        left = store.add_layer(io.BytesIO(tar_of(entry("left", b"1"))))
+    freed = store.prune()
+    assert (freed.images, freed.layers, freed.size) == ((), (left.diff_id,), left.size)
+    assert store.layers.all() == list(kept.diff_ids)
+    assert store.resolve("app") == kept
+
+
+def answers_of(store: ImageStore, puller: Any) -> tuple[ImageAnswers, list[tuple[str, str, str]]]:
+    """What answers for a store and a puller, and the events that are told meanwhile."""
+    told: list[tuple[str, str, str]] = []
+    events = SimpleNamespace(event=lambda *words, **_: told.append(words), retry_now=lambda: None)
+    return ImageAnswers(cast(Rig, SimpleNamespace(images=store, puller=puller, store=events))), told
+
+
+def test_a_pull_by_hand_that_fails_is_told_as_an_event(store: ImageStore) -> None:
+    def pull(ref: str, *, watch: Any) -> Image:
+        watch(Transfer(ref))
+        time.sleep(0.2)
+        raise NotFound(f"pull {ref!r}: the registry has no such image (404)")
+
+    answers, told = answers_of(store, SimpleNamespace(pull=pull))
+    steps = answers.pull_image("r.test/app:1")
+    assert [each["ref"] for each in next(steps)["transfers"]] == ["r.test/app:1"]
+    with pytest.raises(NotFound):
+        list(steps)
+    assert told == [("failed", "r.test/app:1", "pull 'r.test/app:1': the registry has no such image (404)")]
+
+
+def test_what_no_registry_has_is_not_asked_for(store: ImageStore, rootfs: Path) -> None:
+    image = store.import_rootfs(rootfs, "app")
+    answers, told = answers_of(store, Puller(store))
+    for ref, expected in {
+        "images.web": "is built, not pulled",
+        image.digest: "names no registry, and the image is here already",
+        image.config_digest: "is here already",
+        f"sha256:{'0' * 64}": "names no registry [(]expected NAME@sha256:0",
+    }.items():
+        with pytest.raises(WrongCall, match=expected):
+            list(answers.pull_image(ref))
+    assert told == []
+
+
+def test_a_name_without_a_tag_says_which_one_was_asked_for(
+    store: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def manifest(_self: Skopeo, _reference: Reference, _name: str, as_written: str) -> bytes:
+        raise failure(NotFound, f"pull {as_written!r}: the registry has no such image (404)", 60.0)
+
+    monkeypatch.setattr(Skopeo, "manifest", manifest)
+    for ref, end in {
+        "r.test:5000/web": "(404) as ':latest', for no tag is written (expected r.test:5000/web:TAG)",
+        "r.test:5000/web:latest": "(404)",
+        f"r.test/web@sha256:{'0' * 64}": "(404)",
+    }.items():
+        with pytest.raises(NotFound) as raised:
+            Puller(store).resolve(ref)
+        assert str(raised.value).endswith(f"no such image {end}")
+        assert raised.value.wait == 60.0
 
 
 def test_an_image_whose_configuration_is_lost_can_be_taken_away(store: ImageStore, rootfs: Path) -> None:

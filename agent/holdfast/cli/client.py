@@ -43,7 +43,8 @@ class Client:
         return True
 
     def status(self) -> Json:
-        return self._call("GET", "/v1/status")
+        found = self._call("GET", "/v1/status")
+        return {**found, "transfers": one_each(found["transfers"])}
 
     def plan(self) -> Json:
         return self._call("GET", "/v1/plan")
@@ -229,6 +230,16 @@ class Client:
                 )
             case _:
                 return UnfitHost(f"ask the agent on '{self.path}': {error.strerror or error}")
+
+
+def one_each(transfers: Sequence[Json]) -> list[Json]:
+    """Of several transfers of one reference, which share their layers, the one that has come farthest."""
+    found: dict[str, Json] = {}
+    for each in transfers:
+        best = found.get(each["ref"])
+        if best is None or (each["state"] == "pulling", each["done"]) > (best["state"] == "pulling", best["done"]):
+            found[each["ref"]] = each
+    return list(found.values())
 
 
 def error_of(answer: bytes) -> HoldfastError:

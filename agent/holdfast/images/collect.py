@@ -20,7 +20,8 @@ from holdfast.images.store import ImageStore
 
 GRACE = 600.0  # seconds: ten minutes
 REPLACEABLE = ("registry", "build")  # where a name comes from whose image can be had again
-ORPHANS = 86_400.0  # seconds that layers of a pull that broke off wait for its next try, while there is room
+# Seconds that layers of a pull that broke off wait for its next try, while there is room; no prune by hand waits.
+ORPHANS = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from holdfast.images.manifests import (
     read_document,
     read_manifest,
 )
-from holdfast.images.references import Reference, parse
+from holdfast.images.references import DIGEST, Reference, parse
 from holdfast.images.skopeo import Skopeo
 from holdfast.images.store import Image, ImageStore, architecture
 from holdfast.images.transfers import Transfer, Transfers
@@ -91,7 +91,13 @@ class Puller:
     def resolve(self, ref: str) -> Remote:
         """Ask the registry what it has for this host under a reference. Fetches no layer."""
         reference = self._reference(ref, "pull")
-        top = manifest = self._skopeo.manifest(reference, reference.remote, ref)
+        try:
+            top = manifest = self._skopeo.manifest(reference, reference.remote, ref)
+        except NotFound as error:
+            if reference.digest or ref.endswith(f":{reference.tag}"):
+                raise
+            more = f"as ':{reference.tag}', for no tag is written (expected {ref}:TAG)"
+            raise failure(NotFound, f"{error} {more}", error.wait) from error
         with _unfit(ref):
             if reference.digest:
                 _check(top, reference.digest)
@@ -107,13 +113,17 @@ class Puller:
             read_manifest(manifest)
         return Remote(reference, top, _digest(top), manifest, _digest(manifest))
 
-    def pull(self, ref: str, remote: Remote | None = None) -> Image:
+    def pull(
+        self, ref: str, remote: Remote | None = None, *, watch: Callable[[Transfer], object] = lambda _: None
+    ) -> Image:
         """Have the image here, under its name unless the reference is a digest; fetch only what is missing.
 
-        remote: what `resolve` has said just now. A layer under way for another image or caller is waited for.
+        remote: what `resolve` has said just now. watch: gets the transfer, which others of this reference may be
+        beside. A layer under way for another image or caller is waited for.
         """
         reference = self._reference(ref, "pull")
         with self.transfers.transfer(ref) as transfer, self.store.keep():
+            watch(transfer)
             news = _News(self.told, ref, transfer)
             fetch = Fetch(self.store, self._skopeo, self._flights, reference, ref, transfer, news.moved)
             try:
@@ -152,6 +162,9 @@ class Puller:
         self._skopeo.close()
 
     def _reference(self, ref: str, operation: str) -> Reference:
+        if DIGEST.fullmatch(ref):
+            here = ", and the image is here already" if self._here(ref) else ""
+            raise WrongCall(f"{operation} {ref!r}: a digest alone names no registry{here} (expected NAME@{ref})")
         reference = parse(ref)
         if reference.transport != "docker":
             raise WrongCall(f"{operation} {ref!r}: an archive of this host (expected an image of a registry)")

@@ -16,6 +16,7 @@ there, which is written after its layers; its names come last. They go in the op
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import time
@@ -312,7 +313,8 @@ class ImageStore:
             return self.delete([digest], in_use) if alone and not again else Freed()
 
     def prune(self, in_use: InUse = (), *, all: bool = False) -> Freed:
-        """Delete the images without a name that nobody uses; with all, the unused ones with names, too.
+        """Delete the images without a name that nobody uses, and layers that no image needs; with all, the unused
+        images with names, too.
 
         Raises TryAgain while something is being put in, after a moment's patience.
         """
@@ -322,7 +324,8 @@ class ImageStore:
                 if alone:
                     used = users_of(in_use)
                     named = {each.digest for each in self.names().values()}
-                    return self.delete([each for each in self.digests() if all or each not in named], used)
+                    doomed = [each for each in self.digests() if all or each not in named]
+                    return self.delete(doomed, used) + self.delete_orphans(math.inf)
             if time.monotonic() > deadline:
                 raise TryAgain(
                     "prune images: an image is being pulled, built or loaded (try again when that is done)"
@@ -409,9 +412,8 @@ class ImageStore:
         )
 
     def _unknown(self, reference: str) -> NoReturn:
-        names = [familiar(name) for name in self.names()]
-        near = get_close_matches(familiar(reference), names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = _nearest(reference, list(self.names()))
+        hint = f"; did you mean {familiar(near)!r}?" if near else ""
         raise NotFound(
             f"find image {reference!r}: no such image here{hint} (see `holdfast image list`; `holdfast image pull` "
             "gets one)"
@@ -549,6 +551,20 @@ def _plain_name(reference: str) -> str:
     except WrongCall:
         return ""
     return "" if parsed.digest or DIGEST.fullmatch(reference) else parsed.name
+
+
+def _nearest(reference: str, names: Sequence[str]) -> str:
+    """The full name that may have been meant: of the same repository, or one that ends nearly so; "" for none."""
+    try:
+        wanted = parse(reference)
+    except WrongCall:
+        return ""
+    near = [name for name in names if parse(name).repository == wanted.repository]
+    if not near:
+        lasts = {name: parse(name).path.rpartition("/")[2] for name in names}
+        closest = get_close_matches(wanted.path.rpartition("/")[2], set(lasts.values()), n=1, cutoff=0.65)
+        near = [name for name, last in lasts.items() if last in closest]
+    return next(iter(get_close_matches(wanted.name, near, n=1, cutoff=0.0)), "")
 
 
 def _means(ref: str, name: str) -> bool:
