@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -445,3 +446,77 @@ def test_apply_gives_up_when_only_somebody_can_help_and_says_who(
 ) -> None:
     status = {"apps": {str(number): each for number, each in enumerate(apps)}, "problems": (), "transfers": transfers}
     assert (hopeless(status, 10.0), kind_of(status)) == (given_up, kind)
+
+
+@pytest.mark.parametrize("words", [(), ("image",), ("bundle",), ("system",)])
+def test_a_group_without_a_verb_prints_its_help(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 64
+    told = capsys.readouterr().err
+    assert told.startswith("Usage: holdfast") and "\nCommands:\n" in told
+
+
+def test_words_of_docker_lead_to_ours(agent: PaperAgent, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for word, expected in {"pull": "holdfast image pull", "ps": "holdfast status", "login": "skopeo login"}.items():
+        assert run(word, "x") == 64
+        assert capsys.readouterr().err.startswith(f"holdfast: no such command '{word}' ({expected}")
+    assert run("image", "ls") == run("volume", "ls") == 0
+    assert "no images" in capsys.readouterr().out
+    assert run("image", "--help") == 0
+    assert " ls " not in capsys.readouterr().out
+    assert run("--version") == run("version") == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+
+
+def test_an_empty_name_is_a_wrong_call(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("image", "pull", "") == 64
+    assert "it is empty (expected [HOST/]NAME[:TAG])" in capsys.readouterr().err
+
+
+def test_who_stops_watching_a_pull_hears_that_it_goes_on(
+    agent: PaperAgent, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(steps: Iterator[Any], _quiet: bool) -> None:
+        list(steps)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("holdfast.cli.images.followed", interrupted)
+    assert run("image", "pull", "app:1") == 130
+    assert capsys.readouterr().err == (
+        "holdfast: pull 'app:1': the agent goes on pulling it (see 'holdfast status')\n"
+    )
+
+
+def test_a_prune_names_what_goes_and_asks_before(
+    agent: PaperAgent, run: Run, said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [{"ref": ref, "digest": "sha256:abc"} for ref in ("app:1", "app:2")]
+    gone = {"images": ["sha256:abc"], "layers": ["sha256:1", "sha256:2"], "freed": 1024}
+    monkeypatch.setattr(agent, "images", lambda: names)
+    monkeypatch.setattr(agent, "prune_images", lambda all=False: gone)
+    assert run("image", "prune", "--force") == 0
+    assert said().splitlines() == [
+        "removed sha256:abc  app:1  app:2",
+        "removed 2 layers that no image needs",
+        "freed 1KiB",
+    ]
+    left = {"images": [], "volumes": [], "freed": 1, "kinds": {"images": 1}}
+    monkeypatch.setattr(agent, "prune", lambda all=False, volumes=False: left)
+    assert run("system", "prune", "--force") == 0
+    assert said().splitlines() == ["removed layers that no image needs", "freed 1B"]
+    for kind in ("image", "system"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+        assert run(kind, "prune") == 0
+        assert said().endswith("nothing is removed\n")
+
+
+def test_what_comes_by_a_pipe_is_called_standard_input(
+    agent: PaperAgent, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(path: str) -> None:
+        raise WrongState(f"load {path!r}: neither an archive nor a layout")
+
+    monkeypatch.setattr(agent, "load_image", load)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"x")))
+    assert run("image", "load") == 65
+    assert capsys.readouterr().err == "holdfast: load 'standard input': neither an archive nor a layout\n"

@@ -35,11 +35,17 @@ class Command(click.Command):
         self.params.append(config_option())
 
 
+ALIASES = {"ls": "list", "rm": "remove"}  # in no help: docker has them
+
+
 class Group(click.Group):
     """A group whose commands all take --config, as it does itself."""
 
     command_class = Command
     group_class = type
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return super().get_command(ctx, cmd_name) or super().get_command(ctx, ALIASES.get(cmd_name, cmd_name))
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -176,6 +182,14 @@ def log_to_stderr() -> None:
 
 def json_option() -> Callable[[F], F]:
     return click.option("--json", "json_", is_flag=True, help="Print JSON.")
+
+
+def agreed(question: str) -> bool:
+    """Whether the person who is asked says yes; says what comes of a no."""
+    if click.confirm(question):
+        return True
+    click.echo("nothing is removed")
+    return False
 
 
 def target_argument() -> Callable[[F], F]:

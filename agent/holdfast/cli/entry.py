@@ -31,7 +31,30 @@ USAGE = 64  # EX_USAGE; click's own 2 means "there are changes" here
 INTERRUPTED = 130
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+ELSEWHERE = {  # words of docker and podman, and what to write here
+    "images": "holdfast image list",
+    "pull": "holdfast image pull",
+    "push": "holdfast image push",
+    "rmi": "holdfast image remove",
+    "build": "an image is built with the app that declares it in [images.NAME]: holdfast apply, or sync",
+    "ps": "holdfast status",
+    "login": "skopeo login --authfile FILE REGISTRY, see [images] authfile of agent.toml",
+}
+
+
+class Top(Group):
+    """All commands; knows where those are that docker has here."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] in ELSEWHERE and not ctx.resilient_parsing:
+            raise click.UsageError(f"no such command '{args[0]}' ({ELSEWHERE[args[0]]})")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Top, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="holdfast", message="holdfast %(version)s", help="Print the version.")
 def holdfast() -> None:
     """Hold this host fast to what was committed.
 
@@ -60,6 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(arguments: Sequence[str] | None) -> int:
     try:
         result = holdfast.main(arguments, prog_name="holdfast", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return USAGE
     except click.ClickException as error:
         click.echo(f"holdfast: {usage_line(error)}", err=True)
         return USAGE

@@ -14,7 +14,8 @@ import click
 
 from holdfast.cli import render
 from holdfast.cli.bars import bars
-from holdfast.cli.command import Group, json_option, reach
+from holdfast.cli.client import Client
+from holdfast.cli.command import Group, agreed, json_option, reach
 from holdfast.errors import HoldfastError, UnfitHost, WrongCall
 
 Json = Mapping[str, Any]
@@ -24,6 +25,18 @@ NAMELESS = "<none>"
 FILTERS = ("dangling", "reference")
 BUILT = "localhost/images/"  # how names begin that hold the key of a build
 SHORT = 12  # digits of a digest that tell images apart
+
+
+class Named(click.ParamType[str]):
+    """What names an image: anything but nothing."""
+
+    name = "image"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return value if value.strip() else self.fail("it is empty (expected [HOST/]NAME[:TAG])", param, ctx)
+
+
+IMAGE = Named()
 
 
 @click.group("image", cls=Group)
@@ -107,7 +120,7 @@ def matches(each: Json, filters: Iterable[str]) -> bool:
 
 
 @image.command("inspect")
-@click.argument("refs", metavar="IMAGE...", nargs=-1, required=True)
+@click.argument("refs", type=IMAGE, metavar="IMAGE...", nargs=-1, required=True)
 def inspect(refs: tuple[str, ...]) -> None:
     """Print all that is known of images, as `docker image inspect` does: a JSON list."""
     with reach() as node:
@@ -118,7 +131,7 @@ def inspect(refs: tuple[str, ...]) -> None:
 @json_option()
 @click.option("--no-trunc", is_flag=True, help="Whole instructions and digests.")
 @click.option("-q", "--quiet", is_flag=True, help="Digests of the layers only.")
-@click.argument("ref", metavar="IMAGE")
+@click.argument("ref", type=IMAGE, metavar="IMAGE")
 def history(ref: str, json_: bool, no_trunc: bool, quiet: bool) -> None:
     """Show how an image was made: its steps, the newest first, and the size of their layers."""
     with reach() as node:
@@ -155,17 +168,24 @@ def instruction(text: str, whole: bool) -> str:
 
 @image.command("pull")
 @click.option("-q", "--quiet", is_flag=True, help="Say only what came of it.")
-@click.argument("refs", metavar="IMAGE...", nargs=-1, required=True)
+@click.argument("refs", type=IMAGE, metavar="IMAGE...", nargs=-1, required=True)
 def pull(refs: tuple[str, ...], quiet: bool) -> None:
     """Fetch images from registries: what is here already is not fetched again."""
     with reach() as node:
         for ref in refs:
-            told(followed(node.pull_image(ref), quiet)["image"])
+            try:
+                told(followed(node.pull_image(ref), quiet)["image"])
+            except KeyboardInterrupt:
+                if isinstance(node, Client):
+                    after = "\n" if sys.stderr.isatty() else ""  # the terminal has written ^C
+                    more = "the agent goes on pulling it (see 'holdfast status')"
+                    click.echo(f"{after}holdfast: pull '{ref}': {more}", err=True)
+                raise click.Abort from None
 
 
 @image.command("push")
 @click.option("-q", "--quiet", is_flag=True, help="Say only what came of it.")
-@click.argument("ref", metavar="IMAGE")
+@click.argument("ref", type=IMAGE, metavar="IMAGE")
 @click.argument("to", metavar="[DESTINATION]", default="")
 def push(ref: str, to: str, quiet: bool) -> None:
     """Send an image to a registry, under its own name or another."""
@@ -185,7 +205,7 @@ def followed(steps: Iterator[Json], quiet: bool) -> Json:
 
 @image.command("import")
 @click.argument("tar", type=click.Path(exists=True, path_type=Path, allow_dash=True))
-@click.argument("ref", metavar="NAME[:TAG]")
+@click.argument("ref", type=IMAGE, metavar="NAME[:TAG]")
 @click.option(
     "-c", "--change", "changes", multiple=True, metavar="'CMD [\"sh\"]'", help="Set CMD, ENV, USER …; may repeat."
 )
@@ -222,12 +242,15 @@ def on_disk(path: Path) -> Iterator[Path]:
     with tempfile.NamedTemporaryFile(prefix="holdfast-", dir="/var/tmp") as copy:
         shutil.copyfileobj(sys.stdin.buffer, copy, 1 << 20)
         copy.flush()
-        yield Path(copy.name)
+        try:
+            yield Path(copy.name)
+        except HoldfastError as error:
+            raise type(error)(str(error).replace(copy.name, "standard input")) from error
 
 
 @image.command("tag")
-@click.argument("ref", metavar="IMAGE")
-@click.argument("names", metavar="NAME[:TAG]...", nargs=-1, required=True)
+@click.argument("ref", type=IMAGE, metavar="IMAGE")
+@click.argument("names", type=IMAGE, metavar="NAME[:TAG]...", nargs=-1, required=True)
 def tag(ref: str, names: tuple[str, ...]) -> None:
     """Give an image one more name."""
     with reach() as node:
@@ -252,7 +275,7 @@ def told(found: Json) -> None:
     show_default=True,
     help="What to write.",
 )
-@click.argument("refs", metavar="IMAGE...", nargs=-1, required=True)
+@click.argument("refs", type=IMAGE, metavar="IMAGE...", nargs=-1, required=True)
 def save(refs: tuple[str, ...], output: Path | None, format_: str) -> None:
     """Write images to one archive, which skopeo, podman and Docker read."""
     with reach() as node:
@@ -261,7 +284,7 @@ def save(refs: tuple[str, ...], output: Path | None, format_: str) -> None:
 
 @image.command("export")
 @click.option("-o", "--output", type=TARGET, metavar="FILE", help="Where to; else standard output.")
-@click.argument("ref", metavar="IMAGE")
+@click.argument("ref", type=IMAGE, metavar="IMAGE")
 def export(ref: str, output: Path | None) -> None:
     """Write the root file system of an image as a tar archive."""
     with reach() as node:
@@ -299,7 +322,7 @@ def written(output: Path | None, write: Callable[[IO[bytes]], object]) -> None:
 
 
 @image.command("remove")
-@click.argument("refs", metavar="IMAGE...", nargs=-1, required=True)
+@click.argument("refs", type=IMAGE, metavar="IMAGE...", nargs=-1, required=True)
 def remove(refs: tuple[str, ...]) -> None:
     """Forget names, and what only they need on disk; of a digest, all names."""
     failures: list[Exception] = []
@@ -321,15 +344,27 @@ def remove(refs: tuple[str, ...]) -> None:
 @click.option("-a", "--all", "all_", is_flag=True, help="Also images with names that nobody uses.")
 @click.option("-f", "--force", is_flag=True, help="Don't ask.")
 def prune(all_: bool, force: bool) -> None:
-    """Delete images without a name that nobody uses."""
-    if not force:
-        which = "every image that nobody uses" if all_ else "every image without a name that nobody uses"
-        click.confirm(f"delete {which}?", abort=True)
+    """Delete images without a name that nobody uses, and layers of pulls that broke off."""
+    which = "every image that nobody uses" if all_ else "every image without a name that nobody uses"
+    if not force and not agreed(f"delete {which}, and layers of pulls that broke off?"):
+        return
     with reach() as node:
+        every = node.images()
         freed = node.prune_images(all_)
-        for digest in freed["images"]:
-            click.echo(f"removed {digest}")
-        click.echo(f"freed {render.size(freed['freed'])}")
+    removed(freed["images"], every)
+    if count := len(freed["layers"]):
+        click.echo(f"removed {count} {'layer' if count == 1 else 'layers'} that no image needs")
+    click.echo(f"freed {render.size(freed['freed'])}")
+
+
+def removed(digests: Iterable[str], before: Iterable[Json]) -> None:
+    """A line for each image that went, with the names that it had before."""
+    names: dict[str, list[str]] = {}
+    for each in before:
+        if each["ref"]:
+            names.setdefault(each["digest"], []).append(each["ref"])
+    for digest in digests:
+        click.echo("  ".join([f"removed {digest}", *names.get(digest, ())]))
 
 
 COMMANDS = [image]

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from holdfast.cli import render
-from holdfast.cli.command import Group, json_option, reach
+from holdfast.cli.command import Group, agreed, json_option, reach
+from holdfast.cli.images import removed
 
 Json = Mapping[str, Any]
 
@@ -78,17 +79,22 @@ def details(found: Json) -> None:
 @click.option("-f", "--force", is_flag=True, help="Don't ask.")
 @json_option()
 def prune(all_: bool, volumes: bool, force: bool, json_: bool) -> None:
-    """Delete what nobody needs: unused images, the cache of builds, logs of apps that are gone."""
-    if not force:
-        images = "every image that nobody uses" if all_ else "every image without a name that nobody uses"
-        more = ", every volume that no app declares with its data" if volumes else ""
-        click.confirm(f"delete {images}{more}, the build cache and the logs of apps that are gone?", abort=True)
+    """Delete what nobody needs: unused images and layers, the cache of builds, logs of apps that are gone."""
+    images = "every image that nobody uses" if all_ else "every image without a name that nobody uses"
+    more = ", every volume that no app declares with its data" if volumes else ""
+    rest = "layers of pulls that broke off, the build cache and the logs of apps that are gone"
+    if not force and not agreed(f"delete {images}{more}, {rest}?"):
+        return
     with reach() as node:
+        every = node.images()
         found: Json = node.prune(all_, volumes)
     if json_:
         render.as_json(found)
         return
-    for each in (*found["images"], *found["volumes"]):
+    removed(found["images"], every)
+    if not found["images"] and found["kinds"].get("images"):
+        click.echo("removed layers that no image needs")
+    for each in found["volumes"]:
         click.echo(f"removed {each}")
     click.echo(f"freed {render.size(found['freed'])}")
 
