@@ -75,6 +75,18 @@ def test_always_asks_whenever_the_app_is_staged(
     assert (staged(agent), version(agent)) == (second, "two")
 
 
+def test_one_reference_is_one_digest_in_an_app_however_eagerly_it_is_asked_for(
+    agent: LiveAgent, registry: Registry, layout: Layout, busybox: bytes
+) -> None:
+    publish(registry, layout, busybox, "1", "one")
+    agent.cli("image", "pull", f"{registry.address}/app:1")
+    second = publish(registry, layout, busybox, "1", "two")
+    eager = state(registry, 'pull = "always"').replace("containers.web", "containers.job")
+    agent.write("shop.toml", f"{state(registry)}\n{eager}")
+    containers = agent.converge()["apps"]["shop"]["containers"]
+    assert {name: each["digest"] for name, each in containers.items()} == {"web": second, "job": second}
+
+
 def test_newer_takes_what_is_here_while_the_registry_is_away(
     agent: LiveAgent, registry: Registry, layout: Layout, busybox: bytes
 ) -> None:

@@ -215,13 +215,14 @@ class Answers(ImageAnswers):
 
     def prune(self, all: bool = False, volumes: bool = False) -> Json:
         """Delete what nobody needs, named images and volumes only if that is asked for."""
-        images = self.prune_images(all)
         found = self._volume_sizes() if volumes else {}
         gone = list(self.prune_volumes()) if volumes else []
+        logs = prune_logs(self.rig)  # these at once, by what is known now: images may have to wait for a lock
+        images = self.prune_images(all)
         freed = {
             "images": images["freed"],
             "volumes": sum(found.get(id, 0) for id in gone),
-            "logs": prune_logs(self.rig),
+            "logs": logs,
             "build cache": prune_build_cache(self.rig),
         }
         return {"images": images["images"], "volumes": gone, "freed": sum(freed.values()), "kinds": freed}

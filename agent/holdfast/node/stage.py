@@ -27,6 +27,9 @@ from holdfast.runtime.ports import check_free
 from holdfast.spec.forms import archive_path, built
 from holdfast.spec.model import App, Container, digest_of
 
+MOST = 16  # images of one app that are asked for at once
+EAGERNESS = ("never", "missing", "newer", "always")  # of Container.pull
+
 
 def stage_generation(rig: Rig, action: StageGeneration, blobs: Mapping[str, bytes], revision: str) -> Json:
     """Make a generation of an app. Raises an ExceptionGroup of everything that is wrong; then nothing is kept."""
@@ -107,7 +110,7 @@ def build_images(rig: Rig, app: App, blobs: Mapping[str, bytes], checks: _Checks
             users.setdefault(image, []).append(name)
     images: dict[str, str] = {}
     for image, names in sorted(users.items()):
-        with checks.of(f"image {image}"):
+        with checks.of(""):  # what is raised names the image
             images.update(dict.fromkeys(names, rig.builder.build(image, app.images, blobs).digest))
     return images
 
@@ -117,19 +120,20 @@ def fetch_images(rig: Rig, app: App, newer: Mapping[str, str], checks: _Checks) 
 
     newer: container → what its registry is known to have by now.
     """
-    wanted: dict[tuple[str, str], list[str]] = {}
+    wanted: dict[str, list[str]] = {}
     for name, want in app.containers.items():
-        if built(want.image or "") is not None:
-            continue
-        wanted.setdefault((newer.get(name) or want.image or "", want.pull), []).append(name)
+        if built(want.image or "") is None:
+            wanted.setdefault(newer.get(name) or want.image or f"{ROOTFS}{want.rootfs}", []).append(name)
     images: dict[str, str] = {}
 
     def fetch(names: list[str]) -> None:
+        """One reference is one digest in the whole app: it is asked for as the most eager of its containers says."""
         with checks.of(f"{app.name}/{', '.join(names)}"):
-            digest = resolve_image(rig, app.containers[names[0]], newer.get(names[0], ""))
+            eager = max((app.containers[name] for name in names), key=lambda want: EAGERNESS.index(want.pull))
+            digest = resolve_image(rig, eager, newer.get(names[0], ""))
             images.update(dict.fromkeys(names, digest))
 
-    with ThreadPoolExecutor(max(len(wanted), 1), "image") as threads:
+    with ThreadPoolExecutor(min(max(len(wanted), 1), MOST), "image") as threads:
         list(threads.map(fetch, wanted.values()))
     return {name: images[name] for name in app.containers if name in images}
 
