@@ -12,7 +12,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from holdfast.images.write import FORMATS, save
 from holdfast.runtime import cgroup
 from layouts import Layout, make_layout
 from live.agent import HOLDFAST, LiveAgent
+from live.faulty import Answer, FaultyRegistry
 from live.registry import Registry
 from tars import entry, tar_of
 
@@ -137,7 +138,8 @@ def test_images_come_and_go_by_commands_with_an_agent_and_without(
         assert {"bin/busybox", "version"} <= set(tar.getnames())
     agent.cli("image", "remove", ref, copy)
     assert agent.cli("image", "load", str(tmp_path / "x.tar")).stdout.startswith(ref)
-    assert "removed sha256:" in agent.cli("image", "prune", "--all", "--force").stdout
+    first = agent.cli("image", "prune", "--all", "--force").stdout.splitlines()[0]
+    assert first.startswith("removed sha256:") and first.endswith(f"  {ref}")
     gone = agent.cli("image", "pull", f"{registry.address}/app:9", check=False)
     assert gone.returncode == 64 and "app:9" in gone.stderr and len(gone.stderr.splitlines()) == 1
     agent.stop()
@@ -152,6 +154,49 @@ def test_images_come_and_go_by_commands_with_an_agent_and_without(
     assert freed["freed"] >= found["Size"] + 100_000
     assert not list((agent.host.root / "logs").glob("gone*"))
     assert not list((agent.host.root / "images/layers/sha256").iterdir())
+
+
+def test_who_stops_watching_a_pull_leaves_it_to_the_agent_and_prune_takes_what_it_leaves(
+    agent: LiveAgent, tmp_path: Path
+) -> None:
+    make_layout(tmp_path / "layout", [{"one": os.urandom(20_000)}, {"two": os.urandom(900_000)}])
+    registry = FaultyRegistry(tmp_path / "layout")
+    there = Layout(tmp_path / "layout")
+    digest = there.json(there.find("latest")["digest"])["layers"][1]["digest"]
+    slow = there.read(digest)
+    registry.answer(digest, Answer(body=slow[:500_000], length=len(slow), hang=True))
+    ref = f"{registry.address}/app"
+    agent.stop()
+    agent.configure(more="images.stall_timeout = '1s'")
+    agent.start()
+    pull = ["env", "--default-signal=INT", HOLDFAST, "image", "pull", ref]
+    with ExitStack() as stack:
+        stack.callback(registry.close)
+        one, two = (
+            stack.enter_context(
+                subprocess.Popen(
+                    pull, env={**os.environ, "HOLDFAST_CONFIG": str(agent.config)}, stderr=subprocess.PIPE, text=True
+                )
+            )
+            for _ in range(2)
+        )
+        agent.wait_until(lambda status: any(each["done"] for each in status["transfers"]))
+        wait(lambda: registry.asked("/manifests/") >= 2, "both are under way")
+        assert [each["ref"] for each in agent.status()["transfers"]] == [ref]
+        one.send_signal(signal.SIGINT)
+        said = one.communicate(timeout=20)[1].splitlines()
+        assert (one.returncode, said[-1]) == (
+            130,
+            f"holdfast: pull '{ref}': the agent goes on pulling it (see 'holdfast status')",
+        )
+        lines = two.communicate(timeout=60)[1].splitlines()
+    assert two.returncode == 75 and len(lines) == len(set(lines))
+    agent.wait(
+        lambda: [each["kind"] for each in agent.events() if each["subject"] == ref].count("failed") == 2, "told"
+    )
+    assert "removed 1 layer that no image needs\n" in agent.cli("image", "prune", "--force").stdout
+    gone = next(each for each in reversed(agent.events()) if each["kind"] == "removed")
+    assert gone["message"] == "1 layer of broken pulls, by hand"
 
 
 def running(agent: LiveAgent) -> Path:
@@ -179,6 +224,7 @@ def test_a_running_container_becomes_an_image_and_an_archive(agent: LiveAgent, t
     (base,) = json.loads(agent.cli("image", "inspect", "busybox:1").stdout)
     assert found["RootFS"]["Layers"][:-1] == base["RootFS"]["Layers"]
     assert (found["Config"]["Cmd"], found["Author"], found["Comment"]) == (["cat", "/made"], "me", "why")
+    assert "why" in agent.cli("image", "history", "busybox:2").stdout.splitlines()[1]
     agent.cli("export", "shop/web", "-o", str(tmp_path / "root.tar"))
     with tarfile.open(tmp_path / "root.tar") as tar:
         names = set(tar.getnames())

@@ -178,12 +178,7 @@ class ImageAnswers:
         """Delete what has no name, with all also what has one, if nobody uses it, and layers of broken pulls."""
         freed = self.rig.images.prune(lambda: image_users(self.rig), all=all)
         if freed.images or freed.layers:
-            what = (
-                f"{len(freed.images)} unused images"
-                if freed.images
-                else f"{len(freed.layers)} layers of broken pulls"
-            )
-            self.rig.store.event("removed", "images", f"{what}, by hand", freed=freed.size)
+            self.rig.store.event("removed", "images", f"{_what(freed)}, by hand", freed=freed.size)
         return freed_json(freed)
 
     def _watched(self, ref: str, work: Callable[[], Json], mine: Sequence[Transfer]) -> Iterator[Json]:
@@ -246,10 +241,9 @@ class Collector:
 
     def _tell(self, freed: Freed) -> None:
         limit = self.rig.images.settings.high_watermark
-        what = f"{len(freed.images)} unused images" if freed.images else f"{len(freed.layers)} layers of broken pulls"
         why = f" (the disk was above {limit:g}%)" if freed.images else ""
         more = {"digests": list(freed.images), "freed": freed.size}
-        self.rig.store.event("removed", "images", f"{what} went, {_size(freed.size)} are free{why}", **more)
+        self.rig.store.event("removed", "images", f"{_what(freed)} went, {_size(freed.size)} are free{why}", **more)
 
 
 def image_users(rig: Rig) -> Mapping[str, set[str]]:
@@ -310,6 +304,14 @@ def _moment(text: Any) -> float | None:
     with suppress(ValueError, TypeError):
         return datetime.fromisoformat(text).astimezone(UTC).timestamp()
     return None
+
+
+def _what(freed: Freed) -> str:
+    """What went, in words: images with their layers, or layers alone."""
+    if count := len(freed.images):
+        return f"{count} unused {'image' if count == 1 else 'images'}"
+    count = len(freed.layers)
+    return f"{count} {'layer' if count == 1 else 'layers'} of broken pulls"
 
 
 def _size(count: float) -> str:
