@@ -17,7 +17,7 @@ from footprint import leftovers
 from ground import Rootfs
 from holdfast.config import ImageSettings
 from holdfast.drivers import Host
-from holdfast.errors import HoldfastError, TryAgain, WrongState
+from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
 from holdfast.images import buildah
 from holdfast.images.build import Builder
 from holdfast.images.image import Image, architecture
@@ -204,6 +204,7 @@ def test_a_build_may_start_from_what_was_imported_here(workshop: Workshop, busyb
     assert "A=b" in image.config["Env"]
     assert content(image, "/more") == "more\n"
     assert content(image, "/x/passwd") == content(base, "/etc/passwd")
+    assert workshop.steps()[0].endswith(": FROM ground:1 AS one")
 
 
 def test_a_build_that_fails_says_why_in_one_line_and_keeps_all_of_it(workshop: Workshop) -> None:
@@ -226,6 +227,23 @@ def test_a_build_that_fails_says_why_in_one_line_and_keeps_all_of_it(workshop: W
     assert log.with_name("web.log.1").read_text().count("\nline ") == 300
 
 
+def test_what_an_earlier_step_complained_of_is_no_reason(workshop: Workshop) -> None:
+    with pytest.raises(WrongState, match=r": RUN exit 3: exit status 3 \(all"):
+        workshop.build(shop(BUSYBOX + "RUN echo careful >&2\nRUN exit 3\n"))
+
+
+def test_what_lacks_in_the_context_is_named(workshop: Workshop) -> None:
+    with pytest.raises(WrongState, match=r": COPY key /: 'key' is not in the context \(or .dockerignore"):
+        workshop.build(shop("FROM scratch\nCOPY key /\n", key="x", **{".dockerignore": "key\n"}))
+
+
+def test_nothing_is_built_where_too_little_is_free(site: Host) -> None:
+    workshop = Workshop(site, ImageSettings(min_free=1 << 62))
+    with pytest.raises(UnfitHost, match=r"^build 'images.shop/web': not enough space in '/.*min_free"):
+        workshop.build(shop(BUSYBOX))
+    assert workshop.told == []
+
+
 def test_a_runtime_that_refuses_is_named_with_its_reason(workshop: Workshop) -> None:
     runtime = workshop.host.root / "moody"
     runtime.write_text("#!/bin/sh\necho no cgroup today >&2\nexit 1\n")
@@ -236,7 +254,8 @@ def test_a_runtime_that_refuses_is_named_with_its_reason(workshop: Workshop) -> 
 
 
 def test_an_image_that_no_registry_has_is_told_by_its_name(workshop: Workshop, registry: Registry) -> None:
-    with pytest.raises(HoldfastError, match=r"^build 'images.shop/web': .*") as caught:
+    named = rf"^build 'images.shop/web': FROM {registry.address}/nothing:1: .*404.* \(all of it is in /"
+    with pytest.raises(HoldfastError, match=named) as caught:
         workshop.build(shop(f"FROM {registry.address}/nothing:1\n"))
     assert caught.value.retry
     assert caught.value.wait >= 60
@@ -400,6 +419,7 @@ def test_a_container_runs_what_is_built_until_the_context_changes(agent: LiveAge
     agent.wait(lambda: bool(failures(agent)), "the build fails")
     assert agent.pid("shop/web") == pid, "what runs stays"
     assert "cat: can't open 'nothing'" in failures(agent)[0]
+    assert failures(agent)[0].count("shop/web") == 2, "in the name, and in the path of the log"
 
     commit(agent, {"web/Dockerfile": DOCKERFILE.replace("echo one", "echo two")})
     agent.converge()

@@ -10,12 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.errors import UnfitHost, WrongState
+from holdfast.cli.checkup import programs
+from holdfast.config import ImageSettings
+from holdfast.drivers import Host
+from holdfast.errors import NotFound, TryAgain, UnfitHost, WrongState
 from holdfast.images import build as rooms
-from holdfast.images.build import Log, built_name, check_platforms, lay_out
+from holdfast.images.build import Builder, Log, built_name, check_platforms, failed, lay_out
+from holdfast.images.buildah import Failed
 from holdfast.images.fence import detached
 from holdfast.images.image import architecture
 from holdfast.images.references import parse
+from holdfast.images.store import ImageStore
+from holdfast.runtime import binaries
+from holdfast.runtime.binaries import version_in
 from holdfast.spec.model import Build
 
 
@@ -127,3 +134,217 @@ def test_a_fence_lets_go_of_every_mount_that_its_program_does_not_need() -> None
     assert detached(points, ["/srv/data/builds", "/var/lib", "/run/holdfast/builds"]) == [
         "/run/holdfast/instances/a/rootfs", "/srv/database", "/var/lib/other",
     ]  # fmt: skip
+
+
+R = "127.0.0.1:5941"
+PULL = f"Error: creating build container: initializing source docker://{R}/nonono:1: "
+TRIED = 'time="2026-11-21T12:32:43Z" level=warning msg="Failed, retrying in 2s ... (1/3). Error: initializing source '
+STEP_DUMP = (
+    '&imagebuilder.Step{Env:[]string{"A=b{}", "PATH=/bin"}, Command:"%s", Args:[]string{""}, Flags:[]string{}, '
+    'Attrs:map[string]bool(nil), Message:"%s ", Original:"%s"}'
+)
+GONE = ": no such file or directory"
+CONTEXT = 'checking on sources under "/var/lib/holdfast/builds/work/5504/context": '
+MERGED = 'checking on sources under "/var/lib/holdfast/builds/storage/overlay/9b05aca6/merged": '
+
+
+def unknown(word: str, line: str) -> str:
+    dump = STEP_DUMP % (word.lower(), word, line)
+    return f'Error: building at STEP "{word} ": Build error: Unknown instruction: "{word}" {dump}'
+
+
+@pytest.mark.parametrize(
+    ("steps", "errors", "kind", "line"),
+    [
+        (  # a base that can't be had
+            [f"STEP 1/1: FROM {R}/nonono:1"],
+            [f"{PULL}reading manifest 1 in {R}/nonono: manifest unknown: manifest unknown"],
+            NotFound,
+            f"FROM {R}/nonono:1: the registry has no such image (404)",
+        ),
+        (
+            [f"[1/2] STEP 1/2: FROM {R}/nonono:1 AS unauthorized"],
+            [f"{PULL}reading manifest 1 in {R}/nonono: unauthorized: authentication required"],
+            UnfitHost,
+            f"FROM {R}/nonono:1 AS unauthorized: the registry wants a login and has none, or a wrong one, from here "
+            "(401; `skopeo login`, or authfile in [images] of agent.toml)",
+        ),
+        (
+            ["STEP 1/1: FROM nowhere.invalid/x:1"],
+            [
+                "Trying to pull nowhere.invalid/x:1...",
+                "Error: creating build container: initializing source docker://nowhere.invalid/x:1: pinging "
+                'container registry nowhere.invalid: Get "https://nowhere.invalid/v2/": dial tcp: lookup '
+                "nowhere.invalid on 10.255.255.53:53: no such host",
+            ],
+            TryAgain,
+            "FROM nowhere.invalid/x:1: no host is called 'nowhere.invalid' (DNS)",
+        ),
+        (
+            [f"STEP 2/2: COPY --from={R}/nonono:1 /a /"],
+            [
+                f"{TRIED}docker://{R}/nonono:1: pinging container registry {R}: Get \\\"http://{R}/v2/\\\": dial tcp "
+                f'{R}: connect: connection refused"',
+                f"Error: COPY --from={R}/nonono:1: no stage or image found with that name",
+            ],
+            TryAgain,
+            f"COPY --from={R}/nonono:1: nobody listens there (connection refused)",
+        ),
+        (
+            ["STEP 2/2: COPY --from=nonono /a /"],
+            ["Error: COPY --from=nonono: no stage or image found with that name"],
+            WrongState,
+            "COPY --from=nonono: no stage is called so, and no such image could be had",
+        ),
+        (
+            ["STEP 1/1: FROM nonono:1"],
+            [
+                'Error: creating build container: short-name "nonono:1" did not resolve to an alias and no '
+                'unqualified-search registries are defined in "/etc/containers/registries.conf"'
+            ],
+            WrongState,
+            "FROM nonono:1: no stage and no image here is called so, and it names no registry (expected "
+            "docker.io/library/nonono:1, say)",
+        ),
+        (
+            [f"STEP 1/1: FROM {R}/nonono:1"],
+            [f"Error: creating build container: {R}/nonono:1: image not known"],
+            WrongState,
+            f"FROM {R}/nonono:1: no such image here, and none is to be pulled (expected it to be loaded, or another "
+            "`pull`)",
+        ),
+        (
+            ["STEP 1/1: FROM NoNo:1"],
+            ["Error: creating build container: repository name must be lowercase"],
+            WrongState,
+            "FROM NoNo:1: repository name must be lowercase",
+        ),
+        (  # what this buildah does not know
+            ["STEP 1/2: FROM scratch", "STEP 2/2: RUNN foo}bar {Original:x}"],
+            [unknown("RUNN", "RUNN foo}bar {Original:x}")],
+            WrongState,
+            "RUNN foo}bar {Original:x}: unknown instruction 'RUNN'",
+        ),
+        (
+            ["STEP 2/5: RUN cat > /x <<EOF", "STEP 3/5: hello there"],
+            [unknown("HELLO", "hello there")],
+            WrongState,
+            "hello there: unknown instruction 'HELLO' (this buildah has no heredocs)",
+        ),
+        (
+            ["STEP 4/6: COPY <<EOF /etc/x"],
+            [
+                f'Error: building at STEP "COPY <<EOF /etc/x": {CONTEXT}copier: stat: "/<<EOF"{GONE}',
+            ],
+            WrongState,
+            "COPY <<EOF /etc/x: this buildah has no heredocs",
+        ),
+        (  # what is to be copied is not there
+            ["STEP 2/2: COPY secret1 /"],
+            [f'Error: building at STEP "COPY secret1 /": {CONTEXT}copier: stat: "/secret1"{GONE}'],
+            WrongState,
+            "COPY secret1 /: 'secret1' is not in the context (or .dockerignore leaves it out)",
+        ),
+        (
+            ["STEP 2/2: COPY no* /"],
+            [
+                f"Error: building at STEP \"COPY no* /\": {CONTEXT}Rel: can't make  relative to /var/lib; copier: "
+                'stat: ["/no*"]: no such file or directory'
+            ],
+            WrongState,
+            "COPY no* /: 'no*' is not in the context (or .dockerignore leaves it out)",
+        ),
+        (
+            ["[2/2] STEP 2/2: COPY --from=tools /nono /"],
+            [
+                f'Error: building at STEP "COPY --from=tools /nono /": {MERGED}copier: stat: "/nono"{GONE}',
+            ],
+            WrongState,
+            "COPY --from=tools /nono /: '/nono' is not in 'tools'",
+        ),
+        (  # what a step said
+            ["STEP 1/2: RUN make", "angry", "STEP 2/2: RUN exit 3"],
+            ['Error: building at STEP "RUN exit 3": while running runtime: exit status 3'],
+            WrongState,
+            "RUN exit 3: exit status 3",
+        ),
+        (
+            ["STEP 4/4: RUN echo '{\"a\": 1}' && false", '{"a": 1}'],
+            ["Error: building at STEP \"RUN echo '{\"a\": 1}' && false\": while running runtime: exit status 1"],
+            WrongState,
+            "RUN echo '{\"a\": 1}' && false: exit status 1: {\"a\": 1}",
+        ),
+        (
+            ["STEP 4/4: RUN dd if=/dev/zero of=/x", "it failed"],
+            [
+                "dd: error writing '/x': No space left on device",
+                "247+0 records in",
+                "246+0 records out",
+                'Error: building at STEP "RUN dd if=/dev/zero of=/x": while running runtime: exit status 1',
+            ],
+            WrongState,
+            "RUN dd if=/dev/zero of=/x: exit status 1: dd: error writing '/x': No space left on device (see "
+            "'holdfast system df')",
+        ),
+        (
+            ["STEP 4/4: COPY big {} /", "COMMIT localhost/images/site/web:cc393912f1635360"],
+            [
+                "Error: committing container for step {Env:[PATH=/bin] Command:copy Args:[big {} /] Flags:[] "
+                "Attrs:map[] Message:COPY big {} / Original:COPY big {} /}: copying layers and metadata for "
+                'container "0ed5b3e6": writing blob: storing blob to file "/x/work/storage36/1": write /x/work/'
+                "storage36/1: no space left on device"
+            ],
+            WrongState,
+            "COPY big {} /: its layer can't be written: no space left on device (see 'holdfast system df')",
+        ),
+        (
+            [],
+            [
+                'time="2026-11-21T12:32:43Z" level=fatal msg="writing blob: write /tmp/x: no space left on device"',
+            ],
+            WrongState,
+            "writing blob: write /tmp/x: no space left on device (see 'holdfast system df')",
+        ),
+    ],
+)  # fmt: skip
+def test_what_buildah_says_becomes_one_line(steps: list[str], errors: list[str], kind: type, line: str) -> None:
+    dockerfile = "FROM scratch\nRUN cat > /x <<EOF\nhello there\nEOF\nRUNN foo\n"
+    error = failed("site/web", Failed(1, steps, errors), Path("/logs/web.log"), dockerfile)
+    assert str(error) == f"build 'images.site/web': {line} (all of it is in /logs/web.log)"
+    assert type(error) is kind
+    assert (error.retry, error.wait >= 60) == (True, True)
+
+
+def test_nothing_is_built_where_too_little_is_free(tmp_path: Path) -> None:
+    settings, host = ImageSettings(min_free=1 << 62), Host("t", tmp_path / "root", tmp_path / "run")
+    builder = Builder(ImageStore(tmp_path / "images"), settings, host, Path("/runc"), print, print)
+    builder.buildah.folder.mkdir(parents=True)
+    with pytest.raises(
+        UnfitHost, match=r"^build 'images.shop/web': not enough space .* MiB free.* system prune"
+    ) as caught:
+        builder._check_room("shop/web")
+    assert (caught.value.retry, caught.value.wait) == (True, 60)
+
+
+@pytest.mark.parametrize(
+    ("answer", "version"),
+    [
+        ("buildah version 1.28.2 (image-spec 1.1.0-rc2, runtime-spec 1.0.2-dev)\n", "1.28.2"),
+        ("crun version 1.8.1\ncommit: f8a096b\n", "1.8.1"),
+        ("runc version 1.1.5+ds1\n", "1.1.5+ds1"),
+        ("git version 2.39.5 (Apple Git-154)\n", "2.39.5"),
+        ("skopeo version 1.14.0, commit 5f1\n", "1.14.0"),
+        ("nftables v1.0.6 (Lester Gooch #5)\n", "v1.0.6"),
+        ("crun version UNKNOWN\n", "UNKNOWN"),
+        ("", ""),
+    ],
+)
+def test_a_version_is_found_in_what_a_program_prints(answer: str, version: str) -> None:
+    assert version_in(answer) == version
+
+
+def test_a_host_without_skopeo_is_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binaries, "find_program", lambda name: None)
+    [check] = [check for check in programs() if check.subject == "skopeo"]
+    assert (check.verdict, check.detail) == ("warn", "not installed: needed to pull images")
+    assert check.remedy == "apt-get install skopeo"

@@ -128,6 +128,7 @@ def runtime(setting: str) -> Check:
 def programs() -> Iterator[Check]:
     yield program("conmon", "bad", "conmon")
     yield program("git", "warn", "git", "needed when `state` is a git repository")
+    yield program("skopeo", "warn", "skopeo", "needed to pull images")
     yield program("buildah", "warn", "buildah", "needed for [images.*], which are built here")
     init = binaries.find_init()
     if init:

@@ -23,8 +23,8 @@ from typing import Any
 from holdfast.config import ImageSettings
 from holdfast.drivers import Host
 from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, WrongCall, WrongState
-from holdfast.images.buildah import Buildah, Failed, on_loopback
-from holdfast.images.faults import explain, failure
+from holdfast.images.buildah import STEP, Buildah, Failed, on_loopback
+from holdfast.images.faults import explain, failure, message_of
 from holdfast.images.image import Image, architecture
 from holdfast.images.store import ImageStore
 from holdfast.images.unpack import Expected
@@ -34,10 +34,16 @@ from holdfast.spec.model import Build
 
 RETRY = 60.0  # seconds; a build that failed is not tried again before, unless something else is committed
 MTIME = 315532800  # 1980-01-01: of all that is copied from a context; older ones trouble zip and make
-STEP = re.compile(r"(\[\d+/\d+\] )?STEP \d+")
 NOISE = re.compile(rf"Error: |error running container: from \S+ (?!creating)|: exit status|time=|--> |{STEP.pattern}")
 UNSTARTED = re.compile(r"error running container: from (\S+) creating container for \[.*?\]: (.*)")
 DUMPED = re.compile(r"step \{Env:\[.*? Original:(.*?)\}")  # buildah prints the whole of its own value
+UNKNOWN = re.compile(r'.*Unknown instruction: "(.*?)" &imagebuilder\.Step\{.*\}')
+ABSENT = re.compile(r'checking on sources under "(.*?)": .*?copier: stat: \[?"(.*)"\]?: no such file or directory')
+NO_STAGE = re.compile(r"((?:COPY|ADD) --from=\S+): no stage or image found with that name")
+UNWRITTEN = re.compile(r"committing container for step \{.*\}: (?:.*: )?(.*)")
+FULL = " (see 'holdfast system df')"
+NO_SPACE = re.compile("no space left on", re.IGNORECASE)
+HEREDOC = re.compile(r"""<<-?(["']?)([A-Za-z_]\w*)\1.*\n((?:.*\n)*?[ \t]*\2[ \t\r]*)$""", re.MULTILINE)
 LOUD = 20  # lines of one step that events carry; of those beyond it, one a second
 LONGEST_STEP = 80  # characters of an instruction in an error
 LONGEST_EVENT = 400  # characters of a line in an event
@@ -120,13 +126,14 @@ class Builder:
     def _build(self, name: str, images: Images, blobs: Blobs) -> Image:
         """Build an image while we are alone, and first what it is built from."""
         build = images[name]
+        self._check_room(name)
         for base in sorted(set(build.bases.values())):
             image = self.find(base, images[base]) or self._build(base, images, blobs)
             self._take_in(image, built_name(base, images[base]))
         subject, began = f"image {name}", time.monotonic()
         with Log(self.logs / f"{name}.log", lambda line: self.told("build", subject, line)) as log:
             self.told("build", subject, f"building from {build.context or '.'} ({build.dockerfile})")
-            with self._failing(name), self._scratch() as folder:
+            with self._failing(name, _dockerfile(build, blobs)), self._scratch() as folder:
                 id = self._make(folder, name, images, blobs, log.hear)
                 image = self._take(folder, id, built_name(name, build))
             seconds = time.monotonic() - began
@@ -163,7 +170,20 @@ class Builder:
         bases = {written: built_name(base, images[base]) for written, base in build.bases.items()}
         bases |= {} if platform else self._stored(build, blobs)
         words += [f"--build-context={written}=container-image://{base}" for written, base in bases.items()]
-        self.buildah.build([*words, str(folder / "context")], hear)
+        names: dict[str, str] = {}  # as buildah is given them → as they are written
+        for use in images_in(_dockerfile(build, blobs), build.args):
+            if use.name in bases:
+                names.setdefault(bases[use.name], use.name)
+        pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+        def plain(line: str) -> str:
+            return pattern.sub(lambda name: names[name[0]], line)
+
+        try:
+            self.buildah.build([*words, str(folder / "context")], lambda line: hear(plain(line)))
+        except Failed as error:
+            error.output, error.errors = [[plain(line) for line in said] for said in (error.output, error.errors)]
+            raise
         return (folder / "id").read_text().strip().removeprefix("sha256:")
 
     def _stored(self, build: Build, blobs: Blobs) -> dict[str, str]:
@@ -250,6 +270,7 @@ class Builder:
             for platform in others:
                 built = self.buildah.names().get(_tag_for(own, platform))
                 if built is None:
+                    self._check_room(name)
                     self.told("build", subject, f"building for {platform}")
                     with self._scratch() as folder:
                         built = self._make(folder, name, images, blobs, log.hear, platform)
@@ -258,42 +279,37 @@ class Builder:
                 self.buildah.run("manifest", "rm", index)
             self.buildah.run("manifest", "create", index, *ids)
             for tag in tags:
-                self.buildah.send(index, tag)
+                self.buildah.send(index, tag, log.hear)
                 self.told("pushed", tag, f"{own} is there for {', '.join(build.platforms)}")
 
+    def _check_room(self, name: str) -> None:
+        """Raise UnfitHost where less is free than is to stay free."""
+        system = os.statvfs(self.buildah.folder)
+        free, least = system.f_bavail * system.f_frsize, self.settings.min_free
+        if free < least:
+            raise failure(
+                UnfitHost,
+                f"build 'images.{name}': not enough space in {str(self.buildah.folder)!r}: {free >> 20} MiB free, "
+                f"and {least >> 20} MiB are to stay free (min_free in [images] of agent.toml; 'holdfast system "
+                "prune' makes room)",
+                RETRY,
+            )
+
     @contextmanager
-    def _failing(self, name: str) -> Iterator[None]:
-        """Say in one line what fails in the block, and when a next try makes sense."""
+    def _failing(self, name: str, dockerfile: str = "") -> Iterator[None]:
+        """Say in one line what fails in the block, in which image, and when a next try makes sense."""
         try:
             yield
         except Failed as error:
-            raise self._failure(name, error) from error
+            raise failed(name, error, self.logs / f"{name}.log", dockerfile) from error
         except OSError as error:
             cause = (error.strerror or str(error)).lower()
-            raise failure(UnfitHost, f"build 'images.{name}': {cause}", RETRY) from error
+            raise failure(UnfitHost, f"build 'images.{name}': {cause}{_hint(cause)}", RETRY) from error
         except HoldfastError as error:
+            if not str(error).startswith("build 'images."):
+                error.args = (f"build 'images.{name}': {error}",)
             error.wait = max(error.wait, RETRY)
             raise
-
-    def _failure(self, name: str, error: Failed) -> HoldfastError:
-        """One line for what went wrong: the step, its end, and what it said last."""
-        log = self.logs / f"{name}.log"
-        reasons = [line.removeprefix("Error: ") for line in error.errors if line.startswith("Error: ")]
-        reason = reasons[-1] if reasons else next(reversed([*error.output, *error.errors]), str(error))
-        reason = DUMPED.sub(lambda step: _shortened(step[1]), reason)
-        if not STEP.search(reason) and REGISTRY.search(reason):
-            found = explain(reason, "build", f"images.{name}")
-            found.wait = max(found.wait, RETRY)
-            return found
-        if step := re.fullmatch(r'building at STEP "(.*?)": (?:while running runtime: )?(.*)', reason):
-            what = _shortened(step[1])
-            said = [line for line in error.errors if not NOISE.match(line)]
-            said = said or [line for line in error.output if not NOISE.match(line)]
-            if said and (unstarted := UNSTARTED.match(said[-1])):
-                said[-1] = f"{Path(unstarted[1]).name}: {unstarted[2]}"
-            last = f": {said[-1].strip()[:LONGEST_EVENT]}" if said and "exit status" in step[2] else ""
-            reason = f"{what}: {step[2]}{last}"
-        return failure(WrongState, f"build 'images.{name}': {reason} (all of it is in {log})", RETRY)
 
     def _is_known(self, name: str) -> bool:
         """Whether a name of buildah's storage is worth keeping: not if what was built is in the store no more."""
@@ -313,6 +329,86 @@ class Builder:
 PREFIX = "localhost/images/"
 STORED = "localhost/stored:"  # in buildah's storage: and the digest of what our store has
 _PULL = {"missing": "--pull=false", "newer": "--pull=ifnewer", "always": "--pull-always", "never": "--pull-never"}
+
+
+def failed(name: str, error: Failed, log: Path, dockerfile: str = "") -> HoldfastError:
+    """What buildah or skopeo said → one line: the step, its end, and what it said last. Pure."""
+    reasons = [line.removeprefix("Error: ") for line in error.errors if line.startswith("Error: ")]
+    reason = reasons[-1] if reasons else next(reversed([*error.output, *error.errors]), str(error))
+    unwritten = UNWRITTEN.fullmatch(reason)
+    reason = DUMPED.sub(lambda step: _shortened(step[1]), reason)
+    reason = message_of(reason) if "level=fatal" in reason else reason
+    begun = max((at for at, line in enumerate(error.output) if STEP.match(line)), default=-1)
+    step = STEP.sub("", error.output[begun]) if begun >= 0 else ""
+    kind: type[HoldfastError] = WrongState
+    wait, what, cause = RETRY, "", reason
+    if found := _in_step(reason, step):
+        what, cause = found
+        if unknown := UNKNOWN.fullmatch(cause):
+            what, cause = step or what, f"unknown instruction '{unknown[1]}'"
+            bodies = "\n".join(match[3] for match in HEREDOC.finditer(dockerfile)).upper().splitlines()
+            inside = any(line.split()[:1] == [unknown[1]] for line in bodies)
+            cause += " (this buildah has no heredocs)" if inside else ""
+        elif absent := ABSENT.fullmatch(cause):
+            cause = _absent(absent[1], absent[2], what)
+        elif "exit status" in cause and (last := _last_word(error.output[begun + 1 :], error.errors)):
+            cause += f": {last}"
+    elif unwritten:
+        what, cause = step, f"its layer can't be written: {unwritten[1]}"
+    elif nowhere := NO_STAGE.fullmatch(reason):
+        what, cause = nowhere[1], "no stage is called so, and no such image could be had"
+        tried = [line for line in error.errors if "Error: initializing source docker://" in line]
+        reason = tried[-1].partition("Error: ")[2] if tried else ""
+    elif reason.startswith("creating build container: "):
+        what, cause = step, reason.removeprefix("creating build container: ")
+        if short := re.match(r'short-name "(.*?)" did not resolve to an alias and no unqual', cause):
+            whole = f"docker.io/{'' if '/' in short[1] else 'library/'}{short[1]}"
+            cause = f"no stage and no image here is called so, and it names no registry (expected {whole}, say)"
+            reason = ""
+        elif cause.endswith(": image not known"):
+            cause = "no such image here, and none is to be pulled (expected it to be loaded, or another `pull`)"
+    if not found and not unwritten and REGISTRY.search(reason):
+        asked = re.search(r"docker://(\S+?):?(?=[\s\"]|$)", reason)
+        image = asked[1] if asked else ""
+        explained, what = explain(reason, "build", "", (image, image.rpartition(":")[0])), what or image
+        kind, wait, cause = type(explained), max(explained.wait, RETRY), str(explained).removeprefix("build '': ")
+    what = f"{_shortened(what)}: " if what else ""
+    hint = FULL if unwritten else _hint(cause)
+    return failure(kind, f"build 'images.{name}': {what}{cause}{hint} (all of it is in {log})", wait)
+
+
+def _in_step(reason: str, step: str) -> tuple[str, str] | None:
+    """The instruction and what became of it, where it failed at one. step: the last that was begun."""
+    match = re.fullmatch(rf'building at STEP "({re.escape(step)}|.*?)": (?:while running runtime: )?(.*)', reason)
+    return (match[1].strip(), match[2]) if match else None
+
+
+def _absent(where: str, path: str, step: str) -> str:
+    """Why what is to be copied is not there."""
+    if path.startswith("/<<"):
+        return "this buildah has no heredocs"
+    if where.endswith("/context"):
+        return f"'{path[1:]}' is not in the context (or .dockerignore leaves it out)"
+    source = re.search(r"\bfrom=([^\s,]+)", step)
+    return f"'{path}' is not in '{source[1]}'" if source else f"'{path}' is not there"
+
+
+def _last_word(output: Sequence[str], errors: Sequence[str]) -> str:
+    """Of what a step said, the line that says most likely why it failed; "" without one."""
+    loud, quiet = ([line for line in said if not NOISE.match(line)] for said in (errors, output))
+    full = [line for line in [*quiet, *loud] if NO_SPACE.search(line)]
+    said = next(reversed(full or loud or quiet), "")
+    if unstarted := UNSTARTED.match(said):
+        said = f"{Path(unstarted[1]).name}: {unstarted[2]}"
+    return said.strip()[:LONGEST_EVENT]
+
+
+def _hint(cause: str) -> str:
+    return FULL if NO_SPACE.search(cause) else ""
+
+
+def _dockerfile(build: Build, blobs: Blobs) -> str:
+    return blobs.get(build.instructions, b"").decode(errors="replace")
 
 
 def _shortened(instruction: str) -> str:

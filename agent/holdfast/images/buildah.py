@@ -38,13 +38,15 @@ QUIET = 3600.0  # seconds without a word after which a build is given up
 KEPT_LINES = 20_000  # of what a program says, for who asked; the longest answer is an image's configuration
 LONGEST_LINE = 64 << 10  # bytes; more of one line is cut
 CLEANING = 10.0  # seconds that a killed build is given to be gone
+STEP = re.compile(r"(\[\d+/\d+\] )?STEP \d+(/\d+)?: ?")  # what buildah says before it begins an instruction
 POLICY = b'{"default": [{"type": "insecureAcceptAnything"}]}'  # for what never leaves this node
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Failed(Exception):
-    """A program ended with another status than 0. output, errors: the last lines of what it said, where."""
+    """A program ended with another status than 0. output, errors: the last lines of what it said, where; errors of
+    a build are those of its last step."""
 
     def __init__(self, status: int, output: Sequence[str], errors: Sequence[str]) -> None:
         super().__init__(f"exit status {status}")
@@ -119,12 +121,12 @@ class Buildah:
         """Copy an image (its id) from the storage into an OCI layout, its layers plain; blobs that are there stay."""
         self._copy("--dest-oci-accept-uncompressed-layers", f"{self._transport}@{image}", f"oci:{layout}:latest")
 
-    def send(self, index: str, tag: str) -> None:
+    def send(self, index: str, tag: str, hear: Callable[[str], None]) -> None:
         """Push an index of the storage, with all images in it, to a registry. Raises Failed."""
         words = ["--authfile", str(self.settings.authfile)] if self.settings.authfile else []
         words += ["--tls-verify=false"] if on_loopback(tag) else []
         policy = ["--signature-policy", str(self._lenient())]
-        self.run("manifest", "push", "--quiet", "--all", *policy, *words, index, f"docker://{tag}")
+        self.run("manifest", "push", "--quiet", "--all", *policy, *words, index, f"docker://{tag}", hear=hear)
 
     def config(self, image: str) -> Any:
         """The OCI configuration of an image of the storage (name or id). Raises Failed."""
@@ -205,7 +207,7 @@ class Buildah:
                         if not wait:
                             yield False
                             return
-                        raise TryAgain("build: another process is building here") from None
+                        raise TryAgain("another process is building here") from None
                     time.sleep(0.02)
             yield True
         finally:
@@ -266,6 +268,8 @@ class Buildah:
                 kept_lines = errors if is_error else output
                 kept_lines.append(line)
                 del kept_lines[:-KEPT_LINES]
+                if not is_error and STEP.match(line):
+                    errors.clear()
             status = process.wait()
         finally:
             self._process = None
@@ -311,9 +315,9 @@ def _lines(process: subprocess.Popen[bytes], quiet: float) -> Iterator[tuple[str
         while selector.get_map():
             ready = selector.select(quiet)
             if not ready:
-                raise TryAgain(f"build: said nothing for {quiet:g} s")
-            for key, _ in ready:
-                stream = cast("IO[bytes]", key.fileobj)
+                raise TryAgain(f"not a word for {quiet:g} s")
+            streams = [cast("IO[bytes]", key.fileobj) for key, _ in ready]
+            for stream in sorted(streams, key=lambda stream: stream is process.stderr):  # a step begins on stdout
                 data = os.read(stream.fileno(), LONGEST_LINE)
                 if data:
                     *whole, rest = re.split(rb"\r*\n|\r", pending[stream] + data)

@@ -6,6 +6,7 @@ Called by the agent when it starts, and by `holdfast doctor`.
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -103,13 +104,18 @@ def find_init() -> Path | None:
 
 
 def version_of(path: Path) -> str:
-    """Ask a program for its version: the last word of the first line that it prints."""
+    """Ask a program for its version."""
     try:
         answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    words = answer.stdout.partition("\n")[0].split()
-    return words[-1] if words else ""
+    return version_in(answer.stdout)
+
+
+def version_in(answer: str) -> str:
+    """The version in what a program prints: in the first line, the first word like a number, or the last word."""
+    words = [word.rstrip(",") for word in answer.partition("\n")[0].split()]
+    return next((word for word in words if re.match(r"v?\d", word)), words[-1] if words else "")
 
 
 def host_limits() -> HostLimits:
