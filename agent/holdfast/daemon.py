@@ -108,7 +108,7 @@ def apply_once(config: Config, timeout: float, show: Callable[[Sequence[Json]], 
             while not slot.wait(min(rest, BEAT)) and rest > 0:
                 show(coming := node.rig.transfers.look())
                 rest -= BEAT
-                deadline += BEAT if coming else 0.0
+                deadline += BEAT if coming or node.rig.builder.look() else 0.0
 
 
 @contextmanager
@@ -362,7 +362,8 @@ class Daemon(Answers):
         if self._last is None:
             raise TryAgain("status: the agent has just started, its first pass is under way")
         agent = {"version": __version__, "pid": os.getpid()}
-        return {**self._last.status.json(), "agent": agent, "transfers": self.rig.transfers.look()}
+        coming = {"transfers": self.rig.transfers.look(), "builds": self.rig.builder.look()}
+        return {**self._last.status.json(), "agent": agent, **coming}
 
     def plan(self) -> Json:
         """A preview, made now."""

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,10 @@ def test_status_tells_what_is_on_its_way_and_what_is_newer(agent: PaperAgent, sa
         {"digest": "sha256:c", "state": "here", "done": 0, "total": 9 << 20},
     ]
     coming = {"ref": "app:3", "state": "pulling", "done": 2 << 20, "total": 4 << 20, "layers": layers}
-    show_status({**status, "transfers": [coming, {"ref": "db:1", "state": "resolving"}]})
+    building = {"image": "images.shop/web", "step": "STEP 2/3: RUN make", "began": time.time()}
+    show_status({**status, "transfers": [coming, {"ref": "db:1", "state": "resolving"}], "builds": [building]})
     told = said()
+    assert "images.shop/web: being built for" in told and "STEP 2/3: RUN make" in told
     assert "newer image: app:2 (cccccccccccc)" in told
     assert "app:3: 2MiB of 4MiB, 1 of 2 layers" in told
     assert "db:1: the registry is asked" in told
@@ -444,7 +447,12 @@ def app_status(state: str, code: int | None = None, at: float | None = None) -> 
 def test_apply_gives_up_when_only_somebody_can_help_and_says_who(
     apps: list[dict[str, Any]], transfers: list[Any], given_up: bool, kind: type[HoldfastError]
 ) -> None:
-    status = {"apps": {str(number): each for number, each in enumerate(apps)}, "problems": (), "transfers": transfers}
+    status = {
+        "apps": {str(number): each for number, each in enumerate(apps)},
+        "problems": (),
+        "transfers": transfers,
+        "builds": (),
+    }
     assert (hopeless(status, 10.0), kind_of(status)) == (given_up, kind)
 
 

@@ -18,7 +18,7 @@ from holdfast.errors import Conflict, HoldfastError, TryAgain, UnfitHost, WrongS
 Json = Mapping[str, Any]
 CHANGES = 2
 BEAT = 0.1  # seconds between looks at a node that converges
-WAIT = "Seconds to wait at most, pulling images aside."
+WAIT = "Seconds to wait at most; what it takes to pull and build images does not count."
 PATIENCE = 300.0  # seconds that apply and sync --wait wait by default
 
 
@@ -148,7 +148,12 @@ def hopeless(status: Json, began: float) -> bool:
     going_on = any(app["state"] in ("changing", "waiting", "removing", "degraded") for app in apps)
     still = any(app["state"] == "failed" and app not in failed for app in apps)
     lasting = any(app["exit_code"] not in (None, TryAgain.exit_code) for app in failed)
-    return lasting and not going_on and not still and not status["transfers"]
+    return lasting and not going_on and not still and not coming(status)
+
+
+def coming(status: Json) -> bool:
+    """Whether an image is on its way, or being built."""
+    return bool(status["transfers"] or status["builds"])
 
 
 def converge(agent: Client, timeout: float, show: Show, began: float) -> Json:
@@ -156,14 +161,14 @@ def converge(agent: Client, timeout: float, show: Show, began: float) -> Json:
 
     began: when it was asked to, in seconds since the epoch.
 
-    While an image is on its way the time stands still: a transfer that stalls is given up by itself.
+    While an image is on its way or built the time stands still: a transfer that stalls is given up by itself.
     """
     looked, left = time.monotonic(), timeout
     status: Json = agent.status()
     for _ in agent.follow(limit=1, beat=BEAT):
         show(status["transfers"])
         looked, passed = time.monotonic(), time.monotonic() - looked
-        left -= 0.0 if status["transfers"] else passed
+        left -= 0.0 if coming(status) else passed
         if status["converged"] or left <= 0 or hopeless(status, began):
             break
         status = agent.status()
@@ -232,6 +237,9 @@ def images_coming(status: Json) -> list[str]:
     for each in status["transfers"]:
         asking = each["state"] == "resolving"
         lines.append(f"{each['ref']}: " + ("the registry is asked" if asking else amount(each)))
+    for each in status["builds"]:
+        step = f", {each['step']}" if each["step"] else ""
+        lines.append(f"{each['image']}: being built for {render.span(time.time() - each['began'])}{step}")
     return lines
 
 

@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from holdfast.drivers import Host
 from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, WrongCall, WrongState
 from holdfast.images.buildah import STEP, Buildah, Failed, on_loopback
 from holdfast.images.faults import explain, failure, message_of
-from holdfast.images.image import Image, architecture
+from holdfast.images.image import Image, architecture, whole_history
 from holdfast.images.store import ImageStore
 from holdfast.images.unpack import Expected
 from holdfast.images.write import write_layout
+from holdfast.observed import Json
 from holdfast.spec.dockerfile import images_in
 from holdfast.spec.model import Build
 
@@ -74,6 +76,12 @@ class Builder:
         self.store, self.told, self.push = store, told, push
         self.buildah = Buildah(settings, host, runtime)
         self.logs = host.root / "builds/logs"
+        self._now: Json | None = None
+
+    def look(self) -> list[Json]:
+        """What is being built: {"image" (`images.APP/NAME`), "step", "began" (epoch seconds)}; one at the most."""
+        now = self._now
+        return [now] if now else []
 
     @property
     def settings(self) -> ImageSettings:
@@ -131,7 +139,7 @@ class Builder:
             image = self.find(base, images[base]) or self._build(base, images, blobs)
             self._take_in(image, built_name(base, images[base]))
         subject, began = f"image {name}", time.monotonic()
-        with Log(self.logs / f"{name}.log", lambda line: self.told("build", subject, line)) as log:
+        with self._shown(name), Log(self.logs / f"{name}.log", partial(self._tell, subject)) as log:
             self.told("build", subject, f"building from {build.context or '.'} ({build.dockerfile})")
             with self._failing(name, _dockerfile(build, blobs)), self._scratch() as folder:
                 id = self._make(folder, name, images, blobs, log.hear)
@@ -139,6 +147,19 @@ class Builder:
             seconds = time.monotonic() - began
             self.told("build", subject, f"built in {seconds:.1f} s: {image.digest}", digest=image.digest)
         return image
+
+    @contextmanager
+    def _shown(self, name: str) -> Iterator[None]:
+        self._now = {"image": f"images.{name}", "step": "", "began": time.time()}
+        try:
+            yield
+        finally:
+            self._now = None
+
+    def _tell(self, subject: str, line: str) -> None:
+        if STEP.match(line) and self._now:
+            self._now = {**self._now, "step": line}
+        self.told("build", subject, line)
 
     def _make(
         self,
@@ -497,9 +518,9 @@ def complete_history(layout: Path) -> None:
     manifest = read(index["manifests"][0]["digest"])
     config = read(manifest["config"]["digest"])
     history = config.get("history") or []
-    missing = len(manifest["layers"]) - sum(not entry.get("empty_layer") for entry in history)
-    if missing > 0:
-        config["history"] = [*history, *({"created_by": "unknown"} for _ in range(missing))]
+    whole = whole_history(history, len(manifest["layers"]))
+    if whole != history:
+        config["history"] = whole
         write(config, manifest["config"])
         write(manifest, index["manifests"][0])
         (layout / "index.json").write_text(json.dumps(index))

@@ -111,7 +111,8 @@ class AppStatus:
 class Status:
     """The node as a person reads it. blockers: why it is not converged, a line each; empty when it is.
 
-    transfers: the images on their way (`images.transfers.Transfer.json`); the daemon fills it in.
+    transfers, builds: the images on their way (`images.transfers.Transfer.json`, `images.build.Builder.look`), which
+    the daemon fills in.
     """
 
     node: str
@@ -128,6 +129,7 @@ class Status:
     drift: Mapping[str, str]
     agent: Json = field(default_factory=dict)
     transfers: tuple[Json, ...] = ()
+    builds: tuple[Json, ...] = ()
 
     def json(self) -> dict[str, Any]:
         """The value that `holdfast status --json` prints."""
