@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from holdfast.config import ImageSettings
+from holdfast.errors import UnfitHost
 from holdfast.images.disk import Locks, sync_folder, write_whole
 from holdfast.images.references import to_digest
 from holdfast.images.unpack import Expected, Limits, Unpacked, discard, unpack_stream
@@ -78,6 +79,7 @@ class LayerStore:
         with self._locks.hold(key):
             if expected.diff_id and self.has(expected.diff_id):
                 return self.facts(expected.diff_id)
+            self._check_room(expected)
             folder = self.partial / key
             self._clear(key)
             born = self.partial / f"{key}.{uuid.uuid4().hex}"  # ext4 picks the place by the name: see disk.spread
@@ -100,6 +102,19 @@ class LayerStore:
             finally:
                 self._clear(key)
         return found
+
+    def _check_room(self, expected: Expected) -> None:
+        """Raise UnfitHost where a layer would take what is to stay free."""
+        system = os.statvfs(self.root)
+        free, least = system.f_bavail * system.f_frsize, self.settings.min_free
+        if free < least + (expected.size or 0):
+            error = UnfitHost(
+                f"unpack layer: not enough space in {str(self.root.parents[1])!r}: {free >> 20} MiB free, and "
+                f"{least >> 20} MiB are to stay free (min_free in [images] of agent.toml; 'holdfast system prune' "
+                "makes room)"
+            )
+            error.wait = 60.0
+            raise error
 
     def drop(self, diff_id: str) -> None:
         """Take a layer away, if it is here: its directory loses its name at once, half a layer is never found.

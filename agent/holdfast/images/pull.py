@@ -239,9 +239,10 @@ class Puller:
         if needed + self.settings.min_free > free:
             raise failure(
                 UnfitHost,
-                f"pull {ref!r}: not enough space in {str(self.store.root)!r}: {_size(free)} free, {_size(needed)} "
-                f"needed for {len(jobs)} layers ({_size(coming)} compressed), and {_size(self.settings.min_free)} "
-                "are to stay free (min_free in [images] of agent.toml)",
+                f"pull {ref!r}: not enough space in {str(self.store.root)!r}: {_size(free)} free, up to "
+                f"about {_size(needed)} needed for {len(jobs)} layers ({_size(coming)} compressed), and "
+                f"{_size(self.settings.min_free)} are to stay free (min_free in [images] of agent.toml; 'holdfast "
+                "system prune' makes room)",
                 REFUSED,
             )
 

@@ -8,6 +8,7 @@ hostile layer breaks is nobody else's, and what it makes grow is not the agent.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import signal
@@ -99,7 +100,10 @@ def unpack_stream(
             raise WrongState(f"{what}: its size is {fields[0]} (expected {expected.size})")
         raise TryAgain(f"{what}: the stream ended after {fields[0]} of {expected.size} bytes")
     if kind != "done":
-        raise ERRORS[kind](f"{what}: {_printable(' '.join(fields))}")
+        words = _printable(" ".join(fields))
+        if os.strerror(errno.ENOSPC) in words:
+            words += f" in {str(folder.parent)!r} (see 'holdfast system df'; 'holdfast system prune' makes room)"
+        raise ERRORS[kind](f"{what}: {words}")
     diff_id, size, digest, compressed, files, newest = fields
     found = Unpacked(diff_id, int(size), digest, int(compressed), int(files), int(newest))
     for name, want, have in (
