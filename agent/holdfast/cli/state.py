@@ -13,7 +13,7 @@ from holdfast.cli.bars import Show, amount, bars
 from holdfast.cli.check import counted
 from holdfast.cli.client import Client
 from holdfast.cli.command import client, command, json_option, log_to_stderr, reach, settings, socket_path
-from holdfast.errors import Conflict, HoldfastError, TryAgain, UnfitHost, WrongState
+from holdfast.errors import Conflict, HoldfastError, NoAgent, TryAgain, UnfitHost, WrongState
 
 Json = Mapping[str, Any]
 CHANGES = 2
@@ -172,6 +172,8 @@ def converge(agent: Client, timeout: float, show: Show, began: float) -> Json:
         if status["converged"] or left <= 0 or hopeless(status, began):
             break
         status = agent.status()
+    else:
+        raise NoAgent(f"ask the agent on '{agent.path}': it has ended meanwhile (see its log)")
     return status
 
 

@@ -110,8 +110,23 @@ def image(value: str) -> str:
             "or docker-archive: and an absolute path)"
         )
     if not _REFERENCE.fullmatch(value) or len(value) > 512:
-        raise ValueError(f"'{value}' is not an image reference (expected {_REFERENCE_FORM}, the path in lower case)")
+        raise ValueError(f"'{value}' is not an image reference ({_better_image(value)})")
     return value
+
+
+def _better_image(value: str) -> str:
+    """What would be right instead of something that is no reference."""
+    scheme, separator, rest = value.partition("://")
+    if separator and _REFERENCE.fullmatch(rest):
+        return f"leave '{scheme}://' out"
+    name, separator, digest = value.partition("@")
+    if separator and _REFERENCE.fullmatch(name):
+        return f"'{digest}' is no digest: expected sha256: and 64 hexadecimal digits"
+    host, separator, path = value.partition("/")
+    lower = f"{host}/{path.lower()}" if separator and re.search("[.:]|^localhost$", host) else value.lower()
+    if lower != value and _REFERENCE.fullmatch(lower):
+        return f"expected '{lower}': a path is in lower case"
+    return f"expected {_REFERENCE_FORM}, the path in lower case"
 
 
 def not_of_a_registry(image: str) -> str:
