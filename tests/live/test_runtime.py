@@ -194,14 +194,26 @@ runtime.create(id, host.instance(id), host.instance(id) / "output.log")
 """
 
 
+def group_lives(number: int) -> bool:
+    """Whether a process group has members."""
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("moment", ["runs/{}", "runs/{}/conmon.pid", "runtime/{}", "runs/{}/pid", "runs/{}/run.json"])
 def test_create_that_was_cut_off_leaves_nothing_after_a_forced_delete(box: Box, moment: str) -> None:
     id = box.bundle(Container(rootfs="/x", command=("sleep", "1000")))
     host = box.runtime.host
-    creator = subprocess.Popen([sys.executable, "-c", CREATE, host.name, host.root, host.run_root, id])
+    creator = subprocess.Popen(
+        [sys.executable, "-c", CREATE, host.name, host.root, host.run_root, id], start_new_session=True
+    )
     wait_for((host.run_root / moment.format(id)).exists)
     creator.kill()
     creator.wait()
+    wait_for(lambda: not group_lives(creator.pid))  # a child of its that is not conmon yet will be, and bear the id
     box.runtime.delete(id, force=True)
     assert box.runtime.state() == frozenset()
     assert cgroup.folders(box.runtime.cgroup(id)) == []
