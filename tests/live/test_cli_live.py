@@ -35,9 +35,9 @@ command = ["sh", "-c", "echo one; echo two >&2; echo three; while [ ! -e /tmp/mo
 
 
 def follow(agent: LiveAgent, *args: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [HOLDFAST, *args, "--config", str(agent.config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    """A command that SIGINT ends, also where the tests run in the background of a shell, which has it ignored."""
+    command = ["env", "--default-signal=INT", HOLDFAST, *args, "--config", str(agent.config)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def read_until(process: subprocess.Popen[str], words: str, timeout: float = 20) -> str:
