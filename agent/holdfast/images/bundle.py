@@ -32,6 +32,7 @@ from typing import Any, BinaryIO, cast
 
 from holdfast.errors import HoldfastError, NotFound, UnfitHost, WrongCall, WrongState
 from holdfast.images.archives import open_regular
+from holdfast.images.disk import sync_folder
 from holdfast.images.references import parse, to_digest
 from holdfast.observed import Json
 
@@ -141,7 +142,7 @@ def write_bundle(target: Path, tree: Tree, images: Iterable[Gathered], blobs: Pa
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-        _sync(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise UnfitHost(f"write '{target}': {(error.strerror or str(error)).lower()}") from error
     finally:
@@ -561,11 +562,3 @@ def _member(digest: object) -> str:
 
 def _dump(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
