@@ -1,14 +1,19 @@
 """Drivers as plugins offer them → drivers that keep to their contract, or say whose fault it is.
 
-`plugins` puts a guard around every driver and policy, its own included: what a verb returns is looked at before
-anybody relies on it, what it raises by mistake bears the driver's name and is recorded as the plugin's fault.
+`plugins` puts a guard around every driver and policy, its own included. What a verb returns is checked before
+anybody relies on it. What it raises by mistake, SystemExit included, carries the driver's name and is recorded as the
+plugin's fault. `observe` gets a deadline, because every pass waits for it.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import queue
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, TypeVar
 
@@ -21,7 +26,7 @@ from holdfast.drivers import (
     RootfsWant,
     VolumeWant,
 )
-from holdfast.errors import HoldfastError, UnfitHost, WrongState
+from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
 from holdfast.observed import Json, Receipt
 
 DRIVER_VERBS = ("check", "ensure", "observe", "remove")
@@ -36,8 +41,65 @@ READ: Mapping[type, tuple[str, ...]] = {
     FirewallWant: (),
 }
 
+OBSERVE_DEADLINE = 5.0  # seconds that a pass waits for `observe`
+SLOW = 10.0  # seconds after which any other call is shown in `status`
+
 T = TypeVar("T")
 Fault = Callable[[str, str], None]  # (of what, error); an error of "" takes the fault back
+
+
+class NoAnswer(TryAgain):
+    """A plugin's code did not return in time; it is left running in a thread of its own."""
+
+
+class Worker:
+    """Calls functions of one plugin in a daemon thread, one after the other, and waits no longer than a deadline.
+
+    While a call is overdue, `call` raises NoAnswer at once. The thread starts with the first call.
+    """
+
+    def __init__(self, name: str, deadline: float) -> None:
+        self._name, self._deadline = name, deadline
+        self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._unstarted = threading.Lock()  # free until the thread is started
+        self._overdue = ""  # since when, as a clock time
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Return what work() returns, or raise what it raises. Raises NoAnswer after the deadline."""
+        if self._overdue:
+            raise NoAnswer(f"has not answered since {self._overdue}")
+        if self._unstarted.acquire(blocking=False):
+            threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        task: Future[T] = Future()
+        self._tasks.put((task, work))
+        asked = time.time()
+        try:
+            return task.result(self._deadline)
+        except TimeoutError:
+            if task.done():  # it came at the last moment, or raised TimeoutError itself
+                return task.result()
+            self._overdue = time.strftime("%H:%M:%S", time.localtime(asked))
+            task.add_done_callback(self._answered)
+            raise NoAnswer(f"has not answered since {self._overdue}") from None
+
+    def _answered(self, task: Future[Any]) -> None:
+        self._overdue = ""
+
+    def _run(self) -> None:
+        while True:
+            task, work = self._tasks.get()
+            try:
+                task.set_result(work())
+            except BaseException as error:
+                task.set_exception(error)
+
+
+def described(error: BaseException) -> str:
+    """An exception in words, whatever its own __str__ does."""
+    try:
+        return str(error) if isinstance(error, HoldfastError) else f"{type(error).__name__}: {error}"
+    except BaseException:
+        return type(error).__name__
 
 
 def unsound(offered: Any, verbs: Iterable[str]) -> str:
@@ -125,7 +187,7 @@ def _unlike(form: Callable[[str], object], key: str, text: str) -> str:
 class _Guard:
     """Calls verbs. fault: told of each verb that fails by mistake, and again once it works."""
 
-    __slots__ = ("_fault", "_faulty", "driver", "name", "title")
+    __slots__ = ("_fault", "_faulty", "_running", "driver", "name", "title")
 
     def __init__(self, driver: Any, kind: str, fault: Fault) -> None:
         self.driver = driver
@@ -133,23 +195,41 @@ class _Guard:
         self.title = f"cgroup policy {self.name!r}" if kind == "policy" else f"{kind} driver {self.name!r}"
         self._fault = fault
         self._faulty: set[str] = set()
+        self._running: dict[int, tuple[str, float]] = {}  # thread → verb, time.time() of its beginning
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.driver, name)
 
+    def slow(self) -> list[str]:
+        """The calls that have been running for more than SLOW seconds, in words."""
+        now = time.time()
+        return [
+            f"{self.title}: {verb}: has been running since {time.strftime('%H:%M:%S', time.localtime(since))}"
+            for verb, since in list(self._running.values())
+            if now - since > SLOW
+        ]
+
     def _call(self, verb: str, work: Callable[[], T], wrong: Callable[[T], str]) -> T:
         """Do the work of a verb and return what it did, if nothing is wrong with that. Raises UnfitHost if it is."""
+        thread = threading.get_ident()
+        self._running[thread] = verb, time.time()
         try:
             result = work()
+            found = wrong(result)
         except HoldfastError as error:
             if verb == "observe":  # has no want that could be at fault
-                self._note(verb, str(error))
+                self._note(verb, described(error))
             raise
-        except Exception as error:
-            self._note(verb, f"{type(error).__name__}: {error}")
+        except BaseException as error:
+            if is_interrupt(error):
+                raise
+            self._note(verb, described(error))
+            if not isinstance(error, Exception):  # SystemExit, CancelledError, …: no lane expects these
+                raise UnfitHost(f"{self.title}: {verb}: raised {described(error)}") from error
             error.add_note(f"{self.title}: {verb}")
             raise
-        found = wrong(result)
+        finally:
+            self._running.pop(thread, None)
         if found:
             if inspect.iscoroutine(result):
                 result.close()
@@ -165,10 +245,23 @@ class _Guard:
         self._fault(f"{self.title}: {verb}", error)
 
 
-class GuardedDriver(_Guard):
-    """A driver of any kind (`drivers.Driver`). What it does beyond the four verbs is passed through."""
+def is_interrupt(error: BaseException) -> bool:
+    """Whether this is Ctrl-C, which Python raises in the main thread only, and not a plugin's doing."""
+    return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
 
-    __slots__ = ()
+
+class GuardedDriver(_Guard):
+    """A driver of any kind (`drivers.Driver`). What it does beyond the four verbs is passed through.
+
+    last: what `observe` returned when it last returned.
+    """
+
+    __slots__ = ("_observer", "last")
+
+    def __init__(self, driver: Any, kind: str, fault: Fault, deadline: float = OBSERVE_DEADLINE) -> None:
+        super().__init__(driver, kind, fault)
+        self._observer = Worker(f"observe {self.title}", deadline)
+        self.last: list[Receipt] = []
 
     def check(self, want: Any) -> None:
         self._call("check", lambda: self.driver.check(want), _not_plain)
@@ -180,8 +273,12 @@ class GuardedDriver(_Guard):
         return receipt
 
     def observe(self) -> list[Receipt]:
-        """Read to the end, so that what a generator raises is raised here."""
-        return self._call("observe", lambda: list(self.driver.observe()), self._strange)
+        """Read to the end, so that what a generator raises is raised here. Raises NoAnswer after the deadline."""
+        self.last = self._call("observe", lambda: self._observer.call(self._read), self._strange)
+        return self.last
+
+    def _read(self) -> list[Receipt]:
+        return list(self.driver.observe())
 
     def remove(self, receipt: Receipt) -> None:
         self._call("remove", lambda: self.driver.remove(receipt), _not_plain)

@@ -13,7 +13,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import EntryPoint
@@ -34,11 +34,12 @@ from holdfast.drivers import (
     RootfsWant,
     VolumeWant,
 )
-from holdfast.errors import HoldfastError, WrongState
-from holdfast.guard import guarded
+from holdfast.errors import WrongState
+from holdfast.guard import GuardedDriver, GuardedPolicy, Worker, described, guarded, is_interrupt
 from holdfast.observed import Json, Receipt
 
 GROUP = "holdfast"
+LOAD_DEADLINE = 30.0  # seconds that a plugin may take to be imported, and to offer its drivers
 BACKLOG = 10_000  # calls that a plugin may be behind
 
 DriverKind = Literal["rootfs", "volume", "mount", "network", "endpoint", "firewall", "policy"]
@@ -62,17 +63,17 @@ class Named(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PluginState:
-    """How a plugin fares: ok; failed (it offers nothing); raised (a hook or driver of it is at fault since it was
-    called last).
+    """How a plugin fares.
 
-    hooks: what it implements. drivers: what it offers, as `volume managed`. error: why it failed or raised, or
-    which of its drivers were refused.
+    ok; failed: it offers nothing; refused: some of its drivers are not used; raised: a hook or driver of it was at
+    fault when it was last called; slow: a call has not returned for some time.
+    hooks: what it implements. drivers: what it offers, as `volume managed`. error: why the state is not ok.
     """
 
     name: str
     distribution: str
     version: str
-    state: Literal["ok", "failed", "raised"] = "ok"
+    state: Literal["ok", "failed", "refused", "raised", "slow"] = "ok"
     error: str = ""
     hooks: tuple[str, ...] = ()
     drivers: tuple[str, ...] = ()
@@ -121,6 +122,7 @@ class Plugins:
     noticed: Callable[[str, str], None] = lambda plugin, error: None
     _states: dict[str, PluginState] = field(default_factory=dict)
     _faults: dict[str, dict[str, str]] = field(default_factory=dict)  # plugin → of what → error
+    _guards: dict[str, list[GuardedDriver | GuardedPolicy]] = field(default_factory=dict)
     _tellers: dict[str, _Teller] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -215,10 +217,12 @@ class Plugins:
         """Call one implementation: its result if nothing is wrong with it. The edge at which its exceptions end."""
         try:
             result = _plain_result(implementation, arguments)
-        except Exception as error:
-            self._record(name, hook, _account(error))
+            found = wrong(result)
+        except BaseException as error:
+            if is_interrupt(error):
+                raise
+            self._record(name, hook, described(error))
             return None
-        found = wrong(result)
         self._record(name, hook, found)
         return None if found else result
 
@@ -236,9 +240,11 @@ class Plugins:
 
     def _with_faults(self, state: PluginState) -> PluginState:
         faults = [f"{what}: {error}" for what, error in self._faults.get(state.name, {}).items()]
-        if not faults:
+        slow = [line for guard in self._guards.get(state.name, ()) for line in guard.slow()]
+        if not faults and not slow:
             return state
-        return replace(state, state="raised", error="; ".join([*filter(None, [state.error]), *faults]))
+        error = "; ".join([*filter(None, [state.error]), *faults, *slow])
+        return replace(state, state="raised" if faults else "slow", error=error)
 
     def _load(self, entry_point: EntryPoint, host: Host) -> None:
         name = entry_point.name
@@ -253,18 +259,26 @@ class Plugins:
             )
             self._states[state.name] = replace(state, state="failed", error=taken)
             return
+        worker = Worker(f"load {name}", LOAD_DEADLINE)  # an import may do anything, and for any length of time
         try:
-            self._manager.register(entry_point.load(), name=name)
+            module = worker.call(entry_point.load)
+            _refuse_unknown(module)
+            self._manager.register(module, name=name)
             self._manager.check_pending()
             state = replace(state, hooks=self._hooks_of(name))
-            offers = self._offers(name, host)
-        except (Exception, SystemExit) as error:  # the edge at which a plugin's exceptions end
+            offers = worker.call(partial(self._offers, name, host))
+        except BaseException as error:  # the edge at which a plugin's exceptions end
+            if is_interrupt(error):
+                raise
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)
-            self._states[name] = replace(state, state="failed", error=_account(error))
+            self._states[name] = replace(state, state="failed", error=described(error))
             return
+        self._guards[name] = [driver for _, driver in offers]
         accepted, refused = self._accept(offers)
-        self._states[name] = replace(state, drivers=accepted, error="; ".join(refused))
+        self._states[name] = replace(
+            state, state="refused" if refused else "ok", drivers=accepted, error="; ".join(refused)
+        )
 
     def _hooks_of(self, name: str) -> tuple[str, ...]:
         """The hooks that a plugin implements, in call order. Raises WrongState for what can't be called alone."""
@@ -276,7 +290,7 @@ class Plugins:
                     _refuse_unusual(hook, implementation)
         return tuple(found)
 
-    def _offers(self, name: str, host: Host) -> list[tuple[DriverKind, Named]]:
+    def _offers(self, name: str, host: Host) -> list[tuple[DriverKind, GuardedDriver | GuardedPolicy]]:
         """All that a plugin registers; nothing of it counts when one of its hooks raises."""
         offers: list[tuple[DriverKind, Named]] = []
         for hook, kinds in OFFERS:
@@ -286,7 +300,9 @@ class Plugins:
                     _plain_result(implementation, arguments)
         return [(kind, guarded(driver, kind, partial(self._record, name))) for kind, driver in offers]
 
-    def _accept(self, offers: Iterable[tuple[DriverKind, Named]]) -> tuple[tuple[str, ...], list[str]]:
+    def _accept(
+        self, offers: Iterable[tuple[DriverKind, GuardedDriver | GuardedPolicy]]
+    ) -> tuple[tuple[str, ...], list[str]]:
         accepted, refused = [], []
         for kind, driver in offers:
             known = self._kinds()[kind]
@@ -319,6 +335,11 @@ def found_by(driver: Driver[Any]) -> list[Receipt] | None:
         return list(driver.observe())
     except Exception:
         return None
+
+
+def last_found_by(driver: Driver[Any]) -> Sequence[Receipt]:
+    """What a driver observed when it could last say: an old answer, to be used only where there is no other."""
+    return driver.last if isinstance(driver, GuardedDriver) else ()
 
 
 def merge_patch(target: Any, patch: Any) -> Any:
@@ -365,6 +386,21 @@ def _no_patch(result: Any) -> str:
     return ""
 
 
+def _refuse_unknown(plugin: Any) -> None:
+    """Raise WrongState for a hook, or a parameter of one, that does not exist; pluggy's words are about pluggy."""
+    for name, item in inspect.getmembers_static(plugin):
+        options = getattr(item, "holdfast_impl", None)
+        if not isinstance(options, Mapping):
+            continue
+        hook = options.get("specname") or name
+        if hook not in HOOKS:
+            raise WrongState(f"hook {hook!r}: there is no such hook (expected one of {', '.join(HOOKS)})")
+        known = inspect.signature(getattr(hookspecs, hook)).parameters
+        for parameter in inspect.signature(item).parameters:
+            if parameter not in known and parameter != "self":
+                raise WrongState(f"hook {hook!r}: has no parameter {parameter!r} (expected {', '.join(known)})")
+
+
 def _refuse_unusual(hook: str, implementation: pluggy.HookImpl) -> None:
     if implementation.wrapper or implementation.hookwrapper:
         raise WrongState(f"hook {hook!r}: is a wrapper (hooks are plain functions)")
@@ -378,7 +414,3 @@ def _plain_result(implementation: pluggy.HookImpl, arguments: Mapping[str, Any])
         result.close()
         raise TypeError("returned a coroutine (hooks are plain blocking functions)")
     return result
-
-
-def _account(error: BaseException) -> str:
-    return str(error) if isinstance(error, HoldfastError) else f"{type(error).__name__}: {error}"

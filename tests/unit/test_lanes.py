@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+import pytest
 
 from holdfast.node.lanes import Lanes
 from holdfast.plan.actions import Action, RemoveInstance, StartInstance
@@ -134,6 +137,22 @@ def test_work_that_raises_frees_its_subject_and_is_told_of() -> None:
     lanes.put([_start("shop")], 0)
     _until(lambda: over)
     assert lanes.look() == (frozenset(), 1)
+    lanes.close()
+
+
+def test_a_start_that_is_stuck_makes_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("holdfast.node.lanes.STUCK", 0.0)
+    with _bench() as bench:
+        bench.put(_start("a"), _start("b"))
+        _until(lambda: bench.subjects() == ["a/web", "b/web"])
+
+
+def test_work_that_exits_is_over_like_any_other() -> None:
+    over = threading.Event()
+    lanes = Lanes(lambda action: sys.exit(1), lambda action: over.set())
+    lanes.put([_start("a")], 0)
+    assert over.wait(PATIENCE)
+    assert not lanes.busy
     lanes.close()
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import re
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -18,10 +21,10 @@ import pytest
 from holdfast import hookspecs
 from holdfast.drivers import CgroupWant, Driver, EndpointWant, Host, NetworkWant, VolumeWant
 from holdfast.errors import UnfitHost, WrongState
-from holdfast.guard import breach
+from holdfast.guard import GuardedDriver, breach
 from holdfast.hookspecs import hookimpl
 from holdfast.observed import Receipt
-from holdfast.plugins import HOOKS, Plugins, PluginState, found_by, load_plugins, merge_patch
+from holdfast.plugins import HOOKS, Plugins, PluginState, found_by, last_found_by, load_plugins, merge_patch
 from holdfast.spec.model import Resources
 from holdfast.testing import DriverConformance, temporary_host
 
@@ -127,6 +130,7 @@ def test_unknown_hooks_and_wrong_parameters_are_named(load: Callable[..., Plugin
     plugins = load(unknown=[after_lunch], wrong=[after_start], good=[offering("good")])
     assert "after_lunch" in state(plugins, "unknown").error
     assert "weather" in state(plugins, "wrong").error
+    assert "there is no such hook (expected one of register_rootfs_drivers, " in state(plugins, "unknown").error
     assert [each.state for each in plugins.states] == ["failed", "failed", "ok"]
 
 
@@ -402,6 +406,116 @@ def test_what_a_driver_raises_by_mistake_bears_its_name_until_it_works_again(
     broken = False
     call(VolumeWant(id="a/v"))
     assert state(plugins, "mine").state == "ok"
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(3)
+
+
+@pytest.mark.parametrize("raised", [SystemExit(1), KeyboardInterrupt(), asyncio.CancelledError(), GeneratorExit()])
+@pytest.mark.parametrize("verb", ["check", "ensure", "observe", "remove"])
+def test_what_ends_programs_ends_no_agent(offer: Callable[..., Plugins], verb: str, raised: BaseException) -> None:
+    def raising(*_: Any) -> Any:
+        raise raised
+
+    plugins = offer(**{verb: raising})
+    call = getattr(plugins.driver("volume", "plain"), verb)
+    argument = () if verb == "observe" else (VolumeWant(id="a/v"),)
+    with ThreadPoolExecutor(1) as lane, pytest.raises(UnfitHost, match=f"{verb}: raised {type(raised).__name__}"):
+        lane.submit(call, *argument).result()
+    assert type(raised).__name__ in state(plugins, "mine").error
+
+
+def test_an_exception_that_can_not_be_printed_is_named_by_its_class(offer: Callable[..., Plugins]) -> None:
+    def observe() -> Any:
+        raise Unspeakable
+
+    plugins = offer(observe=observe)
+    assert found_by(plugins.driver("volume", "plain")) is None
+    assert state(plugins, "mine").error == "volume driver 'plain': observe: Unspeakable"
+
+
+def test_a_plugin_that_exits_while_it_is_told_or_offers_is_at_fault(load: Callable[..., Plugins]) -> None:
+    @hookimpl
+    def after_start() -> None:
+        raise SystemExit(4)
+
+    @hookimpl
+    def register_mount_drivers(register: Register) -> None:
+        sys.exit("offers nothing")
+
+    plugins = load(tells=[after_start], offers=[register_mount_drivers])
+    plugins.tell("after_start", app="a", container="c", instance="i", pid=1)
+    plugins.tell("after_start", app="a", container="c", instance="i", pid=1)
+    assert plugins.wait_told(10)
+    assert state(plugins, "tells").error == "after_start: SystemExit: 4"
+    assert state(plugins, "offers").error == "SystemExit: offers nothing"
+
+
+def test_a_driver_that_does_not_answer_is_waited_for_once(host: Host) -> None:
+    answer, faults = threading.Event(), dict[str, str]()
+    hanging = [False]
+
+    def observe() -> list[Receipt]:
+        if hanging[0]:
+            assert answer.wait(60)
+        return [volume_receipt()]
+
+    driver = GuardedDriver(Loose(host, observe=observe), "volume", faults.__setitem__, deadline=0.2)
+    assert found_by(driver) == [volume_receipt()]
+    hanging[0] = True
+    assert found_by(driver) is None
+    began = time.monotonic()
+    for _ in range(100):
+        assert found_by(driver) is None
+    assert time.monotonic() - began < 10, "a driver that hangs already is not waited for again"
+    assert "has not answered since" in faults["volume driver 'plain': observe"]
+    assert list(last_found_by(driver)) == [volume_receipt()]
+    hanging[0] = False
+    answer.set()
+    deadline = time.monotonic() + 10
+    while found_by(driver) is None:
+        assert time.monotonic() < deadline
+    assert faults["volume driver 'plain': observe"] == ""
+
+
+def test_a_call_that_takes_long_is_shown_while_it_lasts(
+    offer: Callable[..., Plugins], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.guard.SLOW", 0.0)
+    begun, over = threading.Event(), threading.Event()
+
+    def check(want: VolumeWant) -> None:
+        begun.set()
+        assert over.wait(60)
+
+    plugins = offer(check=check)
+    with ThreadPoolExecutor(1) as lane:
+        call = lane.submit(plugins.driver("volume", "plain").check, VolumeWant(id="a/v"))
+        assert begun.wait(10)
+        shown = state(plugins, "mine")
+        over.set()
+        call.result()
+    assert shown.state == "slow"
+    assert shown.error.startswith("volume driver 'plain': check: has been running since ")
+    assert state(plugins, "mine").state == "ok"
+
+
+def test_a_plugin_that_hangs_while_it_is_loaded_hinders_no_other(
+    load: Callable[..., Plugins], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.plugins.LOAD_DEADLINE", 0.1)
+    over = threading.Event()
+
+    @hookimpl
+    def register_mount_drivers(register: Register) -> None:
+        assert over.wait(60)
+
+    plugins = load(hangs=[register_mount_drivers], good=[offering("good")])
+    over.set()
+    assert "has not answered since" in state(plugins, "hangs").error
+    assert list(plugins.volumes) == ["good"]
 
 
 def test_what_a_driver_raises_on_purpose_is_no_fault_of_its_plugin(offer: Callable[..., Plugins]) -> None:

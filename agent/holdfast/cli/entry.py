@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 
@@ -77,7 +78,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader has gone; Python would say so once more at exit, when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    if arguments is None:
+        leave(code)
     return code
+
+
+def leave(code: int) -> None:
+    """End the process at once if threads are left that Python would wait for, such as those of a plugin."""
+    if any(not each.daemon and each is not threading.main_thread() for each in threading.enumerate()):
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def run(arguments: Sequence[str] | None) -> int:

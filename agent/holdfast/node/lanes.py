@@ -9,8 +9,10 @@ says it again if it is still so: nothing is started that was meanwhile taken bac
 
 from __future__ import annotations
 
+import math
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,28 +23,36 @@ import structlog
 from holdfast.plan.actions import Action, StageGeneration, StartInstance
 
 MANY = 128
+STUCK = 30.0  # seconds after which a start waits for something that other starts need not wait for
 
 log = structlog.get_logger("holdfast")
 
 
 @dataclass
 class _Gate:
-    """A limit on one class of actions, and the lanes that wait at it, each with its queue."""
+    """A limit on one class of actions, and the lanes that wait at it, each with its queue.
+
+    running: subject → when it began (monotonic). patience: after that many seconds, an action no longer counts.
+    """
 
     limit: int
-    running: int = 0
+    patience: float = math.inf
+    running: dict[str, float] = field(default_factory=dict)
     lanes: dict[str, deque[Action]] = field(default_factory=dict)
 
     def take(self) -> Action | None:
         """The next action of the lane whose turn it is; that lane goes to the end."""
-        if self.running >= self.limit or not self.lanes:
+        if not self.lanes or len(self.running) >= self.limit + MANY:
+            return None
+        now = time.monotonic()
+        if sum(now - began < self.patience for began in self.running.values()) >= self.limit:
             return None
         lane, queue = next(iter(self.lanes.items()))
         action = queue.popleft()
         del self.lanes[lane]
         if queue:
             self.lanes[lane] = queue
-        self.running += 1
+        self.running[action.subject] = now
         return action
 
     def forget(self) -> list[Action]:
@@ -75,11 +85,11 @@ class Lanes:
         self._done: dict[str, int] = {}  # subject → that count right after it, for what the last plan may not know
         self._closed = False
         self._gates = {
-            "start": _Gate(starts or 2 * (os.cpu_count() or 2)),
+            "start": _Gate(starts or 2 * (os.cpu_count() or 2), STUCK),
             "stage": _Gate(stages),
             "other": _Gate(MANY),
         }
-        self._threads = ThreadPoolExecutor(sum(gate.limit for gate in self._gates.values()), "lane")
+        self._threads = ThreadPoolExecutor(sum(gate.limit + MANY for gate in self._gates.values()), "lane")
 
     def look(self) -> tuple[frozenset[str], int]:
         """The subjects of what is queued or runs, and how many actions are over; ask before reading the host."""
@@ -127,11 +137,11 @@ class Lanes:
     def _run(self, action: Action, gate: _Gate) -> None:
         try:
             self._work(action)
-        except Exception:  # the edge of a lane: the next look finds what came of it
+        except BaseException:  # the edge of a lane: the next look finds what came of it
             log.exception("action broke off", action=action.verb, subject=action.subject)
         finally:
             with self._lock:
-                gate.running -= 1
+                del gate.running[action.subject]
                 self._count += 1
                 self._subjects.discard(action.subject)
                 self._done[action.subject] = self._count

@@ -15,6 +15,7 @@ from functools import partial
 import structlog
 
 from holdfast.errors import HoldfastError, TryAgain, WrongCall, WrongState
+from holdfast.guard import described
 from holdfast.node.images import Collector
 from holdfast.node.lanes import Lanes
 from holdfast.node.newer import NewerWatch
@@ -177,7 +178,7 @@ class Node:
         try:
             store.put_intent(action.subject, {"verb": action.verb, "reason": action.reason})
             detail = perform(self.rig, action, self._spec.blobs, self._revision)
-        except Exception as failure:
+        except BaseException as failure:  # whatever it is, it is remembered and waits for its next try
             error, retry, least, code = _account(failure)
             if not _expected(failure):
                 log.exception("bug", action=action.verb, subject=action.subject)
@@ -273,7 +274,7 @@ def outlived(failures: Iterable[str], plan: Plan, busy: frozenset[str]) -> set[s
     return set(failures) - {action.subject for action in plan.actions} - plan.waiting.keys() - busy
 
 
-def _account(failure: Exception) -> tuple[str, bool, float, int]:
+def _account(failure: BaseException) -> tuple[str, bool, float, int]:
     """A failure in one line, whether trying again can help, the least time (seconds) before that, and its exit code.
 
     What somebody has to do something about comes before what passes by itself; a name that a commit gives, and that
@@ -295,7 +296,7 @@ def _leaves(failure: BaseException) -> list[BaseException]:
 
 
 def _line(cause: BaseException) -> str:
-    text = str(cause) if isinstance(cause, HoldfastError | OSError) else f"{type(cause).__name__}: {cause}"
+    text = str(cause) if isinstance(cause, OSError) else described(cause)
     notes = ", ".join(reversed(getattr(cause, "__notes__", ())))
     return f"{notes}: {text}" if notes else text
 
@@ -304,5 +305,5 @@ def _may_pass(cause: BaseException) -> bool:
     return cause.retry if isinstance(cause, HoldfastError) else True
 
 
-def _expected(failure: Exception) -> bool:
+def _expected(failure: BaseException) -> bool:
     return all(isinstance(cause, HoldfastError) for cause in _leaves(failure))

@@ -27,7 +27,7 @@ from holdfast.observed import (
     Receipt,
     VolumeState,
 )
-from holdfast.plugins import found_by
+from holdfast.plugins import found_by, last_found_by
 from holdfast.runtime import cgroup, netns
 from holdfast.runtime.conmon import Run
 from holdfast.spec.model import digest_of
@@ -68,7 +68,8 @@ def observe(rig: Rig, watches: Watches, *, busy: frozenset[str] = frozenset(), d
 def _things(rig: Rig, *, deep: bool) -> Iterator[Receipt]:
     """Everything on the host that bears the agent's name, as the drivers find it.
 
-    What a driver can't say for now, or was made by one that no plugin offers any more, is taken to be as it was made.
+    What a driver can't say for now is taken to be as it last said, else as it was made; so is what was made by one
+    that no plugin offers any more. An old answer makes nothing missing or an orphan: no action follows from it.
     """
     kinds: tuple[tuple[str, Mapping[str, Driver[Any]]], ...] = (
         ("rootfs", rig.plugins.rootfs),
@@ -78,13 +79,18 @@ def _things(rig: Rig, *, deep: bool) -> Iterator[Receipt]:
         ("firewall", rig.plugins.firewalls),
     )
     for kind, drivers in kinds:
+        silent: dict[str, dict[str, Receipt]] = {}  # driver → id → what it last said
         heard = set()
         for name, driver in drivers.items():
             found = found_by(driver)
-            if found is not None:
+            if found is None:
+                silent[name] = {each.id: each for each in last_found_by(driver) if each.data}
+            else:
                 heard.add(name)
                 yield from found
-        yield from (each for each in rig.store.receipts(kind) if each.driver not in heard)
+        for made in rig.store.receipts(kind):
+            if made.driver not in heard:
+                yield silent.get(made.driver, {}).get(made.id, made)
     yield from netns.observe(rig.host)
     for id in rig.runtime.state() | (rig.runtime.cgroups() if deep else frozenset()):
         yield Receipt("run", rig.runtime.binary.name, id, id)
