@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from holdfast.errors import WrongConfig
-from holdfast.spec.forms import absolute
+from holdfast.spec.forms import absolute, capability
 from holdfast.spec.model import NodeFacts
 from holdfast.spec.policy import RULES
 from holdfast.tables import Checked, Duration, Fault, Short, Size, Table, Text, read_table
@@ -124,6 +124,12 @@ class PolicyTable(Table):
 Percent = Annotated[float, Field(gt=0, le=100)]
 
 
+class DefaultsTable(Table):
+    """What containers get besides, unless they say otherwise."""
+
+    cap_add: list[Annotated[str, Checked(capability, {})]] = []
+
+
 class ImagesTable(Table):
     """Where images come from, and how much of the host they may take."""
 
@@ -169,6 +175,7 @@ class AgentTable(Table):
     limits: LimitsTable = LimitsTable()
     cgroup: CgroupTable = CgroupTable()
     policy: PolicyTable = PolicyTable()
+    defaults: DefaultsTable = DefaultsTable()
     images: ImagesTable = ImagesTable()
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
@@ -218,7 +225,8 @@ class Config:
     name: what every host object of this agent bears. root survives a reboot, run_root does not; both default to
     places of that name. group: who besides root may use the socket, None: nobody.
     start_concurrency: how many containers start at once. cgroup_policy: for containers that name none.
-    env: the variables of the agent's environment that state files may read.
+    env: the variables of the agent's environment that state files may read. default_cap_add: capabilities that
+    containers get besides, unless they drop them.
     """
 
     name: str = "holdfast"
@@ -241,6 +249,7 @@ class Config:
     cgroup_policy: tuple[str, ...] = ("limits",)
     forbid: frozenset[str] = frozenset()
     bind_roots: tuple[str, ...] | None = None
+    default_cap_add: tuple[str, ...] = ()
     images: ImageSettings = ImageSettings()
 
     def facts(self) -> NodeFacts:
@@ -252,6 +261,7 @@ class Config:
             env=self.env,
             forbid=self.forbid,
             bind_roots=self.bind_roots,
+            cap_add=self.default_cap_add,
         )
 
 
@@ -314,6 +324,7 @@ def _config(table: AgentTable, env: Mapping[str, str]) -> Config:
         cgroup_policy=tuple(table.cgroup.policy),
         forbid=frozenset(table.policy.forbid),
         bind_roots=None if roots is None else tuple(roots),
+        default_cap_add=tuple(table.defaults.cap_add),
         images=_images(table.images),
     )
 

@@ -75,7 +75,7 @@ class LimitsPolicy:
         tables: dict[str, Any] = {
             "memory": _memory(resources),
             "cpu": _cpu(resources),
-            "pids": {} if resources.pids is None else {"limit": resources.pids},
+            "pids": {} if resources.pids in (None, -1) else {"limit": resources.pids},
             "blockIO": _block_io(resources, self._numbers),
         }
         settings: dict[str, Any] = {"resources": {name: table for name, table in tables.items() if table}}

@@ -318,9 +318,9 @@ def test_oom_score_is_raised_live(box: Box) -> None:
     assert Path(f"/proc/{run.pid}/oom_score_adj").read_text().strip() == "500"
 
 
-def test_process_has_dockers_capabilities_a_filter_and_no_new_privileges(box: Box) -> None:
+def test_process_has_dockers_capabilities_less_net_raw_a_filter_and_no_new_privileges(box: Box) -> None:
     status = dict(line.split(":\t") for line in box.output("cat", "/proc/self/status").splitlines() if ":\t" in line)
-    assert status["CapBnd"] == "00000000a80425fb"
+    assert status["CapBnd"] == "00000000a80405fb"
     assert (status["Seccomp"], status["NoNewPrivs"]) == ("2", "1")
     status = dict(
         line.split(":\t")

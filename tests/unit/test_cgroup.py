@@ -63,8 +63,13 @@ def test_every_field_becomes_the_setting_of_its_name() -> None:
     }
 
 
-def test_empty_table_sets_nothing() -> None:
-    assert LIMITS.settings(want()) == {"resources": {}}
+def test_empty_table_limits_the_number_of_processes_alone() -> None:
+    assert LIMITS.settings(want()) == {"resources": {"pids": {"limit": 2048}}}
+
+
+@pytest.mark.parametrize("pids", [-1, None])
+def test_number_of_processes_can_be_unlimited(pids: int | None) -> None:
+    assert LIMITS.settings(want(pids=pids)) == {"resources": {}}
 
 
 def test_memory_limit_alone_allows_as_much_swap_again() -> None:
@@ -146,7 +151,7 @@ def test_policies_of_a_table_are_those_it_names() -> None:
 
 def test_what_the_kernel_lacks_is_left_out_with_a_warning() -> None:
     lacking = cgroup.Features(swap=False, io_weight=False)
-    settings = cgroup.compose((LIMITS,), want(memory=MIB, io_weight=100), lacking)
+    settings = cgroup.compose((LIMITS,), want(memory=MIB, io_weight=100, pids=-1), lacking)
     assert settings.resources == {"memory": {"limit": MIB}, "blockIO": {}}
     assert len(settings.warnings) == 2
 

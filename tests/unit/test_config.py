@@ -90,6 +90,14 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
     )
 
 
+def test_capabilities_for_all_containers_are_read_and_checked(tmp_path: Path) -> None:
+    found = load_config(write(tmp_path, 'defaults.cap_add = ["net_raw"]\n'), {})
+    assert found.facts().cap_add == ("CAP_NET_RAW",)
+    assert wrong(tmp_path, 'defaults.cap_add = ["NET_ROW"]\n') == [
+        "1: defaults.cap_add[0]: 'NET_ROW' is not a capability (did you mean 'NET_RAW'?)"
+    ]
+
+
 def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, ""), {}) == replace(Config(), node_name=gethostname())
 

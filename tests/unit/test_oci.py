@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from holdfast.errors import UnfitHost, WrongState
-from holdfast.runtime import binaries, capabilities, conmon, oci, seccomp, users
+from holdfast.runtime import apparmor, binaries, capabilities, conmon, device_access, oci, seccomp, users
 from holdfast.runtime.devices import DeviceNode
 from holdfast.runtime.executables import find_executable
 from holdfast.spec.model import Container, Resources, Ulimit
@@ -92,11 +94,13 @@ def test_stop_signal_is_the_state_files_then_the_images_then_sigterm() -> None:
     assert oci.stop_signal(container(), {}) == "SIGTERM"
 
 
-def test_capabilities_are_dockers_fourteen_unless_asked_otherwise() -> None:
+def test_capabilities_are_dockers_less_net_raw_unless_asked_otherwise() -> None:
     def names(**fields: Any) -> set[str]:
         return set(make(container(**fields)).config["process"]["capabilities"]["bounding"])
 
-    assert len(names()) == 14
+    assert len(names()) == 13
+    assert "CAP_NET_RAW" not in names()
+    assert "CAP_NET_RAW" in names(cap_add=("NET_RAW",))
     assert names(cap_drop=("ALL",), cap_add=("net_bind_service",)) == {"CAP_NET_BIND_SERVICE"}
     assert names(cap_drop=("CHOWN",)) == capabilities.DEFAULT - {"CAP_CHOWN"}
     assert names(cap_add=("ALL",), cap_drop=("SYS_ADMIN",)) == set(capabilities.ALL) - {"CAP_SYS_ADMIN"}
@@ -128,6 +132,20 @@ def test_ordinary_container_has_masks_a_filter_no_new_privileges_and_few_devices
     assert config["linux"]["seccomp"] == {"defaultAction": "x"}
     assert config["process"]["noNewPrivileges"] is True
     assert config["linux"]["resources"]["devices"][0] == {"allow": False, "access": "rwm"}
+
+
+def test_apparmor_profile_is_that_of_the_process_unless_it_is_privileged() -> None:
+    assert make(container(), apparmor="x-default").config["process"]["apparmorProfile"] == "x-default"
+    assert "apparmorProfile" not in make(container()).config["process"]
+    assert "apparmorProfile" not in make(container(privileged=True), apparmor="x-default").config["process"]
+
+
+def test_tun_is_closed_to_whoever_does_not_ask_for_it() -> None:
+    tun = DeviceNode("/dev/net/tun", "c", 10, 200, "rwm")
+    assert not device_access.asked_for(make(container()).config)
+    assert not device_access.asked_for(make(container(), devices=(DeviceNode("/x", "b", 10, 200),)).config)
+    assert device_access.asked_for(make(container(), devices=(tun,)).config)
+    assert device_access.asked_for(make(container(privileged=True)).config)
 
 
 def test_device_is_made_and_allowed_with_its_permissions() -> None:
@@ -243,6 +261,45 @@ def test_seccomp_rules_follow_capabilities_architecture_and_kernel() -> None:
     assert resolved["architectures"] == ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"]
     resolved = seccomp.resolve(source, {"CAP_SYS_ADMIN"}, "amd64", (4, 7))
     assert [entry["names"] for entry in resolved["syscalls"]] == [["read"], ["mount"]]
+
+
+ALLOWED = {"names": ["read", "clone", "clone3", "unshare", "mount", "keyctl", "socket"], "action": "SCMP_ACT_ALLOW"}
+
+
+def hardened(*capabilities: str, arch: str = "amd64") -> dict[str, list[dict[str, Any]]]:
+    """The rules of a profile that allows everything, after hardening, by system call."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for rule in seccomp.harden({"syscalls": [ALLOWED]}, capabilities, arch)["syscalls"]:
+        for name in rule["names"]:
+            found.setdefault(name, []).append(rule)
+    return found
+
+
+def test_seccomp_refuses_namespaces_and_mounts_without_sys_admin() -> None:
+    rules = hardened("CAP_CHOWN", "CAP_AUDIT_WRITE")
+    assert [rules[name][0].get("errnoRet") for name in ("read", "unshare", "mount", "setns", "clone3")] == [
+        *(None, errno.EPERM, errno.EPERM, errno.EPERM, errno.ENOSYS)
+    ]
+    allowed, *refused = rules["clone"]
+    assert allowed["args"] == [{"index": 0, "value": 0x7E020000, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}]
+    assert {rule["args"][0]["value"] for rule in refused} >= {0x10000000, 0x40000000}
+    assert {rule["errnoRet"] for rule in refused} == {errno.EPERM}
+    assert hardened(arch="s390x")["clone"][0]["args"][0]["index"] == 1
+
+
+def test_seccomp_leaves_to_sys_admin_what_it_may_and_the_keyring_to_nobody() -> None:
+    rules = hardened("CAP_SYS_ADMIN", "CAP_AUDIT_WRITE")
+    assert {rules[name][0]["action"] for name in ("clone", "clone3", "unshare", "mount", "bpf")} == {"SCMP_ACT_ALLOW"}
+    assert hardened("CAP_BPF")["bpf"][0]["action"] == "SCMP_ACT_ALLOW"
+    assert rules["keyctl"][0]["errnoRet"] == errno.EPERM
+
+
+@pytest.mark.skipif(binaries.find_program("apparmor_parser") is None, reason="apparmor_parser is not installed")
+def test_apparmor_profile_is_one_that_the_parser_takes() -> None:
+    features = "/etc/apparmor.d/abi/3.0"
+    command = ["apparmor_parser", "--skip-kernel-load", "--skip-cache", "--features-file", features]
+    done = subprocess.run(command, input=apparmor.text("x-default"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_seccomp_profile_that_is_not_there_is_the_states_fault() -> None:

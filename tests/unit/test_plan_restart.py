@@ -58,6 +58,7 @@ OTHERWISE: dict[str, Any] = {
     "sysctls": {"net.core.somaxconn": "1024"},
     "ulimits": {"nofile": Ulimit(soft=1, hard=2)},
     "group_add": ("video",),
+    "apparmor": "unconfined",
     "pull": "always",
     "update_image": UpdateImage(policy="apply"),
     "init": True,

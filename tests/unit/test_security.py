@@ -131,6 +131,25 @@ def test_privileged_is_no_way_around_the_rules_that_it_includes(rule: str) -> No
     assert f"the rule '{rule}'" in str(problem)
 
 
+def test_what_agent_toml_gives_all_containers_breaks_no_rule_and_stays_dropped_where_it_is_dropped() -> None:
+    facts = NodeFacts(name="n", forbid=frozenset({"cap-add"}), cap_add=("CAP_NET_RAW",))
+
+    def added(text: str) -> tuple[str, ...]:
+        spec = load({"a.toml": f"{WEB}{text}".encode()}, facts)
+        assert not spec.problems
+        return spec.apps["a"].containers["web"].cap_add
+
+    assert added("") == ("CAP_NET_RAW",)
+    assert added('cap_drop = ["NET_RAW"]') == added('cap_drop = ["ALL"]') == ()
+
+
+def test_an_apparmor_profile_of_ones_own_is_as_good_as_none() -> None:
+    facts = NodeFacts(name="n", forbid=frozenset({"apparmor-unconfined"}))
+    assert load({"a.toml": WEB.encode()}, facts).problems == ()
+    for text in ('apparmor = "unconfined"', 'apparmor = "mine"', "privileged = true"):
+        assert load({"a.toml": f"{WEB}{text}".encode()}, facts).problems
+
+
 def test_a_seccomp_profile_of_ones_own_is_as_good_as_none() -> None:
     facts = NodeFacts(name="n", forbid=frozenset({"seccomp-unconfined"}))
 

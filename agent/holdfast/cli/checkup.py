@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from holdfast.errors import UnfitHost
-from holdfast.runtime import binaries
+from holdfast.runtime import apparmor, binaries
 
 if TYPE_CHECKING:
     from holdfast.config import Config
@@ -46,6 +46,7 @@ def checkup(config: Config | None) -> Iterator[Check]:
     yield runtime(config.runtime if config else "auto")
     yield from programs()
     yield seccomp()
+    yield from confinement()
     yield overlay()
     yield firewall()
     yield forwarding()
@@ -148,6 +149,17 @@ def seccomp() -> Check:
     if SECCOMP.is_file():
         return Check("seccomp profile", "ok", str(SECCOMP))
     return Check("seccomp profile", "bad", f"no {SECCOMP}", "apt-get install golang-github-containers-common")
+
+
+def confinement() -> Iterator[Check]:
+    """AppArmor, where the kernel has it."""
+    if not apparmor.enabled():
+        return
+    if parser := binaries.find_program("apparmor_parser"):
+        yield Check("AppArmor", "ok", f"on; {parser} loads the profile of the containers")
+    else:
+        told = "on, but without apparmor_parser containers get no profile"
+        yield Check("AppArmor", "warn", told, "apt-get install apparmor")
 
 
 def overlay(known: Path = FILE_SYSTEMS, modules: Path = MODULES) -> Check:

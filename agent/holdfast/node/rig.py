@@ -82,6 +82,11 @@ class Rig:
                 f"mount '{path}': leads to '{meant}', outside the bind_roots of agent.toml's [policy] ({allowed})"
             )
 
+    @property
+    def apparmor_profile(self) -> str:
+        """What the AppArmor profile of this agent's containers is called."""
+        return f"{self.host.name}-default"
+
     def log_path(self, instance: Instance) -> Path:
         """Where a container's output goes, whichever instance writes it."""
         return self.host.root / "logs" / instance.app / f"{instance.container}.log"

@@ -25,7 +25,7 @@ from holdfast.observed import Generation, Instance, InstanceId, Json, Receipt
 from holdfast.plan.actions import StartInstance
 from holdfast.plan.derived import names_of
 from holdfast.plan.diff import folder_files, mounted_files
-from holdfast.runtime import cgroup, names, netns, seccomp, users
+from holdfast.runtime import apparmor, cgroup, device_access, names, netns, seccomp, users
 from holdfast.runtime.devices import device_nodes
 from holdfast.runtime.oci import OciRequest, granted_capabilities, oci_config
 from holdfast.spec.model import App, Container, Mount, Network
@@ -242,9 +242,11 @@ def _write_bundle(rig: Rig, instance: Instance, ground: Ground) -> tuple[dict[st
     settings = cgroup_settings(rig, instance.want)
     request = oci_request(rig, instance, ground.base, settings)
     place = rig.host.instance(instance.id)
+    profile, unconfined = _apparmor(rig, instance.want)
     made = oci_config(
         replace(
             request,
+            apparmor=profile,
             rootfs=ground.rootfs,
             netns=ground.netns,
             mounts=ground.mounts,
@@ -256,7 +258,16 @@ def _write_bundle(rig: Rig, instance: Instance, ground: Ground) -> tuple[dict[st
     config = rig.plugins.adjust_oci_config(instance.app, instance.container, made.config)
     rig.filters.annotate(config)
     (place / "config.json").write_text(json.dumps(config, separators=(",", ":")))
-    return config, (*made.warnings, *settings.warnings)
+    return config, (*made.warnings, *settings.warnings, *filter(None, (unconfined,)))
+
+
+def _apparmor(rig: Rig, want: Container) -> tuple[str, str]:
+    """The AppArmor profile of a container, "" for none, and what is less than meant; the agent's own gets loaded."""
+    if want.privileged or want.apparmor == "unconfined":
+        return "", ""
+    if want.apparmor == "default":
+        return apparmor.ensure(rig.apparmor_profile)
+    return apparmor.require(want.apparmor), ""
 
 
 def oci_request(rig: Rig, instance: Instance, base: Base, settings: cgroup.Settings) -> OciRequest:
@@ -266,6 +277,8 @@ def oci_request(rig: Rig, instance: Instance, base: Base, settings: cgroup.Setti
     """
     want = instance.want
     granted = granted_capabilities(want, limits())
+    if want.apparmor not in ("default", "unconfined"):
+        apparmor.require(want.apparmor)
     return OciRequest(
         want=want,
         image=base.config,
@@ -321,6 +334,8 @@ def _run(rig: Rig, instance: Instance, config: Mapping[str, Any]) -> None:
     run = rig.runtime.create(id, rig.host.instance(id), log, name=key)
     data: dict[str, Any] = {"run": asdict(run), "limits": cgroup.snapshot(rig.runtime.cgroup(id))}
     rig.store.put_receipt(Receipt("run", rig.runtime.binary.name, id, id, data))
+    if not device_access.asked_for(config):
+        device_access.deny(rig.runtime.cgroup(id))
     rig.runtime.start(id, name=key)
     rig.filters.learn(config, rig.runtime.root / id)
 

@@ -10,7 +10,7 @@ from holdfast.errors import HoldfastError, TryAgain
 from holdfast.node.rig import Rig, fallback_receipts
 from holdfast.observed import Exit, Instance, InstanceId, Json, Receipt
 from holdfast.plan.actions import StopInstance
-from holdfast.runtime import netns
+from holdfast.runtime import apparmor, netns
 from holdfast.runtime.oci import stop_signal
 
 AFTER_KILL = 30.0  # seconds: a process in uninterruptible sleep can outlive SIGKILL for a while
@@ -109,6 +109,7 @@ def remove_orphan(rig: Rig, receipt: Receipt) -> None:
 
 
 def sweep(rig: Rig) -> None:
-    """Take the agent's own cgroup off the host once no container is left in it."""
+    """Take the agent's own cgroup and AppArmor profile off the host once no container is left."""
     if not rig.store.instances:
         rig.runtime.remove_parent_cgroup()
+        apparmor.remove(rig.apparmor_profile)

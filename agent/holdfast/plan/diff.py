@@ -67,6 +67,8 @@ def readable(field: str, value: Any) -> str:
     match value:
         case None | () | "":
             return "none"
+        case -1 if field == "pids":
+            return "unlimited"
         case int() if field in SIZES and not isinstance(value, bool):
             return _size(value)
         case bool():

@@ -89,6 +89,7 @@ class OciRequest:
     netns: path of the network namespace, None for the host's. mounts: OCI mounts, as the receipts hold them.
     hosts, resolv_conf, hostname_file: files of the host to bind. cgroup: path relative to each hierarchy's root.
     resources, oom_score_adj: what the cgroup policies made. seccomp: `linux.seccomp`, None for no filter.
+    apparmor: the name of a profile, "" for none.
     init: program to bind as process 1 if the container asks for one. devices: see `runtime.devices`.
     """
 
@@ -106,6 +107,7 @@ class OciRequest:
     oom_score_adj: int | None = None
     user: User = field(default_factory=User)
     seccomp: Json | None = None
+    apparmor: str = ""
     init: Path | None = None
     devices: tuple[DeviceNode, ...] = ()
     limits: HostLimits = field(default_factory=HostLimits)
@@ -198,6 +200,8 @@ def _process(request: OciRequest, names: tuple[str, ...], score: int) -> dict[st
         "noNewPrivileges": want.no_new_privileges and not want.privileged,
         "oomScoreAdj": score,
     }
+    if request.apparmor and not want.privileged:
+        process["apparmorProfile"] = request.apparmor
     if want.ulimits:
         process["rlimits"] = [_rlimit(name, request) for name in sorted(want.ulimits)]
     return process

@@ -1,11 +1,13 @@
 """Seccomp: from a profile in the containers project's format to `linux.seccomp` of one container.
 
 The profile file (seccomp.json(5): rules with `includes` and `excludes`) comes with the host's
-golang-github-containers-common package. Called by the node before it makes a config.json.
+golang-github-containers-common package. It allows what nested containers need; `harden` takes that away again unless
+the container has the capability that Docker's profile asks for. Called by the node before it makes a config.json.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import platform
 import stat
@@ -22,6 +24,40 @@ from holdfast.errors import UnfitHost, WrongState
 ANNOTATION = "run.oci.seccomp_bpf_data"
 LARGEST = 1 << 20  # bytes of a profile
 DEFAULT_PROFILE = Path("/usr/share/containers/seccomp.json")
+
+#: System calls that `harden` allows only with one of these capabilities (Docker's documentation, "Seccomp security
+#: profiles for Docker"). No capability: never.
+_GUARDED: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (
+        ("CAP_SYS_ADMIN",),
+        (
+            *(
+                "fanotify_init",
+                "fsconfig",
+                "fsmount",
+                "fsopen",
+                "fspick",
+                "listmount",
+                "lookup_dcookie",
+                "mount",
+                "mount_setattr",
+                "move_mount",
+                "open_tree",
+            ),
+            *("open_tree_attr", "pivot_root", "quotactl", "quotactl_fd", "setdomainname", "sethostname", "setns"),
+            *("statmount", "umount", "umount2", "unshare"),
+        ),
+    ),
+    (("CAP_SYS_ADMIN", "CAP_BPF"), ("bpf",)),
+    (("CAP_SYS_ADMIN", "CAP_PERFMON"), ("perf_event_open",)),
+    (("CAP_SYS_ADMIN", "CAP_SYSLOG"), ("syslog",)),
+    (("CAP_SYS_PTRACE",), ("kcmp", "pidfd_getfd", "process_madvise")),
+    (("CAP_SYS_NICE",), ("get_mempolicy", "mbind", "set_mempolicy", "set_mempolicy_home_node")),
+    ((), ("add_key", "io_uring_enter", "io_uring_register", "io_uring_setup", "keyctl", "request_key")),
+)
+#: clone(2): CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET.
+_NAMESPACE_FLAGS = (0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)
+_AF_VSOCK, _AF_NETLINK, _NETLINK_AUDIT = 40, 16, 9
 
 _GO_ARCH = {
     "x86_64": "amd64",
@@ -106,7 +142,8 @@ def _cause(error: Exception) -> str:
 def _resolved(path: Path, stamp: int, capabilities: frozenset[str]) -> Mapping[str, Any]:
     kernel = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
     arch = _GO_ARCH.get(platform.machine(), platform.machine())
-    return resolve(json.loads(path.read_bytes()), capabilities, arch, kernel)
+    source = resolve(json.loads(path.read_bytes()), capabilities, arch, kernel)
+    return harden(source, capabilities, arch) if path == DEFAULT_PROFILE else source
 
 
 def resolve(
@@ -122,6 +159,62 @@ def resolve(
     if "defaultErrnoRet" in source:
         result["defaultErrnoRet"] = source["defaultErrnoRet"]
     return result
+
+
+def harden(profile: Mapping[str, Any], capabilities: Collection[str], arch: str) -> dict[str, Any]:
+    """Refuse what Docker's profile refuses to a container with these capabilities; pure.
+
+    profile: as `resolve` made it. clone3 hides its flags behind a pointer, so it does not exist (ENOSYS): the C
+    library then uses clone, whose flags can be looked at.
+    """
+    held = set(capabilities)
+    allowed = [name for needed, names in _GUARDED for name in names if held & set(needed)]
+    refused = [name for needed, names in _GUARDED for name in names if not held & set(needed)]
+    added = [_refuse(refused, errno.EPERM), *_sockets(held)]
+    if allowed:
+        added.append({"names": allowed, "action": "SCMP_ACT_ALLOW"})
+    replaced = {*allowed, *refused, "socket"}
+    if "CAP_SYS_ADMIN" not in held:
+        flags = 1 if arch in ("s390", "s390x") else 0  # which argument has them
+        added += [_allow("clone", (flags, "MASKED_EQ", sum(_NAMESPACE_FLAGS), 0))]
+        added += [_refuse(["clone"], errno.EPERM, (flags, "MASKED_EQ", bit, bit)) for bit in _NAMESPACE_FLAGS]
+        added += [_refuse(["clone3"], errno.ENOSYS)]
+        replaced |= {"clone", "clone3"}
+    kept = [{**rule, "names": names} for rule in profile["syscalls"] if (names := _without(rule["names"], replaced))]
+    return {**profile, "syscalls": [*kept, *added]}
+
+
+def _sockets(held: set[str]) -> list[dict[str, Any]]:
+    """No sockets to the machine below this one (vsock), and to the audit log only with CAP_AUDIT_WRITE."""
+    vsock = _refuse(["socket"], errno.EPERM, (0, "EQ", _AF_VSOCK))
+    if "CAP_AUDIT_WRITE" in held:
+        return [vsock, _allow("socket", (0, "NE", _AF_VSOCK))]
+    return [
+        vsock,
+        _refuse(["socket"], errno.EINVAL, (0, "EQ", _AF_NETLINK), (2, "EQ", _NETLINK_AUDIT)),
+        _allow("socket", (0, "LT", _AF_NETLINK)),
+        _allow("socket", (0, "GT", _AF_VSOCK)),
+        *(_allow("socket", (0, "EQ", family)) for family in range(_AF_NETLINK + 1, _AF_VSOCK)),
+        _allow("socket", (0, "EQ", _AF_NETLINK), (2, "NE", _NETLINK_AUDIT)),
+    ]
+
+
+def _without(names: list[str], taken: set[str]) -> list[str]:
+    return [name for name in names if name not in taken]
+
+
+def _allow(name: str, *args: tuple[int, str, int] | tuple[int, str, int, int]) -> dict[str, Any]:
+    return {"names": [name], "action": "SCMP_ACT_ALLOW", "args": [_compared(*each) for each in args]}
+
+
+def _refuse(names: list[str], code: int, *args: tuple[int, str, int] | tuple[int, str, int, int]) -> dict[str, Any]:
+    rule = {"names": names, "action": "SCMP_ACT_ERRNO", "errnoRet": code}
+    return {**rule, "args": [_compared(*each) for each in args]} if args else rule
+
+
+def _compared(index: int, operation: str, value: int, masked: int = 0) -> dict[str, Any]:
+    """One comparison of an argument; for MASKED_EQ, value is the mask."""
+    return {"index": index, "value": value, "valueTwo": masked, "op": f"SCMP_CMP_{operation}"}
 
 
 def _holds(rule: Mapping[str, Any], capabilities: set[str], arch: str, kernel: tuple[int, ...]) -> bool:

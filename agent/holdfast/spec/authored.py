@@ -269,7 +269,10 @@ class ResourcesTable(Table):
     cpus: Annotated[float | None, Field(gt=0, description="cores")] = None
     cpu_weight: Annotated[int | None, Field(ge=2, le=262144, description="relative, 1024 is normal")] = None
     cpuset: Annotated[Annotated[str, Checked(forms.cpuset, {"examples": ["0-3,6"]})] | None, Field()] = None
-    pids: Annotated[int | None, Field(ge=-1, description="the most processes and threads; -1: no limit")] = None
+    pids: Annotated[
+        Annotated[int, Short(forms.pids, ({"enum": ["max"]},))],
+        Field(ge=-1, description="the most processes and threads; max or -1: no limit"),
+    ] = model.DEFAULT_PIDS
     io_weight: Annotated[int | None, Field(ge=10, le=1000, description="relative, 500 is normal")] = None
     device_read_bps: Annotated[dict[DevicePath, Memory], Field(description="bytes a second")] = {}
     device_write_bps: Annotated[dict[DevicePath, Memory], Field(description="bytes a second")] = {}
@@ -286,7 +289,7 @@ class ResourcesTable(Table):
         if self.memory is not None and self.memory < 1:
             yield "memory", "0 is no memory at all (expected a size; absent: no limit)"
         if self.pids == 0:
-            yield "pids", "0 leaves no process (expected at least 1; absent: no limit)"
+            yield "pids", "0 leaves no process (expected at least 1, or max for no limit)"
         memory, swap, reservation = self.memory, self.memory_swap, self.memory_reservation
         if swap is not None and memory is None:
             yield "memory_swap", "needs a memory limit (expected memory beside it)"
@@ -347,7 +350,7 @@ class ContainerTable(Table):
         "cpuset": "cpuset in [containers.NAME.resources]",
         "pids_limit": "pids in [containers.NAME.resources]",
         "oom_score_adj": "oom_score_adj in [containers.NAME.resources]",
-        "security_opt": "seccomp or no_new_privileges",
+        "security_opt": "seccomp, apparmor or no_new_privileges",
         "pull_policy": "pull",
         "build": 'image = "images.NAME", and [images.NAME]',
         "env": "environment",
@@ -401,6 +404,9 @@ class ContainerTable(Table):
     privileged: Annotated[bool, Field(description="every capability and device of the host")] = False
     no_new_privileges: Annotated[bool, Field(description="setuid programs gain nothing")] = True
     seccomp: Annotated[str, Field(description="default, unconfined, or a profile's absolute path")] = "default"
+    apparmor: Annotated[str, Field(description="default, unconfined, or a profile that the host has loaded")] = (
+        "default"
+    )
     read_only: Annotated[bool, Field(description="the root file system can't be written")] = False
     devices: list[Annotated[DeviceTable, _from(forms.device, DEVICE_FORM)]] = []
     sysctls: Annotated[dict[Annotated[str, Checked(forms.sysctl, {})], Text], Short(forms.pairs, (STRINGS,))] = {}

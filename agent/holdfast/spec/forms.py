@@ -524,3 +524,8 @@ def unusable(address: str, subnet: ipaddress.IPv4Network) -> str:
 def swap(value: Any) -> Any:
     """A size, or -1 for no limit, which `unlimited` says too."""
     return -1 if value in ("unlimited", -1) else size(value)
+
+
+def pids(value: Any) -> Any:
+    """A number of processes, or -1 for no limit, which `max` says too."""
+    return -1 if value == "max" else value

@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict
 
 BUILTIN_NETWORKS = ("none", "host", "bridge")
 
+DEFAULT_PIDS = 2048  # processes and threads of a container that names no limit
+
 OnChange = Literal["restart", "none"] | str  # or a signal's name, as "SIGHUP"
 
 
@@ -116,7 +118,10 @@ class RestartPolicy(Frozen):
 
 
 class Resources(Frozen):
-    """What a container may use; every field is changeable while it runs. None: no limit."""
+    """What a container may use; every field is changeable while it runs. None: no limit.
+
+    pids: -1 is no limit. None stands for it, too, in what an earlier version wrote down.
+    """
 
     memory: int | None = None
     memory_swap: int | None = None
@@ -124,7 +129,7 @@ class Resources(Frozen):
     cpus: float | None = None
     cpu_weight: int | None = None
     cpuset: str | None = None
-    pids: int | None = None
+    pids: int | None = DEFAULT_PIDS
     io_weight: int | None = None
     device_read_bps: dict[str, int] = {}
     device_write_bps: dict[str, int] = {}
@@ -182,6 +187,7 @@ class Container(Frozen):
     privileged: bool = False
     no_new_privileges: bool = True
     seccomp: str = "default"  # default | unconfined | an absolute path of the host
+    apparmor: str = "default"  # default | unconfined | a profile that the host has loaded
     read_only: bool = False
     devices: tuple[Device, ...] = ()
     sysctls: dict[str, str] = {}
@@ -294,7 +300,8 @@ class NodeFacts:
     """What the state language may ask about the node: names for `when`, values for `${…}`, rules for privilege.
 
     forbid: rules of agent.toml's [policy] that a state file may not break, as `spec.policy` names them.
-    bind_roots: where bind mounts may come from; None means anywhere.
+    bind_roots: where bind mounts may come from; None means anywhere. cap_add: capabilities that every container gets
+    besides, unless it drops them.
     """
 
     name: str
@@ -303,6 +310,7 @@ class NodeFacts:
     env: Mapping[str, str] = field(default_factory=dict)
     forbid: frozenset[str] = frozenset()
     bind_roots: tuple[str, ...] | None = None
+    cap_add: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,11 +20,12 @@ RULES: dict[str, tuple[str, Callable[[Container], bool]]] = {
     "bind-mounts": ("volumes", lambda c: any(mount.kind == "bind" for mount in c.mounts)),
     "rootfs": ("rootfs", lambda c: c.rootfs is not None),
     "seccomp-unconfined": ("seccomp", lambda c: c.seccomp != "default"),  # a profile of one's own may allow all
+    "apparmor-unconfined": ("apparmor", lambda c: c.apparmor != "default"),
     "new-privileges": ("no_new_privileges", lambda c: not c.no_new_privileges),
 }
 """Rule → the key of the container that is at fault, and whether the container breaks it."""
 
-IMPLIED = frozenset({"cap-add", "devices", "seccomp-unconfined", "new-privileges"})
+IMPLIED = frozenset({"cap-add", "devices", "seccomp-unconfined", "apparmor-unconfined", "new-privileges"})
 """The rules that a privileged container breaks without naming their keys."""
 
 

@@ -161,6 +161,7 @@ class _Resolver:
             privileged=table.privileged,
             no_new_privileges=table.no_new_privileges,
             seccomp=table.seccomp,
+            apparmor=table.apparmor,
             read_only=table.read_only,
             devices=tuple(
                 model.Device(source=d.source, target=d.target or d.source, permissions=d.permissions)
@@ -188,7 +189,14 @@ class _Resolver:
             self.fault((*at, "image"), wrong)
         for key, message in broken_rules(container, self.facts):
             self.fault((*at, key), message)
-        return container
+        return self.with_defaults(container)
+
+    def with_defaults(self, container: model.Container) -> model.Container:
+        """The container with the capabilities that agent.toml gives all; what it drops stays dropped."""
+        given = tuple(name for name in self.facts.cap_add if not {name, "ALL"} & set(container.cap_drop))
+        if not given:
+            return container
+        return container.model_copy(update={"cap_add": tuple(dict.fromkeys((*container.cap_add, *given)))})
 
     def networks(self, at: KeyPath, table: ContainerTable) -> dict[str, model.Attachment]:
         if table.networks is None:

@@ -1,0 +1,112 @@
+"""AppArmor: the profile of an agent's containers, loaded into the kernel where AppArmor is on.
+
+It denies what the other barriers deny, too: mounts, and writing to /proc and /sys beyond what is a container's own.
+So it counts where one of them has a hole. Called by the node before a start, and when no container is left.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from pathlib import Path
+
+from holdfast.errors import UnfitHost, WrongState
+from holdfast.runtime.binaries import find_program
+
+ENABLED = Path("/sys/module/apparmor/parameters/enabled")
+LOADED = Path("/sys/kernel/security/apparmor/profiles")
+TIMEOUT = 30.0  # seconds
+
+_TEXT = """
+profile {name} flags=(attach_disconnected,mediate_deleted) {{
+  network,
+  capability,
+  file,
+  umount,
+  signal (receive) peer=unconfined,
+  signal (receive) peer={{runc,crun,/usr/bin/runc,/usr/bin/crun,/usr/sbin/runc}},
+  signal (send,receive) peer={name},
+  ptrace (trace,read,tracedby,readby) peer={name},
+
+  deny mount,
+  deny /proc/* w,
+  deny /proc/{{acpi,bus,fs,irq,scsi,sys}}/** w,
+  deny /proc/{{kcore,kmem,mem,sysrq-trigger}} rwklx,
+  deny /sys/[^f]*/** wklx,
+  deny /sys/f[^s]*/** wklx,
+  deny /sys/fs/[^c]*/** wklx,
+  deny /sys/fs/c[^g]*/** wklx,
+  deny /sys/firmware/** rwklx,
+  deny /sys/kernel/security/** rwklx,
+}}
+"""
+
+_lock = threading.Lock()
+
+
+def enabled() -> bool:
+    """Whether the kernel asks AppArmor."""
+    try:
+        return ENABLED.read_text().startswith("Y")
+    except OSError:
+        return False
+
+
+def text(name: str) -> str:
+    """The profile in apparmor.d(5)'s language."""
+    return _TEXT.format(name=name)
+
+
+def loaded() -> frozenset[str]:
+    """The profiles that the kernel has."""
+    try:
+        lines = LOADED.read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(line.rpartition(" (")[0] for line in lines)
+
+
+def ensure(name: str) -> tuple[str, str]:
+    """Have a profile loaded. Return its name, "" where there is none to apply, and a warning, "" if there is none."""
+    if not enabled():
+        return "", ""
+    with _lock:
+        if name in loaded():
+            return name, ""
+        parser = find_program("apparmor_parser")
+        if parser is None:
+            return "", "AppArmor does not confine it: apparmor_parser is not installed (apt-get install apparmor)"
+        _parse(parser, "--replace", name)
+        return name, ""
+
+
+def require(name: str) -> str:
+    """The name of a profile that the host has loaded; WrongState if it has not."""
+    if not enabled():
+        raise WrongState(f"apparmor '{name}': AppArmor is off on this host (default or unconfined)")
+    if name not in loaded():
+        raise WrongState(f"apparmor '{name}': no such profile is loaded (apparmor_parser -r FILE)")
+    return name
+
+
+def remove(name: str) -> None:
+    """Take a profile out of the kernel; succeeds where it is not there."""
+    with _lock:
+        if enabled() and name in loaded() and (parser := find_program("apparmor_parser")):
+            _parse(parser, "--remove", name)
+
+
+def _parse(parser: Path, option: str, name: str) -> None:
+    try:
+        done = subprocess.run(
+            [parser, option, "--skip-cache"],
+            input=text(name),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UnfitHost(f"load of AppArmor profile '{name}': {error}") from error
+    if done.returncode:
+        raise UnfitHost(f"load of AppArmor profile '{name}': {' '.join(done.stderr.split()) or 'no reason given'}")
