@@ -79,7 +79,7 @@ def test_network_that_others_have_is_refused_by_name(lab: Lab) -> None:
 
 
 def test_option_that_the_bridge_does_not_know_is_refused(lab: Lab) -> None:
-    with pytest.raises(WrongState, match=r"driver_opts 'mtuu': unknown to driver 'bridge' \(mtu\)"):
+    with pytest.raises(WrongState, match=r"driver_opts 'mtuu': unknown to driver 'bridge' \(mtu, port_security\)"):
         lab.network.check(NetworkWant(id="shop/front", driver_opts={"mtuu": "1400"}))
 
 

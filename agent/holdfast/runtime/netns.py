@@ -28,6 +28,10 @@ MNT_DETACH, UMOUNT_NOFOLLOW = 0x2, 0x8
 SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1
 
 FOLDER = Path("/run/netns")
+REDIRECTS = tuple(
+    Path("/proc/sys/net", setting, "accept_redirects")
+    for setting in ("ipv4/conf/all", "ipv4/conf/default", "ipv6/conf/all", "ipv6/conf/default")
+)
 MARK = "netns-shared"
 BUSY_TRIES = 200
 
@@ -100,6 +104,7 @@ def _make(path: Path) -> None:
         try:
             _check(_libc.unshare(CLONE_NEWNET), "unshare the network of", path)
             _raise_loopback()
+            _refuse_redirects()
             _check(_libc.mount(b"/proc/thread-self/ns/net", bytes(path), b"none", MS_BIND, None), "bind", path)
         except OSError as error:
             path.unlink(missing_ok=True)
@@ -115,6 +120,13 @@ def _make(path: Path) -> None:
 def _raise_loopback() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
+
+
+def _refuse_redirects() -> None:
+    """Let no neighbour change the routes of a container, on whichever links a driver gives it."""
+    for setting in REDIRECTS:
+        with contextlib.suppress(FileNotFoundError):  # no IPv6
+            setting.write_text("0")
 
 
 def _claim(host: Host, path: Path) -> None:

@@ -13,28 +13,33 @@ import errno
 import os
 import threading
 from collections.abc import Iterable
+from contextlib import ExitStack
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from holdfast.drivers import EndpointWant, Host, NetworkWant
 from holdfast.errors import Conflict, HoldfastError, NotPermitted, TryAgain, UnfitHost, WrongState
 from holdfast.observed import Receipt
-from holdfast_plugins.network import messages
+from holdfast_plugins.network import ingress, messages, sysctls
 from holdfast_plugins.network.addresses import Ledger, first_free, parse_address, parse_subnet
 from holdfast_plugins.network.netlink import Link, Sockets, open_in
 
 NETWORK, ENDPOINT, GONE = "holdfast:network:", "holdfast:endpoint:", "holdfast:gone:"
-OPTIONS = ("mtu",)
+OPTIONS = ("mtu", "port_security")
 MTU = range(68, 65536)
 DEFAULT_MTU = 1500
 BRIDGE_PORTS = 1023
+NO_GUARDS = "containers may send with addresses that are not theirs (a kernel with sch_ingress and cls_bpf)"
 IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 
 _sockets = Sockets()
 
 
 class BridgeNetwork:
-    """One Linux bridge with the gateway's address on it for each network. Options: mtu (bytes)."""
+    """One Linux bridge with the gateway's address on it for each network.
+
+    Options: mtu (bytes); port_security ("off" lets containers send with addresses and MACs that are not theirs).
+    """
 
     name = "bridge"
 
@@ -42,17 +47,19 @@ class BridgeNetwork:
         self.ledger = Ledger(host.root)
         self._host = host
         self._choosing = threading.Lock()
+        self._closed: set[int] = set()  # bridges that are known to believe nothing that containers announce
 
     def check(self, want: NetworkWant) -> None:
         """Raise WrongState for options and addresses that can't be, Conflict for a subnet that is in use."""
         _mtu(want)
+        _secured(want)
         subnet = self._asked(want) or self.ledger.subnet(want.id) or self._choose(want)
         _gateway(want, subnet)
         self._refuse_overlap(want.id, subnet)
 
     def ensure(self, want: NetworkWant) -> Receipt:
         """Have the bridge up with its address; turn on ip_forward when the network leads out of the host."""
-        mtu = _mtu(want)
+        mtu, secured = _mtu(want), _secured(want)
         name = self._host.link("bridge", want.id)
         with self._choosing:
             subnet = self._asked(want) or self.ledger.subnet(want.id) or self._choose(want)
@@ -77,6 +84,8 @@ class BridgeNetwork:
             "internal": want.internal,
             "mtu": mtu,
         }
+        if not secured:
+            data["port_security"] = "off"
         if self.ledger.noted_forwarding(want.id):
             data["enabled"] = "net.ipv4.ip_forward"
         return Receipt("network", self.name, want.id, data=data)
@@ -97,9 +106,15 @@ class BridgeNetwork:
 
     def _observed(self, link: Link, subnet: IPv4Network | None) -> Receipt:
         id = link.alias.removeprefix(NETWORK)
-        healthy = link.up and subnet is not None and subnet == self.ledger.subnet(id)
+        healthy = link.up and subnet is not None and subnet == self.ledger.subnet(id) and self._is_closed(link)
         data = {"interface": link.name, "subnet": str(subnet)} if healthy else {}
         return Receipt("network", self.name, id, data=data)
+
+    def _is_closed(self, link: Link) -> bool:
+        """Whether the bridge has the settings that `_bring_up` gives it; looked at once for each bridge."""
+        if link.index not in self._closed and not sysctls.differs(link.name, sysctls.GATEWAY):
+            self._closed.add(link.index)
+        return link.index in self._closed
 
     def _asked(self, want: NetworkWant) -> IPv4Network | None:
         return parse_subnet(want.id, want.subnet) if want.subnet else None
@@ -141,22 +156,29 @@ class BridgeNetwork:
             host.request(messages.new_bridge(name, _mac(gateway), mtu), messages.name_link(name, NETWORK + id))
             link = host.link(name)
             assert link is not None, name
+        sysctls.write(name, sysctls.GATEWAY)
         wanted = [messages.address(link.index, str(gateway), subnet.prefixlen, str(subnet.broadcast_address))]
         if link.mtu != mtu:
             wanted.append(messages.link_mtu(name, mtu))
         host.request(*wanted, messages.link_up(name))
         # Replies to 127.0.0.1 come back through the bridge; our table drops anything else for 127/8 that does.
-        _write_sysctl(Path(f"/proc/sys/net/ipv4/conf/{name}/route_localnet"), "1")
+        sysctls.write(name, {"ipv4/route_localnet": "1"})
+        self._closed.add(link.index)
 
 
 class BridgeEndpoint:
-    """A veth pair: one end in the instance's namespace, the other one a port of the bridge."""
+    """A veth pair: one end in the instance's namespace, the other one a guarded port of the bridge (`ingress`).
+
+    The guard is there before the port is attached and up. Where the kernel has no way to do so, `unguarded` says it.
+    """
 
     name = "bridge"
 
     def __init__(self, host: Host, ledger: Ledger) -> None:
         self._host = host
         self._ledger = ledger
+        self._guards: dict[int, bytes] = {}  # index of a port → the program that it has, b"" if only that it has one
+        self.unguarded = ""
 
     def check(self, want: EndpointWant) -> None:
         """Raise WrongState for an address that can't be, Conflict for one that is another instance's."""
@@ -177,7 +199,7 @@ class BridgeEndpoint:
         mac = (want.mac_address or _mac(IPv4Address(address))).lower()
         name = self._host.link("endpoint", f"{want.instance}/{want.network.id}")
         try:
-            self._join(want, name, mac)
+            self._join(want, name, mac, address)
             self._number(want, name, mac, address, subnet, gateway)
         except OSError as error:
             raise _explained(error, f"attach '{want.instance}' to network '{want.network.id}'") from error
@@ -186,9 +208,10 @@ class BridgeEndpoint:
 
     def observe(self) -> Iterable[Receipt]:
         """List our ends of pairs; data is empty for one that is down or not attached to a bridge."""
-        return [
-            _observed_endpoint(link) for link in _our_links(self._host, "veth") if link.alias.startswith(ENDPOINT)
-        ]
+        links = [link for link in _our_links(self._host, "veth") if link.alias.startswith(ENDPOINT)]
+        if any(link.index not in self._guards for link in links):  # made by an agent before this one
+            self._learn_guards()
+        return [_observed_endpoint(link, guarded=self._is_guarded(link)) for link in links]
 
     def remove(self, receipt: Receipt) -> None:
         """Give the address back and take the pair away.
@@ -202,44 +225,79 @@ class BridgeEndpoint:
         link = _sockets.host.link(self._host.link("endpoint", receipt.id))
         if link is None or link.alias not in (ENDPOINT + receipt.id, GONE + receipt.id):
             return
+        self._guards.pop(link.index, None)
         if self._host.netns(instance).exists():
             _abandon(link, receipt.id)
         else:
             _delete(link, f"detach '{instance}' from network '{network}'")
 
-    def _join(self, want: EndpointWant, name: str, mac: str) -> None:
-        """Have the pair, its end on the host up and attached to the bridge."""
+    def _join(self, want: EndpointWant, name: str, mac: str, address: str) -> None:
+        """Have the pair, its end on the host guarded, attached to the bridge and up."""
 
         id = f"{want.instance}/{want.network.id}"
         bridge = _sockets.host.link(want.network.data["interface"])
         if bridge is None:
             raise TryAgain(f"attach '{want.instance}' to network '{want.network.id}': its bridge is gone for now")
         link = _own_link(name, ENDPOINT + id, GONE + id)
-        if link is not None and link.up and link.master == bridge.index and link.alias == ENDPOINT + id:
-            return
-        wanted = [messages.name_link(name, ENDPOINT + id, bridge.index), messages.port_up(name)]
         if link is not None and link.alias == GONE + id:
             _delete(link, f"replace '{name}'")
             link = None
-        if link is not None:
-            _sockets.host.request(*wanted)
+        if link is None:
+            with want.netns.open("rb") as netns:
+                pair = messages.new_veth(name, bridge.mtu, want.interface, mac, netns.fileno())
+                _sockets.host.request(pair, messages.name_link(name, ENDPOINT + id))
+            link = _sockets.host.link(name)
+            if link is None:
+                raise OSError(errno.ENODEV, f"link '{name}' is gone")
+        sysctls.write(name, sysctls.NO_IPV6)
+        self._guard(link, want, mac, address)
+        if not link.up or link.master != bridge.index:
+            _sockets.host.request(messages.name_link(name, ENDPOINT + id, bridge.index), messages.port_up(name))
+
+    def _guard(self, link: Link, want: EndpointWant, mac: str, address: str) -> None:
+        """Let the port pass only what the instance sends as itself."""
+        if want.network.data.get("port_security") == "off":
+            program = ingress.loopback_program(ingress.ETHERNET)
+        else:
+            program = ingress.endpoint_program(mac, IPv4Address(address))
+        if self._guards.get(link.index) == program or self.unguarded:
             return
-        with want.netns.open("rb") as netns:
-            pair = messages.new_veth(name, bridge.mtu, want.interface, mac, netns.fileno())
-            _sockets.host.request(pair, *wanted)
+        try:
+            _sockets.host.request(*ingress.guard(link.index, program))
+        except OSError as error:
+            if error.errno not in ingress.UNSUPPORTED:
+                raise
+            self.unguarded = NO_GUARDS
+        self._guards[link.index] = program
+
+    def _learn_guards(self) -> None:
+        try:
+            self._guards = dict.fromkeys(_sockets.host.guarded(), b"") | self._guards
+        except OSError as error:
+            if error.errno not in ingress.UNSUPPORTED:
+                raise
+            self.unguarded = NO_GUARDS
+
+    def _is_guarded(self, link: Link) -> bool:
+        return bool(self.unguarded) or link.index in self._guards
 
     def _number(
         self, want: EndpointWant, name: str, mac: str, address: str, subnet: IPv4Network, gateway: str
     ) -> None:
         """Have address and route inside the namespace; a pair whose inner end is elsewhere is made anew."""
 
-        with open_in(want.netns) as inside:
+        def close() -> None:
+            sysctls.write(want.interface, sysctls.INSIDE)
+
+        with ExitStack() as stack:
+            inside = stack.enter_context(open_in(want.netns, close))
             link = inside.link(want.interface)
             if link is None:
                 stray = _sockets.host.link(name)
                 if stray is not None:
                     _delete(stray, f"replace '{name}'")
-                self._join(want, name, mac)
+                self._join(want, name, mac, address)
+                inside = stack.enter_context(open_in(want.netns, close))
                 link = inside.link(want.interface)
             if link is None:
                 raise OSError(errno.ENODEV, f"no '{want.interface}' in its namespace")
@@ -252,9 +310,9 @@ class BridgeEndpoint:
             inside.request(*wanted)
 
 
-def _observed_endpoint(link: Link) -> Receipt:
+def _observed_endpoint(link: Link, *, guarded: bool) -> Receipt:
     id = link.alias.removeprefix(ENDPOINT)
-    data = {"host_interface": link.name} if link.up and link.master else {}
+    data = {"host_interface": link.name} if link.up and link.master and guarded else {}
     return Receipt("endpoint", "bridge", id, id.partition("/")[0], data)
 
 
@@ -301,11 +359,21 @@ def _mtu(want: NetworkWant) -> int:
     """Read the options; raise WrongState for one that is unknown or out of range."""
     for option in want.driver_opts:
         if option not in OPTIONS:
-            raise WrongState(f"network '{want.id}': driver_opts '{option}': unknown to driver 'bridge' (mtu)")
+            raise WrongState(
+                f"network '{want.id}': driver_opts '{option}': unknown to driver 'bridge' ({', '.join(OPTIONS)})"
+            )
     text = want.driver_opts.get("mtu", str(DEFAULT_MTU))
     if not text.isdecimal() or int(text) not in MTU:
         raise WrongState(f"network '{want.id}': mtu '{text}': not a size in bytes ({MTU.start} to {MTU.stop - 1})")
     return int(text)
+
+
+def _secured(want: NetworkWant) -> bool:
+    """Whether containers may send as themselves only; raise WrongState for a value that is unknown."""
+    text = want.driver_opts.get("port_security", "on")
+    if text not in ("on", "off"):
+        raise WrongState(f"network '{want.id}': port_security '{text}': unknown (on, off)")
+    return text == "on"
 
 
 def _gateway(want: NetworkWant, subnet: IPv4Network) -> IPv4Address:
@@ -327,15 +395,11 @@ def _enable_forwarding() -> bool:
     """Let the host forward IPv4; return whether it did not before."""
     if IP_FORWARD.read_text().strip() == "1":
         return False
-    _write_sysctl(IP_FORWARD, "1")
-    return True
-
-
-def _write_sysctl(path: Path, value: str) -> None:
     try:
-        path.write_text(value)
+        IP_FORWARD.write_text("1")
     except OSError as error:
-        raise UnfitHost(f"write '{path}': {(error.strerror or str(error)).lower()}") from error
+        raise UnfitHost(f"write '{IP_FORWARD}': {(error.strerror or str(error)).lower()}") from error
+    return True
 
 
 def _explained(error: OSError, operation: str) -> HoldfastError:

@@ -26,8 +26,11 @@ Attributes = list[tuple[str, Any]]
 
 
 def new_bridge(name: str, mac: str, mtu: int | None) -> bytes:
-    """Make a bridge, down. Its own MAC, so that it does not take its ports' and change as they come and go."""
-    settings: Attributes = [("IFLA_BR_STP_STATE", 0), ("IFLA_BR_FORWARD_DELAY", 0)]
+    """Make a bridge, down. Its own MAC, so that it does not take its ports' and change as they come and go.
+
+    No multicast snooping: a container's IGMP query would steer multicast away from its neighbours.
+    """
+    settings: Attributes = [("IFLA_BR_STP_STATE", 0), ("IFLA_BR_FORWARD_DELAY", 0), ("IFLA_BR_MCAST_SNOOPING", 0)]
     attributes: Attributes = [("IFLA_IFNAME", name), ("IFLA_ADDRESS", mac), _kind("bridge", settings)]
     if mtu is not None:
         attributes.append(("IFLA_MTU", mtu))

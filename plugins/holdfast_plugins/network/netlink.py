@@ -12,7 +12,7 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -23,11 +23,11 @@ CLONE_NEWNET = 0x40000000
 SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_GET_STRICT_CHK = 270, 10, 12
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
-RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE = 18, 22, 26
+RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE, RTM_GETQDISC = 18, 22, 26, 38
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_IFALIAS, IFLA_EXT_MASK = 1, 3, 4, 10, 20, 29
 IFLA_LINKINFO, IFLA_INFO_KIND = 18, 1
 OF_A_LINK = frozenset((IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_IFALIAS))
-IFA_LOCAL, RTA_DST, RTA_OIF = 2, 1, 4
+IFA_LOCAL, RTA_DST, RTA_OIF, TCA_KIND = 2, 1, 4, 1
 SKIP_STATS = 1 << 3  # RTEXT_FILTER_SKIP_STATS: half of a link's reply is counters
 IFF_UP = 0x1
 
@@ -117,6 +117,15 @@ class Netlink:
                 found.append((index, IPv4Network((IPv4Address(local), prefix), strict=False)))
         return found
 
+    def guarded(self) -> frozenset[int]:
+        """The links that have a clsact qdisc, where programs judge what comes in (`ingress`)."""
+        answers = self._dump(RTM_GETQDISC, struct.pack("=BxxxiIII", socket.AF_UNSPEC, 0, 0, 0, 0))
+        return frozenset(
+            struct.unpack_from("=i", body, 4)[0]
+            for body in answers
+            if dict(_attributes(body, 20)).get(TCA_KIND) == b"clsact\0"
+        )
+
     def routes(self) -> list[tuple[int, IPv4Network]]:
         """List (index of the link, destination) of every IPv4 route but default ones; 0 where no link is named."""
         found = []
@@ -181,21 +190,22 @@ class Sockets(threading.local):
         return self._netlink
 
 
-def open_in(netns: Path) -> Netlink:
-    """Open a socket in another network namespace. Raises OSError.
+def open_in(netns: Path, before: Callable[[], None] = lambda: None) -> Netlink:
+    """Open a socket in another network namespace. Raises OSError, and what before() raises, which is called there.
 
     A thread enters it, opens the socket and ends there; the socket stays in that namespace, the caller in its own.
     """
     opened: list[Netlink] = []
-    failed: list[OSError] = []
+    failed: list[Exception] = []
 
     def work() -> None:
         try:
             with open(netns, "rb") as file:  # noqa: PTH123 - its descriptor is all we want
                 if _libc.setns(file.fileno(), CLONE_NEWNET) != 0:
                     raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(netns))
+            before()
             opened.append(Netlink())
-        except OSError as error:
+        except Exception as error:  # raised again by the caller's thread
             failed.append(error)
 
     thread = threading.Thread(target=work, name=f"enter {netns.name}")

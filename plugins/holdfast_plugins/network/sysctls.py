@@ -1,0 +1,56 @@
+"""The settings of one link under /proc/sys/net, in the network namespace of the calling thread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from holdfast.errors import UnfitHost
+
+NET = Path("/proc/sys/net")
+
+NO_IPV6 = {
+    "ipv6/disable_ipv6": "1",
+    "ipv6/accept_ra": "0",  # these hold when somebody turns IPv6 on later
+    "ipv6/autoconf": "0",
+    "ipv6/accept_redirects": "0",
+}
+"""No IPv6: nobody's advertisement makes its sender our router."""
+
+GATEWAY = {
+    **NO_IPV6,
+    "ipv4/accept_redirects": "0",
+    "ipv4/send_redirects": "0",
+    "ipv4/accept_source_route": "0",
+    "ipv4/rp_filter": "1",
+}
+"""What the host believes of what containers send to it: no routes, and no addresses that are elsewhere."""
+
+INSIDE = {**NO_IPV6, "ipv4/accept_redirects": "0"}
+"""The same for a container's own link; it is applied before the link is up."""
+
+
+def write(link: str, settings: Mapping[str, str]) -> None:
+    """Write settings of a link, in their order, leaving out those that the kernel lacks. Raises UnfitHost."""
+    for name, value in settings.items():
+        family, _, setting = name.partition("/")
+        path = NET / family / "conf" / link / setting
+        try:
+            with open(path, "w") as file:  # noqa: PTH123 - on the way of every start
+                file.write(value)
+        except FileNotFoundError:  # no IPv6; or no such link, which the next request for it tells
+            continue
+        except OSError as error:
+            raise UnfitHost(f"write '{path}': {(error.strerror or str(error)).lower()}") from error
+
+
+def differs(link: str, settings: Mapping[str, str]) -> bool:
+    """Whether a link has other settings than these; one that is gone has none."""
+    for name, value in settings.items():
+        family, _, setting = name.partition("/")
+        try:
+            if (NET / family / "conf" / link / setting).read_text().strip() != value:
+                return True
+        except OSError:
+            continue
+    return False
