@@ -39,6 +39,7 @@ __all__ = [
     "remove_tree",
 ]
 
+COMPLETE_CONTENT = ".holdfast-complete"  # a directory in a volume: its entries are moved up before the next start
 BASE36 = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -89,14 +90,18 @@ class RootfsWant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeWant:
-    """A named volume. seed: a directory of the image whose content a new volume starts with (None: empty).
+    """A named volume. A new one is empty: the core fills it from the image, once, and before anything runs on it.
 
     Receipt: kind "volume", id = `app/name`, owner "", data["path"] = the directory to mount.
     """
 
     id: str
     driver_opts: Mapping[str, str] = field(default_factory=dict)
-    seed: Path | None = None
+
+    @property
+    def seed(self) -> None:
+        """None: what a driver written for an earlier version would have filled a volume from."""
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

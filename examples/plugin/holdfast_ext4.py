@@ -58,7 +58,7 @@ class Ext4Volume:
             raise WrongState(f"volume {want.id!r}: has {there} bytes and can't shrink to {size} (give a larger size)")
 
     def ensure(self, want: VolumeWant) -> Receipt:
-        """Format, mount, fill or grow it, whichever is missing."""
+        """Format, mount or grow it, whichever is missing."""
         self.check(want)
         folder, size = self._folder(want.id), _size(want)
         image, mounted = folder / "image", folder / "mnt"
@@ -70,8 +70,6 @@ class Ext4Volume:
         _grow(image, mounted, size)
         if not mounted.is_mount():
             _run("mount", "-o", "loop,noatime", str(image), str(mounted))
-        if want.seed is not None and not any(mounted.iterdir()):
-            shutil.copytree(want.seed, mounted, symlinks=True, dirs_exist_ok=True)
         return self._receipt(want.id)
 
     def observe(self) -> Iterable[Receipt]:

@@ -61,11 +61,8 @@ class TestManagedVolume(DriverConformance):
         return VolumeWant(id="shop/data")
 
     @pytest.fixture
-    def another_want(self, host: Host) -> VolumeWant:
-        seed = host.root / "seed"
-        seed.mkdir()
-        (seed / "file").write_text("content")
-        return VolumeWant(id="shop/seeded", seed=seed)
+    def another_want(self) -> VolumeWant:
+        return VolumeWant(id="shop/cache")
 
 
 class TestBindMount(DriverConformance):
@@ -206,65 +203,6 @@ def test_the_kernels_own_words_reach_the_error(host: Host) -> None:
             nested.ensure(RootfsWant(instance="x", layers=layers))
     finally:
         driver.remove(receipt)
-
-
-def make_seed(root: Path) -> Path:
-    seed = root / "image/data"
-    (seed / "private").mkdir(parents=True)
-    (seed / "private").chmod(0o700)
-    (seed / "private/key").write_text("secret")
-    (seed / "program").write_text("#!/bin/sh\n")
-    os.chown(seed / "program", 12, 34)
-    (seed / "program").chmod(0o4755)
-    os.setxattr(seed / "program", "user.note", b"kept")
-    (seed / "twin").hardlink_to(seed / "program")
-    (seed / "link").symlink_to("/etc/passwd")
-    os.mkfifo(seed / "pipe")
-    os.utime(seed / "program", (1000, 2000))
-    os.chown(seed, 56, 78)
-    seed.chmod(0o750)
-    return seed
-
-
-def test_a_new_volume_is_filled_from_the_image_down_to_the_last_attribute(host: Host) -> None:
-    data = Path(ManagedVolume(host).ensure(VolumeWant(id="a/v", seed=make_seed(host.root))).data["path"])
-    program = (data / "program").stat()
-    assert (program.st_uid, program.st_gid, stat.S_IMODE(program.st_mode), program.st_mtime) == (12, 34, 0o4755, 2000)
-    assert program.st_ino == (data / "twin").stat().st_ino
-    assert os.getxattr(data / "program", "user.note") == b"kept"
-    assert (data / "link").readlink() == Path("/etc/passwd")
-    assert (data / "pipe").is_fifo()
-    assert stat.S_IMODE((data / "private").stat().st_mode) == 0o700
-    assert (data.stat().st_uid, data.stat().st_gid, stat.S_IMODE(data.stat().st_mode)) == (56, 78, 0o750)
-
-
-def test_an_empty_volume_is_filled_in_place_and_a_used_one_is_left_alone(host: Host) -> None:
-    driver = ManagedVolume(host)
-    want = VolumeWant(id="a/v", seed=make_seed(host.root))
-    data = Path(driver.ensure(VolumeWant(id="a/v")).data["path"])
-    inode = data.stat().st_ino
-    driver.ensure(want)
-    assert data.stat().st_ino == inode
-    (data / "program").write_text("mine")
-    (data / "pipe").unlink()
-    driver.ensure(want)
-    assert (data / "program").read_text() == "mine"
-    assert not (data / "pipe").exists()
-
-
-@pytest.mark.parametrize("complete", [False, True])
-def test_filling_that_was_cut_off_is_finished_the_next_time(host: Host, complete: bool) -> None:
-    driver = ManagedVolume(host)
-    seed = make_seed(host.root)
-    data = Path(driver.ensure(VolumeWant(id="a/v")).data["path"])
-    left = data.parent / (".seeded" if complete else ".seed")
-    left.mkdir()
-    (left / "late").write_text("moved in")
-    (data / "early").write_text("there") if complete else None
-    driver.ensure(VolumeWant(id="a/v", seed=seed))
-    names = {path.name for path in data.iterdir()}
-    assert names == ({"early", "late"} if complete else {path.name for path in seed.iterdir()})
-    assert [path.name for path in data.parent.iterdir()] == ["_data"]
 
 
 def test_deletion_that_was_cut_off_is_no_volume_and_is_finished_later(host: Host) -> None:

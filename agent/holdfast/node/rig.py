@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +34,29 @@ ROOTFS = "rootfs:"  # how an image digest starts that is a directory of the host
 BARE = frozenset({"none", "host"})  # networks that are not made: loopback alone, and the host's own
 
 
+class Locks:
+    """A lock for each name that is asked for."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._held: dict[str, tuple[threading.Lock, int]] = {}  # name → its lock, and how many hold or await it
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Hold the lock of one name. It is not reentrant."""
+        with self._guard:
+            lock, users = self._held.get(name, (threading.Lock(), 0))
+            self._held[name] = lock, users + 1
+        try:
+            with lock:
+                yield
+        finally:
+            with self._guard:
+                _, users = self._held.pop(name)
+                if users > 1:
+                    self._held[name] = lock, users - 1
+
+
 @dataclass(slots=True)
 class Rig:
     """One per agent; shared by its threads. pages: who is called what on each network, as the last pass saw it.
@@ -56,6 +80,7 @@ class Rig:
     filters: Filters = field(default_factory=Filters)
     transfers: Transfers = field(default_factory=Transfers)
     notes: bool = True
+    volume_locks: Locks = field(default_factory=Locks)
 
     def base(self, digest: str) -> Base:
         """What a container's root file system starts from. Raises NotFound if it is not there any more."""

@@ -17,7 +17,8 @@ from holdfast.drivers import MountWant, RootfsWant
 from holdfast.errors import NotFound, TryAgain, UnfitHost
 from holdfast.images.references import parse
 from holdfast.node.rig import BARE, ROOTFS, Base, Rig, network_of, volume_of
-from holdfast.node.start import cgroup_settings, content_of, network_want, oci_request, volume_want
+from holdfast.node.start import cgroup_settings, content_of, network_want, oci_request
+from holdfast.node.volumes import volume_want
 from holdfast.observed import Generation, Instance, InstanceId, Json
 from holdfast.plan.actions import StageGeneration
 from holdfast.plan.diff import folder_files
@@ -211,8 +212,8 @@ def _check_container(rig: Rig, app: App, name: str, image: str, checks: _Checks)
     for mount in want.mounts:
         with checks.of(f"{app.name}/{name}"):
             if mount.kind == "volume":
-                driver_name = volume_of(rig, app, mount.source).driver
-                rig.plugins.check_volume(driver_name, volume_want(rig, app, mount.source))
+                spec = volume_of(rig, app, mount.source)
+                rig.plugins.check_volume(spec.driver, volume_want(mount.source, spec))
             else:
                 if mount.kind == "bind":
                     rig.check_bind(mount.source)

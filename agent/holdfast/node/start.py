@@ -16,11 +16,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from holdfast.drivers import CgroupWant, EndpointWant, MountWant, NetworkWant, RootfsWant, VolumeWant
+from holdfast.drivers import CgroupWant, EndpointWant, MountWant, NetworkWant, RootfsWant
 from holdfast.errors import TryAgain
 from holdfast.images.lookup import find
-from holdfast.node.rig import BARE, Base, Rig, init_program, limits, volume_of
+from holdfast.node.rig import BARE, Base, Rig, init_program, limits
 from holdfast.node.stop import remove_instance
+from holdfast.node.volumes import ensure_volume
 from holdfast.observed import Generation, Instance, InstanceId, Json, Receipt
 from holdfast.plan.actions import StartInstance
 from holdfast.plan.derived import names_of
@@ -177,10 +178,8 @@ def attach_again(rig: Rig, instance: Instance) -> None:
 def _mount(rig: Rig, instance: Instance, app: App, mount: Mount, rootfs: Path) -> Json:
     """Have one mount's source ready and say how to mount it, as the OCI runtime spec does."""
     if mount.kind == "volume":
-        driver = volume_of(rig, app, mount.source).driver
         seed = find((rootfs,), mount.target)  # never through the image's links to the host's own folders
-        want = volume_want(rig, app, mount.source, seed=seed if seed and seed.is_dir() else None)
-        made = _keep(rig, rig.plugins.driver("volume", driver).ensure(want))
+        made = ensure_volume(rig, app, mount.source, seed=seed if seed and seed.is_dir() else None)
         options = ["rbind", "rprivate", "ro" if mount.read_only else "rw"]
         return {"destination": mount.target, "type": "bind", "source": made.data["path"], "options": options}
     if mount.kind == "bind":
@@ -196,11 +195,6 @@ def content_of(rig: Rig, app: App, mount: Mount) -> Path | None:
         return None
     digest = app.files.get(mount.source) or rig.content.store_tree(folder_files(app, mount))
     return rig.content.path(digest)
-
-
-def volume_want(rig: Rig, app: App, volume: str, *, seed: Path | None = None) -> VolumeWant:
-    """What a volume driver is asked for."""
-    return VolumeWant(id=volume, driver_opts=volume_of(rig, app, volume).driver_opts, seed=seed)
 
 
 def network_want(network: str, spec: Network) -> NetworkWant:

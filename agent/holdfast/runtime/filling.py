@@ -1,0 +1,215 @@
+"""The first content of a new volume: copied from the image, whole or not at all.
+
+The copy is made in a directory inside the volume (PARTIAL), synced, declared whole by a rename (COMPLETE), and its
+entries are then moved to where they belong. A crash leaves a PARTIAL, which is thrown away, or a COMPLETE, which
+`finish` moves on; it needs no image for that. Nothing that was in the volume before is touched.
+
+A running container may have the volume mounted already and may be hostile, so everything in the volume is reached
+by descriptors, below the directory that was made here, and no link is followed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import struct
+from pathlib import Path
+
+from holdfast.drivers import COMPLETE_CONTENT as COMPLETE
+from holdfast.drivers import remove_tree
+
+PARTIAL = ".holdfast-partial"
+LOST_FOUND = "lost+found"  # what mkfs leaves in a file system of its own
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+OPENAT2 = 437  # asm-generic/unistd.h; alike on every architecture
+BENEATH = 0x08 | 0x04 | 0x02  # linux/openat2.h: RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_MAGICLINKS
+CHUNK = 1 << 30
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def is_empty(path: Path) -> bool:
+    """Whether nobody has put anything into a volume."""
+    with os.scandir(path) as entries:
+        return all(entry.name in (PARTIAL, LOST_FOUND) for entry in entries)
+
+
+def owner_and_mode(path: Path) -> list[int]:
+    """What the directory of a volume looks like: uid, gid, permissions."""
+    found = path.stat()
+    return [found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)]
+
+
+def fill(path: Path, seed: Path) -> None:
+    """Bring the content of seed, with its own owner, mode and attributes, into an empty volume. Raises OSError."""
+    volume = os.open(path, FOLDER)
+    try:
+        for name in (PARTIAL, COMPLETE):
+            _clear(volume, name)
+        os.mkdir(PARTIAL, 0o700, dir_fd=volume)
+        copy = os.open(PARTIAL, FOLDER | os.O_NOFOLLOW, dir_fd=volume)
+        try:
+            copy_tree(seed, copy)
+        except BaseException:
+            _clear(volume, PARTIAL)  # room again on a full disk
+            raise
+        finally:
+            os.close(copy)
+        _sync(volume)
+        os.rename(PARTIAL, COMPLETE, src_dir_fd=volume, dst_dir_fd=volume)
+    finally:
+        os.close(volume)
+    finish(path)
+
+
+def finish(path: Path) -> None:
+    """Move in what `fill` has copied, where that was cut off; nothing to do without a COMPLETE. Raises OSError."""
+    volume = os.open(path, FOLDER)
+    try:
+        try:
+            copy = os.open(COMPLETE, FOLDER | os.O_NOFOLLOW, dir_fd=volume)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        try:
+            for name in os.listdir(copy):  # noqa: PTH208 - of a descriptor
+                if not _exists(volume, name):
+                    os.rename(name, name, src_dir_fd=copy, dst_dir_fd=volume)
+            _copy_looks(f"/proc/self/fd/{copy}", os.fstat(copy), volume)
+        finally:
+            os.close(copy)
+        _sync(volume)
+        _clear(volume, COMPLETE)
+    finally:
+        os.close(volume)
+
+
+def copy_tree(source: Path, target: int) -> None:
+    """Copy the content of a directory into the one that target has open, which then looks like source, too.
+
+    Owners, modes, times, extended attributes, hard links, links, devices and fifos are kept. Raises OSError.
+    """
+    twins: dict[tuple[int, int], str] = {}
+    folders = ["."]
+    for folder in folders:  # grows on the way
+        inner = _open_below(target, folder, FOLDER)
+        try:
+            with os.scandir(source / folder) as entries:
+                for entry in entries:
+                    relative = f"{folder}/{entry.name}"
+                    if entry.is_dir(follow_symlinks=False):
+                        os.mkdir(entry.name, 0o700, dir_fd=inner)
+                        folders.append(relative)
+                    else:
+                        _copy_entry(entry, relative, target, inner, twins)
+        finally:
+            os.close(inner)
+    for folder in reversed(folders):  # what is written into a directory changes its times
+        inner = _open_below(target, folder, FOLDER)
+        try:
+            _copy_looks(source / folder, (source / folder).lstat(), inner)
+        finally:
+            os.close(inner)
+
+
+def _copy_entry(
+    entry: os.DirEntry[str], relative: str, target: int, inner: int, twins: dict[tuple[int, int], str]
+) -> None:
+    found, name = entry.stat(follow_symlinks=False), entry.name
+    twin = twins.setdefault((found.st_dev, found.st_ino), relative) if found.st_nlink > 1 else relative
+    if twin != relative:
+        _link(target, twin, inner, name)
+        return
+    if stat.S_ISREG(found.st_mode):
+        _copy_file(entry.path, inner, name)
+    elif stat.S_ISLNK(found.st_mode):
+        os.symlink(Path(entry.path).readlink(), name, dir_fd=inner)
+    elif stat.S_ISSOCK(found.st_mode):  # a socket without its process is nothing
+        return
+    else:
+        os.mknod(name, found.st_mode, found.st_rdev, dir_fd=inner)
+    made = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=inner)
+    try:
+        _copy_looks(entry.path, found, made)
+    finally:
+        os.close(made)
+
+
+def _copy_file(source: str, inner: int, name: str) -> None:
+    read = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        write = os.open(
+            name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=inner
+        )
+        try:
+            while os.sendfile(write, read, None, CHUNK):
+                pass
+        finally:
+            os.close(write)
+    finally:
+        os.close(read)
+
+
+def _link(target: int, twin: str, inner: int, name: str) -> None:
+    """Give a copied file its second name: by descriptor, for somebody may have put links on the way to it."""
+    there = _open_below(target, twin, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.link(f"/proc/self/fd/{there}", name, dst_dir_fd=inner, follow_symlinks=True)
+    finally:
+        os.close(there)
+
+
+def _copy_looks(source: Path | str, found: os.stat_result, target: int) -> None:
+    """Owner before mode and attributes: chown(2) takes set-user-ID bits and security.capability away."""
+    made = f"/proc/self/fd/{target}"
+    os.chown(made, found.st_uid, found.st_gid)
+    if not stat.S_ISLNK(found.st_mode):
+        Path(made).chmod(stat.S_IMODE(found.st_mode))
+    follow = str(source).startswith("/proc/self/fd/")
+    for name in os.listxattr(source, follow_symlinks=follow):
+        if not name.startswith("trusted.overlay."):
+            _set_attribute(made, name, os.getxattr(source, name, follow_symlinks=follow))
+    os.utime(made, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+def _set_attribute(made: str, name: str, value: bytes) -> None:
+    """What the volume's file system has no room for is left out, but for what makes a program privileged."""
+    try:
+        os.setxattr(made, name, value)
+    except OSError as error:
+        if error.errno != errno.ENOTSUP or name == "security.capability":
+            raise
+
+
+def _open_below(target: int, path: str, flags: int) -> int:
+    """Open a path below a directory, through no link (openat2(2))."""
+    how = struct.pack("QQQ", flags, 0, BENEATH)
+    arguments = ctypes.c_int(target), os.fsencode(path), how, ctypes.c_size_t(len(how))
+    descriptor: int = _libc.syscall(ctypes.c_long(OPENAT2), *arguments)
+    if descriptor < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
+    return descriptor
+
+
+def _exists(folder: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _clear(folder: int, name: str) -> None:
+    if not _exists(folder, name):
+        return
+    if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+        remove_tree(name, dir_fd=folder)
+    else:
+        os.unlink(name, dir_fd=folder)
+
+
+def _sync(folder: int) -> None:
+    """Write everything of the file system that holds an open directory to disk (syncfs(2))."""
+    if _libc.syncfs(folder) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
