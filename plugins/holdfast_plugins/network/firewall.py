@@ -20,7 +20,8 @@ from holdfast.drivers import Host
 from holdfast.errors import Conflict, NotPermitted, UnfitHost, WrongState
 from holdfast.observed import FirewallNetwork, FirewallWant, PublishedPort, Receipt
 from holdfast.spec.model import digest_of
-from holdfast_plugins.network import forwarding, rules
+from holdfast_plugins.network import flows, forwarding, rules
+from holdfast_plugins.network.conntrack import Conntrack
 from holdfast_plugins.network.nftables import Nft, NftError, RuleSet, open_nft
 
 
@@ -46,6 +47,7 @@ class NftablesFirewall:
         self._snapshot: Snapshot | None = None
         self._opened: Nft | None = None
         self._rule_set: RuleSet | None = None
+        self._conntrack = Conntrack()
 
     def check(self, want: FirewallWant) -> None:
         """Raise WrongState for a bad address, Conflict for two that publish one port, UnfitHost without nft."""
@@ -83,8 +85,11 @@ class NftablesFirewall:
             forwarding.withdraw(self._host, self._nft)
             if self._fingerprint():
                 self._run(rules.deletion(self._host.name))
-            self._snapshot = None
-            self._file.unlink(missing_ok=True)
+            try:
+                self._settle(FirewallWant(), altered=False)
+            finally:
+                self._snapshot = None
+                self._file.unlink(missing_ok=True)
 
     def findings(self) -> list[str]:
         """What other firewalls do to ours, a line each, for `holdfast doctor`."""
@@ -131,7 +136,14 @@ class NftablesFirewall:
             self._run(rules.script(self._host.name, want))
             fingerprint = self._fingerprint() or ""
             after = self._rules.generation()
+        self._settle(want, altered=old is None)
         self._keep(Snapshot(want, digest_of(_plain(want)), fingerprint, after))
+
+    def _settle(self, want: FirewallWant, *, altered: bool) -> None:
+        """Cut the flows that go elsewhere than the table says, which holds want by now."""
+        snapshot = self._snapshot or _load(self._file)
+        before = snapshot.want if snapshot else FirewallWant()
+        flows.settle(self._conntrack, before, want, self._host.pool, altered=altered)
 
     def _fingerprint(self) -> str | None:
         return self._rules.fingerprint(self._host.name)

@@ -28,6 +28,7 @@ IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_IFALIAS, IFLA_EXT_MASK = 
 IFLA_LINKINFO, IFLA_INFO_KIND = 18, 1
 OF_A_LINK = frozenset((IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_IFALIAS))
 IFA_LOCAL, RTA_DST, RTA_OIF, TCA_KIND = 2, 1, 4, 1
+RT_TABLE_LOCAL, RTN_LOCAL = 255, 2
 SKIP_STATS = 1 << 3  # RTEXT_FILTER_SKIP_STATS: half of a link's reply is counters
 IFF_UP = 0x1
 
@@ -134,6 +135,16 @@ class Netlink:
             if (destination := attributes.get(RTA_DST)) is not None:
                 index = _number(attributes.get(RTA_OIF))
                 found.append((index, IPv4Network((IPv4Address(destination), body[1]), strict=False)))
+        return found
+
+    def local_subnets(self) -> list[IPv4Network]:
+        """List the IPv4 ranges that the host takes for its own addresses, whatever interface they are on."""
+        found = []
+        asked = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, RT_TABLE_LOCAL, 0, 0, 0, 0)
+        for body in self._dump(RTM_GETROUTE, asked):
+            destination = dict(_attributes(body, 12)).get(RTA_DST)
+            if destination is not None and body[7] == RTN_LOCAL:
+                found.append(IPv4Network((IPv4Address(destination), body[1]), strict=False))
         return found
 
     def _stamp(self, message: bytes) -> bytes:

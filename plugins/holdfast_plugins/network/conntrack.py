@@ -1,0 +1,213 @@
+"""The kernel's IPv4 connection tracking, read and cut through nfnetlink in process. Called by `flows` and `bridge`.
+
+The kernel picks out what matches, where it can (Linux 5.9); what it sends is looked at again, for an older one sends
+everything. A flow is deleted by its own tuple and id, never by a pattern: kernels that do not know the pattern would
+delete all flows of the host.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from holdfast.errors import NotPermitted, UnfitHost
+
+NETLINK_NETFILTER, CTNETLINK = 12, 1
+IPCTNL_MSG_CT_GET, IPCTNL_MSG_CT_DELETE = 1, 2
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_ID, CTA_ZONE, CTA_FILTER = 1, 2, 12, 18, 25
+CTA_TUPLE_IP, CTA_TUPLE_PROTO = 1, 2
+CTA_IP_SRC, CTA_IP_DST = 1, 2
+CTA_PROTO_NUM, CTA_PROTO_SRC_PORT, CTA_PROTO_DST_PORT = 1, 2, 3
+CTA_FILTER_ORIG_FLAGS, CTA_FILTER_REPLY_FLAGS = 1, 2
+BY_SOURCE, BY_PROTOCOL, BY_DESTINATION_PORT = 1 << 0, 1 << 3, 1 << 5
+NESTED = 0x8000
+BATCH = 256  # deletions in one datagram
+UDP = "udp"
+NUMBERS = {"tcp": socket.IPPROTO_TCP, UDP: socket.IPPROTO_UDP}
+NAMES = {number: name for name, number in NUMBERS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """One tracked flow: what its sender wrote to (to, port), and who answers (answered_by, answering_port).
+
+    Both are the same unless the destination was translated. key: what deletes exactly this flow.
+    """
+
+    protocol: str
+    source: str
+    to: str
+    port: int
+    answered_by: str
+    answering_port: int
+    key: bytes
+
+    @property
+    def translated(self) -> bool:
+        return (self.to, self.port) != (self.answered_by, self.answering_port)
+
+
+class Conntrack:
+    """One socket, kept for as long as it is needed. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._sequence = 0
+
+    def __del__(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+
+    def to_port(self, protocol: str, port: int | None) -> list[Flow]:
+        """The flows of a protocol, to one port or to any. Raises UnfitHost."""
+        inner = _attribute(CTA_PROTO_NUM, bytes((NUMBERS[protocol],)))
+        flags = BY_PROTOCOL
+        if port is not None:
+            inner += _attribute(CTA_PROTO_DST_PORT, struct.pack(">H", port))
+            flags |= BY_DESTINATION_PORT
+        body = _nested(CTA_TUPLE_ORIG, _nested(CTA_TUPLE_PROTO, inner)) + _filter(original=flags)
+        flows = self._dump(body)
+        return [each for each in flows if each.protocol == protocol and port in (None, each.port)]
+
+    def of_address(self, address: str) -> list[Flow]:
+        """The flows that an address began or answers. Raises UnfitHost."""
+        source = _nested(CTA_TUPLE_IP, _attribute(CTA_IP_SRC, socket.inet_aton(address)))
+        began = self._dump(_nested(CTA_TUPLE_ORIG, source) + _filter(original=BY_SOURCE))
+        answers = self._dump(_nested(CTA_TUPLE_REPLY, source) + _filter(reply=BY_SOURCE))
+        return [each for each in (*began, *answers) if address in (each.source, each.answered_by)]
+
+    def all(self) -> list[Flow]:
+        """Every flow. Raises UnfitHost."""
+        return self._dump(b"")
+
+    def delete(self, flows: Iterable[Flow]) -> None:
+        """Delete flows; one that is gone already is no error."""
+        keys = [each.key for each in flows]
+        with self._lock:
+            for start in range(0, len(keys), BATCH):
+                batch = keys[start : start + BATCH]
+                flags = NLM_F_REQUEST | NLM_F_ACK
+                self._send(b"".join(self._message(IPCTNL_MSG_CT_DELETE, flags, key) for key in batch))
+                refused = [code for code in self._acknowledgements(len(batch)) if code not in (0, errno.ENOENT)]
+                if refused:
+                    raise _unfit("delete a flow", OSError(refused[0], os.strerror(refused[0])))
+
+    def _dump(self, body: bytes) -> list[Flow]:
+        with self._lock:
+            self._send(self._message(IPCTNL_MSG_CT_GET, NLM_F_REQUEST | NLM_F_DUMP, body))
+            return [flow for answer in self._answers() if (flow := _flow(answer)) is not None]
+
+    def _message(self, kind: int, flags: int, body: bytes) -> bytes:
+        self._sequence += 1
+        head = struct.pack("=IHHII", 20 + len(body), CTNETLINK << 8 | kind, flags, self._sequence, 0)
+        return head + struct.pack("=BBH", socket.AF_INET, 0, 0) + body
+
+    def _send(self, data: bytes) -> None:
+        try:
+            if self._socket is None:
+                opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
+                opened.bind((0, 0))
+                self._socket = opened
+            self._socket.send(data)
+        except OSError as error:
+            raise _unfit("ask for flows", error) from error
+
+    def _receive(self) -> Iterator[tuple[int, int, bytes]]:
+        """Read one datagram: (type, sequence number, body) of each message in it."""
+        assert self._socket is not None
+        data = self._socket.recv(1 << 17)
+        at = 0
+        while at < len(data):
+            length, kind, _, number, _ = struct.unpack_from("=IHHII", data, at)
+            yield kind, number, data[at + 16 : at + length]
+            at += (length + 3) & ~3
+
+    def _answers(self) -> Iterator[bytes]:
+        while True:
+            for kind, number, body in self._receive():
+                if number != self._sequence:
+                    continue
+                if kind == NLMSG_DONE:
+                    return
+                if kind == NLMSG_ERROR:
+                    code = -struct.unpack_from("=i", body)[0]
+                    raise _unfit("list flows", OSError(code, os.strerror(code)))
+                yield body[4:]
+
+    def _acknowledgements(self, count: int) -> list[int]:
+        codes: list[int] = []
+        while len(codes) < count:
+            for kind, number, body in self._receive():
+                if kind == NLMSG_ERROR and number > self._sequence - count:
+                    codes.append(-struct.unpack_from("=i", body)[0])
+        return codes
+
+
+def _unfit(what: str, error: OSError) -> UnfitHost:
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return NotPermitted(f"{what}: not permitted (root with CAP_NET_ADMIN)")
+    text = (error.strerror or str(error)).lower()
+    return UnfitHost(f"{what}: {text} (a kernel with nf_conntrack_netlink)")
+
+
+def _flow(body: bytes) -> Flow | None:
+    """Read one flow; None for one that has no ports' worth of addresses."""
+    found = dict(_attributes(body))
+    original, reply = found.get(CTA_TUPLE_ORIG), found.get(CTA_TUPLE_REPLY)
+    if original is None or reply is None:
+        return None
+    protocol, source, to, port = _tuple(original)
+    _, answered_by, _, _ = _tuple(reply)
+    key = b"".join(
+        _attribute(kind | (NESTED if kind == CTA_TUPLE_ORIG else 0), found[kind])
+        for kind in (CTA_TUPLE_ORIG, CTA_ZONE, CTA_ID)
+        if kind in found
+    )
+    return Flow(protocol, source, to, port, answered_by, _source_port(reply), key)
+
+
+def _tuple(body: bytes) -> tuple[str, str, str, int]:
+    """(protocol, source, destination, destination port) of one direction."""
+    parts = dict(_attributes(body))
+    ip, proto = dict(_attributes(parts.get(CTA_TUPLE_IP, b""))), dict(_attributes(parts.get(CTA_TUPLE_PROTO, b"")))
+    number = proto.get(CTA_PROTO_NUM, b"\0")[0]
+    source, to = (socket.inet_ntoa(ip[key]) if key in ip else "" for key in (CTA_IP_SRC, CTA_IP_DST))
+    return NAMES.get(number, str(number)), source, to, _port(proto.get(CTA_PROTO_DST_PORT))
+
+
+def _source_port(body: bytes) -> int:
+    proto = dict(_attributes(dict(_attributes(body)).get(CTA_TUPLE_PROTO, b"")))
+    return _port(proto.get(CTA_PROTO_SRC_PORT))
+
+
+def _port(value: bytes | None) -> int:
+    return int.from_bytes(value or b"", "big")
+
+
+def _filter(*, original: int = 0, reply: int = 0) -> bytes:
+    flags = _attribute(CTA_FILTER_ORIG_FLAGS, struct.pack("=I", original))
+    return _nested(CTA_FILTER, flags + _attribute(CTA_FILTER_REPLY_FLAGS, struct.pack("=I", reply)))
+
+
+def _nested(kind: int, value: bytes) -> bytes:
+    return _attribute(kind | NESTED, value)
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
+
+
+def _attributes(body: bytes) -> Iterator[tuple[int, bytes]]:
+    at = 0
+    while at + 4 <= len(body):
+        length, kind = struct.unpack_from("=HH", body, at)
+        yield kind & 0x3FFF, body[at + 4 : at + length]
+        at += (length + 3) & ~3
