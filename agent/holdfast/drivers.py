@@ -137,7 +137,9 @@ class NetworkWant:
 class EndpointWant:
     """The attachment of one instance's network namespace to one network.
 
-    interface: its name inside (eth0, …). default_route: whether this network is its way out.
+    lease: whose address it is, `app/container/slot`: who comes after the instance under that name gets the same
+    address. "" is the instance's own. interface: its name inside (eth0, …). default_route: whether this network is
+    its way out.
     network: the receipt of the network. Receipt: kind "endpoint", id = `instance/network`, owner = instance,
     data["address"] (without prefix length; "" if it has none), data["interface"], data["host_interface"].
     """
@@ -149,6 +151,7 @@ class EndpointWant:
     default_route: bool
     ipv4_address: str | None = None
     mac_address: str | None = None
+    lease: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

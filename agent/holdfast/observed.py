@@ -59,7 +59,8 @@ class Instance:
     """One container run: its intent (want, image, files), its state, and what is wrong with it.
 
     image: digest of what it runs. files: mount target → digest of the revision content mounted there.
-    restarts: how often it was started again; streak: how many of these in a row without a stable run.
+    slot: which of the container's instances it is, from 1: a successor takes the slot that is free, and with it the
+    addresses. restarts: how often it was started again; streak: how many of these in a row without a stable run.
     faults: what of it is gone so that only a new start puts it right; drifted: what was altered but can be put
     right while it runs. Both in words; a healthy instance has neither. names: digest of the hosts file it has.
     """
@@ -83,10 +84,16 @@ class Instance:
     faults: tuple[str, ...] = ()
     drifted: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    slot: int = 1
 
     @property
     def key(self) -> str:
         return f"{self.app}/{self.container}"
+
+    @property
+    def lease(self) -> str:
+        """Whose addresses it has: those of its slot, which outlive it."""
+        return f"{self.key}/{self.slot}"
 
 
 @dataclass(frozen=True, slots=True)

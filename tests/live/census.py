@@ -40,7 +40,7 @@ def take_census(host: Host) -> Census:
         runs=Counter(_names(host.run_root / "runs")),
         cgroups=Counter(set(_cgroups(host))),
         layers=Counter(_names(host.root / "instances")),
-        leases=Counter(path.read_text() for path in (host.root / "networks").glob("*/leases/*")),
+        leases=Counter(_leases(host)),
         bridges=sum((link / "bridge").is_dir() for link in links),
         veths=sum((link / "brport").is_dir() for link in links),
     )
@@ -107,6 +107,12 @@ def _mounts(host: Host) -> list[str]:
 def _cgroups(host: Host) -> list[str]:
     tops = [Path("/sys/fs/cgroup") / host.name, *Path("/sys/fs/cgroup").glob(f"*/{host.name}")]
     return [path.name for top in tops if top.is_dir() for path in top.iterdir() if path.is_dir()]
+
+
+def _leases(host: Host) -> list[str]:
+    """The instance of each address that is in use; the others rest."""
+    words = (path.read_text().split()[-1] for path in (host.root / "networks").glob("*/leases/*"))
+    return [instance for instance in words if instance != "-"]
 
 
 def _names(folder: Path) -> list[str]:

@@ -38,7 +38,7 @@ class Lab:
     def __init__(self, host: Host, stack: ExitStack) -> None:
         self.host = host
         self.network = BridgeNetwork(host)
-        self.endpoint = BridgeEndpoint(host, self.network.ledger)
+        self.endpoint = BridgeEndpoint(host, self.network)
         self.firewall = NftablesFirewall(host)
         self._stack = stack
         stack.callback(self.close)
@@ -96,6 +96,9 @@ class Lab:
         self.ip("-n", namespace.name, "address", "add", f"{theirs}/30", "dev", "eth0")
         self.ip("-n", namespace.name, "link", "set", "eth0", "up")
         return namespace, theirs, ours
+
+    def nft(self, script: str) -> None:
+        subprocess.run(["nft", script], check=True)
 
     def ip(self, *arguments: str) -> str:
         return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout

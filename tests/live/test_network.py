@@ -193,7 +193,7 @@ def test_restarted_instance_in_a_new_namespace_gets_its_old_address(lab: Lab) ->
     lab.attach("other", network)
     receipt = lab.attach("web", network)
     netns.remove(lab.host, Receipt("netns", "kernel", "web", "web"))
-    lab.endpoint = BridgeEndpoint(lab.host, BridgeNetwork(lab.host).ledger)
+    lab.endpoint = BridgeEndpoint(lab.host, BridgeNetwork(lab.host))
     assert lab.attach("web", network) == receipt
     assert tcp(lab.host.netns("web"), 80, None, receipt.data["address"], 80)
 

@@ -229,7 +229,7 @@ def test_what_an_earlier_version_made_is_closed_when_it_is_mended(party: Party) 
     port = lab.host.link("endpoint", "evil/shop/front")
     subprocess.run(["tc", "qdisc", "del", "dev", port, "clsact"], check=True)
     Path(f"/proc/sys/net/ipv6/conf/{bridge}/accept_ra").write_text("1")
-    network, endpoint = BridgeNetwork(lab.host), BridgeEndpoint(lab.host, lab.network.ledger)
+    network, endpoint = BridgeNetwork(lab.host), BridgeEndpoint(lab.host, lab.network)
     assert [receipt.data for receipt in network.observe()] == [{}]
     assert [bool(receipt.data) for receipt in endpoint.observe() if receipt.owner == "evil"] == [False]
     network.ensure(NetworkWant(id="shop/front"))

@@ -1,87 +1,261 @@
 from __future__ import annotations
 
+import os
 from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
 
 from holdfast.drivers import EndpointWant, NetworkWant
-from holdfast.errors import Conflict, WrongState
+from holdfast.errors import Conflict, TryAgain, WrongState
 from holdfast.observed import Receipt
-from holdfast_plugins.network.addresses import Ledger, first_free, parse_subnet
+from holdfast_plugins.network.addresses import REST, Ledger, first_free, parse_subnet
 from holdfast_plugins.network.none_host import BareEndpoint, BareNetwork
 
 SUBNET = IPv4Network("10.1.0.0/29")
 GATEWAY = "10.1.0.1"
+LEASES = "networks/shop~front/leases"
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    ledger = Ledger(tmp_path)
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def ledger(tmp_path: Path, clock: Clock) -> Ledger:
+    ledger = Ledger(tmp_path, clock)
     ledger.keep("shop/front", SUBNET)
     return ledger
 
 
-def take(ledger: Ledger, instance: str, wanted: str | None = None) -> str:
-    return ledger.leases("shop/front").take(instance, SUBNET, GATEWAY, wanted)
+@pytest.fixture
+def vacated() -> list[str]:
+    return []
+
+
+def take(
+    ledger: Ledger, owner: str, wanted: str | None = None, *, instance: str = "", vacated: list[str] | None = None
+) -> str:
+    vacate = (vacated if vacated is not None else []).append
+    leases = ledger.leases("shop/front")
+    return leases.take(owner, instance or f"instance of {owner}".replace(" ", "-"), SUBNET, GATEWAY, wanted, vacate)
+
+
+def release(ledger: Ledger, owner: str) -> None:
+    ledger.leases("shop/front").release(f"instance-of-{owner}")
+
+
+def fill(ledger: Ledger) -> list[str]:
+    return [take(ledger, f"shop/c{n}/1") for n in range(5)]
 
 
 def test_gateway_and_broadcast_are_never_given(ledger: Ledger) -> None:
-    assert {take(ledger, f"i{n}") for n in range(5)} == {f"10.1.0.{n}" for n in range(2, 7)}
+    assert set(fill(ledger)) == {f"10.1.0.{n}" for n in range(2, 7)}
 
 
 def test_full_subnet_is_a_conflict(ledger: Ledger) -> None:
-    for n in range(5):
-        take(ledger, f"i{n}")
+    fill(ledger)
     with pytest.raises(Conflict, match="all 6 addresses"):
-        take(ledger, "one too many")
+        take(ledger, "one/too/many")
 
 
-def test_instance_keeps_its_address_across_a_restart_of_the_agent(ledger: Ledger, tmp_path: Path) -> None:
-    take(ledger, "first")
-    mine = take(ledger, "second")
-    assert take(Ledger(tmp_path), "second") == mine
+def test_next_instance_of_an_owner_has_its_address(ledger: Ledger) -> None:
+    first = take(ledger, "shop/web/1", instance="a")
+    ledger.leases("shop/front").release("a")
+    assert take(ledger, "shop/api/1") != first
+    assert take(ledger, "shop/web/1", instance="b") == first
 
 
-def test_released_address_rests_before_it_is_given_again(ledger: Ledger) -> None:
-    first = take(ledger, "first")
-    ledger.leases("shop/front").release("first")
-    assert take(ledger, "second") != first
+def test_owner_keeps_its_address_across_a_restart_of_the_agent(ledger: Ledger, tmp_path: Path) -> None:
+    take(ledger, "shop/api/1")
+    mine = take(ledger, "shop/web/1", instance="a")
+    ledger.leases("shop/front").release("a")
+    assert take(Ledger(tmp_path), "shop/web/1", instance="b") == mine
+
+
+def test_slots_of_a_container_have_addresses_of_their_own(ledger: Ledger) -> None:
+    assert take(ledger, "shop/web/1") != take(ledger, "shop/web/2")
+
+
+def test_address_is_used_again_only_when_none_is_left_that_nobody_had(ledger: Ledger, clock: Clock) -> None:
+    first = take(ledger, "shop/gone/1")
+    release(ledger, "shop/gone/1")
+    clock.now += 2 * REST
+    assert first not in [take(ledger, f"shop/c{n}/1") for n in range(4)]
+    assert take(ledger, "shop/last/1") == first
+
+
+def test_address_rests_before_another_owner_gets_it(ledger: Ledger, tmp_path: Path, clock: Clock) -> None:
+    fill(ledger)
+    release(ledger, "shop/c3/1")
+    clock.now += 1
+    for agent in (ledger, Ledger(tmp_path, clock)):
+        with pytest.raises(TryAgain, match=r"10\.1\.0\.5 was another's until just now and is free in 29 s") as caught:
+            take(agent, "shop/other/1")
+        assert caught.value.wait == pytest.approx(REST - 1)
+    clock.now += REST
+    assert take(Ledger(tmp_path, clock), "shop/other/1") == "10.1.0.5"
+
+
+def test_address_that_rested_longest_is_given_first(ledger: Ledger, clock: Clock) -> None:
+    fill(ledger)
+    for owner in ("shop/c2/1", "shop/c0/1"):
+        release(ledger, owner)
+        clock.now += REST
+    assert take(ledger, "shop/other/1") == "10.1.0.4"
+
+
+def test_clock_that_was_set_back_makes_nobody_wait_longer_than_a_rest(ledger: Ledger, clock: Clock) -> None:
+    fill(ledger)
+    release(ledger, "shop/c0/1")
+    clock.now -= 10_000
+    with pytest.raises(TryAgain) as caught:
+        take(ledger, "shop/other/1")
+    assert caught.value.wait == REST
+
+
+def test_address_is_vacated_before_another_owner_has_it(ledger: Ledger, clock: Clock, vacated: list[str]) -> None:
+    fill(ledger)
+    release(ledger, "shop/c0/1")
+    assert take(ledger, "shop/c0/1", vacated=vacated) == "10.1.0.2"
+    assert vacated == []
+    release(ledger, "shop/c0/1")
+    clock.now += REST
+    assert take(ledger, "shop/other/1", vacated=vacated) == "10.1.0.2"
+    assert vacated == ["10.1.0.2"]
+
+
+def test_address_stays_its_owners_when_it_can_not_be_vacated(ledger: Ledger, tmp_path: Path, clock: Clock) -> None:
+    fill(ledger)
+    release(ledger, "shop/c0/1")
+    clock.now += REST
+
+    def fail(address: str) -> None:
+        raise TryAgain(address)
+
+    with pytest.raises(TryAgain):
+        ledger.leases("shop/front").take("shop/other/1", "b", SUBNET, GATEWAY, None, fail)
+    assert take(Ledger(tmp_path, clock), "shop/c0/1") == "10.1.0.2"
 
 
 def test_taken_static_address_names_its_holder(ledger: Ledger) -> None:
-    take(ledger, "shop-web-1", "10.1.0.4")
+    take(ledger, "shop/web/1", "10.1.0.4", instance="shop-web-1")
     with pytest.raises(Conflict, match=r"address '10\.1\.0\.4' is taken by shop-web-1"):
-        take(ledger, "shop-api-1", "10.1.0.4")
+        take(ledger, "shop/api/1", "10.1.0.4")
 
 
-def test_instance_that_wants_another_address_gives_the_old_one_back(ledger: Ledger, tmp_path: Path) -> None:
-    old = take(ledger, "first")
-    assert take(ledger, "first", "10.1.0.5") == "10.1.0.5"
+def test_static_address_that_moves_to_another_owner_need_not_rest(ledger: Ledger, vacated: list[str]) -> None:
+    take(ledger, "shop/web/1", "10.1.0.4", instance="a")
+    ledger.leases("shop/front").release("a")
+    assert take(ledger, "shop/api/1", "10.1.0.4", vacated=vacated) == "10.1.0.4"
+    assert vacated == ["10.1.0.4"]
+    assert take(ledger, "shop/web/1") != "10.1.0.4"
+
+
+def test_owner_that_wants_another_address_gives_the_old_one_back(ledger: Ledger, tmp_path: Path) -> None:
+    old = take(ledger, "shop/web/1")
+    assert take(ledger, "shop/web/1", "10.1.0.5") == "10.1.0.5"
     assert Ledger(tmp_path).leases("shop/front").holder(old) is None
+    assert take(Ledger(tmp_path), "shop/web/1") == "10.1.0.5"
 
 
 def test_lease_whose_giver_died_before_writing_it_is_void(ledger: Ledger, tmp_path: Path) -> None:
-    (tmp_path / "networks/shop~front/leases/10.1.0.2").touch()
-    assert take(Ledger(tmp_path), "first") == "10.1.0.2"
+    (tmp_path / LEASES / "10.1.0.2").touch()
+    assert take(Ledger(tmp_path), "shop/web/1") == "10.1.0.2"
 
 
 def test_lease_written_by_another_process_is_respected(ledger: Ledger, tmp_path: Path) -> None:
-    take(ledger, "first")
+    take(ledger, "shop/web/1")
     other = Ledger(tmp_path)
-    assert take(other, "second") != take(ledger, "third")
+    assert take(other, "shop/api/1") != take(ledger, "shop/job/1")
 
 
-def test_forgotten_network_leaves_no_file(ledger: Ledger, tmp_path: Path) -> None:
-    take(ledger, "first")
-    ledger.forget("shop/front")
-    assert list(tmp_path.iterdir()) == []
+def test_lease_of_an_older_agent_stays_with_its_instance_and_becomes_its_owners(tmp_path: Path, clock: Clock) -> None:
+    Ledger(tmp_path, clock).keep("shop/front", SUBNET)
+    (tmp_path / LEASES / "10.1.0.5").write_text("4f3a99b1c2d0")
+    agent = Ledger(tmp_path, clock)
+    assert agent.leases("shop/front").holder("10.1.0.5") == "4f3a99b1c2d0"
+    assert take(agent, "shop/web/1", instance="4f3a99b1c2d0") == "10.1.0.5"
+    agent.leases("shop/front").release("4f3a99b1c2d0")
+    assert take(Ledger(tmp_path, clock), "shop/web/1", instance="another") == "10.1.0.5"
+
+
+def test_lease_of_an_older_agent_whose_instance_went_rests(tmp_path: Path, clock: Clock) -> None:
+    Ledger(tmp_path, clock).keep("shop/front", SUBNET)
+    (tmp_path / LEASES / "10.1.0.2").write_text("4f3a99b1c2d0")
+    agent = Ledger(tmp_path, clock)
+    agent.leases("shop/front").release("4f3a99b1c2d0")
+    assert take(agent, "shop/web/1") == "10.1.0.3"
+
+
+def test_network_that_comes_back_has_its_subnet_and_its_addresses(
+    ledger: Ledger, tmp_path: Path, clock: Clock
+) -> None:
+    mine = take(ledger, "shop/web/1", "10.1.0.6")
+    ledger.rest("shop/front")
+    assert ledger.subnets() == {}
+    again = Ledger(tmp_path, clock)
+    assert again.subnet("shop/front") == SUBNET
+    again.keep("shop/front", SUBNET)
+    assert take(again, "shop/web/1") == mine
+
+
+def test_subnet_of_a_removed_network_rests_across_restarts(ledger: Ledger, tmp_path: Path, clock: Clock) -> None:
+    ledger.rest("shop/front")
+    clock.now += 10
+    file = tmp_path / "networks/shop~front/gone"
+    os.utime(file, (clock.now - 10, clock.now - 10))
+    assert Ledger(tmp_path, clock).resting() == {"shop/front": (SUBNET, REST - 10)}
+    clock.now += REST
+    assert Ledger(tmp_path, clock).resting() == {"shop/front": (SUBNET, 0.0)}
+
+
+def test_network_under_a_new_name_lets_the_addresses_of_the_old_one_rest(ledger: Ledger, tmp_path: Path) -> None:
+    first = take(ledger, "shop/web/1")
+    ledger.rest("shop/front")
+    ledger.keep("shop/public", SUBNET)
+    leases = ledger.leases("shop/public")
+    assert leases.take("shop/other/1", "b", SUBNET, GATEWAY, None) != first
+    assert leases.take("shop/web/1", "c", SUBNET, GATEWAY, None) == first
+    assert not (tmp_path / "networks/shop~front").exists()
+
+
+def test_only_so_many_removed_networks_are_remembered(tmp_path: Path, clock: Clock) -> None:
+    ledger = Ledger(tmp_path, clock)
+    for n in range(70):
+        ledger.keep(f"app{n}/front", IPv4Network(f"10.2.{n}.0/24"))
+        ledger.rest(f"app{n}/front")
+        clock.now += 1
+    clock.now += REST
+    surplus = ledger.surplus()
+    assert surplus == [f"app{n}/front" for n in range(35)]
+    for id in surplus:
+        ledger.drop(id)
+    assert ledger.surplus() == []
+    assert not (tmp_path / "networks/app0~front").exists()
 
 
 def test_renumbered_network_voids_its_leases(ledger: Ledger) -> None:
-    take(ledger, "first", "10.1.0.4")
+    take(ledger, "shop/web/1", "10.1.0.4")
     ledger.keep("shop/front", IPv4Network("10.9.0.0/24"))
     assert ledger.leases("shop/front").holder("10.1.0.4") is None
+
+
+def test_network_that_grows_keeps_its_leases(ledger: Ledger, tmp_path: Path) -> None:
+    mine = take(ledger, "shop/web/1", "10.1.0.4")
+    ledger.keep("shop/front", IPv4Network("10.1.0.0/28"))
+    assert take(Ledger(tmp_path), "shop/web/1") == mine
 
 
 def test_first_free_subnet_avoids_everything_that_overlaps() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from holdfast.errors import HoldfastError
 from holdfast.node.rig import Rig
+from holdfast.node.start import attach_again
 from holdfast.node.stop import remove_thing
 from holdfast.observed import Json, Receipt
 from holdfast.runtime import cgroup
@@ -22,6 +23,22 @@ def recover(rig: Rig) -> None:
             rig.store.event("failed", subject, str(error), verb=intent["verb"])
         rig.store.event("interrupted", subject, f"{intent['verb']} was cut short; it is finished or undone now")
         rig.store.drop_intent(subject)
+    _lease_addresses(rig)
+
+
+def _lease_addresses(rig: Rig) -> None:
+    """Tell the drivers whose address each container has: older agents named the instance alone.
+
+    After a reboot nothing is attached any more; the next start of an instance tells it.
+    """
+    if rig.store.fact("leases") is not None:
+        return
+    for instance in rig.store.instances.values() if rig.same_boot() else ():
+        try:
+            attach_again(rig, instance)
+        except (HoldfastError, OSError) as error:  # its next start, or the look that finds its link gone, tries again
+            rig.store.event("failed", instance.key, str(error), verb="AttachAgain")
+    rig.store.put_fact("leases", "app/container/slot")
 
 
 def settle(rig: Rig, subject: str, intent: Json) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,17 @@ def _admit(rig: Rig, action: StartInstance, generation: Generation) -> Instance:
         image=image,
         files=files,
         created_at=time.time(),
+        slot=_free_slot(rig, action.app, action.container),
     )
     rig.store.put_instance(instance)
     return instance
+
+
+def _free_slot(rig: Rig, app: str, container: str) -> int:
+    """The lowest slot of a container that no instance has: two that stand side by side share no address."""
+    known = rig.store.instances.values()
+    taken = {each.slot for each in known if each.container == container and each.app == app}
+    return next(slot for slot in count(1) if slot not in taken)
 
 
 # -- what it stands on ---------------------------------------------------------------------------------------
@@ -163,6 +172,7 @@ def _endpoints(rig: Rig, instance: Instance, space: Path) -> Iterator[tuple[str,
                 default_route=routes,
                 ipv4_address=attachment.ipv4_address,
                 mac_address=attachment.mac_address,
+                lease=instance.lease,
             )
         )
         yield network, str(_keep(rig, made).data.get("address") or "")

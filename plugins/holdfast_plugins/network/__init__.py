@@ -20,7 +20,7 @@ def register_network_drivers(register: RegisterNetwork, host: Host) -> None:
     register(BareNetwork("none"), BareEndpoint("none"))
     register(BareNetwork("host"), BareEndpoint("host"))
     network = BridgeNetwork(host)
-    register(network, BridgeEndpoint(host, network.ledger))
+    register(network, BridgeEndpoint(host, network))
 
 
 @hookimpl

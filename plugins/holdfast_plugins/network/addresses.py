@@ -1,11 +1,16 @@
-"""Network ids and instances → subnets and addresses, kept on disk so that they outlive restarts and reboots.
+"""Networks and containers → subnets and addresses, kept on disk so that they outlive restarts and reboots.
 
-    ROOT/networks/<app~name>/subnet         what the network's subnet was decided to be
-    ROOT/networks/<app~name>/leases/<ip>    the instance that has the address
-    ROOT/networks/<app~name>/forwarding     it is there if ip_forward was turned on for the network
+    ROOT/networks/<app~name>/subnet         the subnet of the network
+    ROOT/networks/<app~name>/gone           present while there is no such network: since when, the subnet rests
+    ROOT/networks/<app~name>/leases/<ip>    "OWNER INSTANCE": whose address it is, and which instance has it now
+    ROOT/networks/<app~name>/forwarding     present if ip_forward was turned on for the network
+
+An owner is `app/container/slot`. It keeps its address while one instance after the other uses it. An address that
+nobody uses ("-" in place of the instance) rests: others get it only when no address is left that was never used, and
+not before REST seconds have passed. The same holds for the subnet of a network that was removed.
 
 A lease is a file made with O_EXCL: two givers can't give one address twice. What is on disk is the truth; a copy in
-memory spares reading a thousand files for each new address.
+memory avoids reading a thousand files for each new address. Older agents wrote the instance alone.
 """
 
 from __future__ import annotations
@@ -14,13 +19,18 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, NetmaskValueError
 from pathlib import Path
 
-from holdfast.errors import Conflict, WrongState
+from holdfast.errors import Conflict, TryAgain, WrongState
 
 SUBNET_PREFIX = 24
+REST = 30.0  # seconds that an address, or a subnet, stays unused before another owner gets it
+KEPT_GONE = 64  # removed networks whose subnets are remembered
+NOBODY = "-"
 
 
 def parse_subnet(network: str, text: str) -> IPv4Network:
@@ -56,39 +66,99 @@ def first_free(pool: IPv4Network, taken: Iterable[IPv4Network]) -> IPv4Network |
     return None
 
 
+def still_resting(since: float, now: float) -> float:
+    """Seconds that what is unused since then must still rest. A clock that was set back starts the rest again."""
+    return max(0.0, min(since, now) + REST - now)
+
+
+def waiting(what: str, seconds: float) -> TryAgain:
+    """The error that something is free only after a rest."""
+    error = TryAgain(f"{what} was another's until just now and is free in {seconds:.0f} s")
+    error.wait = seconds
+    return error
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The subnet of a network. gone: since when there is no such network, None while there is."""
+
+    subnet: IPv4Network
+    gone: float | None = None
+
+
 class Ledger:
     """The networks folder of one agent. Thread-safe."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, clock: Callable[[], float] = time.time) -> None:
         self._folder = root / "networks"
-        self._lock = threading.Lock()
+        self._clock = clock
+        self._lock = threading.RLock()
         self._leases: dict[str, Leases] = {}
+        self._read: dict[str, Kept] | None = None
 
     def subnets(self) -> dict[str, IPv4Network]:
-        """The subnet of every network that is kept, by id."""
-        return {folder.name.replace("~", "/"): subnet for folder in self._folders() if (subnet := _kept(folder))}
+        """The subnet of every network, by id."""
+        with self._lock:
+            return {id: kept.subnet for id, kept in self._known().items() if kept.gone is None}
+
+    def resting(self) -> dict[str, tuple[IPv4Network, float]]:
+        """The subnet of every network that was removed, and how many seconds it must still rest; oldest first."""
+        with self._lock:
+            now = self._clock()
+            gone = [(kept.gone, id, kept.subnet) for id, kept in self._known().items() if kept.gone is not None]
+            return {id: (subnet, still_resting(since, now)) for since, id, subnet in sorted(gone)}
 
     def subnet(self, network: str) -> IPv4Network | None:
-        return _kept(self._of(network))
+        """The subnet of a network, also of one that is gone: it gets the same again."""
+        with self._lock:
+            kept = self._known().get(network)
+            return kept.subnet if kept else None
 
     def keep(self, network: str, subnet: IPv4Network) -> None:
-        """Record the subnet of a network; leases of another subnet are void."""
-        folder = self._of(network)
-        if _kept(folder) == subnet:
-            return
-        self.forget(network)
-        (folder / "leases").mkdir(parents=True)
-        fresh = folder / "subnet.new"
-        fresh.write_text(f"{subnet}\n")
-        fresh.replace(folder / "subnet")
+        """Record the subnet of a network. Its leases stay if they are within it, and are void otherwise.
 
-    def forget(self, network: str) -> None:
-        """Drop a network with all its leases."""
+        Removed networks whose subnets overlap it are dropped; what rests of their addresses goes on resting here.
+        """
         with self._lock:
+            kept, folder = self._known().get(network), self._of(network)
+            if kept == Kept(subnet):
+                return
+            if kept is not None and not kept.subnet.subnet_of(subnet):
+                self.drop(network)
+            heirlooms = [
+                each
+                for id, (other, _) in self.resting().items()
+                if id != network and other.overlaps(subnet)
+                for each in self._dropped(id)
+            ]
+            (folder / "leases").mkdir(parents=True, exist_ok=True)
+            fresh = folder / "subnet.new"
+            fresh.write_text(f"{subnet}\n")
+            fresh.replace(folder / "subnet")
+            (folder / "gone").unlink(missing_ok=True)
+            self._known()[network] = Kept(subnet)
+            self.leases(network).inherit(each for each in heirlooms if IPv4Address(each.address) in subnet)
+
+    def rest(self, network: str) -> None:
+        """Note that a network is gone: its subnet and its addresses rest."""
+        with self._lock:
+            kept = self._known().get(network)
+            if kept is not None and kept.gone is None:
+                self.leases(network).release_all()
+                (self._of(network) / "gone").touch()
+                self._known()[network] = replace(kept, gone=self._clock())
+
+    def surplus(self) -> list[str]:
+        """Removed networks that need not be remembered any longer: the older half, once there are too many."""
+        rested = [id for id, (_, seconds) in self.resting().items() if not seconds]
+        return rested[: len(rested) // 2] if len(rested) > KEPT_GONE else []
+
+    def drop(self, network: str) -> None:
+        """Forget a network with all its leases."""
+        with self._lock:
+            self._known().pop(network, None)
             self._leases.pop(network, None)
-        shutil.rmtree(self._of(network), ignore_errors=True)
-        with contextlib.suppress(OSError):
-            self._folder.rmdir()  # once the last one is gone
+            shutil.rmtree(self._of(network), ignore_errors=True)
 
     def note_forwarding(self, network: str) -> None:
         """Remember that ip_forward was turned on for a network."""
@@ -99,101 +169,207 @@ class Ledger:
 
     def leases(self, network: str) -> Leases:
         with self._lock:
-            return self._leases.setdefault(network, Leases(network, self._of(network) / "leases"))
+            return self._leases.setdefault(network, Leases(network, self._of(network) / "leases", self._clock))
+
+    def _dropped(self, network: str) -> list[Lease]:
+        found = self.leases(network).all()
+        self.drop(network)
+        return found
 
     def _of(self, network: str) -> Path:
         return self._folder / network.replace("/", "~")
 
-    def _folders(self) -> Iterator[Path]:
-        return self._folder.iterdir() if self._folder.exists() else iter(())
+    def _known(self) -> dict[str, Kept]:
+        if self._read is None:
+            folders = self._folder.iterdir() if self._folder.exists() else iter(())
+            found = ((folder.name.replace("~", "/"), _kept(folder, self._clock())) for folder in folders)
+            self._read = {id: kept for id, kept in found if kept is not None}
+        return self._read
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """An address, its owner (NOBODY: not known) and the instance that uses it (NOBODY: it rests, since `freed`)."""
+
+    address: str
+    owner: str
+    instance: str
+    freed: float = 0.0
+
+    @property
+    def rests(self) -> bool:
+        return self.instance == NOBODY
+
+    def __str__(self) -> str:
+        return f"{self.owner} {self.instance}"
 
 
 class Leases:
-    """The addresses of one network and who has them. Thread-safe."""
+    """The addresses of one network and whose they are. Thread-safe.
 
-    def __init__(self, network: str, folder: Path) -> None:
+    vacate, where a method takes it, is called with an address before it goes from one owner to another.
+    """
+
+    def __init__(self, network: str, folder: Path, clock: Callable[[], float] = time.time) -> None:
         self._network = network
         self._folder = folder
+        self._clock = clock
         self._lock = threading.Lock()
-        self._holders: dict[str, str] = {}
-        self._addresses: dict[str, str] = {}
+        self._by_address: dict[str, Lease] = {}
+        self._by_owner: dict[str, Lease] = {}
+        self._by_instance: dict[str, Lease] = {}
         self._last = 0
         self._read = False
 
-    def holder(self, address: str) -> str | None:
+    def all(self) -> list[Lease]:
         with self._lock:
             self._load()
-            return self._holders.get(address)
+            return list(self._by_address.values())
 
-    def take(self, instance: str, subnet: IPv4Network, gateway: str, wanted: str | None) -> str:
-        """Give the instance an address: the wanted one, else the one it has, else the next free one.
+    def holder(self, address: str) -> str | None:
+        """The instance that uses an address."""
+        with self._lock:
+            self._load()
+            lease = self._by_address.get(address)
+            return None if lease is None or lease.rests else lease.instance
 
-        Raises Conflict when the wanted one is another's or the subnet is full. Addresses go round, so that one just
-        given back rests while its former owner's links and peers' caches fade.
+    def take(
+        self,
+        owner: str,
+        instance: str,
+        subnet: IPv4Network,
+        gateway: str,
+        wanted: str | None,
+        vacate: Callable[[str], None] = lambda address: None,
+    ) -> str:
+        """Give an instance its owner's address: the wanted one, else the one that the owner has, else a free one.
+
+        Raises Conflict when the wanted one is in use by another or the subnet is full, TryAgain when all that is left
+        must still rest.
         """
         with self._lock:
             self._load()
-            held = self._addresses.get(instance)
-            if held is not None and wanted in (None, held):
-                return held
-            address = self._claim(instance, wanted) if wanted else self._next(instance, subnet, gateway)
+            held = self._by_owner.get(owner) or self._by_instance.get(instance)
+            if held is not None and wanted in (None, held.address) and _fits(held.address, subnet, gateway):
+                return self._write(Lease(held.address, owner, instance))
+            address = self._claim(wanted, vacate) if wanted else self._next(subnet, gateway, vacate)
             if held is not None:
-                self._give_back(held)
-            self._holders[address], self._addresses[instance] = instance, address
-            return address
+                self._write(replace(held, owner=NOBODY, instance=NOBODY, freed=self._clock()))
+            return self._write(Lease(address, owner, instance))
 
     def release(self, instance: str) -> None:
-        """Take back what the instance has, if anything."""
+        """Let the address of an instance rest, if it has any; it stays its owner's."""
         with self._lock:
             self._load()
-            if (address := self._addresses.get(instance)) is not None:
-                self._give_back(address)
+            if (lease := self._by_instance.get(instance)) is not None:
+                self._write(replace(lease, instance=NOBODY, freed=self._clock()))
 
-    def _next(self, instance: str, subnet: IPv4Network, gateway: str) -> str:
+    def release_all(self) -> None:
+        """Let every address rest."""
+        for lease in self.all():
+            self.release(lease.instance)
+
+    def inherit(self, leases: Iterable[Lease]) -> None:
+        """Let addresses rest here that rested in a network which had them before."""
+        with self._lock:
+            self._load()
+            for lease in leases:
+                if lease.address not in self._by_address:
+                    self._write(replace(lease, instance=NOBODY, freed=lease.freed if lease.rests else self._clock()))
+
+    def _next(self, subnet: IPv4Network, gateway: str, vacate: Callable[[str], None]) -> str:
+        """An address that nobody ever had, else the one that has rested longest."""
         first, hosts = int(subnet.network_address), subnet.num_addresses - 2
         for step in range(hosts):
             offset = (self._last + step) % hosts + 1
             address = str(IPv4Address(first + offset))
-            if address == gateway or address in self._holders or not self._record(instance, address):
-                continue
-            self._last = offset
-            return address
-        raise Conflict(f"network '{self._network}': all {hosts} addresses of {subnet} are taken (a larger subnet)")
+            if address != gateway and address not in self._by_address and self._make(address):
+                self._last = offset
+                return address
+        resting = [each for each in self._by_address.values() if each.rests and _fits(each.address, subnet, gateway)]
+        if not resting:
+            raise Conflict(
+                f"network '{self._network}': all {hosts} addresses of {subnet} are taken (a larger subnet)"
+            )
+        oldest = min(resting, key=lambda lease: lease.freed)
+        if seconds := still_resting(oldest.freed, self._clock()):
+            full = f"network '{self._network}': all {hosts} addresses of {subnet} are taken; {oldest.address}"
+            raise waiting(full, seconds)
+        vacate(oldest.address)
+        return oldest.address
 
-    def _claim(self, instance: str, address: str) -> str:
-        holder = self._holders.get(address)
-        if holder is None and self._record(instance, address):
-            return address
-        raise Conflict(f"network '{self._network}': address '{address}' is taken by {holder or 'another agent'}")
+    def _claim(self, address: str, vacate: Callable[[str], None]) -> str:
+        """The address that a state file names. It need not rest: whoever commits it says whose it is now."""
+        lease = self._by_address.get(address)
+        if lease is not None and lease.rests:
+            vacate(address)
+        elif lease is not None or not self._make(address):
+            holder = lease.instance if lease else "another agent"
+            raise Conflict(f"network '{self._network}': address '{address}' is taken by {holder}")
+        return address
 
-    def _record(self, instance: str, address: str) -> bool:
-        """Write the lease; False if someone has written one since ours were read."""
+    def _make(self, address: str) -> bool:
+        """Make the file of a lease; False if somebody has made one since ours were read."""
         try:
-            file = os.open(self._folder / address, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            os.close(os.open(self._folder / address, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
         except FileExistsError:
             return False
-        with os.fdopen(file, "w") as lease:
-            lease.write(instance)
         return True
 
-    def _give_back(self, address: str) -> None:
-        (self._folder / address).unlink(missing_ok=True)
-        self._addresses.pop(self._holders.pop(address), None)
+    def _write(self, lease: Lease) -> str:
+        """Put a lease on disk, then into memory; return its address."""
+        known = self._by_address.get(lease.address)
+        if known is None or str(known) != str(lease):
+            fresh = self._folder / f".{lease.address}"
+            fresh.write_text(str(lease))
+            if lease.rests:
+                os.utime(fresh, (lease.freed, lease.freed))
+            fresh.replace(self._folder / lease.address)
+        if known is not None:
+            self._forget(known)
+        self._remember(lease)
+        return lease.address
+
+    def _remember(self, lease: Lease) -> None:
+        self._by_address[lease.address] = lease
+        if lease.owner != NOBODY:
+            self._by_owner[lease.owner] = lease
+        if lease.instance != NOBODY:
+            self._by_instance[lease.instance] = lease
+
+    def _forget(self, lease: Lease) -> None:
+        for index, key in ((self._by_owner, lease.owner), (self._by_instance, lease.instance)):
+            if index.get(key) == lease:
+                del index[key]
 
     def _load(self) -> None:
         if self._read:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        for lease in self._folder.iterdir():
-            if instance := lease.read_text():
-                self._holders[lease.name], self._addresses[instance] = instance, lease.name
-            else:
-                lease.unlink()  # its giver died between making and writing it
+        for file in self._folder.iterdir():
+            match [] if file.name.startswith(".") else file.read_text().split():
+                case [owner, instance]:
+                    self._remember(Lease(file.name, owner, instance, _changed(file, self._clock())))
+                case [instance]:
+                    self._remember(Lease(file.name, NOBODY, instance))
+                case _:
+                    file.unlink()  # its giver died before it was written
         self._read = True
 
 
-def _kept(folder: Path) -> IPv4Network | None:
+def _fits(address: str, subnet: IPv4Network, gateway: str) -> bool:
+    return address != gateway and IPv4Address(address) in subnet
+
+
+def _changed(file: Path, now: float) -> float:
+    return min(file.stat().st_mtime, now)
+
+
+def _kept(folder: Path, now: float) -> Kept | None:
     try:
-        return IPv4Network((folder / "subnet").read_text().strip())
+        subnet = IPv4Network((folder / "subnet").read_text().strip())
     except (OSError, ValueError):
         return None
+    with contextlib.suppress(FileNotFoundError):
+        return Kept(subnet, _changed(folder / "gone", now))
+    return Kept(subnet)

@@ -20,8 +20,9 @@ from pathlib import Path
 from holdfast.drivers import EndpointWant, Host, NetworkWant
 from holdfast.errors import Conflict, HoldfastError, NotPermitted, TryAgain, UnfitHost, WrongState
 from holdfast.observed import Receipt
-from holdfast_plugins.network import ingress, messages, sysctls
-from holdfast_plugins.network.addresses import Ledger, first_free, parse_address, parse_subnet
+from holdfast_plugins.network import flows, ingress, messages, sysctls
+from holdfast_plugins.network.addresses import Ledger, first_free, parse_address, parse_subnet, waiting
+from holdfast_plugins.network.conntrack import Conntrack
 from holdfast_plugins.network.netlink import Link, Sockets, open_in
 
 NETWORK, ENDPOINT, GONE = "holdfast:network:", "holdfast:endpoint:", "holdfast:gone:"
@@ -45,6 +46,7 @@ class BridgeNetwork:
 
     def __init__(self, host: Host) -> None:
         self.ledger = Ledger(host.root)
+        self.conntrack = Conntrack()
         self._host = host
         self._choosing = threading.Lock()
         self._closed: set[int] = set()  # bridges that are known to believe nothing that containers announce
@@ -53,7 +55,7 @@ class BridgeNetwork:
         """Raise WrongState for options and addresses that can't be, Conflict for a subnet that is in use."""
         _mtu(want)
         _secured(want)
-        subnet = self._asked(want) or self.ledger.subnet(want.id) or self._choose(want)
+        subnet = self._subnet(want)
         _gateway(want, subnet)
         self._refuse_overlap(want.id, subnet)
 
@@ -62,7 +64,7 @@ class BridgeNetwork:
         mtu, secured = _mtu(want), _secured(want)
         name = self._host.link("bridge", want.id)
         with self._choosing:
-            subnet = self._asked(want) or self.ledger.subnet(want.id) or self._choose(want)
+            subnet = self._subnet(want)
             gateway = _gateway(want, subnet)
             link = _own_link(name, NETWORK + want.id)
             if link is not None and self.ledger.subnet(want.id) != subnet:
@@ -70,6 +72,7 @@ class BridgeNetwork:
                 link = None
             if link is None:
                 self._refuse_overlap(want.id, subnet)
+            self._make_way(want.id, subnet)
             self.ledger.keep(want.id, subnet)
         if not want.internal and _enable_forwarding():
             self.ledger.note_forwarding(want.id)
@@ -97,12 +100,23 @@ class BridgeNetwork:
         return [self._observed(link, addresses.get(link.index)) for link in links]
 
     def remove(self, receipt: Receipt) -> None:
-        """Delete the bridge, forget subnet and leases. ip_forward stays: others may have come to need it."""
+        """Delete the bridge; subnet and addresses rest. ip_forward stays: others may have come to need it."""
         name = self._host.link("bridge", receipt.id)
         link = _sockets.host.link(name)
         if link is not None and link.alias == NETWORK + receipt.id:
             _delete(link, f"remove network '{receipt.id}'")
-        self.ledger.forget(receipt.id)
+        with self._choosing:
+            self.ledger.rest(receipt.id)
+            surplus = self.ledger.surplus()
+            if surplus:
+                self._vacate(surplus)
+
+    def _vacate(self, networks: Iterable[str]) -> None:
+        """Forget networks that are gone, after the flows of their addresses are."""
+        resting = self.ledger.resting()
+        flows.vacate_subnets(self.conntrack, [resting[id][0] for id in networks])
+        for id in networks:
+            self.ledger.drop(id)
 
     def _observed(self, link: Link, subnet: IPv4Network | None) -> Receipt:
         id = link.alias.removeprefix(NETWORK)
@@ -116,22 +130,45 @@ class BridgeNetwork:
             self._closed.add(link.index)
         return link.index in self._closed
 
-    def _asked(self, want: NetworkWant) -> IPv4Network | None:
-        return parse_subnet(want.id, want.subnet) if want.subnet else None
+    def _subnet(self, want: NetworkWant) -> IPv4Network:
+        """The subnet that is asked for, else the one that the network has, or had before it went, else a new one."""
+        if want.subnet:
+            return parse_subnet(want.id, want.subnet)
+        kept = self.ledger.subnet(want.id)
+        if kept is None or (want.id in self.ledger.resting() and not self._still_free(want.id, kept)):
+            return self._choose(want)
+        return kept
+
+    def _still_free(self, id: str, subnet: IPv4Network) -> bool:
+        taken = (*self.ledger.subnets().values(), *(other for _, other in self._foreign(id)))
+        return subnet.subnet_of(IPv4Network(self._host.pool)) and not any(subnet.overlaps(each) for each in taken)
+
+    def _make_way(self, id: str, subnet: IPv4Network) -> None:
+        """Cut the flows to addresses that other networks had before, unless the subnet is the network's own."""
+        if self.ledger.subnet(id) == subnet:
+            return
+        former = [other for key, (other, _) in self.ledger.resting().items() if key != id and other.overlaps(subnet)]
+        if former:
+            flows.vacate_subnets(self.conntrack, former)
 
     def _choose(self, want: NetworkWant) -> IPv4Network:
-        """The next free subnet of the pool."""
+        """A subnet of the pool that no network ever had, else the one that has rested longest."""
         taken = [*self.ledger.subnets().values(), *(subnet for _, subnet in self._foreign(want.id))]
         if want.gateway:  # a gateway alone does not say how wide its subnet is
             raise WrongState(
                 f"network '{want.id}': gateway '{want.gateway}': has no subnet (subnet = \"…\" beside it)"
             )
-        chosen = first_free(IPv4Network(self._host.pool), taken)
-        if chosen is None:
-            raise Conflict(
-                f"network '{want.id}': no subnet is left in pool {self._host.pool} (a larger [network] pool)"
-            )
-        return chosen
+        resting = self.ledger.resting()
+        pool = IPv4Network(self._host.pool)
+        while True:
+            chosen = first_free(pool, [*taken, *(subnet for subnet, _ in resting.values())])
+            if chosen is not None:
+                return chosen
+            if not resting:
+                raise Conflict(f"network '{want.id}': no subnet is left in pool {pool} (a larger [network] pool)")
+            subnet, seconds = resting.pop(next(iter(resting)))
+            if seconds:
+                raise waiting(f"network '{want.id}': no subnet is left in pool {pool}; {subnet}", seconds)
 
     def _refuse_overlap(self, id: str, subnet: IPv4Network) -> None:
         kept = ((f"network '{other}'", taken) for other, taken in self.ledger.subnets().items() if other != id)
@@ -174,9 +211,10 @@ class BridgeEndpoint:
 
     name = "bridge"
 
-    def __init__(self, host: Host, ledger: Ledger) -> None:
+    def __init__(self, host: Host, network: BridgeNetwork) -> None:
         self._host = host
-        self._ledger = ledger
+        self._ledger = network.ledger
+        self._conntrack = network.conntrack
         self._guards: dict[int, bytes] = {}  # index of a port → the program that it has, b"" if only that it has one
         self.unguarded = ""
 
@@ -195,7 +233,8 @@ class BridgeEndpoint:
         self.check(want)
         subnet, gateway = _range(want.network)
         leases = self._ledger.leases(want.network.id)
-        address = leases.take(want.instance, subnet, gateway, want.ipv4_address)
+        owner = want.lease or want.instance
+        address = leases.take(owner, want.instance, subnet, gateway, want.ipv4_address, self._vacate)
         mac = (want.mac_address or _mac(IPv4Address(address))).lower()
         name = self._host.link("endpoint", f"{want.instance}/{want.network.id}")
         try:
@@ -214,7 +253,7 @@ class BridgeEndpoint:
         return [_observed_endpoint(link, guarded=self._is_guarded(link)) for link in links]
 
     def remove(self, receipt: Receipt) -> None:
-        """Give the address back and take the pair away.
+        """Let the address rest and take the pair away.
 
         Deleting a link blocks for 16 ms while the kernel waits out its readers. As the namespace is removed next,
         which deletes the pair in the background and many at a time, the host's end is only cut off from the
@@ -230,6 +269,9 @@ class BridgeEndpoint:
             _abandon(link, receipt.id)
         else:
             _delete(link, f"detach '{instance}' from network '{network}'")
+
+    def _vacate(self, address: str) -> None:
+        flows.vacate(self._conntrack, address)
 
     def _join(self, want: EndpointWant, name: str, mac: str, address: str) -> None:
         """Have the pair, its end on the host guarded, attached to the bridge and up."""
