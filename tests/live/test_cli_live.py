@@ -16,6 +16,7 @@ from collections.abc import Callable
 import pytest
 
 from holdfast.drivers import Host
+from holdfast.runtime.logs import LINE
 from live.agent import HOLDFAST, LiveAgent
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]  # a busy machine takes its time
@@ -69,23 +70,72 @@ def test_logs_tell_what_was_written_by_tail_by_time_and_as_it_comes(agent: LiveA
     assert agent.cli("logs", "--tail", "1", "web").stdout == "four\n"
 
 
-def test_logs_rotate_at_the_size_that_was_asked_for(agent: LiveAgent) -> None:
-    loop = "while [ $$i -lt 4000 ]; do i=$$((i+1)); echo line $$i; done"
-    command = json.dumps(
-        ["sh", "-c", f"i=0; {loop}; while [ ! -e /tmp/more ]; do sleep 0.05; done; echo more; sleep 1000"]
-    )
+def test_logs_never_take_more_than_is_allowed_and_an_endless_line_is_read_at_once(agent: LiveAgent) -> None:
+    flood = "head -c 60000000 /dev/zero | tr '\\0' a; echo; echo end; sleep 1000"
     agent.write(
         "shop.toml",
-        f"[containers.web]{SLEEPER}".replace('"sleep 1000"', command)
-        + 'logging = { max_size = "4KiB", max_files = 2 }\n',
+        f"[containers.web]{SLEEPER}".replace('"sleep 1000"', json.dumps(["sh", "-c", flood]))
+        + 'logging = { max_size = "1MiB", max_files = 3 }\n',
+    )
+    place, most = agent.host.root / "logs" / "shop", 0
+
+    def written() -> bool:
+        nonlocal most
+        files = {file.stat().st_ino: file.stat().st_size for file in place.glob("web.log*")}
+        most = max(most, sum(files.values()))
+        return agent.cli("logs", "--tail", "1", "web", check=False).stdout == "end\n"
+
+    agent.sync()
+    agent.wait(written, "all was written")
+    assert 1 << 20 < most <= 3 << 20
+    rest = agent.cli("logs", "--tail", "2", "web").stdout
+    assert rest.endswith("a\nend\n")
+    assert len(rest) <= 2 * LINE
+
+
+def test_logs_bound_while_no_agent_runs(agent: LiveAgent) -> None:
+    flood = "until [ -e /tmp/go ]; do sleep 0.05; done; yes | head -c 9000000; sleep 1000"
+    agent.write(
+        "shop.toml",
+        f"[containers.web]{SLEEPER}".replace('"sleep 1000"', json.dumps(["sh", "-c", flood]))
+        + 'logging = { max_size = "256KiB", max_files = 2 }\n',
     )
     agent.converge()
+    agent.stop()
     place = agent.host.root / "logs" / "shop"
-    agent.wait(lambda: len(list(place.iterdir())) > 1, "the log is rotated")
-    agent.exec("web", "touch", "/tmp/more")
-    agent.wait(lambda: "more" in agent.cli("logs", "--tail", "1", "web").stdout, "the writer goes on")
-    assert "line 4000" in agent.cli("logs", "--tail", "2", "web").stdout
-    agent.wait(lambda: (place / "web.log").stat().st_size <= 4096, "what is kept is small")
+    first = (place / "web.log").stat().st_ino
+    agent.cli("exec", "web", "touch", "/tmp/go")
+    agent.wait(lambda: (place / "web.log").stat().st_ino != first, "a new file was begun")
+    files = {file.stat().st_ino: file.stat().st_size for file in place.glob("web.log*")}
+    assert sum(files.values()) <= 512 << 10
+
+
+def test_lines_without_an_end_are_shown_at_once_and_end_with_their_run(agent: LiveAgent) -> None:
+    command = '["sh", "-c", "printf run; sleep 1000"]'
+    agent.write("shop.toml", f"[containers.web]{SLEEPER}".replace('"sleep 1000"', command))
+    agent.converge()
+    process = follow(agent, "logs", "-f", "web")
+    assert read_until(process, "run") == "run"
+    agent.cli("restart", "web")
+    agent.wait(lambda: agent.cli("logs", "web").stdout == "run\nrun", "both runs have a line")
+    assert json.loads(agent.cli("logs", "--json", "--tail", "1", "web").stdout)["target"] == "shop/web"
+
+
+def test_logs_of_an_app_are_merged_by_time_with_names(agent: LiveAgent) -> None:
+    script = "until [ -e /data/{} ]; do sleep 0.02; done; echo {}; touch /data/{}; sleep 1000"
+    rows = (("a", "go", "one"), ("b", "one", "two"), ("c", "two", "three"))
+    commands = {name: json.dumps(["sh", "-c", script.format(before, word, word)]) for name, before, word in rows}
+    containers = (
+        f"[containers.{name}]{SLEEPER}".replace('"sleep 1000"', command) + 'volumes = ["data:/data"]\n'
+        for name, command in commands.items()
+    )
+    agent.write("shop.toml", "".join(containers) + "[volumes.data]\n")
+    agent.converge()
+    agent.exec("a", "touch", "/data/go")
+    agent.wait(lambda: "three" in agent.cli("logs", "shop").stdout, "all was written")
+    assert agent.cli("logs", "shop").stdout == "shop/a  one\nshop/b  two\nshop/c  three\n"
+    assert agent.cli("logs", "b", "shop/c").stdout == "shop/b  two\nshop/c  three\n"
+    assert read_until(follow(agent, "logs", "-f", "shop/"), "three").endswith("shop/c  three")
 
 
 def test_exec_hands_on_exit_code_input_user_and_terminal(agent: LiveAgent) -> None:

@@ -171,12 +171,27 @@ def test_a_follower_knows_while_nothing_happens_that_the_agent_lives(client: Cli
 
 
 def test_logs_are_read_through_the_agent(client: Client) -> None:
-    assert [line["text"] for line in client.logs("shop/web")] == ["one", "two"]
-    assert [line["text"] for line in client.logs("shop/web", tail=1)] == ["two"]
+    assert [line["text"] for line in client.logs(["shop/web"])] == ["one", "two"]
+    assert [line["text"] for line in client.logs(["shop/web"], tail=1)] == ["two"]
+
+
+def test_logs_of_several_containers_bear_their_names(client: Client) -> None:
+    lines = [line for line in client.logs(["shop/web", "shop/api"]) if line]
+    assert [(line["target"], line["text"]) for line in lines] == [
+        *(("shop/web", "one"), ("shop/api", "one"), ("shop/web", "two"), ("shop/api", "two"))
+    ]
+
+
+def test_a_reader_that_has_gone_ends_the_reading(client: Client, log: Path) -> None:
+    log.write_text("2026-11-21T07:00:00.1+00:00 stdout F one\n" * 200_000)
+    lines = client.logs(["shop/web"])
+    assert next(lines)["text"] == "one"
+    lines.close()
+    until(lambda: not any(thread.name == "log reader" for thread in threading.enumerate()), 2)
 
 
 def test_a_followed_log_goes_on_and_its_reader_thread_ends_with_the_caller(client: Client, log: Path) -> None:
-    lines = client.logs("shop/web", tail=1, follow=1)
+    lines = client.logs(["shop/web"], tail=1, follow=1)
     assert next(lines)["text"] == "two"
     with log.open("a") as file:
         file.write("2026-11-21T07:00:02.1+00:00 stdout F three\n")

@@ -182,6 +182,16 @@ def test_logs_keep_stdout_and_stderr_apart(agent: PaperAgent, run: Run, capsys: 
     assert (told.out, told.err) == ("hello\n", "oops\n")
 
 
+def test_logs_are_printed_byte_for_byte(
+    agent: PaperAgent, run: Run, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    assert agent.logs
+    start = b"2026-11-21T07:00:00.1+00:00 stdout"
+    agent.logs.write_bytes(start + b" F \x1b[31mred\xff\n" + start + b" P no end\n")
+    assert run("logs", "shop/web") == 0
+    assert capfdbinary.readouterr().out == b"\x1b[31mred\xff\nno end"
+
+
 def test_lists_and_details_of_every_kind_print(agent: PaperAgent, run: Run, said: Callable[[], str]) -> None:
     for words, expected in {
         ("volume", "list"): "shop/data",

@@ -6,7 +6,8 @@
     GET    /v1/status                              GET    /v1/events?after=&limit=[&follow=1[&beat=]]  (JSON lines)
     GET    /v1/plan                                POST   /v1/sync         {"accept_rewrite": bool}
     GET    /v1/containers/APP/NAME                 POST   /v1/containers/APP/NAME/{stop,start,restart,release}
-    GET    /v1/containers/APP/NAME/logs?tail=N&since=EPOCH[&follow=1]                       (JSON lines)
+    GET    /v1/containers/APP/NAME/logs?tail=N&since=EPOCH&until=EPOCH[&follow=1]            (JSON lines)
+    GET    /v1/logs?target=APP/NAME&target=…&tail=N&since=EPOCH&until=EPOCH[&follow=1]       (JSON lines, merged)
     GET    /v1/containers/APP/NAME/files           POST   /v1/containers/APP/NAME/exec   {"command": […], …}
     GET    /v1/volumes[/APP/NAME]                  DELETE /v1/volumes/APP/NAME?force=
     POST   /v1/volumes/prune                       GET    /v1/networks[/ID]
@@ -28,7 +29,6 @@ import struct
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -37,8 +37,8 @@ from aiohttp import web
 from holdfast.api.agent import Agent
 from holdfast.api.images import IMAGE_ROUTES
 from holdfast.api.wire import AGENT, answer, body, number, report, target_of
-from holdfast.errors import Conflict, UnfitHost, WrongConfig
-from holdfast.runtime.logs import LogLine
+from holdfast.errors import Conflict, UnfitHost, WrongCall, WrongConfig
+from holdfast.runtime.logs import LogLine, Wanted
 from holdfast.runtime.output import output
 
 HEARTBEAT = 1.0  # seconds: a follower hears an empty line that often (or each `beat`), and so knows that we live
@@ -183,18 +183,34 @@ async def arrives(agent: Agent, after: int, beat: float) -> bool:
 
 async def logs(request: web.Request) -> web.StreamResponse:
     """A container's output as JSON lines; with follow=1 until the caller goes, empty ones in silence."""
-    tail = int(number(request, "tail", 0)) if "tail" in request.query else None
-    since = number(request, "since", 0) if "since" in request.query else None
-    stop = threading.Event()
-    found = await asyncio.to_thread(request.app[AGENT].logs_of, target_of(request))
-    paths = [Path(path) for path in found["paths"]]
-    lines = output(paths, tail, since, stop if "follow" in request.query else None)
+    return await written(request, [("", target_of(request))])
+
+
+async def merged_logs(request: web.Request) -> web.StreamResponse:
+    """The output of several containers, merged by time."""
+    targets = request.query.getall("target", [])
+    if not targets or not all("/" in target for target in targets):
+        raise WrongCall("query 'target': names no container (expected target=APP/NAME, once or several times)")
+    return await written(request, [(target, target) for target in targets])
+
+
+async def written(request: web.Request, targets: list[tuple[str, str]]) -> web.StreamResponse:
+    """The output of containers, each with what its lines are to call it."""
+    agent, stop = request.app[AGENT], threading.Event()
+    wanted = Wanted(
+        tail=int(number(request, "tail", 0)) if "tail" in request.query else None,
+        since=number(request, "since", 0) if "since" in request.query else None,
+        until=number(request, "until", 0) if "until" in request.query else None,
+    )
+    found = [(name, await asyncio.to_thread(agent.logs_of, target)) for name, target in targets]
+    sources = [(name, Path(path)) for name, paths in found for path in paths["paths"]]
+    lines = output(sources, wanted, stop if "follow" in request.query else None)
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
     await response.prepare(request)
-    queue = pumped(lines)
+    queue = pumped(lines, stop)
     try:
         while (line := await next_line(queue)) is not None:
-            await response.write((json.dumps(asdict(line)) if line else "").encode() + b"\n")
+            await response.write((json.dumps(line.json()) if line else "").encode() + b"\n")
     except ConnectionError:
         pass  # the reader has gone, as readers do
     finally:
@@ -204,7 +220,7 @@ async def logs(request: web.Request) -> web.StreamResponse:
     return response
 
 
-def pumped(lines: Iterator[LogLine]) -> asyncio.Queue[LogLine | None]:
+def pumped(lines: Iterator[LogLine | None], stop: threading.Event) -> asyncio.Queue[LogLine | None]:
     """Read blocking lines in a thread of their own: a silent log must not hold one of the pool's. None ends them."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[LogLine | None] = asyncio.Queue(256)
@@ -215,7 +231,10 @@ def pumped(lines: Iterator[LogLine]) -> asyncio.Queue[LogLine | None]:
     def pump() -> None:
         try:
             for line in lines:
-                put(line)
+                if stop.is_set():
+                    break
+                if line is not None:
+                    put(line)
         finally:
             put(None)
 
@@ -242,6 +261,7 @@ ROUTES = [
     web.get("/v1/containers/{app}/{name}", answer(lambda agent, request: agent.inspect(target_of(request)))),
     web.get("/v1/containers/{app}/{name}/files", answer(lambda agent, request: agent.logs_of(target_of(request)))),
     web.get("/v1/containers/{app}/{name}/logs", logs),
+    web.get("/v1/logs", merged_logs),
     web.post("/v1/containers/{app}/{name}/exec", exec_argv),
     web.post("/v1/containers/{app}/{name}/{verb:stop|start|restart|release}", hold),
     web.get("/v1/stats", answer(lambda agent, _: agent.stats())),

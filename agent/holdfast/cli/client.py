@@ -69,10 +69,12 @@ class Client:
     def logs_of(self, target: str) -> Json:
         return self._call("GET", f"/v1/containers/{quote(target)}/files")
 
-    def logs(self, target: str, **query: Any) -> Iterator[Json | None]:
+    def logs(self, targets: Sequence[str], **query: Any) -> Iterator[Json | None]:
         """Lines of output as the agent reads them, for those who may not read its files; None when it is silent."""
-        asked = urlencode({key: value for key, value in query.items() if value is not None})
-        return self._lines(f"/v1/containers/{quote(target)}/logs?{asked}")
+        asked = [("target", target) for target in targets] if len(targets) > 1 else []
+        asked += [(key, value) for key, value in query.items() if value is not None]
+        path = "/v1/logs" if len(targets) > 1 else f"/v1/containers/{quote(targets[0])}/logs"
+        return self._lines(f"{path}?{urlencode(asked)}")
 
     def exec_of(self, target: str, command: Sequence[str], **options: Any) -> Sequence[str]:
         answer = self._call("POST", f"/v1/containers/{quote(target)}/exec", {"command": list(command), **options})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -137,6 +137,23 @@ def resolve(status: Mapping[str, Any], target: str) -> str:
             raise NotFound(f"container '{target}': no such container{nearest(target, known)}")
         case _:
             raise WrongCall(f"container '{target}': there are several ({', '.join(meant)})")
+
+
+def resolve_all(status: Mapping[str, Any], targets: Sequence[str]) -> list[str]:
+    """The containers that targets mean, each once: `app/name`, a name that is unique, or an app (`app` or `app/`)."""
+    found: dict[str, None] = {}
+    known = containers_of(status)
+    for target in targets:
+        app = target.removesuffix("/")
+        named = [each for each in known if each.partition("/")[2] == target]
+        if app in status["apps"] and not named:
+            of_app = [each for each in known if each.partition("/")[0] == app]
+            if not of_app:
+                raise NotFound(f"app '{app}': it has no containers")
+            found |= dict.fromkeys(of_app)
+        else:
+            found[resolve(status, target)] = None
+    return list(found)
 
 
 def nearest(target: str, known: list[str]) -> str:

@@ -6,52 +6,71 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from holdfast.cli import render
 from holdfast.cli.client import Client
-from holdfast.cli.command import client, command, json_option, reach, resolve, target_argument
+from holdfast.cli.command import (
+    client,
+    command,
+    complete_target,
+    json_option,
+    reach,
+    resolve,
+    resolve_all,
+    target_argument,
+)
 from holdfast.cli.since import Moment
 from holdfast.errors import NotPermitted, TryAgain, WrongCall
-
-if TYPE_CHECKING:
-    from holdfast.runtime.logs import LogLine
 
 Json = Mapping[str, Any]
 
 
 @command("logs")
-@target_argument()
-@click.option("-f", "--follow", is_flag=True, help="Go on as the container writes.")
-@click.option("--tail", type=click.IntRange(min=0), metavar="N", help="The last N lines only.")
+@click.argument("targets", metavar="APP[/NAME]...", nargs=-1, required=True, shell_complete=complete_target)
+@click.option("-f", "--follow", is_flag=True, help="Go on as the containers write.")
+@click.option("--tail", type=click.IntRange(min=0), metavar="N", help="The last N lines of each container only.")
 @click.option("--since", type=Moment(), help="Only what was written since then.")
+@click.option("--until", type=Moment(), help="Only what was written until then.")
 @click.option("-t", "--timestamps", is_flag=True, help="Say when each line was written.")
-def logs(target: str, follow: bool, tail: int | None, since: float | None, timestamps: bool) -> None:
-    """Print what a container wrote.
+@json_option()
+def logs(
+    targets: tuple[str, ...],
+    follow: bool,
+    tail: int | None,
+    since: float | None,
+    until: float | None,
+    timestamps: bool,
+    json_: bool,
+) -> None:
+    """Print what containers wrote, byte for byte.
 
-    What it wrote to stderr goes to stderr.
+    What they wrote to stderr goes to stderr. Of several, or of a whole app, the lines are merged by time, each with
+    the name of its container.
     """
-    from holdfast.runtime.logs import LogLine
+    from holdfast.cli.lines import show, show_json
+    from holdfast.runtime.logs import LogLine, Wanted, line_of
     from holdfast.runtime.output import output
 
     with reach() as node:
-        known = resolve(node.status(), target)
+        known = resolve_all(node.status(), targets)
         if os.geteuid() != 0:
-            asked = {"tail": tail, "since": since, "follow": 1 if follow else None}
-            show_lines((LogLine(**line) for line in node.logs(known, **asked) if line), timestamps)
-            return
-        paths = [Path(path) for path in node.logs_of(known)["paths"]]
-    show_lines(output(paths, tail, since, threading.Event() if follow else None), timestamps)
-
-
-def show_lines(lines: Iterable[LogLine], timestamps: bool) -> None:
-    for line in lines:
-        start = render.paint(render.clock(line.at), render.QUIET) + "  " if timestamps else ""
-        click.echo(start + line.text, err=line.stream == "stderr")
+            asked = {"tail": tail, "since": since, "until": until, "follow": 1 if follow else None}
+            told = node.logs(known, **asked)
+            lines: Iterator[LogLine | None] = (line_of(line) if line else None for line in told)
+        else:
+            several = len(known) > 1
+            found = ((target if several else "", path) for target in known for path in node.logs_of(target)["paths"])
+            sources = [(target, Path(path)) for target, path in found]
+            lines = output(sources, Wanted(tail, since, until), threading.Event() if follow else None)
+        if json_:
+            show_json(lines, known)
+        else:
+            show(lines, timestamps=timestamps, follow=follow)
 
 
 @command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import structlog
 
@@ -18,6 +19,7 @@ from holdfast.errors import HoldfastError, TryAgain, WrongCall, WrongState
 from holdfast.guard import described
 from holdfast.node.images import Collector
 from holdfast.node.lanes import Lanes
+from holdfast.node.logkeeper import LogKeeper
 from holdfast.node.newer import NewerWatch
 from holdfast.node.observe import observe
 from holdfast.node.recover import recover, remove_volume
@@ -49,7 +51,7 @@ from holdfast.plan.actions import (
 from holdfast.plan.derived import pages
 from holdfast.plan.restart import wait_before
 from holdfast.runtime.conmon import reopen_log
-from holdfast.runtime.logs import rotate
+from holdfast.runtime.logs import keep
 from holdfast.spec.model import RestartPolicy, Spec
 
 LAST_WORDS = 2.0  # seconds that plugins have to hear the rest when the agent ends
@@ -88,6 +90,7 @@ class Node:
         self._collector = Collector(rig)
         self._exits = ExitWatch(lambda instance: self.wake(instance))
         self._newer: NewerWatch | None = None
+        self._logs = LogKeeper(self._max_log_files)
 
     def recover(self) -> None:
         """Make the places that the runtime needs, and note what a crash cut short: the first pass puts it right.
@@ -109,6 +112,10 @@ class Node:
 
     def apply(self, plan: Plan, observed: Observed, spec: Spec | None, revision: str) -> None:
         """Put what is planned on the lanes and return at once; what is under way already is left to itself."""
+        if not self._applied:
+            for instance in observed.instances:
+                if instance.phase == "running":
+                    self._logs.add(self.rig.log_path(instance).parent)
         self._applied = True
         self.rig.mark_boot()
         self._newer = self._newer or NewerWatch(self.rig, lambda what: self.wake(what))
@@ -123,13 +130,13 @@ class Node:
         self._lanes.put(plan.actions, observed.over)
 
     def rotate_logs(self) -> None:
-        """Move aside the logs that have grown beyond what their containers keep."""
+        """See to logs that nobody was told of: while no agent ran, and those of conmons without a limit."""
         for instance in list(self.rig.store.instances.values()):
             if instance.phase == "running":
                 kept = instance.want.logging
                 bundle = self.rig.host.instance(instance.id)
                 try:
-                    rotate(self.rig.log_path(instance), kept.max_size, kept.max_files, partial(reopen_log, bundle))
+                    keep(self.rig.log_path(instance), kept.max_size, kept.max_files, partial(reopen_log, bundle))
                 except OSError as error:  # conmon goes on writing where it writes; the next look tries again
                     log.warning("log not rotated", container=instance.key, error=str(error))
 
@@ -150,6 +157,7 @@ class Node:
         self.rig.builder.close()
         self._lanes.close()
         self._exits.close()
+        self._logs.close()
         self.rig.plugins.wait_told(LAST_WORDS)
         self.rig.plugins.noticed = lambda plugin, error: None
         if self._applied:  # else the token is not ours: a command may end beside an agent that has just begun
@@ -160,6 +168,12 @@ class Node:
             run = self.rig.run_of(instance.id) if instance.phase == "running" else None
             if run is not None:
                 self._exits.add(instance.id, run)
+
+    def _max_log_files(self, path: Path) -> int | None:
+        for instance in list(self.rig.store.instances.values()):
+            if self.rig.log_path(instance) == path:
+                return instance.want.logging.max_files
+        return None
 
     def _readers(self, starting: list[StartInstance]) -> set[tuple[str, str]]:
         return {
@@ -189,6 +203,7 @@ class Node:
             run = self.rig.run_of(detail["instance"])
             if run is not None:
                 self._exits.add(detail["instance"], run)
+            self._logs.add(self.rig.log_path(self.rig.store.instances[detail["instance"]]).parent)
 
     def _settle(self, outcome: Outcome, least: float, code: int) -> None:
         """Write down what came of an action, and tell of it."""

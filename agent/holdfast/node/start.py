@@ -29,6 +29,7 @@ from holdfast.plan.derived import names_of
 from holdfast.plan.diff import folder_files, mounted_files
 from holdfast.runtime import apparmor, cgroup, device_access, names, netns, seccomp, users
 from holdfast.runtime.devices import device_nodes
+from holdfast.runtime.logs import begin
 from holdfast.runtime.oci import OciRequest, granted_capabilities, oci_config
 from holdfast.spec.model import App, Container, Mount, Network
 
@@ -333,9 +334,9 @@ def _run(rig: Rig, instance: Instance, config: Mapping[str, Any]) -> None:
     earlier = rig.store.receipt("run", id)
     if earlier is not None or id in rig.runtime.state():
         _end_run(rig, id)
-    log = rig.log_path(instance)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    run = rig.runtime.create(id, rig.host.instance(id), log, name=key)
+    log, kept = rig.log_path(instance), instance.want.logging
+    log_size = begin(log, kept.max_size, kept.max_files)
+    run = rig.runtime.create(id, rig.host.instance(id), log, name=key, log_size=log_size)
     data: dict[str, Any] = {"run": asdict(run), "limits": cgroup.snapshot(rig.runtime.cgroup(id))}
     rig.store.put_receipt(Receipt("run", rig.runtime.binary.name, id, id, data))
     if not device_access.asked_for(config):

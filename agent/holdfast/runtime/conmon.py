@@ -81,16 +81,17 @@ class Runtime:
         for place in (self.root, self.exits, self._sockets, self.host.run_root / "runs"):
             place.mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    def create(self, id: str, bundle: Path, log_path: Path, *, name: str = "") -> Run:
+    def create(self, id: str, bundle: Path, log_path: Path, *, name: str = "", log_size: int = -1) -> Run:
         """Create a container from the config.json in bundle: its process waits for `start`.
 
-        name: what it is called in errors (default: id). Raises WrongState if its program can't be run, and
-        UnfitHost for every other refusal, with the runtime's own words; what was begun stays for `delete`.
+        name: what it is called in errors (default: id). log_size: bytes after which conmon begins a new log file.
+        Raises WrongState if its program can't be run, and UnfitHost for every other refusal, with the runtime's own
+        words; what was begun stays for `delete`.
         """
         record = self._record(id)
         record.mkdir(parents=True, exist_ok=True, mode=0o700)
         (self.exits / id).unlink(missing_ok=True)
-        pid = self._spawn(id, bundle, log_path, name or id)
+        pid = self._spawn(bundle, self._conmon_argv(id, bundle, log_path, log_size), name or id)
         conmon_pid = int((record / "conmon.pid").read_text())
         run = Run(pid, conmon_pid, _ticks(pid), _ticks(conmon_pid), boot_id())
         _write_atomically(record / "run.json", json.dumps(asdict(run)))
@@ -234,12 +235,12 @@ class Runtime:
     def _command(self, verb: str) -> list[str]:
         return [str(self.binary.path), "--root", str(self.root), verb]
 
-    def _spawn(self, id: str, bundle: Path, log_path: Path, name: str) -> int:
+    def _spawn(self, bundle: Path, argv: list[str], name: str) -> int:
         """Start conmon, which detaches, and read the container's pid from its sync pipe."""
         ours, theirs = os.pipe()
         try:
             process = subprocess.Popen(
-                self._conmon_argv(id, bundle, log_path),
+                argv,
                 env={**_ENVIRONMENT, "_OCI_SYNCPIPE": str(theirs)},
                 pass_fds=(theirs,),
                 cwd=bundle,
@@ -258,7 +259,7 @@ class Runtime:
             answer = _read_line(pipe.fileno(), time.monotonic() + CREATE_TIMEOUT)
         return _pid_from(answer, name)
 
-    def _conmon_argv(self, id: str, bundle: Path, log_path: Path) -> list[str]:
+    def _conmon_argv(self, id: str, bundle: Path, log_path: Path, log_size: int) -> list[str]:
         record = self._record(id)
         options = {
             "--api-version": "1",
@@ -269,6 +270,7 @@ class Runtime:
             "--runtime-arg": f"--root={self.root}",
             "--bundle": bundle,
             "--log-path": f"k8s-file:{log_path}",
+            "--log-size-max": log_size,
             "--log-level": "error",
             "--exit-dir": self.exits,
             "--persist-dir": record,

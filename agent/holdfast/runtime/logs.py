@@ -1,105 +1,130 @@
-"""Container output: rotating, reading and following what conmon writes.
+"""Container output: bounded while it is written, read and followed.
 
 A log is a file in conmon's k8s-file format, `TIME STREAM TAG TEXT`, where TAG is F for a whole line and P for a part
-of one, with its older parts beside it as FILE.1 (the newest), FILE.2 and so on. The agent rotates; the CLI reads.
+of one; rows with the tag R, which `begin` writes, say that another run begins. When a file is full, conmon begins a
+new one in its place (conmon(8), --log-size-max): the size is bounded whether an agent runs or not. What was full is
+kept by its second name, FILE.0, which becomes FILE.1 (the newest), FILE.2 and so on in `roll`.
 """
 
 from __future__ import annotations
 
-import ctypes
+import base64
 import os
 import re
-import select
-import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import datetime
-from itertools import islice
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-_WHOLE_LINE = re.compile(rb"^\S+ \S+ F", re.MULTILINE)
-_STOP_INTERVAL = 1.0  # seconds in which a follower notices that it is to stop
-
-_IN_MODIFY, _IN_MOVED_TO, _IN_CREATE = 0x2, 0x80, 0x100
+LINE = 64 << 10  # bytes of a line that are handed on at once: an endless line comes in pieces
+_BLOCK = 256 << 10  # bytes that are read at once from the end backwards
+_WHOLE_LINE = re.compile(rb"\n\S+ \S+ F")  # begins with a byte that is found fast: rows have 8 KiB
 
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """One line of output. time: RFC 3339, as conmon wrote it. partial: the program did not end the line (yet)."""
+    """A line of output, or a piece of one. time: RFC 3339, as conmon wrote it. target: the container.
+
+    partial: what follows of this stream goes on in the same line.
+    """
 
     time: str
     stream: str
-    text: str
+    data: bytes
     partial: bool = False
+    target: str = ""
 
     @property
     def at(self) -> float:
         """The time in seconds since the epoch."""
         return datetime.fromisoformat(self.time).timestamp()
 
+    @property
+    def text(self) -> str:
+        """The line for people; bytes that are no UTF-8 are replaced."""
+        return self.data.decode(errors="replace")
 
-def rotate(log_path: Path, max_size: int, max_files: int, reopen: Callable[[], None]) -> bool:
-    """Move a log of max_size bytes or more out of the way, keep max_files in all; whether it did so.
+    def json(self) -> dict[str, Any]:
+        """The line as the API has it; with the bytes in base64 where they are no UTF-8."""
+        value = {"time": self.time, "stream": self.stream, "text": self.text, "partial": self.partial}
+        if self.text.encode() != self.data:
+            value["base64"] = base64.b64encode(self.data).decode()
+        return {"target": self.target, **value} if self.target else value
 
-    reopen makes conmon open log_path anew: what it writes until then goes to the moved file, so nothing is lost.
-    An earlier rotation that was cut off before its reopen is finished.
+
+def line_of(value: Mapping[str, Any]) -> LogLine:
+    """The line that `LogLine.json` wrote."""
+    data = base64.b64decode(value["base64"]) if "base64" in value else str(value["text"]).encode()
+    return LogLine(value["time"], value["stream"], data, value["partial"], value.get("target", ""))
+
+
+# -- the writer's side ---------------------------------------------------------------------------------------
+
+
+def begin(log_path: Path, max_size: int, max_files: int) -> int:
+    """Prepare a log for another run; return the size at which conmon is to begin a new file.
+
+    What is kept takes at most max_size * max_files, the file counted in that `roll` has not yet seen.
     """
-    try:
-        if log_path.stat().st_size < max_size:
-            return False
-    except FileNotFoundError:
-        if _older(log_path, 1).exists():
-            reopen()
-        return False
-    for file in log_files(log_path):
-        if file != log_path and _number(file) >= max_files - 1:
-            file.unlink(missing_ok=True)
-    for number in range(max_files - 2, 0, -1):
-        with suppress(FileNotFoundError):
-            _older(log_path, number).rename(_older(log_path, number + 1))
-    if max_files > 1:
-        log_path.rename(_older(log_path, 1))
-    else:
-        log_path.unlink()
-    reopen()
-    return True
+    full = max(max_size * max_files // (max_files + 1), 1)
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    roll(log_path, max_files)
+    if _size(log_path) > full // 2:
+        log_path.unlink()  # it has its second name
+        roll(log_path, max_files)
+    with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), "ab") as file:
+        if file.tell():
+            file.write(f"{datetime.now(UTC).isoformat()} - R \n".encode())
+    roll(log_path, max_files)
+    return max(full - _size(log_path), 1)
+
+
+def roll(log_path: Path, max_files: int) -> None:
+    """Number the file that conmon has left, forget what is more than max_files, and give its file a second name.
+
+    Repeating it after a crash finishes what was begun.
+    """
+    held = _older(log_path, 0)
+    inode = _inode(log_path)
+    if inode is not None and _inode(held) == inode:
+        return
+    if held.exists():
+        for file in sorted(_numbered(log_path), key=_number, reverse=True):
+            if _number(file) + 1 < max_files:
+                file.rename(_older(log_path, _number(file) + 1))
+            else:
+                file.unlink(missing_ok=True)
+    with suppress(OSError):  # without the second name less is kept, and the container runs all the same
+        os.link(log_path, held)
+
+
+def keep(log_path: Path, max_size: int, max_files: int, reopen: Callable[[], None]) -> None:
+    """Do what `roll` does; make a conmon that knows of no limit, or of a larger one, begin a new file by `reopen`."""
+    roll(log_path, max_files)
+    if _size(log_path) > max_size:
+        reopen()
 
 
 def log_files(log_path: Path) -> list[Path]:
-    """The files of a log that exist, oldest first."""
+    """The files of a log that exist, oldest first; one that has two names once."""
+    current = _inode(log_path)
+    older = sorted(_numbered(log_path), key=_number, reverse=True)
+    if older and _number(older[-1]) == 0 and _inode(older[-1]) == current:
+        older.pop()
+    return [*older, *((log_path,) if current is not None else ())]
+
+
+def _numbered(log_path: Path) -> list[Path]:
+    prefix = f"{log_path.name}."
     try:
-        names = [entry for entry in log_path.parent.iterdir() if entry.name.startswith(f"{log_path.name}.")]
+        names = os.listdir(log_path.parent)  # noqa: PTH208 - names, not paths: an app may have a thousand logs
     except FileNotFoundError:
         return []
-    older = sorted((entry for entry in names if entry.suffix[1:].isdecimal()), key=_number, reverse=True)
-    return [*older, *((log_path,) if log_path.exists() else ())]
-
-
-def read(paths: Iterable[Path], tail: int | None = None, since: float | None = None) -> Iterator[LogLine]:
-    """Yield the lines of a log's files (oldest file first), parts joined: the last tail ones, not before since."""
-    files = list(paths)
-    joiner = _Joiner()
-    lines = (line for row in _rows(_enough(files, tail)) for line in joiner.add(row))
-    yield from _selected(_chained(lines, joiner.rest), tail, since)
-
-
-def follow(
-    log_path: Path, stop: threading.Event, tail: int | None = None, since: float | None = None
-) -> Iterator[LogLine]:
-    """Yield what `read` would, then each line as it is written, over rotations, until stop is set.
-
-    Blocking: sleeps in inotify(7) while nothing is written.
-    """
-    joiner, cursor = _Joiner(), _Cursor(log_path, tail)
-    with cursor, _Watch(log_path.parent) as watch:
-        yield from _selected((line for row in cursor.rows() for line in joiner.add(row)), tail, since)
-        while not stop.is_set():
-            watch.wait(_STOP_INTERVAL)
-            fresh = (line for row in cursor.rows() for line in joiner.add(row))
-            yield from _selected(fresh, None, since)
+    return [log_path.with_name(name) for name in names if name.startswith(prefix) and name[len(prefix) :].isdecimal()]
 
 
 def _older(log_path: Path, number: int) -> Path:
@@ -110,82 +135,85 @@ def _number(file: Path) -> int:
     return int(file.suffix[1:])
 
 
-def _chained(lines: Iterable[LogLine], rest: Callable[[], Iterator[LogLine]]) -> Iterator[LogLine]:
-    yield from lines
-    yield from rest()
+def _inode(file: Path) -> int | None:
+    try:
+        return file.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
-def _selected(lines: Iterable[LogLine], tail: int | None, since: float | None) -> Iterator[LogLine]:
-    if since is not None:
-        lines = (line for line in lines if line.at >= since)
-    return iter(lines) if tail is None else iter(deque(lines, maxlen=tail))
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
-def _enough(files: list[Path], tail: int | None) -> list[Path]:
-    """The newest files that hold tail whole lines between them, oldest first."""
-    if tail is None:
-        return files
-    taken: list[Path] = []
-    for file in reversed(files):
-        if tail <= 0:
-            break
-        taken.insert(0, file)
-        with suppress(FileNotFoundError):
-            tail -= len(_WHOLE_LINE.findall(file.read_bytes()))
-    return taken
+# -- the reader's side ---------------------------------------------------------------------------------------
 
 
-def _rows(files: Iterable[Path]) -> Iterator[bytes]:
-    for path in files:
-        with suppress(FileNotFoundError), path.open("rb") as file:
-            yield from file
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which lines are asked for: the last tail ones of each log, written not before since and not after until."""
+
+    tail: int | None = None
+    since: float | None = None
+    until: float | None = None
+
+    def of(self, lines: Iterable[LogLine]) -> Iterator[LogLine]:
+        """Those of a log's lines that are asked for."""
+        found = self.within(lines)
+        return found if self.tail is None else iter(deque(found, maxlen=self.tail))
+
+    def within(self, lines: Iterable[LogLine]) -> Iterator[LogLine]:
+        """Those that were written in the time that is asked for."""
+        if self.since is not None:
+            lines = (line for line in lines if line.at >= (self.since or 0))
+        if self.until is not None:
+            lines = (line for line in lines if line.at <= (self.until or 0))
+        return iter(lines)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing that is yet to be written is asked for."""
+        return self.until is not None and time.time() > self.until
 
 
-class _Joiner:
-    """Joins the parts of lines, separately for stdout and stderr."""
-
-    def __init__(self) -> None:
-        self._parts: dict[str, LogLine] = {}
-
-    def add(self, row: bytes) -> Iterator[LogLine]:
-        """Take one row of a log; yield the line that it completes, if it does."""
-        fields = row.decode(errors="replace").rstrip("\n").split(" ", 3)
-        if len(fields) < 3 or fields[2][:1] not in ("F", "P"):
-            return  # torn by a crash of the host
-        time, stream, tag, text = (*fields, "")[:4]
-        begun = self._parts.pop(stream, None)
-        line = LogLine(begun.time if begun else time, stream, (begun.text if begun else "") + text)
-        if tag.startswith("F"):
-            yield line
-        else:
-            self._parts[stream] = line
-
-    def rest(self) -> Iterator[LogLine]:
-        """Yield what never was ended."""
-        for line in self._parts.values():
-            yield LogLine(line.time, line.stream, line.text, partial=True)
-        self._parts.clear()
+def read(log_path: Path, wanted: Wanted | None = None, target: str = "") -> Iterator[LogLine]:
+    """Yield the lines of a log that are asked for, parts joined."""
+    wanted = wanted or Wanted()
+    with Cursor(log_path, wanted, target) as cursor:
+        yield from wanted.of(cursor.lines(last=True))
 
 
-class _Cursor:
-    """A place in a log that moves on from file to file as they are rotated."""
+class Cursor:
+    """A place in a log that moves on from file to file."""
 
-    def __init__(self, log_path: Path, tail: int | None) -> None:
+    def __init__(self, log_path: Path, wanted: Wanted, target: str = "") -> None:
         self._path = log_path
         self._rest = b""
+        self._joiner = _Joiner(target)
         self._file: BinaryIO | None = None
-        for first in islice(_enough(log_files(log_path), tail), 1):
+        first, offset = _start(log_files(log_path), None if wanted.since is not None else wanted.tail)
+        if first is not None:
             with suppress(FileNotFoundError):
                 self._file = first.open("rb")
+                self._file.seek(offset)
 
-    def __enter__(self) -> _Cursor:
+    def __enter__(self) -> Cursor:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
 
-    def rows(self) -> Iterator[bytes]:
+    def lines(self, *, last: bool = False) -> Iterator[LogLine]:
+        """Yield what is written by now, also of a line that is not ended. last: nobody will ask again."""
+        for row in self._rows():
+            yield from self._joiner.add(row)
+        yield from self._joiner.rest(last=last)
+
+    def _rows(self) -> Iterator[bytes]:
         """Yield every whole row up to what is written by now."""
         while True:
             following = self._following()  # before reading: what is written to a file ends before the next begins
@@ -205,7 +233,7 @@ class _Cursor:
                 yield whole
 
     def _following(self) -> BinaryIO | None:
-        """Open the file after the current one; the oldest there is when the current one was rotated away."""
+        """Open the file after the current one; the oldest there is when the current one is gone."""
         current = os.fstat(self._file.fileno()).st_ino if self._file is not None else None
         while files := log_files(self._path):
             inodes = [_inode(file) for file in files]
@@ -217,37 +245,110 @@ class _Cursor:
                 return None
             if opened is None or os.fstat(opened.fileno()).st_ino != current:
                 return opened
-            opened.close()  # the current one, under another name: it was rotated between two of these steps
+            opened.close()  # the current one, under another name: it was renamed between two of these steps
         return None
 
 
-def _inode(file: Path) -> int:
-    try:
-        return file.stat().st_ino
-    except FileNotFoundError:
-        return -1
+def _start(files: list[Path], tail: int | None) -> tuple[Path | None, int]:
+    """The file, and the place in it, after which there are tail whole lines with all of their parts."""
+    if tail is None or not files:
+        return (files[0] if files else None), 0
+    left = tail
+    for file in reversed(files):
+        with suppress(FileNotFoundError):
+            offset, found = _backwards(file, left)
+            if offset is not None:
+                return file, offset
+            left -= found
+    return files[0], 0
 
 
-class _Watch:
-    """Waits for anything to be written or moved in a folder (inotify(7))."""
+def _backwards(file: Path, count: int) -> tuple[int | None, int]:
+    """Where the last count whole lines of a file begin; None if it has no more than them; and how many it has."""
+    found = 0
+    with file.open("rb") as source:
+        end = source.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - _BLOCK)
+            source.seek(start)
+            data = source.read(end - start)
+            skipped = data.find(b"\n") + 1 if start else 0
+            rows = [match.start() for match in _WHOLE_LINE.finditer(b"\n" + data, skipped)]
+            if found + len(rows) > count:
+                before = data.find(b"\n", rows[len(rows) - (count - found) - 1]) + 1
+                return start + (before or len(data)), count
+            found += len(rows)
+            end = start + skipped
+    return None, found
 
-    def __init__(self, folder: Path) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._fd: int = libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
-        events = _IN_MODIFY | _IN_MOVED_TO | _IN_CREATE
-        if self._fd < 0 or libc.inotify_add_watch(self._fd, os.fsencode(folder), events) < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
-        self._poller = select.poll()
-        self._poller.register(self._fd, select.POLLIN)
 
-    def __enter__(self) -> _Watch:
-        return self
+@dataclass(slots=True)
+class _Open:
+    """A line that is not ended yet. begun: a piece of it was handed on."""
 
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+    time: str
+    parts: list[bytes] = field(default_factory=list)
+    size: int = 0
+    begun: bool = False
 
-    def wait(self, timeout: float) -> None:
-        """Sleep until something happens, or timeout (seconds)."""
-        if self._poller.poll(timeout * 1000):
-            with suppress(BlockingIOError):
-                os.read(self._fd, 65536)
+
+class _Joiner:
+    """Joins the parts of lines, separately for stdout and stderr, up to LINE bytes."""
+
+    def __init__(self, target: str = "") -> None:
+        self._target = target
+        self._open: dict[str, _Open] = {}
+
+    def add(self, row: bytes) -> Iterator[LogLine]:
+        """Take one row of a log; yield what it completes."""
+        fields = row.rstrip(b"\n").split(b" ", 3)
+        if len(fields) < 3 or fields[2][:1] not in (b"F", b"P", b"R"):
+            return  # torn by a crash of the host
+        time, stream, tag = (each.decode(errors="replace") for each in fields[:3])
+        if tag.startswith("R"):
+            yield from self._ended()
+            return
+        line = self._open.setdefault(stream, _Open(time))
+        if not line.parts:
+            line.time = time
+        line.parts.append(fields[3] if len(fields) > 3 else b"")
+        line.size += len(line.parts[-1])
+        if tag.startswith("F"):
+            yield self._line(stream, self._open.pop(stream), partial=False)
+        elif line.size >= LINE:
+            yield from self._piece(stream, line)
+
+    def rest(self, *, last: bool) -> Iterator[LogLine]:
+        """Yield what is there of lines that are not ended."""
+        for stream, line in self._open.items():
+            if line.size:
+                yield from self._piece(stream, line, whole=last)
+
+    def _ended(self) -> Iterator[LogLine]:
+        """End the lines that a run has left without an end."""
+        for stream, line in self._open.items():
+            yield self._line(stream, line, partial=False)
+        self._open.clear()
+
+    def _piece(self, stream: str, line: _Open, *, whole: bool = False) -> Iterator[LogLine]:
+        """Hand on what there is of a line; the first bytes of a character wait for its last, unless whole."""
+        data = b"".join(line.parts)
+        cut = len(data) if whole else len(data) - _incomplete(data)
+        if cut:
+            yield LogLine(line.time, stream, data[:cut], partial=True, target=self._target)
+        line.parts, line.size, line.begun = [data[cut:]] if data[cut:] else [], len(data) - cut, True
+
+    def _line(self, stream: str, line: _Open, *, partial: bool) -> LogLine:
+        return LogLine(line.time, stream, b"".join(line.parts), partial, self._target)
+
+
+def _incomplete(data: bytes) -> int:
+    """How many bytes at the end of data are the beginning of a UTF-8 character."""
+    for count in range(1, min(4, len(data) + 1)):
+        byte = data[-count]
+        if byte & 0xC0 == 0xC0:
+            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return count if count < length else 0
+        if byte < 0x80:
+            return 0
+    return 0

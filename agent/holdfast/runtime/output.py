@@ -1,27 +1,51 @@
-"""The logs of a container's instances, one after another → its output. Called by the API, and by `holdfast logs`."""
+"""The logs of containers → their output, merged by time. Called by the API, and by `holdfast logs`."""
 
 from __future__ import annotations
 
+import heapq
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from holdfast.runtime.logs import LogLine, follow, log_files, read
+from holdfast.runtime.inotify import CREATE, MODIFY, MOVED_TO, Inotify
+from holdfast.runtime.logs import Cursor, LogLine, Wanted, read
+
+_STOP_INTERVAL = 1.0  # seconds in which a follower notices that it is to stop
+
+Sources = Sequence[tuple[str, Path]]  # the name of a container, "" where there is only one, and its log
 
 
 def output(
-    logs: Sequence[Path], tail: int | None = None, since: float | None = None, stop: threading.Event | None = None
-) -> Iterator[LogLine]:
-    """Yield what all instances wrote, oldest instance first: the last tail lines, not before since.
+    sources: Sources, wanted: Wanted | None = None, stop: threading.Event | None = None
+) -> Iterator[LogLine | None]:
+    """Yield what containers wrote, the oldest first.
 
-    With stop, go on with the newest instance as it writes, until stop is set. Blocking.
+    With stop, go on as they write until it is set: each time that nothing is left for now, yield None and sleep.
     """
-    if stop is None:
-        yield from read([file for log in logs for file in log_files(log)], tail, since)
-        return
-    if not logs:
-        return
-    newest = logs[-1]
-    left = None if tail is None else max(tail - sum(1 for _ in read(log_files(newest), tail, since)), 0)
-    yield from read([file for log in logs[:-1] for file in log_files(log)], left, since)
-    yield from follow(newest, stop, tail, since)
+    wanted = wanted or Wanted()
+    if stop is not None:
+        yield from _followed(sources, wanted, stop)
+    elif len(sources) == 1:
+        yield from read(sources[0][1], wanted, sources[0][0])
+    else:
+        yield from heapq.merge(*(read(path, wanted, name) for name, path in sources), key=_moment)
+
+
+def _followed(sources: Sources, wanted: Wanted, stop: threading.Event) -> Iterator[LogLine | None]:
+    with ExitStack() as stack:
+        watch = Inotify(MODIFY | MOVED_TO | CREATE)
+        stack.callback(watch.close)
+        for folder in {path.parent for _, path in sources}:
+            watch.add(folder)
+        cursors = [stack.enter_context(Cursor(path, wanted, name)) for name, path in sources]
+        yield from heapq.merge(*(wanted.of(cursor.lines()) for cursor in cursors), key=_moment)
+        while not stop.is_set() and not wanted.over:
+            yield None
+            for _ in watch.wait(_STOP_INTERVAL):
+                pass
+            yield from heapq.merge(*(wanted.within(cursor.lines()) for cursor in cursors), key=_moment)
+
+
+def _moment(line: LogLine) -> float:
+    return line.at

@@ -1,0 +1,73 @@
+"""The output of containers → standard output and standard error, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from typing import BinaryIO
+
+import click
+
+from holdfast.cli import render
+from holdfast.runtime.logs import LogLine
+
+NAMES = ("cyan", "yellow", "green", "magenta", "blue", "bright_cyan", "bright_yellow", "bright_green")
+
+
+def show(lines: Iterable[LogLine | None], *, timestamps: bool, follow: bool) -> None:
+    """Print lines as they were written, those of several containers after their names; None: nothing for now."""
+    if follow:
+        end_when_unread()
+    streams = {"stdout": sys.stdout.buffer, "stderr": sys.stderr.buffer}
+    begun: set[str] = set()  # the streams of a single container that are in the middle of a line
+    for line in lines:
+        if line is None:
+            _flush(streams.values())
+            continue
+        out = streams.get(line.stream, sys.stdout.buffer)
+        if line.stream not in begun:
+            out.write(_start(line, timestamps).encode())
+        out.write(line.data)
+        if not line.partial or line.target:
+            out.write(b"\n")
+            begun.discard(line.stream)
+        else:
+            begun.add(line.stream)
+    _flush(streams.values())
+
+
+def show_json(lines: Iterable[LogLine | None], targets: Sequence[str]) -> None:
+    """Print each line as JSON, with the name of its container."""
+    for line in lines:
+        if line is None:
+            sys.stdout.flush()
+        else:
+            click.echo(json.dumps({"target": targets[0], **line.json()}))
+
+
+def _start(line: LogLine, timestamps: bool) -> str:
+    """What goes before a line."""
+    name = render.paint(line.target, NAMES[sum(line.target.encode()) % len(NAMES)]) + "  " if line.target else ""
+    when = render.paint(render.clock(line.at), render.QUIET) + "  " if timestamps else ""
+    return name + when
+
+
+def _flush(streams: Iterable[BinaryIO]) -> None:
+    for stream in streams:
+        stream.flush()
+
+
+def end_when_unread() -> None:
+    """End this process once nobody reads its output any more, though nothing is written meanwhile."""
+    poller = select.poll()
+    poller.register(sys.stdout.fileno(), 0)  # tells of a reader that has gone, and of nothing else
+
+    def watch() -> None:
+        poller.poll()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="reader", daemon=True).start()

@@ -1,0 +1,51 @@
+"""Waits for files to be written, made or moved in folders (inotify(7))."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+MODIFY, MOVED_TO, CREATE, IGNORED = 0x2, 0x80, 0x100, 0x8000
+
+
+class Inotify:
+    """Folders that are watched. One thread waits; any may add."""
+
+    def __init__(self, events: int) -> None:
+        self._events = events
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._folders: dict[int, Path] = {}
+        self._fd: int = self._libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+        if self._fd < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "inotify")
+        self._poller = select.poll()
+        self._poller.register(self._fd, select.POLLIN)
+
+    def add(self, folder: Path) -> None:
+        """Watch a folder; raises OSError if that can't be."""
+        watch = self._libc.inotify_add_watch(self._fd, os.fsencode(folder), self._events)
+        if watch < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+        self._folders[watch] = folder
+
+    def wait(self, timeout: float | None) -> Iterator[tuple[Path, str]]:
+        """Sleep until something happens, or timeout (seconds); yield folder and name, "" where the folder is gone."""
+        data = b""
+        if self._poller.poll(None if timeout is None else timeout * 1000):
+            with suppress(BlockingIOError):
+                data = os.read(self._fd, 65536)
+        while data:
+            watch, mask, _, size = struct.unpack_from("iIII", data)
+            name, data = data[16 : 16 + size].rstrip(b"\0"), data[16 + size :]
+            folder = self._folders.pop(watch, None) if mask & IGNORED else self._folders.get(watch)
+            if folder is not None:
+                yield folder, "" if mask & IGNORED else os.fsdecode(name)
+
+    def close(self) -> None:
+        """Stop watching."""
+        os.close(self._fd)
