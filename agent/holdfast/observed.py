@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NewType
 
-from holdfast.spec.model import App, Container
+from holdfast.spec.model import App, Container, Mount
 
 InstanceId = NewType("InstanceId", str)
 Json = Mapping[str, Any]
@@ -58,7 +58,9 @@ class Exit:
 class Instance:
     """One container run: its intent (want, image, files), its state, and what is wrong with it.
 
-    image: digest of what it runs. files: mount target → digest of the revision content mounted there.
+    image: digest of what it runs. image_volumes: what it has mounted beyond want.mounts; None for one that an
+    earlier version made, which keeps what such volumes would hold in its writable layer.
+    files: mount target → digest of the revision content mounted there.
     slot: which of the container's instances it is, from 1: a successor takes the slot that is free, and with it the
     addresses. restarts: how often it was started again; streak: how many of these in a row without a stable run.
     faults: what of it is gone so that only a new start puts it right; drifted: what was altered but can be put
@@ -71,6 +73,7 @@ class Instance:
     generation: int
     want: Container
     image: str
+    image_volumes: tuple[Mount, ...] | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     phase: Phase = "creating"
     created_at: float = 0.0
@@ -94,6 +97,11 @@ class Instance:
     def lease(self) -> str:
         """Whose addresses it has: those of its slot, which outlive it."""
         return f"{self.key}/{self.slot}"
+
+    @property
+    def mounts(self) -> tuple[Mount, ...]:
+        """All that is mounted into it."""
+        return (*self.want.mounts, *(self.image_volumes or ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +185,8 @@ class Generation:
     """An app resolved: numbered per app, staged → active (something runs by it) → good (everything does).
 
     What can't be staged has no generation, but a Failure. images: container → digest of its image. newer: container →
-    what it runs instead of the reference that is committed, by name, tag and digest.
+    what it runs instead of the reference that is committed, by name, tag and digest. image_volumes: container → the
+    mounts that its image asks for (`spec.volumes`); None where an earlier version staged it.
     """
 
     app: App
@@ -186,7 +195,12 @@ class Generation:
     revision: str = ""
     images: Mapping[str, str] = field(default_factory=dict)
     newer: Mapping[str, str] = field(default_factory=dict)
+    image_volumes: Mapping[str, tuple[Mount, ...]] | None = None
     staged_at: float = 0.0
+
+    def volumes_of(self, container: str) -> tuple[Mount, ...] | None:
+        """What a container has mounted beyond what its state file says; None where that is not known."""
+        return None if self.image_volumes is None else tuple(self.image_volumes.get(container, ()))
 
 
 @dataclass(frozen=True, slots=True)

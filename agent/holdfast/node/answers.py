@@ -166,17 +166,18 @@ class Answers(ImageAnswers):
         return made
 
     def _declared(self) -> set[str]:
-        return {
-            f"{app}/{name}"
-            for app, known in self.rig.store.history().generations.items()
-            for name in (known[-1].app.volumes if known else ())
-        }
+        found = set()
+        for app, known in self.rig.store.history().generations.items():
+            for newest in known[-1:]:
+                found |= {f"{app}/{name}" for name in newest.app.volumes}
+                found |= {mount.source for each in (newest.image_volumes or {}).values() for mount in each}
+        return found
 
     def _mounted_by(self, volume: str) -> list[str]:
         return sorted(
             each.key
             for each in self.rig.store.instances.values()
-            if any(mount.kind == "volume" and mount.source == volume for mount in each.want.mounts)
+            if any(mount.kind == "volume" and mount.source == volume for mount in each.mounts)
         )
 
     # -- networks --

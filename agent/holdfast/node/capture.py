@@ -115,7 +115,7 @@ def _mount_points(rig: Rig, instance: Instance) -> list[str]:
         bundle = json.loads((rig.host.instance(instance.id) / "config.json").read_text())
         return [str(each["destination"]) for each in bundle["mounts"]]
     except (FileNotFoundError, ValueError, KeyError):
-        return [mount.target for mount in instance.want.mounts]
+        return [mount.target for mount in instance.mounts]
 
 
 def _config(image: Any, want: Container) -> dict[str, Any]:

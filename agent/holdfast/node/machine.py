@@ -28,6 +28,7 @@ from holdfast.node.stage import stage_generation
 from holdfast.node.start import start_instance
 from holdfast.node.stop import remove_instance, remove_orphan, stop_instance, sweep
 from holdfast.node.update import ensure_network, remove_network, update_instance, write_firewall, write_names
+from holdfast.node.volumes import save_volumes
 from holdfast.node.watch import ExitWatch
 from holdfast.observed import Failure, Json, Observed
 from holdfast.plan.actions import (
@@ -261,6 +262,7 @@ def perform(rig: Rig, action: Action, blobs: Mapping[str, bytes], revision: str)
         case RemoveInstance(instance=id):
             instance = rig.store.instances.get(id)
             if instance is not None:
+                save_volumes(rig, instance)
                 remove_instance(rig, instance)
             sweep(rig)
         case RemoveVolume(volume=volume):

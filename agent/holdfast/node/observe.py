@@ -150,7 +150,7 @@ def _faults(rig: Rig, instance: Instance, things: Things) -> Iterator[str]:
     rootfs = rig.store.receipt("rootfs", instance.id)
     if rootfs is not None and not _healthy(rootfs, things):
         yield "its root file system is not mounted any more"
-    for mount in instance.want.mounts:
+    for mount in instance.mounts:
         if mount.kind == "volume" and ("volume", mount.source) not in things:
             yield f"volume {mount.source} is gone"
 

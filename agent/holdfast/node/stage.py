@@ -18,7 +18,7 @@ from holdfast.errors import NotFound, TryAgain, UnfitHost
 from holdfast.images.references import parse
 from holdfast.node.rig import BARE, ROOTFS, Base, Rig, network_of, volume_of
 from holdfast.node.start import cgroup_settings, content_of, network_want, oci_request
-from holdfast.node.volumes import volume_want
+from holdfast.node.volumes import declared_volumes, volume_want
 from holdfast.observed import Generation, Instance, InstanceId, Json
 from holdfast.plan.actions import StageGeneration
 from holdfast.plan.diff import folder_files
@@ -26,7 +26,7 @@ from holdfast.runtime.executables import find_executable
 from holdfast.runtime.oci import command_line, environment, oci_config, working_dir
 from holdfast.runtime.ports import check_free
 from holdfast.spec.forms import archive_path, built
-from holdfast.spec.model import App, Container, digest_of
+from holdfast.spec.model import App, Container, Mount, digest_of
 
 MOST = 16  # images of one app that are asked for at once
 EAGERNESS = ("never", "missing", "newer", "always")  # of Container.pull
@@ -40,9 +40,10 @@ def stage_generation(rig: Rig, action: StageGeneration, blobs: Mapping[str, byte
     with rig.images.keep():  # what is fetched here counts as used by nobody until the generation is written down
         images = build_images(rig, app, blobs, checks)
         images |= fetch_images(rig, app, action.images, checks)
+        volumes = declared_volumes(rig, app, images)
         for name in images:
             with checks.of(f"{app.name}/{name}"):
-                _check_container(rig, app, name, images[name], checks)
+                _check_container(rig, app, name, images[name], volumes.get(name, ()), checks)
         for network in sorted({net for want in app.containers.values() for net in want.networks} - BARE):
             with checks.of(f"network {network}"):
                 _check_network(rig, app, network)
@@ -57,6 +58,7 @@ def stage_generation(rig: Rig, action: StageGeneration, blobs: Mapping[str, byte
                 revision=revision,
                 images=images,
                 newer=action.images,
+                image_volumes=volumes,
                 staged_at=time.time(),
             )
         )
@@ -205,11 +207,11 @@ def _from_archive(rig: Rig, reference: str) -> str:
         raise TryAgain(str(error)) from error
 
 
-def _check_container(rig: Rig, app: App, name: str, image: str, checks: _Checks) -> None:
+def _check_container(rig: Rig, app: App, name: str, image: str, volumes: tuple[Mount, ...], checks: _Checks) -> None:
     want, base = app.containers[name], rig.base(image)
     for driver in list(rig.plugins.rootfs.values())[:1]:
         driver.check(RootfsWant(instance="check", layers=base.layers))
-    for mount in want.mounts:
+    for mount in (*want.mounts, *volumes):
         with checks.of(f"{app.name}/{name}"):
             if mount.kind == "volume":
                 spec = volume_of(rig, app, mount.source)
@@ -225,14 +227,14 @@ def _check_container(rig: Rig, app: App, name: str, image: str, checks: _Checks)
         id=InstanceId("check"), app=app.name, container=name, generation=0, want=want, image=image, files={}
     )
     oci_config(oci_request(rig, stand_in, base, cgroup_settings(rig, want)))
-    _check_program(want, base)
+    _check_program(want, base, volumes)
 
 
-def _check_program(want: Container, base: Base) -> None:
+def _check_program(want: Container, base: Base, volumes: tuple[Mount, ...]) -> None:
     """Find the entry point in the image, unless it may come from a mount."""
     program = command_line(want, base.config)[0]
     path = environment(want, base.config, "").get("PATH", "")
-    mounted = [mount.target for mount in want.mounts]
+    mounted = [mount.target for mount in (*want.mounts, *volumes)]
     find_executable(program, path, working_dir(want, base.config), base.mode, mounted)
 
 

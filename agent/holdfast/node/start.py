@@ -110,6 +110,7 @@ def _admit(rig: Rig, action: StartInstance, generation: Generation) -> Instance:
         generation=generation.number,
         want=want,
         image=image,
+        image_volumes=generation.volumes_of(action.container),
         files=files,
         created_at=time.time(),
         slot=_free_slot(rig, action.app, action.container),
@@ -137,7 +138,7 @@ def _lay_ground(rig: Rig, instance: Instance, app: App) -> Ground:
     space = None if "host" in instance.want.networks else _keep(rig, netns.ensure(rig.host, instance.id))
     attached = _endpoints(rig, instance, Path(space.data["path"]) if space else HOST_NETNS)
     addresses = {network: address for network, address in attached if address}
-    mounts = tuple(_mount(rig, instance, app, mount, rootfs) for mount in instance.want.mounts)
+    mounts = tuple(_mount(rig, instance, app, mount, rootfs) for mount in instance.mounts)
     named = _write_names(rig, replace(instance, addresses=addresses))
     return Ground(base, rootfs, Path(space.data["path"]) if space else None, addresses, mounts, named)
 
@@ -190,7 +191,8 @@ def _mount(rig: Rig, instance: Instance, app: App, mount: Mount, rootfs: Path) -
     """Have one mount's source ready and say how to mount it, as the OCI runtime spec does."""
     if mount.kind == "volume":
         seed = find((rootfs,), mount.target)  # never through the image's links to the host's own folders
-        made = ensure_volume(rig, app, mount.source, seed=seed if seed and seed.is_dir() else None)
+        fills = seed is not None and seed.is_dir() and not mount.nocopy
+        made = ensure_volume(rig, app, mount.source, seed=seed if fills else None)
         options = ["rbind", "rprivate", "ro" if mount.read_only else "rw"]
         return {"destination": mount.target, "type": "bind", "source": made.data["path"], "options": options}
     if mount.kind == "bind":

@@ -9,15 +9,18 @@ receipt says how far that is:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from holdfast.drivers import COMPLETE_CONTENT, VolumeWant
-from holdfast.errors import UnfitHost
+from holdfast.drivers import COMPLETE_CONTENT, RootfsWant, VolumeWant
+from holdfast.errors import NotFound, UnfitHost, WrongState
+from holdfast.images.lookup import find
 from holdfast.node.rig import Rig, volume_of
-from holdfast.observed import Receipt
+from holdfast.observed import Instance, Receipt
 from holdfast.runtime import filling
-from holdfast.spec.model import App, Volume
+from holdfast.spec.model import App, Mount, Volume
+from holdfast.spec.volumes import image_volumes
 
 SETTLED = "settled"
 
@@ -68,3 +71,43 @@ def _keep(rig: Rig, made: Receipt, content: object) -> Receipt:
     kept = replace(made, data={**made.data, "content": content})
     rig.store.put_receipt(kept)
     return kept
+
+
+# -- volumes that images declare -----------------------------------------------------------------------------
+
+
+def declared_volumes(rig: Rig, app: App, images: Mapping[str, str]) -> dict[str, tuple[Mount, ...]]:
+    """Container → what it has mounted because its image declares volumes. images: container → digest."""
+    declared = {}
+    for name, image in images.items():
+        found = (rig.base(image).config.get("config") or {}).get("Volumes")
+        declared[name] = [str(target) for target in found] if isinstance(found, Mapping) else []
+    try:
+        return image_volumes(app, declared)
+    except ValueError as error:
+        raise WrongState(f"volumes of the images of '{app.name}': {error}") from error
+
+
+def save_volumes(rig: Rig, instance: Instance) -> None:
+    """Before a container of an earlier version goes: bring what its image declares as volumes into such volumes.
+
+    There it lies in the writable layer, which goes with the container.
+    """
+    if instance.image_volumes is not None or instance.phase == "creating":
+        return
+    known = rig.store.history().generations.get(instance.app, ())
+    lone = App(name=instance.app, path="", containers={instance.container: instance.want})
+    try:
+        mounts = declared_volumes(rig, lone, {instance.container: instance.image})[instance.container]
+    except (NotFound, WrongState):  # its image can't be asked any more
+        return
+    if not mounts:
+        return
+    driver = next(iter(rig.plugins.rootfs.values()))
+    made = driver.ensure(RootfsWant(instance=instance.id, layers=rig.base(instance.image).layers))
+    for mount in mounts:
+        held = find((Path(str(made.data["path"])),), mount.target)
+        if held is not None and held.is_dir():
+            ensure_volume(rig, known[-1].app if known else lone, mount.source, seed=held)
+            message = f"what it wrote to {mount.target} is in volume {mount.source} now"
+            rig.store.event("volume", instance.key, message)

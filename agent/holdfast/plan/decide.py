@@ -46,7 +46,7 @@ from holdfast.plan.actions import (
 )
 from holdfast.plan.derived import firewall_want, names_of, pages
 from holdfast.plan.desk import Desk
-from holdfast.plan.diff import changes, mounted_files, replaces
+from holdfast.plan.diff import changes, mounted_files, replaces, volume_changes
 from holdfast.plan.reasons import by_hand, counted, firewall_reason, in_hand, listed, update_words
 from holdfast.plan.restart import verdict
 from holdfast.spec.model import App, Container, Network, Spec
@@ -200,6 +200,7 @@ def _hold_container(generation: Generation, name: str, desk: Desk) -> bool:
         )
         return False
     found = changes(instance, want, generation.images.get(name, ""), mounted_files(generation.app, want))
+    found += volume_changes(instance, generation)
     found += _network_changes(instance, generation, desk)
     if replaces(found):
         desk.outdated.add(key)
@@ -393,7 +394,7 @@ def _drop_volumes(app: str, keep: App | None, desk: Desk) -> bool:
     )
     if not doomed:
         return True
-    used = {mount.source for each in desk.observed.instances for mount in each.want.mounts if mount.kind == "volume"}
+    used = {mount.source for each in desk.observed.instances for mount in each.mounts if mount.kind == "volume"}
     for volume in doomed:
         if volume in used:
             desk.waiting[f"volume {volume}"] = "still mounted by a container of another app"

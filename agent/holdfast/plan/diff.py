@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from holdfast.observed import Instance
+from holdfast.observed import Generation, Instance
 from holdfast.plan.actions import Change
 from holdfast.spec.model import App, Attachment, Container, Frozen, Mount, digest_of
 
@@ -16,6 +16,7 @@ EFFECTS: Mapping[str, str] = {
     "resources": "live",  # written into the running container's cgroup
     "restart_policy": "record",  # what only the agent reads: noted, the process knows nothing of it
     "labels": "record",
+    "volumes_from": "record",  # what it brings are mounts
     "pull": "record",
     "update_image": "record",
     "ports": "record",  # the firewall follows in a plan of its own
@@ -40,6 +41,18 @@ def changes(instance: Instance, want: Container, image: str, files: Mapping[str,
         if name != "image" and old != new:
             found.extend(_field(name, old, new, EFFECTS.get(name, "replace")))
     return tuple(found)
+
+
+def volume_changes(instance: Instance, generation: Generation) -> tuple[Change, ...]:
+    """Whether the volumes that images declare are others than the instance has.
+
+    One of an earlier version has none and its data in its writable layer: no reason to replace it.
+    """
+    old, new = instance.image_volumes, generation.volumes_of(instance.container)
+    if old is None or new is None or old == new:
+        return ()
+    before, after = (readable("volumes", tuple(mount.target for mount in each)) for each in (old, new))
+    return (Change("volumes of the image", before, after, "replace"),)
 
 
 def replaces(found: tuple[Change, ...]) -> bool:

@@ -110,6 +110,7 @@ class MountTable(Table):
     source: Annotated[str, Field(description="/path of the host, ./path in the repository, or a volume's name")] = ""
     target: Absolute
     read_only: bool = False
+    nocopy: Annotated[bool, Field(description="volume: a new one does not start with the image's content")] = False
     create_host_path: Annotated[bool, Field(description="bind: make a missing source directory")] = False
     on_change: Annotated[OnChange | None, Field(description="file: what follows a changed content")] = None
     size: Annotated[Size | None, Field(description="tmpfs: how much it holds")] = None
@@ -130,6 +131,7 @@ class MountTable(Table):
             yield "target", "'/' is the container's root (expected a path below it)"
         yield from self._wrong_source()
         belongs = {
+            "nocopy": ("volume",),
             "create_host_path": ("bind",),
             "on_change": ("file",),
             "size": ("tmpfs",),
@@ -180,6 +182,7 @@ class MountTable(Table):
             source=source,
             target=self.target,
             read_only=self.read_only,
+            nocopy=self.nocopy,
             create_host_path=self.create_host_path,
             on_change=self.on_change or "restart",
             size=self.size,
@@ -394,6 +397,11 @@ class ContainerTable(Table):
         Field(description="absent: the node's default network, bridge"),
     ] = None
     volumes: list[Annotated[MountTable, _from(forms.volume, VOLUME_FORM)]] = []
+    volumes_from: Annotated[
+        dict[Annotated[str, Checked(forms.reference, {})], Literal["rw", "ro"]],
+        Short(forms.volumes_from, ({**STRINGS, "description": "CONTAINER[:ro]"},)),
+        Field(description="containers of this file whose mounts it has, too"),
+    ] = {}
     tmpfs: Annotated[
         list[Annotated[str, Checked(lambda text: forms.tmpfs(text) and text, {"description": TMPFS_FORM})]],
         Short(forms.several, (STRING,)),

@@ -287,6 +287,21 @@ def volume(value: str) -> Parts:
         raise ValueError(f"'{value}': target {error}") from None
 
 
+def volumes_from(value: Any) -> Any:
+    """`["db", "db:ro"]` as a table; a table stays."""
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        return value
+    found: dict[str, str] = {}
+    for each in value:
+        container, _, access = each.partition(":")
+        if access not in ("", "rw", "ro"):
+            raise ValueError(f"'{each}': option '{access}' is not known (expected CONTAINER[:ro])")
+        if container in found:
+            raise ValueError(f"'{container}' is named twice")
+        found[container] = access or "rw"
+    return found
+
+
 def tmpfs(value: str) -> Parts:
     """`TARGET[:size=…,mode=…,uid=…,gid=…,ro|rw]`, as Compose has it."""
     target, _, options = value.partition(":")

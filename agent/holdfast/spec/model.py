@@ -68,12 +68,15 @@ class Mount(Frozen):
     volume    a volume's qualified name, `app/name`
     tmpfs     "" (size and mode apply)
     file      a path in the revision, file or directory; its digest is in App.files
+
+    nocopy: a new volume does not start with what the image has at the target.
     """
 
     kind: Literal["bind", "volume", "tmpfs", "file"]
     source: str = ""
     target: str
     read_only: bool = False
+    nocopy: bool = False
     create_host_path: bool = False
     on_change: OnChange = "restart"
     size: int | None = None
@@ -164,7 +167,8 @@ class Container(Frozen):
 
     image: a reference, or `images.app/name` for one of App.images.
     networks: qualified network key → attachment; {"none": …} and {"host": …} stand alone.
-    mounts: volumes and configs, in the order in which they are mounted.
+    mounts: volumes and configs, in the order in which they are mounted; those of volumes_from come last.
+    volumes_from: containers of the same app whose mounts it has, too → rw or ro.
     depends_on: name of a container of the same app → what it must have reached.
     """
 
@@ -182,6 +186,7 @@ class Container(Frozen):
     ports: tuple[Port, ...] = ()
     networks: dict[str, Attachment] = {"bridge": Attachment()}
     mounts: tuple[Mount, ...] = ()
+    volumes_from: dict[str, Literal["rw", "ro"]] = {}
     cap_add: tuple[str, ...] = ()
     cap_drop: tuple[str, ...] = ()
     privileged: bool = False

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from holdfast.spec import forms, model
 from holdfast.spec.authored import ConfigUse, ContainerTable, ImageTable, MountTable, StateFile
 from holdfast.spec.policy import broken_rules, outside_roots
+from holdfast.spec.volumes import taken_over
 from holdfast.tables import Fault
 from holdfast.toml import Document, KeyPath, suggestion
 
@@ -90,11 +91,12 @@ class _Resolver:
         for name, config in self.table.configs.items():
             if config.file is not None:
                 self.file(("configs", name, "file"), config.file)
+        own = {name: self.container(name, table) for name, table in self.table.containers.items()}
         app = model.App(
             name=self.name,
             path=self.path,
             depends_on=tuple(self.table.app.depends_on),
-            containers={name: self.container(name, table) for name, table in self.table.containers.items()},
+            containers={name: with_others(name, own) for name in own},
             networks={n: model.Network.model_validate(t.model_dump()) for n, t in self.table.networks.items()},
             volumes={n: model.Volume.model_validate(t.model_dump()) for n, t in self.table.volumes.items()},
         )
@@ -156,6 +158,7 @@ class _Resolver:
             ports=tuple(port.port() for port in table.ports),
             networks=self.networks(at, table),
             mounts=tuple(self.mounts(at, table)),
+            volumes_from=self.volumes_from(at, table),
             cap_add=tuple(dict.fromkeys(table.cap_add)),
             cap_drop=tuple(dict.fromkeys(table.cap_drop)),
             privileged=table.privileged,
@@ -221,7 +224,16 @@ class _Resolver:
         for other in table.depends_on:
             if other not in names_in(self.document, "containers"):
                 self.fault((*at, "depends_on", other), self.no_container(other))
-        return table.depends_on
+        return {**dict.fromkeys(table.volumes_from, "started"), **table.depends_on}
+
+    def volumes_from(self, at: KeyPath, table: ContainerTable) -> Mapping[str, str]:
+        for index, other in enumerate(table.volumes_from):
+            if "/" in other:
+                wrong = "is a container of another app (expected that app's volume in volumes, as app/NAME:TARGET)"
+                self.fault((*at, "volumes_from", index), f"'{other}' {wrong}")
+            elif other not in names_in(self.document, "containers"):
+                self.fault((*at, "volumes_from", index), self.no_container(other))
+        return table.volumes_from
 
     def no_container(self, other: str) -> str:
         app, slash, _ = other.rpartition("/")
@@ -300,6 +312,27 @@ class _Resolver:
             self.fault(path, f"'{source}' is the whole of the repository's state (expected a path inside it)")
         self.wanted[path] = found
         return found
+
+
+def with_others(name: str, containers: Mapping[str, model.Container]) -> model.Container:
+    """A container with the mounts that it has from others, directly or through them; its own come first."""
+    want = containers[name]
+    mounts = {mount.target: mount for mount in want.mounts}
+    seen = {name}
+
+    def take(others: Mapping[str, str], access: str) -> None:
+        for other, inner in others.items():
+            if other in seen or other not in containers:
+                continue
+            seen.add(other)
+            narrowed = "ro" if "ro" in (access, inner) else "rw"
+            for mount in containers[other].mounts:
+                if mount.kind != "tmpfs":
+                    mounts.setdefault(mount.target, taken_over(mount, narrowed))
+            take(containers[other].volumes_from, narrowed)
+
+    take(want.volumes_from, "rw")
+    return want.model_copy(update={"mounts": tuple(mounts.values())}) if want.volumes_from else want
 
 
 _HERE = " in this file (expected one that it defines)"

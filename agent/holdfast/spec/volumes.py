@@ -1,0 +1,60 @@
+"""The volumes that images declare (VOLUME) → mounts of the containers that run them. Pure.
+
+Each becomes a volume of its container, `app/CONTAINER.TARGET`, so that the next container of that name finds it. A
+state file that defines a volume of this name says what driver and options it has, and what becomes of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+
+from holdfast.spec.forms import NAME, absolute
+from holdfast.spec.model import App, Mount
+
+PLAIN = re.compile(r"(/[a-z0-9_]+)+")  # a target whose name can be nobody else's
+
+
+def image_volumes(app: App, declared: Mapping[str, Iterable[str]]) -> dict[str, tuple[Mount, ...]]:
+    """Container → the mounts that it has beyond those of its state file.
+
+    declared: container → what its image declares as volumes. What is mounted by the state file at the same place
+    comes instead; what a container takes over by `volumes_from` is the other's. Raises ValueError for a path that
+    can't be mounted.
+    """
+    found: dict[str, tuple[Mount, ...]] = {}
+
+    def visit(name: str, above: frozenset[str]) -> tuple[Mount, ...]:
+        if name in found or name in above:
+            return found.get(name, ())
+        want = app.containers[name]
+        mounts = {mount.target: mount for mount in want.mounts}
+        taken = set(mounts)
+        for other, access in want.volumes_from.items():
+            for mount in visit(other, above | {name}) if other in app.containers else ():
+                mounts.setdefault(mount.target, taken_over(mount, access))
+        for target in sorted({absolute(f"/{target}") for target in declared.get(name, ())} - {"/"}):
+            source = f"{app.name}/{volume_name(name, target)}"
+            mounts.setdefault(target, Mount(kind="volume", source=source, target=target))
+        found[name] = tuple(mount for target, mount in mounts.items() if target not in taken)
+        return found[name]
+
+    for name in app.containers:
+        visit(name, frozenset())
+    return found
+
+
+def taken_over(mount: Mount, access: str) -> Mount:
+    """Another container's mount as `volumes_from` gives it; a new volume is for the other one's image to fill."""
+    return mount.model_copy(update={"read_only": mount.read_only or access == "ro", "nocopy": True})
+
+
+def volume_name(container: str, target: str) -> str:
+    """The name of the volume at a target of a container: `db.var-lib-mysql`; with a digest where it takes one."""
+    readable = re.sub(r"[^a-z0-9_.-]", "-", target.strip("/").lower())
+    name = f"{container}.{readable}"
+    if PLAIN.fullmatch(target) and NAME.fullmatch(name):
+        return name
+    tail = hashlib.sha256(f"{container}:{target}".encode()).hexdigest()[:8]
+    return f"{name[: 62 - len(tail)]}-{tail}"
