@@ -16,7 +16,7 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -36,6 +36,7 @@ __all__ = [
     "Receipt",
     "RootfsWant",
     "VolumeWant",
+    "Watching",
     "remove_tree",
 ]
 
@@ -185,6 +186,18 @@ class Driver(Protocol[W]):
 
     def remove(self, receipt: Receipt) -> None:
         """Take it away, even from a receipt without data; succeed when it is gone already."""
+
+
+class Watching(Protocol):
+    """What a driver may have besides: it notices by itself when something that it made is altered."""
+
+    def watch(self, tell: Callable[[str, str], None]) -> Callable[[], None]:
+        """Start to look, in a thread of the driver's own, and return a function that ends it.
+
+        tell(subject, what): have the host looked at anew, and what, unless it is "", written to the event log. The
+        subject is that of the plan: `firewall`, `network shop/front`.
+        """
+        ...
 
 
 class CgroupPolicy(Protocol):

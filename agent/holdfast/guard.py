@@ -283,6 +283,15 @@ class GuardedDriver(_Guard):
     def remove(self, receipt: Receipt) -> None:
         self._call("remove", lambda: self.driver.remove(receipt), _not_plain)
 
+    def watch(self, tell: Callable[[str, str], None]) -> Callable[[], None]:
+        """Have the driver look after what it made, if it can (`drivers.Watching`); returns what ends that."""
+        if not hasattr(self.driver, "watch"):
+            return lambda: None
+        end: Callable[[], None] = self._call(
+            "watch", lambda: self.driver.watch(tell), lambda end: "" if callable(end) else "returned nothing to call"
+        )
+        return end
+
     def _strange(self, found: list[Any]) -> str:
         for each in found:
             if not isinstance(each, Receipt):

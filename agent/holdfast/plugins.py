@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import EntryPoint
@@ -153,6 +154,16 @@ class Plugins:
                     "(give the volume another name, or remove the old one)"
                 )
         chosen.check(want)
+
+    def watch(self, tell: Callable[[str, str], None]) -> list[Callable[[], None]]:
+        """Have every driver that can look after what it made (`drivers.Watching`); returns what ends that."""
+        ends = []
+        for drivers in self._kinds().values():
+            for driver in drivers.values():
+                if isinstance(driver, GuardedDriver):
+                    with suppress(Exception):  # recorded as the plugin's fault; passes see what changes
+                        ends.append(driver.watch(tell))
+        return ends
 
     def hears(self, hook: str) -> bool:
         """Whether any plugin implements a hook: what nobody hears need not be made."""

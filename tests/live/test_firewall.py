@@ -1,17 +1,27 @@
 from __future__ import annotations
 
+import json
+import queue
+import re
+import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from ctypes import CDLL
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import pytest
 
-from holdfast.drivers import Host
-from holdfast.observed import FirewallWant, PublishedPort, Receipt
+from holdfast.drivers import Host, NetworkWant
+from holdfast.observed import FirewallNetwork, FirewallWant, PublishedPort, Receipt
 from holdfast_plugins.network.firewall import NftablesFirewall
-from holdfast_plugins.network.nftables import Program
-from live.netlab import BRIEFLY, Lab, Seen, in_namespace, tcp, udp
+from holdfast_plugins.network.monitor import Monitor
+from holdfast_plugins.network.nftables import LIBRARY, Library, Program
+from live.netlab import BRIEFLY, PATIENCE, Lab, Seen, in_namespace, tcp, udp, wait_until
+from live.test_spoofing import ethernet, ipv4
+from live.test_spoofing import udp as datagram
 
 pytestmark = pytest.mark.live
 
@@ -162,6 +172,149 @@ def test_container_does_not_reach_what_listens_on_the_hosts_loopback(
         ["ip", "netns", "exec", name, "sh", "-c", "echo 1 >/proc/sys/net/ipv4/conf/all/route_localnet"], check=True
     )
     assert tcp(None, port, inside(lab, "web"), "127.0.0.1", port, source=web, within=BRIEFLY) is None
+
+
+@pytest.mark.parametrize("port_security", ["on", "off"])
+def test_hosts_loopback_stays_closed_while_the_table_is_away(
+    lab: Lab, free_port: Callable[[], int], port_security: str
+) -> None:
+    network = lab.network.ensure(NetworkWant(id="shop/front", driver_opts={"port_security": port_security}))
+    web = lab.attach("web", network).data
+    receipt = lab.protect([network], PublishedPort("tcp", "", free_port(), web["address"], 80))
+    assert route_localnet(network) == "1"
+    nft("delete", "table", "inet", lab.host.name)
+    gateway = "02:42:" + IPv4Address(network.data["gateway"]).packed.hex(":")
+
+    def frame(source: str, target: str, port: int, content: bytes) -> bytes:
+        return ethernet(web["mac"], gateway, 0x0800, ipv4(source, target, 17, datagram(9, port, content)))
+
+    def sender() -> socket.socket:
+        raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+        raw.bind(("eth0", 0))
+        return raw
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as service, in_namespace(inside(lab, "web"), sender) as raw:
+        service.bind(("", 0))
+        service.settimeout(PATIENCE)
+        port = service.getsockname()[1]
+        raw.send(frame(web["address"], "127.0.0.1", port, b"to loopback"))
+        raw.send(frame("127.0.0.1", network.data["gateway"], port, b"from loopback"))
+        raw.send(frame("192.0.2.7", network.data["gateway"], port, b"from elsewhere"))
+        raw.send(frame(web["address"], network.data["gateway"], port, b"as itself"))
+        assert service.recv(100) == b"as itself"
+    lab.firewall.remove(receipt)
+
+
+def test_route_localnet_is_on_only_where_a_port_is_published_on_loopback(lab: Lab) -> None:
+    front, back = lab.make("shop/front"), lab.make("shop/back")
+    web, db = lab.attach("web", front).data["address"], lab.attach("db", back).data["address"]
+    _, _, ours = lab.neighbour("other")
+    everywhere, here = PublishedPort("tcp", "", 7001, web, 80), PublishedPort("tcp", ours, 7002, db, 80)
+    lab.protect([front, back], everywhere, here)
+    assert (route_localnet(front), route_localnet(back)) == ("1", "0")
+    lab.protect([front, back], here, PublishedPort("tcp", "127.0.0.1", 7003, db, 80))
+    assert (route_localnet(front), route_localnet(back)) == ("0", "1")
+    lab.protect([front, back])
+    assert (route_localnet(front), route_localnet(back)) == ("0", "0")
+
+
+def test_link_that_another_driver_made_answers_on_loopback_too_and_has_a_guard(
+    lab: Lab, free_port: Callable[[], int]
+) -> None:
+    other, address, ours = lab.neighbour("other")
+    port, link = free_port(), f"{lab.host.name}-other"
+    network = Receipt("network", "mine", "shop/mine", data={"interface": link, "subnet": f"{ours}/30"})
+    want = FirewallWant(
+        (FirewallNetwork("shop/mine", link, str(IPv4Network(f"{ours}/30", strict=False))),),
+        (PublishedPort("tcp", "127.0.0.1", port, address, 80),),
+    )
+    lab.firewall.ensure(want)
+    assert tcp(other, 80, None, "127.0.0.1", port)
+    assert "direct-action" in tc(link)
+    lab.firewall.ensure(FirewallWant(want.networks))
+    assert route_localnet(network) == "0"
+
+
+def test_network_that_was_made_anew_answers_on_loopback_again(
+    lab: Lab, front: Receipt, web: str, free_port: Callable[[], int]
+) -> None:
+    port = free_port()
+    want = lab.rules([front], PublishedPort("tcp", "127.0.0.1", port, web, 80))
+    lab.firewall.ensure(want)
+    lab.ip("link", "del", front.data["interface"])
+    lab.make("shop/front")
+    lab.attach("web", front)
+    assert lab.firewall.applied() is None
+    lab.firewall.ensure(want)
+    assert tcp(inside(lab, "web"), 80, None, "127.0.0.1", port)
+
+
+def test_table_of_an_earlier_version_is_written_anew(lab: Lab, front: Receipt) -> None:
+    lab.protect([front])
+    kept = lab.host.run_root / "firewall.json"
+    kept.write_text(json.dumps(json.loads(kept.read_text())[:3]))
+    assert NftablesFirewall(lab.host).applied() is None
+
+
+def test_table_is_back_at_once_when_somebody_flushes_it_and_who_did_is_told(lab: Lab, front: Receipt) -> None:
+    want, (other, _, _) = lab.rules([front]), lab.neighbour("other")
+    told: queue.Queue[tuple[str, str]] = queue.Queue()
+
+    def work() -> list[tuple[float, tuple[str, str]]]:
+        firewall, seen = NftablesFirewall(lab.host), []
+        receipt = firewall.ensure(want)
+        end = firewall.watch(lambda subject, what: told.put((subject, what)))
+        try:
+            for damage in ("flush ruleset", f"flush chain inet {lab.host.name} forward"):
+                nft(damage)
+                began = time.monotonic()
+                what = told.get(timeout=PATIENCE)
+                seen.append((time.monotonic() - began, what))
+                assert firewall.applied() == want
+        finally:
+            end()
+            firewall.remove(receipt)
+        return seen
+
+    for took, (subject, what) in in_namespace(other, work):
+        assert took < 0.1 + BRIEFLY  # no look at intervals: those are seconds apart
+        assert subject == "firewall"
+        assert re.search(r"was altered by 'nft' \(process \d+\); it is written again", what)
+
+
+def test_changes_of_other_tables_are_not_answered_and_a_fight_over_ours_ever_more_rarely(lab: Lab) -> None:
+    other, _, _ = lab.neighbour("other")
+    answers: list[str] = []
+
+    def work() -> tuple[int, int]:
+        nft(f"add table inet {lab.host.name}")
+        monitor = Monitor(lab.host.name, lambda who: not answers.append(who))
+        change = "add table inet x; add chain inet x y; delete table inet x"
+        try:
+            library = Library(CDLL(LIBRARY))
+            for _ in range(200):
+                library.run(change)
+            library.run(f"add chain inet {lab.host.name} z")
+            wait_until(lambda: bool(answers))
+            before, began = len(answers), time.monotonic()
+            while time.monotonic() - began < 1.0:
+                library.run(f"delete chain inet {lab.host.name} z; add chain inet {lab.host.name} z")
+            return before, len(answers)
+        finally:
+            monitor.close()
+
+    before, after = in_namespace(other, work)
+    assert before == 1
+    assert 1 < after <= 6
+
+
+def route_localnet(network: Receipt) -> str:
+    return Path("/proc/sys/net/ipv4/conf", network.data["interface"], "route_localnet").read_text().strip()
+
+
+def tc(link: str) -> str:
+    command = ["tc", "filter", "show", "dev", link, "ingress"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def test_moved_port_leads_to_the_new_address_only(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -92,6 +93,7 @@ class Node:
         self._exits = ExitWatch(lambda instance: self.wake(instance))
         self._newer: NewerWatch | None = None
         self._logs = LogKeeper(self._max_log_files)
+        self._watches: list[Callable[[], None]] | None = None  # what ends those of drivers
 
     def recover(self) -> None:
         """Make the places that the runtime needs, and note what a crash cut short: the first pass puts it right.
@@ -120,6 +122,8 @@ class Node:
         self._applied = True
         self.rig.mark_boot()
         self._newer = self._newer or NewerWatch(self.rig, lambda what: self.wake(what))
+        if self._watches is None:
+            self._watches = self.rig.plugins.watch(self._noticed)
         self._watch_over(observed)
         if spec is not None:
             self._spec, self._revision = spec, revision
@@ -154,6 +158,9 @@ class Node:
         """Finish what is in hand and stop watching. Containers run on."""
         if self._newer is not None:
             self._newer.close()
+        for end in self._watches or ():
+            with suppress(Exception):  # a driver's; the process ends anyhow
+                end()
         self.rig.puller.close()
         self.rig.builder.close()
         self._lanes.close()
@@ -163,6 +170,12 @@ class Node:
         self.rig.plugins.noticed = lambda plugin, error: None
         if self._applied:  # else the token is not ours: a command may end beside an agent that has just begun
             self.rig.leave()
+
+    def _noticed(self, subject: str, what: str) -> None:
+        """A driver saw that something was altered."""
+        if what:
+            self.rig.store.event("host", subject, what)
+        self.wake(subject)
 
     def _watch_over(self, observed: Observed) -> None:
         for instance in observed.instances:

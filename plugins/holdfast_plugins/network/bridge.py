@@ -198,8 +198,6 @@ class BridgeNetwork:
         if link.mtu != mtu:
             wanted.append(messages.link_mtu(name, mtu))
         host.request(*wanted, messages.link_up(name))
-        # Replies to 127.0.0.1 come back through the bridge; our table drops anything else for 127/8 that does.
-        sysctls.write(name, {"ipv4/route_localnet": "1"})
         self._closed.add(link.index)
 
 

@@ -10,18 +10,19 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from ipaddress import AddressValueError, IPv4Address
-from pathlib import Path
 from typing import Any
 
 from holdfast.drivers import Host
-from holdfast.errors import Conflict, NotPermitted, UnfitHost, WrongState
+from holdfast.errors import Conflict, HoldfastError, NotPermitted, UnfitHost, WrongState
 from holdfast.observed import FirewallNetwork, FirewallWant, PublishedPort, Receipt
 from holdfast.spec.model import digest_of
 from holdfast_plugins.network import flows, forwarding, rules
 from holdfast_plugins.network.conntrack import Conntrack
+from holdfast_plugins.network.loopback import Loopback
+from holdfast_plugins.network.monitor import Monitor
 from holdfast_plugins.network.nftables import Nft, NftError, RuleSet, open_nft
 
 
@@ -48,6 +49,8 @@ class NftablesFirewall:
         self._opened: Nft | None = None
         self._rule_set: RuleSet | None = None
         self._conntrack = Conntrack()
+        self._loopback = Loopback()
+        self._layout = digest_of(rules.script(host.name, FirewallWant()))
 
     def check(self, want: FirewallWant) -> None:
         """Raise WrongState for a bad address, Conflict for two that publish one port, UnfitHost without nft."""
@@ -85,6 +88,8 @@ class NftablesFirewall:
             forwarding.withdraw(self._host, self._nft)
             if self._fingerprint():
                 self._run(rules.deletion(self._host.name))
+            if (snapshot := self._snapshot or self._load(of_any_version=True)) is not None:
+                self._loopback.withdraw(snapshot.want)
             try:
                 self._settle(FirewallWant(), altered=False)
             finally:
@@ -94,6 +99,29 @@ class NftablesFirewall:
     def findings(self) -> list[str]:
         """What other firewalls do to ours, a line each, for `holdfast doctor`."""
         return forwarding.findings(self._host, self._nft)
+
+    def watch(self, tell: Callable[[str, str], None]) -> Callable[[], None]:
+        """Put the table back as soon as somebody alters it, and tell who did; returns what ends that."""
+
+        def altered(who: str) -> bool:
+            with self._lock:
+                if self._snapshot is None or self._intact():
+                    return False
+                self._write(self._snapshot.want, None)
+            tell(
+                "firewall",
+                f"table 'inet {self._host.name}' was altered by {who or 'another program'}; it is written again",
+            )
+            return True
+
+        def look(who: str) -> bool:
+            try:
+                return altered(who)
+            except (HoldfastError, OSError) as error:  # the pass that follows tries again
+                tell("firewall", f"table 'inet {self._host.name}' was altered by {who or 'another program'}: {error}")
+                return True
+
+        return Monitor(self._host.name, look).close
 
     @property
     def _nft(self) -> Nft:
@@ -112,8 +140,8 @@ class NftablesFirewall:
 
     def _intact(self) -> bool:
         """Whether the table is what the snapshot says."""
-        self._snapshot = self._snapshot or _load(self._file)
-        if self._snapshot is None:
+        self._snapshot = self._snapshot or self._load()
+        if self._snapshot is None or not self._loopback.intact(self._snapshot.want):
             return False
         now = self._rules.generation()
         if now == self._snapshot.generation:
@@ -137,11 +165,12 @@ class NftablesFirewall:
             fingerprint = self._fingerprint() or ""
             after = self._rules.generation()
         self._settle(want, altered=old is None)
+        self._loopback.ensure(want)
         self._keep(Snapshot(want, digest_of(_plain(want)), fingerprint, after))
 
     def _settle(self, want: FirewallWant, *, altered: bool) -> None:
         """Cut the flows that go elsewhere than the table says, which holds want by now."""
-        snapshot = self._snapshot or _load(self._file)
+        snapshot = self._snapshot or self._load(of_any_version=True)
         before = snapshot.want if snapshot else FirewallWant()
         flows.settle(self._conntrack, before, want, self._host.pool, altered=altered)
 
@@ -164,18 +193,19 @@ class NftablesFirewall:
         self._snapshot = snapshot
         self._file.parent.mkdir(parents=True, exist_ok=True)
         fresh = self._file.with_suffix(".new")
-        fresh.write_text(json.dumps([_plain(snapshot.want), snapshot.fingerprint, snapshot.generation]))
+        kept = [_plain(snapshot.want), snapshot.fingerprint, snapshot.generation, self._layout]
+        fresh.write_text(json.dumps(kept))
         fresh.replace(self._file)
 
-
-def _load(file: Path) -> Snapshot | None:
-    """Read what `_keep` wrote; None if it is not there, or not whole."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        want, fingerprint, generation = json.loads(file.read_text())
-        networks = tuple(FirewallNetwork(**network) for network in want["networks"])
-        ports = tuple(PublishedPort(**port) for port in want["ports"])
-        return Snapshot(FirewallWant(networks, ports), digest_of(want), fingerprint, generation)
-    return None
+    def _load(self, *, of_any_version: bool = False) -> Snapshot | None:
+        """Read what `_keep` wrote; None if it is not there, not whole, or of a version that writes another table."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            want, fingerprint, generation, *layout = json.loads(self._file.read_text())
+            if of_any_version or layout == [self._layout]:
+                networks = tuple(FirewallNetwork(**network) for network in want["networks"])
+                ports = tuple(PublishedPort(**port) for port in want["ports"])
+                return Snapshot(FirewallWant(networks, ports), digest_of(want), fingerprint, generation)
+        return None
 
 
 def _plain(want: FirewallWant) -> dict[str, Any]:

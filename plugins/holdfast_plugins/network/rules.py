@@ -1,6 +1,7 @@
 """FirewallWant → the nft(8) script that replaces the agent's own table. Pure; called by `firewall`.
 
-    raw          nothing from a container reaches the host's 127.0.0.0/8, though replies to it are let back in
+    raw          nothing from a container reaches the host's 127.0.0.0/8, though replies to it are let back in; no
+                 address from outside the network, no ICMP redirect
     prerouting   what others, and containers, send to a published port of the host goes to its container
     output       what the host itself sends there, by any of its addresses or 127.0.0.1, does too
     postrouting  what leaves the host bears its address; so does what would come back past us (loopback, same bridge)
@@ -26,7 +27,11 @@ CHAINS = """
   }
   chain raw {
     type filter hook prerouting priority raw; policy accept;
-    iifname @bridges ip daddr 127.0.0.0/8 drop
+    iifname != @bridges accept
+    ip daddr 127.0.0.0/8 drop
+    ip saddr 127.0.0.0/8 drop
+    icmp type redirect drop
+    iifname @ours meta nfproto ipv4 ip saddr . iifname != @senders drop
   }
   chain prerouting {
     type nat hook prerouting priority dstnat; policy accept;
@@ -76,7 +81,7 @@ class Collection:
 
 def script(table: str, want: FirewallWant) -> str:
     """Replace the whole table in one transaction."""
-    return f"{deletion(table)}table inet {table} {{\n{''.join(map(str, _collections(want)))}{CHAINS}}}\n"
+    return f"{deletion(table)}table inet {table} {{\n{''.join(map(str, _collections(table, want)))}{CHAINS}}}\n"
 
 
 def update(table: str, old: FirewallWant, new: FirewallWant) -> str:
@@ -85,7 +90,7 @@ def update(table: str, old: FirewallWant, new: FirewallWant) -> str:
     Much cheaper than replacing it, for hooking chains in and out makes the kernel wait. Empty if nothing differs.
     """
     lines = []
-    for before, after in zip(_collections(old), _collections(new), strict=True):
+    for before, after in zip(_collections(table, old), _collections(table, new), strict=True):
         for verb, one, other in (("delete", before, after), ("add", after, before)):
             known = frozenset(other.elements)
             if elements := [element for element in one.elements if element not in known]:
@@ -98,8 +103,9 @@ def deletion(table: str) -> str:
     return f"table inet {table}\ndelete table inet {table}\n"
 
 
-def _collections(want: FirewallWant) -> tuple[Collection, ...]:
+def _collections(table: str, want: FirewallWant) -> tuple[Collection, ...]:
     networks = want.networks
+    ours = [n for n in networks if n.interface.startswith(f"{table}-")]  # not a link of the host's that a driver uses
     bridges = tuple(f'"{n.interface}"' for n in networks)
     internal = tuple(f'"{n.interface}"' for n in networks if n.internal)
     outward = tuple(n.subnet for n in networks if not n.internal)
@@ -107,6 +113,8 @@ def _collections(want: FirewallWant) -> tuple[Collection, ...]:
     return (
         Collection("set bridges", "ifname", bridges),
         Collection("set internal", "ifname", internal),
+        Collection("set ours", "ifname", tuple(f'"{n.interface}"' for n in ours)),
+        Collection("set senders", "ipv4_addr . ifname", tuple(f'{n.subnet} . "{n.interface}"' for n in ours), True),
         Collection("set within", "ifname . ifname", tuple(f"{b} . {b}" for b in bridges)),
         Collection("set outward", "ipv4_addr", outward, interval=True),
         Collection("set same", "ipv4_addr . ipv4_addr", tuple(f"{n.subnet} . {n.subnet}" for n in networks), True),

@@ -1,0 +1,127 @@
+"""route_localnet where published ports on 127.0.0.1 need it, behind a guard that a flush of nftables does not remove.
+
+What the host sends to such a port leaves by the network's link, and its replies come back there for 127.0.0.1: the
+kernel takes them only where route_localnet is on. With it on, a container could also reach the host's own services on
+127.0.0.1, so the link gets its guard first (`ingress`). A link that no such port leads to keeps route_localnet off.
+Works for the link of any network, whichever driver made it. Where that is a bridge, its ports have the guard: with
+br_netfilter, what comes up from a bridge bears the 127.0.0.1 of a reply by then.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterable
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+from holdfast.observed import FirewallNetwork, FirewallWant, PublishedPort
+from holdfast_plugins.network import ingress, sysctls
+from holdfast_plugins.network.netlink import Sockets
+
+LOOPBACK = IPv4Network("127.0.0.0/8")
+EVERYWHERE = ("", "0.0.0.0")
+ARPHRD_ETHER = "1"
+NO_GUARD = "ports published on 127.0.0.1 don't answer there (a kernel with sch_ingress and cls_bpf)"
+
+_sockets = Sockets()
+
+
+class Loopback:
+    """The links of one agent's networks, as far as loopback is concerned. Not for two threads at once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[int, bool]] = {}  # link → its index, and whether route_localnet is on there
+        self.unguarded = ""
+
+    def ensure(self, want: FirewallWant) -> None:
+        """Turn route_localnet on where it is needed, and off elsewhere. Raises OSError, UnfitHost."""
+        needed = needing(want)
+        for network in want.networks:
+            link = network.interface
+            index = _index(link)
+            if not index:
+                continue  # the network is being made anew; `intact` finds the new link
+            on = link in needed and self._guard(link, index)
+            if self._known.get(link) != (index, on):
+                sysctls.write(link, {"ipv4/route_localnet": str(int(on))})
+            self._known[link] = index, on
+        self._known = {network.interface: self._known[network.interface] for network in _in(want, self._known)}
+
+    def intact(self, want: FirewallWant) -> bool:
+        """Whether every link stands as `ensure` leaves it; a link is looked at once, and again when it is another."""
+        needed = needing(want)
+        for network in want.networks:
+            link = network.interface
+            index, on = _index(link), link in needed and not self.unguarded
+            if index and self._known.get(link) != (index, on):
+                if sysctls.differs(link, {"ipv4/route_localnet": str(int(on))}):
+                    return False
+                if on and self._bare(link, index):
+                    return False
+                self._known[link] = index, on
+        return True
+
+    def withdraw(self, want: FirewallWant) -> None:
+        """Turn route_localnet off on every link; the guards may stay."""
+        for network in want.networks:
+            sysctls.write(network.interface, {"ipv4/route_localnet": "0"})
+        self._known = {}
+
+    def _guard(self, link: str, index: int) -> bool:
+        """Have the guard on; False where the kernel has no way to."""
+        try:
+            for bare in self._bare(link, index) if self._known.get(link) != (index, True) else ():
+                _put(bare, ingress.loopback_program(_header(link)))
+        except OSError as error:
+            if error.errno not in ingress.UNSUPPORTED:
+                raise
+            self.unguarded = NO_GUARD
+        return not self.unguarded
+
+    def _bare(self, link: str, index: int) -> frozenset[int]:
+        """The links that should have a guard and have none."""
+        try:
+            ports = os.listdir(f"/sys/class/net/{link}/brif")  # noqa: PTH208 - names are all we want
+        except FileNotFoundError:
+            return frozenset({index}) - _sockets.host.guarded()
+        return frozenset(map(_index, ports)) - _sockets.host.guarded() - {0}
+
+
+def _put(index: int, program: bytes) -> None:
+    try:
+        _sockets.host.request(*ingress.guard(index, program))
+    except OSError as error:
+        if error.errno != errno.ENODEV:  # a port that goes just now
+            raise
+
+
+def needing(want: FirewallWant) -> frozenset[str]:
+    """The links that replies to 127.0.0.0/8 come back by."""
+    networks = {IPv4Network(network.subnet): network.interface for network in want.networks}
+    lengths = {subnet.prefixlen for subnet in networks}
+    targets = {port.address for port in want.ports if _on_loopback(port)}
+    subnets = {IPv4Network((target, length), strict=False) for target in targets for length in lengths}
+    return frozenset(networks[subnet] for subnet in subnets if subnet in networks)
+
+
+def _on_loopback(port: PublishedPort) -> bool:
+    return port.host_ip in EVERYWHERE or IPv4Address(port.host_ip) in LOOPBACK
+
+
+def _in(want: FirewallWant, known: Iterable[str]) -> list[FirewallNetwork]:
+    return [network for network in want.networks if network.interface in known]
+
+
+def _index(link: str) -> int:
+    try:
+        return socket.if_nametoindex(link)
+    except OSError:
+        return 0
+
+
+def _header(link: str) -> int:
+    """How many bytes come before the IPv4 header of what the link receives."""
+    kind = Path("/sys/class/net", link, "type").read_text().strip()
+    return ingress.ETHERNET if kind == ARPHRD_ETHER else 0
