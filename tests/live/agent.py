@@ -14,7 +14,9 @@ from typing import Any
 
 from footprint import leftovers
 from ground import Rootfs
+from holdfast.cli.client import Client
 from holdfast.drivers import Host
+from holdfast.errors import NoAgent, TryAgain
 
 HOLDFAST = str(Path(sys.executable).with_name("holdfast"))
 Status = Mapping[str, Any]
@@ -91,7 +93,11 @@ class LiveAgent:
         return done
 
     def status(self) -> Status:
-        status: Status = json.loads(self.cli("status", "--json").stdout)
+        """What `holdfast status --json` prints; asked here, because tests ask it often."""
+        try:
+            status: Status = Client(self.host.run_root / "agent.sock").status()
+        except NoAgent:
+            status = json.loads(self.cli("status", "--json").stdout)
         return status
 
     def instances(self, container: str) -> list[Status]:
@@ -112,12 +118,15 @@ class LiveAgent:
 
     def events(self) -> list[Status]:
         """Everything that happened so far, oldest first."""
-        lines = self.cli("events", "--json", "--tail", "1000").stdout.splitlines()
-        return [json.loads(line) for line in lines]
+        try:
+            return list(Client(self.host.run_root / "agent.sock").events())
+        except NoAgent:
+            lines = self.cli("events", "--json", "--tail", "1000").stdout.splitlines()
+            return [json.loads(line) for line in lines]
 
     def sync(self) -> None:
         """Have the agent read its source and compare, now."""
-        self.cli("sync")
+        Client(self.host.run_root / "agent.sock").sync()
 
     def converge(self, timeout: float = 60) -> Status:
         """Sync, then wait until the agent says that all is as committed."""
@@ -178,8 +187,11 @@ class LiveAgent:
             self.restart()
 
     def _answers(self) -> bool:
-        done = self.cli("status", "--json", check=False)  # without an agent, the command looks for itself
-        return done.returncode == 0 and "note" not in json.loads(done.stdout)["agent"]
+        try:
+            Client(self.host.run_root / "agent.sock").status()
+        except (NoAgent, TryAgain):  # it has not begun to listen, or its first pass is under way
+            return False
+        return True
 
     @staticmethod
     def _replace(path: Path, text: str) -> None:
