@@ -117,11 +117,17 @@ class NetworkState:
 
 @dataclass(frozen=True, slots=True)
 class VolumeState:
-    """A volume that exists, used or not."""
+    """A volume that exists, used or not.
+
+    asked: the driver_opts that it was last made or changed with; None for one that nobody has a receipt for. faults:
+    what the driver finds to be otherwise than it made it, in words.
+    """
 
     id: str
     driver: str
     data: Json = field(default_factory=dict)
+    asked: Mapping[str, str] | None = None
+    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

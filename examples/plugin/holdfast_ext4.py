@@ -56,6 +56,11 @@ class Ext4Volume:
         there = image.stat().st_size if image.exists() else 0
         if there > size:
             raise WrongState(f"volume {want.id!r}: has {there} bytes and can't shrink to {size} (give a larger size)")
+        if 0 < there < size and not _may_grow_online() and _in_use(image):
+            raise UnfitHost(
+                f"volume {want.id!r}: can't grow to {size} bytes while containers use it, for that takes "
+                "CAP_SYS_RESOURCE (stop its containers for a moment, or give the agent that capability)"
+            )
 
     def ensure(self, want: VolumeWant) -> Receipt:
         """Format, mount or grow it, whichever is missing."""
@@ -97,7 +102,10 @@ class Ext4Volume:
         return self.root / id
 
     def _receipt(self, id: str) -> Receipt:
-        return Receipt("volume", self.name, id, data={"path": str(self._folder(id) / "mnt")})
+        folder = self._folder(id)
+        return Receipt(
+            "volume", self.name, id, data={"path": str(folder / "mnt"), "size": _formatted_size(folder / "image")}
+        )
 
 
 def _size(want: VolumeWant) -> int:
@@ -152,6 +160,32 @@ def _is_let_go(image: Path) -> bool:
             return False
         time.sleep(0.01)
     return True
+
+
+def _may_grow_online() -> bool:
+    """Whether this process may resize a mounted file system: CAP_SYS_RESOURCE, bit 24 of capabilities(7)."""
+    status = dict(
+        line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line
+    )
+    return bool(int(status["CapEff"], 16) >> 24 & 1)
+
+
+def _in_use(image: Path) -> bool:
+    """Whether another mount namespace than our own has the image mounted."""
+    devices = {
+        f" {os.major(rdev)}:{os.minor(rdev)} "
+        for device in _loop_devices(image)
+        if (rdev := Path(device).stat().st_rdev)
+    }
+    ours = Path("/proc/self/ns/mnt").readlink()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            if (process / "ns/mnt").readlink() == ours:
+                continue
+            mounts = (process / "mountinfo").read_text(errors="surrogateescape")
+            if any(device in mounts for device in devices):
+                return True
+    return False
 
 
 def _grow_online(image: Path) -> bool:

@@ -9,6 +9,7 @@ A file gives facts in and actions out, in a short-hand that is read here:
     generation  more generations of an app: {app, state, images?, containers…}; as = "want" takes want's app
     instance    "app/name" → what is otherwise about it; absent = true: not there; "app/name+x" is one more of it
     network     "app/name" → what is otherwise about it; absent = true: not there
+    volume      "app/name" → what the driver was asked for, and what is otherwise: asked, faults, driver
     hold, failure, newer, orphan, volumes, firewall   as in History and Observed
     rounds      the actions of each round of `preview`, one line each
     waiting, drift   what the first plan says of these (in full); resting: what still waits when all is done
@@ -120,7 +121,8 @@ def read_case(facts: Mapping[str, Any]) -> Case:
         at=NOW,
         instances=tuple(_instances(facts.get("instance", {}), was, generations)),
         networks=dict(_networks(facts.get("network", {}), was)),
-        volumes={key: VolumeState(key, "managed") for key in facts.get("volumes", ())},
+        volumes={key: VolumeState(key, "managed") for key in facts.get("volumes", ())}
+        | {key: VolumeState(key, **{"driver": "managed"} | each) for key, each in facts.get("volume", {}).items()},
         firewall=_firewall(facts.get("firewall")),
         orphans=tuple(Receipt(driver="x", **each) for each in facts.get("orphan", ())),
     )

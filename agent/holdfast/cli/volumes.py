@@ -55,7 +55,7 @@ def inspect(id: str, json_: bool) -> None:
 
 @volume.command("remove")
 @click.argument("ids", metavar="APP/NAME...", nargs=-1, required=True)
-@click.option("--force", is_flag=True, help="Also one that an app still declares.")
+@click.option("--force", is_flag=True, help="Also one that an app declares, or a stopped container has mounted.")
 def remove(ids: tuple[str, ...], force: bool) -> None:
     """Delete volumes and their data."""
     with reach() as node:

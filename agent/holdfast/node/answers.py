@@ -140,12 +140,20 @@ class Answers(ImageAnswers):
 
     def remove_volume(self, id: str, force: bool = False) -> None:
         """Delete a volume and its data."""
-        found = self.volume(id)
-        if found["used_by"]:
-            raise Conflict(f"remove volume '{id}': mounted by {', '.join(found['used_by'])} (remove those first)")
-        if not found["orphan"] and not force:
-            raise Conflict(f"remove volume '{id}': its app declares it (--force deletes the data all the same)")
-        remove_volume(self.rig, id)
+
+        def check() -> None:
+            found = self.volume(id)
+            users, running = found["used_by"], self._running(found["used_by"])
+            if running:
+                stop = f"holdfast stop {' '.join(running)}"
+                raise Conflict(f"remove volume '{id}': mounted by {', '.join(running)} (expected: {stop})")
+            if users and not force:
+                stopped = f"mounted by {', '.join(users)}, stopped"
+                raise Conflict(f"remove volume '{id}': {stopped} (--force deletes the data all the same)")
+            if not found["orphan"] and not force:
+                raise Conflict(f"remove volume '{id}': its app declares it (--force deletes the data all the same)")
+
+        remove_volume(self.rig, id, check=check)
         self.rig.store.event("removed", f"volume {id}", "removed by hand, with its data")
 
     def prune_volumes(self) -> Sequence[str]:
@@ -172,6 +180,12 @@ class Answers(ImageAnswers):
                 found |= {f"{app}/{name}" for name in newest.app.volumes}
                 found |= {mount.source for each in (newest.image_volumes or {}).values() for mount in each}
         return found
+
+    def _running(self, containers: Sequence[str]) -> list[str]:
+        """Those of some containers that run, or are being started."""
+        begun = {subject for subject, intent in self.rig.store.intents().items() if intent["verb"] == "StartInstance"}
+        live = {each.key for each in self.rig.store.instances.values() if each.phase in ("running", "creating")}
+        return [each for each in containers if each in live | begun]
 
     def _mounted_by(self, volume: str) -> list[str]:
         return sorted(

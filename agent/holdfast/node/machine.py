@@ -29,12 +29,13 @@ from holdfast.node.stage import stage_generation
 from holdfast.node.start import start_instance
 from holdfast.node.stop import remove_instance, remove_orphan, stop_instance, sweep
 from holdfast.node.update import ensure_network, remove_network, update_instance, write_firewall, write_names
-from holdfast.node.volumes import save_volumes
+from holdfast.node.volumes import change_volume, save_volumes
 from holdfast.node.watch import ExitWatch
 from holdfast.observed import Failure, Json, Observed
 from holdfast.plan.actions import (
     Action,
     EnsureNetwork,
+    EnsureVolume,
     ForgetApp,
     MarkGood,
     Outcome,
@@ -61,6 +62,7 @@ RETRY = RestartPolicy(delay=1.0, factor=2.0, max_delay=300.0, jitter=0.2)
 PAST = {
     "StageGeneration": "staged",
     "EnsureNetwork": "made",
+    "EnsureVolume": "updated",
     "RemoveNetwork": "removed",
     "StartInstance": "started",
     "StopInstance": "stopped",
@@ -278,6 +280,8 @@ def perform(rig: Rig, action: Action, blobs: Mapping[str, bytes], revision: str)
                 save_volumes(rig, instance)
                 remove_instance(rig, instance)
             sweep(rig)
+        case EnsureVolume():
+            return change_volume(rig, action)
         case RemoveVolume(volume=volume):
             remove_volume(rig, volume)
         case MarkGood(generation=number):

@@ -14,6 +14,7 @@ from typing import Any
 from holdfast.drivers import Driver
 from holdfast.node.rig import BARE, Rig
 from holdfast.node.stop import tell_exit
+from holdfast.node.volumes import altered
 from holdfast.observed import (
     Exit,
     FirewallNetwork,
@@ -58,7 +59,7 @@ def observe(rig: Rig, watches: Watches, *, busy: frozenset[str] = frozenset(), d
         at=at,
         instances=tuple(each for each in seen if each.id in rig.store.instances),
         networks=_networks(rig, things),
-        volumes={each.id: VolumeState(each.id, each.driver, each.data) for each in _volumes(things)},
+        volumes=_volumes(rig, things),
         firewall=firewall,
         orphans=(*_orphans(rig, things, known), *(() if firewall else _tables(things))),
         busy=busy,
@@ -193,8 +194,15 @@ def _networks(rig: Rig, things: Things) -> dict[str, NetworkState]:
     return found
 
 
-def _volumes(things: Things) -> list[Receipt]:
-    return [each for each in things.values() if each.kind == "volume" and not each.owner]
+def _volumes(rig: Rig, things: Things) -> dict[str, VolumeState]:
+    found = {}
+    for seen in things.values():
+        if seen.kind == "volume" and not seen.owner:
+            kept = rig.store.receipt("volume", seen.id)
+            asked = kept.data.get("asked", {}) if kept and kept.driver == seen.driver else None
+            faults = altered(kept, seen) if kept and asked is not None else ()
+            found[seen.id] = VolumeState(seen.id, seen.driver, seen.data, asked, faults)
+    return found
 
 
 def _firewall(rig: Rig, things: Things) -> FirewallWant | None:

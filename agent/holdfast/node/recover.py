@@ -6,11 +6,14 @@ ones whose traces no look can tell.
 
 from __future__ import annotations
 
-from holdfast.errors import HoldfastError
+from collections.abc import Callable
+
+from holdfast.errors import HoldfastError, UnfitHost
 from holdfast.node.rig import Rig
 from holdfast.node.start import attach_again
 from holdfast.node.stop import remove_thing
 from holdfast.observed import Json, Receipt
+from holdfast.plugins import found_by
 from holdfast.runtime import cgroup
 
 
@@ -69,12 +72,41 @@ def _finish_removal(rig: Rig, volume: str) -> None:
         remove_volume(rig, volume)
 
 
-def remove_volume(rig: Rig, volume: str) -> None:
-    """Delete a volume and its data, whoever asks for it; a crash on the way is recovered from."""
-    subject, receipt = f"volume {volume}", rig.store.receipt("volume", volume)
-    rig.store.put_intent(subject, {"verb": "RemoveVolume", "reason": "its data is being deleted"})
-    drivers = [receipt.driver] if receipt else list(rig.plugins.volumes)
-    for name in drivers:
-        remove_thing(rig, receipt or Receipt("volume", name, volume))
-    rig.store.drop_receipt(receipt or Receipt("volume", "", volume))
-    rig.store.drop_intent(subject)
+def remove_volume(rig: Rig, volume: str, *, check: Callable[[], None] = lambda: None) -> None:
+    """Delete a volume and its data, whoever asks for it; a crash on the way is recovered from.
+
+    check: raises what speaks against it, while no start can take the volume up. Raises UnfitHost for a driver that
+    fails, or says that it is done and still shows the volume.
+    """
+    subject = f"volume {volume}"
+    with rig.volume_locks.of(volume):
+        check()
+        receipt = rig.store.receipt("volume", volume)
+        rig.store.put_intent(subject, {"verb": "RemoveVolume", "reason": "its data is being deleted"})
+        drivers = [receipt.driver] if receipt else [name for name in rig.plugins.volumes if _shows(rig, name, volume)]
+        try:
+            for name in drivers:
+                _remove(rig, receipt or Receipt("volume", name, volume))
+        except HoldfastError:
+            if any(_shows(rig, name, volume) for name in drivers):
+                rig.store.drop_intent(subject)  # it is still whole: whoever asked for this may ask again
+            raise
+        rig.store.drop_receipt(receipt or Receipt("volume", "", volume))
+        rig.store.drop_intent(subject)
+
+
+def _remove(rig: Rig, receipt: Receipt) -> None:
+    title = f"remove volume '{receipt.id}': volume driver '{receipt.driver}'"
+    try:
+        remove_thing(rig, receipt)
+    except HoldfastError:
+        raise
+    except Exception as error:
+        raise UnfitHost(f"{title}: {type(error).__name__}: {error}") from error
+    if _shows(rig, receipt.driver, receipt.id):
+        raise UnfitHost(f"{title} removed nothing: it still shows the volume")
+
+
+def _shows(rig: Rig, driver: str, volume: str) -> bool:
+    known = rig.plugins.volumes.get(driver)
+    return known is not None and any(each.id == volume for each in found_by(known) or ())

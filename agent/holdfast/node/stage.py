@@ -44,6 +44,7 @@ def stage_generation(rig: Rig, action: StageGeneration, blobs: Mapping[str, byte
         for name in images:
             with checks.of(f"{app.name}/{name}"):
                 _check_container(rig, app, name, images[name], volumes.get(name, ()), checks)
+        _check_unused_volumes(rig, app, checks)
         for network in sorted({net for want in app.containers.values() for net in want.networks} - BARE):
             with checks.of(f"network {network}"):
                 _check_network(rig, app, network)
@@ -236,6 +237,15 @@ def _check_program(want: Container, base: Base, volumes: tuple[Mount, ...]) -> N
     path = environment(want, base.config, "").get("PATH", "")
     mounted = [mount.target for mount in (*want.mounts, *volumes)]
     find_executable(program, path, working_dir(want, base.config), base.mode, mounted)
+
+
+def _check_unused_volumes(rig: Rig, app: App, checks: _Checks) -> None:
+    """Let drivers check the volumes of the app that only other apps, or nobody, mounts."""
+    mounted = {mount.source for want in app.containers.values() for mount in want.mounts}
+    for name, spec in app.volumes.items():
+        if (volume := f"{app.name}/{name}") not in mounted:
+            with checks.of(f"volume {volume}"):
+                rig.plugins.check_volume(spec.driver, volume_want(volume, spec))
 
 
 def _check_network(rig: Rig, app: App, network: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from holdfast.drivers import CgroupWant, EndpointWant, MountWant, NetworkWant, RootfsWant
 from holdfast.errors import TryAgain
 from holdfast.images.lookup import find
-from holdfast.node.rig import BARE, Base, Rig, init_program, limits
+from holdfast.node.rig import BARE, Base, Rig, init_program, limits, volume_of
 from holdfast.node.stop import remove_instance
 from holdfast.node.volumes import ensure_volume
 from holdfast.observed import Generation, Instance, InstanceId, Json, Receipt
@@ -192,7 +192,7 @@ def _mount(rig: Rig, instance: Instance, app: App, mount: Mount, rootfs: Path) -
     if mount.kind == "volume":
         seed = find((rootfs,), mount.target)  # never through the image's links to the host's own folders
         fills = seed is not None and seed.is_dir() and not mount.nocopy
-        made = ensure_volume(rig, app, mount.source, seed=seed if fills else None)
+        made = ensure_volume(rig, mount.source, volume_of(rig, app, mount.source), seed=seed if fills else None)
         options = ["rbind", "rprivate", "ro" if mount.read_only else "rw"]
         return {"destination": mount.target, "type": "bind", "source": made.data["path"], "options": options}
     if mount.kind == "bind":

@@ -5,10 +5,12 @@ receipt says how far that is:
 
     content: [uid, gid, mode]   new: empty, and the directory looked like this when it was made
     content: "settled"          filled, or in use; never filled again
+    asked: {…}                  the driver_opts that the driver was last called with
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,9 @@ from holdfast.drivers import COMPLETE_CONTENT, RootfsWant, VolumeWant
 from holdfast.errors import NotFound, UnfitHost, WrongState
 from holdfast.images.lookup import find
 from holdfast.node.rig import Rig, volume_of
-from holdfast.observed import Instance, Receipt
+from holdfast.observed import Instance, Json, Receipt
+from holdfast.plan.actions import EnsureVolume
+from holdfast.plugins import found_by
 from holdfast.runtime import filling
 from holdfast.spec.model import App, Mount, Volume
 from holdfast.spec.volumes import image_volumes
@@ -30,26 +34,47 @@ def volume_want(volume: str, spec: Volume) -> VolumeWant:
     return VolumeWant(id=volume, driver_opts=spec.driver_opts)
 
 
-def ensure_volume(rig: Rig, app: App, volume: str, *, seed: Path | None = None) -> Receipt:
+def altered(kept: Receipt, seen: Receipt) -> tuple[str, ...]:
+    """How a volume differs from what its driver made, in words. What the driver can't read back is unknown."""
+    if all(kept.data.get(key) == value for key, value in seen.data.items()):
+        return ()
+    before, now = (json.loads(json.dumps(dict(each.data))) for each in (kept, seen))  # a tuple is a list by now
+    return tuple(
+        f"its {key} is {value}, and was {before.get(key)} when it was made"
+        for key, value in now.items()
+        if before.get(key) != value
+    )
+
+
+def change_volume(rig: Rig, action: EnsureVolume) -> Json:
+    """Bring a volume to what is asked for by now. Raises UnfitHost for a driver that finds another than it made."""
+    made = ensure_volume(rig, action.volume, action.spec)
+    driver = rig.plugins.driver("volume", action.spec.driver)
+    for seen in found_by(driver) or ():
+        if seen.id == action.volume and (wrong := altered(made, seen)):
+            raise UnfitHost(f"volume driver {driver.name!r}: observe: right after ensure, {'; '.join(wrong)}")
+    return {"volume": action.volume}
+
+
+def ensure_volume(rig: Rig, volume: str, spec: Volume, *, seed: Path | None = None) -> Receipt:
     """Have a volume there, as it is defined now, and filled from seed (a directory of an image) if it is new.
 
     Whoever else starts on it waits until that is done. A volume that is empty but was in use, or is somebody's by its
     owner or mode, is left alone.
     """
-    spec = volume_of(rig, app, volume)
     with rig.volume_locks.of(volume):
         known = rig.store.receipt("volume", volume)
         if known is not None and not Path(str(known.data.get("path", ""))).is_dir():
             known = None  # it was deleted behind our back, and is a new one now
         made = rig.plugins.driver("volume", spec.driver).ensure(volume_want(volume, spec))
         try:
-            content = _settle(rig, made, known, seed)
+            content = _settle(rig, made, known, spec, seed)
         except OSError as error:
             raise UnfitHost(f"fill volume '{volume}' from '{seed}': {error}") from error
-        return _keep(rig, made, content)
+        return _keep(rig, made, content, spec)
 
 
-def _settle(rig: Rig, made: Receipt, known: Receipt | None, seed: Path | None) -> object:
+def _settle(rig: Rig, made: Receipt, known: Receipt | None, spec: Volume, seed: Path | None) -> object:
     """Fill a volume that is new; return what is known of its content then."""
     path = Path(str(made.data["path"]))
     content = known.data.get("content", SETTLED) if known else filling.owner_and_mode(path)
@@ -62,13 +87,13 @@ def _settle(rig: Rig, made: Receipt, known: Receipt | None, seed: Path | None) -
         return SETTLED
     if seed is None:
         return content
-    _keep(rig, made, content)  # first: a crash from here on finds a volume that is new
+    _keep(rig, made, content, spec)  # first: a crash from here on finds a volume that is new
     filling.fill(path, seed)
     return SETTLED
 
 
-def _keep(rig: Rig, made: Receipt, content: object) -> Receipt:
-    kept = replace(made, data={**made.data, "content": content})
+def _keep(rig: Rig, made: Receipt, content: object, spec: Volume) -> Receipt:
+    kept = replace(made, data={**made.data, "content": content, "asked": dict(spec.driver_opts)})
     rig.store.put_receipt(kept)
     return kept
 
@@ -103,11 +128,12 @@ def save_volumes(rig: Rig, instance: Instance) -> None:
         return
     if not mounts:
         return
+    app = known[-1].app if known else lone
     driver = next(iter(rig.plugins.rootfs.values()))
     made = driver.ensure(RootfsWant(instance=instance.id, layers=rig.base(instance.image).layers))
     for mount in mounts:
         held = find((Path(str(made.data["path"])),), mount.target)
         if held is not None and held.is_dir():
-            ensure_volume(rig, known[-1].app if known else lone, mount.source, seed=held)
+            ensure_volume(rig, mount.source, volume_of(rig, app, mount.source), seed=held)
             message = f"what it wrote to {mount.target} is in volume {mount.source} now"
             rig.store.event("volume", instance.key, message)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from holdfast.observed import FirewallWant, InstanceId, Receipt
-from holdfast.spec.model import App, Network, digest_of
+from holdfast.spec.model import App, Network, Volume, digest_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +162,22 @@ class RemoveInstance(Action):
     @property
     def tried(self) -> str:
         return f"RemoveInstance {self.instance}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnsureVolume(Action):
+    """Have the driver of a volume bring it to what is asked for by now, or mend it."""
+
+    volume: str
+    spec: Volume
+
+    @property
+    def tried(self) -> str:
+        return f"EnsureVolume {digest_of(self.spec.driver_opts)}"
+
+    @property
+    def subject(self) -> str:
+        return f"volume {self.volume}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,7 @@ from holdfast.observed import Generation, History, Hold, Instance, Observed, Rec
 from holdfast.plan.actions import (
     Change,
     EnsureNetwork,
+    EnsureVolume,
     ForgetApp,
     MarkGood,
     Plan,
@@ -47,12 +48,13 @@ from holdfast.plan.actions import (
 from holdfast.plan.derived import firewall_want, names_of, pages
 from holdfast.plan.desk import Desk
 from holdfast.plan.diff import changes, mounted_files, replaces, volume_changes
-from holdfast.plan.reasons import by_hand, counted, firewall_reason, in_hand, listed, update_words
+from holdfast.plan.reasons import by_hand, counted, firewall_reason, in_hand, listed, option_words, update_words
 from holdfast.plan.restart import verdict
-from holdfast.spec.model import App, Container, Network, Spec
+from holdfast.spec.model import App, Container, Network, Spec, Volume
 
 UNMANAGED = frozenset({"none", "host"})
 DEFAULT_NETWORK = Network()
+DEFAULT_VOLUME = Volume()
 
 
 def decide(spec: Spec | None, observed: Observed, history: History, now: float) -> Plan:
@@ -174,11 +176,26 @@ def _hold_app(app: str, desk: Desk) -> None:
         if name not in generation.app.containers:
             settled = False
             _retire(app, name, "the state no longer names it", desk)
+    _hold_volumes(generation, desk)
     settled &= len(desk.actions) == before
     if settled:
         _drop_volumes(app, generation.app, desk)
         if generation.state != "good":
             desk.offer(MarkGood(app=app, generation=generation.number, reason="every container runs as committed"))
+
+
+def _hold_volumes(generation: Generation, desk: Desk) -> None:
+    """Bring the volumes of an app that are there to what it asks for. Those that are not are made by a start."""
+    app = generation.app.name
+    mounts = (mount for mounts in (generation.image_volumes or {}).values() for mount in mounts)
+    defined = {mount.source: DEFAULT_VOLUME for mount in mounts}
+    defined |= {f"{app}/{name}": spec for name, spec in generation.app.volumes.items()}
+    for volume, spec in defined.items():
+        state = desk.observed.volumes.get(volume)
+        if state is None or state.asked is None or state.driver != spec.driver:
+            continue
+        if reasons := [*option_words(state.asked, spec.driver_opts), *state.faults]:
+            desk.offer(EnsureVolume(app=app, volume=volume, spec=spec, reason="; ".join(reasons)))
 
 
 def _hold_container(generation: Generation, name: str, desk: Desk) -> bool:

@@ -13,6 +13,7 @@ from holdfast.observed import Exit, Generation, History, Instance, InstanceId, N
 from holdfast.plan.actions import (
     Action,
     EnsureNetwork,
+    EnsureVolume,
     ForgetApp,
     MarkGood,
     Plan,
@@ -98,6 +99,9 @@ def expect(world: World, action: Action, now: float) -> World:
         case RemoveInstance(instance=id):
             left = tuple(each for each in observed.instances if each.id != id)
             return World(replace(observed, instances=left), history)
+        case EnsureVolume(volume=volume, spec=definition):
+            changed = replace(observed.volumes[volume], asked=definition.driver_opts, faults=())
+            return World(replace(observed, volumes={**observed.volumes, volume: changed}), history)
         case RemoveVolume(volume=volume):
             return World(replace(observed, volumes=_without(observed.volumes, volume)), history)
         case MarkGood(generation=number):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from holdfast.observed import FirewallWant, Hold, Instance, Observed
 from holdfast.plan.actions import Change
@@ -39,6 +39,13 @@ def update_words(found: tuple[Change, ...], instance: Instance) -> Iterator[str]
     tails = {"live": "applied live", "record": "noted, nothing restarts"}
     for change in found:
         yield f"{_worded(change)}; {tails.get(change.effect) or f'{instance.key} gets {change.effect.split()[-1]}'}"
+
+
+def option_words(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:
+    """Each option of a driver that differs."""
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            yield f"driver_opts.{key} {old.get(key) or 'none'} → {new.get(key) or 'none'}"
 
 
 def firewall_reason(want: FirewallWant, observed: Observed) -> str:

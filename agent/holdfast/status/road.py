@@ -13,6 +13,7 @@ from typing import Any
 from holdfast.plan.actions import (
     Action,
     EnsureNetwork,
+    EnsureVolume,
     ForgetApp,
     MarkGood,
     Plan,
@@ -127,6 +128,8 @@ def words(action: Action) -> tuple[str, str]:
             return "update", container
         case RemoveInstance(container=container):
             return "remove", container
+        case EnsureVolume(volume=volume):
+            return "update volume", _short(volume)
         case RemoveVolume(volume=volume):
             return "delete volume", _short(volume)
         case MarkGood(generation=generation):
