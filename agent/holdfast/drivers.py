@@ -12,15 +12,19 @@ Every host object that a driver makes bears `Host.name`, so that `observe` finds
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Mapping
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from holdfast.errors import WrongState
 from holdfast.observed import FirewallWant, Json, Receipt
 from holdfast.spec.model import Mount, Resources
 
@@ -34,11 +38,18 @@ __all__ = [
     "MountWant",
     "NetworkWant",
     "Receipt",
+    "Releasing",
     "RootfsWant",
     "VolumeWant",
     "Watching",
+    "open_source",
     "remove_tree",
 ]
+
+RESOLVE_NO_MAGICLINKS = 0x02  # openat2(2)
+_OPENAT2 = 437  # alike on every architecture (asm-generic/unistd.h)
+_AT_FDCWD = -100
+_MOST_LINKS = 40
 
 COMPLETE_CONTENT = ".holdfast-complete"  # a directory in a volume: its entries are moved up before the next start
 BASE36 = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -109,7 +120,8 @@ class VolumeWant:
 class MountWant:
     """A mount of one instance that is not a named volume: bind, tmpfs or file.
 
-    content: for kind file, where the revision's content is stored (file or directory).
+    content: for kind file, where the revision's content is stored (file or directory). roots: for kind bind, where on
+    this host the source may lie once its links are followed (`open_source`); None: anywhere.
     Receipt: kind "volume", id = `instance:target`, owner = instance, data = {"type", "source", "options"} as an
     entry of `mounts` in the OCI runtime spec.
     """
@@ -117,6 +129,7 @@ class MountWant:
     instance: str
     mount: Mount
     content: Path | None = None
+    roots: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +213,13 @@ class Watching(Protocol):
         ...
 
 
+class Releasing(Protocol):
+    """What a mount driver may have beside the four verbs."""
+
+    def release(self, receipt: Receipt) -> None:
+        """Let go of what the runtime needed for the start alone; called once the container has its own mount."""
+
+
 class CgroupPolicy(Protocol):
     """Pure: turns a resources table into OCI settings. Several policies compose, later ones win key by key."""
 
@@ -252,3 +272,102 @@ def _unlink_files(folder: int) -> list[str]:
         else:
             os.unlink(name, dir_fd=folder)
     return folders
+
+
+def open_source(path: str, roots: Sequence[str] | None = None, *, create: bool = False) -> int:
+    """Open a file or directory of the host that a commit names, and return its descriptor (O_PATH).
+
+    roots: where it may lie; None: anywhere. What is checked is what was opened: a container that puts a link in the
+    place of a folder meanwhile changes nothing. create: make missing directories. Raises WrongState, OSError.
+    """
+    try:
+        handle = _open(path, magic=roots is None)
+    except FileNotFoundError:
+        if not create:
+            raise
+        return _create(path, roots)
+    try:
+        _check_inside(handle, path, roots)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _create(path: str, roots: Sequence[str] | None) -> int:
+    """Make a directory in its parent's descriptor: no link that is put there meanwhile is followed."""
+    folder, name = os.path.split(path.rstrip("/"))
+    # Above a root is the operator's ground.
+    above = roots is not None and not any(_within(folder, root) for root in roots)
+    parent = open_source(folder or "/", None if above else roots, create=True)
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, dir_fd=parent)
+        return os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    finally:
+        os.close(parent)
+
+
+def _check_inside(handle: int, path: str, roots: Sequence[str] | None) -> None:
+    if roots is None:
+        return
+    meant = _opened(handle)
+    if not any(_within(meant, root) for root in _real_roots(roots)):
+        allowed = ", ".join(roots) or "none is allowed"
+        raise WrongState(
+            f"mount '{path}': leads to '{meant}', outside the bind_roots of agent.toml's [policy] ({allowed})"
+        )
+
+
+def _real_roots(roots: Sequence[str]) -> Iterator[str]:
+    """Where the roots lie. One that is reached through another is part of that one: containers may move it."""
+    for root in roots:
+        others = [other for other in roots if other != root]
+        if not _passes(root, others):
+            with contextlib.suppress(OSError):
+                handle = _open(root, magic=False)
+                try:
+                    yield _opened(handle)
+                finally:
+                    os.close(handle)
+
+
+def _passes(path: str, others: Sequence[str]) -> bool:
+    """Whether a path, as its links are followed one by one, ever lies below one of the others."""
+    for _ in range(_MOST_LINKS):
+        if any(path != other and _within(path, other) for other in others):
+            return True
+        steps = path.split("/")
+        for length in range(2, len(steps) + 1):
+            prefix = Path("/".join(steps[:length]))
+            if prefix.is_symlink():
+                target = prefix.parent / prefix.readlink()
+                path = os.path.normpath("/".join([str(target), *steps[length:]]))
+                break
+        else:
+            return False
+    return True
+
+
+def _opened(handle: int) -> str:
+    """Where what is open lies now, without links."""
+    return str(Path(f"/proc/self/fd/{handle}").readlink())
+
+
+def _within(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip("/") + "/")
+
+
+def _open(path: str, *, magic: bool) -> int:
+    """Open with O_PATH; magic: follow links of /proc, too, which lead anywhere."""
+    if magic:
+        return os.open(path, os.O_PATH | os.O_CLOEXEC)
+    how = struct.pack("QQQ", os.O_PATH | os.O_CLOEXEC, 0, RESOLVE_NO_MAGICLINKS)
+    name = os.fsencode(path)
+    handle: int = _libc.syscall(_OPENAT2, _AT_FDCWD, ctypes.c_char_p(name), ctypes.c_char_p(how), len(how))
+    if handle < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
+    return handle
+
+
+_libc = ctypes.CDLL(None, use_errno=True)

@@ -22,6 +22,7 @@ ServiceClass = Literal["guaranteed", "burstable", "besteffort"]
 DeviceNumbers = Callable[[str], tuple[int, int]]
 
 PERIOD = 100_000  # microseconds
+LEAST_MEMORY = 6 << 20  # bytes; as Docker has it
 SHARES_PER_CPU = 1024
 MINIMAL_SHARES = 2
 
@@ -91,6 +92,8 @@ def _check_memory(resources: Resources) -> None:
         raise WrongState(f"memory_swap '{swap}': {limit} (memory and swap together, at least as much as memory)")
     if reservation is not None and memory is not None and reservation > memory:
         raise WrongState(f"memory_reservation '{reservation}': more than memory {memory}")
+    if memory is not None and memory < LEAST_MEMORY:
+        raise WrongState(f"memory '{memory}': too little for the runtime to start anything (at least 6MiB)")
 
 
 def _check_cpuset(text: str, cpus: int) -> None:

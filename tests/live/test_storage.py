@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,8 +68,6 @@ class TestManagedVolume(DriverConformance):
 
 
 class TestBindMount(DriverConformance):
-    leaves_traces = False
-
     @pytest.fixture
     def driver(self, host: Host) -> BindMount:
         return BindMount(host)
@@ -250,16 +250,95 @@ def test_a_missing_bind_source_is_an_error_unless_it_may_be_created(host: Host) 
     driver.check(MountWant(instance="x", mount=mount))
     assert not missing.exists()
     receipt = driver.ensure(MountWant(instance="x", mount=mount))
+    assert Path(receipt.data["source"]).samefile(missing)
+    assert receipt.data["options"] == ["rbind", "rprivate", "ro", "rro"]
+    driver.release(receipt)
+    assert list(driver.observe()) == []
     assert missing.is_dir()
-    assert receipt.data == {"type": "bind", "source": str(missing), "options": ["rbind", "rprivate", "ro", "rro"]}
 
 
 def test_a_file_is_read_only_without_asking_for_what_is_below_it(host: Host) -> None:
     source = host.root / "file"
     source.write_text("x")
     mount = Mount(kind="bind", source=str(source), target="/a", read_only=True)
-    receipt = BindMount(host).ensure(MountWant(instance="x", mount=mount))
+    driver = BindMount(host)
+    receipt = driver.ensure(MountWant(instance="x", mount=mount))
+    assert Path(receipt.data["source"]).samefile(source)
     assert receipt.data["options"] == ["rbind", "rprivate", "ro"]
+    driver.release(receipt)
+    assert source.read_text() == "x"
+
+
+def test_what_is_mounted_below_a_source_is_still_there_after_the_start(host: Host) -> None:
+    source, inner = host.root / "source", host.root / "source/inner"
+    inner.mkdir(parents=True)
+    subprocess.run(["mount", "--bind", source, source], check=True)
+    subprocess.run(["mount", "--make-shared", source], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", inner], check=True)
+    try:
+        (inner / "file").write_text("x")
+        driver = BindMount(host)
+        receipt = driver.ensure(MountWant(instance="x", mount=Mount(kind="bind", source=str(source), target="/a")))
+        assert (Path(receipt.data["source"]) / "inner/file").read_text() == "x"
+        driver.release(receipt)
+        assert (inner / "file").read_text() == "x"
+    finally:
+        subprocess.run(["umount", inner, source], check=True)
+
+
+def test_roots_hold_for_links_and_for_what_is_created(host: Host) -> None:
+    root, outside = host.root / "allowed", host.root / "outside"
+    for folder in (root / "inner", outside):
+        folder.mkdir(parents=True)
+    (root / "out").symlink_to(outside)
+    (root / "in").symlink_to(root / "inner")
+    (host.root / "way").symlink_to(root / "out")  # a root that leads through another one, and then out
+    driver, roots = BindMount(host), (str(root), str(root / "out"), str(host.root / "way"))
+
+    def ensure(source: Path, *, create: bool = False) -> Receipt:
+        mount = Mount(kind="bind", source=str(source), target="/a", create_host_path=create)
+        want = MountWant(instance="x", mount=mount, roots=roots)
+        for verb in (driver.check, driver.ensure):
+            made = verb(want)
+        assert isinstance(made, Receipt)
+        return made
+
+    for good in (ensure(root / "in"), ensure(root / "in/new/deep", create=True)):
+        driver.release(good)
+    assert (root / "inner/new/deep").is_dir()
+    for bad in (root / "out", host.root / "way", Path("/"), root / "in/../../outside"):
+        with pytest.raises(WrongState, match="outside the bind_roots"):
+            ensure(bad)
+    with pytest.raises(WrongState, match="outside the bind_roots"):
+        ensure(root / "out/new/deep", create=True)
+    assert list(outside.iterdir()) == []
+    assert list(driver.observe()) == []
+
+
+def test_a_folder_that_is_swapped_for_a_link_all_the_time_is_never_left(host: Host) -> None:
+    root, outside = host.root / "allowed", host.root / "outside"
+    for folder in (root / "x", outside):
+        folder.mkdir(parents=True)
+    (outside / "secret").write_text("secret")
+    (root / "link").symlink_to(outside)
+    swap = "import ctypes, sys; a, b = map(str.encode, sys.argv[1:])\n"
+    swap += "while not ctypes.CDLL(None).renameat2(-100, a, -100, b, 2): pass"  # RENAME_EXCHANGE
+    racer = subprocess.Popen([sys.executable, "-c", swap, str(root / "x"), str(root / "link")])
+    try:
+        driver, refused, mounted = BindMount(host), 0, 0
+        mount = Mount(kind="bind", source=str(root / "x"), target="/a")
+        while refused < 50 or mounted < 50:
+            try:
+                receipt = driver.ensure(MountWant(instance="x", mount=mount, roots=(str(root),)))
+            except (WrongState, UnfitHost):
+                refused += 1
+                continue
+            mounted += 1
+            assert list(Path(receipt.data["source"]).iterdir()) == []
+            driver.release(receipt)
+    finally:
+        racer.kill()
+        racer.wait()
 
 
 def test_tmpfs_carries_size_mode_and_owner(host: Host) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import posixpath
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from holdfast.errors import UnfitHost, WrongState
 from holdfast.runtime import apparmor, binaries, capabilities, conmon, device_access, oci, seccomp, users
 from holdfast.runtime.devices import DeviceNode
-from holdfast.runtime.executables import find_executable
+from holdfast.runtime.executables import Candidate, check_size, find_executable
 from holdfast.spec.model import Container, Resources, Ulimit
 
 IMAGE = {
@@ -350,19 +351,68 @@ def test_unknown_signals_are_refused(name: str) -> None:
         conmon.signal_number(name)
 
 
-FILES = {"/bin/sh": 0o100755, "/bin/data": 0o100644, "/srv/run": 0o100755, "/srv": 0o040755}
+SCRIPT, ELF = b"#!/bin/sh -e\nexit\n", b"\x7fELF\x02\x01\x01" + bytes(9) + b"\2\0\x3e\0" + bytes(44)
+HEADS = {
+    "/bin/sh": ELF,
+    "/srv/run": SCRIPT,
+    "/bin/crlf": b"#!/bin/sh\r\nexit\n",
+    "/bin/empty": b"",
+    "/bin/text": b"echo hello\n",
+    "/bin/far": ELF[:18] + b"\x16\0" + ELF[20:],
+    "/bin/chain": b"#!/bin/data\n",
+}
+FILES = {"/bin/data": 0o100644, "/srv": 0o040755, "/bin/pipe": 0o010755, **dict.fromkeys(HEADS, 0o100755)}
+
+
+def look(path: str) -> Candidate:
+    path = posixpath.normpath(path)
+    if path.startswith("/mnt/"):
+        return Candidate(path, known=False)
+    return Candidate(path, FILES.get(path, 0), noexec=path == "/bin/far", head=lambda: HEADS[path])
 
 
 def test_program_is_found_as_execvp_would() -> None:
-    assert find_executable("sh", "/usr/bin:/bin", "/", FILES.get) == "/bin/sh"
-    assert find_executable("./run", "/bin", "/srv", FILES.get) == "/srv/run"
-    assert find_executable("/app/x", "/bin", "/", FILES.get, mounts=("/app",)) is None
+    def found(program: str, path: str, cwd: str) -> str | None:
+        candidate = find_executable(program, path, cwd, look)
+        return candidate and candidate.path
+
+    assert found("sh", "/usr/bin:/bin", "/") == "/bin/sh"
+    assert found("./run", "/bin", "/srv") == "/srv/run"
+    assert found("/mnt/x", "/bin", "/") is None
 
 
 @pytest.mark.parametrize(
     ("program", "cause"),
-    [("nginxx", "not found in the image's PATH"), ("/no", "no such file"), ("data", "chmod"), ("/srv", "directory")],
+    [
+        ("nginxx", "not found in the image's PATH"),
+        ("/no", "no such file in the image"),
+        ("", "first word is empty"),
+        ("data", "chmod"),
+        ("/srv", "directory"),
+        ("pipe", "is not a file"),
+        ("crlf", r"run by '/bin/sh\\r': is not there"),
+        ("empty", "is empty"),
+        ("text", "begins with '#!'"),
+        ("far", "noexec"),
+        ("chain", "run by '/bin/data': '/bin/data' is not executable"),
+    ],
 )
 def test_program_that_can_not_run_is_told_beforehand(program: str, cause: str) -> None:
     with pytest.raises(WrongState, match=cause):
-        find_executable(program, "/usr/bin:/bin", "/", FILES.get)
+        find_executable(program, "/usr/bin:/bin", "/", look)
+
+
+def test_a_program_of_another_machine_is_told_beforehand() -> None:
+    elf = HEADS["/bin/far"]
+    with pytest.raises(WrongState, match="another machine"):
+        find_executable("/x", "", "/", lambda path: Candidate(path, 0o100755, head=lambda: elf))
+
+
+def test_words_that_the_kernel_refuses_are_told_beforehand() -> None:
+    check_size(("x" * 131_071,), {"A": "y"})
+    with pytest.raises(WrongState, match="word 2 of the command: 131072 bytes"):
+        check_size(("a", "x" * 131_072), {})
+    with pytest.raises(WrongState, match=r"environment\.A: 131072 bytes"):
+        check_size((), {"A": "x" * 131_070})
+    with pytest.raises(WrongState, match="command and environment: "):
+        check_size(("x" * 100_000,) * 21, {})

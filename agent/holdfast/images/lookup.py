@@ -1,51 +1,137 @@
-"""A stack of unpacked layers, read without mounting it: what overlayfs would show at a path.
+"""What a container finds at a path, read without mounting anything: a stack of layers, and mounts over it.
 
-`store.Image` and `node` look up users, entry points and volumes' first content here.
+`store.Image` and `node` look up users, programs, mount points and volumes' first content here.
 """
 
 from __future__ import annotations
 
 import os
+import posixpath
 import stat
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from holdfast.errors import WrongState
 from holdfast.images.unpack import MAX_LINKS, OPAQUE_XATTR, is_whiteout
 
 LARGEST_READ = 8 << 20  # bytes of a file that the agent itself looks into
 
+#: blocked: a step of the path is no directory, or its links lead in a circle. unknown: nobody knows before the start.
+Kind = Literal["file", "directory", "missing", "blocked", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What is mounted somewhere. what: in words, for messages.
+
+    entries: where it lies on the host, highest layer first; () is an empty directory. known: whether what is in it
+    can be told before the start. fixed: only another commit changes it. shared: others may put something there before
+    the start. mode: of all its files, where the mount says so.
+    """
+
+    what: str
+    entries: tuple[Path, ...] = ()
+    directory: bool = True
+    known: bool = True
+    fixed: bool = False
+    shared: bool = False
+    read_only: bool = False
+    mode: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a path leads to. path: inside the container, links followed. content: what it lies in.
+
+    entries: where it lies on the host, highest layer first: one file, or directories.
+    """
+
+    path: str
+    kind: Kind
+    content: Content
+    entries: tuple[Path, ...] = ()
+
+    @property
+    def mode(self) -> int:
+        """Its st_mode as the container sees it; 0 when nothing is known to be there."""
+        if not self.entries:
+            return stat.S_IFDIR | 0o755 if self.kind == "directory" else 0
+        mode = self.entries[0].lstat().st_mode
+        return mode if self.content.mode is None else stat.S_IFMT(mode) | self.content.mode
+
+
+class View:
+    """Layers (lowest first), and what is mounted over them so far."""
+
+    def __init__(self, layers: Sequence[Path], what: str = "the image") -> None:
+        self.root = Content(what, tuple(reversed(layers)), fixed=True)
+        self._mounts: dict[str, Content] = {}
+        self._made: set[str] = set()  # directories that runtimes make to mount something there
+
+    def mount(self, target: str, content: Content) -> None:
+        """Mount content at target, its links followed, as runtimes do: what was mounted below it is hidden."""
+        path = self.resolve(target).path
+        hidden = [each for each in self._mounts if each == path or each.startswith(f"{path}/")]
+        for each in hidden:
+            del self._mounts[each]
+        self._made = {each for each in self._made if not each.startswith(f"{path}/")}
+        self._mounts[path] = content
+        while (path := posixpath.dirname(path)) != "/":
+            self._made.add(path)
+
+    def resolve(self, path: str) -> Found:
+        """What path leads to, links followed inside; what a whiteout or an opaque directory hides is not there."""
+        trail = [Found("/", "directory", self.root, self.root.entries)]
+        todo = _steps(path)
+        links = 0
+        while todo:
+            name = todo.pop()
+            if name == "..":
+                del trail[max(1, len(trail) - 1) :]
+                continue
+            found = self._step(trail[-1], name)
+            if found.kind == "file" and found.entries and found.entries[0].is_symlink() and not self._on(found.path):
+                links += 1
+                if links > MAX_LINKS:
+                    return Found(found.path, "blocked", found.content)
+                target = str(found.entries[0].readlink())
+                if target.startswith("/"):
+                    del trail[1:]
+                todo.extend(_steps(target))
+            elif found.kind == "directory":
+                trail.append(found)
+            elif found.kind == "file" and not todo:
+                return found
+            elif found.kind == "file":
+                return Found(found.path, "blocked", found.content, found.entries)
+            else:
+                rest = posixpath.normpath(posixpath.join(found.path, *reversed(todo)))
+                return Found(rest, found.kind, found.content)
+        return trail[-1]
+
+    def _on(self, path: str) -> bool:
+        return path in self._mounts
+
+    def _step(self, folder: Found, name: str) -> Found:
+        """The entry of a directory, without following it."""
+        path = posixpath.join(folder.path, name)
+        mounted = self._mounts.get(path)
+        if mounted is not None:
+            return Found(path, "directory" if mounted.directory else "file", mounted, mounted.entries)
+        entries = tuple(_merged(folder.entries, name))
+        if entries:
+            return Found(path, "directory" if _is_directory(entries[0]) else "file", folder.content, entries)
+        if path in self._made:
+            return Found(path, "directory", folder.content)
+        return Found(path, "missing" if folder.content.known else "unknown", folder.content)
+
 
 def find(layers: Sequence[Path], path: str) -> Path | None:
-    """Where path of the stacked layers (lowest first) really lies; None when there is no such entry.
-
-    Links are followed inside the stack; what a whiteout or an opaque directory hides is not there.
-    """
-    trail: list[list[Path]] = [list(reversed(layers))]
-    todo = [part for part in reversed(path.split("/")) if part not in ("", ".")]
-    links = 0
-    while todo:
-        name = todo.pop()
-        if name == "..":
-            if len(trail) > 1:
-                trail.pop()
-            continue
-        entries = _merged(trail[-1], name)
-        if not entries:
-            return None
-        if entries[0].is_symlink():
-            links += 1
-            target = str(entries[0].readlink())
-            if links > MAX_LINKS:
-                return None
-            if target.startswith("/"):
-                del trail[1:]
-            todo.extend(part for part in reversed(target.split("/")) if part not in ("", "."))
-        elif todo and not entries[0].is_dir():
-            return None
-        else:
-            trail.append(entries)
-    return trail[-1][0] if trail[-1] else None
+    """Where path of the stacked layers (lowest first) really lies; None when there is no such entry."""
+    found = View(layers).resolve(path)
+    return found.entries[0] if found.kind in ("file", "directory") and found.entries else None
 
 
 def read_small(path: Path) -> bytes:
@@ -55,6 +141,15 @@ def read_small(path: Path) -> bytes:
     if len(data) > LARGEST_READ:
         raise WrongState(f"read {path.name!r} of the image: more than {LARGEST_READ} bytes")
     return data
+
+
+def _steps(path: str) -> list[str]:
+    """The steps of a path, the last one first."""
+    return [part for part in reversed(path.split("/")) if part not in ("", ".")]
+
+
+def _is_directory(path: Path) -> bool:
+    return stat.S_ISDIR(path.lstat().st_mode)
 
 
 def _merged(folders: Sequence[Path], name: str) -> list[Path]:

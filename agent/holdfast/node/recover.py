@@ -11,7 +11,7 @@ from collections.abc import Callable
 from holdfast.errors import HoldfastError, UnfitHost
 from holdfast.node.rig import Rig
 from holdfast.node.start import attach_again
-from holdfast.node.stop import remove_thing
+from holdfast.node.stop import release_mount, remove_thing
 from holdfast.observed import Json, Receipt
 from holdfast.plugins import found_by
 from holdfast.runtime import cgroup
@@ -27,6 +27,10 @@ def recover(rig: Rig) -> None:
         rig.store.event("interrupted", subject, f"{intent['verb']} was cut short; it is finished or undone now")
         rig.store.drop_intent(subject)
     _lease_addresses(rig)
+    for driver in rig.plugins.mounts.values():
+        if hasattr(driver, "release"):  # no start is under way
+            for receipt in found_by(driver) or ():
+                release_mount(rig, receipt)
 
 
 def _lease_addresses(rig: Rig) -> None:

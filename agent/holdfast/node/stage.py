@@ -10,21 +10,26 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from holdfast.drivers import MountWant, RootfsWant
 from holdfast.errors import NotFound, TryAgain, UnfitHost
+from holdfast.images.lookup import Content, View
 from holdfast.images.references import parse
+from holdfast.node.inside import check_devices, check_working_dir, content_of_mount, look, mount_all
 from holdfast.node.rig import BARE, ROOTFS, Base, Rig, network_of, volume_of
-from holdfast.node.start import cgroup_settings, content_of, network_want, oci_request
+from holdfast.node.start import cgroup_settings, content_of, network_want, oci_request, user_of
 from holdfast.node.volumes import declared_volumes, volume_want
 from holdfast.observed import Generation, Instance, InstanceId, Json
 from holdfast.plan.actions import StageGeneration
 from holdfast.plan.diff import folder_files
-from holdfast.runtime.executables import find_executable
-from holdfast.runtime.oci import command_line, environment, oci_config, working_dir
+from holdfast.runtime.binaries import foreign_formats
+from holdfast.runtime.executables import check_size, find_executable
+from holdfast.runtime.oci import command_line, environment, oci_config, ordered_mounts, working_dir
 from holdfast.runtime.ports import check_free
+from holdfast.runtime.sysctls import try_sysctls
 from holdfast.spec.forms import archive_path, built
 from holdfast.spec.model import App, Container, Mount, digest_of
 
@@ -212,31 +217,64 @@ def _check_container(rig: Rig, app: App, name: str, image: str, volumes: tuple[M
     want, base = app.containers[name], rig.base(image)
     for driver in list(rig.plugins.rootfs.values())[:1]:
         driver.check(RootfsWant(instance="check", layers=base.layers))
+    contents: dict[str, Content] = {}
     for mount in (*want.mounts, *volumes):
         with checks.of(f"{app.name}/{name}"):
-            if mount.kind == "volume":
-                spec = volume_of(rig, app, mount.source)
-                rig.plugins.check_volume(spec.driver, volume_want(mount.source, spec))
-            else:
-                if mount.kind == "bind":
-                    rig.check_bind(mount.source)
-                asked = MountWant(instance="check", mount=mount, content=content_of(rig, app, mount))
-                rig.plugins.driver("mount", mount.kind).check(asked)
+            stored = _check_mount(rig, app, mount)
+            contents[mount.target] = content_of_mount(rig, base, mount, stored)
     with checks.of(f"{app.name}/{name}"):
         check_free(want.ports)
+    _check_inside(rig, app, name, image, contents, checks)
+
+
+def _check_mount(rig: Rig, app: App, mount: Mount) -> Path | None:
+    """Have the driver check a mount; return where the content of a file of the revision is stored."""
+    if mount.kind == "volume":
+        spec = volume_of(rig, app, mount.source)
+        rig.plugins.check_volume(spec.driver, volume_want(mount.source, spec))
+        return None
+    stored = content_of(rig, app, mount)
+    asked = MountWant(instance="check", mount=mount, content=stored, roots=rig.bind_roots)
+    rig.plugins.driver("mount", mount.kind).check(asked)
+    return stored
+
+
+def _check_inside(
+    rig: Rig, app: App, name: str, image: str, contents: Mapping[str, Content], checks: _Checks
+) -> None:
+    """Go through what the runtime will do inside the container. contents: target → what is mounted there."""
+    want, base, what = app.containers[name], rig.base(image), f"{app.name}/{name}"
     stand_in = Instance(
         id=InstanceId("check"), app=app.name, container=name, generation=0, want=want, image=image, files={}
     )
-    oci_config(oci_request(rig, stand_in, base, cgroup_settings(rig, want)))
-    _check_program(want, base, volumes)
+    own, theirs = Path("/"), tuple({"destination": target} for target in contents)
+    request = replace(
+        oci_request(rig, stand_in, base, cgroup_settings(rig, want)),
+        hosts=own, resolv_conf=own, hostname_file=own, mounts=theirs,
+    )  # fmt: skip
+    view = View(base.layers)
+    for error in mount_all(view, ordered_mounts(request), contents, rig.runtime.binary.name):
+        with checks.of(what):
+            raise error
+    with checks.of(what):
+        oci_config(replace(request, user=user_of(want, base, view)))
+    with checks.of(what):
+        check_devices(view, request.devices)
+    with checks.of(what):
+        try_sysctls(want.sysctls)
+    with checks.of(what):
+        _check_program(app, want, base, view)
 
 
-def _check_program(want: Container, base: Base, volumes: tuple[Mount, ...]) -> None:
-    """Find the entry point in the image, unless it may come from a mount."""
-    program = command_line(want, base.config)[0]
-    path = environment(want, base.config, "").get("PATH", "")
-    mounted = [mount.target for mount in (*want.mounts, *volumes)]
-    find_executable(program, path, working_dir(want, base.config), base.mode, mounted)
+def _check_program(app: App, want: Container, base: Base, view: View) -> None:
+    """Find what is to be executed, and where, unless something that runs before may put it there."""
+    cwd, words = working_dir(want, base.config), command_line(want, base.config)
+    check_working_dir(view, cwd)
+    variables = environment(want, base.config, "")
+    check_size(words, variables)
+    waits = bool(want.depends_on or app.depends_on)
+    at = partial(look, view, waits)
+    find_executable(words[0], variables.get("PATH", ""), cwd, at, any_format=want.init or foreign_formats())
 
 
 def _check_unused_volumes(rig: Rig, app: App, checks: _Checks) -> None:

@@ -11,17 +11,19 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from holdfast.drivers import CgroupWant, EndpointWant, MountWant, NetworkWant, RootfsWant
+from holdfast.drivers import CgroupWant, EndpointWant, MountWant, NetworkWant, RootfsWant, open_source
 from holdfast.errors import TryAgain
-from holdfast.images.lookup import find
-from holdfast.node.rig import BARE, Base, Rig, init_program, limits, volume_of
-from holdfast.node.stop import remove_instance
+from holdfast.images.lookup import View, find
+from holdfast.node.inside import mounted, read_file
+from holdfast.node.rig import BARE, ROOTFS, Base, Rig, init_program, limits, volume_of
+from holdfast.node.stop import release_mount, remove_instance
 from holdfast.node.volumes import ensure_volume
 from holdfast.observed import Generation, Instance, InstanceId, Json, Receipt
 from holdfast.plan.actions import StartInstance
@@ -47,6 +49,8 @@ def start_instance(rig: Rig, action: StartInstance) -> Json:
     except Exception as failure:
         _undo(rig, instance, failure, first=action.instance is None)
         raise
+    finally:
+        _release(rig, instance)
     rig.store.mark_generation(action.app, action.generation, "active")
     run = rig.run_of(instance.id)
     running = rig.store.change_instance(
@@ -69,6 +73,14 @@ def start_instance(rig: Rig, action: StartInstance) -> Json:
         "after_start", app=action.app, container=action.container, instance=running.id, pid=run.pid if run else 0
     )
     return {"instance": running.id, "pid": run.pid if run else None}
+
+
+def _release(rig: Rig, instance: Instance) -> None:
+    """Have drivers let go of what only the start needed; what fails is tried again when the instance goes."""
+    for mount in instance.want.mounts:
+        receipt = rig.store.receipt("volume", f"{instance.id}:{mount.target}")
+        if receipt is not None and mount.kind != "volume":
+            release_mount(rig, receipt)
 
 
 def _undo(rig: Rig, instance: Instance, failure: Exception, *, first: bool) -> None:
@@ -150,8 +162,22 @@ def _keep(rig: Rig, receipt: Receipt) -> Receipt:
 
 def _rootfs(rig: Rig, instance: Instance, base: Base) -> Path:
     driver = next(iter(rig.plugins.rootfs.values()))
-    receipt = _keep(rig, driver.ensure(RootfsWant(instance=instance.id, layers=base.layers)))
+    with _layers(rig, instance, base) as layers:
+        receipt = _keep(rig, driver.ensure(RootfsWant(instance=instance.id, layers=layers)))
     return Path(str(receipt.data["path"]))
+
+
+@contextmanager
+def _layers(rig: Rig, instance: Instance, base: Base) -> Iterator[tuple[Path, ...]]:
+    """The layers of a root file system; a directory of the host, by what was opened and checked."""
+    if rig.bind_roots is None or not instance.image.startswith(ROOTFS):
+        yield base.layers
+        return
+    handle = open_source(instance.image.removeprefix(ROOTFS), rig.bind_roots)
+    try:
+        yield (Path(f"/proc/self/fd/{handle}"),)
+    finally:
+        os.close(handle)
 
 
 def _endpoints(rig: Rig, instance: Instance, space: Path) -> Iterator[tuple[str, str]]:
@@ -195,9 +221,9 @@ def _mount(rig: Rig, instance: Instance, app: App, mount: Mount, rootfs: Path) -
         made = ensure_volume(rig, mount.source, volume_of(rig, app, mount.source), seed=seed if fills else None)
         options = ["rbind", "rprivate", "ro" if mount.read_only else "rw"]
         return {"destination": mount.target, "type": "bind", "source": made.data["path"], "options": options}
-    if mount.kind == "bind":
-        rig.check_bind(mount.source)  # again: a link may have been put there since staging
-    want_mount = MountWant(instance=instance.id, mount=mount, content=content_of(rig, app, mount))
+    want_mount = MountWant(
+        instance=instance.id, mount=mount, content=content_of(rig, app, mount), roots=rig.bind_roots
+    )
     made = _keep(rig, rig.plugins.driver("mount", mount.kind).ensure(want_mount))
     return {**{key: made.data[key] for key in ("type", "source", "options")}, "destination": mount.target}
 
@@ -254,6 +280,7 @@ def _write_bundle(rig: Rig, instance: Instance, ground: Ground) -> tuple[dict[st
         replace(
             request,
             apparmor=profile,
+            user=user_of(instance.want, ground.base, mounted(ground.base, ground.mounts)),
             rootfs=ground.rootfs,
             netns=ground.netns,
             mounts=ground.mounts,
@@ -277,10 +304,16 @@ def _apparmor(rig: Rig, want: Container) -> tuple[str, str]:
     return apparmor.require(want.apparmor), ""
 
 
+def user_of(want: Container, base: Base, view: View) -> users.User:
+    """Whom a container runs as, by the passwd and group files that it will see."""
+    name = want.user if want.user is not None else base.user
+    return users.resolve(name, want.group_add, partial(read_file, view))
+
+
 def oci_request(rig: Rig, instance: Instance, base: Base, settings: cgroup.Settings) -> OciRequest:
     """Everything of a config.json that can be said before anything is mounted; staging checks it, too.
 
-    The root file system and the network namespace are stand-ins.
+    The root file system and the network namespace are stand-ins, and the user is root.
     """
     want = instance.want
     granted = granted_capabilities(want, limits())
@@ -295,7 +328,6 @@ def oci_request(rig: Rig, instance: Instance, base: Base, settings: cgroup.Setti
         cgroup=rig.runtime.cgroup(instance.id),
         resources=settings.resources,
         oom_score_adj=settings.oom_score_adj,
-        user=users.resolve(want.user if want.user is not None else base.user, want.group_add, base.read_file),
         seccomp=seccomp.profile(want.seccomp, granted.names, privileged=want.privileged),
         init=init_program() if want.init else None,
         devices=device_nodes(want),

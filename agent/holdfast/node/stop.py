@@ -98,6 +98,17 @@ def remove_thing(rig: Rig, receipt: Receipt) -> None:
             rig.plugins.driver("firewall", receipt.driver).remove(receipt)
 
 
+def release_mount(rig: Rig, receipt: Receipt) -> None:
+    """Have the driver of a mount let go of what only the start needed."""
+    driver = rig.plugins.mounts.get(receipt.driver)
+    if driver is None or not hasattr(driver, "release"):
+        return
+    try:
+        driver.release(receipt)
+    except Exception as error:  # it is tried again when the instance goes
+        rig.store.event("failed", receipt.owner, f"let go of mount '{receipt.id}': {error}")
+
+
 def remove_orphan(rig: Rig, receipt: Receipt) -> None:
     """Remove what nobody has a receipt for, unless somebody has one by now; a table is known by its content alone."""
     known = rig.store.receipt(receipt.kind, receipt.id) or InstanceId(receipt.owner) in rig.store.instances

@@ -103,6 +103,14 @@ def find_init() -> Path | None:
     return next((path for name in INITS if (path := find_program(name))), None)
 
 
+def foreign_formats() -> bool:
+    """Whether this host runs more than scripts and programs of its own machine (binfmt_misc), as by qemu."""
+    try:
+        return bool(set(os.listdir("/proc/sys/fs/binfmt_misc")) - {"register", "status"})  # noqa: PTH208
+    except OSError:
+        return False
+
+
 def version_of(path: Path) -> str:
     """Ask a program for its version."""
     try:

@@ -1,41 +1,155 @@
-"""Finds the program of a container in its image, so that a missing one is told before anything is stopped.
+"""Finds the program of a container, so that one that can't be executed is told before anything is stopped. Pure.
 
-Called by the node when it stages, with a look-up through the image's layers.
+Called by the node when it stages, with a look-up through the image's layers and the mounts over them.
 """
 
 from __future__ import annotations
 
+import os
 import posixpath
 import stat
-from collections.abc import Callable, Collection
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from holdfast.errors import WrongState
+from holdfast.errors import HoldfastError, UnfitHost, WrongState
 
-Lookup = Callable[[str], int | None]
+MAX_INTERPRETERS = 4  # binfmt_script of the kernel follows no more
+HEAD = 4096  # bytes of a program that are looked at
+LONGEST_WORD = 32 * 4096 - 1  # MAX_ARG_STRLEN, without the terminating zero
+LONGEST_WORDS = 2 << 20  # a quarter of the default stack limit: arguments, environment and 8 bytes for each
+
+#: e_machine of ELF (elf.h) that a kernel of this machine runs by itself.
+MACHINES = {"x86_64": (62, 3), "i686": (3,), "aarch64": (183, 40), "armv7l": (40,), "riscv64": (243,), "s390x": (22,)}
 
 
-def find_executable(program: str, path: str, cwd: str, lookup: Lookup, mounts: Collection[str] = ()) -> str | None:
-    """Find what execvp(3) would run: an absolute path, or None if it may lie in one of the mounts.
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What a path leads to. mode: st_mode, 0 for nothing; known: whether that can be told before the start.
 
-    path: the container's PATH. lookup: absolute path → st_mode of the file it leads to (links followed), None if
-    there is none. mounts: what is mounted over the image, whose content is not known here. Raises WrongState.
+    where: what it lies in, in words; fixed: whether only another commit changes that. noexec: it lies on a file
+    system whose programs can't be executed. head: reads its first bytes.
     """
-    hidden, obstacle = False, "no such file in the image" if "/" in program else "not found in the image's PATH"
+
+    path: str
+    mode: int = 0
+    known: bool = True
+    where: str = "the image"
+    fixed: bool = True
+    noexec: bool = False
+    head: Callable[[], bytes] = bytes
+
+
+Look = Callable[[str], Candidate]
+
+
+def find_executable(program: str, path: str, cwd: str, look: Look, *, any_format: bool = False) -> Candidate | None:
+    """Find what execvp(3) would run; None if that is not known before the start.
+
+    path: the container's PATH. look: what an absolute path leads to, links followed. any_format: programs of other
+    machines, and scripts without `#!`, are run by somebody. Raises WrongState, or UnfitHost if this host may mend it.
+    """
+    if not program:
+        raise WrongState("command: its first word is empty (expected a program)")
+    obstacle, fixed = "" if "/" in program else "not found in the image's PATH", True
     for candidate in _candidates(program, path, cwd):
-        if any(candidate == mount or candidate.startswith(f"{mount.rstrip('/')}/") for mount in mounts):
-            hidden = True
-            continue
-        mode = lookup(candidate)
-        if mode is None:
-            continue
-        if stat.S_ISREG(mode) and mode & 0o111:
-            return candidate
-        obstacle = "is a directory" if stat.S_ISDIR(mode) else f"'{candidate}' is not executable (chmod +x)"
-    if hidden:
-        return None
-    raise WrongState(f"exec '{program}': {obstacle}")
+        found = look(candidate)
+        if not found.known:
+            return None
+        if found.mode:
+            wrong = _not_executable(found)
+        else:
+            wrong = obstacle or f"no such file in {found.where}"
+        if not wrong:
+            _check_format(program, found, look, any_format)
+            return found
+        obstacle, fixed = wrong, fixed and found.fixed
+    raise _error(f"exec '{program}': {obstacle}", fixed)
+
+
+def _error(message: str, fixed: bool) -> HoldfastError:
+    return WrongState(message) if fixed else UnfitHost(message)
 
 
 def _candidates(program: str, path: str, cwd: str) -> list[str]:
+    """Paths as they are, with their `..`: what these mean depends on the links before them."""
     folders = [""] if "/" in program else path.split(":")
-    return [posixpath.normpath(posixpath.join(cwd, folder, program)) for folder in folders]
+    return [posixpath.join(cwd, folder, program) for folder in folders]
+
+
+def _not_executable(found: Candidate) -> str:
+    if stat.S_ISDIR(found.mode):
+        return "is a directory"
+    if not stat.S_ISREG(found.mode):
+        return f"'{found.path}' is not a file"
+    if not found.mode & 0o111:
+        return f"'{found.path}' is not executable (chmod +x)"
+    return f"'{found.path}' lies on a file system that is mounted noexec" if found.noexec else ""
+
+
+def _check_format(program: str, found: Candidate, look: Look, any_format: bool) -> None:
+    """Follow the interpreters: of a script, the one behind `#!`; of an ELF program, its dynamic loader."""
+    for _ in range(MAX_INTERPRETERS):
+        head = found.head()
+        interpreter = _interpreter(head)
+        if interpreter is None:
+            wrong = "" if any_format else _wrong_format(head)
+            if wrong:
+                raise _error(f"exec '{program}': '{found.path}' {wrong}", found.fixed)
+            return
+        inner = look(posixpath.join("/", interpreter))
+        if not inner.known:
+            return
+        wrong = _not_executable(inner) if inner.mode else "is not there"
+        if wrong:
+            message = f"exec '{program}': '{found.path}' is run by {interpreter!r}: {wrong}"
+            raise _error(message, found.fixed and inner.fixed)
+        if not head.startswith(b"#!"):
+            return  # a loader is run as it is
+        found = inner
+
+
+def _interpreter(head: bytes) -> str | None:
+    """What runs a program: the word behind `#!`, or the PT_INTERP of an ELF; None for one that runs by itself."""
+    if head.startswith(b"#!"):
+        words = head[2:].split(b"\n", 1)[0].strip(b" \t").replace(b"\t", b" ").split(b" ", 1)
+        return os.fsdecode(words[0]) or None
+    if head[:6] != b"\x7fELF\x02\x01":  # 64 bits, little endian
+        return None
+    try:
+        offset, size, count = struct.unpack_from("<Q", head, 32)[0], *struct.unpack_from("<HH", head, 54)
+        for index in range(count):
+            kind, _, at, _, _, length = struct.unpack_from("<IIQQQQ", head, offset + index * size)
+            if kind == 3 and at + length <= len(head):  # PT_INTERP
+                return os.fsdecode(head[at : at + length].rstrip(b"\0")) or None
+    except struct.error:
+        return None
+    return None
+
+
+def _wrong_format(head: bytes) -> str:
+    """Why the kernel would not run it (ENOEXEC); "" if it would."""
+    if not head:
+        return "is empty"
+    if head.startswith(b"#!"):
+        return "names no interpreter behind '#!'"
+    if not head.startswith(b"\x7fELF"):
+        return "is neither a program nor a script that begins with '#!'"
+    if len(head) < 20:
+        return "is cut off"
+    machine = int.from_bytes(head[18:20], "little" if head[5] == 1 else "big")
+    known = MACHINES.get(os.uname().machine)
+    return "" if known is None or machine in known else f"is a program for another machine than {os.uname().machine}"
+
+
+def check_size(args: tuple[str, ...], env: dict[str, str]) -> None:
+    """Raise WrongState for words that execve(2) refuses as too long (E2BIG)."""
+    words = {f"word {number} of the command": word for number, word in enumerate(args, 1)}
+    words |= {f"environment.{name}": f"{name}={value}" for name, value in env.items()}
+    sizes = {what: len(word.encode(errors="surrogateescape")) for what, word in words.items()}
+    for what, size in sizes.items():
+        if size > LONGEST_WORD:
+            raise WrongState(f"{what}: {size} bytes (the kernel takes at most {LONGEST_WORD}; put it into a file)")
+    total = sum(sizes.values()) + 9 * len(sizes)
+    if total > LONGEST_WORDS:
+        raise WrongState(f"command and environment: {total} bytes (the kernel takes at most {LONGEST_WORDS})")

@@ -22,6 +22,7 @@ Json = Mapping[str, Any]
 OCI_VERSION = "1.0.2"
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 INIT_PATH = "/dev/init"  # on the container's own /dev: leaves nothing behind in its root file system
+FILE_TARGETS = ("/etc/hosts", "/etc/resolv.conf", "/etc/hostname")
 
 MASKED_PATHS = (
     "/proc/asound",
@@ -135,7 +136,7 @@ def oci_config(request: OciRequest) -> OciConfig:
         "process": _process(request, granted.names, score),
         "root": {"path": str(request.rootfs), "readonly": request.want.read_only},
         "hostname": request.hostname,
-        "mounts": _mounts(request),
+        "mounts": ordered_mounts(request),
         "linux": _linux(request),
     }
     return OciConfig(config, missing + score_warning)
@@ -241,7 +242,7 @@ def oom_score_adj(want: Container, composed: int | None, limits: HostLimits) -> 
     return least, (f"oom_score_adj is {least} instead of {wanted}: the agent lacks CAP_SYS_RESOURCE",)
 
 
-def _mounts(request: OciRequest) -> list[dict[str, Any]]:
+def ordered_mounts(request: OciRequest) -> list[dict[str, Any]]:
     """The mounts in order: the container's own file systems, our files, then the state file's, parents first.
 
     What the state file mounts at the place of one of ours replaces it.
@@ -286,12 +287,8 @@ def _default_mounts(request: OciRequest) -> Iterable[dict[str, Any]]:
 
 
 def _files(request: OciRequest) -> Iterable[dict[str, Any]]:
-    files = {
-        "/etc/hosts": request.hosts,
-        "/etc/resolv.conf": request.resolv_conf,
-        "/etc/hostname": request.hostname_file,
-    }
-    for target, source in files.items():
+    files = (request.hosts, request.resolv_conf, request.hostname_file)
+    for target, source in zip(FILE_TARGETS, files, strict=True):
         if source is not None:
             yield _bind(target, source, "rw")
     if request.want.init:

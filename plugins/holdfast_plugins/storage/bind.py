@@ -1,54 +1,140 @@
-"""Bind mounts of the host's own directories and files."""
+"""Bind mounts of the host's own directories and files.
+
+A source is opened once. What was opened is checked, and mounted at a place of our own (run_root/binds/), which the
+runtime is given: whoever can write to the folders above the source can't have another one mounted. Once the container
+has its own mount, ours is taken away (`release`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import quote, unquote
 
-from holdfast.drivers import Host, MountWant, Receipt
+from holdfast.drivers import Host, MountWant, Receipt, open_source
 from holdfast.errors import UnfitHost, WrongState
+from holdfast_plugins.storage.mounts import bind_descriptor, unmount
+
+LONGEST_TARGET = 200  # bytes of a quoted target in a file's name
 
 
-def bind_receipt(driver: str, want: MountWant, source: Path, *, read_only: bool) -> Receipt:
+def bind_receipt(
+    driver: str, want: MountWant, source: Path, *, read_only: bool, directory: bool | None = None
+) -> Receipt:
     """The receipt of a bind mount: recursive, private, and read-only all the way down (`rro`, Linux 5.12).
 
     Nothing is mounted below a file, and crun before 1.14.4 takes what `rro` is asked of for a directory.
     """
-    options = ["rbind", "rprivate", "ro" if read_only else "rw", *(["rro"] if read_only and source.is_dir() else [])]
+    deep = read_only and (source.is_dir() if directory is None else directory)
+    options = ["rbind", "rprivate", "ro" if read_only else "rw", *(["rro"] if deep else [])]
     data = {"type": "bind", "source": str(source), "options": options}
     return Receipt("volume", driver, f"{want.instance}:{want.mount.target}", want.instance, data)
 
 
 class BindMount:
-    """The mount driver `bind`. It leaves nothing on the host that would have to be observed or removed."""
+    """The mount driver `bind`."""
 
     name = "bind"
 
     def __init__(self, host: Host) -> None:
-        self.host = host
+        self.folder = host.run_root / "binds"
 
     def check(self, want: MountWant) -> None:
-        """Raise UnfitHost when the source is missing and may not be created."""
-        source = Path(want.mount.source)
-        if not source.is_absolute():
-            raise WrongState(f"mount {want.mount.source!r}: not an absolute path of the host")
-        if not want.mount.create_host_path and not source.exists():
-            raise UnfitHost(
-                f"mount {want.mount.source!r} at {want.mount.target!r}: no such file or directory on this host "
-                "(create it, or set create_host_path = true)"
-            )
+        """Raise UnfitHost when the source is missing and may not be created, WrongState when it is out of bounds."""
+        source = want.mount.source
+        if not source.startswith("/"):
+            raise WrongState(f"mount {source!r}: not an absolute path of the host")
+        with _told(want):
+            try:
+                os.close(open_source(source, want.roots))
+            except FileNotFoundError:
+                if not want.mount.create_host_path:
+                    raise
+                _check_creatable(source, want.roots)
 
     def ensure(self, want: MountWant) -> Receipt:
-        """Create the source if that is asked for; what is created stays: it is the host's."""
+        """Open the source, created if that is asked for (what is created stays: it is the host's), and mount it."""
         self.check(want)
-        source = Path(want.mount.source)
-        if want.mount.create_host_path and not source.exists():
-            source.mkdir(parents=True, exist_ok=True)
-        return bind_receipt(self.name, want, source, read_only=want.mount.read_only)
+        place = self._place(want.instance, want.mount.target)
+        with _told(want):
+            source = open_source(want.mount.source, want.roots, create=want.mount.create_host_path)
+            try:
+                found = os.fstat(source)
+                directory = stat.S_ISDIR(found.st_mode)
+                if not _is(place, found):
+                    self._take_away(place)
+                    self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    place.mkdir() if directory else place.touch()
+                    bind_descriptor(source, place)
+            finally:
+                os.close(source)
+        return bind_receipt(self.name, want, place, read_only=want.mount.read_only, directory=directory)
+
+    def release(self, receipt: Receipt) -> None:
+        """Take our own mount away; the container's is not touched."""
+        self.remove(receipt)
 
     def observe(self) -> Iterable[Receipt]:
-        """Nothing: the mount lives and dies with the container's mount namespace."""
-        return ()
+        """What is mounted at places of our own, and only for as long as a start takes."""
+        for place in sorted(self.folder.glob("*:*")):
+            instance, _, target = place.name.partition(":")
+            yield Receipt("volume", self.name, f"{instance}:{unquote(target)}", instance)
 
     def remove(self, receipt: Receipt) -> None:
-        """Nothing: the source belongs to the host."""
+        """Take our own mount away. The source belongs to the host."""
+        instance, _, target = receipt.id.partition(":")
+        self._take_away(self._place(instance, target))
+
+    def _place(self, instance: str, target: str) -> Path:
+        name = quote(target, safe="#")
+        if len(name) > LONGEST_TARGET:
+            name = f"#{hashlib.sha256(target.encode()).hexdigest()[:32]}"
+        return self.folder / f"{quote(instance, safe='')}:{name}"
+
+    def _take_away(self, place: Path) -> None:
+        with suppress(FileNotFoundError):
+            unmount(place)
+            place.rmdir() if place.is_dir() else place.unlink()
+
+
+def _is(place: Path, found: os.stat_result) -> bool:
+    """Whether what was opened is mounted at a place already."""
+    try:
+        return os.path.samestat(place.stat(), found)
+    except FileNotFoundError:
+        return False
+
+
+def _check_creatable(source: str, roots: tuple[str, ...] | None) -> None:
+    """Raise unless the nearest folder above the source that is there may hold it."""
+    folder = str(Path(source).parent)
+    if roots is not None and not any(f"{folder}/".startswith(f"{root.rstrip('/')}/") for root in roots):
+        roots = None  # above a root is the operator's ground
+    try:
+        handle = open_source(folder, roots)
+    except FileNotFoundError:
+        _check_creatable(folder, roots)
+        return
+    try:
+        if not stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
+        if os.statvfs(f"/proc/self/fd/{handle}").f_flag & os.ST_RDONLY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), folder)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _told(want: MountWant) -> Iterator[None]:
+    """Say of what the kernel refuses which mount it belongs to."""
+    try:
+        yield
+    except OSError as error:
+        hint = " (create it, or set create_host_path = true)" if isinstance(error, FileNotFoundError) else ""
+        cause = f"{(error.strerror or str(error)).lower()} on this host"
+        raise UnfitHost(f"mount {want.mount.source!r} at {want.mount.target!r}: {cause}{hint}") from error

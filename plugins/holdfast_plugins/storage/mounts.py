@@ -12,7 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-MOVE_MOUNT, FSOPEN, FSCONFIG, FSMOUNT = 429, 430, 431, 432  # asm-generic/unistd.h
+OPEN_TREE, MOVE_MOUNT, FSOPEN, FSCONFIG, FSMOUNT = 428, 429, 430, 431, 432  # asm-generic/unistd.h
+OPEN_TREE_CLONE, AT_EMPTY_PATH, AT_RECURSIVE = 1, 0x1000, 0x8000
+MS_REC, MS_PRIVATE = 0x4000, 1 << 18
 FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 1, 6  # linux/mount.h
 CLOEXEC = 1  # FSOPEN_CLOEXEC, FSMOUNT_CLOEXEC
 MOVE_MOUNT_F_EMPTY_PATH = 4
@@ -72,6 +74,18 @@ def mount_overlay(source: str, layers: Sequence[Path], upper: Path, work: Path, 
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def bind_descriptor(descriptor: int, target: Path) -> None:
+    """Mount what a descriptor (O_PATH) leads to at target, with all that is mounted below it, private (Linux 5.2)."""
+    tree = _call(OPEN_TREE, descriptor, b"", OPEN_TREE_CLONE | AT_EMPTY_PATH | AT_RECURSIVE | os.O_CLOEXEC)
+    try:
+        _call(MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
+    finally:
+        os.close(tree)
+    # Else, where the host shares its mounts, unmounting it would unmount what is mounted below the source.
+    if _libc.mount(None, os.fsencode(target), None, MS_REC | MS_PRIVATE, None) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(target))
 
 
 def unmount(target: Path) -> None:
