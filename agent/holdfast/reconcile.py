@@ -108,7 +108,7 @@ class Reconciler:
             return wanted
         if revision is self._revision or (self._revision and revision.id == self._revision.id):
             return wanted
-        return self._judged(load(revision.files, self.config.facts(), executable=revision.executable))
+        return self._judged(self._load(revision, Cache()))
 
     def reload(self, source: Source, config: Config) -> None:
         """Go on with other settings: what was read by the old ones is read anew."""
@@ -125,9 +125,18 @@ class Reconciler:
 
     def _accept(self, revision: Revision) -> None:
         """Read a new revision's files; a refused one (on_invalid) changes nothing but the status."""
-        spec = load(revision.files, self.config.facts(), cache=self._cache, executable=revision.executable)
+        spec = self._load(revision, self._cache)
         self._revision = revision
         self._spec = self._judged(spec)
+
+    def _load(self, revision: Revision, cache: Cache) -> Spec:
+        return load(
+            revision.files,
+            self.config.facts(),
+            cache=cache,
+            executable=revision.executable,
+            left_out=revision.left_out,
+        )
 
     def _judged(self, spec: Spec) -> Spec:
         """The spec, or with on_invalid = "reject-revision" and a problem in it, the one in force."""

@@ -177,14 +177,18 @@ LINKED = {
     "relative-link": ('command = ["/var/run/x/prog"]', "HOST:/run/x"),
     "dangling-link": ('command = ["/srv/new/prog"]', "HOST:/dangling"),
     "working-dir": ('command = ["./prog"]\nworking_dir = "/app"', "HOST:/srv/app"),
+    "program-of-the-repository": ('command = ["/prog"]', "./tools/prog:/prog"),
+    "folder-of-the-repository": ('command = ["/app/prog"]', "./tools:/srv/app:ro"),
     "made-by-the-one-before": ('command = ["/app/made"]\ndepends_on = { first = "completed" }', "HOST:/srv/app"),
 }
 
 
 def test_programs_and_mounts_are_found_through_the_links_of_the_image(image: LiveAgent, host: Path) -> None:
     agent, text = image, "#!/bin/sh\nsleep 1000\n"
-    (host / "prog").write_text(text)
-    (host / "prog").chmod(0o755)
+    for place in (host / "prog", agent.state / "tools/prog"):
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(text)
+        place.chmod(0o755)
     for name, (more, volume) in LINKED.items():
         container = f"{OLD.replace('init = true', '')}volumes = ['{volume.replace('HOST', str(host))}']"
         agent.write(f"{name}.toml", commit(container, more) + MAKER.replace("HOST", str(host)) * ("made" in name))

@@ -241,6 +241,15 @@ def test_a_volume_of_another_driver_is_refused_with_both_names(host: Host) -> No
     plugins.check_volume("managed", VolumeWant(id="a/v"))
 
 
+def test_a_program_of_the_revision_is_one_where_it_is_mounted(tmp_path: Path) -> None:
+    store = ContentStore(tmp_path)
+    plain, program = store.store_file(b"x"), store.store_file(b"x", executable=True)
+    assert plain != program
+    tree = store.path(store.store_tree({"a": plain, "b": program}))
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (store.path(plain), store.path(program), tree / "b")]
+    assert modes == [0o444, 0o555, 0o555]
+
+
 def test_a_missing_bind_source_is_an_error_unless_it_may_be_created(host: Host) -> None:
     driver = BindMount(host)
     missing = host.root / "not/there"

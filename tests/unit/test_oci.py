@@ -364,6 +364,21 @@ HEADS = {
 FILES = {"/bin/data": 0o100644, "/srv": 0o040755, "/bin/pipe": 0o010755, **dict.fromkeys(HEADS, 0o100755)}
 
 
+@pytest.mark.parametrize(
+    ("entrypoint", "words"),
+    [
+        (("sh", "", "-c"), ("sh", "", "-c", "", "x")),
+        (("",), ("", "x")),
+        ((), ("", "x")),
+        (("", ""), ("", "", "", "x")),
+    ],
+)
+def test_empty_words_are_words_and_only_an_empty_entrypoint_clears(
+    entrypoint: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    assert oci.command_line(Container(entrypoint=entrypoint, command=("", "x")), IMAGE) == words
+
+
 def look(path: str) -> Candidate:
     path = posixpath.normpath(path)
     if path.startswith("/mnt/"):

@@ -130,6 +130,20 @@ def test_links_are_followed_as_long_as_they_stay_inside(state: Path, tmp_path: P
     assert revision.left_out["out"] == "a symbolic link that leads out of the state directory"
 
 
+def test_what_a_clone_lacks_is_told(state: Path) -> None:
+    (state / "logo.png").write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 5\n")
+    (state / ".gitmodules").write_text('[submodule "a"]\n\tpath = lib/a\n\turl = x\n[submodule "b"]\n\tpath = b\n')
+    (state / "lib/a").mkdir(parents=True)
+    (state / "b").mkdir()
+    (state / "b/file").write_text("x")
+    os.mkfifo(state / "pipe")
+    revision = read(state)
+    assert set(revision.left_out) == {"logo.png", "lib/a", "pipe"}
+    assert "not checked out" in revision.left_out["lib/a"]
+    assert "b/file" in revision.files
+    assert "logo.png" not in revision.files
+
+
 def test_a_flipped_link_is_followed_to_its_new_place(state: Path, tmp_path: Path) -> None:
     link, second = tmp_path / "current", tmp_path / "second"
     second.mkdir()

@@ -502,3 +502,62 @@ def test_every_field_of_a_container_can_be_written() -> None:
     named_otherwise = {"mounts": {"volumes", "tmpfs", "configs"}, "restart_policy": {"restart", "restart_policy"}}
     written = set().union(*(named_otherwise.get(name, {name}) for name in Container.model_fields))
     assert written == tables_of(ContainerTable)
+
+
+LEFT_OUT = {
+    "conf/sub": "a git submodule",
+    "conf/big": "a git LFS pointer",
+    "away": "a symbolic link that leads out",
+    "elsewhere/x": "a pipe",
+    "src/skipped/link": "a symbolic link that leads nowhere",
+    "bad/link": "a symbolic link that leads nowhere",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            'volumes = ["./conf:/c"]',
+            "it lacks: 'conf/big', a git LFS pointer, 'conf/sub', a git submodule",
+        ),
+        (
+            'volumes = ["./conf/sub/file:/c"]',
+            "is not in this revision: 'conf/sub' is a git submodule",
+        ),
+        ('volumes = ["./away:/c"]', "'away' is not in this revision: 'away' is a symbolic link that leads out"),
+        ('configs = ["k"]\n[configs.k]\nfile = "./conf/big"', "'conf/big' is a git LFS pointer"),
+        (
+            '[images.i]\ncontext = "./bad"',
+            "it lacks: 'bad/link', a symbolic link that leads nowhere",
+        ),
+        ('[images.i]\ncontext = "./conf/sub"', "'conf/sub' is a git submodule"),
+    ],
+)
+def test_what_lacks_something_of_the_revision_is_refused_with_the_reason(text: str, said: str) -> None:
+    files = {
+        "shop.toml": f'[containers.web]\nimage = "nginx"\n{text}\n'.encode(),
+        "conf/own": b"x",
+        "bad/Dockerfile": b"FROM scratch\n",
+    }
+    (problem,) = load(files, NodeFacts("node"), left_out=LEFT_OUT).problems
+    assert said in problem.message
+
+
+def test_what_a_context_does_not_need_may_be_left_out() -> None:
+    files = {
+        "shop.toml": b'[images.i]\ncontext = "./src"\n[containers.web]\nimage = "images.i"\nvolumes = ["./ok:/c"]\n',
+        "src/Dockerfile": b"FROM scratch\n",
+        "src/.dockerignore": b"skipped\n",
+        "ok": b"x",
+    }
+    assert load(files, NodeFacts("node"), left_out=LEFT_OUT).problems == ()
+
+
+def test_a_file_that_becomes_a_program_is_another_file() -> None:
+    files = {"shop.toml": b'[containers.web]\nimage = "nginx"\nvolumes = ["./run:/run.sh"]\n', "run": b"x"}
+    cache = Cache()
+    before = load(files, NodeFacts("node"), cache=cache).apps["shop"]
+    after = load(files, NodeFacts("node"), cache=cache, executable=frozenset({"run"})).apps["shop"]
+    assert before.files != after.files
+    assert before.digest != after.digest

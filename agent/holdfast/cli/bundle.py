@@ -129,7 +129,9 @@ def images_of(
         facts = replace(facts, labels={**facts.labels, **dict(pair(label) for label in labels)})
     everywhere = node_name is None and not labels
     try:
-        found, spec = wanted_images(revision.files, facts, executable=revision.executable, everywhere=everywhere)
+        found, spec = wanted_images(
+            revision.files, facts, executable=revision.executable, left_out=revision.left_out, everywhere=everywhere
+        )
     except Unread as error:
         told = [WrongState(str(replace(each, path=str(state_dir / each.path)))) for each in error.problems]
         raise ExceptionGroup("state files", told) from None

@@ -7,12 +7,15 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from holdfast.cli.command import command, settings
 from holdfast.errors import WrongCall, WrongState
+
+if TYPE_CHECKING:
+    from holdfast.source import Revision
 
 
 @command("check")
@@ -26,8 +29,8 @@ def check(paths: tuple[Path, ...]) -> None:
     from holdfast.runtime.binaries import find_program
     from holdfast.spec import load
 
-    files, top = snapshot(paths)
-    spec = load(files, settings().facts())
+    files, left_out, top = snapshot(paths)
+    spec = load(files, settings().facts(), left_out=left_out)
     for problem in spec.problems:
         click.echo(str(replace(problem, path=str(top / problem.path))))
     if spec.problems:
@@ -47,25 +50,31 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def snapshot(paths: tuple[Path, ...]) -> tuple[dict[str, bytes], Path]:
-    """The files to check, and the folder that their names are relative to.
+def snapshot(paths: tuple[Path, ...]) -> tuple[dict[str, bytes], dict[str, str], Path]:
+    """The files to check, what a revision would lack and why, and the folder that their names are relative to.
 
     One directory is a revision of its own, vars.toml at its top included; several paths are read as one revision.
     """
     if len(paths) == 1 and paths[0].is_dir():
-        return dict(folder(paths[0])), paths[0]
+        revision = folder(paths[0])
+        return dict(revision.files), dict(revision.left_out), paths[0]
     files: dict[str, bytes] = {}
+    left_out: dict[str, str] = {}
     for path in paths:
-        found = folder(path) if path.is_dir() else state_file(path)
-        files |= {str((path if path.is_dir() else path.parent) / name): content for name, content in found}
-    return files, Path()
+        if path.is_dir():
+            revision = folder(path)
+            files |= {str(path / name): content for name, content in revision.files.items()}
+            left_out |= {str(path / name): why for name, why in revision.left_out.items()}
+        else:
+            files |= {str(path.parent / name): content for name, content in state_file(path)}
+    return files, left_out, Path()
 
 
-def folder(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Every file that a revision of this directory would have."""
+def folder(path: Path) -> Revision:
+    """What a revision of this directory would hold."""
     from holdfast.source.directory import DirectorySource
 
-    yield from DirectorySource(path).current().files.items()
+    return DirectorySource(path).current()
 
 
 def state_file(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from holdfast.config import ImageSettings
 from holdfast.errors import HoldfastError, NotFound, TryAgain, WrongState
@@ -48,14 +49,19 @@ class Unread(Exception):
 
 
 def wanted_images(
-    files: Mapping[str, bytes], facts: NodeFacts, *, executable: frozenset[str], everywhere: bool
+    files: Mapping[str, bytes],
+    facts: NodeFacts,
+    *,
+    executable: frozenset[str],
+    everywhere: bool,
+    left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[Wanted], Spec]:
     """Every image of a tree, each once, those that are built first, and the tree. Raises Unread for what is wrong.
 
     everywhere: also of apps that `when` gives to other nodes than the one of facts; their images are built there.
     """
     cache = Cache()
-    spec = load(files, facts, executable=executable, cache=cache)
+    spec = load(files, facts, executable=executable, left_out=left_out, cache=cache)
     if spec.problems:
         raise Unread(spec.problems)
     here = {app.path for app in spec.apps.values()}

@@ -31,7 +31,7 @@ from holdfast.runtime.oci import command_line, environment, oci_config, ordered_
 from holdfast.runtime.ports import check_free
 from holdfast.runtime.sysctls import try_sysctls
 from holdfast.spec.forms import archive_path, built
-from holdfast.spec.model import App, Container, Mount, digest_of
+from holdfast.spec.model import App, Container, Mount, digest_of, digest_of_file
 
 MOST = 16  # images of one app that are asked for at once
 EAGERNESS = ("never", "missing", "newer", "always")  # of Container.pull
@@ -94,7 +94,8 @@ class _Checks:
 def _store_files(rig: Rig, app: App, blobs: Mapping[str, bytes]) -> None:
     for path, digest in app.files.items():
         if digest in blobs:
-            rig.content.store_file(blobs[digest])
+            content = blobs[digest]
+            rig.content.store_file(content, executable=digest != digest_of_file(content))
         else:  # staged from an older generation: it must be there already
             try:
                 rig.content.path(digest)

@@ -16,8 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from holdfast.errors import NotFound, WrongState
+from holdfast.spec.model import digest_of_file
 
 FILE_MODE = 0o444
+PROGRAM_MODE = 0o555
 FOLDER_MODE = 0o755
 
 
@@ -32,10 +34,10 @@ class ContentStore:
         self._partial = root / "partial"
         self._partial.mkdir(parents=True, exist_ok=True)
 
-    def store_file(self, data: bytes) -> str:
-        """Store one file; its digest is that of its bytes."""
-        digest = hashlib.sha256(data).hexdigest()
-        self._store(digest, lambda path: _write(path, data))
+    def store_file(self, data: bytes, *, executable: bool = False) -> str:
+        """Store one file; its digest is that of its bytes and, for a program, of its being one."""
+        digest = digest_of_file(data, executable=executable)
+        self._store(digest, lambda path: _write(path, data, PROGRAM_MODE if executable else FILE_MODE))
         return digest
 
     def store_tree(self, files: Mapping[str, str]) -> str:
@@ -104,10 +106,10 @@ class ContentStore:
                 doomed.unlink()
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, mode: int) -> None:
     with path.open("xb") as file:
         file.write(data)
-        os.fchmod(file.fileno(), FILE_MODE)
+        os.fchmod(file.fileno(), mode)
         os.fsync(file.fileno())
 
 

@@ -151,7 +151,8 @@ def command_line(want: Container, image: Json) -> tuple[str, ...]:
     """Combine entrypoint and command as Docker does: an entrypoint of our own makes the image's command void."""
     config = image.get("config") or {}
     if want.entrypoint is not None:
-        args = [entry for entry in want.entrypoint if entry] + list(want.command or ())
+        cleared = want.entrypoint in ((), ("",))
+        args = [*(() if cleared else want.entrypoint), *(want.command or ())]
     else:
         command = want.command if want.command is not None else config.get("Cmd") or ()
         args = [*(config.get("Entrypoint") or ()), *command]

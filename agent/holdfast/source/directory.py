@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import threading
 import time
@@ -17,7 +18,17 @@ from pathlib import Path
 from types import MappingProxyType
 
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost
-from holdfast.source.revision import MAX_DEPTH, Revision, SourceState, Watch, check_size, check_visits, is_noise
+from holdfast.source.revision import (
+    MAX_DEPTH,
+    NO_LFS,
+    Revision,
+    SourceState,
+    Watch,
+    check_size,
+    check_visits,
+    is_lfs_pointer,
+    is_noise,
+)
 from holdfast.source.watch import DirectoryWatch
 
 ATTEMPTS = 8
@@ -141,16 +152,16 @@ class DirectorySource:
         before, self._known = self._known, known
         self._listing = listing
         self._settled = all(content.settled for content in known.values())
-        last, left_out = self._revision, listing.left_out
+        last, left_out = self._revision, {**listing.left_out, **not_checked_out(known)}
         if last is not None and last.left_out == left_out and alike(before, known):
             return last
-        files = {path: known[path].data for path in sorted(known)}
+        files = {path: known[path].data for path in sorted(known) if path not in left_out}
         return Revision(
             id=f"dir:{digest(known)[:12]}",
             files=MappingProxyType(files),
             left_out=MappingProxyType(left_out),
             url=self._path,
-            executable=frozenset(path for path, content in known.items() if content.executable),
+            executable=frozenset(path for path in files if known[path].executable),
         )
 
 
@@ -175,6 +186,18 @@ def digest(known: dict[str, Content]) -> str:
         mode = b"x" if known[path].executable else b""
         total.update(os.fsencode(path) + b"\0" + known[path].digest + mode)
     return total.hexdigest()
+
+
+def not_checked_out(known: dict[str, Content]) -> dict[str, str]:
+    """What a clone of git's lacks, and why: pointers in the place of files, submodules that are empty folders."""
+    missing = {path: NO_LFS for path, content in known.items() if is_lfs_pointer(content.data)}
+    for path in (path for path in known if path.rpartition("/")[2] == ".gitmodules"):
+        folder = path.removesuffix(".gitmodules")
+        for name in re.findall(rb"(?m)^\s*path\s*=\s*(.+?)\s*$", known[path].data):
+            submodule = folder + os.fsdecode(name)
+            if not any(each.startswith(f"{submodule}/") for each in known):
+                missing[submodule] = "a git submodule that is not checked out (git submodule update --init)"
+    return missing
 
 
 def read_file(path: str) -> Content:
@@ -253,6 +276,8 @@ def walk(
                 yield from walk(root, entry.path, path + "/", (*chain, entry.path), left_out, visits)
             elif entry.is_file(follow_symlinks=False):
                 yield path, entry.path, entry.stat(follow_symlinks=False)
+            else:
+                left_out[path] = "a socket, a pipe or a device"
 
 
 def walk_link(
@@ -270,3 +295,5 @@ def walk_link(
         yield from walk(root, real, path + "/", (*chain, real), left_out, visits)
     elif stat.S_ISREG((status := os.stat(real)).st_mode):
         yield path, real, status
+    else:
+        left_out[path] = "a symbolic link to a socket, a pipe or a device"

@@ -25,6 +25,16 @@ NOISE = re.compile(
 )
 
 
+LFS = b"version https://git-lfs.github.com/spec/"
+LFS_LONGEST = 1024  # bytes, of a pointer file
+NO_LFS = "a git LFS pointer, and LFS is not supported (commit the file itself)"
+
+
+def is_lfs_pointer(data: bytes) -> bool:
+    """Whether a file only says where git LFS keeps the real one."""
+    return len(data) < LFS_LONGEST and data.startswith(LFS)
+
+
 @lru_cache(maxsize=16384)
 def is_noise(name: str) -> bool:
     """Whether a file or folder of this name is left out of every revision."""

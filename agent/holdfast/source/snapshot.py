@@ -10,11 +10,9 @@ from types import MappingProxyType
 
 from holdfast.errors import TryAgain, WrongState
 from holdfast.source.gitcommand import Git
-from holdfast.source.revision import MAX_DEPTH, Revision, check_size, check_visits, is_noise
+from holdfast.source.revision import MAX_DEPTH, NO_LFS, Revision, check_size, check_visits, is_lfs_pointer, is_noise
 
 LINK, SUBMODULE, PROGRAM = "120000", "160000", "100755"
-LFS = b"version https://git-lfs.github.com/spec/"
-LFS_LONGEST = 1024  # bytes, of a pointer file
 MOST_LINKS = 40
 LONGEST_LINK = 4096  # PATH_MAX: what is longer leads nowhere, and is not worth the memory
 LONGEST_LISTING = 16 << 20  # bytes of git-ls-tree(1): a few trees that name each other often list without end
@@ -47,9 +45,9 @@ def read_commit(git: Git, commit: str, path: str, url: str) -> Revision:
     check_size(url, sum(entry.size for entry in found.values()), len(found))
     blobs = read_blobs(git, sorted({entry.id for entry in found.values()}))
     files = {name: blobs[entry.id] for name, entry in sorted(found.items())}
-    for name in [name for name, data in files.items() if len(data) < LFS_LONGEST and data.startswith(LFS)]:
+    for name in [name for name, data in files.items() if is_lfs_pointer(data)]:
         del files[name]
-        left_out[name] = "a git LFS pointer, and LFS is not supported (commit the file itself)"
+        left_out[name] = NO_LFS
     return Revision(
         id=commit,
         files=MappingProxyType(files),

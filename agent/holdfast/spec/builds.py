@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 
 from holdfast.spec.dockerfile import Use, images_in
@@ -21,20 +21,41 @@ from holdfast.tables import Fault
 from holdfast.toml import KeyPath
 
 IGNORE = ".dockerignore"
+MOST_TOLD = 5  # of what a folder lacks
 
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """The files of a revision. digests: path → (content, its sha256), of files whose digest was needed before."""
+    """The files of a revision. left_out: path → why it is not in files.
+
+    digests: path → (content, its sha256), of files whose digest was needed before.
+    """
 
     files: Mapping[str, bytes]
     executable: frozenset[str]
+    left_out: Mapping[str, str]
     digests: MutableMapping[str, tuple[bytes, str]]
 
     def below(self, folder: str) -> Iterator[str]:
         """The paths of all files in a folder."""
         prefix = f"{folder}/" if folder else ""
         return (path for path in self.files if path.startswith(prefix))
+
+    def lacks(self, path: str, spared: Callable[[str], bool] = lambda path: False) -> str:
+        """What the revision lacks of a file or folder, and why; "" if nothing. spared: says what nobody needs."""
+        prefix = f"{path}/" if path else ""
+        found = [
+            (each, why)
+            for each, why in sorted(self.left_out.items())
+            if (each == path or each.startswith(prefix) or path.startswith(f"{each.rstrip('/')}/"))
+            and not spared(each)
+        ]
+        if not found:
+            return ""
+        if len(found) == 1 and not found[0][0].startswith(prefix):  # it, or a folder that it is in
+            return f"is not in this revision: '{found[0][0]}' is {found[0][1]}"
+        several = ", ".join(f"'{each}', {why}" for each, why in found[:MOST_TOLD])
+        return f"is not whole in this revision, it lacks: {several}" + ("; and more" if found[MOST_TOLD:] else "")
 
     def digest(self, path: str) -> str:
         """The sha256 (hex) of a file."""
@@ -69,7 +90,10 @@ class Builds:
                 yield draft, Fault((*at, "context"), wrong)
                 continue
             try:
-                self._ignore(image)
+                lack = self._lack(image)
+                if lack:
+                    yield draft, Fault((*at, "context"), lack)
+                    continue
                 path = self._dockerfile(image)
                 bases = self.bases(f"{draft.app.name}/{name}")
             except ValueError as error:
@@ -168,7 +192,15 @@ class Builds:
             return ours if "/" in ours else f"{app}/{ours}"
         return self.tags.get(_full(name), "")
 
+    def _lack(self, image: ImageDraft) -> str:
+        """What the revision lacks of a context; what .dockerignore leaves out is not needed."""
+        ignore, prefix = self._ignore(image), image.prefix
+        lack = self.folder.lacks(image.context, lambda path: ignore.leaves_out(path.removeprefix(prefix).rstrip("/")))
+        return f"'{image.context}' {lack}" if lack else ""
+
     def _wrong_context(self, image: ImageDraft) -> str:
+        if next(self.folder.below(image.context), None) is None and (lack := self.folder.lacks(image.context)):
+            return f"'{image.context}' {lack}"
         if image.context in self.folder.files:
             return f"'{image.context}' is a file (expected a folder)"
         if next(self.folder.below(image.context), None) is None:

@@ -53,10 +53,12 @@ def duplicate_names(drafts: Iterable[Draft]) -> Iterator[Finding]:
             yield draft, Fault(("app", "name"), message)
 
 
-def missing_files(draft: Draft, is_there: Callable[[str], bool]) -> Iterator[Finding]:
-    """Paths of the revision that are mounted and not there."""
+def missing_files(draft: Draft, lacks: Callable[[str], str], is_there: Callable[[str], bool]) -> Iterator[Finding]:
+    """Paths that are mounted and not in the revision, or not all of it. lacks: what is left out of one, and why."""
     for path, wanted in draft.wanted.items():
-        if not is_there(wanted):
+        if lack := lacks(wanted):
+            yield draft, Fault(path, f"'{wanted}' {lack}")
+        elif not is_there(wanted):
             yield draft, Fault(path, f"'{wanted}' is not in this revision (expected a file or directory)")
 
 

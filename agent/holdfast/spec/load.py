@@ -10,13 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import islice
+from types import MappingProxyType
 
 from holdfast.spec import links
 from holdfast.spec.authored import StateFile
 from holdfast.spec.builds import Builds, Folder
 from holdfast.spec.interpolate import interpolated
-from holdfast.spec.model import App, Build, NodeFacts, Problem, Spec, When
-from holdfast.spec.resolve import Draft, app_name, digest, draft_of
+from holdfast.spec.model import App, Build, NodeFacts, Problem, Spec, When, digest_of_file
+from holdfast.spec.resolve import Draft, app_name, draft_of
 from holdfast.tables import MOST_FAULTS, Fault, read_table, shown, text_of
 from holdfast.toml import Document, Unreadable, dotted
 
@@ -44,6 +45,7 @@ class Cache:
     facts: NodeFacts | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
     executable: frozenset[str] = frozenset()
+    left_out: Mapping[str, str] = field(default_factory=dict)
     spec: Spec = field(default_factory=Spec)
     readings: dict[str, Reading] = field(default_factory=dict)
     digests: dict[str, tuple[bytes, str]] = field(default_factory=dict)
@@ -55,20 +57,24 @@ def load(
     *,
     cache: Cache | None = None,
     executable: frozenset[str] = frozenset(),
+    left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> Spec:
     """Read a revision: relative path → content. Never raises for what a file holds; that is in Spec.problems.
 
     Every *.toml is an app, whatever folder it is in, but for vars.toml at the top (vars for all files; agent.toml's
     own win), for what begins with a dot, and for what lies in the context of an image that another file builds. Apps
-    that `when` gives to other nodes are checked and left out. executable: those of files that are programs.
+    that `when` gives to other nodes are checked and left out. executable: those of files that are programs. left_out:
+    path → why the revision lacks it; who needs it is told.
     """
     cache = cache if cache is not None else Cache()
-    if cache.facts == facts and cache.files == files and cache.executable == executable:
+    if (cache.facts, cache.files, cache.executable, cache.left_out) == (facts, files, executable, left_out):
         return cache.spec
     shared, faulty = _with_vars(files, facts)
     old = cache.readings if cache.facts == facts and cache.files.get(VARS_FILE) == files.get(VARS_FILE) else {}
     readings = {path: _reading(path, files[path], shared, old.get(path)) for path in sorted(filter(is_state, files))}
-    folder = Folder(files, executable, {path: each for path, each in cache.digests.items() if path in files})
+    folder = Folder(
+        files, executable, left_out, {path: each for path, each in cache.digests.items() if path in files}
+    )
     drafts, builds, broken, problems = _linked(_outside_contexts(readings), folder, facts, faulty)
     blobs: dict[str, bytes] = {}
     apps: dict[str, App] = {}
@@ -76,10 +82,11 @@ def load(
         path, name = draft.app.path, draft.app.name
         unchanged = path in old and old[path].draft is draft
         before = cache.spec.apps.get(name) if unchanged else None
-        apps[name] = _finished(draft, files, builds.images_of(draft.app, blobs), blobs, before)
+        apps[name] = _finished(draft, folder, builds.images_of(draft.app, blobs), blobs, before)
     problems.sort(key=lambda problem: (problem.path, problem.line))
     spec = Spec(apps, broken, tuple(problems), blobs)
     cache.facts, cache.files, cache.executable, cache.spec = facts, dict(files), executable, spec
+    cache.left_out = dict(left_out)
     cache.readings, cache.digests = readings, dict(folder.digests)
     return spec
 
@@ -187,7 +194,11 @@ def _linked(
     around_others = links.Neighbours(others, frozenset(), unknown)
     builds, builds_of_others = Builds(mine, folder), Builds(others, folder)
     for draft in drafts:
-        refuse(islice(links.missing_files(draft, lambda path: bool(below(folder.files, path))), MOST_FAULTS))
+        refuse(
+            islice(
+                links.missing_files(draft, folder.lacks, lambda path: bool(below(folder.files, path))), MOST_FAULTS
+            )
+        )
         refuse(links.cycles_of_containers(draft))
         is_here = mine.get(draft.app.name) is draft
         around = around_here if is_here else around_others
@@ -221,12 +232,13 @@ def below(files: Mapping[str, bytes], path: str) -> list[str]:
 
 
 def _finished(
-    draft: Draft, files: Mapping[str, bytes], images: dict[str, Build], blobs: dict[str, bytes], before: App | None
+    draft: Draft, folder: Folder, images: dict[str, Build], blobs: dict[str, bytes], before: App | None
 ) -> App:
     """The draft's app with its images and the digests of what it mounts; their contents go to blobs."""
+    files = folder.files
     contents = {path: files[path] for wanted in draft.wanted.values() for path in below(files, wanted)}
     contents |= draft.inline
-    digests = {path: digest(contents[path]) for path in sorted(contents)}
+    digests = {p: digest_of_file(contents[p], executable=p in folder.executable) for p in sorted(contents)}
     blobs.update((digests[path], content) for path, content in contents.items())
     if before is not None and before.files == digests and before.images == images:
         return before  # its own digest is computed already

@@ -264,7 +264,8 @@ class Build(Frozen):
 class App(Frozen):
     """One state file: the unit of change, of failure and of rollback.
 
-    path: the state file in the revision. files: every revision file that a container mounts → its sha256 (hex).
+    path: the state file in the revision. files: every revision file that a container mounts → its digest (hex), as
+    `digest_of_file` makes it.
     networks and volumes are keyed by their short names; their qualified names are `app/name`.
     images: by qualified name, whatever app defines it, all that must be built for this app: what its containers
     run, what it pushes, and what these are built from.
@@ -324,13 +325,18 @@ class Spec:
 
     apps: what loads, by name. broken: state files that do not load → the names that their apps may have
     (those apps stay at their last good generation). problems: all of them, in file and line order.
-    blobs: sha256 (hex) → content of every file that some app mounts, or builds an image from.
+    blobs: digest (hex, `digest_of_file`) → content of every file that some app mounts, or builds an image from.
     """
 
     apps: Mapping[str, App] = field(default_factory=dict)
     broken: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     blobs: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+
+
+def digest_of_file(content: bytes, *, executable: bool = False) -> str:
+    """The sha256 (hex) of a file of the revision; that of a program is another one than that of its bytes alone."""
+    return hashlib.sha256(b"executable\0" + content if executable else content).hexdigest()
 
 
 def digest_of(value: Any) -> str:

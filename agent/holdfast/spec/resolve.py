@@ -6,7 +6,6 @@ looks at the drafts of all files together, `load` calls both.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -360,4 +359,4 @@ def restart_policy(table: ContainerTable) -> model.RestartPolicy:
 
 
 def digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    return model.digest_of_file(content)
