@@ -113,7 +113,7 @@ def loops(host: Host) -> list[str]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if not path.is_dir()) if folder.is_dir() else []
+    return sorted(Path(top) / name for top, _, names in os.walk(folder) for name in names)  # some go as we look
 
 
 def _sweep_cgroups(host: Host) -> None:
