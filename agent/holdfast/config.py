@@ -21,7 +21,7 @@ from pydantic import Field
 
 from holdfast.errors import WrongConfig
 from holdfast.spec.forms import absolute, capability
-from holdfast.spec.model import NodeFacts
+from holdfast.spec.model import PRIVATE, NodeFacts
 from holdfast.spec.policy import RULES
 from holdfast.tables import Checked, Duration, Fault, Short, Size, Table, Text, read_table
 from holdfast.toml import Document, Unreadable, dotted, suggestion
@@ -52,6 +52,13 @@ def _pool(value: str) -> str:
     if pool.prefixlen > 24:
         raise ValueError(f"'{value}' has no room for subnets (expected /24 or larger)")
     return str(pool)
+
+
+def _subnet(value: str) -> str:
+    try:
+        return str(IPv4Network(value))
+    except ValueError:
+        raise ValueError(f"'{value}' is not an IPv4 network (expected as 192.168.0.0/16)") from None
 
 
 def _rule(value: str) -> str:
@@ -103,6 +110,7 @@ class EnvTable(Table):
 
 class NetworkSettings(Table):
     pool: Annotated[str, Checked(_pool, {})] = "10.209.0.0/16"
+    allowed_subnets: list[Annotated[str, Checked(_subnet, {})]] = list(PRIVATE)
     firewall: str = "nftables"
 
 
@@ -225,6 +233,7 @@ class Config:
     name: what every host object of this agent bears. root survives a reboot, run_root does not; both default to
     places of that name. group: who besides root may use the socket, None: nobody.
     start_concurrency: how many containers start at once. cgroup_policy: for containers that name none.
+    allowed_subnets: where the subnets of state files may lie, besides pool.
     env: the variables of the agent's environment that state files may read. default_cap_add: capabilities that
     containers get besides, unless they drop them.
     """
@@ -244,6 +253,7 @@ class Config:
     vars: Mapping[str, str] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     pool: str = "10.209.0.0/16"
+    allowed_subnets: tuple[str, ...] = PRIVATE
     firewall: str = "nftables"
     start_concurrency: int = 8
     cgroup_policy: tuple[str, ...] = ("limits",)
@@ -262,6 +272,7 @@ class Config:
             forbid=self.forbid,
             bind_roots=self.bind_roots,
             cap_add=self.default_cap_add,
+            subnets=tuple(dict.fromkeys((*self.allowed_subnets, self.pool))),
         )
 
 
@@ -319,6 +330,7 @@ def _config(table: AgentTable, env: Mapping[str, str]) -> Config:
         vars=table.vars,
         env={name: env[name] for name in table.env.allow if name in env},
         pool=table.network.pool,
+        allowed_subnets=tuple(table.network.allowed_subnets),
         firewall=table.network.firewall,
         start_concurrency=table.limits.start_concurrency,
         cgroup_policy=tuple(table.cgroup.policy),

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from holdfast.runtime import netns
 from holdfast.testing import DriverConformance
 from holdfast_plugins.network.bridge import BridgeEndpoint, BridgeNetwork
 from holdfast_plugins.network.none_host import BareNetwork
-from live.netlab import BRIEFLY, Lab, Seen, tcp, wait_until
+from live.netlab import BRIEFLY, PATIENCE, Lab, Seen, in_namespace, tcp, wait_until
 
 pytestmark = pytest.mark.live
 
@@ -76,6 +78,30 @@ def test_network_that_others_have_is_refused_by_name(lab: Lab) -> None:
     _, _, ours = lab.neighbour("other")
     with pytest.raises(Conflict, match=f"of host interface '{lab.host.name}-other'"):
         lab.network.check(NetworkWant(id="shop/back", subnet=f"{ours.rsplit('.', 1)[0]}.0/24"))
+
+
+def test_network_that_holds_a_gateway_or_a_peer_of_the_host_is_refused(lab: Lab) -> None:
+    other, _, ours = lab.neighbour("other")
+    far = str(IPv4Network(lab.host.pool)[-6])
+    want = NetworkWant(id="shop/back", subnet=f"{IPv4Network(f'{far}/30', strict=False)}")
+    lab.ip("address", "add", f"{far}/32", "dev", f"{lab.host.name}-other")
+    lab.ip("-n", other.name, "route", "add", "default", "via", ours)
+    network = in_namespace(other, lambda: BridgeNetwork(lab.host))
+    in_namespace(other, lambda: network.check(want))
+
+    def refusal() -> str:
+        with pytest.raises(Conflict) as refused:
+            BridgeNetwork(lab.host).check(want)
+        return str(refused.value)
+
+    with (
+        socket.create_server((far, 0)) as server,
+        in_namespace(other, lambda: socket.create_connection(server.getsockname()[:2], PATIENCE)),
+        server.accept()[0],
+    ):
+        assert f"overlaps {far}/32 of a machine that the host is connected to" in in_namespace(other, refusal)
+    lab.ip("-n", other.name, "route", "replace", "default", "via", far, "dev", "eth0", "onlink")
+    assert f"overlaps {far}/32 of a gateway of the host, by interface 'eth0'" in in_namespace(other, refusal)
 
 
 def test_option_that_the_bridge_does_not_know_is_refused(lab: Lab) -> None:

@@ -38,6 +38,7 @@ allow = ["TOKEN", "ABSENT"]
 
 [network]
 pool = "10.77.0.0/16"
+allowed_subnets = ["198.51.100.0/24"]
 firewall = "mine"
 
 [limits]
@@ -82,6 +83,7 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
         vars={"domain": "example.org", "debug": "true"},
         env={"TOKEN": "t"},
         pool="10.77.0.0/16",
+        allowed_subnets=("198.51.100.0/24",),
         firewall="mine",
         start_concurrency=2,
         cgroup_policy=("limits", "qos"),
@@ -125,6 +127,7 @@ def test_facts_are_what_state_files_may_ask(tmp_path: Path) -> None:
         env={"TOKEN": "t"},
         forbid=frozenset({"privileged", "host-network"}),
         bind_roots=("/srv/media", "/opt"),
+        subnets=("198.51.100.0/24", "10.77.0.0/16"),
     )
 
 
@@ -192,6 +195,10 @@ def test_a_directory_is_no_settings_file(tmp_path: Path) -> None:
         (
             '[network]\npool = "10.0.0.0/8x"\n',
             "2: network.pool: '10.0.0.0/8x' is not an IPv4 network (expected as 10.209.0.0/16)",
+        ),
+        (
+            '[network]\nallowed_subnets = ["10.0.0.1/8"]\n',
+            "2: network.allowed_subnets[0]: '10.0.0.1/8' is not an IPv4 network (expected as 192.168.0.0/16)",
         ),
         (
             '[network]\npool = "10.0.0.0/25"\n',

@@ -122,6 +122,40 @@ def test_values_that_would_reach_beyond_the_container_are_refused(text: str) -> 
     assert "bad" not in loaded(text).apps
 
 
+@pytest.mark.parametrize(
+    ("subnet", "allowed"),
+    [
+        ("10.90.1.0/24", True),
+        ("172.31.255.0/24", True),
+        ("192.168.7.0/24", True),
+        ("203.0.113.0/24", False),
+        ("8.8.8.0/24", False),
+        ("100.64.0.0/24", False),
+        ("172.32.0.0/24", False),
+        ("172.0.0.0/8", False),
+        ("192.168.0.0/15", False),
+    ],
+)
+def test_networks_take_private_addresses_only(subnet: str, allowed: bool) -> None:
+    spec = loaded(f'{WEB}[networks.n]\nsubnet = "{subnet}"')
+
+    assert ("bad" in spec.apps) is allowed
+    if not allowed:
+        (problem,) = spec.problems
+        assert "networks.n.subnet" in str(problem)
+        assert f"'{subnet}' is outside what [network] allowed_subnets of agent.toml allows" in str(problem)
+
+
+def test_agent_toml_may_allow_networks_other_addresses_and_no_private_ones() -> None:
+    facts = NodeFacts(name="n", subnets=("203.0.113.0/24",))
+
+    def apps(subnet: str) -> bool:
+        return "a" in load({"a.toml": f'{WEB}[networks.n]\nsubnet = "{subnet}"'.encode()}, facts).apps
+
+    assert apps("203.0.113.128/25")
+    assert not apps("10.90.1.0/24")
+
+
 @pytest.mark.parametrize("rule", ["cap-add", "devices", "seccomp-unconfined", "new-privileges", "privileged"])
 def test_privileged_is_no_way_around_the_rules_that_it_includes(rule: str) -> None:
     facts = NodeFacts(name="n", forbid=frozenset({rule}))

@@ -301,13 +301,17 @@ class Problem:
         return f"{where}: {self.key}: {self.message}" if self.key else f"{where}: {self.message}"
 
 
+PRIVATE = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")
+"""The addresses that belong to nobody in particular: RFC 1918."""
+
+
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
     """What the state language may ask about the node: names for `when`, values for `${…}`, rules for privilege.
 
     forbid: rules of agent.toml's [policy] that a state file may not break, as `spec.policy` names them.
     bind_roots: where bind mounts may come from; None means anywhere. cap_add: capabilities that every container gets
-    besides, unless it drops them.
+    besides, unless it drops them. subnets: the ranges that a network's subnet may be in.
     """
 
     name: str
@@ -317,6 +321,7 @@ class NodeFacts:
     forbid: frozenset[str] = frozenset()
     bind_roots: tuple[str, ...] | None = None
     cap_add: tuple[str, ...] = ()
+    subnets: tuple[str, ...] = PRIVATE
 
 
 @dataclass(frozen=True, slots=True)

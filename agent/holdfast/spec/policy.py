@@ -7,6 +7,7 @@ names in `forbid` against RULES.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from ipaddress import IPv4Network
 
 from holdfast.spec.model import Container, NodeFacts
 
@@ -45,6 +46,17 @@ def outside_roots(path: str, facts: NodeFacts) -> str | None:
         return None
     allowed = " or ".join(facts.bind_roots) or "nowhere"
     return f"'{path}' is outside what [policy] bind_roots of agent.toml allows (expected a path below {allowed})"
+
+
+def foreign_subnet(subnet: str, facts: NodeFacts) -> str | None:
+    """What is wrong with taking a range of addresses for containers; None if it may be taken."""
+    asked = IPv4Network(subnet)
+    if any(asked.subnet_of(IPv4Network(allowed)) for allowed in facts.subnets):
+        return None
+    allowed = ", ".join(facts.subnets)
+    return (
+        f"'{subnet}' is outside what [network] allowed_subnets of agent.toml allows (expected a range in {allowed})"
+    )
 
 
 def _within(path: str, root: str) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from holdfast.spec import forms, model
 from holdfast.spec.authored import ConfigUse, ContainerTable, ImageTable, MountTable, StateFile
-from holdfast.spec.policy import broken_rules, outside_roots
+from holdfast.spec.policy import broken_rules, foreign_subnet, outside_roots
 from holdfast.spec.volumes import taken_over
 from holdfast.tables import Fault
 from holdfast.toml import Document, KeyPath, suggestion
@@ -90,6 +90,9 @@ class _Resolver:
         for name, config in self.table.configs.items():
             if config.file is not None:
                 self.file(("configs", name, "file"), config.file)
+        for name, network in self.table.networks.items():
+            if network.subnet is not None and (wrong := foreign_subnet(network.subnet, self.facts)):
+                self.fault(("networks", name, "subnet"), wrong)
         own = {name: self.container(name, table) for name, table in self.table.containers.items()}
         app = model.App(
             name=self.name,

@@ -20,7 +20,7 @@ from pathlib import Path
 from holdfast.drivers import EndpointWant, Host, NetworkWant
 from holdfast.errors import Conflict, HoldfastError, NotPermitted, TryAgain, UnfitHost, WrongState
 from holdfast.observed import Receipt
-from holdfast_plugins.network import flows, ingress, messages, sysctls
+from holdfast_plugins.network import flows, hostuse, ingress, messages, sysctls
 from holdfast_plugins.network.addresses import Ledger, first_free, parse_address, parse_subnet, waiting
 from holdfast_plugins.network.conntrack import Conntrack
 from holdfast_plugins.network.netlink import Link, Sockets, open_in
@@ -57,7 +57,7 @@ class BridgeNetwork:
         _secured(want)
         subnet = self._subnet(want)
         _gateway(want, subnet)
-        self._refuse_overlap(want.id, subnet)
+        self._refuse_overlap(want, subnet)
 
     def ensure(self, want: NetworkWant) -> Receipt:
         """Have the bridge up with its address; turn on ip_forward when the network leads out of the host."""
@@ -71,7 +71,7 @@ class BridgeNetwork:
                 _delete(link, f"renumber network '{want.id}'")
                 link = None
             if link is None:
-                self._refuse_overlap(want.id, subnet)
+                self._refuse_overlap(want, subnet)
             self._make_way(want.id, subnet)
             self.ledger.keep(want.id, subnet)
         if not want.internal and _enable_forwarding():
@@ -153,7 +153,8 @@ class BridgeNetwork:
 
     def _choose(self, want: NetworkWant) -> IPv4Network:
         """A subnet of the pool that no network ever had, else the one that has rested longest."""
-        taken = [*self.ledger.subnets().values(), *(subnet for _, subnet in self._foreign(want.id))]
+        used = (*self._foreign(want.id), *hostuse.of_resolver())
+        taken = [*self.ledger.subnets().values(), *(subnet for _, subnet in used)]
         if want.gateway:  # a gateway alone does not say how wide its subnet is
             raise WrongState(
                 f"network '{want.id}': gateway '{want.gateway}': has no subnet (subnet = \"…\" beside it)"
@@ -170,19 +171,19 @@ class BridgeNetwork:
             if seconds:
                 raise waiting(f"network '{want.id}': no subnet is left in pool {pool}; {subnet}", seconds)
 
-    def _refuse_overlap(self, id: str, subnet: IPv4Network) -> None:
+    def _refuse_overlap(self, want: NetworkWant, subnet: IPv4Network) -> None:
+        id = want.id
         kept = ((f"network '{other}'", taken) for other, taken in self.ledger.subnets().items() if other != id)
-        for holder, taken in (*kept, *self._foreign(id)):
+        used = [*kept, *self._foreign(id)]
+        if want.subnet and subnet != self.ledger.subnet(id):  # else these may be containers of the network itself
+            used += [*hostuse.of_resolver(), *hostuse.of_peers()]
+        for holder, taken in used:
             if subnet.overlaps(taken):
                 raise Conflict(f"network '{id}': subnet {subnet} overlaps {taken} of {holder} (another subnet)")
 
     def _foreign(self, id: str) -> list[tuple[str, IPv4Network]]:
-        """(who has it, subnet) of every address and route of the host that is not the network's own."""
-        own = self._host.link("bridge", id)
-        names = {link.index: link.name for link in _sockets.host.links()}
-        known = [*_sockets.host.addresses(), *_sockets.host.routes()]
-        known = [(index, subnet) for index, subnet in known if subnet.prefixlen and not subnet.is_loopback]
-        return [(f"host interface '{names.get(i, '?')}'", subnet) for i, subnet in known if names.get(i) != own]
+        """(who has it, range) of every address, route and gateway of the host that is not of the network's bridge."""
+        return list(hostuse.of_links(_sockets.host, self._host.link("bridge", id)))
 
     def _bring_up(
         self, id: str, link: Link | None, name: str, subnet: IPv4Network, gateway: IPv4Address, mtu: int

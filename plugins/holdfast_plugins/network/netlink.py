@@ -28,6 +28,7 @@ IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_IFALIAS, IFLA_EXT_MASK = 
 IFLA_LINKINFO, IFLA_INFO_KIND = 18, 1
 OF_A_LINK = frozenset((IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_IFALIAS))
 IFA_LOCAL, RTA_DST, RTA_OIF, TCA_KIND = 2, 1, 4, 1
+RTA_GATEWAY, RTA_MULTIPATH, RTA_TABLE = 5, 9, 15
 RT_TABLE_LOCAL, RTN_LOCAL = 255, 2
 SKIP_STATS = 1 << 3  # RTEXT_FILTER_SKIP_STATS: half of a link's reply is counters
 IFF_UP = 0x1
@@ -49,6 +50,17 @@ class Link:
     mtu: int = 0
     master: int = 0
     mac: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One way to an IPv4 range; 0.0.0.0/0 is a default route. index: 0 where no link is named. table: 254 is main."""
+
+    index: int
+    subnet: IPv4Network
+    gateway: IPv4Address | None = None
+    table: int = 0
+    kind: int = 0  # RTN_UNICAST, RTN_LOCAL, RTN_BLACKHOLE, …
 
 
 class Netlink:
@@ -127,15 +139,10 @@ class Netlink:
             if dict(_attributes(body, 20)).get(TCA_KIND) == b"clsact\0"
         )
 
-    def routes(self) -> list[tuple[int, IPv4Network]]:
-        """List (index of the link, destination) of every IPv4 route but default ones; 0 where no link is named."""
-        found = []
-        for body in self._dump(RTM_GETROUTE, struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)):
-            attributes = dict(_attributes(body, 12))
-            if (destination := attributes.get(RTA_DST)) is not None:
-                index = _number(attributes.get(RTA_OIF))
-                found.append((index, IPv4Network((IPv4Address(destination), body[1]), strict=False)))
-        return found
+    def routes(self) -> list[Route]:
+        """List every IPv4 route, in whichever table."""
+        asked = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)
+        return [route for body in self._dump(RTM_GETROUTE, asked) for route in read_routes(body)]
 
     def local_subnets(self) -> list[IPv4Network]:
         """List the IPv4 ranges that the host takes for its own addresses, whatever interface they are on."""
@@ -245,6 +252,24 @@ def _read_link(body: bytes) -> Link:
         master=_number(found.get(IFLA_MASTER)),
         mac=found.get(IFLA_ADDRESS, b"").hex(":"),
     )
+
+
+def read_routes(body: bytes) -> Iterator[Route]:
+    """The routes of one message about a route: one for each of its next hops."""
+    attributes = dict(_attributes(body, 12))
+    subnet = IPv4Network((IPv4Address(attributes.get(RTA_DST, bytes(4))), body[1]), strict=False)
+    table, kind = _number(attributes.get(RTA_TABLE)) or body[4], body[7]
+    if (hops := attributes.get(RTA_MULTIPATH)) is None:
+        gateway = attributes.get(RTA_GATEWAY)
+        index = _number(attributes.get(RTA_OIF))
+        yield Route(index, subnet, IPv4Address(gateway) if gateway else None, table, kind)
+        return
+    at = 0
+    while at + 8 <= len(hops):
+        length, _, _, index = struct.unpack_from("=HBBi", hops, at)
+        gateway = dict(_attributes(hops[at : at + length], 8)).get(RTA_GATEWAY)
+        yield Route(index, subnet, IPv4Address(gateway) if gateway else None, table, kind)
+        at += max((length + 3) & ~3, 8)
 
 
 def _text(value: bytes | None) -> str:
