@@ -93,6 +93,7 @@ class PaperAgent:
         self.plan_now = (Plan(),)
         self.problems: tuple[str, ...] = ()
         self.accepted_rewrite = False
+        self.forgotten: list[str] = []
 
     def status(self) -> dict[str, Any]:
         running = [
@@ -241,6 +242,11 @@ class PaperAgent:
 
     def plugins(self) -> Sequence[dict[str, Any]]:
         return [{"name": "odd", "version": "1", "state": "failed", "error": "no module named 'odd'", "drivers": []}]
+
+    def forget_plugin(self, name: str) -> None:
+        if name != "gone":
+            raise NotFound(f"plugin '{name}': containers do not depend on one of that name")
+        self.forgotten.append(name)
 
     def _known(self, target: str) -> None:
         if target not in ("shop/web", "shop/api", "back/db", "back/web"):

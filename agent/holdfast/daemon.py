@@ -42,6 +42,7 @@ from holdfast.images.store import ImageStore
 from holdfast.images.transfers import Transfers
 from holdfast.node import Node, Rig
 from holdfast.node.answers import Answers
+from holdfast.node.installed import expect
 from holdfast.observed import Hold, Json
 from holdfast.plugins import load_plugins
 from holdfast.reconcile import Pass, Reconciler
@@ -92,7 +93,7 @@ def apply_once(config: Config, timeout: float, show: Callable[[Sequence[Json]], 
         source = make_source(config.state, config.root, debounce=config.debounce)
         with contextlib.suppress(HoldfastError):  # the status says why; what is here is converged to
             source.refresh()
-        reconciler = Reconciler(node, source, config)
+        reconciler = Reconciler(node, source, config, node.rig.plugins.names())
         while True:
             slot.clear()
             made = reconciler.run(deep=True)
@@ -124,7 +125,8 @@ class Offline(Answers):
 
     def __init__(self, config: Config, node: Node) -> None:
         super().__init__(node.rig)
-        self._reconciler = Reconciler(node, make_source(config.state, config.root, debounce=config.debounce), config)
+        source = make_source(config.state, config.root, debounce=config.debounce)
+        self._reconciler = Reconciler(node, source, config, node.rig.plugins.names())
         self._node = node
 
     def status(self) -> Json:
@@ -202,6 +204,7 @@ def _node_of(config: Config) -> Iterator[Node]:
         )
     except PermissionError as error:
         raise NotPermitted(f"open '{config.root}': {error.strerror} (needs root)") from error
+    expect(rig)
     node = Node(rig, starts=config.start_concurrency)
     try:
         yield node
@@ -219,7 +222,8 @@ class Daemon(Answers):
     def __init__(self, config: Config, path: Path | None, node: Node) -> None:
         super().__init__(node.rig)
         self._config, self._path, self._node = config, path, node
-        self._reconciler = Reconciler(node, make_source(config.state, config.root, debounce=config.debounce), config)
+        source = make_source(config.state, config.root, debounce=config.debounce)
+        self._reconciler = Reconciler(node, source, config, node.rig.plugins.names())
         self._last: Pass | None = None
         self._begun = self._done = 0  # passes
         self._passer = ThreadPoolExecutor(1, "pass")  # of its own: answers that block must not hold up a pass

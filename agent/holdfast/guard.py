@@ -332,4 +332,10 @@ def _no_settings(made: Any) -> str:
     if not isinstance(made.get("resources", {}), Mapping):
         return "returned resources that are no table (expected linux.resources of the OCI runtime spec)"
     unknown = made.keys() - {"resources", "oom_score_adj"}
-    return f"returned {min(unknown)!r} (expected resources and oom_score_adj)" if unknown else ""
+    if unknown:
+        return f"returned {min(unknown)!r} (expected resources and oom_score_adj)"
+    try:
+        json.dumps(made)
+    except (TypeError, ValueError) as error:
+        return f"returned what is not JSON-able: {error}"
+    return ""

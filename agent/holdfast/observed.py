@@ -63,6 +63,7 @@ class Instance:
     files: mount target → digest of the revision content mounted there.
     slot: which of the container's instances it is, from 1: a successor takes the slot that is free, and with it the
     addresses. restarts: how often it was started again; streak: how many of these in a row without a stable run.
+    patched: the plugins that were asked to adjust its configuration; None where that is not known.
     faults: what of it is gone so that only a new start puts it right; drifted: what was altered but can be put
     right while it runs. Both in words; a healthy instance has neither. names: digest of the hosts file it has.
     """
@@ -84,6 +85,7 @@ class Instance:
     streak: int = 0
     addresses: Mapping[str, str] = field(default_factory=dict)
     names: str = ""
+    patched: tuple[str, ...] | None = None
     faults: tuple[str, ...] = ()
     drifted: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -113,6 +115,24 @@ class NetworkState:
     want: str  # digest of the NetworkWant that made it
     data: Json
     faults: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MissingDriver:
+    """A driver of things in use that no plugin offers now. distribution: what offered it, "" if unknown."""
+
+    kind: str
+    driver: str
+    things: tuple[str, ...]
+    distribution: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind} driver '{self.driver}'"
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.things[:3]) + (f" and {len(self.things) - 3} more" if len(self.things) > 3 else "")
+        return f"no plugin offers it, and it made {shown} (install {self.distribution or 'its plugin'} again)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +191,7 @@ class Observed:
     firewall: what the table holds; None when it is not there or was altered.
     orphans: what bears the agent's name and has no receipt. busy: subjects that were being worked on meanwhile, of
     which this therefore says nothing certain. over: how many of the agent's actions were over before it was read.
+    missing: drivers that no plugin offers any more, of what is in use.
     """
 
     at: float = 0.0
@@ -181,6 +202,7 @@ class Observed:
     orphans: tuple[Receipt, ...] = ()
     busy: frozenset[str] = frozenset()
     over: int = 0
+    missing: tuple[MissingDriver, ...] = ()
 
 
 GenerationState = Literal["staged", "active", "good"]

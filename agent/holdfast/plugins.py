@@ -7,6 +7,7 @@ points are loaded and hooks are called one by one here. Drivers are handed out w
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import json
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import EntryPoint
 from importlib.metadata import entry_points as installed_entry_points
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import pluggy
 
@@ -35,8 +36,8 @@ from holdfast.drivers import (
     RootfsWant,
     VolumeWant,
 )
-from holdfast.errors import WrongState
-from holdfast.guard import GuardedDriver, GuardedPolicy, Worker, described, guarded, is_interrupt
+from holdfast.errors import TryAgain, UnfitHost, WrongState
+from holdfast.guard import OBSERVE_DEADLINE, GuardedDriver, GuardedPolicy, Worker, described, guarded, is_interrupt
 from holdfast.observed import Json, Receipt
 
 GROUP = "holdfast"
@@ -53,6 +54,7 @@ OFFERS: tuple[tuple[str, tuple[DriverKind, ...]], ...] = (
     ("register_firewall_drivers", ("firewall",)),
     ("register_cgroup_policies", ("policy",)),
 )
+NAMED: tuple[DriverKind, ...] = ("volume", "network", "policy")  # kinds of which state files choose
 HOOKS = tuple(name for name, item in vars(hookspecs).items() if hasattr(item, "holdfast_spec"))
 
 
@@ -67,14 +69,15 @@ class PluginState:
     """How a plugin fares.
 
     ok; failed: it offers nothing; refused: some of its drivers are not used; raised: a hook or driver of it was at
-    fault when it was last called; slow: a call has not returned for some time.
+    fault when it was last called; slow: a call has not returned for some time; missing: this node depends on it, and
+    it is not installed any more.
     hooks: what it implements. drivers: what it offers, as `volume managed`. error: why the state is not ok.
     """
 
     name: str
     distribution: str
     version: str
-    state: Literal["ok", "failed", "refused", "raised", "slow"] = "ok"
+    state: Literal["ok", "failed", "refused", "raised", "slow", "missing"] = "ok"
     error: str = ""
     hooks: tuple[str, ...] = ()
     drivers: tuple[str, ...] = ()
@@ -105,11 +108,25 @@ class _Teller:
             self._calls.get()()
 
 
+@dataclass(frozen=True, slots=True)
+class Adjusted:
+    """A config.json as the plugins have left it.
+
+    asked: the plugins that had their say. by: those that changed something. warnings: why an optional one did not.
+    """
+
+    config: dict[str, Any]
+    asked: tuple[str, ...] = ()
+    by: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
 @dataclass(slots=True)
 class Plugins:
     """Every driver by name, and the hooks of all plugins that loaded. Safe to use from several threads.
 
-    noticed(plugin, error) is called when a plugin is newly at fault, or differently.
+    noticed(plugin, error) is called when a plugin is newly at fault, or differently. expected: plugins without which
+    no container may start, and that are not loaded → their distribution.
     """
 
     rootfs: dict[str, Driver[RootfsWant]] = field(default_factory=dict)
@@ -121,6 +138,9 @@ class Plugins:
     policies: dict[str, CgroupPolicy] = field(default_factory=dict)
     _manager: pluggy.PluginManager = field(default_factory=lambda: _new_manager())
     noticed: Callable[[str, str], None] = lambda plugin, error: None
+    expected: Mapping[str, str] = field(default_factory=dict)
+    _trials: Worker = field(default_factory=lambda: Worker("adjust_oci_config", OBSERVE_DEADLINE))
+    _optional: set[str] = field(default_factory=set)  # plugins whose adjust_oci_config may fail
     _states: dict[str, PluginState] = field(default_factory=dict)
     _faults: dict[str, dict[str, str]] = field(default_factory=dict)  # plugin → of what → error
     _guards: dict[str, list[GuardedDriver | GuardedPolicy]] = field(default_factory=dict)
@@ -131,7 +151,46 @@ class Plugins:
     def states(self) -> tuple[PluginState, ...]:
         """Every plugin that was found, in the order of loading."""
         with self._lock:
-            return tuple(self._with_faults(state) for state in self._states.values())
+            found = tuple(self._with_faults(state) for state in self._states.values())
+            gone = [(name, origin) for name, origin in self.expected.items() if name not in self._states]
+        return (*found, *(PluginState(name, origin, "", "missing", _gone(name, origin)) for name, origin in gone))
+
+    def loaded(self) -> frozenset[str]:
+        """The names of the plugins that were loaded."""
+        return frozenset(name for name, state in self._states.items() if state.state != "failed")
+
+    def origins(self) -> dict[str, str]:
+        """Driver, as `volume managed` → the distribution that offers it."""
+        return {driver: state.distribution for state in self._states.values() for driver in state.drivers}
+
+    def names(self) -> dict[str, frozenset[str]]:
+        """The drivers that state files may name, by kind."""
+        return {kind: frozenset(self._kinds()[kind]) for kind in NAMED}
+
+    def offers(self, kind: str, driver: str) -> bool:
+        """Whether some plugin offers a driver."""
+        return driver in self._kinds().get(cast(DriverKind, kind), ())
+
+    def adjusting(self) -> dict[str, str]:
+        """The plugins without whose adjust_oci_config no container may run → their distribution."""
+        return {
+            name: self._states[name].distribution
+            for name, _ in self._implementations("adjust_oci_config")
+            if name not in self._optional
+        }
+
+    def lacking(self, asked: Collection[str]) -> list[str]:
+        """The plugins that must adjust every container and were not asked for one.
+
+        Those that fail now are left out: to stop the container would not help.
+        """
+        return [
+            name
+            for name, _ in self._implementations("adjust_oci_config")
+            if name not in asked
+            and name not in self._optional
+            and "adjust_oci_config" not in self._faults.get(name, ())
+        ]
 
     def driver(self, kind: DriverKind, name: str) -> Any:
         """The driver of that kind and name. Raises WrongState that names the known ones."""
@@ -191,15 +250,42 @@ class Plugins:
                 self._tellers[name] = _Teller(name)
             return self._tellers[name]
 
-    def adjust_oci_config(self, app: str, container: str, config: Json) -> dict[str, Any]:
-        """Apply the merge patch of each plugin in turn (RFC 7396); one that raises contributes nothing."""
-        adjusted: dict[str, Any] = dict(config)
+    def adjust_oci_config(self, app: str, container: str, config: Json) -> Adjusted:
+        """Apply the merge patch of each plugin in turn (RFC 7396).
+
+        Raises UnfitHost for a plugin that is gone, fails, or returns what can't be used, unless it is optional.
+        """
+        what = f"configure '{app}/{container}'"
+        for name, origin in self.expected.items():
+            raise UnfitHost(f"{what}: plugin '{name}': {self._why_not(name) or _gone(name, origin)}")
+        made = Adjusted(dict(config))
         for name, implementation in self._implementations("adjust_oci_config"):
-            arguments = {"app": app, "container": container, "config": copy.deepcopy(adjusted)}
-            patch = self._call(name, "adjust_oci_config", implementation, arguments, _no_patch)
-            if patch is not None:
-                adjusted = merge_patch(adjusted, patch)
-        return adjusted
+            arguments = {"app": app, "container": container, "config": copy.deepcopy(made.config)}
+            try:
+                patch = self._consult(
+                    name, "adjust_oci_config", implementation, arguments, partial(_no_patch, made.config)
+                )
+            except UnfitHost as error:
+                if name not in self._optional:
+                    raise UnfitHost(f"{what}: {error}") from error
+                made = replace(made, warnings=(*made.warnings, str(error)))
+                continue
+            config = merge_patch(made.config, patch) if patch else made.config
+            by = (*made.by, name) if patch else made.by
+            made = replace(made, config=config, asked=(*made.asked, name), by=by)
+        return made
+
+    def would_adjust(self, app: str, container: str, config: Json) -> bool:
+        """Whether every required patch can be had now; asked before something is stopped for want of one."""
+        try:
+            self._trials.call(partial(self.adjust_oci_config, app, container, config))
+        except (UnfitHost, TryAgain):  # TryAgain: it does not answer
+            return False
+        return True
+
+    def _why_not(self, name: str) -> str:
+        """Why a plugin that is installed is not loaded, "" for one that is not installed."""
+        return f"could not be loaded: {self._states[name].error}" if name in self._states else ""
 
     def _kinds(self) -> dict[DriverKind, dict[str, Any]]:
         return {
@@ -225,17 +311,33 @@ class Plugins:
         arguments: Mapping[str, Any],
         wrong: Callable[[Any], str] = lambda result: "",
     ) -> Any:
-        """Call one implementation: its result if nothing is wrong with it. The edge at which its exceptions end."""
+        """Call one implementation: its result, or None if something is wrong with it."""
+        with contextlib.suppress(UnfitHost):
+            return self._consult(name, hook, implementation, arguments, wrong)
+        return None
+
+    def _consult(
+        self,
+        name: str,
+        hook: str,
+        implementation: pluggy.HookImpl,
+        arguments: Mapping[str, Any],
+        wrong: Callable[[Any], str],
+    ) -> Any:
+        """Call one implementation. Whatever it raises is recorded and becomes UnfitHost; so does a wrong result."""
         try:
             result = _plain_result(implementation, arguments)
             found = wrong(result)
         except BaseException as error:
             if is_interrupt(error):
                 raise
-            self._record(name, hook, described(error))
-            return None
+            found = described(error)
+            self._record(name, hook, found)
+            raise UnfitHost(f"plugin '{name}': {hook}: {found}") from error
         self._record(name, hook, found)
-        return None if found else result
+        if found:
+            raise UnfitHost(f"plugin '{name}': {hook}: {found}")
+        return result
 
     def _record(self, name: str, what: str, error: str) -> None:
         """Note that a hook or a driver's verb is at fault, or with error "" that it is no longer."""
@@ -277,6 +379,8 @@ class Plugins:
             self._manager.register(module, name=name)
             self._manager.check_pending()
             state = replace(state, hooks=self._hooks_of(name))
+            if _is_optional(module):
+                self._optional.add(name)
             offers = worker.call(partial(self._offers, name, host))
         except BaseException as error:  # the edge at which a plugin's exceptions end
             if is_interrupt(error):
@@ -386,15 +490,73 @@ def _collector(kinds: tuple[DriverKind, ...], offers: list[tuple[DriverKind, Nam
     return register
 
 
-def _no_patch(result: Any) -> str:
-    """Why what adjust_oci_config returned can't be merged into a config.json."""
-    if not isinstance(result, Mapping | None):
+def _no_patch(config: Json, result: Any) -> str:
+    """Why what adjust_oci_config returned can't be merged into a config.json, "" if it can."""
+    if result is None:
+        return ""
+    if not isinstance(result, Mapping):
         return f"returned {type(result).__name__} (expected a table or None)"
     try:
         json.dumps(result)
     except (TypeError, ValueError) as error:
         return f"returned what is not JSON-able: {error}"
+    adjusted = merge_patch(config, result)
+    for path, form, fits in FORMS:
+        found = _at(adjusted, path)
+        if found != _at(config, path) and not fits(found):
+            return f"makes {'.'.join(path)} {found!r} (expected {form})"
+    for path in OURS:
+        if _at(adjusted, path) != _at(config, path):
+            return f"changes {'.'.join(path)}, by which the agent finds the container (leave it as it is)"
     return ""
+
+
+def _at(config: Any, path: Sequence[str]) -> Any:
+    for key in path:
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _tables(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, Mapping) for each in value)
+
+
+def _table(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+#: What a patch may make of the keys that no container runs without (config.md of the OCI runtime spec).
+FORMS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (("process",), "a table", _table),
+    (("process", "args"), "a list of texts that is not empty", lambda value: bool(value) and _texts(value)),
+    (("process", "env"), "a list of texts", _texts),
+    (("process", "cwd"), "an absolute path", lambda value: isinstance(value, str) and value.startswith("/")),
+    (("root",), "a table", _table),
+    (("mounts",), "a list of tables", _tables),
+    (("hooks",), "a table", lambda value: value is None or _table(value)),
+    (("annotations",), "a table", lambda value: value is None or _table(value)),
+    (("linux",), "a table", _table),
+    (("linux", "namespaces"), "a list of tables", _tables),
+    (("linux", "resources"), "a table", lambda value: value is None or _table(value)),
+)
+OURS = (("linux", "cgroupsPath"), ("process", "terminal"), ("root", "path"))
+
+
+def _is_optional(plugin: Any) -> bool:
+    """Whether a container may run without a plugin's patch, as its ADJUST_OCI_CONFIG says (default "required")."""
+    said = getattr(plugin, "ADJUST_OCI_CONFIG", "required")
+    if said not in ("required", "optional"):
+        raise WrongState(f'ADJUST_OCI_CONFIG is {said!r} (expected "required" or "optional")')
+    return bool(said == "optional")
+
+
+def _gone(name: str, origin: str) -> str:
+    again = f"install {origin or 'it'} again, or 'holdfast plugin forget {name}'"
+    return f"it adjusts every container, and is not installed any more ({again})"
 
 
 def _refuse_unknown(plugin: Any) -> None:

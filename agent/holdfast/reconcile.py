@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from holdfast.config import Config
 from holdfast.errors import HoldfastError
-from holdfast.node import Node
+from holdfast.node import Node, installed
 from holdfast.observed import History, Json, Observed
 from holdfast.plan import Plan, decide, preview
 from holdfast.source import Revision, Source
-from holdfast.spec import Cache, Spec, load
+from holdfast.spec import Cache, NodeFacts, Spec, load
 from holdfast.status import Status, make_status, plan_json
 
 
@@ -55,8 +55,11 @@ class Pass:
 class Reconciler:
     """Makes passes. Keeps what need not be read twice: the spec of the newest readable revision, and its files'."""
 
-    def __init__(self, node: Node, source: Source, config: Config) -> None:
-        self.node, self.source, self.config = node, source, config
+    def __init__(
+        self, node: Node, source: Source, config: Config, drivers: Mapping[str, frozenset[str]] | None = None
+    ) -> None:
+        """drivers: those that state files may name, by kind (`NodeFacts`)."""
+        self.node, self.source, self.config, self._drivers = node, source, config, drivers
         self._cache = Cache()
         self._revision: Revision | None = None
         self._spec: Spec | None = None
@@ -120,7 +123,8 @@ class Reconciler:
         """A pass's account of itself."""
         state = asdict(self.source.state())
         state["error"] = state["error"] or self._error
-        failed = tuple(asdict(each) for each in self.node.rig.plugins.states if each.state != "ok")
+        plugins = installed.states(self.node.rig, observed.missing)
+        failed = tuple(asdict(each) for each in plugins if each.state != "ok")
         return Pass(spec, observed, history, plan, state, self.config.node_name, failed)
 
     def _accept(self, revision: Revision) -> None:
@@ -132,11 +136,14 @@ class Reconciler:
     def _load(self, revision: Revision, cache: Cache) -> Spec:
         return load(
             revision.files,
-            self.config.facts(),
+            self._facts(),
             cache=cache,
             executable=revision.executable,
             left_out=revision.left_out,
         )
+
+    def _facts(self) -> NodeFacts:
+        return replace(self.config.facts(), drivers=self._drivers)
 
     def _judged(self, spec: Spec) -> Spec:
         """The spec, or with on_invalid = "reject-revision" and a problem in it, the one in force."""

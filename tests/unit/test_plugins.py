@@ -50,14 +50,15 @@ def host(tmp_path: Path) -> Host:
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch, host: Host) -> Callable[..., Plugins]:
-    """Load plugins given as keyword arguments: functions by name, or an exception that importing raises."""
+    """Load plugins given as keyword arguments: their functions, or (name, value), None for what can't be imported."""
 
     def load(**plugins: Any) -> Plugins:
         entry_points = []
         for name, functions in plugins.items():
             if functions is not None:
                 module = types.ModuleType(f"plugin_{name}")
-                module.__dict__.update({function.__name__: function for function in functions})
+                named = [each if isinstance(each, tuple) else (each.__name__, each) for each in functions]
+                module.__dict__.update(named)
                 monkeypatch.setitem(sys.modules, module.__name__, module)
             entry_points.append(EntryPoint(name, f"plugin_{name}", "holdfast"))
         return load_plugins(host, entry_points=entry_points)
@@ -207,29 +208,92 @@ def test_a_returned_coroutine_is_closed_and_recorded(load: Callable[..., Plugins
     assert "returned a coroutine" in state(plugins, "late").error
 
 
+def patching(patch: Any) -> Callable[..., Any]:
+    @hookimpl
+    def adjust_oci_config(config: dict[str, Any]) -> Any:
+        config.get("process", {}).get("args", []).append("tampered")
+        if isinstance(patch, BaseException):
+            raise patch
+        return patch
+
+    return adjust_oci_config
+
+
+OPTIONAL = ("ADJUST_OCI_CONFIG", "optional")
+
+
 def test_patches_are_applied_one_after_the_other_and_leave_the_original(load: Callable[..., Plugins]) -> None:
-    def patching(patch: Any) -> Callable[..., Any]:
-        @hookimpl
-        def adjust_oci_config(config: dict[str, Any]) -> Any:
-            config["process"]["args"].append("tampered")
-            if isinstance(patch, Exception):
-                raise patch
-            return patch
-
-        return adjust_oci_config
-
     plugins = load(
         a=[patching({"process": {"cwd": "/a", "tty": None}})],
-        b=[patching(KeyError("b"))],
-        c=[patching("nonsense")],
+        b=[patching(KeyError("b")), OPTIONAL],
+        c=[patching("nonsense"), OPTIONAL],
         d=[patching({"process": {"cwd": "/d"}, "new": {"deep": [1]}})],
         e=[patching(None)],
     )
     config = {"process": {"args": ["x"], "tty": True, "cwd": "/"}}
-    adjusted = plugins.adjust_oci_config("app", "web", config)
-    assert adjusted == {"process": {"args": ["x"], "cwd": "/d"}, "new": {"deep": [1]}}
+    made = plugins.adjust_oci_config("app", "web", config)
+    assert made.config == {"process": {"args": ["x"], "cwd": "/d"}, "new": {"deep": [1]}}
     assert config == {"process": {"args": ["x"], "tty": True, "cwd": "/"}}
+    assert (made.asked, made.by) == (("a", "d", "e"), ("a", "d"))
+    assert made.warnings == (
+        "plugin 'b': adjust_oci_config: KeyError: 'b'",
+        "plugin 'c': adjust_oci_config: returned str (expected a table or None)",
+    )
     assert [each.state for each in plugins.states] == ["ok", "raised", "raised", "ok", "ok"]
+
+
+@pytest.mark.parametrize("patch", [KeyError("b"), SystemExit(1), "nonsense", {"process": {"args": []}}])
+def test_no_container_is_configured_without_a_required_patch(load: Callable[..., Plugins], patch: Any) -> None:
+    plugins = load(mine=[patching(patch)])
+    with pytest.raises(UnfitHost, match=r"^configure 'shop/web': plugin 'mine': adjust_oci_config: "):
+        plugins.adjust_oci_config("shop", "web", {"process": {"args": ["x"]}})
+    assert plugins.lacking(()) == [], "one that fails now would fail at the next start, too"
+
+
+@pytest.mark.parametrize(
+    ("patch", "error"),
+    [
+        ({"process": None}, "makes process None (expected a table)"),
+        ({"process": {"args": "sh"}}, "makes process.args 'sh' (expected a list of texts that is not empty)"),
+        ({"process": {"env": [1]}}, "makes process.env [1] (expected a list of texts)"),
+        ({"process": {"cwd": "data"}}, "makes process.cwd 'data' (expected an absolute path)"),
+        ({"mounts": {"destination": "/x"}}, "makes mounts {'destination': '/x'} (expected a list of tables)"),
+        ({"hooks": []}, "makes hooks [] (expected a table)"),
+        ({"linux": {"cgroupsPath": "/"}}, "changes linux.cgroupsPath, by which the agent finds the container"),
+        ({"process": {"terminal": True}}, "changes process.terminal"),
+        ({"root": {"path": "/"}}, "changes root.path"),
+    ],
+)
+def test_a_patch_that_no_runtime_could_use_is_blamed_on_its_plugin(
+    load: Callable[..., Plugins], patch: Any, error: str
+) -> None:
+    plugins = load(mine=[patching(patch)])
+    config = {"process": {"args": ["x"], "env": [], "cwd": "/"}, "root": {"path": "/r"}, "linux": {"namespaces": []}}
+    with pytest.raises(UnfitHost) as raised:
+        plugins.adjust_oci_config("shop", "web", config)
+    assert error in str(raised.value)
+    assert error in state(plugins, "mine").error
+
+
+def test_a_plugin_says_whether_its_patch_is_required(load: Callable[..., Plugins]) -> None:
+    plugins = load(
+        must=[patching(None)], may=[patching(None), OPTIONAL], odd=[patching(None), ("ADJUST_OCI_CONFIG", "maybe")]
+    )
+    assert set(plugins.adjusting()) == {"must"}
+    assert plugins.lacking(()) == ["must"]
+    assert plugins.lacking(("must",)) == []
+    assert "ADJUST_OCI_CONFIG is 'maybe'" in state(plugins, "odd").error
+
+
+def test_nothing_is_configured_while_an_expected_plugin_is_gone(load: Callable[..., Plugins]) -> None:
+    plugins = load(broken=None)
+    plugins.expected = {"broken": "holdfast-broken"}
+    with pytest.raises(UnfitHost, match="plugin 'broken': could not be loaded: ModuleNotFoundError"):
+        plugins.adjust_oci_config("shop", "web", {})
+    plugins.expected = {"gone": "holdfast-gone"}
+    with pytest.raises(UnfitHost, match="install holdfast-gone again, or 'holdfast plugin forget gone'"):
+        plugins.adjust_oci_config("shop", "web", {})
+    assert state(plugins, "gone").state == "missing"
 
 
 def test_disabled_plugins_are_not_loaded(load: Callable[..., Plugins], host: Host) -> None:
@@ -287,11 +351,11 @@ def test_a_fault_is_told_when_it_is_new_and_forgotten_when_it_is_over(load: Call
     def adjust_oci_config(app: str) -> Any:
         return {"annotations": {"path": Path("/")}} if app == "bad" else None
 
-    plugins = load(mine=[adjust_oci_config])
+    plugins = load(mine=[adjust_oci_config, OPTIONAL])
     noticed: list[tuple[str, str]] = []
     plugins.noticed = lambda plugin, error: noticed.append((plugin, error))
     for app in ("good", "bad", "bad"):
-        assert plugins.adjust_oci_config(app, "web", {"x": 1}) == {"x": 1}
+        assert plugins.adjust_oci_config(app, "web", {"x": 1}).config == {"x": 1}
     assert state(plugins, "mine").state == "raised"
     assert "adjust_oci_config: returned what is not JSON-able" in state(plugins, "mine").error
     assert [plugin for plugin, _ in noticed] == ["mine"]

@@ -12,6 +12,7 @@
     GET    /v1/volumes[/APP/NAME]                  DELETE /v1/volumes/APP/NAME?force=
     POST   /v1/volumes/prune                       GET    /v1/networks[/ID]
     GET    /v1/stats                               GET    /v1/plugins
+                                                   POST   /v1/plugins/NAME/forget
 
 Images, and the disk: see `api.images`.
 """
@@ -275,5 +276,9 @@ ROUTES = [
     web.get("/v1/networks", answer(lambda agent, _: agent.networks())),
     web.get("/v1/networks/{id:.+}", answer(lambda agent, request: agent.network(request.match_info["id"]))),
     web.get("/v1/plugins", answer(lambda agent, _: agent.plugins())),
+    web.post(
+        "/v1/plugins/{name}/forget",
+        answer(lambda agent, request: agent.forget_plugin(request.match_info["name"])),
+    ),
     *IMAGE_ROUTES,
 ]

@@ -183,5 +183,8 @@ class Agent(ImageAgent, Protocol):
         ...
 
     def plugins(self) -> Sequence[Json]:
-        """{"name", "version", "state": ok | failed | raised, "error", "drivers": […]} of every plugin."""
+        """`plugins.PluginState` of every plugin, and of each driver that is missing."""
         ...
+
+    def forget_plugin(self, name: str) -> None:
+        """Start containers without a plugin that adjusted them and is gone."""

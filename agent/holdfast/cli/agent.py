@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -43,8 +44,25 @@ def list_(json_: bool) -> None:
         [each["name"], each.get("version") or "", render.state(each["state"]), ", ".join(each.get("drivers") or ())]
         for each in found
     ]
-    errors = [[each["error"]] if each.get("error") else [] for each in found]
-    render.table(["PLUGIN", "VERSION", "STATE", "DRIVERS"], rows, notes=errors)
+    render.table(["PLUGIN", "VERSION", "STATE", "DRIVERS"], rows, notes=[notes(each) for each in found])
+
+
+def notes(plugin: Mapping[str, Any]) -> list[str]:
+    """What a plugin does besides offering drivers, and what is wrong with it."""
+    hooks = [hook for hook in plugin.get("hooks") or () if not hook.startswith("register_")]
+    return [*([f"hooks: {', '.join(hooks)}"] if hooks else []), *([plugin["error"]] if plugin.get("error") else [])]
+
+
+@plugin.command("forget")
+@click.argument("name")
+def forget(name: str) -> None:
+    """Start containers without a plugin that adjusted them and is not installed any more.
+
+    A plugin that adjusts every container's configuration is required from then on: while it is missing, what runs
+    goes on and nothing is started.
+    """
+    with reach() as node:
+        node.forget_plugin(name)
 
 
 @command("schema")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,22 +15,27 @@ from holdfast.cli.command import command, settings
 from holdfast.errors import WrongCall, WrongState
 
 if TYPE_CHECKING:
+    from holdfast.config import Config
     from holdfast.source import Revision
 
 
 @command("check")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-def check(paths: tuple[Path, ...]) -> None:
+@click.option("--any-driver", is_flag=True, help="Accept drivers and policies that no plugin here offers.")
+def check(paths: tuple[Path, ...], any_driver: bool) -> None:
     """Print everything that is wrong with state files.
 
     PATH is a file or a directory of them; needs no agent and no root. Says so when images are to be built and this
-    host has no buildah.
+    host has no buildah. Drivers and policies must be offered by a plugin that is installed here, unless --any-driver
+    is given, for where files are checked without the node's plugins.
     """
     from holdfast.runtime.binaries import find_program
     from holdfast.spec import load
 
     files, left_out, top = snapshot(paths)
-    spec = load(files, settings().facts(), left_out=left_out)
+    config = settings()
+    facts = config.facts() if any_driver else replace(config.facts(), drivers=installed(config))
+    spec = load(files, facts, left_out=left_out)
     for problem in spec.problems:
         click.echo(str(replace(problem, path=str(top / problem.path))))
     if spec.problems:
@@ -43,6 +48,14 @@ def check(paths: tuple[Path, ...]) -> None:
         click.echo(
             f"buildah is not installed here: this host can't build images.{built[0]} (install buildah)", err=True
         )
+
+
+def installed(config: Config) -> Mapping[str, frozenset[str]]:
+    """The drivers that the plugins of this installation offer, by kind."""
+    from holdfast.drivers import Host
+    from holdfast.plugins import load_plugins
+
+    return load_plugins(Host(config.name, config.root, config.run_root, config.pool)).names()
 
 
 def counted(number: int, noun: str) -> str:

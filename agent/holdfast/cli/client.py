@@ -161,6 +161,9 @@ class Client:
     def plugins(self) -> Json:
         return self._call("GET", "/v1/plugins")
 
+    def forget_plugin(self, name: str) -> None:
+        self._call("POST", f"/v1/plugins/{quote(name, safe='')}/forget")
+
     def _call(self, method: str, target: str, body: Json = None) -> Json:
         with self._answer(method, target, body) as answer:
             return json.loads(answer.read())

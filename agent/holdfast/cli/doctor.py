@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from holdfast.cli import render
-from holdfast.cli.command import command, json_option, settings
+from holdfast.cli.command import command, json_option, reach, settings
 from holdfast.errors import HoldfastError, UnfitHost
+
+if TYPE_CHECKING:
+    from holdfast.cli.checkup import Check
 
 
 @command("doctor")
@@ -30,6 +35,7 @@ def doctor(json_: bool) -> None:
     except HoldfastError as error:
         checks.append(Check("settings", "bad", str(error), "correct agent.toml; what follows assumes its defaults"))
     checks.extend(checkup(config))
+    checks.extend(plugins())
     if json_:
         render.as_json([asdict(check) for check in checks])
     else:
@@ -42,6 +48,23 @@ def doctor(json_: bool) -> None:
         raise UnfitHost(f"doctor: this host can't run containers yet: {', '.join(bad)}")
     if not json_:
         click.echo("nothing is in the way")
+
+
+def plugins() -> Iterator[Check]:
+    """What is wrong with plugins, and what this node depends on and is not installed."""
+    from holdfast.cli.checkup import Check
+
+    try:
+        with reach() as node:
+            found = node.plugins()
+    except HoldfastError as error:
+        yield Check("plugins", "warn", str(error))
+        return
+    wrong = [each for each in found if each["state"] != "ok"]
+    for each in wrong:
+        yield Check(f"plugin {each['name']}", "warn", f"{each['state']}: {each['error']}")
+    if not wrong:
+        yield Check("plugins", "ok", ", ".join(each["name"] for each in found))
 
 
 COMMANDS = [doctor]

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from holdfast.errors import Conflict, NotFound, WrongCall
+from holdfast.node import installed
 from holdfast.node.images import ImageAnswers
 from holdfast.node.recover import remove_volume
 from holdfast.node.usage import prune_build_cache, prune_logs, usage
@@ -249,4 +250,10 @@ class Answers(ImageAnswers):
 
     def plugins(self) -> Sequence[Json]:
         """Every plugin that was found, and how it fares."""
-        return [asdict(state) for state in self.rig.plugins.states]
+        missing = installed.missing_drivers(self.rig, installed.made(self.rig))
+        return [asdict(state) for state in installed.states(self.rig, missing)]
+
+    def forget_plugin(self, name: str) -> None:
+        """Start containers without a plugin that adjusted them and is gone."""
+        installed.forget(self.rig, name)
+        self.rig.store.event("removed", f"plugin {name}", "containers are started without it from now on")

@@ -19,6 +19,7 @@ import structlog
 from holdfast.errors import HoldfastError, TryAgain, WrongCall, WrongState
 from holdfast.guard import described
 from holdfast.node.images import Collector
+from holdfast.node.installed import remember
 from holdfast.node.lanes import Lanes
 from holdfast.node.logkeeper import LogKeeper
 from holdfast.node.newer import NewerWatch
@@ -108,6 +109,7 @@ class Node:
         except (HoldfastError, OSError) as error:  # it is tried again before the next build
             self.rig.store.event("failed", "node", f"clear up after builds: {error}")
         self.rig.store.retry_now()
+        remember(self.rig)
         recover(self.rig)
 
     def observe(self, *, deep: bool = False) -> Observed:

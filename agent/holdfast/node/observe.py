@@ -6,13 +6,17 @@ is read before the host and asked again after it, so that what is made or remove
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from holdfast.drivers import Driver
+from holdfast.node.installed import missing_drivers
 from holdfast.node.rig import BARE, Rig
+from holdfast.node.start import cgroup_settings
 from holdfast.node.stop import tell_exit
 from holdfast.node.volumes import altered
 from holdfast.observed import (
@@ -35,6 +39,7 @@ from holdfast.spec.model import digest_of
 
 Things = Mapping[tuple[str, str], Receipt]
 Watches = Callable[[str, Run], bool]
+Settings = Callable[[Instance], str]
 
 
 def observe(rig: Rig, watches: Watches, *, busy: frozenset[str] = frozenset(), deep: bool = False) -> Observed:
@@ -46,9 +51,9 @@ def observe(rig: Rig, watches: Watches, *, busy: frozenset[str] = frozenset(), d
     at = time.time()
     instances = list(rig.store.instances.values())
     things: Things = {(each.kind, each.id): each for each in _things(rig, deep=deep)}
-    same_boot = rig.same_boot()
+    same_boot, settings = rig.same_boot(), _settings_digests(rig)
     seen = tuple(
-        _instance(rig, instance, things, watches, same_boot=same_boot, deep=deep)
+        _instance(rig, instance, things, watches, settings, same_boot=same_boot, deep=deep)
         if instance.key not in busy
         else instance
         for instance in instances
@@ -63,6 +68,7 @@ def observe(rig: Rig, watches: Watches, *, busy: frozenset[str] = frozenset(), d
         firewall=firewall,
         orphans=(*_orphans(rig, things, known), *(() if firewall else _tables(things))),
         busy=busy,
+        missing=missing_drivers(rig, things.values()),
     )
 
 
@@ -101,7 +107,14 @@ def _things(rig: Rig, *, deep: bool) -> Iterator[Receipt]:
 
 
 def _instance(
-    rig: Rig, instance: Instance, things: Things, watches: Watches, *, same_boot: bool, deep: bool
+    rig: Rig,
+    instance: Instance,
+    things: Things,
+    watches: Watches,
+    settings: Settings,
+    *,
+    same_boot: bool,
+    deep: bool,
 ) -> Instance:
     if not same_boot and instance.phase in ("running", "creating"):
         return rig.store.change_instance(instance.id, phase="lost") if rig.notes else replace(instance, phase="lost")
@@ -119,6 +132,7 @@ def _instance(
         drifted.append("writing its limits was cut short or refused")
     elif deep:
         drifted.extend(_limits_altered(rig, instance, receipt.data))
+        drifted.extend(_policy_changed(instance, receipt.data, settings))
     warnings = instance.warnings
     if not watched and not rig.runtime.supervised(run):
         warnings = (*warnings, "its conmon is gone: output is lost and its exit status will not be known")
@@ -154,6 +168,11 @@ def _faults(rig: Rig, instance: Instance, things: Things) -> Iterator[str]:
     for mount in instance.mounts:
         if mount.kind == "volume" and ("volume", mount.source) not in things:
             yield f"volume {mount.source} is gone"
+    if instance.patched is not None and (lacking := rig.plugins.lacking(instance.patched)):
+        with suppress(OSError, ValueError):  # without its configuration, nothing can be tried
+            config = json.loads((rig.host.instance(instance.id) / "config.json").read_text())
+            if rig.plugins.would_adjust(instance.app, instance.container, config):
+                yield f"plugin '{', '.join(lacking)}' has not adjusted its configuration"
 
 
 def _altered(rig: Rig, instance: Instance, things: Things) -> Iterator[str]:
@@ -177,6 +196,29 @@ def _limits_altered(rig: Rig, instance: Instance, kept: Json) -> Iterator[str]:
     for name, value in wrote.items():
         if name in now and now[name] != value:
             yield f"cgroup {name} was altered: {value} → {now[name]}"
+
+
+def _policy_changed(instance: Instance, kept: Json, settings: Settings) -> Iterator[str]:
+    """Compare what the cgroup policies make of its resources now with what they made when it was written."""
+    wrote = kept.get("settings")
+    if wrote and settings(instance) not in (wrote, ""):
+        yield "its cgroup policies ask for other limits than they did"
+
+
+def _settings_digests(rig: Rig) -> Settings:
+    """What the policies make of an instance's resources, as a digest, once for equal ones; "" if they fail."""
+    known: dict[str, str] = {}
+
+    def digest(instance: Instance) -> str:
+        resources = instance.want.resources.model_dump_json()
+        if resources not in known:
+            try:
+                known[resources] = cgroup_settings(rig, instance.want).digest
+            except Exception:  # the guard has recorded whose fault it is
+                known[resources] = ""
+        return known[resources]
+
+    return digest
 
 
 # -- what instances share ------------------------------------------------------------------------------------

@@ -258,7 +258,8 @@ def _check_inside(
         with checks.of(what):
             raise error
     with checks.of(what):
-        oci_config(replace(request, user=user_of(want, base, view)))
+        made = oci_config(replace(request, user=user_of(want, base, view)))
+        rig.plugins.adjust_oci_config(app.name, name, made.config)
     with checks.of(what):
         check_devices(view, request.devices)
     with checks.of(what):

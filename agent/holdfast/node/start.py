@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -29,6 +29,7 @@ from holdfast.observed import Generation, Instance, InstanceId, Json, Receipt
 from holdfast.plan.actions import StartInstance
 from holdfast.plan.derived import names_of
 from holdfast.plan.diff import folder_files, mounted_files
+from holdfast.plugins import Adjusted
 from holdfast.runtime import apparmor, cgroup, device_access, names, netns, seccomp, users
 from holdfast.runtime.devices import device_nodes
 from holdfast.runtime.logs import begin
@@ -44,8 +45,8 @@ def start_instance(rig: Rig, action: StartInstance) -> Json:
     instance = _admit(rig, action, generation)
     try:
         ground = _lay_ground(rig, instance, generation.app)
-        config, warnings = _write_bundle(rig, instance, ground)
-        _run(rig, instance, config)
+        bundle = _write_bundle(rig, instance, ground)
+        _run(rig, instance, bundle)
     except Exception as failure:
         _undo(rig, instance, failure, first=action.instance is None)
         raise
@@ -65,7 +66,8 @@ def start_instance(rig: Rig, action: StartInstance) -> Json:
         exit=None,
         addresses=ground.addresses,
         names=ground.names,
-        warnings=warnings,
+        warnings=bundle.warnings,
+        patched=bundle.adjusted.asked,
         streak=action.streak,
         restarts=instance.restarts + 1 if action.instance else 0,
     )
@@ -270,8 +272,17 @@ def hostname(instance: Instance) -> str:
 # -- the bundle, and the process -----------------------------------------------------------------------------
 
 
-def _write_bundle(rig: Rig, instance: Instance, ground: Ground) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Write config.json; return it, with what of it is less than was asked for."""
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """The config.json that was written, whose work it is, and what of it is less than was asked for."""
+
+    adjusted: Adjusted
+    settings: cgroup.Settings
+    warnings: tuple[str, ...]
+
+
+def _write_bundle(rig: Rig, instance: Instance, ground: Ground) -> Bundle:
+    """Write config.json, adjusted by every plugin that does so."""
     settings = cgroup_settings(rig, instance.want)
     request = oci_request(rig, instance, ground.base, settings)
     place = rig.host.instance(instance.id)
@@ -289,10 +300,12 @@ def _write_bundle(rig: Rig, instance: Instance, ground: Ground) -> tuple[dict[st
             hostname_file=place / "hostname",
         )
     )
-    config = rig.plugins.adjust_oci_config(instance.app, instance.container, made.config)
-    rig.filters.annotate(config)
-    (place / "config.json").write_text(json.dumps(config, separators=(",", ":")))
-    return config, (*made.warnings, *settings.warnings, *filter(None, (unconfined,)))
+    adjusted = rig.plugins.adjust_oci_config(instance.app, instance.container, made.config)
+    rig.filters.annotate(adjusted.config)
+    (place / "config.json").write_text(json.dumps(adjusted.config, separators=(",", ":")))
+    return Bundle(
+        adjusted, settings, (*made.warnings, *settings.warnings, *filter(None, (unconfined,)), *adjusted.warnings)
+    )
 
 
 def _apparmor(rig: Rig, want: Container) -> tuple[str, str]:
@@ -362,8 +375,20 @@ def cgroup_want(want: Container) -> CgroupWant:
     return CgroupWant(resources=want.resources, version=cgroup.version(), memory_total=memory, cpus=cpus)
 
 
-def _run(rig: Rig, instance: Instance, config: Mapping[str, Any]) -> None:
-    """Create the container anew and let it run; what an earlier run left of it goes first."""
+def _run(rig: Rig, instance: Instance, bundle: Bundle) -> None:
+    """Create the container anew and let it run; what an earlier run left of it goes first.
+
+    An error names the plugins that have adjusted config.json: it may be their doing.
+    """
+    try:
+        _create(rig, instance, bundle)
+    except Exception as error:
+        if bundle.adjusted.by:
+            error.add_note(f"with a config.json that was adjusted by plugin {', '.join(bundle.adjusted.by)}")
+        raise
+
+
+def _create(rig: Rig, instance: Instance, bundle: Bundle) -> None:
     id, key = instance.id, instance.key
     earlier = rig.store.receipt("run", id)
     if earlier is not None or id in rig.runtime.state():
@@ -371,12 +396,13 @@ def _run(rig: Rig, instance: Instance, config: Mapping[str, Any]) -> None:
     log, kept = rig.log_path(instance), instance.want.logging
     log_size = begin(log, kept.max_size, kept.max_files)
     run = rig.runtime.create(id, rig.host.instance(id), log, name=key, log_size=log_size)
-    data: dict[str, Any] = {"run": asdict(run), "limits": cgroup.snapshot(rig.runtime.cgroup(id))}
+    limits = cgroup.snapshot(rig.runtime.cgroup(id))
+    data: dict[str, Any] = {"run": asdict(run), "limits": limits, "settings": bundle.settings.digest}
     rig.store.put_receipt(Receipt("run", rig.runtime.binary.name, id, id, data))
-    if not device_access.asked_for(config):
+    if not device_access.asked_for(bundle.adjusted.config):
         device_access.deny(rig.runtime.cgroup(id))
     rig.runtime.start(id, name=key)
-    rig.filters.learn(config, rig.runtime.root / id)
+    rig.filters.learn(bundle.adjusted.config, rig.runtime.root / id)
 
 
 def _end_run(rig: Rig, id: InstanceId) -> None:

@@ -24,9 +24,9 @@ def update_instance(rig: Rig, action: UpdateInstance) -> Json:
     generation = rig.store.generation(action.app, action.generation)
     want = generation.app.containers[action.container]
     limits = not action.changes or any(change.effect == "live" for change in action.changes)
+    settings: cgroup.Settings | None = None
     if instance.phase == "running":
-        if limits:
-            apply_limits(rig, replace(instance, want=want))
+        settings = apply_limits(rig, replace(instance, want=want)) if limits else None
         if not action.changes:
             _mend_network(rig, instance)
         _refresh_files(rig, instance, action)
@@ -38,24 +38,25 @@ def update_instance(rig: Rig, action: UpdateInstance) -> Json:
         files=mounted_files(generation.app, want),
         generation=action.generation,
     )
-    if instance.phase == "running" and limits:
-        _keep_limits(rig, instance.id, cgroup.snapshot(rig.runtime.cgroup(instance.id)))
+    if instance.phase == "running" and settings is not None:
+        _keep_limits(rig, instance.id, cgroup.snapshot(rig.runtime.cgroup(instance.id)), settings.digest)
     return {"instance": instance.id, "fields": [change.field for change in action.changes]}
 
 
-def apply_limits(rig: Rig, instance: Instance) -> None:
+def apply_limits(rig: Rig, instance: Instance) -> cgroup.Settings:
     """Write a container's resources into its cgroup; they are in doubt until what the kernel made of them is kept."""
     settings = cgroup_settings(rig, instance.want)
     _keep_limits(rig, instance.id, None)
     rig.runtime.update(instance.id, settings.resources)
     score, _ = oom_score_adj(instance.want, settings.oom_score_adj, host_limits())
     rig.runtime.set_oom_score_adj(instance.id, score)
+    return settings
 
 
-def _keep_limits(rig: Rig, id: InstanceId, limits: Json | None) -> None:
+def _keep_limits(rig: Rig, id: InstanceId, limits: Json | None, settings: str = "") -> None:
     receipt = rig.store.receipt("run", id)
     if receipt is not None:
-        rig.store.put_receipt(replace(receipt, data={**receipt.data, "limits": limits}))
+        rig.store.put_receipt(replace(receipt, data={**receipt.data, "limits": limits, "settings": settings}))
 
 
 def _mend_network(rig: Rig, instance: Instance) -> None:

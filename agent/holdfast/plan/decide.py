@@ -69,6 +69,7 @@ def decide(spec: Spec | None, observed: Observed, history: History, now: float) 
         _remove_app(app, desk)
     _networks(desk)
     _derived(desk)
+    desk.waiting.update({each.title: str(each) for each in observed.missing})
     return desk.plan()
 
 

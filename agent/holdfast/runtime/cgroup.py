@@ -19,7 +19,7 @@ from typing import Any
 from holdfast.drivers import CgroupPolicy, CgroupWant
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost
 from holdfast.observed import Json
-from holdfast.spec.model import Resources
+from holdfast.spec.model import Resources, digest_of
 
 ROOT = Path("/sys/fs/cgroup")
 NO_LIMIT = -1
@@ -66,6 +66,11 @@ class Settings:
     resources: Json
     oom_score_adj: int | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """What tells whether the policies come to something else by now."""
+        return digest_of({"resources": self.resources, "oom_score_adj": self.oom_score_adj})
 
 
 @dataclass(frozen=True, slots=True)

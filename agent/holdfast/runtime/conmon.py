@@ -113,12 +113,16 @@ class Runtime:
         """Forget a container that has ended; with force, whatever is left of it is ended first.
 
         Copes with all that a create can leave when it is cut off: processes of the runtime, conmon, state half
-        written, cgroups in some hierarchies. Succeeds when nothing is there; starts no process, so `poststop` hooks
-        of the runtime are not run. Raises UnfitHost where processes are left and force is not given.
+        written, cgroups in some hierarchies. Succeeds when nothing is there. Starts a process only where the
+        configuration has `poststop` hooks: the runtime's own `delete` runs them. Raises UnfitHost where processes
+        are left and force is not given.
         """
         if force:
             self._end(id)
         self._reap(id)
+        if self._has_poststop(id):
+            with contextlib.suppress(HoldfastError):  # as the runtime spec asks: what a hook does wrong stops nothing
+                self._call("delete", id, name=id)
         cgroup.remove(self.cgroup(id))
         shutil.rmtree(self.root / id, ignore_errors=True)
         (self.exits / id).unlink(missing_ok=True)
@@ -313,6 +317,14 @@ class Runtime:
             for pid in left:
                 _wait_end(pid, time.monotonic() + 0.5)
 
+    def _has_poststop(self, id: str) -> bool:
+        """Whether the runtime would run hooks when it deletes a container, from the state that it keeps itself."""
+        for name in ("state.json", "config.json"):  # runc's, crun's
+            with contextlib.suppress(OSError):
+                if _POSTSTOP.search((self.root / id / name).read_bytes()):
+                    return True
+        return False
+
     def _reap(self, id: str) -> None:
         """Take the exit status of processes that have ended unwatched: a subreaper is their parent by now."""
         run = self.run_of(id)
@@ -417,6 +429,7 @@ def _pid_from(answer: bytes, name: str) -> int:
     raise runtime_error("start", name, str(said.get("message") or "no reason given"))
 
 
+_POSTSTOP = re.compile(rb'"poststop":\s*\[')
 _SPOKEN = re.compile(r'msg="((?:[^"\\]|\\.)*)"')
 _NOISE = re.compile(
     r"^(?:runc \w+ failed: |unable to start container process: |container_linux\.go:\d+: |OCI runtime error: |"

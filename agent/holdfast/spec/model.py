@@ -312,6 +312,7 @@ class NodeFacts:
     forbid: rules of agent.toml's [policy] that a state file may not break, as `spec.policy` names them.
     bind_roots: where bind mounts may come from; None means anywhere. cap_add: capabilities that every container gets
     besides, unless it drops them. subnets: the ranges that a network's subnet may be in.
+    drivers: kind of driver (volume, network, policy) → the names that plugins offer; None where that is not known.
     """
 
     name: str
@@ -322,6 +323,7 @@ class NodeFacts:
     bind_roots: tuple[str, ...] | None = None
     cap_add: tuple[str, ...] = ()
     subnets: tuple[str, ...] = PRIVATE
+    drivers: Mapping[str, frozenset[str]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

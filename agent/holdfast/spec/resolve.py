@@ -93,6 +93,9 @@ class _Resolver:
         for name, network in self.table.networks.items():
             if network.subnet is not None and (wrong := foreign_subnet(network.subnet, self.facts)):
                 self.fault(("networks", name, "subnet"), wrong)
+            self.driver(("networks", name, "driver"), "network", network.driver)
+        for name, volume in self.table.volumes.items():
+            self.driver(("volumes", name, "driver"), "volume", volume.driver)
         own = {name: self.container(name, table) for name, table in self.table.containers.items()}
         app = model.App(
             name=self.name,
@@ -114,6 +117,13 @@ class _Resolver:
             self.fault((), f"{error}; the app has the file's name: rename it, or write name in [app]")
         if self.name in self.table.app.depends_on:
             self.fault(("app", "depends_on", self.name), f"'{self.name}' depends on itself (leave it out)")
+
+    def driver(self, path: KeyPath, kind: str, name: str) -> None:
+        """Make sure that this installation has a driver, where that is known."""
+        known = None if self.facts.drivers is None else self.facts.drivers[kind]
+        if known is not None and name not in known:
+            expected = f" (expected {' or '.join(sorted(known))}, or its plugin to be installed)"
+            self.fault(path, f"no plugin offers the {kind} driver '{name}'{suggestion(name, known) or expected}")
 
     def fault(self, path: KeyPath, message: str) -> None:
         self.faults.append(Fault(path, message))
@@ -192,6 +202,8 @@ class _Resolver:
         archive = forms.archive_path(table.image) if table.image else None
         if archive and (wrong := outside_roots(archive, self.facts)):
             self.fault((*at, "image"), wrong)
+        for index, policy in enumerate(table.resources.policy):
+            self.driver((*at, "resources", "policy", index), "policy", policy)
         for key, message in broken_rules(container, self.facts):
             self.fault((*at, key), message)
         return self.with_defaults(container)
