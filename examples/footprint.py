@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from holdfast.drivers import Host
+from holdfast.identity import PLACE
 
 
 def leftovers(host: Host) -> list[str]:
@@ -30,7 +31,7 @@ def leftovers(host: Host) -> list[str]:
         *(f"cgroup {path}" for path in cgroups(host)),
         *(f"nft table {family} {name}" for family, name in tables(host)),
         *(f"loop device {device}" for device in loops(host)),
-        *(f"file {path}" for path in _files(host.run_root)),
+        *(f"file {path}" for path in (*_files(host.run_root), PLACE / host.name) if path.exists()),
     ]
 
 
@@ -58,6 +59,7 @@ def sweep(host: Host) -> None:
     for device in loops(host):
         subprocess.run(["losetup", "--detach", device], check=False, capture_output=True)
     _sweep_cgroups(host)
+    (PLACE / host.name).unlink(missing_ok=True)
     if not list(mounts(host)):
         shutil.rmtree(host.run_root, ignore_errors=True)
 

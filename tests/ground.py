@@ -15,6 +15,7 @@ from ipaddress import IPv4Network
 from pathlib import Path
 
 from holdfast.drivers import BASE36, Host
+from holdfast.identity import make_id
 
 PORTS = range(20_000, 30_000)  # below the kernel's ephemeral range, which any client may take from
 POOLS = tuple(IPv4Network("10.192.0.0/10").subnets(new_prefix=20))
@@ -54,7 +55,7 @@ def make_site(stack: ExitStack) -> Host:
     index = next(i % len(POOLS) for i in range(start, start + len(POOLS)) if claims.take(i % len(POOLS)))
     root = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=_real_disk()))
     stack.callback(_remove_tree, root)
-    return Host(name, root, Path("/run") / name, str(POOLS[index]))
+    return Host(name, root, Path("/run") / name, str(POOLS[index]), make_id(root))
 
 
 def find_port(stack: ExitStack) -> int:

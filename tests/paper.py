@@ -260,7 +260,7 @@ def served(agent: PaperAgent, path: Path) -> Iterator[None]:
     over = asyncio.Event()
 
     async def run() -> None:
-        async with serving(agent, path):
+        async with serving(agent, path, root=path.parent):
             ready.set()
             await over.wait()
 

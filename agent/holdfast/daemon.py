@@ -23,10 +23,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import structlog
@@ -36,12 +37,14 @@ from holdfast.api import serving
 from holdfast.config import Config, load_config
 from holdfast.drivers import Host
 from holdfast.errors import Conflict, HoldfastError, NotFound, NotPermitted, TryAgain
+from holdfast.identity import hold_name, make_id, read_id, same_root
 from holdfast.images.build import Builder
 from holdfast.images.pull import Puller
 from holdfast.images.store import ImageStore
 from holdfast.images.transfers import Transfers
 from holdfast.node import Node, Rig
 from holdfast.node.answers import Answers
+from holdfast.node.claim import record_of
 from holdfast.node.installed import expect
 from holdfast.observed import Hold, Json
 from holdfast.plugins import load_plugins
@@ -59,6 +62,7 @@ HOUSEKEEPING = 10.0  # seconds between looks at the size of logs
 BEAT = 0.1  # seconds between looks at what is being pulled
 COLLECT = 60.0  # seconds between looks at how full the disk is
 FOLLOWERS = 64  # answers at a time; each that follows a log takes one
+STORE = "state.db"
 FIXED = ("name", "root", "run_root", "runtime", "socket", "group", "pool", "firewall", "start_concurrency")
 
 log = structlog.get_logger("holdfast")
@@ -71,10 +75,7 @@ def run_agent(path: Path | None) -> int:
     """Run the agent until SIGTERM or SIGINT; containers run on. Returns the exit code."""
     config = load_config(path)
     _need_root()
-    with _only_agent(config), _node_of(config) as node:
-        become_subreaper()
-        _raise_file_limit()
-        node.recover()
+    with _acting_node(config) as node:
         return asyncio.run(Daemon(config, path, node).serve())
 
 
@@ -85,10 +86,7 @@ def apply_once(config: Config, timeout: float, show: Callable[[Sequence[Json]], 
     """
     _need_root()
     deadline, slot = time.monotonic() + timeout, threading.Event()
-    with _only_agent(config), _node_of(config) as node:
-        become_subreaper()
-        _raise_file_limit()
-        node.recover()
+    with _acting_node(config) as node:
         node.wake = lambda _: slot.set()
         source = make_source(config.state, config.root, debounce=config.debounce)
         with contextlib.suppress(HoldfastError):  # the status says why; what is here is converged to
@@ -113,18 +111,44 @@ def apply_once(config: Config, timeout: float, show: Callable[[Sequence[Json]], 
 
 
 @contextmanager
-def open_node(config: Config) -> Iterator[Offline]:
-    """Answer for a node whose agent does not run: from what it keeps, and from the host itself."""
-    with _node_of(config) as node:
+def open_node(config: Config, *, makes: bool = False) -> Iterator[Offline]:
+    """Answer for a node whose agent does not run: from what it keeps, and from the host itself.
+
+    makes: whether something may be put into a root that no agent has used yet. Otherwise an empty one that lasts as
+    long as the question stands in for it.
+    """
+    with ExitStack() as stack:
+        used, why = config, refused(config)
+        if not makes and _unused(config.root):
+            empty = stack.enter_context(TemporaryDirectory(prefix="holdfast-"))
+            used = replace(config, root=Path(empty))
+        node = stack.enter_context(_node_of(used))
         node.rig.notes = False
-        yield Offline(config, node)
+        yield Offline(used, node, why)
+
+
+def _unused(root: Path) -> bool:
+    try:
+        return not (root / STORE).exists()
+    except PermissionError:
+        return False  # whoever opens it says so
+
+
+def refused(config: Config) -> str:
+    """Why an agent of these settings would not start: its name is another root's."""
+    try:
+        return record_of(_host_of(config))
+    except PermissionError:  # only root may look
+        return ""
 
 
 class Offline(Answers):
     """What can be asked without an agent (`holdfast.api.Agent`, as far as it needs no loop)."""
 
-    def __init__(self, config: Config, node: Node) -> None:
+    def __init__(self, config: Config, node: Node, refused: str = "") -> None:
+        """refused: why an agent would not start."""
         super().__init__(node.rig)
+        self._refused = refused
         source = make_source(config.state, config.root, debounce=config.debounce)
         self._reconciler = Reconciler(node, source, config, node.rig.plugins.names())
         self._node = node
@@ -134,10 +158,13 @@ class Offline(Answers):
         spec, observed = self._reconciler.wanted(), self._node.observe(deep=True)
         plans = self._reconciler.preview()
         made = self._reconciler.seen(spec, observed, self.rig.store.history(), plans[0])
-        return {**made.status.json(), "agent": {"note": "the agent does not run: nothing is being put right"}}
+        note = "the agent does not run: nothing is being put right"
+        return {**made.status.json(), "agent": {"note": f"{note}; {self._refused}" if self._refused else note}}
 
     def plan(self) -> Json:
-        """What an agent would do."""
+        """What an agent would do. Raises Conflict where it would not start."""
+        if self._refused:
+            raise Conflict(f"plan: {self._refused} (another name in agent.toml)")
         return self._reconciler.preview_json()
 
     def events(self, after: int, limit: int) -> Sequence[Json]:
@@ -168,10 +195,7 @@ def _only_agent(config: Config) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip()
-            raise Conflict(
-                f"run the agent on '{config.root}': process {holder} does already (one agent a root; "
-                "another needs its own name and root in agent.toml)"
-            ) from None
+            raise same_root(config.root, holder) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -179,12 +203,32 @@ def _only_agent(config: Config) -> Iterator[None]:
 
 
 @contextmanager
+def _acting_node(config: Config) -> Iterator[Node]:
+    """A node that may act: its name and its root are this process's alone, and what a crash left is settled."""
+    with hold_name(config.name, config.root) as name, _only_agent(config):
+        id = make_id(config.root)
+        with _node_of(config) as node:
+            node.check_claim(name.known)
+            name.bind(config.root, id, config.run_root)
+            become_subreaper()
+            _raise_file_limit()
+            node.recover()
+            yield node
+        if node.empty:
+            name.forget()
+
+
+def _host_of(config: Config) -> Host:
+    return Host(config.name, config.root, config.run_root, config.pool, read_id(config.root))
+
+
+@contextmanager
 def _node_of(config: Config) -> Iterator[Node]:
     """A node with everything it works with."""
-    host = Host(config.name, config.root, config.run_root, config.pool)
+    host = _host_of(config)
     runtime, conmon = find_runtime(config.runtime), find_conmon()
     try:
-        store, transfers = Store(config.root / "state.db"), Transfers()
+        store, transfers = Store(config.root / STORE), Transfers()
         images = ImageStore(config.root / "images", config.images)
         told = partial(store.event, app="", container="")  # a reference is the name of neither
         puller = Puller(images, config.images, transfers, told)
@@ -242,7 +286,7 @@ class Daemon(Answers):
         self.rig.store.listen(lambda _: self._from_thread(self._tell))
         self._watch = await asyncio.to_thread(self._watch_source, self._reconciler.source)
         try:
-            async with serving(self, self._config.socket, group=self._config.group):
+            async with serving(self, self._config.socket, root=self._config.root, group=self._config.group):
                 self.rig.store.event("agent", "node", f"holdfast {__version__} runs as process {os.getpid()}")
                 collecting = self._loop.create_task(self._collect())
                 await self._passes()

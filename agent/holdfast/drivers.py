@@ -7,7 +7,8 @@
 
 Drivers are plain blocking functions, called from worker threads, several at once for different ids and never twice
 at once for one id. They raise `holdfast.errors`; any other exception is reported as a bug in the driver.
-Every host object that a driver makes bears `Host.name`, so that `observe` finds it without a receipt.
+Every host object that a driver makes bears `Host.name`, so that `observe` finds it without a receipt, and says by
+`Host.id` for which root it was made: `Receipt.root` of what `observe` yields.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from holdfast.errors import WrongState
-from holdfast.observed import FirewallWant, Json, Receipt
+from holdfast.observed import FirewallWant, InstanceId, Json, Receipt
 from holdfast.spec.model import Mount, Resources
 
 __all__ = [
@@ -61,12 +62,15 @@ class Host:
 
     root: survives a reboot (volumes, layers, writable layers). run_root: on tmpfs, does not.
     pool: the IPv4 range that subnets are taken from. name is [a-z][a-z0-9]{0,7}.
+    id: of the root, eight hex digits; "" in a command that only looks at a root which no agent has used yet. What is
+    made on the host carries it: by the instance's id, which begins with it, or as a mark of its own.
     """
 
     name: str
     root: Path
     run_root: Path
     pool: str = "10.209.0.0/16"
+    id: str = ""
 
     def link(self, kind: str, id: str) -> str:
         """A link name for id, at most 15 characters (IFNAMSIZ - 1): `NAME-xxxxxx`."""
@@ -81,6 +85,10 @@ class Host:
     def instance(self, instance: str) -> Path:
         """The run folder of an instance (bundle, hosts, resolv.conf, mounted root file system)."""
         return self.run_root / "instances" / instance
+
+    def new_instance(self) -> InstanceId:
+        """An id for a new instance, `ROOTID-xxxxxxxx`: whatever is named after it says whose it is."""
+        return InstanceId(f"{self.id}-{secrets.token_hex(4)}")
 
     @property
     def cgroup(self) -> str:

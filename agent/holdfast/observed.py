@@ -26,7 +26,8 @@ class Receipt:
     kind and id name the thing (a volume `app/name`, an endpoint `instance/network`, …); owner is the instance that
     it was made for, or "" for things that instances share. data is the driver's own, JSON-able and enough on its
     own to remove the thing after a restart of the agent. What other rooms may read of data is said by the
-    contract of the kind in `drivers`.
+    contract of the kind in `drivers`. root: the id of the root that the thing says it was made for;
+    "" where it does not say, or is made for an instance, whose id says it.
     """
 
     kind: Kind
@@ -34,6 +35,13 @@ class Receipt:
     id: str
     owner: str = ""
     data: Json = field(default_factory=dict)
+    root: str = ""
+
+    @property
+    def of_root(self) -> str:
+        """The id of the root that it belongs to, as far as it says so itself; "" for what says nothing."""
+        marked, dash, _ = self.owner.partition("-")
+        return marked if dash else self.root
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +197,8 @@ class Observed:
     """The host as it was read at `at`.
 
     firewall: what the table holds; None when it is not there or was altered.
-    orphans: what bears the agent's name and has no receipt. busy: subjects that were being worked on meanwhile, of
+    orphans: what carries this root's id and has no receipt. foreign: what bears the agent's name, has no receipt and
+    carries another root's id or none: it is left alone. busy: subjects that were being worked on meanwhile, of
     which this therefore says nothing certain. over: how many of the agent's actions were over before it was read.
     missing: drivers that no plugin offers any more, of what is in use.
     """
@@ -200,6 +209,7 @@ class Observed:
     volumes: Mapping[str, VolumeState] = field(default_factory=dict)
     firewall: FirewallWant | None = None
     orphans: tuple[Receipt, ...] = ()
+    foreign: tuple[Receipt, ...] = ()
     busy: frozenset[str] = frozenset()
     over: int = 0
     missing: tuple[MissingDriver, ...] = ()

@@ -21,6 +21,7 @@ from holdfast.errors import HoldfastError
 from holdfast.node import Node, installed
 from holdfast.observed import History, Json, Observed
 from holdfast.plan import Plan, decide, preview
+from holdfast.plan.reasons import left_alone
 from holdfast.source import Revision, Source
 from holdfast.spec import Cache, NodeFacts, Spec, load
 from holdfast.status import Status, make_status, plan_json
@@ -78,15 +79,15 @@ class Reconciler:
 
     def preview(self) -> Sequence[Plan]:
         """Every plan from here to rest, touching nothing. Looks at the newest commit, fetched or not."""
-        return self._preview(self._newest())
+        return self._preview(self._newest(), self.node.observe(deep=True))
 
     def preview_json(self) -> Json:
         """What `holdfast plan --json` prints."""
-        spec = self._newest()
-        return plan_json(self._preview(spec), spec.problems if spec else ())
+        spec, observed = self._newest(), self.node.observe(deep=True)
+        plans = self._preview(spec, observed)
+        return plan_json(plans, spec.problems if spec else (), left_alone(observed))
 
-    def _preview(self, spec: Spec | None) -> Sequence[Plan]:
-        observed = self.node.observe(deep=True)
+    def _preview(self, spec: Spec | None, observed: Observed) -> Sequence[Plan]:
         return preview(spec, observed, self.node.rig.store.history(), time.time())
 
     def wanted(self) -> Spec | None:

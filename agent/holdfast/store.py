@@ -101,6 +101,11 @@ class Store:
         self._newer = {key: NewerImage(**value) for key, value in (self._facts.get("newer") or {}).items()}
         self._share_wants()
 
+    @property
+    def used(self) -> bool:
+        """Whether an agent has made anything by this memory, or has staged it."""
+        return bool(self.instances or self._receipts or self._generations)
+
     def close(self) -> None:
         """Keep what was only noted and close the database; the Store is of no use afterwards."""
         with self._lock:

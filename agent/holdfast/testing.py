@@ -44,7 +44,8 @@ def temporary_host(folder: Path) -> Host:
     """A host with a name and a /20 of 10.192.0.0/10 of its own, whose places lie below folder."""
     name = "t" + "".join(secrets.choice(BASE36) for _ in range(6))
     pools = list(IPv4Network("10.192.0.0/10").subnets(new_prefix=20))
-    return Host(name, folder / "root", folder / "run", str(pools[int(name, 36) % len(pools)]))
+    pool = str(pools[int(name, 36) % len(pools)])
+    return Host(name, folder / "root", folder / "run", pool, secrets.token_hex(4))
 
 
 def host_fingerprint(name: str, *folders: Path) -> Fingerprint:

@@ -246,19 +246,19 @@ def _loses_its_root(world: World) -> None:
 
 
 def _is_haunted(world: World) -> None:
-    """What an agent might have left that lost its memory: each thing that bears the name, with no receipt."""
-    host, ghost = world.host, "feedfacecafe"
+    """What an agent might have left that lost its memory: each thing that carries its root's id, with no receipt."""
+    host, ghost = world.host, f"{world.host.id}-feedface"
     subprocess.run(["ip", "netns", "add", host.netns(ghost).name], check=True)
     mounted, layer = host.instance(ghost) / "rootfs", host.root / "instances" / ghost
     for folder in (mounted, layer / "upper", layer / "work", host.run_root / "runs" / ghost):
         folder.mkdir(parents=True)
     options = f"lowerdir={world.agent.rootfs.path},upperdir={layer}/upper,workdir={layer}/work"
     subprocess.run(["mount", "-t", "overlay", "-o", options, host.name, str(mounted)], check=True)
-    (cgroups(host)[0] / "beefbeefbeef").mkdir()
+    (cgroups(host)[0] / f"{host.id}-beefbeef").mkdir()
     bridge, port = host.link("bridge", "ghost/net"), host.link("endpoint", f"{ghost}/ghost/net")
     ip = "ip", "link"
     subprocess.run([*ip, "add", bridge, "type", "bridge"], check=True)
-    subprocess.run([*ip, "set", bridge, "alias", "holdfast:network:ghost/net"], check=True)
+    subprocess.run([*ip, "set", bridge, "alias", f"holdfast:{host.id}:network:ghost/net"], check=True)
     peer = ("peer", "name", "eth0", "netns", host.netns(ghost).name)
     subprocess.run([*ip, "add", port, "type", "veth", *peer], check=True)
     subprocess.run([*ip, "set", port, "alias", f"holdfast:endpoint:{ghost}/ghost/net", "master", bridge], check=True)
@@ -298,12 +298,12 @@ STORIES: Mapping[str, Story] = {
         False,
         False,
         (
-            "RemoveOrphan netns feedfacecafe",
-            "RemoveOrphan rootfs feedfacecafe",
-            "RemoveOrphan run feedfacecafe",
-            "RemoveOrphan run beefbeefbeef",
+            "RemoveOrphan netns ROOT-feedface",
+            "RemoveOrphan rootfs ROOT-feedface",
+            "RemoveOrphan run ROOT-feedface",
+            "RemoveOrphan run ROOT-beefbeef",
             "RemoveOrphan network ghost/net",
-            "RemoveOrphan endpoint feedfacecafe/ghost/net",
+            "RemoveOrphan endpoint ROOT-feedface/ghost/net",
         ),
     ),
 }
@@ -326,8 +326,9 @@ def _recorded(world: World, story: Story) -> list[Boundary]:
     story.change(world)
     run = world.settle()
     world.check(shop=story.after)
-    assert {each.action for each in run.boundaries} >= set(story.actions)
-    return [each for each in run.boundaries if each.action in story.actions]
+    actions = {action.replace("ROOT", world.host.id) for action in story.actions}
+    assert {each.action for each in run.boundaries} >= actions
+    return [each for each in run.boundaries if each.action in actions]
 
 
 @pytest.mark.parametrize("title", STORIES)
@@ -440,7 +441,8 @@ def _number_of(world: World, what: str) -> int:
 def test_a_table_that_nobody_wrote_goes(world: World) -> None:
     world.agent.remove("calm.toml")
     world.settle()
-    subprocess.run(["nft", "add", "table", "inet", world.host.name], check=True)
+    table = f'table inet {world.host.name} {{ comment "holdfast:{world.host.id}" }}'
+    subprocess.run(["nft", "-f", "-"], input=table, text=True, check=True)
     world.settle()
     assert tables(world.host) == []
     store = Store(world.host.root / "state.db")

@@ -11,7 +11,6 @@ import pytest
 
 from footprint import links, netns, tables
 from holdfast.runtime.binaries import find_runtime
-from holdfast_plugins.network.bridge import NETWORK
 from live.agent import LiveAgent
 from live.test_converge import memory_limit
 
@@ -129,9 +128,16 @@ def test_what_only_a_new_start_mends_is_started_anew(shop: LiveAgent) -> None:
 
 def test_a_stray_of_our_name_is_taken_away(agent: LiveAgent) -> None:
     run("ip", "link", "add", agent.host.link("bridge", "gone/net"), "type", "bridge")
-    run("ip", "link", "set", agent.host.link("bridge", "gone/net"), "alias", f"{NETWORK}gone/net")
-    run("ip", "netns", "add", f"{agent.host.name}-0123456789ab")
+    run(
+        "ip",
+        "link",
+        "set",
+        agent.host.link("bridge", "gone/net"),
+        "alias",
+        f"holdfast:{agent.host.id}:network:gone/net",
+    )
+    run("ip", "netns", "add", agent.host.netns(f"{agent.host.id}-01234567").name)
     agent.converge()
     assert links(agent.host) == []
     assert netns(agent.host) == []
-    assert "bears our name and belongs to nothing" in reasons(agent, 0)
+    assert "carries our id and belongs to nothing" in reasons(agent, 0)

@@ -18,7 +18,7 @@ import pytest
 
 from holdfast.cli import main
 from holdfast.cli.checkup import overlay
-from holdfast.cli.command import socket_path
+from holdfast.cli.command import places
 from holdfast.cli.render import ago, pairs, size, span
 from holdfast.cli.since import moment
 from holdfast.cli.state import app_reason, hopeless, kind_of, show_apps, show_status
@@ -304,7 +304,7 @@ def test_the_socket_is_where_agent_toml_says(tmp_path: Path, monkeypatch: pytest
         (tmp_path / "agent.toml").write_text(text)
         monkeypatch.setenv("HOLDFAST_CONFIG", str(tmp_path / "agent.toml"))
         with click.Context(click.Command("x")):
-            assert socket_path() == load_config().socket
+            assert places()[0] == load_config().socket
 
 
 def test_completion_scripts_come_for_three_shells(run: Run, said: Callable[[], str]) -> None:

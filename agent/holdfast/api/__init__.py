@@ -37,7 +37,7 @@ from aiohttp import web
 
 from holdfast.api.agent import Agent
 from holdfast.api.images import IMAGE_ROUTES
-from holdfast.api.wire import AGENT, answer, body, number, report, target_of
+from holdfast.api.wire import AGENT, ROOT, answer, body, number, report, target_of
 from holdfast.errors import Conflict, UnfitHost, WrongCall, WrongConfig
 from holdfast.runtime.logs import LogLine, Wanted
 from holdfast.runtime.output import output
@@ -52,14 +52,14 @@ HOLDS: dict[str, Literal["stopped", "started", "restarted"]] = {
 
 
 @asynccontextmanager
-async def serving(agent: Agent, path: Path, *, group: str | None = None) -> AsyncIterator[None]:
-    """Answer on a unix socket at `path` until the block ends.
+async def serving(agent: Agent, path: Path, *, root: Path, group: str | None = None) -> AsyncIterator[None]:
+    """Answer on a unix socket at `path` until the block ends. root: the agent's; who means another one is refused.
 
     The socket is its owner's alone (0600), or also its group's (0660). A socket that nobody listens on is replaced;
     raises Conflict when somebody does.
     """
     application = web.Application(middlewares=[report])
-    application[AGENT] = agent
+    application[AGENT], application[ROOT] = agent, root
     application.add_routes(ROUTES)
     runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
     await runner.setup()

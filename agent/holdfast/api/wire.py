@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from aiohttp import web
 
@@ -20,6 +23,7 @@ from holdfast.errors import (
     WrongCall,
     WrongState,
 )
+from holdfast.identity import ROOT_HEADER
 
 HTTP_STATUS: tuple[tuple[type[HoldfastError], int], ...] = (
     (NotFound, 404),
@@ -31,6 +35,7 @@ HTTP_STATUS: tuple[tuple[type[HoldfastError], int], ...] = (
     (UnfitHost, 503),
 )
 AGENT: web.AppKey[Agent] = web.AppKey("agent")
+ROOT: web.AppKey[Path] = web.AppKey("root")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -43,6 +48,7 @@ def error_json(error: HoldfastError) -> dict[str, Any]:
 async def report(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn what a handler raises on purpose into its JSON."""
     try:
+        _refuse_other_root(request)
         return await handler(request)
     except HoldfastError as error:
         code = next((code for kind, code in HTTP_STATUS if isinstance(error, kind)), 500)
@@ -50,6 +56,16 @@ async def report(request: web.Request, handler: Handler) -> web.StreamResponse:
     except web.HTTPException as error:
         wrong = WrongCall(f"{request.method} '{request.path}': {error.reason.lower()}")
         return web.json_response(error_json(wrong), status=error.status)
+
+
+def _refuse_other_root(request: web.Request) -> None:
+    """Raise Conflict for a caller who means the agent of another root: two agent.toml may lead to one socket."""
+    meant, root = Path(unquote(request.headers.get(ROOT_HEADER, ""))), request.app[ROOT]
+    if ROOT_HEADER in request.headers and meant != root and os.path.realpath(meant) != os.path.realpath(root):
+        raise Conflict(
+            f"ask the agent that holds '{root}': agent.toml says root = '{meant}' "
+            "(another name in agent.toml, or restart the agent if its root was changed)"
+        )
 
 
 def target_of(request: web.Request) -> str:

@@ -18,7 +18,7 @@ from holdfast.cli import render
 from holdfast.cli.bars import bars
 from holdfast.cli.check import counted
 from holdfast.cli.client import Client
-from holdfast.cli.command import Group, client, json_option, reach, settings, socket_path
+from holdfast.cli.command import Group, agent_client, client, json_option, reach, settings
 from holdfast.cli.state import BEAT, PATIENCE, converge, headline, kind_of
 from holdfast.errors import HoldfastError, NotPermitted, UnfitHost, WrongCall, WrongState
 
@@ -283,7 +283,7 @@ def load(file: Path, state: Path | None, images_only: bool, wait: bool, timeout:
         check_platform(found)
         if folder is not None:
             check_replaceable(folder)
-        with reach() as node:
+        with reach(makes=True) as node:
             images = load_images(node, file)
         for each in images:
             click.echo(f"{each['ref']}  {each['digest']}" + ("" if each["new"] else "  (here already)"))
@@ -319,7 +319,7 @@ def load_images(node: Any, file: Path) -> Sequence[Mapping[str, Any]]:
 def follow(agent: Client | None, timeout: float) -> None:
     """Wait for the agent, if that is asked for; say so where nobody would converge."""
     if agent is None:
-        if not Client(socket_path()).answers():
+        if not agent_client().answers():
             click.echo("no agent runs: 'holdfast apply' converges once, 'holdfast agent' from now on")
         return
     began = time.time()

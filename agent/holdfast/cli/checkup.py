@@ -41,6 +41,7 @@ class Check:
 def checkup(config: Config | None) -> Iterator[Check]:
     """Look at everything that the agent needs here; config None stands for its defaults."""
     yield root()
+    yield name(config)
     yield kernel()
     yield from cgroups()
     yield runtime(config.runtime if config else "auto")
@@ -72,6 +73,23 @@ def root() -> Check:
         told = "without CAP_SYS_RESOURCE: limits are clamped to this process's, oom_score_adj can't be lowered"
         return Check("root", "warn", told, "give the agent CAP_SYS_RESOURCE if state files ask for more")
     return Check("root", "bad", f"uid {os.geteuid()}", "run the agent and this command as root")
+
+
+def name(config: Config | None) -> Check:
+    """Whose the agent's name is on this host."""
+    from holdfast.daemon import refused
+
+    if config is None:
+        return Check("name", "ok", "not looked at")
+    if os.geteuid() != 0:
+        return Check("name", "ok", f"{config.name}; only root may see who uses it")
+    try:
+        why = refused(config)
+    except UnfitHost as error:
+        return Check("name", "bad", str(error), "put the id of the root back (8 hex digits), or take the file away")
+    if why:
+        return Check("name", "bad", why, "choose another name in agent.toml")
+    return Check("name", "ok", f"{config.name} is free for {config.root}, or its own")
 
 
 def kernel() -> Check:

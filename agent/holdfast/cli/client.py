@@ -16,6 +16,7 @@ from urllib.parse import quote, urlencode
 
 from holdfast import errors
 from holdfast.errors import HoldfastError, NoAgent, NotPermitted, UnfitHost
+from holdfast.identity import ROOT_HEADER
 
 Json = Any
 
@@ -29,10 +30,13 @@ class Out(Protocol):
 
 
 class Client:
-    """The agent behind a socket; the methods are those of `holdfast.api.Agent`, all of them blocking."""
+    """The agent behind a socket; the methods are those of `holdfast.api.Agent`, all of them blocking.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    root: whose agent is meant. One that holds another root refuses whatever it is asked (`api.wire.report`).
+    """
+
+    def __init__(self, path: Path, root: Path | None = None) -> None:
+        self.path, self.root = path, root
 
     def answers(self) -> bool:
         """Whether an agent listens on the socket. Raises NotPermitted if this user may not ask."""
@@ -204,7 +208,8 @@ class Client:
     def _answer(self, method: str, target: str, body: Json = None) -> Iterator[IO[bytes]]:
         """Send a request and hand out the body of its answer; raise the error that the agent answered with."""
         payload = b"" if body is None else json.dumps(body).encode()
-        head = f"{method} {target} HTTP/1.0\r\nHost: holdfast\r\nContent-Length: {len(payload)}\r\n\r\n"
+        meant = f"{ROOT_HEADER}: {quote(str(self.root))}\r\n" if self.root else ""
+        head = f"{method} {target} HTTP/1.0\r\nHost: holdfast\r\n{meant}Content-Length: {len(payload)}\r\n\r\n"
         with self._connect() as connection, connection.makefile("rb") as answer:
             connection.sendall(head.encode() + payload)
             words = answer.readline().split()

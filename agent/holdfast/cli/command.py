@@ -81,41 +81,54 @@ def settings() -> Config:
     return load_config(config_path())
 
 
-def socket_path() -> Path:
-    """Where the agent listens. Reads the three keys that say so, and leaves the rest of agent.toml to the agent."""
+def places() -> tuple[Path, Path | None]:
+    """Where the agent listens, and its root; None where agent.toml names the socket alone.
+
+    Reads the keys that say so, and leaves the rest of agent.toml to the agent.
+    """
     path = config_path() or Path(os.environ.get("HOLDFAST_CONFIG") or DEFAULT_CONFIG)
     try:
         table = tomllib.loads(path.read_text())
     except (OSError, ValueError):
-        return settings().socket  # the defaults, or what is wrong in the words of whoever validates the file
+        table = {"name": None}  # the defaults, or what is wrong in the words of whoever validates the file
     name = table.get("name", "holdfast")
-    match table.get("socket"), table.get("run_root", f"/run/{name}"):
-        case str(socket), _:
-            return Path(socket)
-        case None, str(run_root):
-            return Path(run_root) / "agent.sock"
-        case _:
-            return settings().socket
+    match table.get("socket"), table.get("run_root", f"/run/{name}"), table.get("root", f"/var/lib/{name}"):
+        case _ if not isinstance(name, str):
+            pass
+        case str(socket), _, str(root):
+            return Path(socket), Path(root) if "root" in table else None
+        case None, str(run_root), str(root):
+            return Path(run_root) / "agent.sock", Path(root)
+    config = settings()
+    return config.socket, config.root
+
+
+def agent_client() -> Client:
+    """The agent that agent.toml leads to, whether it runs or not."""
+    return Client(*places())
 
 
 def client() -> Client:
     """The agent that agent.toml leads to; raises NoAgent if it does not run."""
-    found = Client(socket_path())
+    found = agent_client()
     if not found.answers():
         raise NoAgent(f"ask the agent on '{found.path}': nobody answers (start it with 'holdfast agent')")
     return found
 
 
 @contextmanager
-def reach() -> Iterator[Any]:
-    """The running agent, or without one the node itself, which answers the same questions (`holdfast.api.Agent`)."""
-    found = Client(socket_path())
+def reach(*, makes: bool = False) -> Iterator[Any]:
+    """The running agent, or without one the node itself, which answers the same questions (`holdfast.api.Agent`).
+
+    makes: whether it is asked to put something into a root that no agent has used yet; else nothing is made there.
+    """
+    found = agent_client()
     if found.answers():
         yield found
         return
     from holdfast.daemon import open_node
 
-    with open_node(settings()) as node:
+    with open_node(settings(), makes=makes) as node:
         yield node
 
 
@@ -170,7 +183,7 @@ def complete_target(ctx: click.Context, _: click.Parameter, typed: str) -> list[
     """For the shell: every container, and its short name where that is unique."""
     try:
         with ctx.scope():
-            known = containers_of(Client(socket_path()).status())
+            known = containers_of(agent_client().status())
     except HoldfastError:
         return []
     short = [each.partition("/")[2] for each in known]

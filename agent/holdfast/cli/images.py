@@ -171,7 +171,7 @@ def instruction(text: str, whole: bool) -> str:
 @click.argument("refs", type=IMAGE, metavar="IMAGE...", nargs=-1, required=True)
 def pull(refs: tuple[str, ...], quiet: bool) -> None:
     """Fetch images from registries: what is here already is not fetched again."""
-    with reach() as node:
+    with reach(makes=True) as node:
         for ref in refs:
             try:
                 told(followed(node.pull_image(ref), quiet)["image"])
@@ -211,7 +211,7 @@ def followed(steps: Iterator[Json], quiet: bool) -> Json:
 )
 def import_(tar: Path, ref: str, changes: tuple[str, ...]) -> None:
     """Make an image of one layer out of a root file system's tar archive (- reads standard input)."""
-    with reach() as node, on_disk(tar) as path:
+    with reach(makes=True) as node, on_disk(tar) as path:
         told(node.import_image(str(path.resolve()), ref, changes))
 
 
@@ -223,7 +223,7 @@ def load(path: Path | None, source: Path | None, quiet: bool) -> None:
     """Take in the images of an OCI layout (directory or archive) or a docker-archive; - reads standard input."""
     if path is not None and source is not None:
         raise WrongCall("load: two archives are named (expected one PATH, or --input PATH)")
-    with reach() as node, on_disk(path or source or Path("-")) as place:
+    with reach(makes=True) as node, on_disk(path or source or Path("-")) as place:
         for found in node.load_image(str(place.resolve())):
             if not quiet:
                 told(found)
@@ -253,7 +253,7 @@ def on_disk(path: Path) -> Iterator[Path]:
 @click.argument("names", type=IMAGE, metavar="NAME[:TAG]...", nargs=-1, required=True)
 def tag(ref: str, names: tuple[str, ...]) -> None:
     """Give an image one more name."""
-    with reach() as node:
+    with reach(makes=True) as node:
         for name in names:
             node.tag_image(ref, name)
 

@@ -12,7 +12,7 @@ from holdfast.cli import render
 from holdfast.cli.bars import Show, amount, bars
 from holdfast.cli.check import counted
 from holdfast.cli.client import Client
-from holdfast.cli.command import client, command, json_option, log_to_stderr, reach, settings, socket_path
+from holdfast.cli.command import agent_client, client, command, json_option, log_to_stderr, reach, settings
 from holdfast.errors import Conflict, HoldfastError, NoAgent, TryAgain, UnfitHost, WrongState
 
 Json = Mapping[str, Any]
@@ -50,8 +50,8 @@ def show_plan(found: Json) -> None:
         click.echo(render.paint(app or "the node", None, bold=True))
         for step in steps:
             show_step(step)
-    for title, colour in (("waiting", render.BUSY), ("drift", render.BUSY)):
-        if lines := found[title]:
+    for title, colour in (("waiting", render.BUSY), ("drift", render.BUSY), ("foreign", render.QUIET)):
+        if lines := found.get(title):
             click.echo(render.paint(title, colour))
             for subject, why in lines.items():
                 render.note(f"{subject}: {why}", indent=2, colour=None)
@@ -114,7 +114,7 @@ def apply(timeout: float, json_: bool) -> None:
 
     Exits 0 only when the node is converged.
     """
-    agent, began = Client(socket_path()), time.time()
+    agent, began = agent_client(), time.time()
     with bars() as show:
         if agent.answers():
             agent.sync(False)
@@ -223,6 +223,7 @@ def show_status(status: Json) -> None:
         listed("source", [f"{source['error']}{later}"])
     listed("state files", status["problems"])
     listed("plugins", [f"{plugin['name']}: {plugin['error']}" for plugin in status["plugins"]])
+    listed("not ours", [f"{subject}: {why}" for subject, why in status.get("foreign", {}).items()])
     listed("held by hand", [f"{subject}: {why}" for subject, why in status["drift"].items()])
 
 

@@ -18,6 +18,8 @@ import structlog
 
 from holdfast.errors import HoldfastError, TryAgain, WrongCall, WrongState
 from holdfast.guard import described
+from holdfast.identity import Record
+from holdfast.node.claim import check_claim
 from holdfast.node.images import Collector
 from holdfast.node.installed import remember
 from holdfast.node.lanes import Lanes
@@ -91,12 +93,17 @@ class Node:
         self._spec = Spec()
         self._revision = ""
         self._applied = False
+        self.empty = False  # of everything on the host, when it was closed
         self._lanes = Lanes(self._do, lambda action: self.wake(action.subject), starts=starts)
         self._collector = Collector(rig)
         self._exits = ExitWatch(lambda instance: self.wake(instance))
         self._newer: NewerWatch | None = None
         self._logs = LogKeeper(self._max_log_files)
         self._watches: list[Callable[[], None]] | None = None  # what ends those of drivers
+
+    def check_claim(self, known: Record | None) -> None:
+        """Raise Conflict where the name or the root belongs to another. known: whose the name was so far."""
+        check_claim(self.rig, known)
 
     def recover(self) -> None:
         """Make the places that the runtime needs, and note what a crash cut short: the first pass puts it right.
@@ -172,6 +179,7 @@ class Node:
         self._logs.close()
         self.rig.plugins.wait_told(LAST_WORDS)
         self.rig.plugins.noticed = lambda plugin, error: None
+        self.empty = self.rig.empty
         if self._applied:  # else the token is not ours: a command may end beside an agent that has just begun
             self.rig.leave()
 

@@ -50,7 +50,7 @@ def observe(rig: Rig, watches: Watches, *, busy: frozenset[str] = frozenset(), d
     """
     at = time.time()
     instances = list(rig.store.instances.values())
-    things: Things = {(each.kind, each.id): each for each in _things(rig, deep=deep)}
+    things: Things = {(each.kind, each.id): each for each in everything(rig, deep=deep)}
     same_boot, settings = rig.same_boot(), _settings_digests(rig)
     seen = tuple(
         _instance(rig, instance, things, watches, settings, same_boot=same_boot, deep=deep)
@@ -60,19 +60,21 @@ def observe(rig: Rig, watches: Watches, *, busy: frozenset[str] = frozenset(), d
     )
     known = {instance.id for instance in instances}
     firewall = _firewall(rig, things)
+    orphans, foreign = _unclaimed(rig, things, known)
     return Observed(
         at=at,
         instances=tuple(each for each in seen if each.id in rig.store.instances),
         networks=_networks(rig, things),
         volumes=_volumes(rig, things),
         firewall=firewall,
-        orphans=(*_orphans(rig, things, known), *(() if firewall else _tables(things))),
+        orphans=tuple(each for each in orphans if each.kind != "firewall" or firewall is None),
+        foreign=foreign,
         busy=busy,
         missing=missing_drivers(rig, things.values()),
     )
 
 
-def _things(rig: Rig, *, deep: bool) -> Iterator[Receipt]:
+def everything(rig: Rig, *, deep: bool) -> Iterator[Receipt]:
     """Everything on the host that bears the agent's name, as the drivers find it.
 
     What a driver can't say for now is taken to be as it last said, else as it was made; so is what was made by one
@@ -259,18 +261,20 @@ def _firewall(rig: Rig, things: Things) -> FirewallWant | None:
     )
 
 
-def _tables(things: Things) -> Iterator[Receipt]:
-    return (thing for (kind, _), thing in things.items() if kind == "firewall")
+def _unclaimed(rig: Rig, things: Things, known: set[InstanceId]) -> tuple[tuple[Receipt, ...], tuple[Receipt, ...]]:
+    """What nobody has a receipt for: what carries the id of this root, and the rest. What is being made is neither.
 
-
-def _orphans(rig: Rig, things: Things, known: set[InstanceId]) -> Iterator[Receipt]:
-    """What nobody has a receipt for, nor an instance that is being made. Volumes are data, and never orphans; a table
-    is one when it is not as we wrote it last.
+    Nor are volumes, which are data. A table is an orphan when it is not as we wrote it last, receipt or none.
     """
+    orphans: list[Receipt] = []
+    foreign: list[Receipt] = []
     for (kind, id), thing in things.items():
-        if kind in ("volume", "firewall") or rig.store.receipt(kind, id) is not None:
+        if kind == "volume" or InstanceId(thing.owner) in known or InstanceId(thing.owner) in rig.store.instances:
             continue
-        owner = InstanceId(thing.owner)
-        if owner in known or owner in rig.store.instances:
-            continue
-        yield thing
+        kept = rig.store.receipt(kind, id) is not None
+        ours = bool(rig.host.id) and thing.of_root == rig.host.id
+        if kind == "firewall" and (kept or ours):
+            orphans.append(thing)
+        elif not kept:
+            (orphans if ours else foreign).append(thing)
+    return tuple(orphans), tuple(foreign)

@@ -148,6 +148,11 @@ class Rig:
         except FileNotFoundError:
             return ""
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing on the host is the agent's, data aside."""
+        return not (self.store.instances or self.store.receipts("network") or self.store.receipts("firewall"))
+
     def leave(self) -> None:
         """Take the run root away when nothing is held that it could tell of; what others put there stays."""
         if self.store.instances:

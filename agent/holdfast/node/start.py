@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,7 +117,7 @@ def _admit(rig: Rig, action: StartInstance, generation: Generation) -> Instance:
             raise TryAgain(f"start '{action.subject}': instance {action.instance} is gone")
         return replace(known, want=want, image=image, files=files)
     instance = Instance(
-        id=InstanceId(secrets.token_hex(6)),
+        id=rig.host.new_instance(),
         app=action.app,
         container=action.container,
         generation=generation.number,

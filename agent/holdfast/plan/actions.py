@@ -239,7 +239,7 @@ class WriteNames(Action):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoveOrphan(Action):
-    """Take away something that bears the agent's name and has no receipt."""
+    """Take away something that carries the root's id and has no receipt."""
 
     receipt: Receipt
 

@@ -19,7 +19,8 @@ The rules, in the order in which they are applied:
  7. What a person did by hand overrules the commit until it is released, and is shown as drift.
  8. What failed is tried again when its time has come, and not before; what can't succeed waits for a change.
     A clock that is set back makes nothing wait until it has caught up.
- 9. The firewall and the hosts files are a function of what is there. What bears our name and has no receipt goes.
+ 9. The firewall and the hosts files are a function of what is there. What carries our id and has no receipt goes;
+    what only bears our name is left alone.
 """
 
 from __future__ import annotations
@@ -543,7 +544,7 @@ def _orphans(desk: Desk) -> None:
 def _remove_orphan(orphan: Receipt, desk: Desk) -> None:
     desk.offer(
         RemoveOrphan(
-            app="", receipt=orphan, reason=f"{orphan.kind} {orphan.id} bears our name and belongs to nothing"
+            app="", receipt=orphan, reason=f"{orphan.kind} {orphan.id} carries our id and belongs to nothing"
         )
     )
 

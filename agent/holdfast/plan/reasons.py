@@ -18,6 +18,16 @@ def by_hand(hold: Hold) -> str:
     return f"{hold.kind} by hand ({hold.by})" if hold.by else f"{hold.kind} by hand"
 
 
+def left_alone(observed: Observed) -> dict[str, str]:
+    """What bears our name and is not ours: why it is left where it is."""
+    return {
+        f"{thing.kind} {thing.id}": f"belongs to the root with the id {thing.of_root}; it is left alone"
+        if thing.of_root
+        else "bears our name, but does not say for which root it was made; it is left alone"
+        for thing in observed.foreign
+    }
+
+
 def counted(number: int, noun: str) -> str:
     """`1 port`, `2 ports`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

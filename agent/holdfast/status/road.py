@@ -43,12 +43,14 @@ class Step:
     actions: list[str] = field(default_factory=list)
 
 
-def plan_json(rounds: Sequence[Plan], problems: Sequence[object] = ()) -> dict[str, Any]:
+def plan_json(
+    rounds: Sequence[Plan], problems: Sequence[object] = (), foreign: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The value that `holdfast plan --json` prints.
 
     empty: nothing to do. apps: name → steps; what belongs to the node itself is last, under "". waiting and drift:
     subject → why, as far as no round of the preview does something about it. problems: what is wrong with the state
-    files.
+    files. foreign: what on this host bears the name and is left alone → why.
     """
     steps: dict[tuple[str, str], Step] = {}
     apps: dict[str, list[Step]] = {}
@@ -71,6 +73,7 @@ def plan_json(rounds: Sequence[Plan], problems: Sequence[object] = ()) -> dict[s
         "waiting": {subject: why for subject, why in last.waiting.items() if subject not in done},
         "drift": dict(rounds[0].drift) if rounds else {},
         "problems": [str(problem) for problem in problems],
+        "foreign": dict(foreign or {}),
     }
 
 

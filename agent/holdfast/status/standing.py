@@ -36,6 +36,7 @@ from typing import Any, Literal
 
 from holdfast.observed import Exit, Failure, Generation, History, Hold, Instance, Json, Observed
 from holdfast.plan.actions import Action, MarkGood, Plan, StartInstance
+from holdfast.plan.reasons import left_alone
 from holdfast.plan.restart import verdict
 from holdfast.spec.model import App, Container, Spec
 
@@ -111,6 +112,8 @@ class AppStatus:
 class Status:
     """The node as a person reads it. blockers: why it is not converged, a line each; empty when it is.
 
+    foreign: what on this host bears the agent's name and is not its own → why it is left alone.
+
     transfers, builds: the images on their way (`images.transfers.Transfer.json`, `images.build.Builder.look`), which
     the daemon fills in.
     """
@@ -127,6 +130,7 @@ class Status:
     apps: Mapping[str, AppStatus]
     waiting: Mapping[str, str]
     drift: Mapping[str, str]
+    foreign: Mapping[str, str] = field(default_factory=dict)
     agent: Json = field(default_factory=dict)
     transfers: tuple[Json, ...] = ()
     builds: tuple[Json, ...] = ()
@@ -171,6 +175,7 @@ def make_status(
         apps=apps,
         waiting=dict(plan.waiting),
         drift=dict(plan.drift),
+        foreign=left_alone(observed),
         agent=dict(agent or {}),
     )
 

@@ -2,8 +2,8 @@
 
 A link's ifalias says in full what it is, where its name has room for a hash only:
 
-    holdfast:network:<id>                      the bridge
-    holdfast:endpoint:<instance>/<network id>  the host's end of a veth pair
+    holdfast:<root id>:network:<id>            the bridge; without a root id if an earlier version made it
+    holdfast:endpoint:<instance>/<network id>  the host's end of a veth pair; an instance's id begins with its root's
     holdfast:gone:<instance>/<network id>      a removed end, until the kernel takes it away with its namespace
 """
 
@@ -25,7 +25,8 @@ from holdfast_plugins.network.addresses import Ledger, first_free, parse_address
 from holdfast_plugins.network.conntrack import Conntrack
 from holdfast_plugins.network.netlink import Link, Sockets, open_in
 
-NETWORK, ENDPOINT, GONE = "holdfast:network:", "holdfast:endpoint:", "holdfast:gone:"
+MARK = "holdfast:"
+NETWORK, ENDPOINT, GONE = f"{MARK}network:", f"{MARK}endpoint:", f"{MARK}gone:"
 OPTIONS = ("mtu", "port_security")
 MTU = range(68, 65536)
 DEFAULT_MTU = 1500
@@ -66,7 +67,10 @@ class BridgeNetwork:
         with self._choosing:
             subnet = self._subnet(want)
             gateway = _gateway(want, subnet)
-            link = _own_link(name, NETWORK + want.id)
+            link = self._link(want.id)
+            alias = self._alias(want.id)
+            if link is not None and link.alias != alias:  # as an earlier version has marked it
+                _sockets.host.request(messages.link_alias(link.index, alias))
             if link is not None and self.ledger.subnet(want.id) != subnet:
                 _delete(link, f"renumber network '{want.id}'")
                 link = None
@@ -95,7 +99,7 @@ class BridgeNetwork:
 
     def observe(self) -> Iterable[Receipt]:
         """List our bridges; addresses are those that the bridge really has."""
-        links = [link for link in _our_links(self._host, "bridge") if link.alias.startswith(NETWORK)]
+        links = [link for link in _our_links(self._host, "bridge") if _network_of(link)]
         addresses = dict(_sockets.host.addresses()) if links else {}
         return [self._observed(link, addresses.get(link.index)) for link in links]
 
@@ -103,7 +107,7 @@ class BridgeNetwork:
         """Delete the bridge; subnet and addresses rest. ip_forward stays: others may have come to need it."""
         name = self._host.link("bridge", receipt.id)
         link = _sockets.host.link(name)
-        if link is not None and link.alias == NETWORK + receipt.id:
+        if link is not None and self._is_own(link, receipt.id):
             _delete(link, f"remove network '{receipt.id}'")
         with self._choosing:
             self.ledger.rest(receipt.id)
@@ -119,10 +123,25 @@ class BridgeNetwork:
             self.ledger.drop(id)
 
     def _observed(self, link: Link, subnet: IPv4Network | None) -> Receipt:
-        id = link.alias.removeprefix(NETWORK)
+        root, id = _network_of(link) or ("", "")
         healthy = link.up and subnet is not None and subnet == self.ledger.subnet(id) and self._is_closed(link)
         data = {"interface": link.name, "subnet": str(subnet)} if healthy else {}
-        return Receipt("network", self.name, id, data=data)
+        return Receipt("network", self.name, id, data=data, root=root)
+
+    def _alias(self, id: str) -> str:
+        return f"{MARK}{self._host.id}:{NETWORK.removeprefix(MARK)}{id}"
+
+    def _is_own(self, link: Link, id: str) -> bool:
+        """Whether a bridge was made for a network of this root: it says so, or the network is known here."""
+        root, network = _network_of(link) or ("", "")
+        return network == id and (root == self._host.id or self.ledger.subnet(id) is not None)
+
+    def _link(self, id: str) -> Link | None:
+        """The bridge of a network; raise Conflict if the link of that name is there for something else."""
+        link = _sockets.host.link(self._host.link("bridge", id))
+        if link is not None and not self._is_own(link, id):
+            raise _taken(link, f"network:{id}")
+        return link
 
     def _is_closed(self, link: Link) -> bool:
         """Whether the bridge has the settings that `_bring_up` gives it; looked at once for each bridge."""
@@ -191,7 +210,7 @@ class BridgeNetwork:
 
         host = _sockets.host
         if link is None:
-            host.request(messages.new_bridge(name, _mac(gateway), mtu), messages.name_link(name, NETWORK + id))
+            host.request(messages.new_bridge(name, _mac(gateway), mtu), messages.name_link(name, self._alias(id)))
             link = host.link(name)
             assert link is not None, name
         sysctls.write(name, sysctls.GATEWAY)
@@ -365,11 +384,25 @@ def _own_link(name: str, *aliases: str) -> Link | None:
     """The link of that name; raise Conflict if it is there for something else."""
     link = _sockets.host.link(name)
     if link is not None and link.alias not in aliases:
-        what = link.alias.partition(":")[2] or "something unknown"
-        raise Conflict(
-            f"make '{aliases[0].partition(':')[2]}': link '{name}' is there for {what} (remove or rename it)"
-        )
+        raise _taken(link, aliases[0].removeprefix(MARK))
     return link
+
+
+def _taken(link: Link, wanted: str) -> Conflict:
+    what = link.alias.partition(":")[2] or "something unknown"
+    return Conflict(f"make '{wanted}': link '{link.name}' is there for {what} (remove or rename it)")
+
+
+def _network_of(link: Link) -> tuple[str, str] | None:
+    """(root id, network id) of a bridge, from its alias; root "" for one of an earlier version."""
+    words = link.alias.split(":")
+    match words:
+        case ["holdfast", "network", id]:
+            return "", id
+        case ["holdfast", root, "network", id]:
+            return root, id
+        case _:
+            return None
 
 
 def _abandon(link: Link, id: str) -> None:

@@ -64,6 +64,7 @@ class NftablesFirewall:
             intact = self._intact()
             if self._snapshot is None or not intact or self._snapshot.want != want:
                 self.check(want)
+                self._refuse_foreign()
                 if want.empty:
                     self.remove(self._receipt(""))
                     return self._receipt(digest_of(_plain(want)))
@@ -76,7 +77,7 @@ class NftablesFirewall:
         with self._lock:
             if self._intact() and self._snapshot is not None:
                 return [self._receipt(self._snapshot.digest)]
-            return [self._receipt("")] if self._fingerprint() else []
+            return [self._receipt("", self._mark() or "")] if self._fingerprint() else []
 
     def applied(self) -> FirewallWant | None:
         """What the table holds; None when it is not there or was altered."""
@@ -84,10 +85,12 @@ class NftablesFirewall:
             return self._snapshot.want if self._intact() and self._snapshot is not None else None
 
     def remove(self, receipt: Receipt) -> None:
+        """Delete it, unless it is another root's."""
         with self._lock:
-            forwarding.withdraw(self._host, self._nft)
-            if self._fingerprint():
-                self._run(rules.deletion(self._host.name))
+            if not self._foreign():
+                forwarding.withdraw(self._host, self._nft)
+                if self._mark() is not None:
+                    self._run(rules.deletion(self._host.name))
             if (snapshot := self._snapshot or self._load(of_any_version=True)) is not None:
                 self._loopback.withdraw(snapshot.want)
             try:
@@ -135,8 +138,27 @@ class NftablesFirewall:
             self._rule_set = RuleSet()
         return self._rule_set
 
-    def _receipt(self, digest: str) -> Receipt:
-        return Receipt("firewall", self.name, self._host.name, data={"digest": digest} if digest else {})
+    def _receipt(self, digest: str, root: str | None = None) -> Receipt:
+        """root: what the table itself says; one that is as we wrote it last is ours."""
+        data, root = {"digest": digest} if digest else {}, self._host.id if root is None else root
+        return Receipt("firewall", self.name, self._host.name, data=data, root=root)
+
+    def _mark(self) -> str | None:
+        """The id of the root that the table was written for, "" if it does not say; None without a table."""
+        comment = self._rules.comment(self._host.name)
+        return None if comment is None else comment.removeprefix(rules.MARK)
+
+    def _foreign(self) -> str:
+        """The id of the other root that the table belongs to, "" if it is ours by its mark or its content."""
+        mark = self._mark() or self._host.id
+        return "" if mark == self._host.id or self._intact() else mark
+
+    def _refuse_foreign(self) -> None:
+        if other := self._foreign():
+            raise Conflict(
+                f"write table 'inet {self._host.name}': it belongs to the root with the id {other} "
+                "(another name in agent.toml)"
+            )
 
     def _intact(self) -> bool:
         """Whether the table is what the snapshot says."""
@@ -155,13 +177,17 @@ class NftablesFirewall:
         """Write the table and note what came of it; only the difference where old stands."""
         if old is None:
             forwarding.allow(self._host, self._nft)
-        text = rules.script(self._host.name, want) if old is None else rules.update(self._host.name, old, want)
+        text = (
+            rules.script(self._host.name, want, self._host.id)
+            if old is None
+            else rules.update(self._host.name, old, want)
+        )
         before = self._rules.generation()
         self._run(text)
         fingerprint = self._fingerprint()
         after = self._rules.generation()
         if fingerprint is None or after != before + bool(text):  # someone wrote meanwhile, perhaps to our table
-            self._run(rules.script(self._host.name, want))
+            self._run(rules.script(self._host.name, want, self._host.id))
             fingerprint = self._fingerprint() or ""
             after = self._rules.generation()
         self._settle(want, altered=old is None)

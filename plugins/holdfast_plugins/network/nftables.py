@@ -24,6 +24,7 @@ NFT_MSG_GETTABLE, NFT_MSG_GETCHAIN, NFT_MSG_GETRULE = 1, 4, 7
 NFT_MSG_GETSET, NFT_MSG_GETSETELEM, NFT_MSG_GETGEN = 10, 13, 16
 NLM_F_REQUEST, NLM_F_DUMP = 0x1, 0x300
 NLMSG_ERROR, NLMSG_DONE = 2, 3
+NFTA_TABLE_USERDATA, NFTNL_UDATA_TABLE_COMMENT = 6, 0
 NFTA_TABLE, NFTA_SET, NFTA_SET_ELEMENTS, NFTA_GEN_ID = 1, 2, 3, 1
 
 
@@ -122,6 +123,14 @@ class RuleSet:
             if self.generation() == before:  # else it changed under our eyes
                 return hashlib.sha256(b"".join(found)).hexdigest() if found else None
 
+    def comment(self, table: str) -> str | None:
+        """The comment of a table of family inet, "" if it has none; None when there is no such table."""
+        name = _attribute(NFTA_TABLE, table.encode() + b"\0")
+        for body in self._ask(NFT_MSG_GETTABLE, NLM_F_DUMP, b""):
+            if body.startswith(name):
+                return _comment(dict(_attributes(body)).get(NFTA_TABLE_USERDATA, b""))
+        return None
+
     def _everything(self, table: bytes) -> list[bytes]:
         found = [body for body in self._ask(NFT_MSG_GETTABLE, NLM_F_DUMP, b"") if body.startswith(table)]
         if not found:
@@ -155,6 +164,17 @@ class RuleSet:
 def _elements(body: bytes) -> list[bytes]:
     listed = dict(_attributes(body)).get(NFTA_SET_ELEMENTS, b"")
     return [element for _, element in _attributes(listed)]
+
+
+def _comment(userdata: bytes) -> str:
+    """The comment in what nft(8) keeps with an object: (kind, length, bytes), one after the other."""
+    at = 0
+    while at + 2 <= len(userdata):
+        kind, length = userdata[at], userdata[at + 1]
+        if kind == NFTNL_UDATA_TABLE_COMMENT:
+            return userdata[at + 2 : at + 2 + length].rstrip(b"\0").decode(errors="replace")
+        at += 2 + length
+    return ""
 
 
 def _attribute(kind: int, value: bytes) -> bytes:

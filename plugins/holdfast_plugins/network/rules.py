@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from holdfast.observed import FirewallWant, PublishedPort
 
 WILDCARDS = ("", "0.0.0.0")
+MARK = "holdfast:"
 
 CHAINS = """
   chain publish {
@@ -79,9 +80,10 @@ class Collection:
         return f"  {self.head} {{ type {self.type};{flags}{listed} }}\n"
 
 
-def script(table: str, want: FirewallWant) -> str:
-    """Replace the whole table in one transaction."""
-    return f"{deletion(table)}table inet {table} {{\n{''.join(map(str, _collections(table, want)))}{CHAINS}}}\n"
+def script(table: str, want: FirewallWant, root: str = "") -> str:
+    """Replace the whole table in one transaction. root: the id of the root, which the table bears as its comment."""
+    mark = f'  comment "{MARK}{root}"\n' if root else ""
+    return f"{deletion(table)}table inet {table} {{\n{mark}{''.join(map(str, _collections(table, want)))}{CHAINS}}}\n"
 
 
 def update(table: str, old: FirewallWant, new: FirewallWant) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from holdfast.drivers import Host, Receipt, RootfsWant, remove_tree
@@ -64,7 +65,8 @@ class OverlayRootfs:
         stored = set(_names_in(self.host.root / "instances"))
         for instance in sorted(mounted | stored):
             known = instance in mounted
-            yield self._receipt(instance) if known else Receipt("rootfs", self.name, instance, instance)
+            found = self._receipt(instance) if known else Receipt("rootfs", self.name, instance, instance)
+            yield replace(found, root=self.host.id)  # it lies in this root
 
     def remove(self, receipt: Receipt) -> None:
         """Unmount it and delete what was written into it."""

@@ -1,0 +1,120 @@
+"""Whether this root may use its name on this host: asked once, when an agent starts, before anything is changed.
+
+A name belongs to one root as long as that root has anything on the host, whether its agent runs or not: an agent of
+another root would take for gone what it does not know. What is found is judged by the id that it carries. A root that
+was renamed or bound elsewhere is known by its inode; a copy, or one that was moved to another file system, is refused
+while containers run that write to the old place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from holdfast.drivers import Host
+from holdfast.errors import Conflict
+from holdfast.identity import FILE, Record, drop, look_up, names_of
+from holdfast.node.observe import everything
+from holdfast.node.rig import Rig
+from holdfast.observed import Receipt
+from holdfast.runtime import cgroup
+
+SHOWN = 3  # things that a message names
+
+
+def check_claim(rig: Rig, known: Record | None) -> None:
+    """Raise Conflict where the name, or the root, belongs to another. known: whose the name was so far."""
+    host = rig.host
+    _refuse_new_name(host)
+    if known is not None and known.is_of(host.root):
+        _refuse_new_run_root(host, known)
+    elif known is not None and known.id == host.id:
+        _refuse_copy(host, known)
+    found = list(everything(rig, deep=True))
+    elsewhere = [each for each in found if each.of_root not in ("", host.id) and not _ours(rig, each, known)]
+    if elsewhere:
+        raise _belongs(host, elsewhere, known)
+    unmarked = [each for each in found if not each.of_root and each.kind != "volume"]
+    if unmarked and not rig.store.used:
+        raise Conflict(
+            f"run the agent '{host.name}' on '{host.root}': another root uses the name: {_listed(unmarked)} "
+            "(another name in agent.toml)"
+        )
+
+
+def traces(host: Host) -> list[str]:
+    """What is on the host under a name, by its kernel objects alone: no driver is asked."""
+    groups = {name for place in cgroup.folders(host.cgroup) for name in cgroup.children(place)}
+    return [
+        *(f"netns {path.name}" for path in Path("/run/netns").glob(f"{host.name}-*")),
+        *(f"link {path.name}" for path in Path("/sys/class/net").glob(f"{host.name}-*")),
+        *(f"cgroup {name}" for name in sorted(groups)),
+    ]
+
+
+def _ours(rig: Rig, thing: Receipt, known: Record | None) -> bool:
+    """Whether a thing that carries another id is ours by its receipt: the root's id was changed since."""
+    other = known is not None and not known.is_of(rig.host.root) and known.id == thing.of_root
+    return rig.store.receipt(thing.kind, thing.id) is not None and not other
+
+
+def _belongs(host: Host, found: list[Receipt], known: Record | None) -> Conflict:
+    id = found[0].of_root
+    where = f" ('{known.root}')" if known is not None and known.id == id else ""
+    return Conflict(
+        f"run the agent '{host.name}' on '{host.root}': the name belongs to the root with the id {id}{where}, which "
+        f"still has on this host: {_listed(found)} (another name in agent.toml; if that root is gone for good: "
+        f"echo {id} > '{host.root / FILE}', and all of it is removed)"
+    )
+
+
+def _refuse_new_name(host: Host) -> None:
+    for name in names_of(host.root):
+        if name == host.name:
+            continue
+        if left := traces(replace(host, name=name)):
+            raise Conflict(
+                f"run the agent '{host.name}' on '{host.root}': that root still has things on this host under the "
+                f"name '{name}': {_shown(left)} (name = \"{name}\" in agent.toml; stop all containers, then rename)"
+            )
+        drop(name)
+
+
+def _refuse_new_run_root(host: Host, known: Record) -> None:
+    if known.run_root != str(host.run_root) and (left := traces(host)):
+        raise Conflict(
+            f"run the agent '{host.name}' with run_root '{host.run_root}': its containers run from "
+            f"'{known.run_root}': {_shown(left)} (run_root = \"{known.run_root}\" until they are stopped)"
+        )
+
+
+def _refuse_copy(host: Host, known: Record) -> None:
+    left = traces(host)
+    if left:
+        raise Conflict(
+            f"run the agent '{host.name}' on '{host.root}': it is a copy of '{known.root}' (both have the id "
+            f'{host.id}), from which containers still run: {_shown(left)} (root = "{known.root}"; to move a root, '
+            "stop its containers first)"
+        )
+
+
+def record_of(host: Host) -> str:
+    """Why an agent would be refused at once, as far as the record of the name says; "" if it would not be."""
+    record, held = look_up(host.name)
+    if record is None or record.is_of(host.root):
+        return ""
+    if held:
+        return f"the name '{host.name}' is used by process {record.pid} for '{record.root}', not for '{host.root}'"
+    if record.id != host.id and traces(host):
+        return f"the name '{host.name}' belongs to '{record.root}' (id {record.id}), not to '{host.root}'"
+    return ""
+
+
+def _listed(found: Iterable[Receipt]) -> str:
+    return _shown([f"{each.kind} {each.id}" for each in found])
+
+
+def _shown(lines: list[str]) -> str:
+    more = len(lines) - SHOWN
+    return ", ".join(lines[:SHOWN]) + (f" and {more} more" if more > 0 else "")
