@@ -160,6 +160,14 @@ class ImagesTable(Table):
             yield "stall_timeout", "0 is no time at all (expected a duration as 60s)"
 
 
+class BuildsTable(Table):
+    """What building images may take of the host."""
+
+    memory: Annotated[Size | None, Field(ge=32 << 20)] = None
+    pids: Annotated[int, Field(ge=16)] = 4096
+    cache: Annotated[Size, Field(ge=0)] = 10 << 30
+
+
 class AgentTable(Table):
     """agent.toml as it is written."""
 
@@ -185,6 +193,7 @@ class AgentTable(Table):
     policy: PolicyTable = PolicyTable()
     defaults: DefaultsTable = DefaultsTable()
     images: ImagesTable = ImagesTable()
+    builds: BuildsTable = BuildsTable()
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.full_pass_interval <= 0:
@@ -227,6 +236,16 @@ class ImageSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BuildSettings:
+    """What builds may take. memory (bytes; None: three quarters of the host's) and pids: of one build, all its
+    processes together. cache: bytes of the layers that are kept for later builds."""
+
+    memory: int | None = None
+    pids: int = 4096
+    cache: int = 10 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The agent's settings, resolved. Durations are seconds.
 
@@ -261,6 +280,7 @@ class Config:
     bind_roots: tuple[str, ...] | None = None
     default_cap_add: tuple[str, ...] = ()
     images: ImageSettings = ImageSettings()
+    builds: BuildSettings = BuildSettings()
 
     def facts(self) -> NodeFacts:
         """What state files may ask about this node."""
@@ -338,6 +358,7 @@ def _config(table: AgentTable, env: Mapping[str, str]) -> Config:
         bind_roots=None if roots is None else tuple(roots),
         default_cap_add=tuple(table.defaults.cap_add),
         images=_images(table.images),
+        builds=BuildSettings(**table.builds.model_dump()),
     )
 
 

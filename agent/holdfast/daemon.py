@@ -39,11 +39,13 @@ from holdfast.drivers import Host
 from holdfast.errors import Conflict, HoldfastError, NotFound, NotPermitted, TryAgain
 from holdfast.identity import hold_name, make_id, read_id, same_root
 from holdfast.images.build import Builder
+from holdfast.images.outside import Outside
 from holdfast.images.pull import Puller
 from holdfast.images.store import ImageStore
 from holdfast.images.transfers import Transfers
 from holdfast.node import Node, Rig
 from holdfast.node.answers import Answers
+from holdfast.node.builds import BuildServices
 from holdfast.node.claim import record_of
 from holdfast.node.installed import expect
 from holdfast.observed import Hold, Json
@@ -238,7 +240,7 @@ def _node_of(config: Config) -> Iterator[Node]:
             plugins=load_plugins(host),
             images=images,
             puller=puller,
-            builder=Builder(images, config.images, host, runtime.path, store.event, puller.push),
+            builder=Builder(images, config.images, host, store.event, Outside(images, puller), config.builds),
             transfers=transfers,
             content=ContentStore(config.root / "content"),
             runtime=Runtime(host, runtime, conmon.path),
@@ -246,6 +248,7 @@ def _node_of(config: Config) -> Iterator[Node]:
             policies=config.cgroup_policy,
             bind_roots=config.bind_roots,
         )
+        rig.builder.outside = BuildServices(rig)
     except PermissionError as error:
         raise NotPermitted(f"open '{config.root}': {error.strerror} (needs root)") from error
     expect(rig)
@@ -391,6 +394,7 @@ class Daemon(Answers):
         self._config, self._deep = config, True
         self.rig.policies, self.rig.bind_roots = config.cgroup_policy, config.bind_roots
         self.rig.images.settings = self.rig.puller.settings = self.rig.builder.settings = config.images
+        self.rig.builder.builds = config.builds
         await asyncio.to_thread(self._reconciler.reload, source, config)
         left = f"; {', '.join(fixed)} need a restart of the agent" if fixed else ""
         self.rig.store.event("agent", "node", f"agent.toml is read again{left}")

@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from footprint import leftovers
 from ground import Rootfs
-from holdfast.config import ImageSettings
+from holdfast.config import BuildSettings, ImageSettings
 from holdfast.drivers import Host
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
-from holdfast.images import buildah
+from holdfast.images import fence, hazards
 from holdfast.images.build import Builder
+from holdfast.images.buildah import Buildah, check_plain
+from holdfast.images.hazards import buildah_version, is_safe
 from holdfast.images.image import Image, architecture
+from holdfast.images.outside import Outside
 from holdfast.images.pull import Puller
 from holdfast.images.store import ImageStore
-from holdfast.runtime.binaries import find_runtime
 from holdfast.spec import NodeFacts, Spec, load
 from layouts import make_layout
 from live.agent import HOLDFAST, LiveAgent
 from live.debian import debian_tar
-from live.registry import Registry
+from live.registry import Registry, make_island
 
 pytestmark = pytest.mark.live
 
@@ -52,11 +58,13 @@ class Workshop:
         self.host = host
         self.told: list[tuple[str, str, str]] = []
         self.store = ImageStore(host.root / "images", settings)
-        self.pushed: list[tuple[str, str]] = []
-        self.builder = Builder(self.store, settings, host, find_runtime().path, self.tell, self.push)
+        self.outside = Outside(self.store, Puller(self.store, settings))
+        self.builder = Builder(self.store, settings, host, self.tell, self.outside)
 
-    def push(self, image: Image, name: str) -> None:
-        self.pushed.append((image.digest, name))
+    @property
+    def buildah(self) -> Buildah:
+        """Who builds for the app `shop`."""
+        return self.builder.buildah("shop")
 
     def tell(self, kind: str, subject: str, message: str, **_: object) -> None:
         self.told.append((kind, subject, message))
@@ -176,7 +184,7 @@ def test_an_image_is_built_from_another_of_the_tree_that_comes_first(workshop: W
     told = [subject for _, subject, message in workshop.told if message.startswith("built in")]
     assert told == ["image tools/base", "image shop/mine", "image shop/web"]
 
-    workshop.builder.buildah.wipe()  # what the cache has lost is taken from the store, and not built again
+    workshop.buildah.wipe()  # what the cache has lost is taken from the store, and not built again
     changed = workshop.build({**files, "web/new": ""})
     assert content(changed, "/once") == content(base, "/once")
     assert len(workshop.steps("tools/base")) == 4
@@ -244,17 +252,8 @@ def test_nothing_is_built_where_too_little_is_free(site: Host) -> None:
     assert workshop.told == []
 
 
-def test_a_runtime_that_refuses_is_named_with_its_reason(workshop: Workshop) -> None:
-    runtime = workshop.host.root / "moody"
-    runtime.write_text("#!/bin/sh\necho no cgroup today >&2\nexit 1\n")
-    runtime.chmod(0o755)
-    workshop.builder.buildah.runtime = runtime
-    with pytest.raises(WrongState, match=r"RUN .*: exit status 1: moody: no cgroup today"):
-        workshop.build(shop(BUSYBOX))
-
-
 def test_an_image_that_no_registry_has_is_told_by_its_name(workshop: Workshop, registry: Registry) -> None:
-    named = rf"^build 'images.shop/web': FROM {registry.address}/nothing:1: .*404.* \(all of it is in /"
+    named = rf"^build 'images.shop/web': FROM {registry.address}/nothing:1: .*404"
     with pytest.raises(HoldfastError, match=named) as caught:
         workshop.build(shop(f"FROM {registry.address}/nothing:1\n"))
     assert caught.value.retry
@@ -286,11 +285,11 @@ def test_an_ignorefile_leaves_out_what_buildah_itself_leaves_out(
     for path, text in files.items():
         (tmp_path / "web" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "web" / path).write_text(text)
-    with workshop.builder.buildah.alone():
+    with workshop.buildah.alone():
         iid = tmp_path / "iid"
-        shutil.copytree(tmp_path / "web", workshop.builder.buildah.work / "web")
-        workshop.builder.buildah.build(["--iidfile", str(iid), str(workshop.builder.buildah.work / "web")], print)
-        layer = workshop.builder.buildah.storage / "overlay"
+        shutil.copytree(tmp_path / "web", workshop.buildah.work / "web")
+        workshop.buildah.build(["--iidfile", str(iid), str(workshop.buildah.work / "web")], print)
+        layer = workshop.buildah.storage / "overlay"
         theirs = {str(p.relative_to(top)) for top in layer.glob("*/diff/all") for p in top.rglob("*") if p.is_file()}
     image = workshop.build({"shop.toml": STATE, **{f"web/{path}": text for path, text in files.items()}})
     top = image.layers[-1] / "all"
@@ -301,7 +300,6 @@ def test_what_is_pushed_is_in_the_registry_by_every_tag(
     workshop: Workshop, registry: Registry, new_puller: Callable[..., Puller]
 ) -> None:
     tags = f'tags = ["{registry.address}/shop/web:1", "{registry.address}/shop/web:2"]\npush = true\n'
-    workshop.builder.push = Puller(workshop.store, ImageSettings()).push
     files = shop(BUSYBOX + "RUN echo x > /x\n", STATE.replace("[containers", f"{tags}[containers"))
     image = workshop.build(files)
     puller = new_puller()
@@ -315,7 +313,6 @@ def test_what_is_pushed_is_in_the_registry_by_every_tag(
 
 def test_a_push_that_fails_is_tried_again_and_nothing_is_built_for_it(workshop: Workshop, registry: Registry) -> None:
     tags = f'tags = ["{registry.address}/web:1"]\npush = true\n'
-    workshop.builder.push = Puller(workshop.store, ImageSettings()).push
     files = shop(BUSYBOX, STATE.replace("[containers", f"{tags}[containers"))
     registry.stop()
     with pytest.raises(TryAgain, match=r"^push '127"):
@@ -345,19 +342,17 @@ def test_an_image_for_several_platforms_is_pushed_as_one_index(workshop: Worksho
 def test_the_cache_goes_with_the_last_image_that_was_built(workshop: Workshop) -> None:
     image = workshop.build(shop(BUSYBOX))
     workshop.builder.sweep()
-    assert workshop.builder.buildah.names()
+    assert workshop.buildah.names()
     workshop.store.remove(image.digest)
     workshop.builder.sweep()
-    assert not workshop.builder.buildah.storage.exists()
+    assert not workshop.buildah.storage.exists()
 
 
-def test_a_cache_that_grew_too_large_goes_and_the_next_build_starts_afresh(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(buildah, "CACHE_LIMIT", 1000)
+def test_a_cache_that_grew_too_large_goes_and_the_next_build_starts_afresh(workshop: Workshop) -> None:
+    workshop.builder.builds = BuildSettings(cache=1000)
     dockerfile = BUSYBOX + "RUN cat /proc/sys/kernel/random/uuid > /once\nCOPY a /a\n"
     before = workshop.build(shop(dockerfile, a="1"))
-    assert workshop.builder.buildah.size() == 0
+    assert workshop.buildah.size() == 0
     after = workshop.build(shop(dockerfile, a="2"))
     assert content(before, "/once") != content(after, "/once")
 
@@ -365,7 +360,7 @@ def test_a_cache_that_grew_too_large_goes_and_the_next_build_starts_afresh(
 def test_what_lies_in_the_cache_after_a_crash_of_the_host_is_not_trusted(workshop: Workshop) -> None:
     dockerfile = BUSYBOX + "RUN cat /proc/sys/kernel/random/uuid > /once\nCOPY a /a\n"
     before = workshop.build(shop(dockerfile, a="1"))
-    (workshop.host.root / "builds/open").write_text("another boot")
+    (workshop.host.root / "builds/apps/shop/open").write_text("another boot")
     after = workshop.build(shop(dockerfile, a="2"))
     assert content(before, "/once") != content(after, "/once")
 
@@ -481,3 +476,218 @@ def test_a_container_runs_what_is_built_on_a_real_debian(agent: LiveAgent) -> No
         "4755",
     ]
     assert agent.exec("shop/web", "id", "--user", "--name") == "shop\n"
+
+
+def behind_the_fence(workshop: Workshop, script: str, **options: Any) -> str:
+    """What a shell says that broke out of its step: it is where buildah itself is."""
+    with workshop.buildah.alone():
+        return "\n".join(workshop.buildah._run(["sh", "-c", f"exec 2>&1; {script}; true"], **options))
+
+
+def test_what_breaks_out_of_a_step_finds_nothing_of_the_host(workshop: Workshop, tmp_path: Path) -> None:
+    secret = workshop.host.root / "secret"
+    secret.write_text("host-secret")
+    tmp_path.joinpath("open").write_text("for anyone")
+    said = behind_the_fence(
+        workshop,
+        f"cat {secret} {tmp_path}/open /etc/shadow /etc/hostname; ls -d /home /var/lib /sys/fs/cgroup/*; "
+        "for each in /proc/[0-9]*; do echo process; done; mount -t cgroup -o memory none /mnt; "
+        "mknod /tmp/disk b 254 0; unshare --user true; echo x > /usr/bin/x; mount -o remount,rw /usr; "
+        "umount /usr; ls /dev; cat /proc/self/uid_map; dmesg | head -1; nsenter -t 1 -a true && echo entered",
+    )
+    assert "host-secret" not in said
+    assert "for anyone" not in said
+    assert "root:" not in said
+    assert said.count("process") < 8, "its own processes alone"
+    listed = {line for line in said.splitlines() if re.fullmatch(r"\w+", line)} - {"process", "entered"}
+    links = {"fd", "ptmx", "stderr", "stdin", "stdout"}
+    assert listed <= links | {
+        "fd",
+        "full",
+        "null",
+        "ptmx",
+        "pts",
+        "random",
+        "shm",
+        "stderr",
+        "stdin",
+        "stdout",
+        "tty",
+        "urandom",
+        "zero",
+    }
+    for refused in ("mknod: /tmp/disk", "unshare failed", "cannot create /usr/bin/x", "umount: /usr"):
+        assert refused in said
+    assert str(fence.FIRST_ID) in said
+    assert not Path("/usr/bin/x").exists()
+
+
+def test_root_behind_the_fence_is_nobody_who_owns_anything(workshop: Workshop) -> None:
+    with workshop.buildah.alone():
+        made = workshop.buildah.work / "made"
+        workshop.buildah._run(["sh", "-c", f"touch {made}"])
+        assert made.lstat().st_uid == fence.FIRST_ID
+
+
+@pytest.mark.parametrize("planted", ["storage/overlay-images", "storage/overlay-images/images.json"])
+def test_links_that_a_build_leaves_in_its_storage_are_not_followed(workshop: Workshop, planted: str) -> None:
+    elsewhere = workshop.host.root / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "images.json").write_text('[{"id": "x", "names": ["stolen"]}]')
+    target = elsewhere if planted.endswith("images") else elsewhere / "images.json"
+    link = workshop.buildah.folder / planted
+    link.parent.mkdir(parents=True)
+    link.symlink_to(target)
+    assert workshop.buildah.names() == {}
+
+
+def test_what_is_no_file_is_not_read_out_of_a_build(workshop: Workshop, tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/x").symlink_to("/etc/shadow")
+    with pytest.raises(WrongState, match=r"'x' is neither a file nor a folder"):
+        check_plain(tmp_path)
+
+
+def test_a_link_of_a_stage_is_mounted_by_no_build(workshop: Workshop) -> None:
+    """CVE-2024-1753, as a buildah without its repair would do it: it reaches the fence, and nothing of the host."""
+    secret = workshop.host.root / "secret"
+    secret.mkdir()
+    (secret / "key").write_text("host-secret")
+    steal = f"RUN --mount=type=bind,from=stage,source=/link,target=/p,rw cat /p{secret}/key; "
+    steal += f"echo x > /p{secret}/new; true\n"
+    files = shop(BUSYBOX + "FROM tools AS stage\nRUN ln -s / /link\nFROM tools\n" + steal)
+    if not is_safe(buildah_version(Path(shutil.which("buildah") or ""))):
+        with pytest.raises(WrongState, match=r"line \d+: RUN --mount: source '/link' in 'stage': .*CVE-2024-1753"):
+            workshop.build(files)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hazards, "is_safe", lambda version: True)
+        with suppress(WrongState):
+            workshop.build(files)
+    assert not (secret / "new").exists()
+    log = workshop.host.root / "builds/logs/shop/web.log"
+    assert "STEP" in log.read_text()
+    assert "host-secret" not in log.read_text()
+
+
+def test_the_id_of_a_cache_leads_nowhere_else(workshop: Workshop) -> None:
+    """CVE-2024-9675."""
+    step = "RUN --mount=type=cache,target=/c,id=../../../../../../escape echo x > /c/x\n"
+    with pytest.raises(WrongState, match=r"line 4: RUN --mount: id '\.\./.*' leads out of its place"):
+        workshop.build(shop(BUSYBOX + step))
+    image = workshop.build(shop(BUSYBOX + step.replace("../", "") + "RUN echo done > /done\n"))
+    assert content(image, "/done") == "done\n"
+
+
+def test_no_argument_of_a_build_is_in_a_command_line(workshop: Workshop) -> None:
+    state = STATE.replace("[containers", 'args = { TOKEN = "s3cret-of-build" }\n[containers')
+    step = 'RUN echo begun; [ "$TOKEN" = s3cret-of-build ] && sleep 1000\n'
+    with ThreadPoolExecutor(1) as pool:
+        building = pool.submit(workshop.build, shop(BUSYBOX + "ARG TOKEN\n" + step, state))
+        wait_until(lambda: any("begun" in message for *_, message in workshop.told), "the step runs")
+        seen = [line for line in command_lines() if b"s3cret-of-build\0" in line or b"=s3cret-of-build" in line]
+        workshop.builder.close()
+        with pytest.raises(TryAgain):
+            building.result(20)
+    assert seen == []
+
+
+def command_lines() -> Iterator[bytes]:
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            yield entry.read_bytes()
+
+
+VARIED = BUSYBOX + (
+    "RUN cat /proc/sys/kernel/random/uuid > /once\nARG X=none\nENV SHOWN=$X\nLABEL told=$X\nWORKDIR /w-$X\n"
+    "COPY a /to-$X\nUSER $X\nEXPOSE 80\n"
+)
+
+
+def test_a_changed_argument_never_gives_what_was_made_with_another(workshop: Workshop) -> None:
+    def made(value: str, dockerfile: str = VARIED) -> tuple[Image, tuple[str, ...]]:
+        args = f'args = {{ X = "{value}" }}\n[containers'
+        image = workshop.build(shop(dockerfile, STATE.replace("[containers", args) if value else STATE, a="1"))
+        config = image.config
+        shown = next(each for each in config["Env"] if each.startswith("SHOWN="))
+        return image, (shown, config["Labels"]["told"], config["WorkingDir"], config["User"])
+
+    once = set()
+    for value in ("one", "two", "one"):
+        image, said = made(value)
+        assert said == (f"SHOWN={value}", value, f"/w-{value}", value)
+        assert content(image, f"/to-{value}") == "1"
+        once.add(content(image, "/once"))
+    assert len(once) == 1, "what no argument changes comes from the cache"
+    for default in ("red", "blue"):
+        assert made("", VARIED.replace("X=none", f"X={default}"))[1][0] == f"SHOWN={default}"
+
+
+def test_an_image_that_several_apps_use_at_once_is_pushed_once(workshop: Workshop, registry: Registry) -> None:
+    tags = f'tags = ["{registry.address}/web:1"]\npush = true\n'
+    files = shop(BUSYBOX, STATE.replace("[containers", f"{tags}[containers"))
+    with ThreadPoolExecutor(4) as pool:
+        images = list(pool.map(lambda _: workshop.build(files).digest, range(4)))
+    assert len(set(images)) == 1
+    assert len([each for each in registry.requests("manifests/1$") if each.method == "PUT"]) == 1
+
+
+def test_what_an_app_builds_waits_for_no_other_app(workshop: Workshop) -> None:
+    other = {"other.toml": '[images.quick]\ncontext = "./quick"\n[containers.c]\nimage = "images.quick"\n'}
+    files = {**other, "quick/Dockerfile": "FROM scratch\nCOPY Dockerfile /\n"}
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(workshop.build, shop(BUSYBOX + "RUN echo begun; sleep 1000\n"))
+        wait_until(lambda: any("begun" in message for *_, message in workshop.told), "the step runs")
+        workshop.build(files, "other/quick")
+        assert not slow.done()
+        assert [each["image"] for each in workshop.builder.look()] == ["images.shop/web"]
+        workshop.builder.close()
+        with pytest.raises(TryAgain):
+            slow.result(20)
+
+
+def test_a_build_is_held_to_its_limits_and_says_which_it_ran_into(agent: LiveAgent) -> None:
+    agent.configure(more='[builds]\nmemory = "256MiB"\npids = 64\n')
+    agent.restart()
+    swell = "RUN tail /dev/zero\n"
+    commit(agent, shop(BUSYBOX + swell))
+    agent.sync()
+    agent.wait(lambda: bool(failures(agent)), "the build fails", 120)
+    assert "more than the 256 MiB of memory that a build may use" in failures(agent)[0]
+    bomb = "RUN f() { f & f; }; i=0; while [ $i -lt 200 ]; do i=$((i+1)); sleep 100 & done; wait\n"
+    commit(agent, {"web/Dockerfile": BUSYBOX + bomb})
+    agent.sync()
+    agent.wait(lambda: len(failures(agent)) > 1, "the build fails", 120)
+    assert "more than the 64 processes of a build" in failures(agent)[1]
+    commit(agent, {"web/Dockerfile": DOCKERFILE, "web/serve": SERVE})
+    agent.converge(120)
+
+
+def test_a_build_has_a_network_of_its_own_that_leads_out(agent: LiveAgent, tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("from far away\n")
+    octet = agent.host.pool.split(".")[1]
+    with ExitStack() as stack:
+        island = make_island(stack, f"i{agent.host.name}", f"10.{octet}.255.1", f"10.{octet}.255.2")
+        serve = ("ip", "netns", "exec", island.namespace, "busybox", "httpd", "-f", "-p", "80", "-h", str(tmp_path))
+        server = subprocess.Popen(serve)
+        stack.callback(server.wait)
+        stack.callback(server.kill)
+        with socket.create_server(("127.0.0.1", 0)) as own:
+            port = own.getsockname()[1]
+            steps = f"RUN ip link > /links; wget -O /page http://{island.address}/index.html\n"
+            steps += f"RUN ! nc -w 1 127.0.0.1 {port} </dev/null\n"
+            commit(agent, shop(BUSYBOX + steps + "COPY serve /serve\nCMD /serve\n", serve=SERVE + "", version="x"))
+            agent.converge(120)
+    assert agent.exec("shop/web", "cat", "/page") == "from far away\n"
+    links = agent.exec("shop/web", "cat", "/links")
+    assert "eth0" in links
+    assert f"{agent.host.name}-" not in links
+    assert not list(Path("/sys/fs/cgroup").glob(f"**/{agent.host.name}-build"))
+
+
+def test_what_may_not_be_built_is_not_built(agent: LiveAgent) -> None:
+    agent.configure(more='[policy]\nforbid = ["builds"]\n')
+    agent.restart()
+    commit(agent, shop(BUSYBOX))
+    agent.sync()
+    agent.wait(lambda: "forbidden by the rule 'builds'" in str(agent.status()), "it is told")
+    assert not agent.host.root.joinpath("builds/logs").exists()

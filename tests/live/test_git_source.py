@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
+from base64 import b64encode
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from holdfast.drivers import Host
+from holdfast.errors import TryAgain
+from holdfast.source.git import GitSource
 from live.agent import LiveAgent
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]  # a busy machine takes its time
@@ -176,3 +184,43 @@ def test_a_link_that_is_flipped_to_another_release_arrives(
     fresh.replace(link)
     agent.wait_until(lambda now: bool(now["converged"]) and set(now["apps"]) == {"a", "b"})
     assert agent.pid("a/web") == pid
+
+
+class Guarded(SimpleHTTPRequestHandler):
+    """A repository for whoever has the password, and the command lines of this host while it is asked."""
+
+    lines: ClassVar[list[bytes]] = []
+
+    def do_GET(self) -> None:
+        if self.headers.get("Authorization") != f"Basic {b64encode(b'user:s3cret of git').decode()}":
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", 'Basic realm="here"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):
+                self.lines.append(entry.read_bytes())
+        super().do_GET()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_the_password_of_a_repository_is_in_no_command_line(remote: Remote, site: Host) -> None:
+    tip = remote.commit("Open the shop", shop="[volumes.data]\n")
+    remote.git("update-server-info")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Guarded, directory=str(remote.place / ".git"))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://user:s3cret%20of%20git@127.0.0.1:{server.server_port}/"
+        source = GitSource(url, site.root)
+        source.refresh()
+        assert source.current().id == tip
+        wrong = GitSource(url.replace("user", "nobody"), site.root)
+        with pytest.raises(TryAgain) as caught:
+            wrong.refresh()
+        server.shutdown()
+    assert any(b"git" in line for line in Guarded.lines)
+    assert not [line for line in Guarded.lines if b"s3cret" in line]
+    assert "s3cret" not in str(caught.value)
+    assert not [path for path in site.root.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]

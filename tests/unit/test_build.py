@@ -1,9 +1,10 @@
-"""What a build is made of on disk, by which name it is known, how loud it may be, and what its fence lets go of."""
+"""What a build is made of on disk, by which name it is known, how loud it may be, and what is refused."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -17,8 +18,10 @@ from holdfast.errors import NotFound, TryAgain, UnfitHost, WrongState
 from holdfast.images import build as rooms
 from holdfast.images.build import Builder, Log, built_name, check_platforms, failed, lay_out
 from holdfast.images.buildah import Failed
-from holdfast.images.fence import detached
+from holdfast.images.hazards import check_mounts, is_safe, parse_version
 from holdfast.images.image import architecture
+from holdfast.images.outside import Outside
+from holdfast.images.pull import Puller
 from holdfast.images.references import parse
 from holdfast.images.store import ImageStore
 from holdfast.runtime import binaries
@@ -126,14 +129,41 @@ def test_the_log_of_the_build_before_is_kept(log: Log, told: list[str]) -> None:
     assert (log.path.read_text(), log.path.with_name("web.log.1").read_text()) == ("second\n", "first\n")
 
 
-def test_a_fence_lets_go_of_every_mount_that_its_program_does_not_need() -> None:
-    points = [
-        "/", "/proc", "/sys", "/sys/fs/cgroup", "/dev/shm", "/var", "/var/lib/other", "/srv", "/srv/data",
-        "/srv/database", "/etc/resolv.conf", "/run", "/run/holdfast/instances/a/rootfs", "/usr",
-    ]  # fmt: skip
-    assert detached(points, ["/srv/data/builds", "/var/lib", "/run/holdfast/builds"]) == [
-        "/run/holdfast/instances/a/rootfs", "/srv/database", "/var/lib/other",
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("mount", "wrong"),
+    [
+        ("type=cache,target=/c,id=npm", ""),
+        ("type=bind,from=stage,target=/p", ""),
+        ("type=bind,source=src,target=/p", ""),
+        ("type=cache,target=/c,id=../../x", "id '../../x' leads out of its place"),
+        ("type=bind,source=../x,target=/p", "source '../x' leads out of its place"),
+        ("type=bind,from=stage,target=/p,bind-propagation=shared", "bind-propagation reaches out"),
+        ("type=bind,from=stage,source=/link,target=/p", "source '/link' in 'stage': buildah 1.28.2 follows links"),
+        ("type=cache,from=stage,src=/link,target=/p", "source '/link' in 'stage': buildah 1.28.2 follows links"),
+    ],
+)
+def test_a_mount_that_leads_out_of_a_build_is_refused_with_its_line(mount: str, wrong: str) -> None:
+    text = f"FROM a AS stage\nRUN ln -s / /link\nFROM a\nRUN \\\n  --mount={mount} \\\n  true\n"
+    if not wrong:
+        check_mounts(text, (1, 28, 2))
+        return
+    with pytest.raises(WrongState, match=re.escape(f"line 4: RUN --mount: {wrong}")):
+        check_mounts(text, (1, 28, 2))
+
+
+@pytest.mark.parametrize(
+    ("said", "safe"),
+    [
+        ("buildah version 1.28.2 (image-spec 1.1.0-rc2, runtime-spec 1.0.2-dev)", False),
+        ("buildah version 1.33.7", False),
+        ("buildah version 1.33.12 (image-spec 1.1.0)", True),
+        ("buildah version 1.38.0", False),
+        ("buildah version 1.39.3 (image-spec 1.1.0, runtime-spec 1.2.0)", True),
+        ("who knows", False),
+    ],
+)
+def test_a_buildah_is_trusted_by_its_version(said: str, safe: bool) -> None:
+    assert is_safe(parse_version(said)) == safe
 
 
 R = "127.0.0.1:5941"
@@ -317,8 +347,9 @@ def test_what_buildah_says_becomes_one_line(steps: list[str], errors: list[str],
 
 def test_nothing_is_built_where_too_little_is_free(tmp_path: Path) -> None:
     settings, host = ImageSettings(min_free=1 << 62), Host("t", tmp_path / "root", tmp_path / "run")
-    builder = Builder(ImageStore(tmp_path / "images"), settings, host, Path("/runc"), print, print)
-    builder.buildah.folder.mkdir(parents=True)
+    store = ImageStore(tmp_path / "images")
+    builder = Builder(store, settings, host, print, Outside(store, Puller(store, settings)))
+    builder.buildah("shop").folder.mkdir(parents=True)
     with pytest.raises(
         UnfitHost, match=r"^build 'images.shop/web': not enough space .* MiB free.* system prune"
     ) as caught:

@@ -189,13 +189,23 @@ def test_a_reading_that_is_kept_still_sees_a_changed_context() -> None:
 def test_a_node_that_forbids_the_hosts_network_forbids_it_to_builds() -> None:
     facts = NodeFacts("n", vars=NODE.vars, forbid=frozenset({"host-network"}))
     files = {path: text.encode() for path, text in FILES.items()}
+    assert not load(files, facts).problems, "they have a network of their own"
+    files["shop.toml"] = SHOP.replace("[containers", 'network = "host"\n[containers').encode()
     (problem,) = load(files, facts).problems
     assert str(problem) == (
-        "shop.toml:2: images.web.network: host is forbidden by the rule 'host-network' in [policy] forbid of "
-        'agent.toml (expected network = "none")'
+        "shop.toml:8: images.web.network: host is forbidden by the rule 'host-network' in [policy] forbid of "
+        "agent.toml"
     )
     files["shop.toml"] = SHOP.replace("[containers", 'network = "none"\n[containers').encode()
     assert not load(files, facts).problems
+
+
+def test_a_node_that_forbids_builds_loads_no_app_that_has_one() -> None:
+    facts = NodeFacts("n", vars=NODE.vars, forbid=frozenset({"builds"}))
+    files = {path: text.encode() for path, text in FILES.items()}
+    spec = load({**files, "plain.toml": b"[volumes.data]\n"}, facts)
+    assert list(spec.apps) == ["plain"]
+    assert "images.web: building is forbidden by the rule 'builds'" in str(spec.problems[0])
 
 
 # Each as moby's patternmatcher has it; tests/live/test_build.py holds the same against a real build.

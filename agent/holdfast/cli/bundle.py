@@ -156,15 +156,18 @@ def builder_in(stack: ExitStack, config: Config) -> Builder:
     """What builds images that state files define, in the agent's place or in a scratch one; it ends with stack."""
     from holdfast.drivers import Host
     from holdfast.images.build import Builder
+    from holdfast.images.outside import Outside
+    from holdfast.images.pull import Puller
     from holdfast.images.store import ImageStore
-    from holdfast.runtime.binaries import find_runtime
 
     def told(_: str, subject: str, message: str, **__: object) -> None:
         click.echo(f"{subject}: {message}", err=True)
 
     host = Host(config.name, config.root, config.run_root, config.pool)
     store = ImageStore(config.root / "images", config.images)
-    builder = Builder(store, config.images, host, find_runtime(config.runtime).path, told, lambda *_: None)
+    puller = Puller(store, config.images)
+    stack.callback(puller.close)
+    builder = Builder(store, config.images, host, told, Outside(store, puller), config.builds)
     stack.callback(builder.close)
     return builder
 

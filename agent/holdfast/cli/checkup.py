@@ -23,6 +23,7 @@ CGROUP = Path("/sys/fs/cgroup")
 FILE_SYSTEMS = Path("/proc/filesystems")
 MODULES = Path("/lib/modules")
 NEEDED_KERNEL = (5, 3)  # pidfd_open(2)
+FENCE_KERNEL = (5, 12)  # mount_setattr(2), and overlayfs in a user namespace
 LITTLE_SPACE = 1 << 30
 FEW_WATCHES = 8192
 CONTROLLERS = ("cpu", "memory", "pids", "cpuset", "blkio")
@@ -46,6 +47,7 @@ def checkup(config: Config | None) -> Iterator[Check]:
     yield from cgroups()
     yield runtime(config.runtime if config else "auto")
     yield from programs()
+    yield from builds()
     yield seccomp()
     yield from confinement()
     yield overlay()
@@ -94,10 +96,14 @@ def name(config: Config | None) -> Check:
 
 def kernel() -> Check:
     release = platform.release()
-    numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit())
-    if numbers < NEEDED_KERNEL:
+    if numbers(release) < NEEDED_KERNEL:
         return Check("kernel", "bad", release, "5.3 or newer is needed (pidfd_open)")
     return Check("kernel", "ok", release)
+
+
+def numbers(release: str) -> tuple[int, ...]:
+    """The first two numbers of a kernel's release."""
+    return tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit())
 
 
 def cgroups() -> Iterator[Check]:
@@ -154,6 +160,29 @@ def programs() -> Iterator[Check]:
         yield Check("init", "ok", str(init))
     else:
         yield Check("init", "warn", "neither catatonit nor tini (for init = true)", "apt-get install catatonit")
+
+
+def builds() -> Iterator[Check]:
+    """Whether the fence of builds can stand here, and what this buildah is not trusted with."""
+    from holdfast.images.hazards import KNOWN, SAFE, buildah_version, is_safe
+
+    path = binaries.find_program("buildah")
+    if path is None:
+        return
+    if numbers(platform.release()) < FENCE_KERNEL:
+        yield Check("builds", "warn", platform.release(), "Linux 5.12 or newer is needed for [images.*]")
+    elif read("/proc/sys/user/max_user_namespaces") == "0":
+        yield Check("builds", "warn", "no user namespaces", "sysctl user.max_user_namespaces=1000, for [images.*]")
+    elif is_safe(version := buildah_version(path)):
+        yield Check("builds", "ok", "each in a root, a user namespace and a cgroup of its own")
+    else:
+        told = ".".join(map(str, version)) if version else "of unknown version"
+        yield Check(
+            "builds",
+            "warn",
+            f"buildah {told}: {KNOWN}; the host is out of reach, but RUN --mount with `from` and `source` is refused",
+            f"buildah {'.'.join(map(str, SAFE))} or newer, if Dockerfiles need that",
+        )
 
 
 def program(name: str, without: Literal["warn", "bad"], package: str, told: str = "") -> Check:

@@ -1,8 +1,9 @@
 """`[images.*]` of a state tree → images in the store, by buildah.
 
-The context is laid out, built with a storage of buildah's own (its layers are the cache of later builds), and what
-comes of it is taken into the store under a name that holds the build's key: where that is known, nothing is built.
-Called by `node` while it stages; the programs are run by `buildah`.
+What an image starts from is fetched into our own store first, by the rules of all images. The context is laid out,
+built with a storage of buildah's own (its layers are the cache of the app's later builds), and what comes of it is
+taken into the store under a name that holds the build's key: where that is known, nothing is built. Called by `node`
+while it stages; the programs are run by `buildah`.
 
 ROOT/builds/logs/APP/NAME.log holds all that the last build of an image said, NAME.log.1 the one before. Events of
 kind `build` and subject `image APP/NAME` say the steps, and of their output as much as a person reads.
@@ -13,30 +14,38 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from holdfast.config import ImageSettings
-from holdfast.drivers import Host
-from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, WrongCall, WrongState
-from holdfast.images.buildah import STEP, Buildah, Failed, on_loopback
+from holdfast.config import BuildSettings, ImageSettings
+from holdfast.drivers import Host, remove_tree
+from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, WrongState
+from holdfast.images.buildah import STEP, Buildah, Failed, find, give, read_plain
 from holdfast.images.faults import explain, failure, message_of
+from holdfast.images.hazards import buildah_version, check_mounts
 from holdfast.images.image import Image, architecture, whole_history
+from holdfast.images.outside import Outside
+from holdfast.images.references import to_digest
 from holdfast.images.store import ImageStore
 from holdfast.images.unpack import Expected
 from holdfast.images.write import write_layout
 from holdfast.observed import Json
-from holdfast.spec.dockerfile import images_in
+from holdfast.spec.dockerfile import images_in, keyed
 from holdfast.spec.model import Build
 
 RETRY = 60.0  # seconds; a build that failed is not tried again before, unless something else is committed
 MTIME = 315532800  # 1980-01-01: of all that is copied from a context; older ones trouble zip and make
-NOISE = re.compile(rf"Error: |error running container: from \S+ (?!creating)|: exit status|time=|--> |{STEP.pattern}")
+NOISE = re.compile(
+    r"Error: |error running container: from \S+ (?!creating)|: exit status|time=|--> |subprocess exited with |"
+    + STEP.pattern
+)
 UNSTARTED = re.compile(r"error running container: from (\S+) creating container for \[.*?\]: (.*)")
 DUMPED = re.compile(r"step \{Env:\[.*? Original:(.*?)\}")  # buildah prints the whole of its own value
 UNKNOWN = re.compile(r'.*Unknown instruction: "(.*?)" &imagebuilder\.Step\{.*\}')
@@ -55,49 +64,54 @@ NATIVE = {"amd64": ("386",), "arm64": ("arm",)}  # what a kernel runs besides it
 BINFMT = Path("/proc/sys/fs/binfmt_misc")
 QEMU = {"386": "i386", "amd64": "x86_64", "arm64": "aarch64", "loong64": "loongarch64"}
 
+DEFAULTS = BuildSettings()
+OLD_PLACES = ("storage", "work")  # of all apps together, in older versions
 Images = Mapping[str, Build]
 Blobs = Mapping[str, bytes]
 
 
 class Builder:
-    """Builds the images of one agent, one at a time. Safe for several threads."""
+    """Builds the images of one agent, one at a time for each app. Safe for several threads."""
 
     def __init__(
         self,
         store: ImageStore,
         settings: ImageSettings,
         host: Host,
-        runtime: Path,
         told: Callable[..., None],
-        push: Callable[[Image, str], object],
+        outside: Outside,
+        builds: BuildSettings = DEFAULTS,
     ) -> None:
-        """runtime: crun's or runc's path, for RUN steps. told: called as told(kind, subject, message). push: called
-        with an image and a name, `Puller.push`."""
-        self.store, self.told, self.push = store, told, push
-        self.buildah = Buildah(settings, host, runtime)
+        """told: called as told(kind, subject, message). outside: what builds may have of the rest of the agent."""
+        self.store, self.told, self.host, self.settings, self.builds = store, told, host, settings, builds
+        self.outside = outside
         self.logs = host.root / "builds/logs"
-        self._now: Json | None = None
+        self.caches = host.root / "builds/apps"
+        self._lock = threading.Lock()
+        self._buildahs: dict[str, Buildah] = {}
+        self._pushing: dict[str, threading.Lock] = {}
+        self._now: dict[str, Json] = {}
+        self._closed = False
 
     def look(self) -> list[Json]:
-        """What is being built: {"image" (`images.APP/NAME`), "step", "began" (epoch seconds)}; one at the most."""
-        now = self._now
-        return [now] if now else []
+        """What is being built: {"image" (`images.APP/NAME`), "step", "began" (epoch seconds)} of each."""
+        return [self._now[name] for name in sorted(self._now)]
 
-    @property
-    def settings(self) -> ImageSettings:
-        """agent.toml's [images]."""
-        return self.buildah.settings
-
-    @settings.setter
-    def settings(self, settings: ImageSettings) -> None:
-        self.buildah.settings = settings
+    def buildah(self, app: str) -> Buildah:
+        """Who builds for an app."""
+        with self._lock:
+            if app not in self._buildahs:
+                self._buildahs[app] = Buildah(self.host, app, self.outside)
+                if self._closed:
+                    self._buildahs[app].close()
+            return self._buildahs[app]
 
     def build(self, name: str, images: Images, blobs: Blobs) -> Image:
         """The image of a qualified name of App.images: built if it is not here, and pushed where it says so.
 
         Before it, what it is built from. What came in a bundle was built, and is to be pushed, elsewhere. blobs:
-        Spec.blobs. Blocks while another is built. Raises WrongState (the build failed: the last line that says why),
-        UnfitHost (no buildah, no emulator), TryAgain.
+        Spec.blobs. Blocks while another of its app is built. Raises WrongState (the build failed: the last line that
+        says why), UnfitHost (no buildah, no emulator), TryAgain.
         """
         build = images[name]
         image = self.find(name, build)
@@ -105,13 +119,12 @@ class Builder:
         if image is not None and known is not None and known.source == "bundle":
             return self._named(image, build)
         check_platforms(name, build)
-        if image is None:
-            with self._failing(name), self.store.keep(), self.buildah.alone():
-                image = self.find(name, build) or self._build(name, images, blobs)  # somebody else's, by now
-                self.buildah.prune(self._is_known)
-        image = self._named(image, build)
+        image = self._named(image or self._made(name, images, blobs), build)
         if build.push:
-            self._push(name, images, blobs, image)
+            with self._lock:
+                turn = self._pushing.setdefault(name, threading.Lock())
+            with turn:  # of several apps that use it, the first pushes it
+                self._push(name, images, blobs, image)
         return image
 
     def find(self, name: str, build: Build) -> Image | None:
@@ -121,45 +134,107 @@ class Builder:
         return None
 
     def sweep(self) -> None:
-        """Clear away what a killed agent's build left, and the cache once no built image is left. When it starts."""
-        self.buildah.sweep()
-        if self.buildah.storage.exists() and not any(name.startswith(PREFIX) for name in self.store.names()):
-            with suppress(HoldfastError), self.buildah.alone():
-                self.buildah.wipe()
+        """Clear away what a killed agent's build left, and the caches of apps that have no built image any more.
+
+        When the agent starts.
+        """
+        self.outside.sweep()
+        for name in OLD_PLACES:
+            with suppress(FileNotFoundError):
+                remove_tree(self.host.root / "builds" / name)
+        for name in ("lock", "open"):
+            (self.host.root / "builds" / name).unlink(missing_ok=True)
+        for app in self.apps():
+            buildah = self.buildah(app)
+            buildah.sweep()
+            if not any(name.startswith(f"{PREFIX}{_component(app)}/") for name in self.store.names()):
+                self.wipe(app)
+
+    def apps(self) -> list[str]:
+        """The apps that have a cache."""
+        with suppress(FileNotFoundError):
+            return sorted(each.name for each in self.caches.iterdir() if each.is_dir())
+        return []
+
+    def wipe(self, app: str) -> bool:
+        """Take the cache of an app away; False where one of its images is being built."""
+        buildah = self.buildah(app)
+        try:
+            with buildah._mine, buildah._locked(wait=False) as alone:
+                if alone:
+                    remove_tree(buildah.folder)
+                return alone
+        except FileNotFoundError:
+            return True
 
     def close(self) -> None:
         """Kill what is being built; who waits for it gets TryAgain."""
-        self.buildah.close()
+        with self._lock:
+            self._closed = True
+            for buildah in self._buildahs.values():
+                buildah.close()
 
-    def _build(self, name: str, images: Images, blobs: Blobs) -> Image:
-        """Build an image while we are alone, and first what it is built from."""
+    def _made(self, name: str, images: Images, blobs: Blobs) -> Image:
+        """Build an image, and first what it is built from, each with its app's buildah: no two locks are held."""
         build = images[name]
+        ours = {
+            base: self.find(base, images[base]) or self._made(base, images, blobs) for base in build.bases.values()
+        }
+        with self._failing(name):
+            if (program := find("buildah")) is not None:
+                check_mounts(_dockerfile(build, blobs), buildah_version(program))
+            bases = self._bases(name, build, blobs, ours)
+            with self.buildah(name.partition("/")[0]).alone():
+                return self.find(name, build) or self._build(name, images, blobs, bases)
+
+    def _bases(self, name: str, build: Build, blobs: Blobs, ours: Mapping[str, Image]) -> dict[str, Base]:
+        """What an image starts from, in our store: as it is written → where it is for buildah, and what."""
+        found: dict[str, Base] = {}
+        for written, base in build.bases.items():
+            found[written] = Base(stored_name(ours[base]), ours[base])
+        for use in images_in(_dockerfile(build, blobs), build.args):
+            if use.name not in build.bases and use.name not in found:
+                try:
+                    image = self.outside.image(use.name, build.pull)
+                except HoldfastError as error:
+                    error.args = (f"build 'images.{name}': {use.word} {use.written}: {_cause(str(error))}",)
+                    raise
+                found[use.name] = found[use.written] = Base(stored_name(image), image)
+        return found
+
+    def _build(self, name: str, images: Images, blobs: Blobs, bases: Bases) -> Image:
+        """Build an image while we are alone."""
+        build, buildah = images[name], self._of(name)
         self._check_room(name)
-        for base in sorted(set(build.bases.values())):
-            image = self.find(base, images[base]) or self._build(base, images, blobs)
-            self._take_in(image, built_name(base, images[base]))
+        for base in {each.name: each for each in bases.values()}.values():
+            self._take_in(buildah, base)
         subject, began = f"image {name}", time.monotonic()
-        with self._shown(name), Log(self.logs / f"{name}.log", partial(self._tell, subject)) as log:
+        with self._shown(name), Log(self.logs / f"{name}.log", partial(self._tell, name)) as log:
             self.told("build", subject, f"building from {build.context or '.'} ({build.dockerfile})")
-            with self._failing(name, _dockerfile(build, blobs)), self._scratch() as folder:
-                id = self._make(folder, name, images, blobs, log.hear)
-                image = self._take(folder, id, built_name(name, build))
+            with self._failing(name, _dockerfile(build, blobs)), self._scratch(buildah) as folder:
+                id = self._make(folder, name, images, blobs, log.hear, bases)
+                with self.store.keep():
+                    image = self._take(buildah, folder, id, built_name(name, build))
             seconds = time.monotonic() - began
             self.told("build", subject, f"built in {seconds:.1f} s: {image.digest}", digest=image.digest)
+        buildah.prune(self._is_known, self.builds.cache // max(len(self.apps()), 1))
         return image
+
+    def _of(self, name: str) -> Buildah:
+        return self.buildah(name.partition("/")[0])
 
     @contextmanager
     def _shown(self, name: str) -> Iterator[None]:
-        self._now = {"image": f"images.{name}", "step": "", "began": time.time()}
+        self._now[name] = {"image": f"images.{name}", "step": "", "began": time.time()}
         try:
             yield
         finally:
-            self._now = None
+            del self._now[name]
 
-    def _tell(self, subject: str, line: str) -> None:
-        if STEP.match(line) and self._now:
-            self._now = {**self._now, "step": line}
-        self.told("build", subject, line)
+    def _tell(self, name: str, line: str) -> None:
+        if STEP.match(line) and name in self._now:
+            self._now[name] = {**self._now[name], "step": line}
+        self.told("build", f"image {name}", line)
 
     def _make(
         self,
@@ -168,6 +243,7 @@ class Builder:
         images: Images,
         blobs: Blobs,
         hear: Callable[[str], None],
+        bases: Bases,
         platform: str = "",
     ) -> str:
         """Have buildah build it; the id of the image in its storage. platform: "" is this node's."""
@@ -178,76 +254,60 @@ class Builder:
             lay_out(build, blobs, folder)
         except KeyError as error:
             raise TryAgain(f"build 'images.{name}': its context is of an older commit (commit once more)") from error
-        words = ["--network", build.network, "--file", str(folder / "Dockerfile")]
+        (folder / "Dockerfile").write_text(keyed(_dockerfile(build, blobs), build.args))
+        give(folder)
+        words = ["--file", str(folder / "Dockerfile"), "--pull=false"]
         words += ["--ignorefile", os.devnull, "--iidfile", str(folder / "id"), "--tag", tag]
         words += ["--platform", platform or own] if platform or own else []
         words += ["--layers=false"] if platform else []  # buildah takes another platform's layers for its own
-        words += [_PULL["never" if self.settings.offline else build.pull]]
-        words += ["--no-cache"] if build.no_cache else []
+        triggers = any(base.image is not None and base.image.config.get("OnBuild") for base in bases.values())
+        words += ["--no-cache"] if build.no_cache or (triggers and build.args) else []
         words += ["--target", build.target] if build.target else []
-        words += ["--tls-verify=false"] if _starts_on_loopback(build, blobs) else []
-        for option, values in (("--build-arg", build.args), ("--label", build.labels)):
-            words += [word for key, value in values.items() for word in (option, f"{key}={value}")]
-        bases = {written: built_name(base, images[base]) for written, base in build.bases.items()}
-        bases |= {} if platform else self._stored(build, blobs)
-        words += [f"--build-context={written}=container-image://{base}" for written, base in bases.items()]
-        names: dict[str, str] = {}  # as buildah is given them → as they are written
-        for use in images_in(_dockerfile(build, blobs), build.args):
-            if use.name in bases:
-                names.setdefault(bases[use.name], use.name)
+        words += [word for key, value in build.labels.items() for word in ("--label", f"{key}={value}")]
+        words += [f"--build-context={written}=container-image://{base.name}" for written, base in bases.items()]
+        names = {base.name: written for written, base in reversed(list(bases.items()))}
         pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
         def plain(line: str) -> str:
             return pattern.sub(lambda name: names[name[0]], line)
 
         try:
-            self.buildah.build([*words, str(folder / "context")], lambda line: hear(plain(line)))
+            words.append(str(folder / "context"))
+            self._of(name).build(words, build.args, build.network, lambda line: hear(plain(line)))
         except Failed as error:
             error.output, error.errors = [[plain(line) for line in said] for said in (error.output, error.errors)]
             raise
-        return (folder / "id").read_text().strip().removeprefix("sha256:")
+        return read_plain(folder, "id").decode().strip().removeprefix("sha256:")
 
-    def _stored(self, build: Build, blobs: Blobs) -> dict[str, str]:
-        """What it starts from that our own store has, imported say: as written → name in buildah's storage."""
-        found: dict[str, str] = {}
-        if build.pull in ("always", "newer") and not self.settings.offline:
-            return found
-        for use in images_in(blobs[build.instructions].decode(), build.args):
-            with suppress(NotFound, WrongCall):
-                if use.name not in build.bases:
-                    image = self.store.resolve(use.name)
-                    found[use.name] = found[use.written] = f"{STORED}{image.digest.removeprefix('sha256:')}"
-                    self._take_in(image, found[use.name])
-        return found
-
-    def _take_in(self, image: Image, name: str) -> None:
-        """Have an image of our store in buildah's by this name, while we are alone."""
-        if name not in self.buildah.names():
-            with self._scratch() as folder:
-                write_layout(self.store, image, folder / "layout")
+    def _take_in(self, buildah: Buildah, base: Base) -> None:
+        """Have an image of our store in buildah's, while we are alone."""
+        if base.image is not None and base.name not in buildah.names():
+            with self._scratch(buildah) as folder:
+                with self.store.keep():
+                    write_layout(self.store, base.image, folder / "layout")
                 complete_history(folder / "layout")
-                self.buildah.take_in(folder / "layout", name)
+                buildah.take_in(folder / "layout", base.name)
 
-    def _take(self, folder: Path, id: str, name: str) -> Image:
+    def _take(self, buildah: Buildah, folder: Path, id: str, name: str) -> Image:
         """Copy an image from buildah's storage into ours; of its layers, those that are not here yet."""
         layout = folder / "layout"
         blobs = layout / "blobs/sha256"
         blobs.mkdir(parents=True)
-        for diff_id in self.buildah.config(id)["rootfs"]["diff_ids"]:
+        for diff_id in buildah.config(id)["rootfs"]["diff_ids"]:
             if self.store.has_layer(diff_id):  # a file of holes stands for it: skopeo takes it for the layer
-                with (blobs / diff_id.removeprefix("sha256:")).open("wb") as file:
-                    file.truncate(self.store.layers.facts(diff_id).size)
-        self.buildah.take_out(id, layout)
+                with (blobs / to_digest(diff_id).removeprefix("sha256:")).open("wb") as holes:
+                    holes.truncate(self.store.layers.facts(diff_id).size)
+        buildah.take_out(id, layout)
 
         def read(digest: str) -> bytes:
-            return (blobs / digest.removeprefix("sha256:")).read_bytes()
+            return (blobs / to_digest(digest).removeprefix("sha256:")).read_bytes()
 
         manifest = read(json.loads((layout / "index.json").read_bytes())["manifests"][0]["digest"])
         document = json.loads(manifest)
         config = read(document["config"]["digest"])
         for layer, diff_id in zip(document["layers"], json.loads(config)["rootfs"]["diff_ids"], strict=True):
             if not self.store.has_layer(diff_id):
-                with (blobs / layer["digest"].removeprefix("sha256:")).open("rb") as file:
+                with (blobs / to_digest(layer["digest"]).removeprefix("sha256:")).open("rb") as file:
                     self.store.add_layer(file.fileno(), Expected(diff_id, layer["digest"], layer["size"]))
         return self.store.add_image(manifest, config, [name], source="build")
 
@@ -272,45 +332,65 @@ class Builder:
         left = [tag for tag in build.tags if done.get(tag) != mark]
         others = [platform for platform in build.platforms if platform not in ours(build.platforms)]
         if left and others:
-            with self._failing(name), self.store.keep(), self.buildah.alone():
+            with self._failing(name), self._of(name).alone():
                 self._push_index(name, images, blobs, others, left)
         for tag in left:
             if not others:
-                self.push(image, tag)
+                self.outside.push(image, tag)
             done[tag] = mark
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(json.dumps({each: done[each] for each in build.tags if each in done}))
 
     def _push_index(self, name: str, images: Images, blobs: Blobs, others: list[str], tags: list[str]) -> None:
         """Build for the other platforms, and push all as one index, while we are alone."""
-        build, own = images[name], built_name(name, images[name])
-        index, subject = f"{own}-index", f"image {name}"
-        self._take_in(self.store.resolve(own), own)
+        build, own, buildah = images[name], built_name(name, images[name]), self._of(name)
+        subject = f"image {name}"
+        self._take_in(buildah, Base(own, self.store.resolve(own)))
         with Log(self.logs / f"{name}.log", lambda line: self.told("build", subject, line)) as log:
-            ids = [self.buildah.names()[own]]
+            ids = [buildah.names()[own]]
             for platform in others:
-                built = self.buildah.names().get(_tag_for(own, platform))
+                built = buildah.names().get(_tag_for(own, platform))
                 if built is None:
                     self._check_room(name)
                     self.told("build", subject, f"building for {platform}")
-                    with self._scratch() as folder:
-                        built = self._make(folder, name, images, blobs, log.hear, platform)
+                    bases = self._bases_for(buildah, build, blobs, platform)
+                    with self._scratch(buildah) as folder:
+                        built = self._make(folder, name, images, blobs, log.hear, bases, platform)
                 ids.append(built)
-            if index in self.buildah.names():
-                self.buildah.run("manifest", "rm", index)
-            self.buildah.run("manifest", "create", index, *ids)
-            for tag in tags:
-                self.buildah.send(index, tag, log.hear)
-                self.told("pushed", tag, f"{own} is there for {', '.join(build.platforms)}")
+            with self._scratch(buildah) as folder:
+                buildah.take_index(f"{own}-index", ids, folder / "index")
+                for tag in tags:
+                    self.outside.push_index(folder / "index", tag)
+                    self.told("pushed", tag, f"{own} is there for {', '.join(build.platforms)}")
+
+    def _bases_for(self, buildah: Buildah, build: Build, blobs: Blobs, platform: str) -> dict[str, Base]:
+        """What the image starts from for another platform, in buildah's storage; stages of --platform=$BUILDPLATFORM
+        start from this node's own."""
+        found: dict[str, Base] = {}
+        for use in images_in(_dockerfile(build, blobs), build.args):
+            if use.name in found:
+                continue
+            if use.platform == "$BUILDPLATFORM":
+                image = self.outside.image(use.name, build.pull)
+                found[use.name] = found[use.written] = base = Base(stored_name(image), image)
+                self._take_in(buildah, base)
+                continue
+            base = Base(f"{STORED}{sha256(f'{use.name} {platform}'.encode()).hexdigest()}")
+            with self._scratch(buildah) as folder:
+                self.outside.image_for(use.name, platform, folder / "layout")
+                buildah.take_in(folder / "layout", base.name, "image")
+            found[use.name] = found[use.written] = base
+        return found
 
     def _check_room(self, name: str) -> None:
         """Raise UnfitHost where less is free than is to stay free."""
-        system = os.statvfs(self.buildah.folder)
+        place = self._of(name).folder
+        system = os.statvfs(place)
         free, least = system.f_bavail * system.f_frsize, self.settings.min_free
         if free < least:
             raise failure(
                 UnfitHost,
-                f"build 'images.{name}': not enough space in {str(self.buildah.folder)!r}: {free >> 20} MiB free, "
+                f"build 'images.{name}': not enough space in {str(place)!r}: {free >> 20} MiB free, "
                 f"and {least >> 20} MiB are to stay free (min_free in [images] of agent.toml; 'holdfast system "
                 "prune' makes room)",
                 RETRY,
@@ -340,16 +420,34 @@ class Builder:
         return not name.startswith(PREFIX) or name[:end] in self.store.names()
 
     @contextmanager
-    def _scratch(self) -> Iterator[Path]:
+    def _scratch(self, buildah: Buildah) -> Iterator[Path]:
         """A folder for one step; all of `work` goes when we are alone no more."""
-        folder = self.buildah.work / str(time.monotonic_ns())
+        folder = buildah.work / str(time.monotonic_ns())
         folder.mkdir()
         yield folder
 
 
+@dataclass(frozen=True, slots=True)
+class Base:
+    """An image that another starts from. name: in buildah's storage. image: in our store; None: it is not there."""
+
+    name: str
+    image: Image | None = None
+
+
+Bases = Mapping[str, Base]
 PREFIX = "localhost/images/"
 STORED = "localhost/stored:"  # in buildah's storage: and the digest of what our store has
-_PULL = {"missing": "--pull=false", "newer": "--pull=ifnewer", "always": "--pull-always", "never": "--pull-never"}
+
+
+def stored_name(image: Image) -> str:
+    """How buildah's storage calls an image of our store."""
+    return f"{STORED}{image.digest.removeprefix('sha256:')}"
+
+
+def _cause(message: str) -> str:
+    """An error of a pull without the words that say of which."""
+    return re.sub(r"^pull '[^']*': ", "", message)
 
 
 def failed(name: str, error: Failed, log: Path, dockerfile: str = "") -> HoldfastError:
@@ -363,7 +461,10 @@ def failed(name: str, error: Failed, log: Path, dockerfile: str = "") -> Holdfas
     step = STEP.sub("", error.output[begun]) if begun >= 0 else ""
     kind: type[HoldfastError] = WrongState
     wait, what, cause = RETRY, "", reason
-    if found := _in_step(reason, step):
+    found = None if error.exceeded else _in_step(reason, step)
+    if error.exceeded:
+        what, cause, reason = step, error.exceeded, ""
+    elif found:
         what, cause = found
         if unknown := UNKNOWN.fullmatch(cause):
             what, cause = step or what, f"unknown instruction '{unknown[1]}'"
@@ -438,12 +539,12 @@ def _shortened(instruction: str) -> str:
 
 def built_name(name: str, build: Build) -> str:
     """The full name by which the store knows what was built: localhost/images/APP/NAME:KEY."""
+    return f"{PREFIX}{'/'.join(map(_component, name.split('/')))}:{build.key[:16]}"
 
-    def component(text: str) -> str:
-        """Nearest to text that a reference may hold: the key tells apart what this makes alike."""
-        return re.sub(r"[._-]{2,}", "-", text).strip("._-")
 
-    return f"{PREFIX}{'/'.join(map(component, name.split('/')))}:{build.key[:16]}"
+def _component(text: str) -> str:
+    """Nearest to text that a reference may hold: the key tells apart what this makes alike."""
+    return re.sub(r"[._-]{2,}", "-", text).strip("._-")
 
 
 def _tag_for(name: str, platform: str) -> str:
@@ -524,13 +625,6 @@ def complete_history(layout: Path) -> None:
         write(config, manifest["config"])
         write(manifest, index["manifests"][0])
         (layout / "index.json").write_text(json.dumps(index))
-
-
-def _starts_on_loopback(build: Build, blobs: Blobs) -> bool:
-    """Whether it starts from nothing but registries on this host, which may be without TLS."""
-    uses = images_in(blobs[build.instructions].decode(), build.args)
-    names = [use.name for use in uses if use.name not in build.bases]
-    return bool(names) and all(map(on_loopback, names))
 
 
 class Log:

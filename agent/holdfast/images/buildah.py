@@ -1,17 +1,19 @@
-"""Runs buildah (1.28 and newer) on a storage of its own, behind a fence: none of it outlives a build, or the agent.
+"""Runs buildah (1.28 and newer) for one app, on a storage of its own, behind a fence: none of it outlives a build.
 
-    ROOT/builds/storage/         buildah's images and layers, kept from build to build: the layer cache
-    ROOT/builds/work/            what one build needs; empty between builds
-    ROOT/builds/lock             held by whoever builds, and by every process that this started
-    ROOT/builds/open             there while the storage is written to, and after a crash; holds the boot's id
-    RUN_ROOT/builds/             buildah's and the OCI runtime's state; gone between builds
+    ROOT/builds/apps/APP/storage/    buildah's images and layers, kept from build to build: the layer cache
+    ROOT/builds/apps/APP/work/       what one build needs; empty between builds
+    ROOT/builds/apps/APP/lock        held by whoever builds, and by every process that this started
+    ROOT/builds/apps/APP/open        there while the storage is written to, and after a crash; holds the boot's id
+    RUN_ROOT/builds/APP/             buildah's own state; gone between builds
 
-`build` calls it. One build at a time: the storage is small enough to be looked through, and a node has other work.
+`build` calls it. One build of an app at a time, and no app's builds can reach another's cache. What is in these
+folders may have been written by a build that broke out of its step: it is read without following links.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -19,69 +21,92 @@ import re
 import selectors
 import shutil
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
-from holdfast.config import ImageSettings
 from holdfast.drivers import Host, remove_tree
-from holdfast.errors import TryAgain, UnfitHost
+from holdfast.errors import TryAgain, UnfitHost, WrongState
 from holdfast.images import fence
+from holdfast.images.outside import Cage, Outside
 
-CACHE_LIMIT = 10 << 30  # bytes of the storage; above it, what no image of the store is named after goes
 QUIET = 3600.0  # seconds without a word after which a build is given up
 KEPT_LINES = 20_000  # of what a program says, for who asked; the longest answer is an image's configuration
 LONGEST_LINE = 64 << 10  # bytes; more of one line is cut
+LARGEST_INDEX = 64 << 20  # bytes of a file of buildah's that we read ourselves
 CLEANING = 10.0  # seconds that a killed build is given to be gone
+SETTING_UP = 30.0  # seconds that a fence may take until its program starts
 STEP = re.compile(r"(\[\d+/\d+\] )?STEP \d+(/\d+)?: ?")  # what buildah says before it begins an instruction
-POLICY = b'{"default": [{"type": "insecureAcceptAnything"}]}'  # for what never leaves this node
+POLICY = '{"default": [{"type": "insecureAcceptAnything"}]}'  # what gets behind the fence has been checked before
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "all_proxy")  # of the agent's, handed to steps
+FILES = {
+    "/etc/passwd": "root:x:0:0:root:/root:/bin/sh\n",
+    "/etc/group": "root:x:0:\n",
+    "/etc/hosts": "127.0.0.1 localhost\n::1 localhost\n",
+    "/etc/containers/policy.json": POLICY,
+    "/etc/containers/registries.conf": "",
+}
+
+Network = Literal["default", "host", "none"]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Failed(Exception):
     """A program ended with another status than 0. output, errors: the last lines of what it said, where; errors of
-    a build are those of its last step."""
+    a build are those of its last step. exceeded: the limit that it ran into, "" for none."""
 
-    def __init__(self, status: int, output: Sequence[str], errors: Sequence[str]) -> None:
+    def __init__(self, status: int, output: Sequence[str], errors: Sequence[str], exceeded: str = "") -> None:
         super().__init__(f"exit status {status}")
-        self.output, self.errors = output, errors
+        self.output, self.errors, self.exceeded = output, errors, exceeded
 
 
 class Buildah:
-    """buildah of one agent. runtime: crun's or runc's path."""
+    """buildah of one app."""
 
-    def __init__(self, settings: ImageSettings, host: Host, runtime: Path) -> None:
-        self.settings, self.host, self.runtime = settings, host, runtime
-        self.folder, self.run_folder = host.root / "builds", host.run_root / "builds"
+    def __init__(self, host: Host, app: str, outside: Outside) -> None:
+        self.app, self.outside = app, outside
+        self.folder, self.run_folder = host.root / "builds/apps" / app, host.run_root / "builds" / app
         self.storage, self.work = self.folder / "storage", self.folder / "work"
+        self._id = f"build-{sha256(app.encode()).hexdigest()[:8]}"
         self._mine, self._lock_file = threading.Lock(), -1
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Build while the block runs: nobody else does. What a killed build left is cleared away before."""
+    def alone(self, *, wait: bool = True) -> Iterator[bool]:
+        """Build while the block runs: nobody else does. What a killed build left is cleared away before.
+
+        wait: else yield False where somebody is building.
+        """
         for program in ("buildah", "skopeo"):
             if find(program) is None:
                 raise UnfitHost(f"run '{program}': no such program (expected the package {program}, for [images.*])")
-        with self._mine, self._locked(wait=True):
-            self._clear()
-            self.work.mkdir(parents=True)
-            self.run_folder.mkdir(parents=True, exist_ok=True)
-            _write_synced(self._open, _boot())
-            try:
-                yield
-                if self.storage.exists():
-                    _sync(self.storage)
-                self._open.unlink()
-            finally:
-                self._clear_run()
+        if not self._mine.acquire(blocking=wait):
+            yield False
+            return
+        try:
+            with self._locked(wait=wait) as held:
+                if held:
+                    self._open()
+                    try:
+                        yield True
+                        self._shut()
+                    finally:
+                        self._clear_run()
+                else:
+                    yield False
+        finally:
+            self._mine.release()
 
     def sweep(self) -> None:
         """Clear away what a killed agent's build left; what is being built is left alone. Blocks for a moment."""
@@ -98,35 +123,42 @@ class Buildah:
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)  # the fence kills all that is behind it, and waits for the end
 
-    def run(self, *words: str, hear: Callable[[str], None] = lambda line: None) -> list[str]:
-        """Run a command of buildah's; the last lines of its output. hear: called with every line. Raises Failed."""
-        common = [*self._place, "--storage-driver", "overlay"]
-        if self.settings.registries_conf:
-            common += ["--registries-conf", str(self.settings.registries_conf)]
-        return self._run(["buildah", *common, *words], hear)
+    def run(self, *words: str) -> list[str]:
+        """Run a command of buildah's; the last lines of its output. Raises Failed."""
+        return self._run(["buildah", *self._place, *words])
 
-    def build(self, words: Sequence[str], hear: Callable[[str], None]) -> None:
-        """Run `buildah build` with these arguments. Raises Failed."""
-        runtime = ["--runtime", str(self.runtime), "--runtime-flag", f"root={self.run_folder}/runtime"]
-        policy = ["--signature-policy", str(self.settings.policy)] if self.settings.policy else []
-        authfile = ["--authfile", str(self.settings.authfile)] if self.settings.authfile else []
-        fixed = ["--layers", "--force-rm", "--format", "oci", "--isolation", "oci", "--cgroup-parent", self.cgroup]
-        self.run("build", *fixed, *runtime, *policy, *authfile, *words, hear=hear)
+    def build(
+        self, words: Sequence[str], args: Mapping[str, str], network: Network, hear: Callable[[str], None]
+    ) -> None:
+        """Run `buildah build` with these words. args: build arguments. Raises Failed.
 
-    def take_in(self, layout: Path, name: str) -> None:
-        """Bring an image of an OCI layout (tag `latest`) into the storage, by this name. Raises Failed."""
-        self._copy(f"oci:{layout}:latest", f"{self._transport}{name}")
+        buildah takes the values of arguments from its environment, where no other user of the host can read them.
+        The fence is what separates steps from the host: within it, they run in a chroot, without a runtime.
+        """
+        fixed = ["--layers", "--force-rm", "--format", "oci", "--isolation", "chroot", "--network", "host"]
+        given = [word for name in args for word in ("--build-arg", name)]
+        self._run(["buildah", *self._place, "build", *fixed, *given, *words], hear, args, network)
+
+    def take_in(self, layout: Path, name: str, tag: str = "latest") -> None:
+        """Bring an image of an OCI layout below `work` into the storage, by this name. Raises Failed."""
+        give(layout)
+        self._copy(f"oci:{layout}:{tag}", f"{self._transport}{name}")
 
     def take_out(self, image: str, layout: Path) -> None:
         """Copy an image (its id) from the storage into an OCI layout, its layers plain; blobs that are there stay."""
+        give(layout)
         self._copy("--dest-oci-accept-uncompressed-layers", f"{self._transport}@{image}", f"oci:{layout}:latest")
+        check_plain(layout)
 
-    def send(self, index: str, tag: str, hear: Callable[[str], None]) -> None:
-        """Push an index of the storage, with all images in it, to a registry. Raises Failed."""
-        words = ["--authfile", str(self.settings.authfile)] if self.settings.authfile else []
-        words += ["--tls-verify=false"] if on_loopback(tag) else []
-        policy = ["--signature-policy", str(self._lenient())]
-        self.run("manifest", "push", "--quiet", "--all", *policy, *words, index, f"docker://{tag}", hear=hear)
+    def take_index(self, index: str, images: Sequence[str], layout: Path) -> None:
+        """Write these images (ids) as one index, called so meanwhile, to a new OCI layout. Raises Failed."""
+        layout.mkdir()
+        give(layout)
+        if index in self.names():
+            self.run("manifest", "rm", index)
+        self.run("manifest", "create", index, *images)
+        self.run("manifest", "push", "--quiet", "--all", index, f"oci:{layout}:latest")
+        check_plain(layout)
 
     def config(self, image: str) -> Any:
         """The OCI configuration of an image of the storage (name or id). Raises Failed."""
@@ -141,16 +173,16 @@ class Buildah:
         """Bytes of all layers in the storage."""
         return sum(layer.get("diff-size", 0) for layer in self._read("overlay-layers/layers.json"))
 
-    def prune(self, keep: Callable[[str], bool]) -> None:
-        """Forget names that keep is not true of; where the storage is too large even so, forget what has no name, and
-        at last everything."""
+    def prune(self, keep: Callable[[str], bool], limit: int) -> None:
+        """Forget names that keep is not true of; where the storage is larger than limit (bytes) even so, forget what
+        has no name, and at last everything."""
         doomed = [name for name in self.names() if not keep(name)]
         with suppress(Failed):
             if doomed:
                 self.run("rmi", *doomed)
-            if self.size() > CACHE_LIMIT:
+            if self.size() > limit:
                 self.run("rmi", "--prune")
-        if self.size() > CACHE_LIMIT:
+        if self.size() > limit:
             self.wipe()
 
     def wipe(self) -> None:
@@ -158,7 +190,7 @@ class Buildah:
         _remove(self.storage)
 
     def _copy(self, *words: str) -> None:
-        self._run(["skopeo", "--policy", str(self._lenient()), "copy", "--quiet", *words], lambda line: None)
+        self._run(["skopeo", "copy", "--quiet", *words])
 
     @property
     def _transport(self) -> str:
@@ -166,35 +198,25 @@ class Buildah:
         return f"containers-storage:[overlay@{self.storage}+{self.run_folder}/storage]"
 
     @property
-    def cgroup(self) -> str:
-        """Where RUN steps live, relative to each hierarchy's root."""
-        return f"{self.host.cgroup}-build"
-
-    @property
     def _place(self) -> list[str]:
-        return ["--root", str(self.storage), "--runroot", f"{self.run_folder}/storage"]
+        return ["--root", str(self.storage), "--runroot", f"{self.run_folder}/storage", "--storage-driver", "overlay"]
 
     @property
-    def _open(self) -> Path:
+    def _mark(self) -> Path:
         return self.folder / "open"
 
     def _read(self, path: str) -> list[Any]:
         try:
-            found: list[Any] = json.loads((self.storage / path).read_bytes())
-        except (FileNotFoundError, ValueError):
+            found: list[Any] = json.loads(read_plain(self.storage, path))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return []
         return found
-
-    def _lenient(self) -> Path:
-        path = self.work / "policy.json"
-        path.write_bytes(POLICY)
-        return path
 
     @contextmanager
     def _locked(self, *, wait: bool) -> Iterator[bool]:
         """Hold the lock of all processes that build; a killed agent's are gone once it can be had."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.folder.chmod(0o700)
+        self.folder.parent.parent.chmod(0o700)
         self._lock_file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         deadline = time.monotonic() + CLEANING
         try:
@@ -203,7 +225,7 @@ class Buildah:
                     fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    if time.monotonic() > deadline:
+                    if time.monotonic() > deadline or not wait:
                         if not wait:
                             yield False
                             return
@@ -214,92 +236,181 @@ class Buildah:
             os.close(self._lock_file)
             self._lock_file = -1
 
-    def _clear(self) -> None:
-        """Clear away what a killed build left. After a crash of the host, half of the storage may be missing."""
+    def _open(self) -> None:
+        """Make ready. After a crash of the host half of the storage may be missing, after one of the agent a
+        container may be left in it; a storage of an older version belongs to another user."""
         self._clear_run()
-        try:
-            boot = self._open.read_bytes()
-        except FileNotFoundError:
-            return
-        if boot != _boot():
+        if self.storage.exists() and self.storage.lstat().st_uid != fence.FIRST_ID:
             self.wipe()
-            return
-        self.work.mkdir()
-        self.run_folder.mkdir(parents=True)
-        try:
-            self.run("rm", "--all")
-        except Failed:
-            self.wipe()
-        self._clear_run()
+        for folder in (self.storage, self.work, self.run_folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            give(folder)
+        with suppress(FileNotFoundError):
+            if self._mark.read_bytes() != _boot():
+                self._empty()
+            else:
+                try:
+                    self.run("rm", "--all")
+                except Failed:
+                    self._empty()
+        _write_synced(self._mark, _boot())
+
+    def _empty(self) -> None:
+        self.wipe()
+        self.storage.mkdir()
+        give(self.storage)
+
+    def _shut(self) -> None:
+        if self.storage.exists():
+            _sync(self.storage)
+        self._mark.unlink()
 
     def _clear_run(self) -> None:
         _remove(self.work)
         _remove(self.run_folder)
-        hierarchies = Path("/sys/fs/cgroup")
-        for top in (hierarchies / self.cgroup[1:], *hierarchies.glob(f"*{self.cgroup}")):
-            for folder, _, _ in os.walk(top, topdown=False):
-                with suppress(OSError):
-                    Path(folder).rmdir()
+        with suppress(OSError):
+            self.run_folder.parent.rmdir()
 
-    def _run(self, command: Sequence[str], hear: Callable[[str], None]) -> list[str]:
+    def _run(
+        self,
+        command: Sequence[str],
+        hear: Callable[[str], None] = lambda line: None,
+        args: Mapping[str, str] | None = None,
+        network: Network = "none",
+    ) -> list[str]:
         """Run a program behind the fence; its last lines. Raises Failed, TryAgain (silent for too long, closed)."""
         if self._closed:
             raise TryAgain(f"run '{command[0]}': the agent is stopping")
-        program = str(find(command[0]) or command[0])
-        kept = [str(self.folder), str(self.run_folder), *map(str, filter(None, (self._files_of_settings())))]
-        start = [sys.executable, "-I", "-S", fence.__file__, str(os.getpid()), ":".join(kept)]
-        work = str(self.work)
-        process = subprocess.Popen(
-            [*start, program, *command[1:]],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**_environment(), "TMPDIR": work},
-            cwd=work,
-            start_new_session=True,
-            pass_fds=[self._lock_file],
-        )
-        self._process = process
+        joins = network == "default" and self.outside.own_network
+        own = network == "none" or joins
         output: list[str] = []
         errors: list[str] = []
-        try:
-            for line, is_error in _lines(process, QUIET):
-                hear(line)
-                kept_lines = errors if is_error else output
-                kept_lines.append(line)
-                del kept_lines[:-KEPT_LINES]
-                if not is_error and STEP.match(line):
-                    errors.clear()
-            status = process.wait()
-        finally:
-            self._process = None
-            _end(process)
+        with self.outside.cgroup(self._id) as cage, ExitStack() as stack:
+            process, control = self._start(self._plan(command, args or {}, cage, own=own))
+            self._process = process
+            stack.callback(control.close)
+            try:
+                if pid := _pid_of(control):
+                    if joins:
+                        stack.enter_context(self.outside.network(self._id, pid))
+                    with suppress(OSError):
+                        control.send(b"x")
+                for line, is_error in _lines(process, QUIET):
+                    hear(line)
+                    kept_lines = errors if is_error else output
+                    kept_lines.append(line)
+                    del kept_lines[:-KEPT_LINES]
+                    if not is_error and STEP.match(line):
+                        errors.clear()
+                status = process.wait()
+            finally:
+                self._process = None
+                _end(process)
+            exceeded = cage.exceeded() if status != 0 else ""
         if status != 0:
             if self._closed:
                 raise TryAgain(f"run '{command[0]}': the agent is stopping")
-            raise Failed(status, output, errors)
+            raise Failed(status, output, errors, exceeded)
         return output
 
-    def _files_of_settings(self) -> tuple[Path | None, ...]:
-        return self.settings.authfile, self.settings.registries_conf, self.settings.policy
+    def _plan(self, command: Sequence[str], args: Mapping[str, str], cage: Cage, *, own: bool) -> dict[str, Any]:
+        """What `fence` is told."""
+        program = find(command[0])
+        if program is None:
+            raise UnfitHost(f"run '{command[0]}': no such program (expected the package {command[0]})")
+        environment = {"HOME": "/root", "PATH": PATH, "TMPDIR": str(self.work), "LC_ALL": "C"}
+        environment |= {name: value for name, value in os.environ.items() if name.lower() in PROXIES}
+        return {
+            "program": [str(program), *command[1:]],
+            "environment": {**environment, **args, "_CONTAINERS_USERNS_CONFIGURED": "done"},
+            "directory": str(self.work),
+            "root": str(self.folder),
+            "writable": [str(folder) for folder in (self.storage, self.work, self.run_folder)],
+            "readable": [] if program.is_relative_to("/usr") else [str(program)],
+            "files": {**FILES, "/etc/resolv.conf": self.outside.resolv_conf()},
+            "cgroups": [str(folder) for folder in cage.folders],
+            "network": "own" if own else "host",
+        }
+
+    def _start(self, plan: Mapping[str, Any]) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """Start a fence; our end of its control socket."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        described = os.memfd_create("plan")
+        try:
+            os.write(described, json.dumps(plan).encode())
+            os.lseek(described, 0, os.SEEK_SET)
+            numbers = (os.getpid(), described, theirs.fileno())
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", fence.__file__, *map(str, numbers)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={"LC_ALL": "C"},
+                start_new_session=True,
+                pass_fds=[self._lock_file, described, theirs.fileno()],
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            os.close(described)
+            theirs.close()
+        return process, ours
 
 
-def on_loopback(name: str) -> bool:
-    """Whether an image's registry is on 127.0.0.0/8, and so may be without TLS, as Docker has it."""
-    return re.match(r"(127\.\d+\.\d+\.\d+|localhost)(:\d+)?/", name) is not None
+def _pid_of(control: socket.socket) -> int:
+    """The number of the process that waits in the fence's namespaces; 0 where there is none: the fence says why."""
+    control.settimeout(SETTING_UP)
+    with suppress(OSError):
+        return int(control.recv(32) or 0)
+    return 0
+
+
+def give(path: Path) -> None:
+    """Have a folder of ours, and those in it, belong to who is root behind the fence; files stay as they are."""
+    for top, folders, _ in os.walk(path):
+        os.chown(top, fence.FIRST_ID, fence.FIRST_ID, follow_symlinks=False)
+        folders[:] = [each for each in folders if not Path(top, each).is_symlink()]
+
+
+def check_plain(folder: Path) -> None:
+    """Raise WrongState for a folder with anything but folders and files in it. Nobody may write to it meanwhile."""
+    for top, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            mode = Path(top, name).lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise WrongState(
+                    f"read what was built: {name!r} is neither a file nor a folder (its storage is damaged)"
+                )
+
+
+def read_plain(folder: Path, path: str) -> bytes:
+    """Read a file below a folder, through no link. Raises OSError, ValueError (it is too large, or no file)."""
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        *folders, name = path.split("/")
+        for each in folders:
+            inner = os.open(each, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = inner
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with os.fdopen(os.open(name, flags, dir_fd=descriptor), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST_INDEX:
+                raise ValueError(f"{path!r} is no file that can be read")
+            return file.read(LARGEST_INDEX)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path!r} is a link") from error
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def find(program: str) -> Path | None:
     """Where a program is, whatever PATH the agent was started with."""
-    found = shutil.which(program, path=_environment()["PATH"])
+    found = shutil.which(program, path=os.pathsep.join(filter(None, (os.environ.get("PATH"), PATH))))
     return Path(found) if found else None
-
-
-def _environment() -> dict[str, str]:
-    stray = re.compile(r"(BUILDAH|STORAGE|CONTAINERS_STORAGE)_.*|_CONTAINERS_.*")
-    kept = {name: value for name, value in os.environ.items() if not stray.fullmatch(name)}
-    path = os.pathsep.join(filter(None, (kept.get("PATH"), "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin")))
-    return {"HOME": "/root", **kept, "PATH": path, "LC_ALL": "C"}
 
 
 def _lines(process: subprocess.Popen[bytes], quiet: float) -> Iterator[tuple[str, bool]]:

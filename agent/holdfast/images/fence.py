@@ -1,86 +1,238 @@
-"""Runs one program in namespaces of its own, so that its processes and mounts end with it, whatever happens.
+"""Runs one program in a root, a user namespace and a cgroup of its own: what breaks out of a build reaches nothing.
 
-    python -I -S fence.py PARENT_PID KEPT:KEPT:… PROGRAM [ARGUMENT …]
+    python -I -S fence.py PARENT_PID PLAN_FD CONTROL_FD
 
-A process of its own, without imports of ours: `build` starts it. When the one who started it dies, even by SIGKILL,
-the fence does too, and with it, by the kernel, everything inside: pid_namespaces(7), mount_namespaces(7), prctl(2).
-Of the host's mounts only those stay that lead to a KEPT path, or to what every program needs: a build that takes an
-hour must not hold a volume or a container's root that the host has let go of long since.
+A process of its own, without imports of ours: `buildah` starts it. PLAN_FD holds a JSON object, so that no argument
+of the program is in the command line of any process but the program's own:
+
+    program, environment, directory    what is run, where
+    root                               a folder to mount the new root on: none of writable, and in none of them
+    writable, readable                 paths of the host that are there, at the same place; nothing else of it is
+    files                              path → text of small files
+    cgroups                            folders of the cgroup to join, one for each hierarchy
+    network                            "own" (a network namespace of its own, with lo alone until somebody adds to it)
+                                       or "host"
+
+Inside, root is a user of the host who owns nothing (FIRST_ID), the program is the first process of its PID
+namespace, and no cgroup is mounted. When the one who started the fence dies, even by SIGKILL, the fence does too, and
+with it, by the kernel, everything inside: pid_namespaces(7), user_namespaces(7), mount_namespaces(7), prctl(2).
+
+On CONTROL_FD, a socket, it says the number of a process in the new namespaces, and waits for a byte before it goes
+on.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
+import json
 import os
-import re
-import select
 import signal
+import socket
+import struct
 import sys
-from collections.abc import Iterable
+from typing import Any
 
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWPID = 0x20000, 0x4000000, 0x8000000, 0x20000000
-MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x8, 0x4000, 0x40000
-MNT_DETACH, UMOUNT_NOFOLLOW = 0x2, 0x8
+FIRST_ID, IDS = 0x7800_0000, 0x0400_0000  # of the host: above what directories give out, below systemd's own ranges
+
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER = 0x20000, 0x4000000, 0x8000000, 0x10000000
+CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 0x1, 0x2, 0x4, 0x8, 0x1000, 0x4000, 0x40000
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 0x1, 0x2, 0x4
+AT_FDCWD, AT_RECURSIVE, OPEN_TREE_CLONE, MOVE_MOUNT_F_EMPTY_PATH = -100, 0x8000, 0x1, 0x4
+SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_MOUNT_SETATTR = 428, 429, 442  # alike on every architecture
+MNT_DETACH = 0x2
 PR_SET_PDEATHSIG = 1
+SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1
 
-# With all that is mounted below them: programs and their settings, single files of which may be mounts.
-SYSTEM = ("/proc", "/sys", "/dev", "/usr", "/etc", "/bin", "/sbin", "/lib", "/lib64", "/opt", "/nix/store")
-NEEDED = ("/var", "/root", "/run", "/tmp")
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+# What programs need of /etc: how libraries are found, and whose certificates are trusted.
+SETTINGS = ("/etc/ld.so.cache", "/etc/ssl/certs", "/etc/pki/tls/certs", "/etc/pki/ca-trust/extracted")
+DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+FOLDERS = ("/proc", "/sys", "/etc", "/dev/pts", "/dev/shm")
+OWN_FOLDERS = ("/tmp", "/var/tmp", "/run", "/root")
+LINKS = {
+    "ptmx": "pts/ptmx",
+    "fd": "/proc/self/fd",
+    "stdin": "/proc/self/fd/0",
+    "stdout": "/proc/self/fd/1",
+    "stderr": "/proc/self/fd/2",
+}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def main(parent: int, kept: list[str], command: list[str]) -> int:
-    """Run the command to its end; its exit status, 128 and the signal if it was killed."""
+class _Attributes(ctypes.Structure):
+    """struct mount_attr of mount_setattr(2)."""
+
+    _fields_ = (
+        ("attr_set", ctypes.c_uint64),
+        ("attr_clr", ctypes.c_uint64),
+        ("propagation", ctypes.c_uint64),
+        ("userns_fd", ctypes.c_uint64),
+    )
+
+
+def main(parent: int, plan: dict[str, Any], control: socket.socket) -> int:
+    """Run the program to its end; its exit status, 128 and the signal if it was killed."""
     _die_with_parent()
     if os.getppid() != parent:
         return 1  # it died before we asked to die with it
-    _check(_libc.unshare(CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS), "unshare")
-    _check(_libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None), "make the mounts private")
-    for point in detached(mount_points(), [*kept, *NEEDED]):
-        _libc.umount2(os.fsencode(point), MNT_DETACH | UMOUNT_NOFOLLOW)
-    inner, outer = os.pipe()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child = os.fork()
     if child == 0:
-        os.close(outer)
-        _run(inner, command)
-    os.close(inner)
+        ours.close()
+        control.close()
+        _separate(theirs, plan)
+    theirs.close()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: os.kill(child, signal.SIGKILL))
+    if ours.recv(1):
+        for name in ("uid_map", "gid_map"):
+            with open(f"/proc/{child}/{name}", "w") as file:  # noqa: PTH123 - as few imports as can be
+                file.write(f"0 {FIRST_ID} {IDS}\n")
+        control.send(str(child).encode())
+        if control.recv(1):
+            ours.send(b"x")
+    ours.close()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return status if status >= 0 else 128 - status
 
 
-def detached(points: Iterable[str], kept: Iterable[str]) -> list[str]:
-    """Which mount points to let go of, the last mounted first."""
-    steps = [path.rstrip("/") + "/" for path in (os.path.realpath(each) for each in kept)]
-
-    def needed(point: str) -> bool:
-        below_system = any(point == each or point.startswith(f"{each}/") for each in SYSTEM)
-        return below_system or any(path.startswith(point.rstrip("/") + "/") for path in steps)
-
-    return [point for point in reversed(list(points)) if not needed(point)]
-
-
-def mount_points() -> list[str]:
-    """Every mount point of this namespace, in the order of proc_pid_mountinfo(5)."""
-    with open("/proc/self/mountinfo", errors="surrogateescape") as file:  # noqa: PTH123 - as few imports as can be
-        words = (line.split(" ")[4] for line in file)
-        return [re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), word) for word in words]
-
-
-def _run(outer_is_alive: int, command: list[str]) -> None:
-    """Become the command, as the first process of the namespace: with it, all others end."""
+def _separate(control: socket.socket, plan: dict[str, Any]) -> None:
+    """Enter cgroup and namespaces, and wait for the end of the program, which is the first process of its own."""
     _die_with_parent()
-    if select.select([outer_is_alive], [], [], 0)[0]:
+    for folder in plan["cgroups"]:
+        with open(f"{folder}/cgroup.procs", "w") as file:  # noqa: PTH123
+            file.write("0")
+    _build_root(plan)
+    own = CLONE_NEWNET if plan["network"] == "own" else 0
+    namespaces = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS | own
+    _check(_libc.unshare(namespaces), "unshare its namespaces")
+    control.send(b"x")
+    if not control.recv(1):
         os._exit(1)
-    os.close(outer_is_alive)
-    _check(_libc.mount(b"proc", b"/proc", b"proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None), "mount /proc")
+    os.setgroups([])
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+    _die_with_parent()  # a change of user forgets it
+    inner, outer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(outer)
+        control.close()
+        _run(inner, plan)
+    os.close(inner)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os._exit(status if status >= 0 else 128 - status)
+
+
+def _run(parent_is_alive: int, plan: dict[str, Any]) -> None:
+    """Become the program, behind the fence."""
+    _die_with_parent()
+    os.set_blocking(parent_is_alive, False)
     try:
-        os.execvp(command[0], command)
+        os.read(parent_is_alive, 1)  # its end: nobody is there any more
+        os._exit(1)
+    except BlockingIOError:
+        os.close(parent_is_alive)
+    if plan["network"] == "own":
+        _raise_loopback()
+    _enter_root(plan)
+    with open("/proc/sys/user/max_user_namespaces", "w") as file:  # noqa: PTH123
+        file.write("0")  # a step is root of no further user namespace
+    os.chdir(plan["directory"])
+    program = plan["program"]
+    try:
+        os.execve(program[0], program, plan["environment"])
     except OSError as error:
-        print(f"Error: {command[0]}: {error.strerror}", file=sys.stderr, flush=True)
-    os._exit(127)
+        _fail(f"run '{program[0]}'", error.errno or 0, 127)
+
+
+def _build_root(plan: dict[str, Any]) -> None:
+    """Make a root that has what the program needs, and nothing else of the host; it becomes the current folder.
+
+    As the host's root: the user behind the fence could not even look up most of it. What is mounted here, it can
+    neither take off nor make writable (mount_namespaces(7), "Restrictions on mount namespaces").
+    """
+    _check(_libc.unshare(CLONE_NEWNS), "unshare the mounts")
+    _mount(None, "/", None, MS_REC | MS_PRIVATE)
+    root = plan["root"]
+    present = [*SYSTEM, *SETTINGS, *plan["readable"], *plan["writable"]]
+    links = {path: os.readlink(path) for path in present if os.path.islink(path)}  # noqa: PTH114, PTH115
+    held = {path: os.open(path, os.O_PATH) for path in present if path not in links and os.path.exists(path)}  # noqa: PTH110
+    held |= {f"/dev/{name}": os.open(f"/dev/{name}", os.O_PATH) for name in DEVICES}
+    _mount("tmpfs", root, "tmpfs", MS_NOSUID, "mode=755")
+    for path in (*FOLDERS, *OWN_FOLDERS):
+        os.makedirs(root + path, exist_ok=True)  # noqa: PTH103
+    for path in OWN_FOLDERS:
+        os.chown(root + path, FIRST_ID, FIRST_ID)
+    for path, target in (*links.items(), *((f"/dev/{name}", target) for name, target in LINKS.items())):
+        os.makedirs(os.path.dirname(root + path), exist_ok=True)  # noqa: PTH103, PTH120
+        os.symlink(target, root + path)  # noqa: PTH211
+    for path, descriptor in held.items():
+        ours = path in plan["writable"] or path.startswith("/dev/")
+        _bind(descriptor, root + path, 0 if ours else MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV)
+    for path, text in plan["files"].items():
+        os.makedirs(os.path.dirname(root + path), exist_ok=True)  # noqa: PTH103, PTH120
+        with open(root + path, "w") as file:  # noqa: PTH123
+            file.write(text)
+    os.chdir(root)
+
+
+def _enter_root(plan: dict[str, Any]) -> None:
+    """Mount what belongs to the new namespaces in the current folder, and make that the root.
+
+    The folder's own mount came with the namespace and is locked to it: a copy of it, on top, becomes the root.
+    """
+    flags = MS_NOSUID | MS_NOEXEC
+    copied = _call(SYS_OPEN_TREE, AT_FDCWD, b".", OPEN_TREE_CLONE | AT_RECURSIVE, what="copy the new root")
+    _call(SYS_MOVE_MOUNT, copied, b"", AT_FDCWD, b".", MOVE_MOUNT_F_EMPTY_PATH, what="mount the new root")
+    os.fchdir(copied)
+    os.close(copied)
+    _mount("devpts", "dev/pts", "devpts", flags, "newinstance,ptmxmode=0666,mode=620,gid=5")
+    _mount("shm", "dev/shm", "tmpfs", flags | MS_NODEV, "mode=1777,size=64m")
+    _mount("proc", "proc", "proc", flags | MS_NODEV)
+    if plan["network"] == "own":  # only who owns the network may see it there
+        _mount("sysfs", "sys", "sysfs", flags | MS_NODEV | MS_RDONLY)
+    _check(_libc.pivot_root(b".", b"."), "pivot_root")
+    _check(_libc.umount2(b".", MNT_DETACH), "let go of the host's root")
+    os.chdir("/")
+
+
+def _bind(descriptor: int, target: str, attributes: int) -> None:
+    """Mount what a descriptor stands for at a new path, with all that is mounted below it."""
+    source = f"/proc/self/fd/{descriptor}"
+    if os.path.isdir(source):  # noqa: PTH112
+        os.makedirs(target, exist_ok=True)  # noqa: PTH103
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH103, PTH120
+        os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
+    _mount(source, target, None, MS_BIND | MS_REC)
+    wanted = _Attributes(attr_set=attributes)
+    size = ctypes.sizeof(wanted)
+    place = os.fsencode(target)
+    _call(SYS_MOUNT_SETATTR, AT_FDCWD, place, AT_RECURSIVE, ctypes.byref(wanted), size, what=f"restrict '{target}'")
+    os.close(descriptor)
+
+
+def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
+    words = [None if each is None else os.fsencode(each) for each in (source, target, kind)]
+    _check(_libc.mount(*words, ctypes.c_ulong(flags), data.encode()), f"mount '{target}'")
+
+
+def _call(number: int, *arguments: Any, what: str) -> int:
+    """A system call that libc has no function for."""
+    result = _libc.syscall(ctypes.c_long(number), *arguments)
+    if result < 0:
+        _check(result, what)
+    return int(result)
+
+
+def _raise_loopback() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
 
 
 def _die_with_parent() -> None:
@@ -89,9 +241,18 @@ def _die_with_parent() -> None:
 
 def _check(result: int, what: str) -> None:
     if result != 0:
-        print(f"Error: {what}: {os.strerror(ctypes.get_errno())}", file=sys.stderr, flush=True)
-        os._exit(126)
+        _fail(what, ctypes.get_errno())
+
+
+def _fail(what: str, code: int, status: int = 126) -> None:
+    hint = " (user namespaces: sysctl user.max_user_namespaces)" if code == errno.ENOSPC else ""
+    print(f"Error: {what}: {os.strerror(code).lower()}{hint}", file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), [path for path in sys.argv[2].split(":") if path], sys.argv[3:]))
+    with os.fdopen(int(sys.argv[2]), "rb") as plan_file:
+        given = json.load(plan_file)
+    with socket.socket(fileno=int(sys.argv[3])) as connection:
+        connection.set_inheritable(False)
+        sys.exit(main(int(sys.argv[1]), given, connection))

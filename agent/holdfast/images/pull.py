@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 
 from holdfast.config import ImageSettings
 from holdfast.errors import NotFound, TryAgain, UnfitHost, WrongCall, WrongState
@@ -139,6 +140,21 @@ class Puller:
             finally:
                 fetch.close()
 
+    def load(self, ref: str) -> Image:
+        """The image that `oci:/path[:REF]`, `oci-archive:` or `docker-archive:` means, if policy.json allows it.
+
+        What skopeo has checked is what is loaded: a copy of it, which nobody else can change meanwhile.
+        """
+        if self._skopeo.policy_is_open():
+            return self.store.load_reference(ref)
+        reference = parse(ref)
+        if not os.path.exists(reference.path):  # noqa: PTH110
+            raise NotFound(f"load {reference.path!r}: no such file or directory")
+        with self.store.keep(), self.store.scratch() as folder:
+            layout = folder / "admitted"
+            self._skopeo.admit(reference, ref, layout)
+            return self.store.load_reference(f"oci:{layout}")
+
     def push(self, image: Image, ref: str) -> str:
         """Send an image to a registry; blobs that are there are not sent again. The manifest's digest there."""
         from holdfast.images.write import write_layout
@@ -151,6 +167,14 @@ class Puller:
             self._skopeo.send(folder, "latest", reference, ref)
         self.told("pushed", ref, f"{image.digest} is there as {digest}", digest=digest)
         return digest
+
+    def push_index(self, layout: Path, ref: str) -> None:
+        """Send the index of a layout (tag `latest`) to a registry, with all images in it."""
+        self._skopeo.send(layout, "latest", self._reference(ref, "push"), ref, every=True)
+
+    def fetch_for(self, ref: str, platform: str, layout: Path) -> None:
+        """Fetch an image for another platform (`linux/arm64`) into a new OCI layout, under the tag `image`."""
+        self._skopeo.fetch_for(self._reference(ref, "pull"), platform, ref, layout)
 
     def tags(self, ref: str) -> list[str]:
         """Every tag of the reference's repository. Raises as `resolve`."""

@@ -70,11 +70,12 @@ class Skopeo:
         data = self._run("list tags of", reference, as_written, "list-tags", *self._access(reference), place)
         return [str(tag) for tag in json.loads(data)["Tags"] or ()]
 
-    def send(self, layout: Path, tag: str, reference: Reference, as_written: str) -> None:
-        """Copy an image of an OCI layout to the registry. Blobs that are there stay."""
+    def send(self, layout: Path, tag: str, reference: Reference, as_written: str, *, every: bool = False) -> None:
+        """Copy an image of an OCI layout to the registry; every: all of an index. Blobs that are there stay."""
         access = self._access(reference, "dest-")
         target = f"docker://{reference.repository}:{reference.tag}"
-        words = ("copy", "--preserve-digests", *access, f"oci:{layout}:{tag}", target)
+        chosen = ("--all",) if every else ()
+        words = ("copy", *chosen, "--preserve-digests", *access, f"oci:{layout}:{tag}", target)
         self._run("push", reference, as_written, *words, long=True)
 
     def configuration(self, reference: Reference, name: str, as_written: str) -> bytes:
@@ -93,6 +94,19 @@ class Skopeo:
         words += ["--remove-signatures", "--dest-oci-accept-uncompressed-layers"]
         words += ["--dest-shared-blob-dir", str(shared)]
         self._run("pull", reference, as_written, *words, f"docker://{name}", f"oci:{layout}:image", long=True)
+
+    def fetch_for(self, reference: Reference, platform: str, as_written: str, layout: Path) -> None:
+        """Copy an image for a platform into a new OCI layout, under the tag `image`."""
+        system, machine, *variant = platform.split("/")
+        words = ["--override-os", system, "--override-arch", machine]
+        words += ["--override-variant", variant[0]] if variant else []
+        words += ["copy", *self._access(reference, "src-"), "--remove-signatures", f"docker://{reference.remote}"]
+        self._run("pull", reference, as_written, *words, f"oci:{layout}:image", long=True)
+
+    def admit(self, reference: Reference, as_written: str, layout: Path) -> None:
+        """Copy an image of an archive into a new OCI layout, if policy.json allows it."""
+        words = ("copy", "--remove-signatures", "--dest-oci-accept-uncompressed-layers", reference.name)
+        self._run("load", reference, as_written, *words, f"oci:{layout}:admitted", long=True)
 
     def check_policy(self, reference: Reference, digests: Sequence[str], as_written: str, scratch: Path) -> bytes:
         """Have skopeo check policy.json for a reference; the bytes of the manifest that it checked.

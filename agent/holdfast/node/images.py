@@ -96,8 +96,7 @@ class ImageAnswers:
         mine: list[Transfer] = []
 
         def pull() -> Json:
-            store = self.rig.images
-            image = store.load_reference(ref) if local else self.rig.puller.pull(ref, watch=mine.append)
+            image = self.rig.puller.load(ref) if local else self.rig.puller.pull(ref, watch=mine.append)
             self._images_changed()
             return {"image": {**image_json(image), "ref": ref}}
 

@@ -49,7 +49,7 @@ def observe(rig: Rig, watches: Watches, *, busy: frozenset[str] = frozenset(), d
     worked on, whose state is in motion. deep: read cgroups, too.
     """
     at = time.time()
-    instances = list(rig.store.instances.values())
+    instances, building = list(rig.store.instances.values()), set(rig.builds)
     things: Things = {(each.kind, each.id): each for each in everything(rig, deep=deep)}
     same_boot, settings = rig.same_boot(), _settings_digests(rig)
     seen = tuple(
@@ -58,7 +58,7 @@ def observe(rig: Rig, watches: Watches, *, busy: frozenset[str] = frozenset(), d
         else instance
         for instance in instances
     )
-    known = {instance.id for instance in instances}
+    known = {instance.id for instance in instances} | {InstanceId(each) for each in building | rig.builds}
     firewall = _firewall(rig, things)
     orphans, foreign = _unclaimed(rig, things, known)
     return Observed(

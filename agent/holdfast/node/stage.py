@@ -209,7 +209,7 @@ def _from_archive(rig: Rig, reference: str) -> str:
     path = archive_path(reference) or ""
     rig.check_bind(path)
     try:
-        return rig.images.load_reference(reference).digest
+        return rig.puller.load(reference).digest
     except NotFound as error:
         raise TryAgain(str(error)) from error
 

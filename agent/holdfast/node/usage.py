@@ -40,7 +40,7 @@ def usage(rig: Rig, volumes: Sequence[Json]) -> Json:
     kept = [_volume(each) for each in volumes]
     logs = [_log(rig, path) for path in _folders(rig.host.root / "logs")]
     used = [image for image in images if image.digest in users]
-    cache = rig.builder.buildah.storage
+    cache = rig.builder.caches
     kinds = [
         _kind("images", len(images), len(used), total(of_all), total(of_all - of_used)),
         _kind("layers", len(sizes), len(of_used & sizes.keys()), total(sizes), total(sizes.keys() - of_used)),
@@ -68,14 +68,12 @@ def prune_logs(rig: Rig) -> int:
 
 
 def prune_build_cache(rig: Rig) -> int:
-    """Empty the layer cache of builds, while nothing is built; returns the bytes that are free then."""
-    buildah = rig.builder.buildah
-    if not buildah.storage.is_dir():
-        return 0
-    with buildah.alone():
-        size = allocated(buildah.storage)
-        buildah.wipe()
-    return size
+    """Empty the layer caches of all apps but those whose images are being built; returns what is free then."""
+    freed = 0
+    for app in rig.builder.apps():
+        size = allocated(rig.builder.caches / app)
+        freed += size if rig.builder.wipe(app) else 0
+    return freed
 
 
 def allocated(path: Path) -> int:

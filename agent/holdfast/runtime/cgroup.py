@@ -311,6 +311,15 @@ def oom_kills(path: str) -> int:
     return 0
 
 
+def pids_refused(path: str) -> int:
+    """How often a cgroup was refused another process; 0 when it is gone."""
+    for line in (_read(str(folder("pids", path) / "pids.events")) or "").splitlines():
+        key, _, value = line.partition(" ")
+        if key == "max":
+            return int(value)
+    return 0
+
+
 def usage(path: str) -> Usage:
     """Read what a container uses now."""
     if version() == 2:

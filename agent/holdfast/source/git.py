@@ -27,7 +27,7 @@ from typing import Any
 import structlog
 
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongConfig, WrongState
-from holdfast.source.gitcommand import Git, GitFailed, redact
+from holdfast.source.gitcommand import Git, GitFailed, redact, split_login
 from holdfast.source.revision import Revision, SourceState, Watch
 from holdfast.source.snapshot import read_commit
 
@@ -63,12 +63,16 @@ class GitSource:
         """root: the agent's; the mirror is below it. interval, timeout (of one git process): seconds."""
         if url.startswith("-") or not re.fullmatch(r"(?!-)[^\s~^:?*\[\\]+", branch) or ".." in branch:
             raise WrongConfig(f"state.git '{redact(url)}', branch '{branch}': not a URL and the name of a branch")
-        self._url, self._branch, self._interval = url, branch, interval
+        self._branch, self._interval = branch, interval
         self._shown = redact(url)
+        try:
+            self._url, login = split_login(url)
+        except ValueError as error:
+            raise WrongConfig(f"state.git '{self._shown}': {error}") from error
         self._path = posixpath.normpath(path.strip("/")) if path.strip("/.") else ""
         name = hashlib.sha256(f"{url}\0{branch}".encode()).hexdigest()[:16]
         self._mirror = root / "source" / f"{name}.git"
-        self._git = Git(self._mirror, timeout)
+        self._git = Git(self._mirror, timeout, login)
         self._working = threading.Lock()
         self._reading = threading.Lock()
         self._noting = threading.Lock()

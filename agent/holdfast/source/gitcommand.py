@@ -9,7 +9,9 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from holdfast.errors import TryAgain, UnfitHost, WrongState
 
@@ -24,6 +26,44 @@ STRAY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "
          "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_PREFIX", "GIT_SHALLOW_FILE")  # fmt: skip
 
 
+#: A credential helper (gitcredentials(7)) that answers from its environment: /proc/PID/cmdline is for all to read.
+HELPER = (
+    '!f() { test "$1" = get || return 0; printf "username=%s\\n" "$HOLDFAST_GIT_USER"; '
+    'test -z "$HOLDFAST_GIT_PASSWORD" || printf "password=%s\\n" "$HOLDFAST_GIT_PASSWORD"; }; f'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """User and password for what lies below a URL, which has neither in it."""
+
+    place: str
+    user: str
+    password: str
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What has git ask our helper, and where there is a password, nobody else."""
+        alone = ("-c", f"credential.{self.place}.helper=") if self.password else ()
+        return (*alone, "-c", f"credential.{self.place}.helper={HELPER}")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"HOLDFAST_GIT_USER": self.user, "HOLDFAST_GIT_PASSWORD": self.password}
+
+
+def split_login(url: str) -> tuple[str, Login | None]:
+    """An http(s) URL without what is secret in it, and that; other URLs as they are. Raises ValueError."""
+    match = re.match(r"(https?://)([^/?#]*)@([^/?#@]*)", url, re.I)
+    if match is None:
+        return url, None
+    user, _, password = (unquote(part) for part in match[2].partition(":"))
+    if not (user + password).isprintable():
+        raise ValueError("a control character in its user or password")
+    place = f"{match[1]}{match[3]}"
+    return place + url[match.end() :], Login(place, user, password)
+
+
 class GitFailed(TryAgain):
     """git ended with a status other than 0; said is the line of its stderr that tells why."""
 
@@ -36,8 +76,9 @@ class GitFailed(TryAgain):
 class Git:
     """Runs git in one bare repository. held: descriptors that every process inherits (see GitSource)."""
 
-    def __init__(self, repository: Path, timeout: float) -> None:
+    def __init__(self, repository: Path, timeout: float, login: Login | None = None) -> None:
         self.repository = repository
+        self._login = login
         self.held: tuple[int, ...] = ()
         self._timeout = timeout
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -52,14 +93,15 @@ class Git:
 
         most: with more bytes of output than that it is ended, and WrongState raised; it must need no feed.
         """
-        command = ["git", f"--git-dir={self.repository}", *OPTIONS, verb, *arguments]
+        login = self._login.options if self._login else ()
+        command = ["git", f"--git-dir={self.repository}", *OPTIONS, *login, verb, *arguments]
         try:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env=environment(),
+                env=environment() | (self._login.environment if self._login else {}),
                 pass_fds=self.held,
                 start_new_session=True,  # no terminal for ssh to ask on, and one group to kill
             )

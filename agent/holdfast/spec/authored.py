@@ -568,7 +568,8 @@ class ImageTable(Table):
     push: Annotated[bool, Field(description="bring the result to the registries of its tags")] = False
     labels: Pairs = {}
     network: Annotated[
-        Literal["host", "none"] | None, Field(description="what RUN reaches: host (the default), or none")
+        Literal["default", "host", "none"] | None,
+        Field(description="what RUN reaches: default, a network of its own that leads out; host; or none"),
     ] = None
     pull: Annotated[
         Literal["missing", "always", "newer", "never"] | None,

@@ -247,7 +247,7 @@ class Builds:
             "target": table.target,
             "platforms": table.platforms,
             "labels": table.labels,
-            "network": table.network or "host",
+            "network": "none" if table.network == "none" else "host",  # default has this key, too: images stay
         }
         keys = {name: self._build(base, blobs).key for name, base in meant.items()}
         return Build(
@@ -259,7 +259,7 @@ class Builds:
             push=table.push,
             pull=table.pull or "missing",
             no_cache=table.no_cache,
-            **{**parts, "platforms": tuple(table.platforms)},
+            **{**parts, "platforms": tuple(table.platforms), "network": table.network or "default"},
         )
 
 

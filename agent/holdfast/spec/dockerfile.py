@@ -1,7 +1,8 @@
-"""A Dockerfile → the images that it names: what it starts FROM and what it copies or mounts `from`.
+"""A Dockerfile → the images that it names (what it starts FROM and what it copies or mounts `from`) and its mounts.
 
 Only as much of the language is read as that takes (Dockerfile reference: parser directives, FROM, ARG before FROM,
-COPY --from, RUN --mount, here-documents); what is wrong with the rest is said by who builds. Called by `builds`.
+COPY --from, RUN --mount, here-documents); what is wrong with the rest is said by who builds. Called by `builds`, and
+by `images.build`.
 """
 
 from __future__ import annotations
@@ -9,20 +10,34 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import takewhile
 
 _HEREDOC = re.compile(r"""<<-?\s*(["']?)([A-Za-z_][A-Za-z0-9_]*)\1""")
 _VARIABLE = re.compile(r"\$(?:(?P<plain>\w+)|\{(?P<name>\w+)(?:(?P<operator>:?[-+])(?P<word>[^}]*))?\})", re.ASCII)
 _FROM_OPTION = re.compile(r"--from=(\S+)|--mount=\S*?\bfrom=([^,\s]+)")
+_PLATFORM = re.compile(r"--platform=(\S+)")
+_KEPT = ("FROM", "ARG", "RUN")  # buildah's cache knows by which arguments these were made
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """An image that a Dockerfile names in some line. name: with its variables replaced, written: without."""
+    """An image that a Dockerfile names in some line. name: with its variables replaced, written: without. word: the
+    instruction. platform: of `FROM --platform`, as written."""
 
     line: int
     name: str
     written: str
+    word: str = "FROM"
+    platform: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunMount:
+    """What a RUN instruction mounts, in some line. options: of `--mount`, by name; "" for one without a value."""
+
+    line: int
+    options: Mapping[str, str]
 
 
 def images_in(text: str, args: Mapping[str, str]) -> tuple[Use, ...]:
@@ -42,16 +57,61 @@ def images_in(text: str, args: Mapping[str, str]) -> tuple[Use, ...]:
                 written = words[0].strip("\"'") if words else ""
                 name = _replaced(written, known)
                 if name and name.lower() not in stages and name != "scratch":
-                    found.append(Use(line, name, written))
+                    platform = _PLATFORM.search(rest.partition(written)[0])
+                    found.append(Use(line, name, written, platform=platform[1].strip("\"'{}") if platform else ""))
                 stages.add(words[2].lower() if len(words) > 2 and words[1].upper() == "AS" else f"{len(stages)}")
             case "COPY" | "ADD" | "RUN":
-                options = " ".join(takewhile(lambda each: each.startswith("--"), rest.split()))
+                options = " ".join(f"--{each}" for each in _options(rest, "--"))
                 for match in _FROM_OPTION.finditer(options):
                     written = (match[1] or match[2]).strip("\"'")
                     name = _replaced(written, {**known, **args})
                     if name.lower() not in stages and not name.isdigit():
-                        found.append(Use(line, name, written))
+                        found.append(Use(line, name, written, word))
     return tuple(found)
+
+
+def mounts_in(text: str) -> tuple[RunMount, ...]:
+    """What the RUN instructions mount, in order."""
+    return tuple(
+        RunMount(
+            line, {key: value.strip("\"'") for key, _, value in (each.partition("=") for each in option.split(","))}
+        )
+        for line, word, rest in _instructions(text)
+        if word == "RUN"
+        for option in _options(rest, "--mount=")
+    )
+
+
+def keyed(text: str, args: Mapping[str, str]) -> str:
+    """The Dockerfile with an ARG in each stage, before the first instruction that a build argument may change.
+
+    The name of the ARG is made of all arguments: buildah compares most instructions (ENV, LABEL, COPY, …) as they
+    are written, and would take a layer of its cache that was made with other values. What comes before stays cached.
+    """
+    declared = [(line, word, rest) for line, word, rest in _instructions(text)]
+    given = sorted(args.items()) + [("", rest) for _, word, rest in declared if word == "ARG"]
+    if all(word != "ARG" for _, word, _ in declared):
+        return text
+    mark = f"ARG HOLDFAST_CACHE_{sha256(repr(given).encode()).hexdigest()[:12]}"
+    lines, before, pending = text.splitlines(), set[int](), False
+    for line, word, rest in declared:
+        if word == "FROM":
+            pending = True
+        elif pending and word not in _KEPT and "$" in rest:
+            before.add(line)
+            pending = False
+    return (
+        "\n".join(
+            each for number, line in enumerate(lines, 1) for each in ([mark, line] if number in before else [line])
+        )
+        + "\n"
+    )
+
+
+def _options(rest: str, prefix: str) -> list[str]:
+    """The values of an instruction's options that begin so."""
+    options = takewhile(lambda each: each.startswith("--"), rest.split())
+    return [each.removeprefix(prefix) for each in options if each.startswith(prefix)]
 
 
 def _instructions(text: str) -> Iterator[tuple[int, str, str]]:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 BUILTIN_NETWORKS = ("none", "host", "bridge")
+BUILD_NETWORK = "build"  # which builds join, and no container
 
 DEFAULT_PIDS = 2048  # processes and threads of a container that names no limit
 
@@ -242,6 +243,7 @@ class Build(Frozen):
     canonical JSON: path below the context → [sha256 (hex) of the content, executable?]. instructions: digest of the
     Dockerfile's content. bases: a name as the Dockerfile writes it → the qualified name of the image it stands for.
     tags: further names of the result; push brings them to their registries. platforms: () is this node's alone.
+    network: what its steps reach; default is a network of their own that leads out.
     """
 
     key: str
@@ -253,7 +255,7 @@ class Build(Frozen):
     target: str | None = None
     platforms: tuple[str, ...] = ()
     labels: dict[str, str] = {}
-    network: Literal["host", "none"] = "host"
+    network: Literal["default", "host", "none"] = "default"
     bases: dict[str, str] = {}
     tags: tuple[str, ...] = ()
     push: bool = False

@@ -23,6 +23,7 @@ RULES: dict[str, tuple[str, Callable[[Container], bool]]] = {
     "seccomp-unconfined": ("seccomp", lambda c: c.seccomp != "default"),  # a profile of one's own may allow all
     "apparmor-unconfined": ("apparmor", lambda c: c.apparmor != "default"),
     "new-privileges": ("no_new_privileges", lambda c: not c.no_new_privileges),
+    "builds": ("image", lambda c: False),  # of images, not of containers: see `broken_build_rules`
 }
 """Rule → the key of the container that is at fault, and whether the container breaks it."""
 
@@ -38,6 +39,14 @@ def broken_rules(container: Container, facts: NodeFacts) -> Iterator[tuple[str, 
             yield key, f"is forbidden by the rule '{rule}' in [policy] forbid of agent.toml"
         elif container.privileged and rule in IMPLIED:
             yield "privileged", f"includes what the rule '{rule}' in [policy] forbid of agent.toml forbids"
+
+
+def broken_build_rules(network: str | None, facts: NodeFacts) -> Iterator[tuple[str, str]]:
+    """The rules of this node that an image to be built breaks: (key, message) pairs; "" for the image as a whole."""
+    if "builds" in facts.forbid:
+        yield "", "building is forbidden by the rule 'builds' in [policy] forbid of agent.toml"
+    if "host-network" in facts.forbid and network == "host":
+        yield "network", "host is forbidden by the rule 'host-network' in [policy] forbid of agent.toml"
 
 
 def outside_roots(path: str, facts: NodeFacts) -> str | None:

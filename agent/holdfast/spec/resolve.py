@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from holdfast.spec import forms, model
 from holdfast.spec.authored import ConfigUse, ContainerTable, ImageTable, MountTable, StateFile
-from holdfast.spec.policy import broken_rules, foreign_subnet, outside_roots
+from holdfast.spec.policy import broken_build_rules, broken_rules, foreign_subnet, outside_roots
 from holdfast.spec.volumes import taken_over
 from holdfast.tables import Fault
 from holdfast.toml import Document, KeyPath, suggestion
@@ -138,9 +138,8 @@ class _Resolver:
 
     def image_draft(self, name: str, table: ImageTable) -> ImageDraft | None:
         at: KeyPath = ("images", name)
-        if "host-network" in self.facts.forbid and table.network != "none":
-            rule = "is forbidden by the rule 'host-network' in [policy] forbid of agent.toml"
-            self.fault((*at, "network"), f'host {rule} (expected network = "none")')
+        for key, message in broken_build_rules(table.network, self.facts):
+            self.fault((*at, key) if key else at, message)
         context = resolved(self.path, table.context)
         named = ("Dockerfile", "Containerfile") if table.dockerfile is None else (table.dockerfile,)
         found = [resolved(f"{context}/_" if context else "_", each) for each in named]

@@ -1,0 +1,74 @@
+"""What a Dockerfile may not ask of buildah: what no build needs, and what its version is known not to do safely.
+
+The fence holds in any case (`fence`). Sources: the advisories CVE-2024-1753 (a source of a mount that is a link),
+CVE-2024-9407 (bind-propagation), CVE-2024-9675 (the id of a cache), CVE-2024-11218 (mounts that are raced).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+from holdfast.errors import WrongState
+from holdfast.spec.dockerfile import RunMount, mounts_in
+
+Version = tuple[int, int, int]
+SAFE: Version = (1, 38, 1)
+MENDED = {(1, 33): 12, (1, 35): 6, (1, 37): 6}  # older branches → the release that has the same repairs
+KNOWN = "CVE-2024-1753, CVE-2024-9407, CVE-2024-9675, CVE-2024-11218"
+
+
+def is_safe(version: Version | None) -> bool:
+    """Whether a buildah has the repairs of what is known; None: it could not be asked, and is taken to have none."""
+    if version is None:
+        return False
+    return version >= SAFE or version[2] >= MENDED.get(version[:2], version[2] + 1)
+
+
+def check_mounts(text: str, version: Version | None) -> None:
+    """Raise WrongState for a mount of a Dockerfile that is refused, with its line."""
+    for mount in mounts_in(text):
+        if wrong := _wrong(mount, version):
+            raise WrongState(f"line {mount.line}: RUN --mount: {wrong}")
+
+
+def _wrong(mount: RunMount, version: Version | None) -> str:
+    options = mount.options
+    source = options.get("source") or options.get("src") or ""
+    if "bind-propagation" in options:
+        return "bind-propagation reaches out of the build (leave it out)"
+    for key, value in (("id", options.get("id", "")), ("source", source)):
+        if ".." in value.split("/"):
+            return f"{key} '{value}' leads out of its place (expected one without '..')"
+    if options.get("from") and source.strip("/.") and not is_safe(version):
+        told = ".".join(map(str, version)) if version else "this buildah"
+        return (
+            f"source '{source}' in '{options['from']}': buildah {told} follows links there to anywhere "
+            f"({KNOWN}; expected no source, which mounts all of it, or buildah {'.'.join(map(str, SAFE))} or newer)"
+        )
+    return ""
+
+
+def parse_version(text: str) -> Version | None:
+    """What `buildah --version` says."""
+    match = re.search(r"version (\d+)\.(\d+)\.?(\d+)?", text)
+    return (int(match[1]), int(match[2]), int(match[3] or 0)) if match else None
+
+
+def buildah_version(program: Path) -> Version | None:
+    """The version of a buildah, asked once for each file."""
+    try:
+        return _version(str(program), program.stat().st_mtime_ns)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=4)
+def _version(program: str, _: int) -> Version | None:
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired:
+        return None
+    return parse_version(done.stdout)

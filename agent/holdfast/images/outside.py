@@ -1,0 +1,90 @@
+"""What a build needs from outside its fence: images to start from, places to push to, a cgroup and a network.
+
+`node.builds` has all of it for an agent; what is here is enough for who builds without one, on a host of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from holdfast.errors import NotFound, TryAgain
+from holdfast.images.image import Image
+from holdfast.images.pull import Puller
+from holdfast.images.references import parse
+from holdfast.images.store import ImageStore
+
+Pull = Literal["missing", "newer", "always", "never"]
+RESOLV_CONF = Path("/etc/resolv.conf")
+
+
+@dataclass(frozen=True, slots=True)
+class Cage:
+    """The cgroup of one build. folders: one for each hierarchy. exceeded: which limit it ran into, "" for none."""
+
+    folders: Sequence[Path] = ()
+    exceeded: Callable[[], str] = lambda: ""
+
+
+class Outside:
+    """The services of one agent, or of none. Safe for several threads."""
+
+    #: What `network = "default"` is here: a network of its own that `network` joins, or the host's.
+    own_network = False
+
+    def __init__(self, store: ImageStore, puller: Puller) -> None:
+        self.store, self.puller = store, puller
+
+    def image(self, reference: str, pull: Pull) -> Image:
+        """An image to start from, in our own store. Raises as `Puller.pull`."""
+        if parse(reference).transport != "docker":
+            return self.puller.load(reference)
+        try:
+            here = self.store.resolve(reference)
+        except NotFound:
+            if pull == "never" or self.store.settings.offline:
+                raise TryAgain(f"image '{reference}': is not here, and none is to be pulled") from None
+            return self.puller.pull(reference)
+        if pull in ("missing", "never") or self.store.settings.offline:
+            return here
+        try:
+            return self.puller.pull(reference)
+        except (TryAgain, NotFound):
+            if pull == "always":
+                raise
+            return here
+
+    def image_for(self, reference: str, platform: str, layout: Path) -> None:
+        """Fetch an image for another platform into a new OCI layout, under the tag `image`."""
+        self.puller.fetch_for(reference, platform, layout)
+
+    def push(self, image: Image, name: str) -> None:
+        """Send an image of our store to a registry."""
+        self.puller.push(image, name)
+
+    def push_index(self, layout: Path, name: str) -> None:
+        """Send the index of an OCI layout (tag `latest`) to a registry, with all images in it."""
+        self.puller.push_index(layout, name)
+
+    @contextmanager
+    def cgroup(self, id: str) -> Iterator[Cage]:
+        """A cgroup for a build, empty and gone at the end."""
+        yield Cage()
+
+    @contextmanager
+    def network(self, id: str, pid: int) -> Iterator[None]:
+        """Join the network namespace of a process to the network of builds while the block runs."""
+        yield
+
+    def resolv_conf(self) -> str:
+        """How names are looked up in a build."""
+        try:
+            return RESOLV_CONF.read_text(errors="replace")
+        except OSError:
+            return ""
+
+    def sweep(self) -> None:
+        """Take away what builds of a killed agent have left on the host."""

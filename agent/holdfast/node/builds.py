@@ -1,0 +1,150 @@
+"""What builds have of an agent: images by its rules, a cgroup with limits, and the network of builds.
+
+`images.build` calls it. The network is an ordinary one, called `build`: the planner makes it while an app has images
+to build with it, and takes it away afterwards. The namespace of a build has no name: it ends, and its link with it,
+when the agent is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from holdfast.drivers import EndpointWant
+from holdfast.errors import HoldfastError, TryAgain
+from holdfast.images.image import Image
+from holdfast.images.outside import Cage, Outside, Pull
+from holdfast.node.rig import Rig
+from holdfast.node.stage import resolve_image
+from holdfast.runtime import cgroup, names
+from holdfast.spec.model import BUILD_NETWORK, Container
+
+ENDING = 10.0  # seconds that the processes of a build are given to be gone
+CONTROLLERS = {1: ("memory", "pids", "freezer", "devices"), 2: ("memory", "pids")}
+#: c and b for mknod of overlayfs alone; then /dev/null, zero, full, random, urandom, tty, ptmx and terminals.
+DEVICES = (
+    "c *:* m",
+    "b *:* m",
+    *(f"c {each} rw" for each in ("1:3", "1:5", "1:7", "1:8", "1:9", "5:0", "5:2", "136:*")),
+)
+TABLE = "[builds] of agent.toml"
+SHARE = 0.75  # of the host's memory, where agent.toml names no limit
+
+
+class BuildServices(Outside):
+    """Of one agent."""
+
+    own_network = True
+
+    def __init__(self, rig: Rig) -> None:
+        super().__init__(rig.images, rig.puller)
+        self.rig = rig
+
+    def image(self, reference: str, pull: Pull) -> Image:
+        """As for a container: policy.json, bind_roots, offline and `pull` mean what they mean there."""
+        return self.rig.images.get(resolve_image(self.rig, Container(image=reference, pull=pull)))
+
+    @contextmanager
+    def cgroup(self, id: str) -> Iterator[Cage]:
+        path = f"{self._parent}/{id}"
+        self._clear(path)
+        limit = self.rig.builder.builds.memory or int(
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * SHARE
+        )
+        folders = _make(path)
+        try:
+            cgroup.apply(path, {"memory": {"limit": limit}, "pids": {"limit": self.rig.builder.builds.pids}})
+            _restrict_devices(path)
+            yield Cage(folders, lambda: self._exceeded(path, limit))
+        finally:
+            self._clear(path)
+            cgroup.remove_if_empty(self._parent)
+
+    def _exceeded(self, path: str, limit: int) -> str:
+        if cgroup.oom_kills(path):
+            return f"it needs more than the {limit >> 20} MiB of memory that a build may use (memory in {TABLE})"
+        if cgroup.pids_refused(path):
+            return f"it needs more than the {self.rig.builder.builds.pids} processes of a build (pids in {TABLE})"
+        return ""
+
+    @contextmanager
+    def network(self, id: str, pid: int) -> Iterator[None]:
+        rig = self.rig
+        network = rig.store.receipt("network", BUILD_NETWORK)
+        if network is None:
+            raise TryAgain(f"network '{BUILD_NETWORK}' does not stand yet")
+        driver = rig.plugins.driver("endpoint", network.driver)
+        space = Path(f"/proc/{pid}/ns/net")
+        want = EndpointWant(instance=id, network=network, netns=space, interface="eth0", default_route=True)
+        rig.builds.add(id)
+        try:
+            endpoint = driver.ensure(want)
+            try:
+                yield
+            finally:
+                driver.remove(endpoint)
+        finally:
+            rig.builds.discard(id)
+
+    def resolv_conf(self) -> str:
+        return names.read_resolv_conf()
+
+    def sweep(self) -> None:
+        for folder in cgroup.folders(self._parent):
+            for name in cgroup.children(folder):
+                with suppress(HoldfastError):
+                    self._clear(f"{self._parent}/{name}")
+        cgroup.remove_if_empty(self._parent)
+
+    @property
+    def _parent(self) -> str:
+        return f"{self.rig.host.cgroup}-build"
+
+    def _clear(self, path: str) -> None:
+        """End all that is in a cgroup, and remove it."""
+        if not cgroup.folders(path):
+            return
+        with suppress(HoldfastError):
+            cgroup.thaw(path)
+        deadline = time.monotonic() + ENDING
+        while (left := cgroup.pids(path)) and time.monotonic() < deadline:
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+        cgroup.remove(path)
+
+
+def _make(path: str) -> list[Path]:
+    """Make a cgroup in every hierarchy that limits a build."""
+    version = cgroup.version()
+    if version == 2:
+        _enable(path)
+    folders = {cgroup.folder(each, path) for each in CONTROLLERS[version] if cgroup.folder(each, "/").is_dir()}
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    return sorted(folders)
+
+
+def _enable(path: str) -> None:
+    """Hand the controllers down to a cgroup of v2 (cgroup-v2.rst, "Enabling and disabling")."""
+    above = cgroup.ROOT
+    for name in path.strip("/").split("/"):
+        for controller in CONTROLLERS[2]:
+            with suppress(OSError):  # a kernel without it: `apply` leaves out what is not there
+                (above / "cgroup.subtree_control").write_text(f"+{controller}")
+        above = above / name
+        above.mkdir(exist_ok=True)
+
+
+def _restrict_devices(path: str) -> None:
+    """Have a build use no devices but those without which nothing works. On v2 its user can open no others anyway."""
+    place = cgroup.folder("devices", path)
+    if (place / "devices.deny").exists():
+        (place / "devices.deny").write_text("a")
+        for each in DEVICES:
+            (place / "devices.allow").write_text(each)
