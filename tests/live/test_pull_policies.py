@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from ground import Rootfs
+from holdfast.config import ImageSettings
+from holdfast.errors import WrongState
+from holdfast.images.outside import Outside
+from holdfast.images.pull import Puller
 from layouts import Layout
 from live.agent import LiveAgent
 from live.registry import Registry
@@ -202,3 +210,31 @@ def test_an_archive_of_the_host_is_an_image(agent: LiveAgent, layout: Layout, bu
     agent.write("shop.toml", f'[containers.web]\nimage = "oci:{layout.path}:1"\nread_only = true\n{RUN}')
     agent.converge()
     assert (staged(agent), version(agent)) == (second["digest"], "two")
+
+
+@pytest.mark.parametrize("form", ["oci", "oci-archive", "docker-archive"])
+def test_policy_json_is_asked_about_archives_as_about_registries(
+    form: str, tmp_path: Path, new_puller: Callable[..., Puller]
+) -> None:
+    layout = Layout(tmp_path / "layout")
+    layout.tag(layout.image([{"version": b"one"}]), "latest")
+    place = tmp_path / ("layout" if form == "oci" else "image.tar")
+    if form != "oci":
+        words = ["skopeo", "--insecure-policy", "copy", f"oci:{layout.path}:latest", f"{form}:{place}:app:1"]
+        subprocess.run(words, check=True, capture_output=True)
+    policy = tmp_path / "policy.json"
+    reference = f"{form}:{place}"
+    for default, transports, allowed in (
+        ("reject", {}, False),
+        ("reject", {form: {"": [{"type": "insecureAcceptAnything"}]}}, True),
+        ("insecureAcceptAnything", {form: {"": [{"type": "reject"}]}}, False),
+        ("insecureAcceptAnything", {}, True),
+    ):
+        policy.write_text(json.dumps({"default": [{"type": default}], "transports": transports}))
+        puller = new_puller(ImageSettings(policy=policy, min_free=0))
+        for load in (puller.load, partial(Outside(puller.store, puller).image, pull="missing")):
+            if allowed:
+                assert load(reference).read_file("/version") == b"one"
+            else:
+                with pytest.raises(WrongState, match=r"^load '.*': policy.json does not allow it"):
+                    load(reference)
