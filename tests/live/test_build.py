@@ -645,6 +645,7 @@ def test_what_an_app_builds_waits_for_no_other_app(workshop: Workshop) -> None:
             slow.result(20)
 
 
+@pytest.mark.timeout(400)
 def test_a_build_is_held_to_its_limits_and_says_which_it_ran_into(agent: LiveAgent) -> None:
     agent.configure(more='[builds]\nmemory = "256MiB"\npids = 64\n')
     agent.restart()
@@ -662,6 +663,7 @@ def test_a_build_is_held_to_its_limits_and_says_which_it_ran_into(agent: LiveAge
     agent.converge(120)
 
 
+@pytest.mark.timeout(400)
 def test_a_build_has_a_network_of_its_own_that_leads_out(agent: LiveAgent, tmp_path: Path) -> None:
     (tmp_path / "index.html").write_text("from far away\n")
     octet = agent.host.pool.split(".")[1]

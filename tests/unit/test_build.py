@@ -16,8 +16,10 @@ from holdfast.config import ImageSettings
 from holdfast.drivers import Host
 from holdfast.errors import NotFound, TryAgain, UnfitHost, WrongState
 from holdfast.images import build as rooms
-from holdfast.images.build import Builder, Log, built_name, check_platforms, failed, lay_out
+from holdfast.images import buildlog
+from holdfast.images.build import Builder, built_name, check_platforms, lay_out
 from holdfast.images.buildah import Failed
+from holdfast.images.buildlog import Log, failed
 from holdfast.images.hazards import check_mounts, is_safe, parse_version
 from holdfast.images.image import architecture
 from holdfast.images.outside import Outside
@@ -105,18 +107,18 @@ def test_events_carry_the_steps_and_only_the_beginning_of_what_they_say(log: Log
             log.hear(f"line {number}")
     assert told[0] == "STEP 1/2: RUN yes"
     assert any(line.startswith("STEP 2/2: RUN yes (") and "left out before it" in line for line in told)
-    assert 2 * rooms.LOUD <= len(told) < 3 * rooms.LOUD
+    assert 2 * buildlog.LOUD <= len(told) < 3 * buildlog.LOUD
     assert log.path.read_text().count("\n") == 2002
 
 
 def test_a_line_without_end_is_cut_in_events_and_kept_in_the_log(log: Log, told: list[str]) -> None:
     log.hear("x" * 5000)
-    assert told == ["x" * rooms.LONGEST_EVENT + "…"]
+    assert told == ["x" * buildlog.LONGEST_EVENT + "…"]
     assert log.path.read_text() == "x" * 5000 + "\n"
 
 
 def test_a_log_ends_where_it_would_fill_the_disk(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rooms, "LOG_LIMIT", 100)
+    monkeypatch.setattr(buildlog, "LOG_LIMIT", 100)
     for _ in range(20):
         log.hear("nine char")
     assert log.path.read_text() == "nine char\n" * 10 + "what follows is not kept\n"

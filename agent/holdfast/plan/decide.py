@@ -46,6 +46,7 @@ from holdfast.plan.actions import (
     WriteFirewall,
     WriteNames,
 )
+from holdfast.plan.builds import joins_network, missing_network
 from holdfast.plan.derived import firewall_want, names_of, pages
 from holdfast.plan.desk import Desk
 from holdfast.plan.diff import changes, mounted_files, replaces, volume_changes
@@ -89,7 +90,7 @@ def _targets(spec: Spec | None, desk: Desk) -> Iterator[tuple[str, Generation]]:
     for name, app in spec.apps.items():
         found = _staged(app, history) or _current(history.generations.get(name, ()))
         newer = _newer_images(app, history)
-        if obstacle := _missing_build_network(app, desk):
+        if obstacle := missing_network(app, desk):
             desk.waiting[name] = obstacle
         elif found is None or found.app.digest != app.digest:
             desk.offer(StageGeneration(app=name, spec=app, images=newer, reason=_stage_reason(found)))
@@ -479,28 +480,10 @@ def _missing_network(want: Container, desk: Desk, instance: Instance | None = No
 # -- networks ------------------------------------------------------------------------------------------------
 
 
-def _missing_build_network(app: App, desk: Desk) -> str:
-    """Why an app can't be built yet; "" if nothing is in the way. What is noted here keeps the network standing."""
-    if not _builds(app):
-        return ""
-    desk.builds = True
-    if BUILD_NETWORK not in desk.observed.networks:
-        return f"waits for network {BUILD_NETWORK}"
-    if desk.observed.networks[BUILD_NETWORK].faults:
-        return f"waits for network {BUILD_NETWORK} to be mended"
-    firewall = desk.observed.firewall
-    if firewall is None or all(each.id != BUILD_NETWORK for each in firewall.networks):
-        return f"waits for the firewall to let network {BUILD_NETWORK} out"
-    return ""
-
-
-def _builds(app: App) -> bool:
-    """Whether an app has images to build that join the network of builds."""
-    return any(build.network == "default" for build in app.images.values())
-
-
 def _networks(desk: Desk) -> None:
-    wanted = {BUILD_NETWORK} if desk.builds or any(_builds(each.app) for each in desk.targets.values()) else set()
+    wanted = (
+        {BUILD_NETWORK} if desk.builds or any(joins_network(each.app) for each in desk.targets.values()) else set()
+    )
     wanted |= {
         network
         for generation in desk.targets.values()

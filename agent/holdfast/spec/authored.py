@@ -569,7 +569,7 @@ class ImageTable(Table):
     labels: Pairs = {}
     network: Annotated[
         Literal["default", "host", "none"] | None,
-        Field(description="what RUN reaches: default, a network of its own that leads out; host; or none"),
+        Field(description="what RUN reaches: default (a network of its own that leads out), host or none"),
     ] = None
     pull: Annotated[
         Literal["missing", "always", "newer", "never"] | None,
