@@ -100,12 +100,14 @@ class Host:
 class RootfsWant:
     """A root file system for one instance: read-only layers, lowest first, under a writable one of its own.
 
-    Receipt: kind "rootfs", id = owner = instance, data["path"] = the mounted directory,
+    size: how many bytes the writable layer may hold (None: no limit); a driver that can't see to that refuses it in
+    `check`. Receipt: kind "rootfs", id = owner = instance, data["path"] = the mounted directory,
     data["upper"] = the writable layer.
     """
 
     instance: str
     layers: tuple[Path, ...]
+    size: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

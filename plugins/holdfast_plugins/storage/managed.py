@@ -11,7 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from holdfast.drivers import COMPLETE_CONTENT, Host, Receipt, VolumeWant, remove_tree
-from holdfast.errors import WrongCall, WrongState
+from holdfast.errors import UnfitHost, WrongCall, WrongState
+from holdfast.tables import size
+from holdfast_plugins.storage import quota
 
 ID = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}/[a-z0-9][a-z0-9_.-]{0,62}")
 
@@ -25,19 +27,27 @@ class ManagedVolume:
         self.host = host
 
     def check(self, want: VolumeWant) -> None:
-        """Raise WrongState for options: there are none."""
-        self._folder(want.id)
-        if want.driver_opts:
-            option = min(want.driver_opts)
-            raise WrongState(f"volume {want.id!r}: driver_opts.{option}: driver 'managed' takes no options")
+        """Raise WrongState for what is not a size, UnfitHost where the file system can't limit one."""
+        folder = self._folder(want.id)
+        if _size(want) is not None:
+            quota.check(folder, f"volume {want.id!r}: driver_opts.size")
 
     def ensure(self, want: VolumeWant) -> Receipt:
-        """Create it, empty."""
-        self.check(want)
+        """Create it, empty; limit it to the size that is asked for by now."""
+        size = _size(want)
         folder = self._folder(want.id)
         data = folder / "_data"
         folder.parents[1].mkdir(mode=0o700, parents=True, exist_ok=True)  # set-user-ID programs may lie below
         data.mkdir(parents=True, exist_ok=True)
+        key = f"{self.host.name} volume {want.id}"
+        try:
+            if size is not None:
+                quota.limit(folder, size, key)
+            else:
+                quota.unlimit(folder, key)
+        except OSError as error:
+            quota.check(folder, f"volume {want.id!r}: driver_opts.size")
+            raise UnfitHost(f"limit volume {want.id!r}: {error.strerror}") from error
         _adopt(folder)
         return self._receipt(want.id)
 
@@ -52,7 +62,7 @@ class ManagedVolume:
         folder = self._folder(receipt.id)
         doomed = folder.with_name(f".removed-{folder.name}")
         _delete(doomed)
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), quota.freed(folder, f"{self.host.name} volume {receipt.id}"):
             folder.rename(doomed)
             _delete(doomed)
         with suppress(OSError):  # gone, or there are other volumes of the app
@@ -65,6 +75,22 @@ class ManagedVolume:
 
     def _receipt(self, id: str) -> Receipt:
         return Receipt("volume", self.name, id, data={"path": str(self._folder(id) / "_data")})
+
+
+def _size(want: VolumeWant) -> int | None:
+    """The bytes of driver_opts.size, None without. Raises WrongState for other options and for what is no size."""
+    unknown = want.driver_opts.keys() - {"size"}
+    if unknown:
+        raise WrongState(f"volume {want.id!r}: driver_opts.{min(unknown)}: unknown option (expected size)")
+    if "size" not in want.driver_opts:
+        return None
+    try:
+        found = int(size(want.driver_opts["size"]))
+    except ValueError as error:
+        raise WrongState(f"volume {want.id!r}: driver_opts.size: {error}") from error
+    if found < 1:
+        raise WrongState(f"volume {want.id!r}: driver_opts.size: 0 holds nothing (expected a size as 10GiB)")
+    return found
 
 
 def _delete(folder: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from holdfast.drivers import Host, Receipt, RootfsWant, remove_tree
 from holdfast.errors import NotPermitted, UnfitHost, WrongCall, WrongState
+from holdfast_plugins.storage import quota
 from holdfast_plugins.storage.mounts import is_mounted, mount_overlay, mount_points, unmount
 
 MOST_LAYERS = 500  # OVL_MAX_STACK of the kernel
@@ -39,6 +40,8 @@ class OverlayRootfs:
         for layer in want.layers:
             if not layer.is_dir():
                 raise WrongState(f"mount root file system of {want.instance!r}: {str(layer)!r} is no directory")
+        if want.size is not None:
+            quota.check(self.host.root, "storage_opt.size")
 
     def ensure(self, want: RootfsWant) -> Receipt:
         """Mount it; where it is mounted already, that costs two stat(2)."""
@@ -46,7 +49,11 @@ class OverlayRootfs:
         if not is_mounted(target):
             for folder in (target, work):
                 folder.parents[1].mkdir(mode=0o700, parents=True, exist_ok=True)  # set-user-ID programs lie below
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.parent.mkdir(parents=True, exist_ok=True)
+            if want.size is not None:
+                _limit(upper.parent, want)
+            for folder in (target, work):
+                folder.mkdir(exist_ok=True)
             _make_upper(upper, want.layers[-1])
             try:
                 mount_overlay(self.host.name, want.layers, upper, work, target)
@@ -76,7 +83,7 @@ class OverlayRootfs:
         for folder in (target, target.parent):
             with suppress(OSError):  # gone, or others keep things there
                 folder.rmdir()
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), quota.freed(upper.parent, f"rootfs {receipt.id}"):
             remove_tree(upper.parent)
 
     def _places(self, instance: str) -> tuple[Path, Path, Path]:
@@ -88,6 +95,13 @@ class OverlayRootfs:
     def _receipt(self, instance: str) -> Receipt:
         target, upper, _ = self._places(instance)
         return Receipt("rootfs", self.name, instance, instance, {"path": str(target), "upper": str(upper)})
+
+
+def _limit(layer: Path, want: RootfsWant) -> None:
+    try:
+        quota.limit(layer, want.size or 0, f"rootfs {want.instance}")
+    except OSError as error:
+        raise UnfitHost(f"limit writable layer of {want.instance!r}: {error.strerror}") from error
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -1,0 +1,170 @@
+"""Project quotas: how much a directory and all below it may hold, kept by ext4 and xfs themselves.
+
+A directory gets a project id, which what is made below inherits, and the id a limit in blocks (quotactl(2),
+ioctl_fsgetxattr). The id is on disk with the directory; nothing else has to be remembered.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from holdfast.errors import UnfitHost
+from holdfast_plugins.storage.mounts import mount_points
+
+QUOTACTL_FD = 443  # asm-generic/unistd.h; Linux 5.14
+PRJQUOTA = 2  # linux/quota.h
+Q_GETQUOTA, Q_SETQUOTA = 0x800007, 0x800008
+Q_XGETQSTAT = 0x5805  # linux/dqblk_xfs.h
+ENFORCED = 1 << 5  # FS_QUOTA_PDQ_ENFD
+LIMIT = struct.Struct("=8QI4x")  # struct if_dqblk: hard limit in KiB, …, used bytes, …
+BLIMITS = 1  # QIF_BLIMITS
+FSGETXATTR, FSSETXATTR = 0x801C581F, 0x401C5820  # linux/fs.h
+ATTRIBUTES = struct.Struct("=5I8x")  # struct fsxattr: flags, …, project id
+PROJINHERIT = 0x200
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+TRIES = 16
+HOW = {
+    "ext4": "tune2fs -O quota,project on the unmounted device, then mount it with prjquota",
+    "xfs": "mount it with pquota; for /, boot with rootflags=pquota",
+}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def check(path: Path, what: str) -> None:
+    """Raise UnfitHost unless the file system of a path (or of what it will lie in) enforces project quotas."""
+    there = next(each for each in (path, *path.parents) if each.exists()).resolve()
+    with _opened(there) as folder:
+        state = ctypes.create_string_buffer(256)
+        with suppress(OSError):
+            _quotactl(folder, Q_XGETQSTAT, 0, state)
+        if struct.unpack_from("=H", state.raw, 2)[0] & ENFORCED:
+            return
+    kind, point = _file_system(there)
+    right = HOW.get(kind, "expected ext4 mounted with prjquota, or xfs with pquota")
+    raise UnfitHost(f"{what}: file system '{kind}' at '{point}' has no project quotas ({right})")
+
+
+def limit(path: Path, size: int, key: str) -> None:
+    """Let a directory hold at most size bytes, with all that is in it. key: names it on this file system.
+
+    Raises OSError.
+    """
+    with _opened(path) as folder:
+        project = _project(folder)
+        if project not in _candidates(key):
+            project = next((each for each in _candidates(key) if _is_free(folder, each)), 0)
+            if not project:
+                raise OSError(errno.EDQUOT, "no project id is free", str(path))
+            _set_limit(folder, project, size)  # first: nothing is ever of the project and without a limit
+            _join(path, project)
+        else:
+            _set_limit(folder, project, size)
+
+
+def unlimit(path: Path, key: str) -> None:
+    """Take the limit off a directory, if it has one. Raises OSError."""
+    with _opened(path) as folder:
+        project = _project(folder)
+        if project and project in _candidates(key):
+            _set_limit(folder, project, 0)
+
+
+@contextmanager
+def freed(path: Path, key: str) -> Iterator[None]:
+    """Forget the limit of a directory that is deleted meanwhile; nothing to do where there is none."""
+    project = 0
+    with suppress(OSError), _opened(path) as folder:
+        project = _project(folder)
+    yield
+    if project and project in _candidates(key) and path.parent.is_dir():
+        with suppress(OSError), _opened(path.parent) as parent:
+            _set_limit(parent, project, 0)
+
+
+def _candidates(key: str) -> list[int]:
+    """The project ids that a directory may have: the first that is free."""
+    found = (hashlib.sha256(f"{key} {number}".encode()).digest() for number in range(TRIES))
+    return [int.from_bytes(digest[:4], "big") % (2**31 - 2**17) + 2**16 for digest in found]
+
+
+def _is_free(folder: int, project: int) -> bool:
+    held = ctypes.create_string_buffer(LIMIT.size)
+    try:
+        _quotactl(folder, Q_GETQUOTA, project, held)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESRCH):
+            return True
+        raise
+    hard, soft, used, _, _, inodes, *_ = LIMIT.unpack(held.raw)
+    return not (hard or soft or used or inodes)
+
+
+def _set_limit(folder: int, project: int, size: int) -> None:
+    hard = -(-size // 1024)
+    _quotactl(
+        folder, Q_SETQUOTA, project, ctypes.create_string_buffer(LIMIT.pack(hard, 0, 0, 0, 0, 0, 0, 0, BLIMITS))
+    )
+
+
+def _join(path: Path, project: int) -> None:
+    """Give a directory, the folders and the files in it a project id; no link is followed."""
+    for _, folders, files, folder in os.fwalk(path, follow_symlinks=False):
+        _set_project(folder, project, inherit=True)
+        for name in files:
+            if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                with suppress(FileNotFoundError):
+                    file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+                    try:
+                        _set_project(file, project, inherit=False)
+                    finally:
+                        os.close(file)
+        del folders
+
+
+def _project(folder: int) -> int:
+    held = bytearray(ATTRIBUTES.size)
+    try:
+        fcntl.ioctl(folder, FSGETXATTR, held)
+    except OSError:  # a file system without projects
+        return 0
+    return int(ATTRIBUTES.unpack(held)[3])
+
+
+def _set_project(descriptor: int, project: int, *, inherit: bool) -> None:
+    held = bytearray(ATTRIBUTES.size)
+    fcntl.ioctl(descriptor, FSGETXATTR, held)
+    flags, extent, extents, _, copy = ATTRIBUTES.unpack(held)
+    flags |= PROJINHERIT if inherit else 0
+    fcntl.ioctl(descriptor, FSSETXATTR, ATTRIBUTES.pack(flags, extent, extents, project, copy))
+
+
+def _quotactl(folder: int, command: int, project: int, buffer: ctypes.Array[ctypes.c_char]) -> None:
+    whole = command << 8 | PRJQUOTA
+    if _libc.syscall(ctypes.c_long(QUOTACTL_FD), ctypes.c_int(folder), ctypes.c_uint(whole), project, buffer) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    folder = os.open(path, FOLDER)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def _file_system(path: Path) -> tuple[str, str]:
+    """The type and the mount point of what a path lies on."""
+    real = path.resolve()
+    there = {point.path: point.type for point in mount_points()}
+    return next(((there[str(each)], str(each)) for each in (real, *real.parents) if str(each) in there), ("?", "/"))
