@@ -157,7 +157,8 @@ class Offline(Answers):
 
     def status(self) -> Json:
         """How the node stands, read now."""
-        spec, observed = self._reconciler.wanted(), self._node.observe(deep=True)
+        spec = self._reconciler.wanted()
+        observed = self._node.observe(deep=True, spec=spec)
         plans = self._reconciler.preview()
         made = self._reconciler.seen(spec, observed, self.rig.store.history(), plans[0])
         note = "the agent does not run: nothing is being put right"

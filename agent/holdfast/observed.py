@@ -199,7 +199,8 @@ class Observed:
     firewall: what the table holds; None when it is not there or was altered.
     orphans: what carries this root's id and has no receipt. foreign: what bears the agent's name, has no receipt and
     carries another root's id or none: it is left alone. busy: subjects that were being worked on meanwhile, of
-    which this therefore says nothing certain. over: how many of the agent's actions were over before it was read.
+    which this therefore says nothing certain. lacking: bind mounts (`lack_key`) → why they can't be made, for what
+    they lie on is not mounted. over: how many of the agent's actions were over before it was read.
     missing: drivers that no plugin offers any more, of what is in use.
     """
 
@@ -211,8 +212,18 @@ class Observed:
     orphans: tuple[Receipt, ...] = ()
     foreign: tuple[Receipt, ...] = ()
     busy: frozenset[str] = frozenset()
+    lacking: Mapping[str, str] = field(default_factory=dict)
     over: int = 0
     missing: tuple[MissingDriver, ...] = ()
+
+    def lacks(self, mount: Mount) -> str:
+        """Why a mount can't be made now, "" if it can."""
+        return self.lacking.get(lack_key(mount), "") if mount.kind == "bind" else ""
+
+
+def lack_key(mount: Mount) -> str:
+    """What tells one bind mount from another in `Observed.lacking`."""
+    return f"{mount.source} {mount.require_mount}"
 
 
 GenerationState = Literal["staged", "active", "good"]

@@ -71,7 +71,7 @@ class Reconciler:
         """Make one pass. deep: read every cgroup, too. What it decides goes on in the node's lanes."""
         spec = self.wanted()
         self._announce()
-        observed = self.node.observe(deep=deep)
+        observed = self.node.observe(deep=deep, spec=spec)
         history = self.node.rig.store.history()
         plan = decide(spec, observed, history, time.time())
         self.node.apply(plan, observed, spec, self._revision.id if self._revision else "")
@@ -79,11 +79,13 @@ class Reconciler:
 
     def preview(self) -> Sequence[Plan]:
         """Every plan from here to rest, touching nothing. Looks at the newest commit, fetched or not."""
-        return self._preview(self._newest(), self.node.observe(deep=True))
+        spec = self._newest()
+        return self._preview(spec, self.node.observe(deep=True, spec=spec))
 
     def preview_json(self) -> Json:
         """What `holdfast plan --json` prints."""
-        spec, observed = self._newest(), self.node.observe(deep=True)
+        spec = self._newest()
+        observed = self.node.observe(deep=True, spec=spec)
         plans = self._preview(spec, observed)
         return plan_json(plans, spec.problems if spec else (), left_alone(observed))
 

@@ -119,10 +119,11 @@ class Node:
         remember(self.rig)
         recover(self.rig)
 
-    def observe(self, *, deep: bool = False) -> Observed:
-        """Read the host. deep: every cgroup, too. Changes nothing on it."""
+    def observe(self, *, deep: bool = False, spec: Spec | None = None) -> Observed:
+        """Read the host, and what the containers of spec lack. deep: every cgroup, too. Changes nothing on it."""
         busy, over = self._lanes.look()
-        return replace(observe(self.rig, self._exits.watches, busy=busy, deep=deep), over=over)
+        wanted = [want for app in spec.apps.values() for want in app.containers.values()] if spec else []
+        return replace(observe(self.rig, self._exits.watches, busy=busy, deep=deep, wanted=wanted), over=over)
 
     def apply(self, plan: Plan, observed: Observed, spec: Spec | None, revision: str) -> None:
         """Put what is planned on the lanes and return at once; what is under way already is left to itself."""

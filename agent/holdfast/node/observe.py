@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -31,22 +31,32 @@ from holdfast.observed import (
     PublishedPort,
     Receipt,
     VolumeState,
+    lack_key,
 )
 from holdfast.plugins import found_by, last_found_by
 from holdfast.runtime import cgroup, netns
 from holdfast.runtime.conmon import Run
-from holdfast.spec.model import digest_of
+from holdfast.runtime.mountpoints import Mounted, lacking
+from holdfast.spec.model import Container, digest_of
 
 Things = Mapping[tuple[str, str], Receipt]
 Watches = Callable[[str, Run], bool]
 Settings = Callable[[Instance], str]
 
 
-def observe(rig: Rig, watches: Watches, *, busy: frozenset[str] = frozenset(), deep: bool = False) -> Observed:
+def observe(
+    rig: Rig,
+    watches: Watches,
+    *,
+    busy: frozenset[str] = frozenset(),
+    deep: bool = False,
+    wanted: Iterable[Container] = (),
+) -> Observed:
     """Read the host.
 
     watches: says which runs need not be looked at, for their end would be noticed. busy: subjects that are being
-    worked on, whose state is in motion. deep: read cgroups, too.
+    worked on, whose state is in motion. deep: read cgroups, too. wanted: containers that are to be, for what their
+    mounts lack.
     """
     at = time.time()
     instances, building = list(rig.store.instances.values()), set(rig.builds)
@@ -71,6 +81,7 @@ def observe(rig: Rig, watches: Watches, *, busy: frozenset[str] = frozenset(), d
         foreign=foreign,
         busy=busy,
         missing=missing_drivers(rig, things.values()),
+        lacking=dict(_lacking((*wanted, *(each.want for each in instances)))),
     )
 
 
@@ -99,10 +110,19 @@ def everything(rig: Rig, *, deep: bool) -> Iterator[Receipt]:
                 yield from found
         for made in rig.store.receipts(kind):
             if made.driver not in heard:
-                yield silent.get(made.driver, {}).get(made.id, made)
+                # What a volume was an hour ago would look like drift.
+                yield made if kind == "volume" else silent.get(made.driver, {}).get(made.id, made)
     yield from netns.observe(rig.host)
     for id in rig.runtime.state() | (rig.runtime.cgroups() if deep else frozenset()):
         yield Receipt("run", rig.runtime.binary.name, id, id)
+
+
+def _lacking(wants: Iterable[Container]) -> Iterator[tuple[str, str]]:
+    mounted = Mounted.now()
+    for want in wants:
+        for mount in want.mounts:
+            if mount.kind == "bind" and (reason := lacking(mount, mounted)):
+                yield lack_key(mount), reason
 
 
 # -- instances -----------------------------------------------------------------------------------------------
@@ -138,6 +158,8 @@ def _instance(
     warnings = instance.warnings
     if not watched and not rig.runtime.supervised(run):
         warnings = (*warnings, "its conmon is gone: output is lost and its exit status will not be known")
+    if deep:
+        warnings = (*warnings, *_unmounted(rig, instance))
     if not faults and not drifted and warnings == instance.warnings:
         return instance
     return replace(instance, faults=tuple(faults), drifted=tuple(drifted), warnings=warnings)
@@ -175,6 +197,19 @@ def _faults(rig: Rig, instance: Instance, things: Things) -> Iterator[str]:
             config = json.loads((rig.host.instance(instance.id) / "config.json").read_text())
             if rig.plugins.would_adjust(instance.app, instance.container, config):
                 yield f"plugin '{', '.join(lacking)}' has not adjusted its configuration"
+
+
+def _unmounted(rig: Rig, instance: Instance) -> Iterator[str]:
+    """What its bind mounts lie on that is mounted no more. The container goes on with what it has."""
+    mounted = Mounted.now()
+    for receipt in rig.store.owned(instance.id):
+        point = receipt.data.get("mount_point", "/") if receipt.kind == "volume" else "/"
+        if point != "/" and point not in mounted:
+            words = f"{point} is mounted no more, which {receipt.data['source']} lies on: it still has what was there"
+            if rig.notes and (instance.id, point) not in rig.unmounted:
+                rig.unmounted.add((instance.id, point))
+                rig.store.event("unmounted", instance.key, words, instance=instance.id)
+            yield words
 
 
 def _altered(rig: Rig, instance: Instance, things: Things) -> Iterator[str]:

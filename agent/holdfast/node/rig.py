@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from holdfast.drivers import Host, open_source
-from holdfast.errors import NotFound
+from holdfast.errors import NotFound, TryAgain
 from holdfast.images import lookup
 from holdfast.images.build import Builder
 from holdfast.images.pull import Puller
@@ -26,9 +26,10 @@ from holdfast.plugins import Plugins
 from holdfast.runtime.binaries import find_init, host_limits
 from holdfast.runtime.conmon import Run, Runtime, boot_id
 from holdfast.runtime.content import ContentStore
+from holdfast.runtime.mountpoints import Mounted, lacking
 from holdfast.runtime.oci import HostLimits
 from holdfast.runtime.seccomp import Filters
-from holdfast.spec.model import App, Network, Volume
+from holdfast.spec.model import App, Mount, Network, Volume
 from holdfast.store import Store
 
 ROOTFS = "rootfs:"  # how an image digest starts that is a directory of the host
@@ -84,6 +85,7 @@ class Rig:
     notes: bool = True
     volume_locks: Locks = field(default_factory=Locks)
     builds: set[str] = field(default_factory=set)
+    unmounted: set[tuple[str, str]] = field(default_factory=set)  # instance, mount point: told already
 
     def base(self, digest: str) -> Base:
         """What a container's root file system starts from. Raises NotFound if it is not there any more."""
@@ -109,6 +111,11 @@ class Rig:
     def apparmor_profile(self) -> str:
         """What the AppArmor profile of this agent's containers is called."""
         return f"{self.host.name}-default"
+
+    def check_mounted(self, mount: Mount) -> None:
+        """Raise TryAgain for a bind whose source lies on what is not mounted, and so on the disk underneath."""
+        if reason := lacking(mount, Mounted.now()):
+            raise TryAgain(f"mount '{mount.source}' at '{mount.target}': {reason}")
 
     def log_path(self, instance: Instance) -> Path:
         """Where a container's output goes, whichever instance writes it."""

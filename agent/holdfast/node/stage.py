@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from holdfast.drivers import MountWant, RootfsWant
+from holdfast.drivers import MountWant
 from holdfast.errors import NotFound, TryAgain, UnfitHost
 from holdfast.images.lookup import Content, View
 from holdfast.images.references import parse
 from holdfast.node.inside import check_devices, check_working_dir, content_of_mount, look, mount_all
 from holdfast.node.rig import BARE, ROOTFS, Base, Rig, network_of, volume_of
-from holdfast.node.start import cgroup_settings, content_of, network_want, oci_request, user_of
+from holdfast.node.start import cgroup_settings, content_of, network_want, oci_request, rootfs_want, user_of
 from holdfast.node.volumes import declared_volumes, volume_want
 from holdfast.observed import Generation, Instance, InstanceId, Json
 from holdfast.plan.actions import StageGeneration
@@ -217,7 +217,7 @@ def _from_archive(rig: Rig, reference: str) -> str:
 def _check_container(rig: Rig, app: App, name: str, image: str, volumes: tuple[Mount, ...], checks: _Checks) -> None:
     want, base = app.containers[name], rig.base(image)
     for driver in list(rig.plugins.rootfs.values())[:1]:
-        driver.check(RootfsWant(instance="check", layers=base.layers))
+        driver.check(rootfs_want("check", base.layers, want))
     contents: dict[str, Content] = {}
     for mount in (*want.mounts, *volumes):
         with checks.of(f"{app.name}/{name}"):
@@ -234,6 +234,7 @@ def _check_mount(rig: Rig, app: App, mount: Mount) -> Path | None:
         spec = volume_of(rig, app, mount.source)
         rig.plugins.check_volume(spec.driver, volume_want(mount.source, spec))
         return None
+    rig.check_mounted(mount)
     stored = content_of(rig, app, mount)
     asked = MountWant(instance="check", mount=mount, content=stored, roots=rig.bind_roots)
     rig.plugins.driver("mount", mount.kind).check(asked)

@@ -32,6 +32,7 @@ from holdfast.plugins import Adjusted
 from holdfast.runtime import apparmor, cgroup, device_access, names, netns, seccomp, users
 from holdfast.runtime.devices import device_nodes
 from holdfast.runtime.logs import begin
+from holdfast.runtime.mountpoints import mount_point
 from holdfast.runtime.oci import OciRequest, granted_capabilities, oci_config
 from holdfast.spec.model import App, Container, Mount, Network
 
@@ -164,7 +165,7 @@ def _keep(rig: Rig, receipt: Receipt) -> Receipt:
 def _rootfs(rig: Rig, instance: Instance, base: Base) -> Path:
     driver = next(iter(rig.plugins.rootfs.values()))
     with _layers(rig, instance, base) as layers:
-        receipt = _keep(rig, driver.ensure(RootfsWant(instance=instance.id, layers=layers)))
+        receipt = _keep(rig, driver.ensure(rootfs_want(instance.id, layers, instance.want)))
     return Path(str(receipt.data["path"]))
 
 
@@ -179,6 +180,11 @@ def _layers(rig: Rig, instance: Instance, base: Base) -> Iterator[tuple[Path, ..
         yield (Path(f"/proc/self/fd/{handle}"),)
     finally:
         os.close(handle)
+
+
+def rootfs_want(instance: str, layers: tuple[Path, ...], want: Container) -> RootfsWant:
+    """What a driver of root file systems is asked for."""
+    return RootfsWant(instance=instance, layers=layers, size=want.storage_opt.size)
 
 
 def _endpoints(rig: Rig, instance: Instance, space: Path) -> Iterator[tuple[str, str]]:
@@ -222,10 +228,14 @@ def _mount(rig: Rig, instance: Instance, app: App, mount: Mount, rootfs: Path) -
         made = ensure_volume(rig, mount.source, volume_of(rig, app, mount.source), seed=seed if fills else None)
         options = ["rbind", "rprivate", "ro" if mount.read_only else "rw"]
         return {"destination": mount.target, "type": "bind", "source": made.data["path"], "options": options}
+    rig.check_mounted(mount)
     want_mount = MountWant(
         instance=instance.id, mount=mount, content=content_of(rig, app, mount), roots=rig.bind_roots
     )
-    made = _keep(rig, rig.plugins.driver("mount", mount.kind).ensure(want_mount))
+    made = rig.plugins.driver("mount", mount.kind).ensure(want_mount)
+    if mount.kind == "bind":
+        made = replace(made, data={**made.data, "mount_point": mount_point(mount.source)})
+    _keep(rig, made)
     return {**{key: made.data[key] for key in ("type", "source", "options")}, "destination": mount.target}
 
 

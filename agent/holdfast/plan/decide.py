@@ -57,6 +57,7 @@ from holdfast.spec.model import BUILD_NETWORK, App, Container, Network, Spec, Vo
 UNMANAGED = frozenset({"none", "host"})
 DEFAULT_NETWORK = Network()
 DEFAULT_VOLUME = Volume()
+MOUNT_LOOK = 2.0  # seconds until mounts that a container waits for are looked for again
 
 
 def decide(spec: Spec | None, observed: Observed, history: History, now: float) -> Plan:
@@ -93,7 +94,10 @@ def _targets(spec: Spec | None, desk: Desk) -> Iterator[tuple[str, Generation]]:
         if obstacle := missing_network(app, desk):
             desk.waiting[name] = obstacle
         elif found is None or found.app.digest != app.digest:
-            desk.offer(StageGeneration(app=name, spec=app, images=newer, reason=_stage_reason(found)))
+            if lacking := _lacking_mounts(app.containers, desk):
+                desk.waiting[name] = f"waits to be staged: {lacking}"
+            else:
+                desk.offer(StageGeneration(app=name, spec=app, images=newer, reason=_stage_reason(found)))
         elif moved := {key: new for key, new in newer.items() if not new.endswith(found.images.get(key, "none"))}:
             desk.offer(StageGeneration(app=name, spec=app, images=newer, reason=_moved_reason(found, moved)))
         if found is None:
@@ -282,6 +286,7 @@ def _start(
 ) -> None:
     app = generation.app.name
     obstacle = _missing_network(generation.app.containers[name], desk)
+    obstacle = obstacle or _lacking_mounts({name: generation.app.containers[name]}, desk)
     if again is None or again.phase == "lost":
         obstacle = obstacle or _unreached(generation.app, name, desk)
     if obstacle:
@@ -307,7 +312,8 @@ def _replace(
         elif in_the_way:
             _take_away(instance, listed(found), desk)
         return
-    obstacle = _missing_network(generation.app.containers[instance.container], desk, instance)
+    want = generation.app.containers[instance.container]
+    obstacle = _missing_network(want, desk, instance) or _lacking_mounts({instance.container: want}, desk)
     if not in_the_way:  # else what it depends on may itself wait for the network that this one is attached to
         obstacle = obstacle or _unreached(generation.app, instance.container, desk)
     if obstacle:
@@ -460,6 +466,16 @@ def _reached(app: App, name: str, condition: str, desk: Desk) -> bool:
     ended = instance.exit if instance.phase == "exited" else None
     completed = ended is not None and ended.code == 0 and not ended.asked
     return completed or (condition == "started" and instance.phase == "running")
+
+
+def _lacking_mounts(containers: Mapping[str, Container], desk: Desk) -> str:
+    """What some container has to mount and can't by now, "" if nothing. Nobody tells of a mount: it is looked for."""
+    for name, want in containers.items():
+        for mount in want.mounts:
+            if reason := desk.observed.lacks(mount):
+                desk.wakes.append(desk.now + MOUNT_LOOK)
+                return f"{name}: {reason}"
+    return ""
 
 
 def _missing_network(want: Container, desk: Desk, instance: Instance | None = None) -> str:

@@ -25,7 +25,7 @@ EFFECTS: Mapping[str, str] = {
     "depends_on": "record",
     "logging": "record",
 }
-SIZES = frozenset({"memory", "memory_swap", "memory_reservation", "shm_size", "max_size"})
+SIZES = frozenset({"memory", "memory_swap", "memory_reservation", "shm_size", "max_size", "size"})
 DURATIONS = frozenset({"stop_grace_period", "delay", "max_delay", "reset_after"})
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 

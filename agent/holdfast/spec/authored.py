@@ -112,6 +112,10 @@ class MountTable(Table):
     read_only: bool = False
     nocopy: Annotated[bool, Field(description="volume: a new one does not start with the image's content")] = False
     create_host_path: Annotated[bool, Field(description="bind: make a missing source directory")] = False
+    require_mount: Annotated[
+        bool | None,
+        Field(description="bind: wait until the source is on a mount; absent: only if fstab names one"),
+    ] = None
     on_change: Annotated[OnChange | None, Field(description="file: what follows a changed content")] = None
     size: Annotated[Size | None, Field(description="tmpfs: how much it holds")] = None
     mode: Annotated[Mode | None, Field(description="tmpfs, file: permissions, octal")] = None
@@ -133,6 +137,7 @@ class MountTable(Table):
         belongs = {
             "nocopy": ("volume",),
             "create_host_path": ("bind",),
+            "require_mount": ("bind",),
             "on_change": ("file",),
             "size": ("tmpfs",),
             "mode": ("tmpfs", "file"),
@@ -184,6 +189,7 @@ class MountTable(Table):
             read_only=self.read_only,
             nocopy=self.nocopy,
             create_host_path=self.create_host_path,
+            require_mount=self.require_mount,
             on_change=self.on_change or "restart",
             size=self.size,
             mode=self.mode,
@@ -314,6 +320,14 @@ class LoggingTable(Table):
     max_files: Annotated[int, Field(ge=1)] = 3
 
 
+class StorageOptTable(Table):
+    """What is asked of the container's root file system."""
+
+    size: Annotated[
+        Annotated[Size, Field(ge=1)] | None, Field(description="how much its writable layer may hold")
+    ] = None
+
+
 class UpdateImageTable(Table):
     """Whether and how often a registry is asked for a newer image."""
 
@@ -359,6 +373,7 @@ class ContainerTable(Table):
         "env": "environment",
         "workdir": "working_dir",
         "env_file": "environment",
+        "size": 'storage_opt = { size = "…" }',
         "expose": "nothing: containers of one network reach every port of each other",
         "links": "networks: containers of one network find each other by name",
     }
@@ -437,6 +452,7 @@ class ContainerTable(Table):
     depends_on: Annotated[dict[Reference, Reached], Short(forms.dependencies, (STRINGS,))] = {}
     resources: ResourcesTable = ResourcesTable()
     logging: LoggingTable = LoggingTable()
+    storage_opt: StorageOptTable = StorageOptTable()
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.image is not None and self.rootfs is not None:
@@ -521,6 +537,8 @@ class NetworkTable(Table):
 
 class VolumeTable(Table):
     """A volume that this app defines; its data outlives the app unless on_remove says otherwise."""
+
+    hints: ClassVar = {"size": 'driver_opts = { size = "…" }'}
 
     driver: Annotated[str, Field(description="managed, or a plugin's")] = "managed"
     driver_opts: dict[str, Text] = {}

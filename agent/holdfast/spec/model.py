@@ -70,7 +70,8 @@ class Mount(Frozen):
     tmpfs     "" (size and mode apply)
     file      a path in the revision, file or directory; its digest is in App.files
 
-    nocopy: a new volume does not start with what the image has at the target.
+    nocopy: a new volume does not start with what the image has at the target. require_mount: the source must lie on
+    a file system that is mounted below /; None: on the one that fstab(5) names, if it names one.
     """
 
     kind: Literal["bind", "volume", "tmpfs", "file"]
@@ -79,6 +80,7 @@ class Mount(Frozen):
     read_only: bool = False
     nocopy: bool = False
     create_host_path: bool = False
+    require_mount: bool | None = None
     on_change: OnChange = "restart"
     size: int | None = None
     mode: int | None = None
@@ -163,6 +165,12 @@ class UpdateImage(Frozen):
     tag_pattern: str | None = None
 
 
+class StorageOpt(Frozen):
+    """What is asked of a container's root file system. size: how much its writable layer may hold."""
+
+    size: int | None = None
+
+
 class Container(Frozen):
     """One container, resolved. Exactly one of image and rootfs is set.
 
@@ -188,6 +196,7 @@ class Container(Frozen):
     networks: dict[str, Attachment] = {"bridge": Attachment()}
     mounts: tuple[Mount, ...] = ()
     volumes_from: dict[str, Literal["rw", "ro"]] = {}
+    storage_opt: StorageOpt = StorageOpt()
     cap_add: tuple[str, ...] = ()
     cap_drop: tuple[str, ...] = ()
     privileged: bool = False

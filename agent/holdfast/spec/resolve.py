@@ -193,6 +193,7 @@ class _Resolver:
             restart_policy=restart_policy(table),
             depends_on=self.depends_on(at, table),
             resources=table.resources.resources(),
+            storage_opt=model.StorageOpt(size=table.storage_opt.size),
             logging=model.Logging(max_size=table.logging.max_size, max_files=table.logging.max_files),
         )
         wrong = outside_roots(table.rootfs, self.facts) if table.rootfs else None

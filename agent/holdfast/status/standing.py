@@ -333,7 +333,9 @@ def _container(
     hold = history.holds.get(subject)
     failure = _failure(subject, history, plan)
     actions = [action for action in plan.actions if action.subject == subject]
-    state, reason, next_at = _container_state(want, instances, hold, failure, actions, _waits_for(subject, plan))
+    state, reason, next_at = _container_state(
+        want, instances, hold, failure, actions, _waits_for(subject, plan), plan.waiting.get(subject, "")
+    )
     shown = want or (instances[-1].want if instances else Container())
     newer, digest = history.newer.get(subject), _digest(subject, shown, history)
     return ContainerStatus(
@@ -373,6 +375,7 @@ def _container_state(
     failure: Failure | None,
     actions: Sequence[Action],
     waits_for: str,
+    held_up: str,
 ) -> tuple[ContainerState, str, float | None]:
     newest = instances[-1] if instances else None
     due = actions[0].reason if actions else ""
@@ -390,14 +393,14 @@ def _container_state(
         return "starting", due, None
     if want is None:
         return "exited", due or str(newest.exit or Exit(None)), None
-    return _after_exit(want, newest)
+    return _after_exit(want, newest, held_up)
 
 
-def _after_exit(want: Container, instance: Instance) -> tuple[ContainerState, str, float | None]:
+def _after_exit(want: Container, instance: Instance, held_up: str) -> tuple[ContainerState, str, float | None]:
     follows = verdict(instance, want.restart_policy)
     match follows.kind:
         case "again":
-            return "restarting", follows.reason, follows.at or None
+            return "restarting", held_up or follows.reason, follows.at or None
         case "done":
             return "completed", "", None
         case "failed":

@@ -1,0 +1,103 @@
+"""Which file system a path of the host is meant to be on, and whether that is mounted.
+
+A bind whose source lies below a mount point that is not mounted would write to the disk underneath. fstab(5) says
+what is meant to be mounted, /proc/self/mountinfo what is; nothing here touches the file systems themselves, which
+may not answer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.spec.model import Mount
+
+FSTAB = Path("/etc/fstab")
+MOUNTINFO = Path("/proc/self/mountinfo")
+_cache: tuple[tuple[int, int, int], tuple[str, ...]] = ((0, 0, 0), ())
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """The mount points of this host, read at one moment and only if somebody asks."""
+
+    _read: list[frozenset[str]]
+
+    @classmethod
+    def now(cls) -> Mounted:
+        return cls([])
+
+    def __contains__(self, point: str) -> bool:
+        if not self._read:
+            lines = MOUNTINFO.read_text(errors="surrogateescape").splitlines()
+            self._read.append(frozenset(unescaped(line.split(" ", 5)[4]) for line in lines))
+        return point in self._read[0]
+
+
+def lacking(mount: Mount, mounted: Mounted) -> str:
+    """Why a bind must not be made now: what its source is meant to lie on is not mounted. "" if it may be made."""
+    if mount.kind != "bind" or mount.require_mount is False:
+        return ""
+    points = fstab_points()
+    if not points and mount.require_mount is None:
+        return ""
+    real = os.path.realpath(mount.source)
+    meant = (point for point in points if _covers(point, mount.source) or _covers(point, real))
+    missing = next((point for point in meant if point not in mounted), None)
+    if missing is not None:
+        return f"{missing} is not mounted, which {FSTAB} names and '{mount.source}' lies on"
+    if mount.require_mount and not any(point in mounted for point in _above(real) if point != "/"):
+        return f"nothing is mounted at or above '{mount.source}' (require_mount = true)"
+    return ""
+
+
+def mount_point(path: str) -> str:
+    """The mount point that a path lies on, as far as device numbers tell: "/" where they do not differ."""
+    real = os.path.realpath(path)
+    device = Path(real).stat().st_dev
+    found = real
+    for above in _above(real):
+        if Path(above).stat().st_dev != device:
+            return found
+        found = above
+    return "/"
+
+
+def fstab_points() -> tuple[str, ...]:
+    """The mount points that fstab names below /, read again when the file has changed."""
+    global _cache
+    try:
+        found = FSTAB.stat()
+        key = found.st_mtime_ns, found.st_size, found.st_ino
+        if _cache[0] != key:
+            _cache = key, tuple(_points(FSTAB.read_text(errors="surrogateescape").splitlines()))
+    except OSError:  # there is none, as in many containers and images
+        return ()
+    return _cache[1]
+
+
+def _points(lines: Iterable[str]) -> Iterator[str]:
+    for line in lines:
+        fields = line.split()
+        if len(fields) >= 3 and not fields[0].startswith("#"):
+            point = os.path.normpath(unescaped(fields[1]))
+            if point.startswith("/") and point != "/" and fields[2] != "swap":
+                yield point
+
+
+def _covers(point: str, path: str) -> bool:
+    return path == point or path.startswith(f"{point}/")
+
+
+def _above(path: str) -> Iterator[str]:
+    """A path, and every folder that it lies in."""
+    return map(str, (Path(path), *Path(path).parents))
+
+
+def unescaped(field: str) -> str:
+    """A field of fstab or mountinfo: octal escapes for what would end it."""
+    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        field = field.replace(code, character)
+    return field

@@ -1,0 +1,72 @@
+"""A bind mount waits for the file system that its source is meant to lie on, and tells when that goes away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from holdfast.drivers import Host
+from live.agent import LiveAgent
+
+pytestmark = [pytest.mark.live, pytest.mark.usefixtures("mounts_alone"), pytest.mark.timeout(400)]
+
+STATE = """
+[containers.web]
+image = "busybox:1"
+command = ["sh", "-c", "echo up >> /data/log; exec sleep 10000"]
+restart = "always"
+stop_grace_period = "0s"
+networks = ["none"]
+[[containers.web.volumes]]
+source = "{source}"
+target = "/data"
+create_host_path = true
+"""
+
+
+def test_a_start_waits_for_the_mount_and_a_lost_one_is_told(
+    new_agent: Callable[[Host], LiveAgent], site: Host, tmp_path: Path
+) -> None:
+    fstab, point = tmp_path / "fstab", tmp_path / "nfs"
+    point.mkdir()
+    fstab.write_text(f"none {point} tmpfs noauto 0 0\n")
+    agent = new_agent(site)
+    agent.through = ("unshare", "--mount", "sh", "-c", f'mount --bind {fstab} /etc/fstab && exec "$@"', "sh")
+    agent.start()
+    agent.image("busybox:1")
+
+    def inside(*command: str) -> str:
+        """What a command prints in the agent's mount namespace."""
+        assert agent.process is not None
+        words = ["nsenter", "--mount", "--target", str(agent.process.pid), *command]
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+    def waits() -> bool:
+        return f"{point} is not mounted, which /etc/fstab names" in " ".join(agent.cli("status").stdout.split())
+
+    agent.write("shop.toml", STATE.format(source=point / "deep/data"))
+    agent.sync()
+    agent.wait(waits, "status says what it waits for", state=lambda: agent.cli("status").stdout)
+    assert list(point.iterdir()) == []
+    inside("mount", "-t", "tmpfs", "none", str(point))
+    agent.converge()
+    agent.wait(lambda: inside("cat", f"{point}/deep/data/log") == "up\n", "it has written")
+    assert list(point.iterdir()) == []
+    assert [event for event in agent.events() if event["kind"] == "failed"] == []
+
+    pid = agent.pid("shop/web")
+    inside("umount", "--lazy", str(point))
+    agent.sync()
+    agent.wait(lambda: "mounted no more" in agent.cli("status").stdout, "status says so")
+    assert [event["subject"] for event in agent.events() if event["kind"] == "unmounted"] == ["shop/web"]
+    assert agent.pid("shop/web") == pid
+    os.kill(pid, signal.SIGKILL)
+    agent.wait(waits, "it is not started without", state=lambda: agent.cli("status").stdout)
+    agent.write("shop.toml", STATE.format(source=point / "deep/data") + "require_mount = false\n")
+    agent.converge()
+    assert (point / "deep/data/log").read_text() == "up\n"
