@@ -14,6 +14,7 @@ from holdfast.api import serving
 from holdfast.errors import Conflict, NotFound
 from holdfast.observed import Exit, Generation, History, Hold, Instance, InstanceId, Observed
 from holdfast.plan.actions import Plan
+from holdfast.runtime.execs import ExecWant
 from holdfast.spec.model import App, Container, Port, RestartPolicy, Spec
 from holdfast.status import make_status, plan_json
 
@@ -146,9 +147,9 @@ class PaperAgent:
         self._known(target)
         return {"paths": [str(self.logs)]}
 
-    def exec_of(self, target: str, command: Sequence[str], **options: Any) -> Sequence[str]:
+    def exec_of(self, target: str, want: ExecWant) -> Sequence[str]:
         self._known(target)
-        return ["/usr/bin/env", *command]
+        return ["/usr/bin/env", *(f"{name}={value}" for name, value in want.environment.items()), *want.argv]
 
     def stats(self) -> Sequence[dict[str, Any]]:
         return [

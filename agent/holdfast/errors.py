@@ -85,3 +85,15 @@ class TryAgain(HoldfastError):
 
     exit_code = 75
     retry = True
+
+
+class NotExecutable(HoldfastError):
+    """A program inside a container can't be run: no permission, a directory, an unknown format."""
+
+    exit_code = 126
+
+
+class NoProgram(HoldfastError):
+    """A program is not there inside a container."""
+
+    exit_code = 127

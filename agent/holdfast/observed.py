@@ -6,6 +6,7 @@ All of it is frozen and JSON-able. Times are seconds since the epoch.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NewType
@@ -46,7 +47,11 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a process ended: code, or 128 + signal; code None when nobody saw it. asked: by our own stop."""
+    """How a process ended. code: as wait(2) and a shell count it, 128 + signal after a signal; None: nobody saw it.
+
+    signal: the one that ended it, where that is known (our own stop, want of memory): the code alone proves nothing,
+    because a program may exit with 143 by itself. oom: it was killed for want of memory. asked: by our own stop.
+    """
 
     code: int | None
     signal: int | None = None
@@ -55,11 +60,24 @@ class Exit:
     asked: bool = False
 
     def __str__(self) -> str:
+        if self.code is None:
+            return "ended unseen"
         if self.oom:
-            return "was killed for want of memory (OOM)"
-        if self.signal is not None:
-            return f"was killed by signal {self.signal}"
-        return "ended unseen" if self.code is None else f"exited with {self.code}"
+            return f"was killed for want of memory (OOM), exit code {self.code}"
+        if self.signal is not None and (name := signal_name(self.signal)):
+            return f"was ended by {name}, exit code {self.code}"
+        guess = signal_name(self.code - 128)
+        return f"exited with {self.code}" + (f" ({guess} if a signal)" if guess else "")
+
+
+def signal_name(number: int) -> str:
+    """What a signal is called, "" if there is none of that number."""
+    if signal.SIGRTMIN < number < signal.SIGRTMAX:
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}"
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

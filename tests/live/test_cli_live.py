@@ -142,7 +142,6 @@ def test_exec_hands_on_exit_code_input_user_and_terminal(agent: LiveAgent) -> No
     agent.write("shop.toml", f"[containers.web]{SLEEPER}")
     agent.converge()
     assert agent.cli("exec", "web", "sh", "-c", "exit 42", check=False).returncode == 42
-    assert agent.cli("exec", "web", "nothere", check=False).returncode not in (0, 70)
     assert agent.cli(
         "exec", "-u", "nobody", "-w", "/tmp", "-e", "A=b", "web", "sh", "-c", "id -u; pwd; echo $A"
     ).stdout == ("65534\n/tmp\nb\n")
@@ -165,10 +164,50 @@ def test_exec_hands_on_exit_code_input_user_and_terminal(agent: LiveAgent) -> No
     assert b"/dev/" in os.read(leader, 4096)
     os.close(leader)
     os.close(follower)
+    agent.cli("exec", "-d", "web", "sh", "-c", "touch /tmp/detached; exec sleep 1000")
+    agent.wait(lambda: "detached" in agent.exec("web", "ls", "/tmp"), "the detached command has begun")
     agent.cli("stop", "web")
     stopped = agent.cli("exec", "web", "true", check=False)
     assert stopped.returncode not in (0, 70)
     assert "shop/web" in stopped.stderr
+
+
+NOT_RUN = {
+    ("nothere",): (127, "exec 'nothere': not found in PATH"),
+    ("/no/such",): (127, "exec '/no/such': no such file"),
+    ("/tmp/script",): (127, "exec '/tmp/script': needs '/no/interpreter', which is not there"),
+    ("/etc",): (126, "exec '/etc': is a directory"),
+    ("/etc/hosts",): (126, "exec '/etc/hosts': '/etc/hosts' is not executable (chmod +x)"),
+    ("/tmp/text",): (126, "exec '/tmp/text': neither a program nor a script that begins with #!"),
+    ("-w", "/nowhere", "--", "true"): (126, "exec 'true': working directory '/nowhere': no such directory"),
+}
+
+
+def test_exec_of_what_can_not_be_run_is_one_line_and_the_shells_exit_code(agent: LiveAgent) -> None:
+    agent.write("shop.toml", f"[containers.web]{SLEEPER}")
+    agent.converge()
+    agent.exec("web", "sh", "-c", "printf '#!/no/interpreter\n' > /tmp/script; echo x > /tmp/text; chmod +x /tmp/*")
+    for words, (code, told) in NOT_RUN.items():
+        options, argv = (words[:2], words[2:]) if words[0] == "-w" else ((), words)
+        done = agent.cli("exec", *options, "web", *argv, check=False)
+        assert (done.returncode, done.stdout) == (code, "")
+        assert done.stderr.startswith(f"holdfast: {told}")
+        assert done.stderr.count("\n") == 1
+
+
+def test_exec_as_a_user_is_who_the_running_container_says(agent: LiveAgent) -> None:
+    agent.write("shop.toml", f'[containers.web]{SLEEPER}group_add = ["3000"]\n')
+    agent.converge()
+    accounts = "root:x:0:0::/root:/bin/sh\njoe:x:1002:1002::/home/joe:/bin/sh\n"
+    agent.exec("web", "sh", "-c", f"printf '{accounts}' > /etc/passwd; echo extra:x:2000:joe > /etc/group")
+    for user in ("joe", "1002"):
+        said = agent.cli("exec", "-u", user, "web", "sh", "-c", "echo $HOME; id -u; id -G").stdout.split()
+        assert (said[:2], set(said[2:])) == (["/home/joe", "1002"], {"1002", "2000", "3000"})
+    agent.exec("web", "sh", "-c", "rm /etc/passwd; ln -s /proc/1/root/../../../../etc/shadow /etc/passwd")
+    done = agent.cli("exec", "-u", "joe", "web", "true", check=False)
+    assert "/etc/passwd of the container does not know it" in done.stderr
+    agent.exec("web", "sh", "-c", "rm /etc/passwd; mkfifo /etc/passwd")
+    assert agent.cli("exec", "-u", "0", "web", "echo", "hello", timeout=20).stdout == "hello\n"
 
 
 def test_everything_can_be_looked_at(agent: LiveAgent) -> None:

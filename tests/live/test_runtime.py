@@ -23,6 +23,7 @@ from holdfast.errors import UnfitHost, WrongState
 from holdfast.node.logkeeper import LogKeeper
 from holdfast.runtime import binaries, cgroup, conmon, logs, oci, seccomp
 from holdfast.runtime.devices import device_nodes
+from holdfast.runtime.execs import ExecWant, exec_process
 from holdfast.runtime.users import User
 from holdfast.spec.model import Container, Resources, Ulimit
 from holdfast_plugins.cgroup import LimitsPolicy
@@ -139,7 +140,8 @@ def test_signal_is_told_and_a_stopped_container_is_gone_after_delete(box: Box) -
     box.runtime.kill(id, "KILL")
     ended = box.runtime.wait_exit(id, run, 10)
     assert ended is not None
-    assert (ended.code, ended.signal, ended.oom) == (137, 9, False)
+    assert (ended.code, ended.signal, ended.oom) == (137, None, False)
+    assert str(ended) == "exited with 137 (SIGKILL if a signal)"
     box.runtime.delete(id)
     assert box.runtime.state() == frozenset()
     assert cgroup.folders(box.runtime.cgroup(id)) == []
@@ -358,10 +360,11 @@ def test_privileged_sees_devices_and_ulimits_and_devices_are_set(box: Box) -> No
 
 def test_exec_runs_beside_it(box: Box) -> None:
     id, _ = box.start("sleep", "1000")
-    argv = box.runtime.exec_argv(
-        id, ["sh", "-c", "echo $A; pwd; id -u"], environment={"A": "b"}, user="5", cwd="/tmp"
+    want = ExecWant(argv=["sh", "-c", "echo $A; pwd; id -u"], environment={"A": "b"}, workdir="/tmp")
+    process = exec_process(box.runtime.process(id), want, User(5), home_is_set=False)
+    answer = subprocess.run(
+        box.runtime.exec_argv(id, process), capture_output=True, text=True, check=True, timeout=20
     )
-    answer = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=20)
     assert answer.stdout.split() == ["b", "/tmp", "5"]
 
 

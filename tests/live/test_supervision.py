@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -186,3 +187,36 @@ def test_sighup_takes_over_agent_toml_and_keeps_the_old_one_when_that_is_wrong(a
     agent.wait(lambda: any("read again" in event["message"] for event in agent.events()), "it is taken over")
     agent.converge()
     assert agent.exec("shop/web", "sh", "-c", "echo $DOMAIN").strip() == "new"
+
+
+EATS = (
+    'image = "busybox:1"\nresources.memory = "32MiB"\nresources.memory_swap = "32MiB"\nstop_grace_period = "100ms"\n'
+)
+HUNGRY = "tail /dev/zero"
+
+
+def ends(agent: LiveAgent, container: str) -> list[str]:
+    """What was told of the ends of a container."""
+    return [
+        event["message"] for event in agent.events() if (event["kind"], event["subject"]) == ("exited", container)
+    ]
+
+
+def test_a_child_without_memory_is_an_event_and_not_the_end_of_its_container(agent: LiveAgent) -> None:
+    script = json.dumps(["sh", "-c", f"trap '' TERM; {HUNGRY}; while :; do sleep 1; done"])
+    agent.write("shop.toml", f"[containers.web]\ncommand = {script}\n{EATS}")
+    agent.converge()
+    agent.wait(lambda: any(event["kind"] == "oom" for event in agent.events()), "the child's end is told")
+    agent.cli("stop", "web")
+    assert ends(agent, "shop/web") == ["it was ended by SIGKILL, exit code 137"]
+    assert not agent.instances("shop/web")[0]["oom"]
+
+
+def test_a_container_without_memory_is_told_so_although_a_child_was_before(agent: LiveAgent) -> None:
+    script = json.dumps(["sh", "-c", f"{HUNGRY}; until [ -e /go ]; do sleep 0.1; done; exec {HUNGRY}"])
+    agent.write("shop.toml", f"[containers.web]\ncommand = {script}\ninit = false\n{EATS}")
+    agent.converge()
+    agent.wait(lambda: any(event["kind"] == "oom" for event in agent.events()), "the child's end is told")
+    agent.exec("web", "touch", "/go")
+    agent.wait(lambda: bool(ends(agent, "shop/web")), "its end is told")
+    assert ends(agent, "shop/web") == ["it was killed for want of memory (OOM), exit code 137"]

@@ -17,6 +17,7 @@ import pytest
 from holdfast.api import answers, listen
 from holdfast.cli.client import Client, one_each
 from holdfast.errors import Conflict, NoAgent, NotFound, WrongCall, WrongConfig
+from holdfast.runtime.execs import ExecWant
 from paper import PaperAgent, served, until
 
 
@@ -75,7 +76,9 @@ def test_every_call_of_the_client_has_a_route(client: Client, agent: PaperAgent)
         client.remove_image("registry:5000/a:1")
     assert client.plugins()[0]["state"] == "failed"
     assert client.stats()[0]["pids"] == 2
-    assert client.exec_of("shop/web", ["true"], user="1") == ["/usr/bin/env", "true"]
+    assert client.exec_of("shop/web", ExecWant(argv=["true"], environment={"A": "b=c"})) == [
+        *("/usr/bin/env", "A=b=c", "true")
+    ]
     assert client.logs_of("shop/web")["paths"] == [str(agent.logs)]
 
 

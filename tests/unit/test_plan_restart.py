@@ -100,6 +100,25 @@ def test_an_end_is_followed_by_what_the_table_says(phase: str, exit: Exit | None
     assert verdict(ended(phase, exit), RestartPolicy(policy=policy)).kind == kind
 
 
+@pytest.mark.parametrize(
+    ("ended", "words"),
+    [
+        (Exit(3), "exited with 3"),
+        (Exit(128), "exited with 128"),
+        (Exit(129), "exited with 129 (SIGHUP if a signal)"),
+        (Exit(143), "exited with 143 (SIGTERM if a signal)"),
+        (Exit(166), "exited with 166 (SIGRTMIN+4 if a signal)"),
+        (Exit(255), "exited with 255"),
+        (Exit(255, signal=127), "exited with 255"),  # as an earlier version wrote it down
+        (Exit(143, signal=15, asked=True), "was ended by SIGTERM, exit code 143"),
+        (Exit(137, signal=9, oom=True), "was killed for want of memory (OOM), exit code 137"),
+        (Exit(None), "ended unseen"),
+    ],
+)
+def test_an_end_is_told_with_its_number_and_a_signal_only_where_it_is_known(ended: Exit, words: str) -> None:
+    assert str(ended) == words
+
+
 def test_the_first_restart_in_a_row_is_at_once() -> None:
     answer = verdict(ended(exit=Exit(1, at=50.0)), RestartPolicy(policy="always", delay=30.0))
     assert (answer.at, answer.streak) == (50.0, 1)

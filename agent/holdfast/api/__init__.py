@@ -39,6 +39,7 @@ from holdfast.api.agent import Agent
 from holdfast.api.images import IMAGE_ROUTES
 from holdfast.api.wire import AGENT, ROOT, answer, body, number, report, target_of
 from holdfast.errors import Conflict, UnfitHost, WrongCall, WrongConfig
+from holdfast.runtime.execs import ExecWant
 from holdfast.runtime.logs import LogLine, Wanted
 from holdfast.runtime.output import output
 
@@ -142,15 +143,16 @@ async def hold(request: web.Request) -> web.Response:
 
 async def exec_argv(request: web.Request) -> web.Response:
     value = await body(request)
-    argv = await asyncio.to_thread(
-        request.app[AGENT].exec_of,
-        target_of(request),
-        [str(word) for word in value.get("command") or ()],
+    pairs = (str(entry).partition("=") for entry in value.get("env") or ())
+    want = ExecWant(
+        argv=[str(word) for word in value.get("command") or ()],
         user=str(value.get("user") or ""),
-        env=[str(entry) for entry in value.get("env") or ()],
+        environment={name: text for name, _, text in pairs},
         workdir=str(value.get("workdir") or ""),
         tty=bool(value.get("tty")),
+        detach=bool(value.get("detach")),
     )
+    argv = await asyncio.to_thread(request.app[AGENT].exec_of, target_of(request), want)
     return web.json_response({"argv": list(argv)})
 
 

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 from holdfast.images.write import Sink
 from holdfast.observed import Json
+from holdfast.runtime.execs import ExecWant
 
 
 class ImageAgent(Protocol):
@@ -142,16 +143,7 @@ class Agent(ImageAgent, Protocol):
         """{"paths": the log of each instance that has one, oldest first} (see `runtime.logs`)."""
         ...
 
-    def exec_of(
-        self,
-        target: str,
-        command: Sequence[str],
-        *,
-        user: str = "",
-        env: Sequence[str] = (),
-        workdir: str = "",
-        tty: bool = False,
-    ) -> Sequence[str]:
+    def exec_of(self, target: str, want: ExecWant) -> Sequence[str]:
         """The argument list that runs a command inside the container's newest running instance."""
         ...
 

@@ -16,6 +16,8 @@ from holdfast.api.agent import Agent
 from holdfast.errors import (
     Conflict,
     HoldfastError,
+    NoProgram,
+    NotExecutable,
     NotFound,
     NotPermitted,
     TryAgain,
@@ -31,6 +33,8 @@ HTTP_STATUS: tuple[tuple[type[HoldfastError], int], ...] = (
     (WrongState, 422),
     (NotPermitted, 403),
     (Conflict, 409),
+    (NotExecutable, 422),
+    (NoProgram, 404),
     (TryAgain, 503),
     (UnfitHost, 503),
 )

@@ -11,12 +11,15 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote, urlencode
 
 from holdfast import errors
 from holdfast.errors import HoldfastError, NoAgent, NotPermitted, UnfitHost
 from holdfast.identity import ROOT_HEADER
+
+if TYPE_CHECKING:
+    from holdfast.runtime.execs import ExecWant
 
 Json = Any
 
@@ -80,8 +83,11 @@ class Client:
         path = "/v1/logs" if len(targets) > 1 else f"/v1/containers/{quote(targets[0])}/logs"
         return self._lines(f"{path}?{urlencode(asked)}")
 
-    def exec_of(self, target: str, command: Sequence[str], **options: Any) -> Sequence[str]:
-        answer = self._call("POST", f"/v1/containers/{quote(target)}/exec", {"command": list(command), **options})
+    def exec_of(self, target: str, want: ExecWant) -> Sequence[str]:
+        asked = {"command": list(want.argv), "user": want.user, "workdir": want.workdir, "tty": want.tty}
+        env = [f"{name}={value}" for name, value in want.environment.items()]
+        body = {**asked, "env": env, "detach": want.detach}
+        answer = self._call("POST", f"/v1/containers/{quote(target)}/exec", body)
         return [str(word) for word in answer["argv"]]
 
     def stats(self) -> Json:

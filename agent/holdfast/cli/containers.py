@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,32 +76,69 @@ def logs(
 @command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("-i", "--interactive", is_flag=True, help="Hand on standard input.")
 @click.option("-t", "--tty", is_flag=True, help="Give it a terminal.")
+@click.option("-d", "--detach", is_flag=True, help="Do not wait for its end; its output goes nowhere.")
 @click.option("-u", "--user", default="", metavar="USER[:GROUP]", help="Run as this user of the container.")
-@click.option("-e", "--env", multiple=True, metavar="KEY=VALUE", help="Add to its environment; may be repeated.")
+@click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Add to its environment; may be repeated.")
 @click.option("-w", "--workdir", default="", metavar="PATH", help="Run in this directory of the container.")
 @target_argument()
 @click.argument("words", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND [ARGUMENT]...")
 def exec_(
-    interactive: bool, tty: bool, user: str, env: tuple[str, ...], workdir: str, target: str, words: tuple[str, ...]
+    interactive: bool,
+    tty: bool,
+    detach: bool,
+    user: str,
+    env: tuple[str, ...],
+    workdir: str,
+    target: str,
+    words: tuple[str, ...],
 ) -> None:
     """Run a command inside a running container.
 
-    Exits with the command's own exit code.
+    Exits with the command's own exit code; with 127 if there is no such command, 126 if it can't be run.
     """
+    from holdfast.runtime.execs import ExecWant
+
     if os.geteuid() != 0:
         raise NotPermitted("exec: only root may enter a container (sudo holdfast exec …)")
+    if detach and (interactive or tty):
+        raise WrongCall("exec --detach: has neither input nor a terminal (leave out -i and -t)")
     if tty and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise WrongCall("exec --tty: standard input and output are no terminal (leave out -t)")
-    for entry in env:
-        if "=" not in entry:
-            raise WrongCall(f"exec --env '{entry}': no value (expected KEY=VALUE)")
-    words = words[1:] if words[0] == "--" else words
+    if workdir and not workdir.startswith("/"):
+        raise WrongCall(f"exec --workdir '{workdir}': not an absolute path (/{workdir})")
+    argv = words[1:] if words[0] == "--" else words
+    environment = environment_of(env, tty=tty)
+    want = ExecWant(argv=argv, user=user, environment=environment, workdir=workdir, tty=tty, detach=detach)
     with reach() as node:
-        known = resolve(node.status(), target)
-        argv = list(node.exec_of(known, words, user=user, env=env, workdir=workdir, tty=tty))
+        command_line = list(node.exec_of(resolve(node.status(), target), want))
+    if detach:
+        begin(command_line)
+        return
     if not interactive:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.execvp(argv[0], argv)
+    os.execvp(command_line[0], command_line)
+
+
+def environment_of(entries: Iterable[str], *, tty: bool) -> dict[str, str]:
+    """What is handed on of this process's environment: the terminal's kind, and what is named without a value."""
+    found = {"TERM": os.environ["TERM"]} if tty and os.environ.get("TERM") else {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not name:
+            raise WrongCall(f"exec --env '{entry}': no name (expected KEY=VALUE, or KEY to hand on one's own)")
+        if equals or name in os.environ:
+            found[name] = value if equals else os.environ[name]
+    return found
+
+
+def begin(command_line: Sequence[str]) -> None:
+    """Have the runtime start a command, and come back."""
+    import subprocess
+
+    quiet = subprocess.DEVNULL
+    done = subprocess.run(command_line, stdin=quiet, stdout=quiet, stderr=quiet, check=False)
+    if done.returncode:
+        raise TryAgain(f"exec --detach: the runtime exits with {done.returncode} (without --detach it says why)")
 
 
 def holding(verb: str, text: str, reached: Callable[[Json, frozenset[str]], bool]) -> click.Command:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
-from holdfast.errors import Conflict, NotFound, WrongCall
+from holdfast.errors import Conflict, HoldfastError, NotFound, WrongCall
 from holdfast.node import installed
 from holdfast.node.images import ImageAnswers
 from holdfast.node.recover import remove_volume
@@ -17,6 +17,8 @@ from holdfast.node.usage import prune_build_cache, prune_logs, usage
 from holdfast.observed import Instance, Json, Receipt
 from holdfast.plugins import found_by
 from holdfast.runtime import cgroup, users
+from holdfast.runtime.execs import ExecWant, exec_process, path_of, user_of
+from holdfast.runtime.inside import inside
 
 
 class Answers(ImageAnswers):
@@ -57,36 +59,32 @@ class Answers(ImageAnswers):
         app, _, name = target.partition("/")
         return {"paths": [str(self.rig.host.root / "logs" / app / f"{name}.log")]}
 
-    def exec_of(
-        self,
-        target: str,
-        command: Sequence[str],
-        *,
-        user: str = "",
-        env: Sequence[str] = (),
-        workdir: str = "",
-        tty: bool = False,
-    ) -> Sequence[str]:
-        """The argument list that runs a command inside a container; Conflict if it does not run."""
-        running = [each for each in self.instances_of(target) if each.phase == "running"]
-        if not running:
-            raise Conflict(f"exec in '{target}': it does not run (see 'holdfast status')")
-        instance = running[-1]
-        if not command:
+    def exec_of(self, target: str, want: ExecWant) -> Sequence[str]:
+        """The argument list that runs a command inside a container.
+
+        Raises Conflict if it does not run, NoProgram and NotExecutable where the command can't.
+        """
+        if not want.argv:
             raise WrongCall(f"exec in '{target}': no command (holdfast exec {target} COMMAND …)")
-        who = ""
-        if user:
-            found = users.resolve(user, (), self.rig.base(instance.image).read_file)
-            who = f"{found.uid}:{found.gid}"
-        pairs = (entry.partition("=") for entry in env)
-        return self.rig.runtime.exec_argv(
-            instance.id,
-            command,
-            tty=tty,
-            environment={name: value for name, _, value in pairs},
-            user=who or None,
-            cwd=workdir or None,
-        )
+        running = [each for each in self.instances_of(target) if each.phase == "running"]
+        instance = running[-1] if running else None
+        run = self.rig.run_of(instance.id) if instance else None
+        if instance is None or run is None or not self.rig.runtime.alive(run):
+            raise Conflict(f"exec in '{target}': it does not run (see 'holdfast status')")
+        with inside(run.pid) as look:
+            first = self.rig.runtime.process(instance.id)
+            user = users.resolve(want.user, instance.want.group_add, look.read_file) if want.user else None
+            process = exec_process(first, want, user, home_is_set=self._sets_home(instance))
+            look.check_program(want.argv[0], path_of(process), process["cwd"], user or user_of(process))
+        return self.rig.runtime.exec_argv(instance.id, process, detach=want.detach)
+
+    def _sets_home(self, instance: Instance) -> bool:
+        """Whether the image or the state file says what HOME is."""
+        try:
+            image = self.rig.base(instance.image).config.get("config") or {}
+        except (HoldfastError, OSError):  # it may be gone by now
+            image = {}
+        return "HOME" in instance.want.environment or any(each.startswith("HOME=") for each in image.get("Env") or ())
 
     def stats(self) -> Sequence[Json]:
         """What every running container uses."""

@@ -26,6 +26,7 @@ from holdfast.node.lanes import Lanes
 from holdfast.node.logkeeper import LogKeeper
 from holdfast.node.newer import NewerWatch
 from holdfast.node.observe import observe
+from holdfast.node.oom import OomWatch
 from holdfast.node.recover import recover, remove_volume
 from holdfast.node.rig import Rig
 from holdfast.node.stage import stage_generation
@@ -34,7 +35,7 @@ from holdfast.node.stop import remove_instance, remove_orphan, stop_instance, sw
 from holdfast.node.update import ensure_network, remove_network, update_instance, write_firewall, write_names
 from holdfast.node.volumes import change_volume, save_volumes
 from holdfast.node.watch import ExitWatch
-from holdfast.observed import Failure, Json, Observed
+from holdfast.observed import Failure, Instance, InstanceId, Json, Observed
 from holdfast.plan.actions import (
     Action,
     EnsureNetwork,
@@ -100,6 +101,7 @@ class Node:
         self._newer: NewerWatch | None = None
         self._logs = LogKeeper(self._max_log_files)
         self._watches: list[Callable[[], None]] | None = None  # what ends those of drivers
+        self._ooms = OomWatch(rig.runtime, rig.run_of, self._tell_oom)
 
     def check_claim(self, known: Record | None) -> None:
         """Raise Conflict where the name or the root belongs to another. known: whose the name was so far."""
@@ -130,7 +132,7 @@ class Node:
         if not self._applied:
             for instance in observed.instances:
                 if instance.phase == "running":
-                    self._logs.add(self.rig.log_path(instance).parent)
+                    self._watch_files(instance)
         self._applied = True
         self.rig.mark_boot()
         self._newer = self._newer or NewerWatch(self.rig, lambda what: self.wake(what))
@@ -178,6 +180,7 @@ class Node:
         self._lanes.close()
         self._exits.close()
         self._logs.close()
+        self._ooms.close()
         self.rig.plugins.wait_told(LAST_WORDS)
         self.rig.plugins.noticed = lambda plugin, error: None
         self.empty = self.rig.empty
@@ -195,6 +198,17 @@ class Node:
             run = self.rig.run_of(instance.id) if instance.phase == "running" else None
             if run is not None:
                 self._exits.add(instance.id, run)
+
+    def _watch_files(self, instance: Instance) -> None:
+        self._logs.add(self.rig.log_path(instance).parent)
+        self._ooms.add(instance.id)
+
+    def _tell_oom(self, id: str, kills: int) -> None:
+        instance = self.rig.store.instances.get(InstanceId(id))
+        if instance is not None:
+            what = "a process in it was" if kills == 1 else f"{kills} processes in it were"
+            told = f"{what} killed for want of memory (OOM); it runs on"
+            self.rig.store.event("oom", instance.key, told, instance=id, kills=kills)
 
     def _max_log_files(self, path: Path) -> int | None:
         for instance in list(self.rig.store.instances.values()):
@@ -230,7 +244,7 @@ class Node:
             run = self.rig.run_of(detail["instance"])
             if run is not None:
                 self._exits.add(detail["instance"], run)
-            self._logs.add(self.rig.log_path(self.rig.store.instances[detail["instance"]]).parent)
+            self._watch_files(self.rig.store.instances[detail["instance"]])
 
     def _settle(self, outcome: Outcome, least: float, code: int) -> None:
         """Write down what came of an action, and tell of it."""

@@ -11,6 +11,7 @@ from holdfast.node.rig import Rig, fallback_receipts
 from holdfast.observed import Exit, Instance, InstanceId, Json, Receipt
 from holdfast.plan.actions import StopInstance
 from holdfast.runtime import apparmor, netns
+from holdfast.runtime.conmon import signal_number
 from holdfast.runtime.oci import stop_signal
 
 AFTER_KILL = 30.0  # seconds: a process in uninterruptible sleep can outlive SIGKILL for a while
@@ -27,6 +28,7 @@ def stop_instance(rig: Rig, action: StopInstance) -> Json:
         return {}
     signal = action.signal or _image_signal(rig, instance)
     rig.store.change_instance(instance.id, exit=Exit(None, asked=True))  # whoever sees the end, it is our doing
+    kills = rig.runtime.oom_kills(instance.id)
     rig.runtime.kill(instance.id, signal)
     ended = rig.runtime.wait_exit(instance.id, run, action.grace)
     killed = ended is None
@@ -35,10 +37,18 @@ def stop_instance(rig: Rig, action: StopInstance) -> Json:
         ended = rig.runtime.wait_exit(instance.id, run, AFTER_KILL)
     if ended is None:
         raise TryAgain(f"stop '{action.subject}': process {run.pid} outlives SIGKILL")
-    ended = replace(ended, asked=True)
+    ended = _stopped(ended, "SIGKILL" if killed else signal, oom=rig.runtime.oom_kills(instance.id) > kills)
     rig.store.change_instance(instance.id, phase="exited", pid=None, exit=ended)
     tell_exit(rig, instance, ended)
     return {"instance": instance.id, "exit_code": ended.code, "killed": killed}
+
+
+def _stopped(ended: Exit, sent: str, *, oom: bool) -> Exit:
+    """An end that we asked for: by the signal that was sent last, unless the kernel was faster."""
+    number = signal_number(sent)
+    if ended.code != 128 + number:
+        return replace(ended, asked=True, oom=ended.oom and oom, signal=ended.signal if ended.oom and oom else None)
+    return replace(ended, asked=True, oom=False, signal=number)
 
 
 def tell_exit(rig: Rig, instance: Instance, ended: Exit) -> None:

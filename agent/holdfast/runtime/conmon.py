@@ -20,7 +20,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +36,11 @@ CREATE_TIMEOUT = 60.0  # seconds
 #: How long conmon may need to write the last output and the exit file after its container ended.
 CONMON_GRACE = 10.0
 
+#: The file that conmon makes when the kernel kills in the container's cgroup for want of memory.
+OOM_FILE = "oom"
+OOM_WINDOW = 5.0  # seconds between a kill for want of memory and the end of a container that it caused
+
+_TOLD = "oom-told"
 _PR_SET_CHILD_SUBREAPER = 36
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 
@@ -88,7 +93,7 @@ class Runtime:
         Raises WrongState if its program can't be run, and UnfitHost for every other refusal, with the runtime's own
         words; what was begun stays for `delete`.
         """
-        record = self._record(id)
+        record = self.record(id)
         record.mkdir(parents=True, exist_ok=True, mode=0o700)
         (self.exits / id).unlink(missing_ok=True)
         pid = self._spawn(bundle, self._conmon_argv(id, bundle, log_path, log_size), name or id)
@@ -127,7 +132,7 @@ class Runtime:
         shutil.rmtree(self.root / id, ignore_errors=True)
         (self.exits / id).unlink(missing_ok=True)
         (self._sockets / id).unlink(missing_ok=True)
-        shutil.rmtree(self._record(id), ignore_errors=True)
+        shutil.rmtree(self.record(id), ignore_errors=True)
 
     def update(self, id: str, resources: Json) -> None:
         """Give a running container these resources (OCI `linux.resources`) and no others: limits left out end."""
@@ -150,42 +155,32 @@ class Runtime:
     def run_of(self, id: str) -> Run | None:
         """The run that `create` recorded; None if it did not get that far."""
         try:
-            return Run(**json.loads((self._record(id) / "run.json").read_text()))
+            return Run(**json.loads((self.record(id) / "run.json").read_text()))
         except (FileNotFoundError, ValueError, TypeError):
             return None
 
-    def exec_argv(
-        self,
-        id: str,
-        argv: Iterable[str],
-        *,
-        tty: bool = False,
-        environment: Mapping[str, str] | None = None,
-        user: str | None = None,
-        cwd: str | None = None,
-    ) -> list[str]:
-        """The command line that runs argv in a running container, for the CLI to become. user: `uid[:gid]`.
+    def process(self, id: str) -> dict[str, Any]:
+        """What a container's first process was started as: `process` of its config.json."""
+        found: dict[str, Any] = json.loads((self.host.instance(id) / "config.json").read_text())["process"]
+        return found
+
+    def exec_argv(self, id: str, process: Json, *, detach: bool = False) -> list[str]:
+        """The command line that runs a process (`runtime.execs`) in a running container, for the CLI to become.
 
         The process is spelled out in a file, for what crun is not told it does not take from the container: its user,
         limits and environment. The file goes with the bundle.
         """
+        text = json.dumps(process)
         bundle = self.host.instance(id)
-        process = json.loads((bundle / "config.json").read_text())["process"]
-        changed = {"args": list(argv), "terminal": tty}
-        if environment:
-            changed["env"] = [*process["env"], *(f"{name}={value}" for name, value in environment.items())]
-        if user:
-            uid, _, gid = user.partition(":")
-            changed["user"] = {"uid": int(uid), "gid": int(gid or 0)}
-        if cwd:
-            changed["cwd"] = cwd
-        text = json.dumps(process | changed)
         place = bundle / f"exec-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
         if not place.exists():
             fresh = place.with_name(f"{place.name}.{threading.get_ident()}")
             fresh.write_text(text)
             fresh.replace(place)
-        return [*self._command("exec"), "--process", str(place), id]
+        command = self._command("exec")
+        if self.binary.name == "runc":  # else it prints a line of its log beside its message
+            command[1:1] = ["--log", os.devnull]
+        return [*command, *(["--detach"] if detach else []), "--process", str(place), id]
 
     def exit_of(self, id: str) -> Exit | None:
         """How a container ended, as conmon wrote it down; None if it did not (it runs, or conmon was killed).
@@ -200,10 +195,41 @@ class Runtime:
         if not text.strip().isdecimal():
             return None
         code = int(text)
-        oom = code == 128 + signal.SIGKILL and (
-            (self._record(id) / "oom").exists() or cgroup.oom_kills(self.cgroup(id)) > 0
-        )
-        return Exit(code, code - 128 if code > 128 else None, oom, at)
+        oom = code == 128 + signal.SIGKILL and self._died_for_memory(id, at)
+        return Exit(code, signal.SIGKILL if oom else None, oom, at)
+
+    def oom_kills(self, id: str) -> int:
+        """How many processes of a container the kernel has killed for want of memory."""
+        return cgroup.oom_kills(self.cgroup(id))
+
+    def new_oom_kills(self, id: str) -> int:
+        """How many of them nobody was told of: those that `tell_oom_kills` did not count."""
+        try:
+            told = int((self.record(id) / _TOLD).read_text())
+        except (FileNotFoundError, ValueError):
+            told = 0
+        return max(self.oom_kills(id) - told, 0)
+
+    def tell_oom_kills(self, id: str) -> int:
+        """Count the kills of a container that lives on as told, so that its end is not taken for one; how many."""
+        (self.record(id) / OOM_FILE).unlink(missing_ok=True)  # conmon makes it anew at the next one
+        new = self.new_oom_kills(id)
+        if new:
+            _write_atomically(self.record(id) / _TOLD, str(self.oom_kills(id)))
+        return new
+
+    def outlives(self, run: Run, seconds: float) -> bool:
+        """Whether the first process of a run is still there after so many seconds."""
+        return self.alive(run) and not _wait_end(run.pid, time.monotonic() + seconds)
+
+    def _died_for_memory(self, id: str, at: float) -> bool:
+        """Whether a kill counts for an end at `at`: one alone, and long before it, was that of a child."""
+        new = self.new_oom_kills(id)
+        try:
+            first = (self.record(id) / OOM_FILE).stat().st_mtime
+        except FileNotFoundError:
+            first = at
+        return new > 1 or (new == 1 and at - first <= OOM_WINDOW)
 
     def alive(self, run: Run) -> bool:
         """Whether the first process of a run still runs: the same process, in the same boot, and no zombie."""
@@ -233,7 +259,8 @@ class Runtime:
     def _sockets(self) -> Path:
         return self.host.run_root / "attach"
 
-    def _record(self, id: str) -> Path:
+    def record(self, id: str) -> Path:
+        """Where conmon and this module write down what becomes of a run."""
         return self.host.run_root / "runs" / id
 
     def _command(self, verb: str) -> list[str]:
@@ -264,7 +291,7 @@ class Runtime:
         return _pid_from(answer, name)
 
     def _conmon_argv(self, id: str, bundle: Path, log_path: Path, log_size: int) -> list[str]:
-        record = self._record(id)
+        record = self.record(id)
         options = {
             "--api-version": "1",
             "--cid": id,
@@ -330,7 +357,7 @@ class Runtime:
         run = self.run_of(id)
         for name in ("conmon.pid", "pid"):
             with contextlib.suppress(FileNotFoundError, ValueError):
-                pid = int((self._record(id) / name).read_text())
+                pid = int((self.record(id) / name).read_text())
                 if run is None or _ticks(pid) in (run.conmon_ticks, run.started_ticks):  # else another's by now
                     reap(pid)
 
@@ -343,7 +370,7 @@ class Runtime:
             if self.supervised(run):
                 yield run.conmon_pid, str(self.conmon)
             return
-        if not self._record(id).exists() and not (self.root / id).exists():
+        if not self.record(id).exists() and not (self.root / id).exists():
             return
         programs, root = (str(self.conmon), str(self.binary.path)), str(self.root)
         for entry in Path("/proc").iterdir():

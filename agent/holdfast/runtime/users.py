@@ -1,7 +1,8 @@
-"""Users of a container: from `user[:group]` and `group_add` to numbers, by the image's own passwd and group.
+"""Users of a container: from `user[:group]` and `group_add` to numbers, by its own passwd and group.
 
 Docker's rules: a name must be known; a number need not be. Without a group, a known user has the one of passwd and
-the groups that list it; an unknown number has group 0. Called by the node with a reader of the image's files.
+the groups that list it; an unknown number has group 0. Called by the node with a reader of the files: at a start those
+of the image, for `exec` those of the running container.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class _Group:
 def resolve(text: str, group_add: Iterable[str], read_file: ReadFile) -> User:
     """Resolve `user`, `user:group`, `uid` or `uid:gid` ("" is root) and additional groups.
 
-    read_file: the content of a file of the image, None if there is none. Raises WrongState for an unknown name.
+    read_file: the content of a file of the container, None if there is none. Raises WrongState for an unknown name.
     """
     name, _, group_name = text.partition(":")
     accounts, groups = list(_accounts(read_file)), list(_groups(read_file))
@@ -62,7 +63,7 @@ def _account(name: str, accounts: list[_Account]) -> _Account:
         if account.name == name:
             return account
     if not name.isdecimal():
-        raise WrongState(f"user '{name}': the image's /etc/passwd does not know it (a name in it, or a number)")
+        raise WrongState(f"user '{name}': /etc/passwd of the container does not know it (a name in it, or a number)")
     uid = _number("user", name)
     for account in accounts:
         if account.uid == uid:
@@ -75,7 +76,7 @@ def _gid(name: str, groups: list[_Group]) -> int:
         if group.name == name:
             return group.gid
     if not name.isdecimal():
-        raise WrongState(f"group '{name}': the image's /etc/group does not know it (a name in it, or a number)")
+        raise WrongState(f"group '{name}': /etc/group of the container does not know it (a name in it, or a number)")
     return _number("group", name)
 
 

@@ -1,0 +1,141 @@
+"""A look into a running container: its files as its own processes see them, mounts included.
+
+Every path is resolved below the container's root by the kernel (openat2(2), RESOLVE_IN_ROOT): no link leads out, and
+nothing but a regular file is opened. Called by the node for `exec`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import posixpath
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from holdfast.errors import NoProgram, NotExecutable, WrongState
+from holdfast.runtime.users import User
+
+LARGEST_READ = 8 << 20  # bytes of a file that the agent itself looks into
+
+_OPENAT2 = 437  # asm-generic/unistd.h; alike on every architecture
+_IN_ROOT, _NO_MAGICLINKS = 0x10, 0x02  # linux/openat2.h
+_ELF_INTERPRETER = 3  # elf(5): PT_INTERP
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Inside:
+    """The root directory of a container, by the process that runs in it."""
+
+    def __init__(self, root: int) -> None:
+        self._root = root
+
+    def mode(self, path: str) -> int | None:
+        """The st_mode of what a path leads to, None if there is nothing."""
+        found = self._stat(path)
+        return found.st_mode if found else None
+
+    def read_file(self, path: str, size: int = LARGEST_READ) -> bytes | None:
+        """The beginning of a regular file, None if there is none; WrongState for one that would fill memory."""
+        with suppress(FileNotFoundError), self._open(path) as handle:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                return None
+            with open(f"/proc/self/fd/{handle}", "rb") as file:  # noqa: PTH123 - a descriptor, not a path
+                data = file.read(size + 1)
+            if len(data) > LARGEST_READ:
+                raise WrongState(f"read '{path}' of the container: more than {LARGEST_READ} bytes")
+            return data[:size]
+        return None
+
+    def check_program(self, program: str, path: str, cwd: str, user: User) -> None:
+        """Raise NoProgram or NotExecutable where execvp(3) would fail for a user; path: the PATH that it has."""
+        if not stat.S_ISDIR(self.mode(cwd) or 0):
+            raise NotExecutable(f"exec '{program}': working directory '{cwd}': no such directory")
+        obstacle = ""
+        for folder in [""] if "/" in program else path.split(":"):
+            candidate = posixpath.join(cwd, folder, program)
+            found = self._stat(candidate)
+            if found is None:
+                continue
+            if stat.S_ISREG(found.st_mode) and _may_execute(found, user):
+                self._check_content(candidate)
+                return
+            obstacle = (
+                "is a directory" if stat.S_ISDIR(found.st_mode) else f"'{candidate}' is not executable (chmod +x)"
+            )
+        if obstacle:
+            raise NotExecutable(f"exec '{program}': {obstacle}")
+        raise NoProgram(f"exec '{program}': " + ("no such file" if "/" in program else f"not found in PATH ({path})"))
+
+    def _check_content(self, program: str) -> None:
+        """Whether the kernel knows what to do with a program, and what it needs for that is there."""
+        head = self.read_file(program, 4096) or b""
+        if head.startswith(b"#!"):
+            needed = head[2:].split(b"\n")[0].split()[:1]
+        elif head.startswith(b"\x7fELF"):
+            needed = _interpreter(head)
+        elif not head or head.isascii():  # binfmt_misc(5) may know other formats
+            raise NotExecutable(f"exec '{program}': neither a program nor a script that begins with #!")
+        else:
+            return
+        for each in needed:
+            name = os.fsdecode(each)
+            if self.mode(name) is None:
+                raise NoProgram(f"exec '{program}': needs '{name}', which is not there")
+
+    def _stat(self, path: str) -> os.stat_result | None:
+        with suppress(FileNotFoundError), self._open(path) as handle:
+            return os.fstat(handle)
+        return None
+
+    @contextmanager
+    def _open(self, path: str) -> Iterator[int]:
+        """A handle of what a path leads to (O_PATH); FileNotFoundError where it leads nowhere."""
+        how = struct.pack("QQQ", os.O_PATH | os.O_CLOEXEC, 0, _IN_ROOT | _NO_MAGICLINKS)
+        handle = _libc.syscall(_OPENAT2, self._root, os.fsencode(path) or b".", how, ctypes.c_size_t(len(how)))
+        if handle < 0:
+            code = ctypes.get_errno()
+            lost = (errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.ENAMETOOLONG)
+            raise OSError(errno.ENOENT if code in lost else code, os.strerror(code), path)
+        try:
+            yield handle
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def inside(pid: int) -> Iterator[Inside]:
+    """Look into the container that a process runs in."""
+    root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield Inside(root)
+    finally:
+        os.close(root)
+
+
+def _may_execute(found: os.stat_result, user: User) -> bool:
+    """By the mode bits alone."""
+    if user.uid == 0:
+        return bool(found.st_mode & 0o111)
+    if user.uid == found.st_uid:
+        return bool(found.st_mode & 0o100)
+    if found.st_gid in (user.gid, *user.groups):
+        return bool(found.st_mode & 0o010)
+    return bool(found.st_mode & 0o001)
+
+
+def _interpreter(head: bytes) -> list[bytes]:
+    """The dynamic linker that an ELF file names, as far as its beginning tells."""
+    order = "<" if head[5:6] == b"\x01" else ">"
+    wide = head[4:5] == b"\x02"
+    with suppress(struct.error):
+        (table,) = struct.unpack_from(order + ("Q" if wide else "I"), head, 32 if wide else 28)
+        size, count = struct.unpack_from(order + "HH", head, 54 if wide else 42)
+        for place in range(table, table + size * min(count, 64), size or 1):
+            if struct.unpack_from(order + "I", head, place)[0] == _ELF_INTERPRETER:
+                (offset,) = struct.unpack_from(order + ("Q" if wide else "I"), head, place + (8 if wide else 4))
+                name = head[offset:].partition(b"\0")[0]
+                return [name] if name.startswith(b"/") else []
+    return []
