@@ -83,7 +83,7 @@ def version(json_: bool) -> None:
     if json_:
         render.as_json({"version": found})
     else:
-        click.echo(f"holdfast {found}")
+        render.echo(f"holdfast {found}")
 
 
 @command("completion")
@@ -99,7 +99,7 @@ def completion(shell: str) -> None:
     if kind is None:
         raise AssertionError(f"click knows no completion for {shell}")
     root = click.get_current_context().find_root().command
-    click.echo(kind(root, {}, "holdfast", "_HOLDFAST_COMPLETE").source())
+    render.echo(kind(root, {}, "holdfast", "_HOLDFAST_COMPLETE").source())
 
 
 COMMANDS = [agent, plugin, schema, version, completion]

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from holdfast.cli import render
 
 if TYPE_CHECKING:
@@ -50,7 +48,7 @@ class _Lines:
             quarter, key = 4 * each["done"] // total, (each["ref"], each["began"])
             if self._told.get(key, -1) < quarter:
                 self._told[key] = quarter
-                click.echo(f"pulling {each['ref']}  {amount(each)}", err=True)
+                render.echo(f"pulling {each['ref']}  {amount(each)}", err=True)
 
 
 def amount(transfer: Json) -> str:
@@ -101,5 +99,5 @@ class _Drawing:
     def _bar(self, key: tuple[str, float, str], name: str, done: int, total: int | None) -> tuple[str, float, str]:
         if key not in self._tasks:
             self._tasks[key] = self._progress.add_task(name, total=total)
-        self._progress.update(self._tasks[key], completed=done, total=total, description=name)
+        self._progress.update(self._tasks[key], completed=done, total=total, description=render.plain(name))
         return key

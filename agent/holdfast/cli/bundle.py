@@ -89,8 +89,8 @@ def create(
         digest = write_bundle(output, tree, images, gatherer.blobs, goal)
     size = render.size(output.stat().st_size)
     files = counted(len(tree.files), "state file")
-    click.echo(f"wrote {output}: {files}, {counted(len(images), 'image')} for {goal}, {size}")
-    click.echo(f"sha256:{digest}")
+    render.echo(f"wrote {output}: {files}, {counted(len(images), 'image')} for {goal}, {size}")
+    render.echo(f"sha256:{digest}")
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def images_of(
         told = [WrongState(str(replace(each, path=str(state_dir / each.path)))) for each in error.problems]
         raise ExceptionGroup("state files", told) from None
     for path, why in revision.left_out.items():
-        click.echo(f"left out {state_dir / path}: {why}", err=True)
+        render.echo(f"left out {state_dir / path}: {why}", err=True)
     return [replace(each, places=tuple(str(state_dir / place) for place in each.places)) for each in found], spec
 
 
@@ -161,7 +161,7 @@ def builder_in(stack: ExitStack, config: Config) -> Builder:
     from holdfast.images.store import ImageStore
 
     def told(_: str, subject: str, message: str, **__: object) -> None:
-        click.echo(f"{subject}: {message}", err=True)
+        render.echo(f"{subject}: {message}", err=True)
 
     host = Host(config.name, config.root, config.run_root, config.pool)
     store = ImageStore(config.root / "images", config.images)
@@ -194,11 +194,11 @@ def platform_of(text: str | None) -> str:
 def coming(image: Coming) -> None:
     """A line for each image, before its layers come."""
     if image.otherwise:
-        click.echo(f"[{image.number}/{image.of}] {image.reference}  {image.otherwise}", err=True)
+        render.echo(f"[{image.number}/{image.of}] {image.reference}  {image.otherwise}", err=True)
         return
     fresh = "" if image.fresh == image.layers else f", {image.layers - image.fresh} of them fetched already"
     size = render.size(image.size)
-    click.echo(
+    render.echo(
         f"[{image.number}/{image.of}] {image.reference}  {size} in {counted(image.layers, 'layer')}{fresh}", err=True
     )
 
@@ -245,15 +245,15 @@ def inspect(file: Path, json_: bool) -> None:
         return
     made = f"made {render.ago(told['created'])}" if told["created"] else ""
     about = [f"for {told['platform']}", told["revision"][:19], told["author"], made]
-    click.echo(f"{file}: {render.size(told['size'])}, " + ", ".join(filter(None, about)))
-    click.echo()
+    render.echo(f"{file}: {render.size(told['size'])}, " + ", ".join(filter(None, about)))
+    render.echo()
     rows = [
         [each["ref"], each["top"].removeprefix("sha256:")[:12], render.size(each["size"]), str(len(each["layers"]))]
         for each in told["images"]
     ]
     render.table(["IMAGE", "DIGEST", "SIZE", "LAYERS"], rows)
     if rows:
-        click.echo()
+        render.echo()
     files = [[repr(each["path"])[1:-1], render.size(each["size"])] for each in told["files"]]  # no control characters
     render.table(["STATE FILE", "SIZE"], files)
 
@@ -289,15 +289,15 @@ def load(file: Path, state: Path | None, images_only: bool, wait: bool, timeout:
         with reach(makes=True) as node:
             images = load_images(node, file)
         for each in images:
-            click.echo(f"{each['ref']}  {each['digest']}" + ("" if each["new"] else "  (here already)"))
+            render.echo(f"{each['ref']}  {each['digest']}" + ("" if each["new"] else "  (here already)"))
         if folder is None:
             pass
         elif holds(folder, found.tree.files, found.tree.executable):
-            click.echo(f"{folder}: holds this state already")
+            render.echo(f"{folder}: holds this state already")
         else:
             previous = replace_tree(folder, found.tree.files, found.tree.executable)
             kept = f" (what was there: {previous})" if previous else ""
-            click.echo(f"{folder}: {counted(len(found.tree.files), 'state file')}{kept}")
+            render.echo(f"{folder}: {counted(len(found.tree.files), 'state file')}{kept}")
     follow(agent, timeout)
 
 
@@ -323,13 +323,13 @@ def follow(agent: Client | None, timeout: float) -> None:
     """Wait for the agent, if that is asked for; say so where nobody would converge."""
     if agent is None:
         if not agent_client().answers():
-            click.echo("no agent runs: 'holdfast apply' converges once, 'holdfast agent' from now on")
+            render.echo("no agent runs: 'holdfast apply' converges once, 'holdfast agent' from now on")
         return
     began = time.time()
     agent.sync(False)
     with bars() as show:
         status = converge(agent, timeout, show, began)
-    click.echo(headline(status))
+    render.echo(headline(status))
     if not status["converged"]:
         took = render.span(time.time() - began)
         raise kind_of(status)(f"load bundle: not converged after {took} (see 'holdfast status')")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from holdfast.cli import render
 from holdfast.cli.command import command, settings
 from holdfast.errors import WrongCall, WrongState
 
@@ -37,15 +38,15 @@ def check(paths: tuple[Path, ...], any_driver: bool) -> None:
     facts = config.facts() if any_driver else replace(config.facts(), drivers=installed(config))
     spec = load(files, facts, left_out=left_out)
     for problem in spec.problems:
-        click.echo(str(replace(problem, path=str(top / problem.path))))
+        render.echo(str(replace(problem, path=str(top / problem.path))))
     if spec.problems:
         wrong = len({problem.path for problem in spec.problems})
         raise WrongState(f"check: {counted(len(spec.problems), 'problem')} in {counted(wrong, 'file')}")
     containers = sum(len(app.containers) for app in spec.apps.values())
-    click.echo(f"{counted(len(spec.apps), 'app')}, {counted(containers, 'container')}: ok")
+    render.echo(f"{counted(len(spec.apps), 'app')}, {counted(containers, 'container')}: ok")
     built = sorted({name for app in spec.apps.values() for name in app.images})
     if built and find_program("buildah") is None:
-        click.echo(
+        render.echo(
             f"buildah is not installed here: this host can't build images.{built[0]} (install buildah)", err=True
         )
 

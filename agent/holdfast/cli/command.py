@@ -6,16 +6,18 @@ called: a command that only asks the agent must not wait for a schema library.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
+from holdfast.cli import render
 from holdfast.cli.client import Client
 from holdfast.errors import HoldfastError, NoAgent, NotFound, WrongCall
 
@@ -201,13 +203,26 @@ def log_to_stderr() -> None:
     structlog.configure(
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         processors=[
+            plain_values,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper("%Y-%m-%d %H:%M:%S", utc=False),
-            structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
-            ),
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain_traceback),
         ],
     )
+
+
+def plain_values(_: Any, __: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    """Escape what would control a terminal in a line of the log (a structlog processor)."""
+    return {key: render.plain(value) if isinstance(value, str) else value for key, value in event.items()}
+
+
+def plain_traceback(out: TextIO, failure: Any) -> None:
+    """Write a traceback without colours and what would control a terminal."""
+    import structlog
+
+    text = io.StringIO()
+    structlog.dev.plain_traceback(text, failure)
+    out.write(render.terminal(text.getvalue()))
 
 
 def json_option() -> Callable[[F], F]:
@@ -216,9 +231,9 @@ def json_option() -> Callable[[F], F]:
 
 def agreed(question: str) -> bool:
     """Whether the person who is asked says yes; says what comes of a no."""
-    if click.confirm(question):
+    if click.confirm(render.plain(question)):
         return True
-    click.echo("nothing is removed")
+    render.echo("nothing is removed")
     return False
 
 

@@ -205,7 +205,7 @@ def inspect(target: str, json_: bool) -> None:
         render.as_json(found)
         return
     for line in render.pairs(found):
-        click.echo(line)
+        render.echo(line)
 
 
 @command("stats")
@@ -225,7 +225,7 @@ def stats(json_: bool) -> None:
     if json_:
         render.as_json(rows)
     elif not rows:
-        click.echo("nothing runs")
+        render.echo("nothing runs")
     else:
         render.table(
             ["CONTAINER", "CPU", "MEMORY", "LIMIT", "PROCESSES"],
@@ -259,7 +259,7 @@ def commit(target: str, name: str, changes: tuple[str, ...], message: str, autho
     with reach() as node:
         known = resolve(node.status(), target)
         made = node.commit(known, name, changes=list(changes), message=message, author=author, pause=pause)
-    click.echo(f"{made['ref']}  {made['digest']}")
+    render.echo(f"{made['ref']}  {made['digest']}")
 
 
 @command("export")

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-import click
-
 from holdfast.cli import render
 from holdfast.cli.command import command, json_option, reach, settings
 from holdfast.errors import HoldfastError, UnfitHost
@@ -47,7 +45,7 @@ def doctor(json_: bool) -> None:
     if bad:
         raise UnfitHost(f"doctor: this host can't run containers yet: {', '.join(bad)}")
     if not json_:
-        click.echo("nothing is in the way")
+        render.echo("nothing is in the way")
 
 
 def plugins() -> Iterator[Check]:

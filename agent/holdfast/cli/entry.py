@@ -20,6 +20,7 @@ from holdfast.cli import (
     images,
     networks,
     outdated,
+    render,
     state,
     system,
     volumes,
@@ -97,19 +98,19 @@ def run(arguments: Sequence[str] | None) -> int:
         error.show()
         return USAGE
     except click.ClickException as error:
-        click.echo(f"holdfast: {usage_line(error)}", err=True)
+        render.echo(f"holdfast: {usage_line(error)}", err=True)
         return USAGE
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except HoldfastError as error:
-        click.echo(f"holdfast: {error}", err=True)
+        render.echo(f"holdfast: {error}", err=True)
         return error.exit_code
     except ExceptionGroup as group:
         return told(group)
     except BrokenPipeError:
         raise
     except Exception:
-        click.echo(
+        render.echo(
             traceback.format_exc() + "holdfast: this is a bug; please report it with the lines above", err=True
         )
         return BUG
@@ -127,11 +128,11 @@ def told(group: ExceptionGroup[Exception]) -> int:
     """Print every deliberate error of a group, a line each; anything else in it is a bug."""
     expected, bugs = group.split(HoldfastError)
     if bugs is not None:
-        click.echo("".join(traceback.format_exception(group)), err=True)
+        render.echo("".join(traceback.format_exception(group)), err=True)
         return BUG
     code = 0
     for error in leaves(expected):
-        click.echo(f"holdfast: {error}", err=True)
+        render.echo(f"holdfast: {error}", err=True)
         code = code or error.exit_code
     return code
 

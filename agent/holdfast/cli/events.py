@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,7 +22,7 @@ from holdfast.cli.since import Moment
 def events(follow: bool, tail: int, since: float | None, json_: bool) -> None:
     """Show what the agent did, found and was told."""
     for event in after(since, happened(follow, tail)):
-        click.echo(json.dumps(event, ensure_ascii=False) if json_ else line(event))
+        render.echo(render.json_text(event) if json_ else line(event))
 
 
 def happened(follow: bool, tail: int) -> Iterator[Mapping[str, Any]]:

@@ -75,9 +75,9 @@ def list_(
         render.as_json(found)
     elif quiet:
         for digest in dict.fromkeys(each["digest"] for each in found):
-            click.echo(digest if no_trunc else short(digest))
+            render.echo(digest if no_trunc else short(digest))
     elif not found:
-        click.echo("no images" + ("" if wanted else " (holdfast image pull, holdfast image load)"))
+        render.echo("no images" + ("" if wanted else " (holdfast image pull, holdfast image load)"))
     else:
         head = ["IMAGE", *(["TOP DIGEST"] if digests else []), "DIGEST", "SIZE", "MADE", "FROM", "USED BY"]
         render.table(head, [row(each, digests, no_trunc) for each in found])
@@ -140,7 +140,7 @@ def history(ref: str, json_: bool, no_trunc: bool, quiet: bool) -> None:
         render.as_json(found)
     elif quiet:
         for each in found:
-            click.echo((each["layer"] if no_trunc else short(each["layer"])) or "<none>")
+            render.echo((each["layer"] if no_trunc else short(each["layer"])) or "<none>")
     else:
         render.table(
             ["LAYER", "MADE", "SIZE", "COMMENT", "BY"],
@@ -179,7 +179,7 @@ def pull(refs: tuple[str, ...], quiet: bool) -> None:
                 if isinstance(node, Client):
                     after = "\n" if sys.stderr.isatty() else ""  # the terminal has written ^C
                     more = "the agent goes on pulling it (see 'holdfast status')"
-                    click.echo(f"{after}holdfast: pull '{ref}': {more}", err=True)
+                    render.echo(f"{after}holdfast: pull '{ref}': {more}", err=True)
                 raise click.Abort from None
 
 
@@ -259,7 +259,7 @@ def tag(ref: str, names: tuple[str, ...]) -> None:
 
 
 def told(found: Json) -> None:
-    click.echo(f"{found['ref']}  {found['digest']}")
+    render.echo(f"{found['ref']}  {found['digest']}")
 
 
 # -- handing out --
@@ -333,7 +333,7 @@ def remove(refs: tuple[str, ...]) -> None:
             except HoldfastError as error:
                 failures.append(error)
             else:
-                click.echo(f"removed {ref}")
+                render.echo(f"removed {ref}")
     if len(failures) == 1:
         raise failures[0]
     if failures:
@@ -353,8 +353,8 @@ def prune(all_: bool, force: bool) -> None:
         freed = node.prune_images(all_)
     removed(freed["images"], every)
     if count := len(freed["layers"]):
-        click.echo(f"removed {count} {'layer' if count == 1 else 'layers'} that no image needs")
-    click.echo(f"freed {render.size(freed['freed'])}")
+        render.echo(f"removed {count} {'layer' if count == 1 else 'layers'} that no image needs")
+    render.echo(f"freed {render.size(freed['freed'])}")
 
 
 def removed(digests: Iterable[str], before: Iterable[Json]) -> None:
@@ -364,7 +364,7 @@ def removed(digests: Iterable[str], before: Iterable[Json]) -> None:
         if each["ref"]:
             names.setdefault(each["digest"], []).append(each["ref"])
     for digest in digests:
-        click.echo("  ".join([f"removed {digest}", *names.get(digest, ())]))
+        render.echo("  ".join([f"removed {digest}", *names.get(digest, ())]))
 
 
 COMMANDS = [image]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import sys
 import threading
 from collections.abc import Iterable, Sequence
 from typing import BinaryIO
-
-import click
 
 from holdfast.cli import render
 from holdfast.runtime.logs import LogLine
@@ -46,14 +43,14 @@ def show_json(lines: Iterable[LogLine | None], targets: Sequence[str]) -> None:
         if line is None:
             sys.stdout.flush()
         else:
-            click.echo(json.dumps({"target": targets[0], **line.json()}))
+            render.echo(render.json_text({"target": targets[0], **line.json()}))
 
 
 def _start(line: LogLine, timestamps: bool) -> str:
     """What goes before a line."""
     name = render.paint(line.target, NAMES[sum(line.target.encode()) % len(NAMES)]) + "  " if line.target else ""
     when = render.paint(render.clock(line.at), render.QUIET) + "  " if timestamps else ""
-    return name + when
+    return render.terminal(name + when)
 
 
 def _flush(streams: Iterable[BinaryIO]) -> None:

@@ -25,7 +25,7 @@ def list_(json_: bool) -> None:
     if json_:
         render.as_json(found)
     elif not found:
-        click.echo("no networks")
+        render.echo("no networks")
     else:
         render.table(
             ["NETWORK", "DRIVER", "SUBNET", "GATEWAY", "INTERFACE", "", "ENDPOINTS"],
@@ -49,7 +49,7 @@ def inspect(id: str, json_: bool) -> None:
         render.as_json(found)
         return
     for line in render.pairs(dict(found)):
-        click.echo(line)
+        render.echo(line)
 
 
 COMMANDS = [network]

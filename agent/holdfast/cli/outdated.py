@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import click
-
 from holdfast.cli import render
 from holdfast.cli.command import command, json_option, reach
 from holdfast.errors import TryAgain
@@ -30,7 +28,7 @@ def outdated(json_: bool) -> int:
         if rows:
             render.table(["CONTAINER", "IMAGE", "STAGED", "NEWER", "DIGEST", "FOLLOWS"], rows)
         elif not any(each["error"] for each in found):
-            click.echo("every image is what its registry has")
+            render.echo("every image is what its registry has")
     errors = [f"{each['target']}: {each['error']}" for each in found if each["error"]]
     if errors:
         raise TryAgain("\n".join(dict.fromkeys(errors)))

@@ -1,11 +1,16 @@
 """JSON of the API → lines on a terminal: aligned columns without frames, colour only where a terminal shows it.
 
 Plain on purpose: to import a table library takes as long as the rest of `holdfast status` together.
+
+`echo` is the one place where text goes to a terminal. Names, messages and what containers say may hold control
+sequences; `echo` shows them escaped, all but the colours that `paint` gave. Nobody else prints, but for the bytes of
+`logs` and `exec`, archives and progress bars.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -35,12 +40,57 @@ COLOURS = {
 }
 NOT_STATES = frozenset({"", "-"})
 
+_SECRET = os.urandom(8).hex()  # what marks our own colours: text from elsewhere can't know it
+_COLOUR = re.compile(f"(\x1b{_SECRET}\\[[0-9;]*m)")
+#: What a terminal obeys or that turns the order of text: C0 without tab and line end, DEL, C1, bidi controls, line
+#: separators; and lone surrogates, which can't be written.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSAFE_IN_LINE = re.compile(f"[\t\n{_UNSAFE.pattern[1:]}")
+
+
+def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
+    """Print text: what would control the terminal is shown escaped, but for the colours of `paint`."""
+    click.echo(terminal(text), err=err, nl=nl)
+
+
+def terminal(text: str) -> str:
+    """Text as `echo` prints it."""
+    parts = _COLOUR.split(text)
+    parts[::2] = [_UNSAFE.sub(_escaped, part) for part in parts[::2]]
+    parts[1::2] = [part.replace(_SECRET, "") for part in parts[1::2]]
+    return "".join(parts)
+
+
+def plain(text: str) -> str:
+    """Text for one line: line ends and tabs escaped, too."""
+    parts = _COLOUR.split(text)
+    parts[::2] = [_UNSAFE_IN_LINE.sub(_escaped, part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def json_text(value: object, indent: int | None = None) -> str:
+    """JSON in which no character needs escaping to be printed."""
+    import json
+
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found.group().encode("unicode_escape").decode()
+
+
+def _bare(text: str) -> str:
+    """Text without the colours of `paint`."""
+    return _COLOUR.sub("", text)
+
 
 def paint(text: str, colour: str | None, *, bold: bool = False) -> str:
     """Colour text if standard output is a terminal and NO_COLOR (no-color.org) is not set."""
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         return text
-    return click.style(text, fg=colour, bold=bold or None)
+    style = click.style("", fg=colour, bold=bold or None, reset=False).replace("\x1b[", f"\x1b{_SECRET}[")
+    return f"{style}{text}\x1b{_SECRET}[0m"
 
 
 def state(word: str) -> str:
@@ -62,14 +112,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[Se
     if not rows:
         return
     kept = [column for column in range(len(head)) if any(row[column] for row in rows)]
-    lines = [[paint(head[column], QUIET) for column in kept], *([row[column] for column in kept] for row in rows)]
-    widths = [max(len(click.unstyle(line[place])) for line in lines) for place in range(len(kept))]
+    cells = ([plain(row[column]) for column in kept] for row in rows)
+    lines = [[paint(head[column], QUIET) for column in kept], *cells]
+    widths = [max(len(_bare(line[place])) for line in lines) for place in range(len(kept))]
     left = sum(widths[:-1]) + 2 * (len(kept) - 1)
     limit = width()
     for line, remarks in zip(lines, chain([()], notes, repeat(())), strict=False):
         start = "".join(_padded(cell, size) + "  " for cell, size in zip(line, widths[:-1], strict=False))
         for number, part in enumerate(_folded(line[-1], limit - left if limit else None)):
-            click.echo(((start if number == 0 else " " * left) + part).rstrip())
+            echo(((start if number == 0 else " " * left) + part).rstrip())
         for remark in filter(None, remarks):
             note(remark, indent=4)
 
@@ -77,8 +128,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[Se
 def note(text: str, indent: int = 0, colour: str | None = QUIET) -> None:
     """Print a remark, folded at the terminal's edge with its indent kept."""
     limit = width()
-    for part in _folded(text, limit - indent if limit else None):
-        click.echo(" " * indent + paint(part, colour))
+    for part in _folded(plain(text), limit - indent if limit else None):
+        echo(" " * indent + paint(part, colour))
 
 
 def clear() -> None:
@@ -88,11 +139,11 @@ def clear() -> None:
 
 
 def _padded(cell: str, size: int) -> str:
-    return cell + " " * (size - len(click.unstyle(cell)))
+    return cell + " " * (size - len(_bare(cell)))
 
 
 def _folded(text: str, limit: int | None) -> list[str]:
-    plain = click.unstyle(text)
+    plain = _bare(text)
     if limit is None or len(plain) <= limit or limit < 16:
         return [text]
     return textwrap.wrap(plain, limit, break_long_words=False, break_on_hyphens=False) or [""]
@@ -135,15 +186,14 @@ def clock(at: float) -> str:
 
 def as_json(value: object) -> None:
     """Print JSON as `--json` promises it: indented, keys in the order in which they are documented."""
-    import json
-
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    echo(json_text(value, indent=2))
 
 
 def pairs(values: dict[str, object], indent: int = 0) -> Iterator[str]:
     """Nested JSON as indented `key: value` lines; empty values are left out."""
     pad = " " * indent
-    for key, value in values.items():
+    for name, value in values.items():
+        key = plain(str(name))
         match value:
             case None | "":
                 continue
@@ -153,11 +203,15 @@ def pairs(values: dict[str, object], indent: int = 0) -> Iterator[str]:
                 yield f"{pad}{key}:"
                 yield from pairs(value, indent + 2)
             case list() if all(not isinstance(entry, (dict, list)) for entry in value):
-                yield f"{pad}{key}: {', '.join(str(entry) for entry in value)}"
+                yield f"{pad}{key}: {plain(', '.join(str(entry) for entry in value))}"
             case list():
                 yield f"{pad}{key}:"
                 for entry in value:
-                    lines = list(pairs(entry, indent + 4)) if isinstance(entry, dict) else [f"{pad}    {entry}"]
+                    lines = (
+                        list(pairs(entry, indent + 4))
+                        if isinstance(entry, dict)
+                        else [f"{pad}    {plain(str(entry))}"]
+                    )
                     yield f"{pad}  - {lines[0].lstrip()}"
                     yield from lines[1:]
             case bool():
@@ -165,4 +219,4 @@ def pairs(values: dict[str, object], indent: int = 0) -> Iterator[str]:
             case float() if key == "at" or key.endswith("_at"):
                 yield f"{pad}{key}: {clock(value)}"
             case _:
-                yield f"{pad}{key}: {value}"
+                yield f"{pad}{key}: {plain(str(value))}"

@@ -34,7 +34,7 @@ def plan(json_: bool) -> int:
         with reach() as node:
             found = node.plan()
     except HoldfastError as error:
-        click.echo(f"holdfast: {error}", err=True)
+        render.echo(f"holdfast: {error}", err=True)
         return 1
     if json_:
         render.as_json(found)
@@ -47,22 +47,22 @@ def plan(json_: bool) -> int:
 
 def show_plan(found: Json) -> None:
     for app, steps in found["apps"].items():
-        click.echo(render.paint(app or "the node", None, bold=True))
+        render.echo(render.paint(app or "the node", None, bold=True))
         for step in steps:
             show_step(step)
     for title, colour in (("waiting", render.BUSY), ("drift", render.BUSY), ("foreign", render.QUIET)):
         if lines := found.get(title):
-            click.echo(render.paint(title, colour))
+            render.echo(render.paint(title, colour))
             for subject, why in lines.items():
                 render.note(f"{subject}: {why}", indent=2, colour=None)
     if found["problems"]:
-        click.echo(render.paint("state files", render.BAD))
+        render.echo(render.paint("state files", render.BAD))
         for problem in found["problems"]:
             render.note(problem, indent=2, colour=None)
     if found["empty"]:
-        click.echo("nothing to do now" if found["waiting"] else "nothing to do")
+        render.echo("nothing to do now" if found["waiting"] else "nothing to do")
     else:
-        click.echo(f"\n{counted(sum(len(steps) for steps in found['apps'].values()), 'change')}")
+        render.echo(f"\n{counted(sum(len(steps) for steps in found['apps'].values()), 'change')}")
 
 
 MARKS = {
@@ -83,9 +83,9 @@ def show_step(step: Json) -> None:
     reasons = step["changes"] or [step["reason"]]
     head = f"  {mark} {told}"
     if len(reasons) == 1 and len(head) + len(reasons[0]) + 2 <= (render.width() or 10_000):
-        click.echo(render.paint(head, colour) + "  " + render.paint(reasons[0], render.QUIET))
+        render.echo(render.paint(head, colour) + "  " + render.paint(reasons[0], render.QUIET))
         return
-    click.echo(render.paint(head, colour))
+    render.echo(render.paint(head, colour))
     for reason in reasons:
         render.note(reason, indent=6)
 
@@ -101,7 +101,7 @@ def sync(accept_rewrite: bool, wait: bool, timeout: float) -> None:
     if wait:
         with bars() as show:
             status = converge(agent, timeout, show, began)
-    click.echo(headline(status))
+    render.echo(headline(status))
     if status["source"].get("error"):
         raise TryAgain(f"sync: {status['source']['error']}")
 
@@ -127,7 +127,7 @@ def apply(timeout: float, json_: bool) -> None:
     if json_:
         render.as_json(status)
     elif status["converged"]:
-        click.echo(headline(status))
+        render.echo(headline(status))
     if not status["converged"]:
         lines = "".join(f"\n  {line}" for line in status["blockers"])
         raise kind_of(status)(f"apply: not converged after {render.span(time.time() - began)}{lines}")
@@ -208,11 +208,11 @@ def headline(status: Json) -> str:
 
 
 def show_status(status: Json) -> None:
-    click.echo(headline(status))
+    render.echo(headline(status))
     if note := status["agent"].get("note"):
         render.note(str(note), colour=render.BUSY)
     if status["apps"]:
-        click.echo()
+        render.echo()
         show_apps(status)
     listed("images on their way", images_coming(status))
     told = {*status["problems"], *status["apps"]}
@@ -229,7 +229,7 @@ def show_status(status: Json) -> None:
 
 def listed(title: str, lines: list[str]) -> None:
     if lines:
-        click.echo("\n" + render.paint(title, render.BUSY))
+        render.echo("\n" + render.paint(title, render.BUSY))
         for line in lines:
             render.note(line, indent=2, colour=None)
 

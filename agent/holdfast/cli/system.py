@@ -70,7 +70,7 @@ def details(found: Json) -> None:
     ):
         if rows:
             render.table(head, rows)
-            click.echo()
+            render.echo()
 
 
 @system.command("prune")
@@ -93,10 +93,10 @@ def prune(all_: bool, volumes: bool, force: bool, json_: bool) -> None:
         return
     removed(found["images"], every)
     if not found["images"] and found["kinds"].get("images"):
-        click.echo("removed layers that no image needs")
+        render.echo("removed layers that no image needs")
     for each in found["volumes"]:
-        click.echo(f"removed {each}")
-    click.echo(f"freed {render.size(found['freed'])}")
+        render.echo(f"removed {each}")
+    render.echo(f"freed {render.size(found['freed'])}")
 
 
 COMMANDS = [system]

@@ -28,7 +28,7 @@ def list_(json_: bool) -> None:
     if json_:
         render.as_json(found)
     elif not found:
-        click.echo("no volumes")
+        render.echo("no volumes")
     else:
         render.table(["VOLUME", "DRIVER", "", "USED BY", "PATH"], [row(each) for each in found])
 
@@ -50,7 +50,7 @@ def inspect(id: str, json_: bool) -> None:
         render.as_json(found)
         return
     for line in render.pairs(dict(found)):
-        click.echo(line)
+        render.echo(line)
 
 
 @volume.command("remove")
@@ -61,7 +61,7 @@ def remove(ids: tuple[str, ...], force: bool) -> None:
     with reach() as node:
         for id in ids:
             node.remove_volume(id, force)
-            click.echo(f"removed {id}")
+            render.echo(f"removed {id}")
 
 
 @volume.command("prune")
@@ -71,15 +71,15 @@ def prune(force: bool) -> None:
     with reach() as node:
         orphans = [each["id"] for each in node.volumes() if each.get("orphan")]
         if not orphans:
-            click.echo("no orphans")
+            render.echo("no orphans")
             return
     if not force:
-        click.confirm(f"delete {', '.join(orphans)} and their data?", abort=True)
+        click.confirm(render.plain(f"delete {', '.join(orphans)} and their data?"), abort=True)
     with reach() as node:  # once more: an agent may have begun while the question stood, and another volume been left
         for each in node.volumes():
             if each["id"] in orphans and each.get("orphan") and not each["used_by"]:
                 node.remove_volume(each["id"])
-                click.echo(f"removed {each['id']}")
+                render.echo(f"removed {each['id']}")
 
 
 COMMANDS = [volume]

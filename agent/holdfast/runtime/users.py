@@ -1,8 +1,8 @@
 """Users of a container: from `user[:group]` and `group_add` to numbers, by its own passwd and group.
 
 Docker's rules: a name must be known; a number need not be. Without a group, a known user has the one of passwd and
-the groups that list it; an unknown number has group 0. Called by the node with a reader of the files: at a start those
-of the image, for `exec` those of the running container.
+the groups that list it; an unknown number has group 0. Called by the node with a reader of the files: at a start
+those of the image, for `exec` those of the running container.
 """
 
 from __future__ import annotations
