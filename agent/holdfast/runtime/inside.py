@@ -59,7 +59,7 @@ class Inside:
             found = self._stat(candidate)
             if found is None:
                 continue
-            if stat.S_ISREG(found.st_mode) and _may_execute(found, user):
+            if stat.S_ISREG(found.st_mode) and (_may_execute(found, user) or self._has_acl(candidate)):
                 self._check_content(candidate)
                 return
             obstacle = (
@@ -68,6 +68,12 @@ class Inside:
         if obstacle:
             raise NotExecutable(f"exec '{program}': {obstacle}")
         raise NoProgram(f"exec '{program}': " + ("no such file" if "/" in program else f"not found in PATH ({path})"))
+
+    def _has_acl(self, path: str) -> bool:
+        """Whether more than the mode bits decide (acl(5))."""
+        with suppress(OSError), self._open(path) as handle:
+            return bool(os.getxattr(f"/proc/self/fd/{handle}", "system.posix_acl_access"))
+        return False
 
     def _check_content(self, program: str) -> None:
         """Whether the kernel knows what to do with a program, and what it needs for that is there."""
