@@ -244,7 +244,8 @@ class Node:
             run = self.rig.run_of(detail["instance"])
             if run is not None:
                 self._exits.add(detail["instance"], run)
-            self._watch_files(self.rig.store.instances[detail["instance"]])
+            if (instance := self.rig.store.instances.get(detail["instance"])) is not None:
+                self._watch_files(instance)
 
     def _settle(self, outcome: Outcome, least: float, code: int) -> None:
         """Write down what came of an action, and tell of it."""
