@@ -164,6 +164,8 @@ class Reconciler:
         store.event("revision", "node", f"{revision.id[:16]}{about}", revision=revision.id)
         for problem in self._spec.problems if self._spec else ():
             store.event("problem", "node", str(problem))
+        for hint in self._spec.hints if self._spec else ():
+            store.event("hint", "node", hint)
 
 
 def _nothing_of(spec: Spec) -> Spec:

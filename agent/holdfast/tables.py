@@ -281,8 +281,8 @@ def shown(value: Any) -> str:
 
 
 LONGEST_NUMBER = 15  # digits: whatever its unit, it stays within 64 bits
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE | re.ASCII)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _BYTES = {
     "": 1,
@@ -324,10 +324,16 @@ def duration(value: Any) -> Any:
 
 
 def text_of(value: Any) -> Any:
-    """A scalar as text: numbers as written, booleans as true and false; anything else is left to be refused."""
+    """A scalar as text: whole numbers, booleans as true and false; anything else is left to be refused.
+
+    Raises ValueError for other numbers: 1.50 would arrive as 1.5, and 1e3 as 1000.0.
+    """
     if isinstance(value, bool):
         return "true" if value else "false"
-    return str(value) if isinstance(value, int | float) else value
+    if isinstance(value, float):
+        wrong = f"the number {value} would lose how it is written"
+        raise ValueError(f'{wrong} (expected quotes around it, as "1.50")')  # noqa: TRY004 - pydantic's terms
+    return str(value) if isinstance(value, int) else value
 
 
 Size = Annotated[
@@ -339,4 +345,4 @@ Duration = Annotated[
     Short(duration, ()),
     WithJsonSchema({"type": "string", "description": "a duration: 100ms, 10s, 1m30s", "examples": ["10s"]}),
 ]
-Text = Annotated[str, Short(text_of, ({"type": ["number", "boolean"]},))]
+Text = Annotated[str, Short(text_of, ({"type": ["integer", "boolean"]},))]

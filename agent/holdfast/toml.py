@@ -6,6 +6,7 @@ asks: a document without faults is read once. Called by the two readers of TOML,
 
 from __future__ import annotations
 
+import codecs
 import math
 import re
 import tomllib
@@ -59,6 +60,9 @@ class Document:
         """Read raw; raise Unreadable if it is not UTF-8, not TOML, or beyond one of the limits above."""
         if len(raw) > MAX_SIZE:
             raise Unreadable(f"{len(raw)} bytes are too many (expected at most {MAX_SIZE})")
+        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise Unreadable("the file is UTF-16 (expected UTF-8)")
+        raw = raw.removeprefix(codecs.BOM_UTF8)
         try:
             self.text = raw.decode()
         except UnicodeDecodeError as error:

@@ -561,3 +561,39 @@ def test_a_file_that_becomes_a_program_is_another_file() -> None:
     after = load(files, NodeFacts("node"), cache=cache, executable=frozenset({"run"})).apps["shop"]
     assert before.files != after.files
     assert before.digest != after.digest
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('ports = ["27000-:80"]', "host port is not a number"),
+        ('ports = ["27000:80-"]', "container port is not a number"),
+        ('ports = [{ published = "1-", target = 80 }]', "'1-' is not a number"),
+        ('resources = { cpuset = "0-" }', "not a list of CPUs"),
+        ('restart = "on-failure:²"', "on-failure:N"),
+        ("environment = { V = 1.50 }", "the number 1.5 would lose how it is written"),
+        ("labels = { V = 1e3 }", "the number 1000.0 would lose how it is written"),
+        ('hostname = "a\\u001b[2Jb"', r"'a\\x1b[2Jb' is not a host name"),
+    ],
+)
+def test_values_that_only_look_right_are_refused(line: str, said: str) -> None:
+    text = f'[containers.web]\nimage = "nginx"\n{line}\n'
+    (problem,) = load({"shop.toml": text.encode()}, NodeFacts("node")).problems
+    assert said.replace(r"\\", "\\") in problem.message
+    assert problem.line == 3
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text() -> None:
+    text = b'\xef\xbb\xbf[containers.web]\nimage = "nginx"\n'
+    assert load({"shop.toml": text}, NodeFacts("node")).problems == ()
+    (problem,) = load({"shop.toml": "[app]".encode("utf-16")}, NodeFacts("node")).problems
+    assert "UTF-16 (expected UTF-8)" in problem.message
+
+
+def test_yaml_files_that_nobody_mounts_are_named() -> None:
+    files = {
+        "shop.toml": b'[containers.web]\nimage = "nginx"\nvolumes = ["./conf:/c", "./one.yml:/one.yml"]\n',
+        **dict.fromkeys(("compose.yaml", "conf/a.yaml", "one.yml", ".github/ci.yml"), b"x: y"),
+    }
+    (hint,) = load(files, NodeFacts("node")).hints
+    assert hint.startswith("compose.yaml: this is YAML")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +41,8 @@ def check(paths: tuple[Path, ...], any_driver: bool) -> None:
     if spec.problems:
         wrong = len({problem.path for problem in spec.problems})
         raise WrongState(f"check: {counted(len(spec.problems), 'problem')} in {counted(wrong, 'file')}")
+    for hint in spec.hints:
+        click.echo(str(top / hint), err=True)
     containers = sum(len(app.containers) for app in spec.apps.values())
     render.echo(f"{counted(len(spec.apps), 'app')}, {counted(containers, 'container')}: ok")
     built = sorted({name for app in spec.apps.values() for name in app.images})
@@ -93,38 +94,59 @@ def folder(path: Path) -> Revision:
 
 def state_file(path: Path) -> Iterator[tuple[str, bytes]]:
     """A state file, and whatever lies beside it that it names: the folder as a whole may be anything."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise WrongCall(f"check '{path}': {(error.strerror or str(error)).lower()}") from error
+    from holdfast.spec.load import NOT_YAML, is_yaml
+    from holdfast.toml import Document, Unreadable
+
+    content = read(path, path)
+    if path.suffix != ".toml":
+        wrong = NOT_YAML if is_yaml(path.name) else "not a state file (expected NAME.toml, or a directory)"
+        raise WrongCall(f"check '{path}': {wrong}")
     yield path.name, content
     try:
-        data = tomllib.loads(content.decode())
-        names = {text.split(":")[0] for text in texts(data)}
-    except ValueError:
+        data = Document(content).data
+    except Unreadable:
         return  # what is wrong with it is said by whoever loads it
+    names = {text.split(":")[0] for text in texts(data)}
     for name in sorted(names):
         beside = path.parent / name
-        if name.strip("./") and not name.startswith("/") and beside.exists():
+        if name.strip("./") and not name.startswith("/") and there(beside):
             for file in sorted(beside.rglob("*")) if beside.is_dir() else [beside]:
                 if file.is_file() and file.suffix != ".toml":
-                    yield str(file.relative_to(path.parent)), file.read_bytes()
-    yield from instructions(path.parent, data.get("images"))
+                    yield os.path.relpath(file, path.parent), read(path, file)
+    yield from instructions(path, data.get("images"))
 
 
-def instructions(folder: Path, images: Any) -> Iterator[tuple[str, bytes]]:
+def there(path: Path) -> bool:
+    """Whether there is such a file: most strings of a state file are no names of files."""
+    try:
+        return path.exists()
+    except OSError:  # longer than a name can be, say
+        return False
+
+
+def read(path: Path, file: Path) -> bytes:
+    """The content of a file that a state file needs."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        what = "" if file == path else f"read '{file}': "
+        raise WrongCall(f"check '{path}': {what}{(error.strerror or str(error)).lower()}") from error
+
+
+def instructions(path: Path, images: Any) -> Iterator[tuple[str, bytes]]:
     """The Dockerfiles of [images], what their contexts leave out, and any file of each context to show that it is."""
+    folder = path.parent
     for image in images.values() if isinstance(images, dict) else ():
         context = image.get("context") if isinstance(image, dict) else None
-        if not isinstance(context, str) or not (folder / context).is_dir():
+        if not isinstance(context, str) or not there(folder / context) or not (folder / context).is_dir():
             continue
         named = image.get("dockerfile")
         dockerfiles = [named] if isinstance(named, str) else ["Dockerfile", "Containerfile"]
         wanted = [*dockerfiles, *(f"{each}.dockerignore" for each in dockerfiles), ".dockerignore"]
         any_file = next((each for each in (folder / context).rglob("*") if each.is_file()), None)
         for file in filter(None, [*(folder / context / each for each in wanted), any_file]):
-            if file.is_file():
-                yield os.path.relpath(file, folder), file.read_bytes()
+            if there(file) and file.is_file():
+                yield os.path.relpath(file, folder), read(path, file)
 
 
 def texts(value: Any) -> Iterator[str]:

@@ -12,7 +12,7 @@ import shlex
 import signal
 from typing import Any
 
-from holdfast.tables import shown, size
+from holdfast.tables import LONGEST_NUMBER, shown, size
 from holdfast.toml import suggestion
 
 Parts = dict[str, Any]
@@ -204,15 +204,21 @@ def port(value: str) -> Parts:
 
 def ports(value: str | int, what: str, form: str = "expected a port or a range as 8000-8010") -> range:
     """One port or a range of them; what and form go into the error."""
-    first, _, last = str(value).partition("-")
-    if not (first.isascii() and first.isdigit() and (last or first).isascii() and (last or first).isdigit()):
+    first, dash, last = str(value).partition("-")
+    last = last if dash else first
+    if not (number(first) and number(last)):
         raise ValueError(f"{what} is not a number ({form})")
-    found = range(int(first), int(last or first) + 1)
+    found = range(int(first), int(last) + 1)
     if not found:
         raise ValueError(f"{what} range ends before it begins ({form})")
     if found.start < 1 or found.stop > 65536:
         raise ValueError(f"{what} is out of range (expected 1 to 65535)")
     return found
+
+
+def number(text: str) -> bool:
+    """Whether a text is a number in decimal digits, of a length that anything counts."""
+    return text.isascii() and text.isdigit() and len(text) <= LONGEST_NUMBER
 
 
 def ipv4(value: str, what: str, form: str) -> str:
@@ -313,7 +319,7 @@ def tmpfs(value: str) -> Parts:
                 parts["size"] = size(text)
             case "mode":
                 parts["mode"] = mode(text)
-            case "uid" | "gid" if text.isdigit():
+            case "uid" | "gid" if number(text):
                 parts[key] = int(text)
             case "ro" | "rw" if not text:
                 parts["read_only"] = key == "ro"
@@ -386,7 +392,7 @@ def stop_signal(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, str | int):
         return value
     text = str(value).upper()
-    if text.isdigit() and int(text) in {known.value for known in signal.Signals}:
+    if number(text) and int(text) in {known.value for known in signal.Signals}:
         return signal.Signals(int(text)).name
     text = text if text.startswith("SIG") else f"SIG{text}"
     try:
@@ -427,7 +433,7 @@ def restart(value: str) -> Parts:
         raise ValueError(f"'{value}' is not known ({known})")
     if not colon:
         return {"policy": policy}
-    if policy != "on-failure" or not attempts.isdigit() or int(attempts) < 1:
+    if policy != "on-failure" or not number(attempts) or int(attempts) < 1:
         raise ValueError(
             f"'{value}': a number of attempts goes with on-failure only (expected on-failure:N, N from 1)"
         )
@@ -437,8 +443,9 @@ def restart(value: str) -> Parts:
 def cpuset(value: str) -> str:
     """CPUs as cpuset(7) lists them: `0-3,6`."""
     for part in value.split(","):
-        first, _, last = part.partition("-")
-        if not (first.isdigit() and (last or first).isdigit() and int(first) <= int(last or first)):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not (number(first) and number(last) and int(first) <= int(last)):
             raise ValueError(f"'{value}' is not a list of CPUs (expected as 0-3,6)")
     return value
 

@@ -84,11 +84,31 @@ def load(
         before = cache.spec.apps.get(name) if unchanged else None
         apps[name] = _finished(draft, folder, builds.images_of(draft.app, blobs), blobs, before)
     problems.sort(key=lambda problem: (problem.path, problem.line))
-    spec = Spec(apps, broken, tuple(problems), blobs)
+    spec = Spec(apps, broken, tuple(problems), blobs, tuple(_hints(files, readings)))
     cache.facts, cache.files, cache.executable, cache.spec = facts, dict(files), executable, spec
     cache.left_out = dict(left_out)
     cache.readings, cache.digests = readings, dict(folder.digests)
     return spec
+
+
+def is_yaml(path: str) -> bool:
+    """Whether a path has the ending of a YAML file."""
+    return path.endswith((".yaml", ".yml"))
+
+
+def _hints(files: Mapping[str, bytes], readings: Mapping[str, Reading]) -> Iterator[str]:
+    """Name YAML files that no state file mounts or builds from: somebody may expect them to be read."""
+    drafts = [reading.draft for reading in readings.values() if reading.draft is not None]
+    used = {wanted for draft in drafts for wanted in draft.wanted.values()}
+    used |= {image.context for draft in drafts for image in draft.images.values()}
+    for path in sorted(filter(is_yaml, files)):
+        steps = path.split("/")
+        above = ["/".join(steps[:length]) for length in range(len(steps) + 1)]
+        if used.isdisjoint(above) and not any(step.startswith(".") for step in steps):
+            yield f"{path}: {NOT_YAML}"
+
+
+NOT_YAML = "this is YAML, and state files are TOML: it is not read (expected NAME.toml)"
 
 
 def is_state(path: str) -> bool:
@@ -126,13 +146,19 @@ def _with_vars(files: Mapping[str, bytes], facts: NodeFacts) -> tuple[NodeFacts,
         document = Document(files[VARS_FILE])
     except Unreadable as error:
         return facts, (Problem(VARS_FILE, error.line, str(error), column=error.column),)
-    texts = {key: text_of(value) for key, value in document.data.items()}
-    faults = [
-        Fault((key,), f"{shown(value)} is not a value of a variable (expected a string, number or boolean)")
-        for key, value in texts.items()
-        if not isinstance(value, str)
-    ]
-    good = {key: value for key, value in texts.items() if isinstance(value, str)}
+    good: dict[str, str] = {}
+    faults: list[Fault] = []
+    for key, value in document.data.items():
+        try:
+            text = text_of(value)
+        except ValueError as error:
+            faults.append(Fault((key,), str(error)))
+            continue
+        if isinstance(text, str):
+            good[key] = text
+        else:
+            wrong = f"{shown(value)} is not a value of a variable (expected a string, number or boolean)"
+            faults.append(Fault((key,), wrong))
     return replace(facts, vars={**good, **facts.vars}), tuple(_problems(VARS_FILE, document, faults))
 
 
@@ -159,10 +185,15 @@ def _reading(path: str, raw: bytes, facts: NodeFacts, before: Reading | None) ->
 def _problems(path: str, document: Document, faults: Iterable[Fault]) -> Iterator[Problem]:
     listed = list(faults)
     for fault in listed[:MOST_FAULTS]:
-        message = fault.message if len(fault.message) <= LONGEST else f"{fault.message[:LONGEST]}…"
+        message = _on_one_line(fault.message if len(fault.message) <= LONGEST else f"{fault.message[:LONGEST]}…")
         yield Problem(path, document.line(fault.path), message, key=dotted(document.written(fault.path)))
     if len(listed) > MOST_FAULTS:
         yield Problem(path, 1, f"{len(listed) - MOST_FAULTS} more problems (mend these first)")
+
+
+def _on_one_line(message: str) -> str:
+    """A message whose quoted values can't break the line, or steer the terminal of whoever reads it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
 
 
 def _linked(

@@ -344,12 +344,14 @@ class Spec:
     apps: what loads, by name. broken: state files that do not load → the names that their apps may have
     (those apps stay at their last good generation). problems: all of them, in file and line order.
     blobs: digest (hex, `digest_of_file`) → content of every file that some app mounts, or builds an image from.
+    hints: what is not wrong and yet may not be what somebody meant, a line each.
     """
 
     apps: Mapping[str, App] = field(default_factory=dict)
     broken: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     blobs: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    hints: tuple[str, ...] = ()
 
 
 def digest_of_file(content: bytes, *, executable: bool = False) -> str:
