@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from holdfast.errors import WrongState
-from holdfast.observed import FirewallWant, InstanceId, Json, Receipt
+from holdfast.observed import Finding, FirewallWant, InstanceId, Json, Receipt
 from holdfast.spec.model import Mount, Resources
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "CgroupWant",
     "Driver",
     "EndpointWant",
+    "Finding",
     "FirewallWant",
     "Host",
     "MountWant",
@@ -41,6 +42,7 @@ __all__ = [
     "Receipt",
     "Releasing",
     "RootfsWant",
+    "Telling",
     "VolumeWant",
     "Watching",
     "open_source",
@@ -228,6 +230,14 @@ class Releasing(Protocol):
 
     def release(self, receipt: Receipt) -> None:
         """Let go of what the runtime needed for the start alone; called once the container has its own mount."""
+
+
+class Telling(Protocol):
+    """What a driver may have besides: it sees what others did to the host that keeps its work from being of use."""
+
+    def findings(self) -> Iterable[Finding]:
+        """Say what a person should know now. Part of every pass: quick, and without a process."""
+        ...
 
 
 class CgroupPolicy(Protocol):

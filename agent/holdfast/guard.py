@@ -27,7 +27,7 @@ from holdfast.drivers import (
     VolumeWant,
 )
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
-from holdfast.observed import Json, Receipt
+from holdfast.observed import Finding, Json, Receipt
 
 DRIVER_VERBS = ("check", "ensure", "observe", "remove")
 POLICY_VERBS = ("check", "settings")
@@ -292,6 +292,12 @@ class GuardedDriver(_Guard):
         )
         return end
 
+    def findings(self) -> list[Finding]:
+        """What the driver has to tell of the host (`drivers.Telling`). Raises NoAnswer after the deadline."""
+        if not hasattr(self.driver, "findings"):
+            return []
+        return self._call("findings", lambda: self._observer.call(lambda: list(self.driver.findings())), _no_findings)
+
     def _strange(self, found: list[Any]) -> str:
         for each in found:
             if not isinstance(each, Receipt):
@@ -324,6 +330,11 @@ def guarded(driver: Any, kind: str, fault: Fault) -> GuardedDriver | GuardedPoli
 
 def _not_plain(result: Any) -> str:
     return "returned a coroutine (verbs are plain blocking functions)" if inspect.iscoroutine(result) else ""
+
+
+def _no_findings(found: list[Any]) -> str:
+    strange = [each for each in found if not isinstance(each, Finding)]
+    return f"yielded {type(strange[0]).__name__} (expected Findings)" if strange else ""
 
 
 def _no_settings(made: Any) -> str:

@@ -211,6 +211,23 @@ class FirewallWant:
 
 
 @dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that others did to the host, which drivers can't mend and a person should know.
+
+    subject: that of the plan which it is about: `network shop/front`, `firewall`. breaks: something that should work
+    certainly does not, so the node is not converged.
+    """
+
+    subject: str
+    text: str
+    remedy: str = ""
+    breaks: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.text}" + (f" ({self.remedy})" if self.remedy else "")
+
+
+@dataclass(frozen=True, slots=True)
 class Observed:
     """The host as it was read at `at`.
 
@@ -233,6 +250,7 @@ class Observed:
     lacking: Mapping[str, str] = field(default_factory=dict)
     over: int = 0
     missing: tuple[MissingDriver, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
     def lacks(self, mount: Mount) -> str:
         """Why a mount can't be made now, "" if it can."""

@@ -38,7 +38,7 @@ from holdfast.drivers import (
 )
 from holdfast.errors import TryAgain, UnfitHost, WrongState
 from holdfast.guard import OBSERVE_DEADLINE, GuardedDriver, GuardedPolicy, Worker, described, guarded, is_interrupt
-from holdfast.observed import Json, Receipt
+from holdfast.observed import Finding, Json, Receipt
 
 GROUP = "holdfast"
 LOAD_DEADLINE = 30.0  # seconds that a plugin may take to be imported, and to offer its drivers
@@ -223,6 +223,16 @@ class Plugins:
                     with suppress(Exception):  # recorded as the plugin's fault; passes see what changes
                         ends.append(driver.watch(tell))
         return ends
+
+    def findings(self) -> tuple[Finding, ...]:
+        """What the drivers have to tell of the host (`drivers.Telling`)."""
+        found: list[Finding] = []
+        for drivers in self._kinds().values():
+            for driver in drivers.values():
+                if isinstance(driver, GuardedDriver):
+                    with suppress(Exception):  # recorded as the plugin's fault
+                        found.extend(driver.findings())
+        return tuple(sorted(dict.fromkeys(found), key=lambda each: (not each.breaks, each.subject, each.text)))
 
     def hears(self, hook: str) -> bool:
         """Whether any plugin implements a hook: what nobody hears need not be made."""

@@ -87,7 +87,7 @@ class Reconciler:
         spec = self._newest()
         observed = self.node.observe(deep=True, spec=spec)
         plans = self._preview(spec, observed)
-        return plan_json(plans, spec.problems if spec else (), left_alone(observed))
+        return plan_json(plans, spec.problems if spec else (), left_alone(observed), observed.findings)
 
     def _preview(self, spec: Spec | None, observed: Observed) -> Sequence[Plan]:
         return preview(spec, observed, self.node.rig.store.history(), time.time())

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.drivers import Host, NetworkWant
-from holdfast.observed import FirewallNetwork, FirewallWant, PublishedPort, Receipt
+from holdfast.observed import Finding, FirewallNetwork, FirewallWant, PublishedPort, Receipt
 from holdfast_plugins.network.firewall import NftablesFirewall
 from holdfast_plugins.network.monitor import Monitor
 from holdfast_plugins.network.nftables import LIBRARY, Library, Program
@@ -383,11 +383,13 @@ def test_forward_policy_of_another_product_gets_our_accept_and_loses_it_again(la
     def rules() -> str:
         return subprocess.run(["iptables", "-S", "FORWARD"], check=True, capture_output=True, text=True).stdout
 
-    def work() -> tuple[str, str, list[str]]:
+    def work() -> tuple[str, str, list[list[Finding]]]:
         subprocess.run(["iptables", "-P", "FORWARD", "DROP"], check=True)
         firewall = NftablesFirewall(lab.host)
+        found = [list(firewall.findings())]
         receipt = firewall.ensure(lab.rules([front]))
-        during, found = rules(), firewall.findings()
+        found.append(list(firewall.findings()))
+        during = rules()
         firewall.remove(receipt)
         return during, rules(), found
 
@@ -395,4 +397,30 @@ def test_forward_policy_of_another_product_gets_our_accept_and_loses_it_again(la
     assert f'-A FORWARD -o {lab.host.name}-+ -m comment --comment "holdfast:{lab.host.name}" -j ACCEPT' in during
     assert f'-A FORWARD -i {lab.host.name}-+ -m comment --comment "holdfast:{lab.host.name}" -j ACCEPT' in during
     assert after == "-P FORWARD DROP\n"
-    assert "in chain FORWARD" in found[0]
+    [[before], with_accept] = found
+    assert "chain 'ip filter FORWARD' drops what is forwarded by policy" in before.text
+    assert with_accept == []
+
+
+def test_forward_policy_in_a_table_of_nftables_is_told_until_a_rule_there_names_our_bridges(lab: Lab) -> None:
+    other, _, _ = lab.neighbour("strict")
+    drop = "{ type filter hook forward priority 0; policy drop; }"
+
+    def work() -> list[list[str]]:
+        firewall, told = NftablesFirewall(lab.host), []
+        for change in (
+            "add table inet quiet; add chain inet quiet forward { type filter hook forward priority 0; }",
+            f"add table inet filter; add chain inet filter forward {drop}",
+            "add rule inet filter forward oifname lo accept",
+            f'add rule inet filter forward iifname "{lab.host.name}-*" accept',
+            "delete table inet filter",
+        ):
+            nft(change)
+            told.append([str(found) for found in firewall.findings()])
+        return told
+
+    quiet, strict, elsewhere, accepted, gone = in_namespace(other, work)
+    assert quiet == accepted == gone == []
+    assert strict == elsewhere
+    assert "chain 'inet filter forward' drops what is forwarded by policy" in strict[0]
+    assert f"'{lab.host.name}-*'" in strict[0]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import queue
 import socket
 import subprocess
 import time
@@ -102,6 +103,60 @@ def test_network_that_holds_a_gateway_or_a_peer_of_the_host_is_refused(lab: Lab)
         assert f"overlaps {far}/32 of a machine that the host is connected to" in in_namespace(other, refusal)
     lab.ip("-n", other.name, "route", "replace", "default", "via", far, "dev", "eth0", "onlink")
     assert f"overlaps {far}/32 of a gateway of the host, by interface 'eth0'" in in_namespace(other, refusal)
+
+
+def test_route_over_our_subnet_that_comes_up_later_is_told_and_taken_back_when_it_goes(lab: Lab) -> None:
+    network = lab.make("shop/front")
+    subnet = IPv4Network(network.data["subnet"])
+    lab.neighbour("vpn")
+    link, half = f"{lab.host.name}-vpn", str(next(subnet.subnets()))
+    told: queue.Queue[tuple[str, str]] = queue.Queue()
+    end = lab.network.watch(lambda subject, what: told.put((subject, what)))
+    try:
+        assert list(lab.network.findings()) == []
+        lab.ip("route", "add", "198.51.100.0/24", "dev", link)  # nobody's concern
+        lab.ip("route", "add", half, "dev", link)
+        subject, what = told.get(timeout=PATIENCE)
+        assert subject == "network shop/front"
+        assert what.startswith(f"route {half} dev {link} takes addresses of its subnet {subnet}")
+        [found] = lab.network.findings()
+        assert (found.text, found.breaks) == (what, True)
+        lab.ip("route", "del", half, "dev", link)
+        assert told.get(timeout=PATIENCE) == ("network shop/front", "")
+        assert list(lab.network.findings()) == []
+        assert told.empty()
+    finally:
+        end()
+        lab.ip("route", "del", "198.51.100.0/24", "dev", link)
+
+
+@pytest.mark.parametrize(
+    ("route", "breaks"),
+    [("blackhole {first}/32", [True]), ("{wide} dev {link}", [False]), ("0.0.0.0/1 dev {link}", [])],
+)
+def test_only_a_route_that_takes_traffic_away_breaks_a_network(lab: Lab, route: str, breaks: list[bool]) -> None:
+    network = lab.make("shop/front")
+    other, _, _ = lab.neighbour("vpn")
+    subnet = IPv4Network(network.data["subnet"])
+    words = route.format(first=subnet[9], wide=subnet.supernet(2), link="eth0" if "wide" in route else "x").split()
+    if "dev" not in words:
+        lab.ip("route", "add", *words)
+        try:
+            assert [found.breaks for found in BridgeNetwork(lab.host).findings()] == breaks
+        finally:
+            lab.ip("route", "del", *words)
+        return
+
+    def elsewhere() -> list[bool]:
+        there = BridgeNetwork(lab.host)
+        lab.ip("-n", other.name, "link", "add", there._host.link("bridge", "shop/front"), "type", "bridge")
+        bridge = there._host.link("bridge", "shop/front")
+        lab.ip("-n", other.name, "address", "add", f"{network.data['gateway']}/{subnet.prefixlen}", "dev", bridge)
+        lab.ip("-n", other.name, "link", "set", bridge, "up")
+        lab.ip("-n", other.name, "route", "add", words[0], "dev", "eth0")
+        return [found.breaks for found in there.findings()]
+
+    assert in_namespace(other, elsewhere) == breaks
 
 
 def test_option_that_the_bridge_does_not_know_is_refused(lab: Lab) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from holdfast.observed import Exit, Failure, History, Hold, InstanceId, Observed, Receipt
+from holdfast.observed import Exit, Failure, Finding, History, Hold, InstanceId, Observed, Receipt
 from holdfast.plan.actions import (
     Change,
     Plan,
@@ -80,6 +80,20 @@ def test_an_unreachable_source_is_shown_and_leaves_the_node_converged() -> None:
     found = status(*shop(), error="fetch '/srv/state.git': no such repository", next_try_at=NOW + 30)
     assert found.converged
     assert found.source["error"].startswith("fetch")
+
+
+TAKEN = Finding("network shop/front", "a route", "remove it", breaks=True)
+
+
+def test_what_others_did_to_the_host_is_a_blocker_where_it_breaks_something() -> None:
+    for finding, blockers in (
+        (TAKEN, ("network shop/front: a route (remove it)",)),
+        (replace(TAKEN, breaks=False), ()),
+    ):
+        seen = Observed(at=NOW, instances=shop(), findings=(finding,))
+        found = make_status(spec=spec(SHOP), observed=seen, history=history(good(SHOP)), plan=Plan(), source=SOURCE)
+        assert (found.converged, found.blockers) == (not blockers, blockers)
+        assert found.json()["findings"][0]["text"] == "a route"
 
 
 def test_a_node_that_never_read_a_revision_is_not_converged_and_says_why() -> None:
@@ -242,7 +256,16 @@ def test_a_preview_of_nothing_is_empty() -> None:
         "waiting": {},
         "drift": {},
         "problems": [],
+        "foreign": {},
+        "findings": [],
     }
+
+
+def test_a_preview_says_what_others_did_to_the_host() -> None:
+    found = plan_json((Plan(),), findings=(TAKEN,))["findings"]
+    assert found == [
+        {"subject": "network shop/front", "text": "a route", "remedy": "remove it", "breaks": True},
+    ]
 
 
 def test_stop_remove_and_start_of_a_container_are_one_step_named_replace() -> None:

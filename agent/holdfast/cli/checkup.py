@@ -6,17 +6,15 @@ import ctypes.util
 import os
 import platform
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from holdfast.config import Config
+from holdfast.drivers import Host
 from holdfast.errors import UnfitHost
 from holdfast.runtime import apparmor, binaries
-
-if TYPE_CHECKING:
-    from holdfast.config import Config
 
 SECCOMP = Path("/usr/share/containers/seccomp.json")
 CGROUP = Path("/sys/fs/cgroup")
@@ -54,6 +52,7 @@ def checkup(config: Config | None) -> Iterator[Check]:
     yield firewall()
     yield forwarding()
     yield from other_firewalls()
+    yield from findings(config or Config())
     yield resolvers()
     yield space(config.root if config else Path("/var/lib/holdfast"))
     yield watches()
@@ -232,40 +231,22 @@ def forwarding() -> Check:
     return Check("ip_forward", "ok", "off: turned on when the first bridge needs it")
 
 
+def findings(config: Config) -> Iterator[Check]:
+    """What the drivers find that others did to this host, as `status` and `plan` show it."""
+    from holdfast.plugins import load_plugins
+
+    if os.geteuid() == 0:
+        host = Host(config.name, config.root, config.run_root, config.pool)
+        for found in load_plugins(host).findings():
+            yield Check(found.subject, "warn", found.text, found.remedy)
+
+
 def other_firewalls() -> Iterator[Check]:
     """Who else decides about forwarded packets: an accept in our table does not undo a drop in theirs."""
-    if drops := forward_drops():
-        yield Check(
-            "other firewalls",
-            "warn",
-            f"{drops} drops what is forwarded by default",
-            "accept the agent's bridges there (Docker: in chain DOCKER-USER)",
-        )
     if "ENABLED=yes" in read("/etc/ufw/ufw.conf"):
         yield Check("ufw", "warn", "active: a reload flushes rules", "ufw route allow in on the agent's bridges")
     if Path("/run/firewalld").is_dir() or Path("/var/run/firewalld.pid").exists():
         yield Check("firewalld", "warn", "active", "add the agent's bridges to a zone that accepts forwarding")
-
-
-def forward_drops() -> str:
-    """A base chain on the forward hook whose policy is drop, as `family table chain`; "" if there is none to see."""
-    nft = binaries.find_program("nft")
-    if nft is None or os.geteuid() != 0:
-        return ""
-    try:
-        done = subprocess.run([nft, "list", "chains"], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    table = chain = ""
-    for line in done.stdout.splitlines():
-        words = line.split()
-        if words[:1] == ["table"]:
-            table = " ".join(words[1:3])
-        elif words[:1] == ["chain"]:
-            chain = words[1]
-        elif "hook forward" in line and "policy drop" in line:
-            return f"{table} {chain}"
-    return ""
 
 
 def resolvers() -> Check:

@@ -55,14 +55,20 @@ def show_plan(found: Json) -> None:
             render.echo(render.paint(title, colour))
             for subject, why in lines.items():
                 render.note(f"{subject}: {why}", indent=2, colour=None)
-    if found["problems"]:
-        render.echo(render.paint("state files", render.BAD))
-        for problem in found["problems"]:
-            render.note(problem, indent=2, colour=None)
+    for title, lines in (("state files", found["problems"]), ("this host", map(finding, found["findings"]))):
+        for number, line in enumerate(lines):
+            if number == 0:
+                render.echo(render.paint(title, render.BAD))
+            render.note(line, indent=2, colour=None)
     if found["empty"]:
         render.echo("nothing to do now" if found["waiting"] else "nothing to do")
     else:
         render.echo(f"\n{counted(sum(len(steps) for steps in found['apps'].values()), 'change')}")
+
+
+def finding(found: Json) -> str:
+    """What others did to the host, in one line."""
+    return f"{found['subject']}: {found['text']}" + (f" ({found['remedy']})" if found["remedy"] else "")
 
 
 MARKS = {
@@ -138,12 +144,16 @@ def kind_of(status: Json) -> type[HoldfastError]:
     codes = {app["exit_code"] for app in status["apps"].values() if app["exit_code"] is not None}
     if status["problems"]:
         codes.add(WrongState.exit_code)
+    if any(found["breaks"] for found in status["findings"]):
+        codes.add(Conflict.exit_code)
     return next((kind for kind in (WrongState, UnfitHost, Conflict) if kind.exit_code in codes), TryAgain)
 
 
 def hopeless(status: Json, began: float) -> bool:
-    """Whether nothing goes on any more, and what has failed since began waits for somebody to act."""
+    """Whether nothing goes on any more, and what is in the way or has failed since began takes somebody to act."""
     apps = status["apps"].values()
+    if set(status["blockers"]) <= {finding(found) for found in status["findings"]}:
+        return not status["converged"]
     failed = [app for app in apps if app["state"] == "failed" and (app["failed_at"] or 0.0) >= began]
     going_on = any(app["state"] in ("changing", "waiting", "removing", "degraded") for app in apps)
     still = any(app["state"] == "failed" and app not in failed for app in apps)
@@ -215,13 +225,15 @@ def show_status(status: Json) -> None:
         render.echo()
         show_apps(status)
     listed("images on their way", images_coming(status))
-    told = {*status["problems"], *status["apps"]}
+    host = [finding(found) for found in status["findings"]]
+    told = {*status["problems"], *status["apps"], *host}
     listed("not converged", [line for line in status["blockers"] if not told & {line, line.split(":")[0]}])
     source = status["source"]
     if source.get("error"):
         later = f" (tried again {render.ago(source['next_try_at'])})" if source.get("next_try_at") else ""
         listed("source", [f"{source['error']}{later}"])
     listed("state files", status["problems"])
+    listed("this host", host)
     listed("plugins", [f"{plugin['name']}: {plugin['error']}" for plugin in status["plugins"]])
     listed("not ours", [f"{subject}: {why}" for subject, why in status.get("foreign", {}).items()])
     listed("held by hand", [f"{subject}: {why}" for subject, why in status["drift"].items()])

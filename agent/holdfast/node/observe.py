@@ -82,6 +82,7 @@ def observe(
         busy=busy,
         missing=missing_drivers(rig, things.values()),
         lacking=dict(_lacking((*wanted, *(each.want for each in instances)))),
+        findings=rig.plugins.findings(),
     )
 
 

@@ -7,9 +7,10 @@ the last of its actions stands, so reading down is the order in which things com
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from holdfast.observed import Finding
 from holdfast.plan.actions import (
     Action,
     EnsureNetwork,
@@ -44,13 +45,17 @@ class Step:
 
 
 def plan_json(
-    rounds: Sequence[Plan], problems: Sequence[object] = (), foreign: Mapping[str, str] | None = None
+    rounds: Sequence[Plan],
+    problems: Sequence[object] = (),
+    foreign: Mapping[str, str] | None = None,
+    findings: Sequence[Finding] = (),
 ) -> dict[str, Any]:
     """The value that `holdfast plan --json` prints.
 
     empty: nothing to do. apps: name → steps; what belongs to the node itself is last, under "". waiting and drift:
     subject → why, as far as no round of the preview does something about it. problems: what is wrong with the state
-    files. foreign: what on this host bears the name and is left alone → why.
+    files. foreign: what on this host bears the name and is left alone → why. findings: what others did to
+    the host.
     """
     steps: dict[tuple[str, str], Step] = {}
     apps: dict[str, list[Step]] = {}
@@ -74,6 +79,7 @@ def plan_json(
         "drift": dict(rounds[0].drift) if rounds else {},
         "problems": [str(problem) for problem in problems],
         "foreign": dict(foreign or {}),
+        "findings": [asdict(finding) for finding in findings],
     }
 
 

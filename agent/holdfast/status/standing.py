@@ -34,7 +34,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from holdfast.observed import Exit, Failure, Generation, History, Hold, Instance, Json, Observed
+from holdfast.observed import Exit, Failure, Finding, Generation, History, Hold, Instance, Json, Observed
 from holdfast.plan.actions import Action, MarkGood, Plan, StartInstance
 from holdfast.plan.reasons import left_alone
 from holdfast.plan.restart import verdict
@@ -113,7 +113,7 @@ class Status:
     """The node as a person reads it. blockers: why it is not converged, a line each; empty when it is.
 
     foreign: what on this host bears the agent's name and is not its own → why it is left alone.
-
+    findings: what others did to the host that a person should know; what breaks something is a blocker, too.
     transfers, builds: the images on their way (`images.transfers.Transfer.json`, `images.build.Builder.look`), which
     the daemon fills in.
     """
@@ -131,6 +131,7 @@ class Status:
     waiting: Mapping[str, str]
     drift: Mapping[str, str]
     foreign: Mapping[str, str] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
     agent: Json = field(default_factory=dict)
     transfers: tuple[Json, ...] = ()
     builds: tuple[Json, ...] = ()
@@ -161,7 +162,10 @@ def make_status(
         name: _app(name, spec, there.get(name, {}), history, plan, observed.busy)
         for name in _names(spec, there, history)
     }
-    blockers = tuple(_blockers(spec, source, apps, plan, observed.busy))
+    blockers = (
+        *_blockers(spec, source, apps, plan, observed.busy),
+        *(str(finding) for finding in observed.findings if finding.breaks),
+    )
     return Status(
         node=node,
         at=observed.at,
@@ -176,6 +180,7 @@ def make_status(
         waiting=dict(plan.waiting),
         drift=dict(plan.drift),
         foreign=left_alone(observed),
+        findings=observed.findings,
         agent=dict(agent or {}),
     )
 

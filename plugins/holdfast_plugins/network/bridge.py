@@ -12,16 +12,17 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from holdfast.drivers import EndpointWant, Host, NetworkWant
 from holdfast.errors import Conflict, HoldfastError, NotPermitted, TryAgain, UnfitHost, WrongState
-from holdfast.observed import Receipt
+from holdfast.observed import Finding, Receipt
 from holdfast_plugins.network import flows, hostuse, ingress, messages, sysctls
 from holdfast_plugins.network.addresses import Ledger, first_free, parse_address, parse_subnet, waiting
+from holdfast_plugins.network.collisions import Collisions
 from holdfast_plugins.network.conntrack import Conntrack
 from holdfast_plugins.network.netlink import Link, Sockets, open_in
 
@@ -31,7 +32,7 @@ OPTIONS = ("mtu", "port_security")
 MTU = range(68, 65536)
 DEFAULT_MTU = 1500
 BRIDGE_PORTS = 1023
-NO_GUARDS = "containers may send with addresses that are not theirs (a kernel with sch_ingress and cls_bpf)"
+NO_GUARDS = "containers can send with addresses that are not theirs: the kernel lacks sch_ingress or cls_bpf"
 IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 
 _sockets = Sockets()
@@ -50,6 +51,7 @@ class BridgeNetwork:
         self.conntrack = Conntrack()
         self._host = host
         self._choosing = threading.Lock()
+        self._collisions = Collisions(host, self.ledger)
         self._closed: set[int] = set()  # bridges that are known to believe nothing that containers announce
 
     def check(self, want: NetworkWant) -> None:
@@ -102,6 +104,14 @@ class BridgeNetwork:
         links = [link for link in _our_links(self._host, "bridge") if _network_of(link)]
         addresses = dict(_sockets.host.addresses()) if links else {}
         return [self._observed(link, addresses.get(link.index)) for link in links]
+
+    def watch(self, tell: Callable[[str, str], None]) -> Callable[[], None]:
+        """Hear of routes that others make over our subnets."""
+        return self._collisions.watch(tell)
+
+    def findings(self) -> Iterable[Finding]:
+        """Tell of routes that others made over our subnets."""
+        return self._collisions.findings()
 
     def remove(self, receipt: Receipt) -> None:
         """Delete the bridge; subnet and addresses rest. ip_forward stays: others may have come to need it."""
@@ -290,6 +300,10 @@ class BridgeEndpoint:
 
     def _vacate(self, address: str) -> None:
         flows.vacate(self._conntrack, address)
+
+    def findings(self) -> Iterable[Finding]:
+        """Tell what this kernel can't keep containers from."""
+        return [Finding("networks", self.unguarded)] if self.unguarded else []
 
     def _join(self, want: EndpointWant, name: str, mac: str, address: str) -> None:
         """Have the pair, its end on the host guarded, attached to the bridge and up."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from holdfast.drivers import Host
 from holdfast.errors import Conflict, HoldfastError, NotPermitted, UnfitHost, WrongState
-from holdfast.observed import FirewallNetwork, FirewallWant, PublishedPort, Receipt
+from holdfast.observed import Finding, FirewallNetwork, FirewallWant, PublishedPort, Receipt
 from holdfast.spec.model import digest_of
 from holdfast_plugins.network import flows, forwarding, rules
 from holdfast_plugins.network.conntrack import Conntrack
@@ -50,6 +50,8 @@ class NftablesFirewall:
         self._rule_set: RuleSet | None = None
         self._conntrack = Conntrack()
         self._loopback = Loopback()
+        self._found: tuple[Finding, ...] = ()
+        self._found_at = -1  # the rule set's generation then
         self._layout = digest_of(rules.script(host.name, FirewallWant()))
 
     def check(self, want: FirewallWant) -> None:
@@ -99,9 +101,15 @@ class NftablesFirewall:
                 self._snapshot = None
                 self._file.unlink(missing_ok=True)
 
-    def findings(self) -> list[str]:
-        """What other firewalls do to ours, a line each, for `holdfast doctor`."""
-        return forwarding.findings(self._host, self._nft)
+    def findings(self) -> Iterable[Finding]:
+        """Tell what other firewalls do to containers; looked at anew only after somebody changed a rule."""
+        with self._lock:
+            now = self._rules.generation()
+            if now != self._found_at:
+                self._found = tuple(forwarding.findings(self._host, self._rules))
+                self._found_at = now
+            lacking = self._loopback.unguarded
+            return (*self._found, *((Finding("firewall", lacking),) if lacking else ()))
 
     def watch(self, tell: Callable[[str, str], None]) -> Callable[[], None]:
         """Put the table back as soon as somebody alters it, and tell who did; returns what ends that."""
@@ -110,6 +118,7 @@ class NftablesFirewall:
             with self._lock:
                 if self._snapshot is None or self._intact():
                     return False
+                self._refuse_foreign()
                 self._write(self._snapshot.want, None)
             tell(
                 "firewall",

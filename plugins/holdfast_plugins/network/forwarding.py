@@ -13,9 +13,11 @@ from collections.abc import Iterator
 
 from holdfast.drivers import Host
 from holdfast.errors import UnfitHost
-from holdfast_plugins.network.nftables import Nft, NftError
+from holdfast.observed import Finding
+from holdfast_plugins.network.nftables import Nft, NftError, RuleSet
 
 FORWARD, DOCKER_USER = "FORWARD", "DOCKER-USER"
+FAMILIES = {1: "inet", 2: "ip", 7: "bridge"}
 
 
 def dropping_chain(nft: Nft) -> str | None:
@@ -50,27 +52,16 @@ def withdraw(host: Host, nft: Nft) -> None:
                     pass
 
 
-def findings(host: Host, nft: Nft) -> list[str]:
-    """What a person should know of other firewalls here, a line each; for `holdfast doctor`."""
-    lines = []
-    chain = dropping_chain(nft)
-    if chain is not None:
-        lines.append(
-            f"iptables drops forwarded traffic by policy (dockerd or a firewall set it): holdfast keeps an accept for"
-            f" '{host.name}-+' in chain {chain} while it has networks"
-        )
-    try:
-        tables = nft.run("list tables")
-    except NftError as error:
-        return [*lines, f"nftables can't be read: {error}"]
-    if "firewalld" in tables:
-        lines.append(
-            "firewalld is active: it may reject traffic of unknown interfaces"
-            f" (firewall-cmd --permanent --zone=trusted --add-interface for the bridges '{host.name}-…')"
-        )
-    if chain is not None and "ufw-" in nft.run("list table ip filter"):
-        lines.append("ufw is active: its reload drops our accept; the next pass puts it back")
-    return lines
+def findings(host: Host, rule_set: RuleSet) -> Iterator[Finding]:
+    """The chains of others that drop what is forwarded by policy, where no rule beside them names our bridges.
+
+    A rule that does is somebody's decision, our own accept in iptables' table among them.
+    """
+    for family, table, chain in rule_set.dropping_forward():
+        if f"{host.name}-".encode() not in b"".join(rule_set.rules(family, table)):
+            text = f"chain '{FAMILIES[family]} {table} {chain}' drops what is forwarded by policy: containers may not"
+            text += " reach the outside, nor be reached from there"
+            yield Finding("firewall", text, f"accept iifname and oifname '{host.name}-*' there")
 
 
 def _listing(nft: Nft, chain: str) -> str:

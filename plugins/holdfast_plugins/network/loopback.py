@@ -23,7 +23,7 @@ from holdfast_plugins.network.netlink import Sockets
 LOOPBACK = IPv4Network("127.0.0.0/8")
 EVERYWHERE = ("", "0.0.0.0")
 ARPHRD_ETHER = "1"
-NO_GUARD = "ports published on 127.0.0.1 don't answer there (a kernel with sch_ingress and cls_bpf)"
+NO_GUARD = "ports published on 127.0.0.1 don't answer there: the kernel lacks sch_ingress or cls_bpf"
 
 _sockets = Sockets()
 

@@ -28,6 +28,7 @@ IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_IFALIAS, IFLA_EXT_MASK = 
 IFLA_LINKINFO, IFLA_INFO_KIND = 18, 1
 OF_A_LINK = frozenset((IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_IFALIAS))
 IFA_LOCAL, RTA_DST, RTA_OIF, TCA_KIND = 2, 1, 4, 1
+RTM_NEWROUTE, RTM_DELROUTE = 24, 25
 RTA_GATEWAY, RTA_MULTIPATH, RTA_TABLE = 5, 9, 15
 RT_TABLE_LOCAL, RTN_LOCAL = 255, 2
 SKIP_STATS = 1 << 3  # RTEXT_FILTER_SKIP_STATS: half of a link's reply is counters
@@ -143,6 +144,16 @@ class Netlink:
         """List every IPv4 route, in whichever table."""
         asked = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)
         return [route for body in self._dump(RTM_GETROUTE, asked) for route in read_routes(body)]
+
+    def way_to(self, address: IPv4Address) -> Route | None:
+        """The route by which the host sends to an address; None if it has no way there."""
+        body = struct.pack("=BBBBBBBBI", socket.AF_INET, 32, 0, 0, 0, 0, 0, 0, 0)
+        body += struct.pack("=HH", 8, RTA_DST) + address.packed
+        self._send(RTM_GETROUTE, NLM_F_REQUEST, body)
+        for kind, _, answer in self._receive():
+            if kind != NLMSG_ERROR:
+                return next(read_routes(answer))
+        return None
 
     def local_subnets(self) -> list[IPv4Network]:
         """List the IPv4 ranges that the host takes for its own addresses, whatever interface they are on."""
@@ -270,6 +281,16 @@ def read_routes(body: bytes) -> Iterator[Route]:
         gateway = dict(_attributes(hops[at : at + length], 8)).get(RTA_GATEWAY)
         yield Route(index, subnet, IPv4Address(gateway) if gateway else None, table, kind)
         at += max((length + 3) & ~3, 8)
+
+
+def route_news(heard: bytes) -> Iterator[Route]:
+    """The routes that a datagram of the group for IPv4 routes says came or went."""
+    at = 0
+    while at + _header.size <= len(heard):
+        length, kind, _, _, _ = _header.unpack_from(heard, at)
+        if kind in (RTM_NEWROUTE, RTM_DELROUTE):
+            yield from read_routes(heard[at + 16 : at + length])
+        at += max((length + 3) & ~3, _header.size)
 
 
 def _text(value: bytes | None) -> str:

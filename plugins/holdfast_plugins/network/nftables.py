@@ -25,6 +25,9 @@ NFT_MSG_GETSET, NFT_MSG_GETSETELEM, NFT_MSG_GETGEN = 10, 13, 16
 NLM_F_REQUEST, NLM_F_DUMP = 0x1, 0x300
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NFTA_TABLE_USERDATA, NFTNL_UDATA_TABLE_COMMENT = 6, 0
+NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_POLICY, NFTA_HOOK_HOOKNUM = 3, 4, 5, 1
+FORWARDING = (1, 2, 7)  # NFPROTO_INET, NFPROTO_IPV4, NFPROTO_BRIDGE
+FORWARD_HOOK, DROPS = (2).to_bytes(4, "big"), bytes(4)  # NF_INET_FORWARD and NF_BR_FORWARD; NF_DROP
 NFTA_TABLE, NFTA_SET, NFTA_SET_ELEMENTS, NFTA_GEN_ID = 1, 2, 3, 1
 
 
@@ -131,6 +134,26 @@ class RuleSet:
                 return _comment(dict(_attributes(body)).get(NFTA_TABLE_USERDATA, b""))
         return None
 
+    def dropping_forward(self) -> list[tuple[int, str, str]]:
+        """The chains (family, table, name) that see what is forwarded and drop by policy what no rule takes."""
+        found = []
+        for family in FORWARDING:
+            for body in self._ask(NFT_MSG_GETCHAIN, NLM_F_DUMP, b"", family):
+                chain = dict(_attributes(body))
+                hook = dict(_attributes(chain.get(NFTA_CHAIN_HOOK, b""))).get(NFTA_HOOK_HOOKNUM)
+                if hook == FORWARD_HOOK and chain.get(NFTA_CHAIN_POLICY) == DROPS:
+                    found.append((family, _name(chain[NFTA_TABLE]), _name(chain[NFTA_CHAIN_NAME])))
+        return found
+
+    def rules(self, family: int, table: str) -> list[bytes]:
+        """The rules of a table, and the elements of its sets, as the kernel tells them."""
+        name = _attribute(NFTA_TABLE, table.encode() + b"\0")
+        found = self._ask(NFT_MSG_GETRULE, NLM_F_DUMP, name, family)
+        for body in self._ask(NFT_MSG_GETSET, NLM_F_DUMP, name, family):
+            which = _attribute(NFTA_SET, dict(_attributes(body))[NFTA_SET])
+            found += self._ask(NFT_MSG_GETSETELEM, NLM_F_DUMP, name + which, family)
+        return found
+
     def _everything(self, table: bytes) -> list[bytes]:
         found = [body for body in self._ask(NFT_MSG_GETTABLE, NLM_F_DUMP, b"") if body.startswith(table)]
         if not found:
@@ -143,9 +166,9 @@ class RuleSet:
             found += [body, *sorted(each for part in elements for each in _elements(part))]
         return found
 
-    def _ask(self, kind: int, flags: int, body: bytes) -> list[bytes]:
+    def _ask(self, kind: int, flags: int, body: bytes, family: int = INET) -> list[bytes]:
         """Send one request and collect the attributes of every answer to it."""
-        head = struct.pack("=IHHIIBBH", 20 + len(body), NFT << 8 | kind, NLM_F_REQUEST | flags, 1, 0, INET, 0, 0)
+        head = struct.pack("=IHHIIBBH", 20 + len(body), NFT << 8 | kind, NLM_F_REQUEST | flags, 1, 0, family, 0, 0)
         self._socket.send(head + body)
         answers: list[bytes] = []
         while True:
@@ -187,6 +210,10 @@ def _attributes(body: bytes) -> Iterator[tuple[int, bytes]]:
         length, kind = struct.unpack_from("=HH", body, at)
         yield kind & 0x3FFF, body[at + 4 : at + length]
         at += (length + 3) & ~3
+
+
+def _name(value: bytes) -> str:
+    return value.rstrip(b"\0").decode(errors="replace")
 
 
 def _first_line(text: str) -> str:

@@ -1,0 +1,161 @@
+"""Routes and addresses of others that came up later over the subnet of one of our networks: a VPN, a LAN.
+
+A new network is refused such a subnet. One that stands can't be moved, so it is told. Whether a route really takes
+traffic away is asked of the kernel, which knows metrics and rules. A thread hears of new routes; as long as none of
+them lies in a range of ours, nothing is looked at.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from ipaddress import IPv4Network
+
+from holdfast.drivers import Host
+from holdfast.observed import Finding
+from holdfast_plugins.network.addresses import Ledger
+from holdfast_plugins.network.netlink import Route, Sockets, route_news
+
+RTMGRP_IPV4_ROUTE = 0x40
+BUFFER = 1 << 20
+RTN_LOCAL = 2
+WIDE = 8  # prefix lengths below are ways to everywhere, not to a network that somebody looks for
+AGAIN = 1.0  # seconds between two looks, while there is something to tell or routes come and go
+
+_sockets = Sockets()
+
+
+class Collisions:
+    """What to tell of the networks of one agent. Thread-safe."""
+
+    def __init__(self, host: Host, ledger: Ledger) -> None:
+        self._host = host
+        self._ledger = ledger
+        self._lock = threading.Lock()
+        self._found: tuple[Finding, ...] = ()
+        self._looked = -AGAIN
+        self._heard = True  # of a route in our ranges since the last look
+        self._watched = False
+
+    def findings(self) -> tuple[Finding, ...]:
+        """The collisions that there are. Looks at the routes only if there is a reason to."""
+        with self._lock:
+            due = self._heard or bool(self._found) or not self._watched
+            if due and time.monotonic() >= self._looked + AGAIN:
+                self._heard = False
+                self._found = tuple(self._look())
+                self._looked = time.monotonic()
+            return self._found
+
+    def watch(self, tell: Callable[[str, str], None]) -> Callable[[], None]:
+        """Listen to what changes about routes; tell(subject, what) of new collisions, and of some that are over."""
+        news = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+        news.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
+        news.bind((0, RTMGRP_IPV4_ROUTE))
+        news.setblocking(False)
+        end = os.eventfd(0, os.EFD_CLOEXEC)
+        self._watched = True
+        thread = threading.Thread(target=self._run, args=(news, end, tell), name="watch routes", daemon=True)
+        thread.start()
+
+        def close() -> None:
+            os.eventfd_write(end, 1)
+            thread.join()
+            news.close()
+            os.close(end)
+            self._watched = False
+
+        return close
+
+    def _run(self, news: socket.socket, end: int, tell: Callable[[str, str], None]) -> None:
+        poll = select.poll()
+        poll.register(news, select.POLLIN)
+        poll.register(end, select.POLLIN)
+        told: tuple[Finding, ...] = ()
+        pending = False
+        while True:
+            rest = max(self._looked + AGAIN - time.monotonic(), 0.0) if pending else None
+            if any(ready == end for ready, _ in poll.poll(None if rest is None else rest * 1000)):
+                return
+            pending |= self._hear(news)
+            if not pending or time.monotonic() < self._looked + AGAIN:
+                continue
+            pending = False
+            found = self.findings()
+            for each in set(found) - set(told):
+                tell(each.subject, each.text)
+            for each in set(told) - set(found):
+                tell(each.subject, "")
+            told = found
+
+    def _hear(self, news: socket.socket) -> bool:
+        """Read what has come; whether a route of others in our ranges was in it."""
+        heard: list[Route] = []
+        ours = False
+        while True:
+            try:
+                heard.extend(route_news(news.recv(1 << 16)))
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                ours = True  # more than there was room for
+        near = [route for route in heard if route.subnet.prefixlen >= WIDE]
+        ours = ours or bool(near and self._concerned(near))
+        self._heard = self._heard or ours
+        return ours
+
+    def _concerned(self, routes: list[Route]) -> bool:
+        subnets, pool = self._ledger.subnets(), IPv4Network(self._host.pool)
+        ranges = [pool, *(subnet for subnet in subnets.values() if not subnet.subnet_of(pool))]
+        routes = [route for route in routes if any(route.subnet.overlaps(each) for each in ranges)]
+        own = {self._host.link("bridge", id) for id in subnets} if routes else set()
+        return any(_name(route.index) not in own for route in routes)
+
+    def _look(self) -> Iterator[Finding]:
+        links = {link.index: link.name for link in _sockets.host.links()}
+        indexes = {link: index for index, link in links.items()}
+        standing = {
+            id: (subnet, indexes[bridge])
+            for id, subnet in self._ledger.subnets().items()
+            if (bridge := self._host.link("bridge", id)) in indexes
+        }
+        own = {bridge_index for _, bridge_index in standing.values()}
+        strange = [
+            route for route in _sockets.host.routes() if route.index not in own and route.subnet.prefixlen >= WIDE
+        ]
+        for id, (subnet, bridge_index) in sorted(standing.items()):
+            for route in strange:
+                if route.subnet.overlaps(subnet):
+                    yield from _finding(id, subnet, bridge_index, route, links.get(route.index, ""))
+
+
+def _finding(id: str, subnet: IPv4Network, bridge: int, route: Route, link: str) -> Iterator[Finding]:
+    way = f"route {route.subnet}" + (f" dev {link}" if link else "")
+    if _leads_elsewhere(max(route.subnet, subnet, key=lambda each: each.prefixlen), bridge):
+        text = f"{way} takes addresses of its subnet {subnet}: containers that have them can't be reached"
+        yield Finding(f"network {id}", text, "remove the route, or give the network another subnet", breaks=True)
+    elif route.subnet.prefixlen < subnet.prefixlen:
+        text = f"{way} includes its subnet {subnet}: what lies there beyond this host can't be reached from here"
+        yield Finding(f"network {id}", text, "give the network another subnet")
+
+
+def _leads_elsewhere(subnet: IPv4Network, bridge: int) -> bool:
+    """Whether what the host sends to containers in this part of a subnet goes by another link than the bridge."""
+    samples = (subnet[1], subnet[2]) if subnet.num_addresses > 2 else tuple(subnet)
+    ways = [_sockets.host.way_to(sample) for sample in samples]
+    others = [way for way in ways if way is None or way.kind != RTN_LOCAL]  # else it is our own gateway's address
+    return any(way is None or way.index != bridge for way in others)
+
+
+def _name(index: int) -> str:
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return ""
