@@ -122,17 +122,17 @@ def test_lines_without_an_end_are_shown_at_once_and_end_with_their_run(agent: Li
 
 
 def test_logs_of_an_app_are_merged_by_time_with_names(agent: LiveAgent) -> None:
-    script = "until [ -e /data/{} ]; do sleep 0.02; done; echo {}; touch /data/{}; sleep 1000"
-    rows = (("a", "go", "one"), ("b", "one", "two"), ("c", "two", "three"))
-    commands = {name: json.dumps(["sh", "-c", script.format(before, word, word)]) for name, before, word in rows}
+    words = {"a": "one", "b": "two", "c": "three"}
+    command = 'command = ["sh", "-c", "until [ -e /tmp/go ]; do sleep 0.02; done; echo {}; sleep 1000"]'
     containers = (
-        f"[containers.{name}]{SLEEPER}".replace('"sleep 1000"', command) + 'volumes = ["data:/data"]\n'
-        for name, command in commands.items()
+        f"[containers.{name}]{SLEEPER}".replace('command = "sleep 1000"', command.format(word))
+        for name, word in words.items()
     )
-    agent.write("shop.toml", "".join(containers) + "[volumes.data]\n")
+    agent.write("shop.toml", "".join(containers))
     agent.converge()
-    agent.exec("a", "touch", "/data/go")
-    agent.wait(lambda: "three" in agent.cli("logs", "shop").stdout, "all was written")
+    for name, word in words.items():
+        agent.exec(name, "touch", "/tmp/go")
+        agent.wait(lambda name=name, word=word: agent.cli("logs", name).stdout == f"{word}\n", "it has written")
     assert agent.cli("logs", "shop").stdout == "shop/a  one\nshop/b  two\nshop/c  three\n"
     assert agent.cli("logs", "b", "shop/c").stdout == "shop/b  two\nshop/c  three\n"
     assert read_until(follow(agent, "logs", "-f", "shop/"), "three").endswith("shop/c  three")
