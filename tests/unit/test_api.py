@@ -9,14 +9,15 @@ import socket
 import stat
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from holdfast.api import answers, listen
+from holdfast.api import PER_USER, answers, listen
 from holdfast.cli.client import Client, one_each
-from holdfast.errors import Conflict, NoAgent, NotFound, WrongCall, WrongConfig
+from holdfast.errors import Conflict, NoAgent, NotFound, TryAgain, WrongCall, WrongConfig
 from holdfast.runtime.execs import ExecWant
 from paper import PaperAgent, served, until
 
@@ -250,3 +251,43 @@ def test_no_agent_is_said_as_such(tmp_path: Path) -> None:
     with pytest.raises(NoAgent, match="nobody answers"):
         Client(tmp_path / "agent.sock").status()
     assert not Client(tmp_path / "agent.sock").answers()
+
+
+def test_one_user_may_open_so_many_connections_and_no_more(client: Client, agent: PaperAgent) -> None:
+    held = []
+    try:
+        for _ in range(PER_USER):
+            held.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            held[-1].connect(str(client.path))
+        with pytest.raises(TryAgain, match=f"at most {PER_USER}"):
+            client.status()
+    finally:
+        for each in held:
+            each.close()
+    for _ in range(1000):  # until the agent has noticed that they are gone
+        with suppress(TryAgain):
+            assert client.status()["converged"]
+            return
+    pytest.fail("the connections that were closed still count")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 50_000, '{"command": ' + "[" * 200_000])
+def test_a_body_that_is_nested_too_deeply_is_a_wrong_call(client: Client, text: str) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as raw:
+        raw.connect(str(client.path))
+        raw.sendall(f"POST /v1/sync HTTP/1.0\r\nHost: x\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode())
+        answer = b""
+        while part := raw.recv(65536):
+            answer += part
+    assert b" 400 " in answer.splitlines()[0]
+    assert b'"exit_code": 64' in answer
+
+
+def test_a_caller_who_means_the_agent_of_another_root_is_refused(client: Client, tmp_path: Path) -> None:
+    other = Client(client.path, tmp_path / "elsewhere")
+    for call in (other.status, other.plan, lambda: other.act("shop/web", "stop")):
+        with pytest.raises(Conflict, match=f"holds '{tmp_path}'.*'{tmp_path}/elsewhere'"):
+            call()
+    assert Client(client.path, tmp_path).status()["converged"]
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert Client(client.path, tmp_path / "link").status()["converged"]

@@ -33,17 +33,21 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
 
+import structlog
 from aiohttp import web
 
 from holdfast.api.agent import Agent
 from holdfast.api.images import IMAGE_ROUTES
-from holdfast.api.wire import AGENT, ROOT, answer, body, number, report, target_of
-from holdfast.errors import Conflict, UnfitHost, WrongCall, WrongConfig
+from holdfast.api.wire import AGENT, ROOT, answer, body, error_json, number, report, target_of
+from holdfast.errors import Conflict, TryAgain, UnfitHost, WrongCall, WrongConfig
 from holdfast.runtime.execs import ExecWant
 from holdfast.runtime.logs import LogLine, Wanted
 from holdfast.runtime.output import output
 
+PER_USER = 128  # connections that one user may have open
 HEARTBEAT = 1.0  # seconds: a follower hears an empty line that often (or each `beat`), and so knows that we live
+
+log = structlog.get_logger("holdfast")
 
 HOLDS: dict[str, Literal["stopped", "started", "restarted"]] = {
     "stop": "stopped",
@@ -66,11 +70,53 @@ async def serving(agent: Agent, path: Path, *, root: Path, group: str | None = N
     await runner.setup()
     try:
         listener = listen(path, group=group)
-        await web.SockSite(runner, listener).start()
-        yield
+        server = runner.server
+        assert server is not None  # since setup
+        accepting = asyncio.create_task(accept(listener, server))
+        try:
+            yield
+        finally:
+            accepting.cancel()
+            listener.close()
     finally:
         await runner.cleanup()
         await asyncio.to_thread(path.unlink, missing_ok=True)
+
+
+async def accept(listener: socket.socket, server: web.Server) -> None:
+    """Hand connections to the server, at most PER_USER of each user's: nobody can keep others from asking."""
+    loop = asyncio.get_running_loop()
+    listener.setblocking(False)
+    while True:
+        try:
+            connection, _ = await loop.sock_accept(listener)
+        except OSError as error:  # no descriptor is left, say
+            log.warning("connection not accepted", error=str(error))
+            await asyncio.sleep(0.1)
+            continue
+        connection.setblocking(False)
+        uid = user_of(connection)
+        open_ = sum(
+            user_of(each.transport.get_extra_info("socket")) == uid for each in server.connections if each.transport
+        )
+        if open_ < PER_USER:
+            await loop.connect_accepted_socket(server, connection)
+        else:
+            refuse(connection, open_)
+
+
+def refuse(connection: socket.socket, count: int) -> None:
+    """Say that there are too many connections, as any other error is said, and hang up."""
+    error = TryAgain(f"ask the agent: {count} connections of this user are open already (at most {PER_USER})")
+    text = json.dumps(error_json(error))
+    with connection, contextlib.suppress(OSError):
+        connection.send(f"HTTP/1.0 503 Busy\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode())
+
+
+def user_of(connection: socket.socket) -> int:
+    """The uid of the process at the other end, from the kernel (SO_PEERCRED, unix(7))."""
+    uid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+    return uid
 
 
 def listen(path: Path, *, group: str | None = None) -> socket.socket:
@@ -120,7 +166,7 @@ def caller(request: web.Request) -> str:
     peer = transport.get_extra_info("socket") if transport else None
     if peer is None:
         return ""
-    _, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    uid = user_of(peer)
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

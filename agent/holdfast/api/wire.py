@@ -93,6 +93,8 @@ async def body(request: web.Request) -> dict[str, Any]:
     text = await request.text()
     try:
         value = json.loads(text) if text else {}
+    except RecursionError:
+        raise WrongCall(f"{request.method} '{request.path}': body is nested too deeply") from None
     except ValueError as error:
         raise WrongCall(f"{request.method} '{request.path}': body is not JSON: {error}") from error
     if not isinstance(value, dict):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote, urlencode
@@ -217,14 +217,17 @@ class Client:
         meant = f"{ROOT_HEADER}: {quote(str(self.root))}\r\n" if self.root else ""
         head = f"{method} {target} HTTP/1.0\r\nHost: holdfast\r\n{meant}Content-Length: {len(payload)}\r\n\r\n"
         with self._connect() as connection, connection.makefile("rb") as answer:
-            connection.sendall(head.encode() + payload)
+            with suppress(BrokenPipeError, ConnectionResetError):  # it has answered already: it refuses
+                connection.sendall(head.encode() + payload)
             words = answer.readline().split()
-            while answer.readline().strip():
-                pass
+            length = -1  # to the end
+            while line := answer.readline().strip():
+                name, _, value = line.partition(b":")
+                length = int(value) if name.lower() == b"content-length" else length
             if len(words) < 2:
                 raise NoAgent(f"ask the agent on '{self.path}': it hung up without an answer (see its log)")
             if not words[1].startswith(b"2"):
-                raise error_of(answer.read())
+                raise error_of(answer.read(length))
             yield answer
 
     def _connect(self) -> socket.socket:
