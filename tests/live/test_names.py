@@ -218,6 +218,27 @@ def test_a_root_that_is_given_the_id_of_one_that_is_gone_takes_away_what_that_le
         sweep(shop.host)
 
 
+def test_commands_that_only_look_leave_nothing_in_a_fresh_root(
+    new_site: Callable[[], Host], tmp_path: Path, busybox_rootfs: Rootfs
+) -> None:
+    site = new_site()
+    fresh = replace(site, root=tmp_path / "fresh-root", run_root=tmp_path / "fresh-run")
+    agent = LiveAgent(fresh, tmp_path / "fresh", busybox_rootfs)
+    agent.write("shop.toml", SHOP.format(port=1))
+    repository = tmp_path / "repository"
+    subprocess.run(["git", "init", "-q", "-b", "main", repository], check=True)
+    for state in (None, f'{{ git = "{repository}" }}'):
+        agent.configure(state=state)
+        for words in (("status",), ("plan",), ("doctor",), ("volume", "list"), ("image", "list"), ("plugin", "list")):
+            done = agent.cli(*words, check=False)
+            assert "Traceback" not in done.stderr
+            assert not fresh.root.exists(), words
+            assert not fresh.run_root.exists(), words
+            assert not (PLACE / fresh.name).exists(), words
+    agent.configure()
+    assert "shop" in agent.cli("plan", check=False).stdout
+
+
 def test_the_name_is_free_once_the_last_container_is_gone(shop: LiveAgent, second: LiveAgent) -> None:
     shop.remove("shop.toml")
     shop.converge()
