@@ -64,6 +64,7 @@ HOUSEKEEPING = 10.0  # seconds between looks at the size of logs
 BEAT = 0.1  # seconds between looks at what is being pulled
 COLLECT = 60.0  # seconds between looks at how full the disk is
 FOLLOWERS = 64  # answers at a time; each that follows a log takes one
+NO_ROOM = 1.0  # seconds between looks at a disk that was full
 STORE = "state.db"
 FIXED = ("name", "root", "run_root", "runtime", "socket", "group", "pool", "firewall", "start_concurrency")
 
@@ -192,17 +193,19 @@ def _need_root() -> None:
 def _only_agent(config: Config) -> Iterator[None]:
     """Hold the lock that keeps a second agent from the same root."""
     config.root.mkdir(mode=0o700, parents=True, exist_ok=True)  # what state files say may be secret
-    with (config.root / "agent.lock").open("a+") as file:
+    file = os.open(config.root / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip()
-            raise same_root(config.root, holder) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+            raise same_root(config.root, os.pread(file, 32, 0).decode(errors="replace")) from None
+        pid = str(os.getpid()).encode()
+        with contextlib.suppress(OSError):  # on a full disk: the lock is what counts
+            os.pwrite(file, pid, 0)
+            os.ftruncate(file, len(pid))
         yield
+    finally:
+        os.close(file)
 
 
 @contextmanager
@@ -308,6 +311,8 @@ class Daemon(Answers):
             began = time.monotonic()
             if began >= full_at or self._deep:
                 self._deep, full_at = True, began + self._config.full_pass_interval
+            if began >= rotate_at or self.rig.store.late:
+                await asyncio.to_thread(self._node.catch_up)
             if began >= rotate_at:
                 rotate_at = began + HOUSEKEEPING
                 await asyncio.to_thread(self._node.rotate_logs)
@@ -316,6 +321,8 @@ class Daemon(Answers):
             await asyncio.sleep(min(max(REST * (took - SHORT), 0.0), LONGEST_REST))
             wake_at = self._last.plan.wake_at if self._last else None
             timer = min(full_at, rotate_at) - time.monotonic()
+            if self.rig.store.late:
+                timer = min(timer, NO_ROOM)
             await self._wait(timer if wake_at is None else min(timer, wake_at - time.time()))
 
     async def _collect(self) -> None:

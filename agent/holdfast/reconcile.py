@@ -38,6 +38,7 @@ class Pass:
     source: Json
     node: str
     plugins: tuple[Json, ...]
+    trouble: str = ""
 
     @cached_property
     def status(self) -> Status:
@@ -50,6 +51,7 @@ class Pass:
             source=self.source,
             node=self.node,
             plugins=self.plugins,
+            trouble=self.trouble,
         )
 
 
@@ -128,7 +130,7 @@ class Reconciler:
         state["error"] = state["error"] or self._error
         plugins = installed.states(self.node.rig, observed.missing)
         failed = tuple(asdict(each) for each in plugins if each.state != "ok")
-        return Pass(spec, observed, history, plan, state, self.config.node_name, failed)
+        return Pass(spec, observed, history, plan, state, self.config.node_name, failed, self.node.rig.store.lacks)
 
     def _accept(self, revision: Revision) -> None:
         """Read a new revision's files; a refused one (on_invalid) changes nothing but the status."""

@@ -13,6 +13,10 @@ is found again on the host, as any other crash's traces are.
     events       the log that `holdfast events` reads
     facts        single values (the firewall as it was last written, the revision in force)
 
+A disk without room ends nothing: what can't be written is kept in memory and written later, in its order, so that
+containers are stopped and removed all the same (`late`, `catch_up`). Whoever makes something asks `need_room` first.
+A reserve beside the database is given up when something was ended and there is still no room to write that down.
+
 Threads share one Store; a lock makes each verb atomic. `instances` is read without it: a dict that gains or loses a
 key is a new one, so that whoever walks over the old one is not disturbed.
 """
@@ -26,6 +30,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +54,15 @@ from holdfast.observed import (
 Event = dict[str, Any]
 
 VERSION = 1
+RESERVE = 4 << 20  # bytes
+#: What passes when there is room again, or the disk works again; anything else is a bug or damage.
+PASSING = (
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_BUSY,
+)
 KEPT_GENERATIONS = 5
 KEPT_EVENTS = 20_000
 SCHEMA = """
@@ -72,10 +86,15 @@ _failure: TypeAdapter[Failure] = TypeAdapter(Failure)
 
 
 class Store:
-    """The agent's memory. Raises UnfitHost if the database can't be opened or written."""
+    """The agent's memory. Raises UnfitHost if the database can't be opened, or is damaged.
+
+    trouble: why the last write failed, "" when all is written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.trouble = ""
+        self._late: dict[tuple[object, ...], tuple[str, tuple[object, ...]]] = {}  # row → the statement to come
         self._lock = threading.RLock()
         self._listeners: list[Callable[[Event], None]] = []
         self._noted: set[InstanceId] = set()
@@ -111,7 +130,96 @@ class Store:
         with self._lock:
             for id in self._noted & self.instances.keys():
                 self.put_instance(self.instances[id])
+            if self._late and not self.catch_up():
+                log.error("not recorded", store=str(self.path), changes=len(self._late), error=self.trouble)
             self._db.close()
+
+    # -- a disk without room --
+
+    @property
+    def lacks(self) -> str:
+        """What is wrong with the disk, in a line; "" when all is written down."""
+        changes = f"{len(self._late)} change{'s' if len(self._late) != 1 else ''}"
+        return f"use store '{self.path}': {self.trouble}: {changes} not written down yet" if self._late else ""
+
+    @property
+    def late(self) -> int:
+        """How many changes are not on disk yet."""
+        return len(self._late)
+
+    def need_room(self) -> None:
+        """Raise UnfitHost while something could not be written: what is made has to be on record before."""
+        if not self.catch_up():
+            raise UnfitHost(
+                f"use store '{self.path}': {self.trouble} (free some space there; nothing new is made until then, "
+                "stopping and removing go on)"
+            )
+
+    def catch_up(self, *, give_up: bool = False) -> bool:
+        """Write what could not be written so far; False while that is not possible.
+
+        give_up: whether the reserve may go for it. It is made again once there is room.
+        """
+        with self._lock:
+            if self._late and not self._write_late() and give_up and self._drop_reserve():
+                self._write_late()
+            return not self._late
+
+    def keep_reserve(self) -> None:
+        """Have some room put by, where there is plenty of it."""
+        place = self.path.with_name("reserve")
+        try:
+            room = os.statvfs(self.path.parent)
+            if place.exists() or room.f_bavail * room.f_frsize < 4 * RESERVE:
+                return
+            file = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(file, 0, RESERVE)
+            finally:
+                os.close(file)
+        except OSError as error:
+            log.warning("no reserve", path=str(place), error=str(error))
+            place.unlink(missing_ok=True)
+
+    def _drop_reserve(self) -> bool:
+        try:
+            self.path.with_name("reserve").unlink()
+        except OSError:
+            return False
+        return True
+
+    def _write_late(self) -> bool:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            for statement, values in self._late.values():
+                self._db.execute(statement, values)
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            self._set_trouble(error)
+            with suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            return False
+        self._late.clear()
+        self.trouble = ""
+        return True
+
+    def _save(self, row: tuple[object, ...], statement: str, values: tuple[object, ...]) -> None:
+        """Write one row, or keep it for later, after all that is late already."""
+        if not self._late:
+            try:
+                self._db.execute(statement, values)
+            except sqlite3.Error as error:
+                self._set_trouble(error)
+            else:
+                return
+        self._late.pop(row, None)
+        self._late[row] = (statement, values)
+
+    def _set_trouble(self, error: sqlite3.Error) -> None:
+        """Note why a write failed. Raises UnfitHost for what waiting does not mend."""
+        if (getattr(error, "sqlite_errorcode", 0) & 0xFF) not in PASSING:
+            raise UnfitHost(f"use store '{self.path}': {error}") from error
+        self.trouble = str(error)
 
     # -- what decisions are made from --
 
@@ -164,7 +272,8 @@ class Store:
         with self._lock:
             if self._receipts.get((receipt.kind, receipt.id)) == receipt:
                 return
-            self._execute(
+            self._save(
+                ("receipts", receipt.kind, receipt.id),
                 "INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?)",
                 (receipt.kind, receipt.id, time.time_ns(), _receipt.dump_json(receipt)),
             )
@@ -174,7 +283,8 @@ class Store:
     def drop_receipt(self, receipt: Receipt) -> None:
         """Forget a receipt: only once the thing is gone."""
         with self._lock:
-            self._execute("DELETE FROM receipts WHERE kind = ? AND id = ?", (receipt.kind, receipt.id))
+            row = (receipt.kind, receipt.id)
+            self._save(("receipts", *row), "DELETE FROM receipts WHERE kind = ? AND id = ?", row)
             self._receipts.pop((receipt.kind, receipt.id), None)
             owned = self._owned.get(receipt.owner, {})
             owned.pop((receipt.kind, receipt.id), None)
@@ -201,7 +311,8 @@ class Store:
         """Keep a generation; of an app's older ones the last few stay, and always the one in force."""
         app = generation.app.name
         with self._lock:
-            self._execute(
+            self._save(
+                ("generations", app, generation.number),
                 "INSERT OR REPLACE INTO generations VALUES (?, ?, ?)",
                 (app, generation.number, _generation.dump_json(generation)),
             )
@@ -237,7 +348,16 @@ class Store:
                 for name, digest in json.loads(value)["images"].items()
             ]
             instances = [json.loads(value) for _, value in self._rows("id, value", "instances")]
-        return [*found, *((f"{each['app']}/{each['container']}", each["image"]) for each in instances)]
+            found += [(f"{each['app']}/{each['container']}", each["image"]) for each in instances]
+            if self._late:  # what the database does not have yet
+                found += [
+                    (f"{app}/{name}", digest)
+                    for app, known in self._generations.items()
+                    for each in known
+                    for name, digest in each.images.items()
+                ]
+                found += [(each.key, each.image) for each in self.instances.values()]
+        return found
 
     def forget_app(self, app: str) -> None:
         """Drop everything that is kept of an app."""
@@ -256,7 +376,8 @@ class Store:
         kept = tuple(each for each in known if each in known[-KEPT_GENERATIONS:] or each is in_force)
         for each in known:
             if each not in kept:
-                self._execute("DELETE FROM generations WHERE app = ? AND number = ?", (app, each.number))
+                row = (app, each.number)
+                self._save(("generations", *row), "DELETE FROM generations WHERE app = ? AND number = ?", row)
         return kept
 
     # -- holds, failures, intents, facts --
@@ -274,10 +395,10 @@ class Store:
             return self._holds.pop(key, None) is not None
 
     def put_failure(self, subject: str, failure: Failure) -> None:
-        """Remember that an action on a subject failed: in memory first, for a full disk must not end the back-off."""
+        """Remember that an action on a subject failed."""
         with self._lock:
-            self._failures[subject] = failure
             self._put("failures", subject, _failure.dump_json(failure))
+            self._failures[subject] = failure
 
     def failure(self, subject: str) -> Failure | None:
         """The failure that a subject is remembered by."""
@@ -382,10 +503,10 @@ class Store:
         return self._execute(f"SELECT {columns} FROM {table}").fetchall()
 
     def _put(self, table: str, key: str, value: bytes) -> None:
-        self._execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", (key, value))
+        self._save((table, key), f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", (key, value))
 
     def _drop(self, table: str, column: str, key: str) -> None:
-        self._execute(f"DELETE FROM {table} WHERE {column} = ?", (key,))
+        self._save((table, key), f"DELETE FROM {table} WHERE {column} = ?", (key,))
 
     def _share_wants(self) -> None:
         """Let instances share the objects of their generations: equal values then compare by identity."""
@@ -405,9 +526,7 @@ def _open(path: Path) -> sqlite3.Connection:
     try:
         fcntl.flock(turn, fcntl.LOCK_EX)  # two that turn on write-ahead mode at once do not wait for each other
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # its siblings get the same mode
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = NORMAL")
+        db = _connect(path)
         if _version(db) == 0:
             _make_tables(db)
         if (version := _version(db)) != VERSION:
@@ -417,6 +536,24 @@ def _open(path: Path) -> sqlite3.Connection:
     finally:
         os.close(turn)
     return db
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """Open the database; alone where the disk has no room for the index that it shares with other processes."""
+    for mode in ("NORMAL", "EXCLUSIVE"):
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+        try:
+            db.execute(f"PRAGMA locking_mode = {mode}")
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            _version(db)
+        except sqlite3.Error as error:
+            db.close()
+            if mode == "EXCLUSIVE" or (error.sqlite_errorcode & 0xFF) not in PASSING:
+                raise
+        else:
+            return db
+    raise AssertionError("the last mode either opens or raises")
 
 
 def _version(db: sqlite3.Connection) -> int:

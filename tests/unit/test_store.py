@@ -15,7 +15,7 @@ import pytest
 from holdfast.errors import UnfitHost
 from holdfast.observed import Failure, Generation, Hold, Instance, InstanceId, Receipt
 from holdfast.spec.model import App, Container
-from holdfast.store import KEPT_GENERATIONS, Store
+from holdfast.store import KEPT_GENERATIONS, RESERVE, Store
 
 WEB = Instance(id=InstanceId("i1"), app="shop", container="web", generation=1, want=Container(image="a"), image="sha")
 APP = App(name="shop", path="shop.toml", containers={"web": WEB.want})
@@ -94,20 +94,79 @@ def test_receipts_come_back_in_the_order_in_which_things_were_made(tmp_path: Pat
         assert store.owned("i1") == made
 
 
-def test_a_full_disk_is_an_error_of_the_host_and_changes_nothing(store: Store) -> None:
-    store.put_instance(WEB)
-    with _full_disk(store), pytest.raises(UnfitHost, match="full"):
-        store.put_instance(replace(WEB, image=_big()))
-    assert store.instances[WEB.id] == WEB
-    store.put_instance(replace(WEB, image="new"))
-    assert store.instances[WEB.id].image == "new"
+def test_what_a_full_disk_has_no_room_for_is_written_later_in_its_order(tmp_path: Path) -> None:
+    receipt = Receipt("netns", "kernel", "i1", "i1")
+    with _open(tmp_path) as store:
+        store.put_instance(WEB)
+        store.put_receipt(receipt)
+        with _full_disk(store):
+            store.put_instance(replace(WEB, image=_big()))
+            store.put_instance(replace(WEB, image="newest"))
+            store.drop_receipt(receipt)
+            store.hold("shop/web", Hold("stopped", 1.0))
+            assert store.instances[WEB.id].image == "newest"
+            assert store.receipt("netns", "i1") is None
+            assert store.late == 3
+            assert "full" in store.lacks
+            with _open(tmp_path) as other:
+                assert other.instances == {WEB.id: WEB}
+        assert store.catch_up()
+        assert store.lacks == ""
+    with _open(tmp_path) as again:
+        assert again.instances[WEB.id].image == "newest"
+        assert again.owned("i1") == []
+        assert again.history().holds == {"shop/web": Hold("stopped", 1.0)}
+
+
+def test_what_is_made_has_to_be_on_record_before(store: Store) -> None:
+    store.need_room()
+    with _full_disk(store):
+        store.put_intent("shop", {"verb": "StageGeneration", "reason": _big()})
+        with pytest.raises(UnfitHost, match=r"full \(free some space there"):
+            store.need_room()
+    store.need_room()
+
+
+def test_what_is_late_when_the_store_is_closed_is_written_then_if_it_can_be(tmp_path: Path) -> None:
+    with _open(tmp_path) as store, _full_disk(store):
+        store.put_fact("boot", _big())
+    with _open(tmp_path) as again:
+        assert again.fact("boot") == _big()
+
+
+def test_a_generation_that_is_not_written_down_yet_keeps_its_images(store: Store) -> None:
+    with _full_disk(store):
+        store.put_generation(Generation(app=APP, number=1, state="good", images={"web": _big("y")}))
+        assert ("shop/web", _big("y")) in store.images()
+
+
+def test_a_damaged_store_is_an_error_and_not_a_full_disk(store: Store) -> None:
+    store._db.execute("DROP TABLE holds")
+    with pytest.raises(UnfitHost, match="no such table"):
+        store.hold("shop/web", Hold("stopped", 1.0))
+
+
+def test_the_reserve_goes_only_when_it_is_asked_for_and_comes_back(tmp_path: Path) -> None:
+    reserve = tmp_path / "reserve"
+    with _open(tmp_path) as store:
+        store.keep_reserve()
+        assert reserve.stat().st_size == RESERVE
+        assert reserve.stat().st_blocks * 512 >= RESERVE
+        with _full_disk(store):
+            store.put_fact("boot", _big())
+            assert not store.catch_up()
+            assert reserve.exists()
+            assert not store.catch_up(give_up=True)
+            assert not reserve.exists()
+        assert store.catch_up()
+        store.keep_reserve()
+        assert reserve.exists()
 
 
 def test_a_failure_is_backed_off_even_on_a_full_disk(store: Store) -> None:
     failure = Failure("StartInstance 1", _big(), 1, 10.0, 20.0)
     with _full_disk(store):
-        with pytest.raises(UnfitHost):
-            store.put_failure("shop/web", failure)
+        store.put_failure("shop/web", failure)
         assert store.history().failures == {"shop/web": failure}
 
 

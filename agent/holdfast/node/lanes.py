@@ -80,6 +80,7 @@ class Lanes:
     ) -> None:
         self._work, self._over = work, over
         self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)  # told when an action is over
         self._subjects: set[str] = set()
         self._count = 0  # actions that are over
         self._done: dict[str, int] = {}  # subject → that count right after it, for what the last plan may not know
@@ -120,14 +121,18 @@ class Lanes:
         with self._lock:
             return frozenset(self._subjects)
 
-    def close(self) -> None:
-        """Drop what is queued, wait for what runs."""
-        with self._lock:
+    def close(self, timeout: float | None = None) -> None:
+        """Drop what is queued, wait timeout seconds at most for what runs; then it is left to itself."""
+        with self._idle:
             self._closed = True
             for gate in self._gates.values():
                 self._subjects.difference_update(action.subject for action in gate.forget())
                 gate.close_up()
-        self._threads.shutdown(wait=True)
+            self._idle.wait_for(lambda: not any(gate.running for gate in self._gates.values()), timeout)
+            for gate in self._gates.values():
+                for subject in gate.running:
+                    log.warning("left unfinished", subject=subject)
+        self._threads.shutdown(wait=False)
 
     def _dispatch(self) -> None:
         for gate in self._gates.values():
@@ -147,6 +152,7 @@ class Lanes:
                 self._done[action.subject] = self._count
                 if not self._closed:
                     self._dispatch()
+                self._idle.notify_all()
             self._over(action)
 
 

@@ -7,6 +7,7 @@ stands here and nowhere else.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import structlog
 
-from holdfast.errors import HoldfastError, TryAgain, WrongCall, WrongState
+from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongCall, WrongState
 from holdfast.guard import described
 from holdfast.identity import Record
 from holdfast.node.claim import check_claim
@@ -31,7 +32,7 @@ from holdfast.node.recover import recover, remove_volume
 from holdfast.node.rig import Rig
 from holdfast.node.stage import stage_generation
 from holdfast.node.start import start_instance
-from holdfast.node.stop import remove_instance, remove_orphan, stop_instance, sweep
+from holdfast.node.stop import Unfinished, remove_instance, remove_orphan, stop_instance, sweep
 from holdfast.node.update import ensure_network, remove_network, update_instance, write_firewall, write_names
 from holdfast.node.volumes import change_volume, save_volumes
 from holdfast.node.watch import ExitWatch
@@ -56,12 +57,15 @@ from holdfast.plan.actions import (
     WriteNames,
 )
 from holdfast.plan.derived import pages
+from holdfast.plan.reasons import counted
 from holdfast.plan.restart import wait_before
 from holdfast.runtime.conmon import reopen_log
 from holdfast.runtime.logs import keep
 from holdfast.spec.model import RestartPolicy, Spec
 
+PATIENCE = 5.0  # seconds that actions have to come to an end when the agent does; what is cut short is gone on with
 LAST_WORDS = 2.0  # seconds that plugins have to hear the rest when the agent ends
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 RETRY = RestartPolicy(delay=1.0, factor=2.0, max_delay=300.0, jitter=0.2)
 PAST = {
     "StageGeneration": "staged",
@@ -146,7 +150,28 @@ class Node:
         starting = [action for action in plan.actions if isinstance(action, StartInstance)]
         if starting:
             self.rig.pages = pages(observed.instances, self._readers(starting))
+        self._forget_stops(plan, observed)
         self._lanes.put(plan.actions, observed.over)
+
+    def _forget_stops(self, plan: Plan, observed: Observed) -> None:
+        """Where a stop was cut short and is no longer wanted, the next one begins anew, with all of its time."""
+        wanted = {action.instance for action in plan.actions if isinstance(action, StopInstance)}
+        for instance in observed.instances:
+            begun = instance.phase == "running" and instance.exit is not None and instance.exit.asked
+            if begun and instance.id not in wanted and instance.key not in {*observed.busy, *plan.waiting}:
+                known = self.rig.store.instances.get(instance.id)
+                if known is not None and known.exit == instance.exit:
+                    self.rig.store.exchange_instance(known, replace(known, exit=None))
+
+    def catch_up(self) -> None:
+        """Write down what the disk had no room for. Once that is possible, what failed meanwhile is tried at once."""
+        store = self.rig.store
+        late = store.late
+        if late and store.catch_up():
+            store.event("agent", "node", f"the disk has room again: {counted(late, 'change')} written down")
+            store.retry_now()
+        if not late:
+            store.keep_reserve()
 
     def rotate_logs(self) -> None:
         """See to logs that nobody was told of: while no agent ran, and those of conmons without a limit."""
@@ -175,9 +200,10 @@ class Node:
         for end in self._watches or ():
             with suppress(Exception):  # a driver's; the process ends anyhow
                 end()
+        self.rig.ending.set()
         self.rig.puller.close()
         self.rig.builder.close()
-        self._lanes.close()
+        self._lanes.close(PATIENCE)
         self._exits.close()
         self._logs.close()
         self._ooms.close()
@@ -232,7 +258,11 @@ class Node:
         error, retry, least, code = "", True, 0.0, 0
         try:
             store.put_intent(action.subject, {"verb": action.verb, "reason": action.reason})
+            if _makes(action):
+                store.need_room()
             detail = perform(self.rig, action, self._spec.blobs, self._revision)
+        except Unfinished:
+            return  # the intent stays: the next agent goes on with it
         except BaseException as failure:  # whatever it is, it is remembered and waits for its next try
             error, retry, least, code = _account(failure)
             if not _expected(failure):
@@ -240,6 +270,8 @@ class Node:
         took = time.monotonic() - began
         outcome = Outcome(action, not error, took, time.time(), error, retry, detail)
         self._settle(outcome, least, code)
+        if outcome.ok and isinstance(action, StopInstance | RemoveInstance):
+            store.catch_up(give_up=True)
         if isinstance(action, StartInstance) and outcome.ok:
             run = self.rig.run_of(detail["instance"])
             if run is not None:
@@ -329,6 +361,19 @@ def perform(rig: Rig, action: Action, blobs: Mapping[str, bytes], revision: str)
     return {}
 
 
+def _makes(action: Action) -> bool:
+    """Whether an action makes something, which has to be on record before; a restart of what is known may go on."""
+    match action:
+        case StageGeneration() | EnsureNetwork():
+            return True
+        case UpdateInstance(changes=changes):
+            return bool(changes)  # else it puts right what was altered by hand
+        case StartInstance(instance=known):
+            return known is None
+        case _:
+            return False
+
+
 def outlived(failures: Iterable[str], plan: Plan, busy: frozenset[str]) -> set[str]:
     """The subjects of failures that nothing is tried for any more: no plan means or awaits them, no lane has them."""
     return set(failures) - {action.subject for action in plan.actions} - plan.waiting.keys() - busy
@@ -352,6 +397,9 @@ def _account(failure: BaseException) -> tuple[str, bool, float, int]:
 def _leaves(failure: BaseException) -> list[BaseException]:
     if isinstance(failure, BaseExceptionGroup):
         return [leaf for each in failure.exceptions for leaf in _leaves(each)]
+    if isinstance(failure, OSError) and failure.errno in NO_ROOM:
+        where = f" '{failure.filename}'" if failure.filename else ""
+        return [UnfitHost(f"write{where}: {(failure.strerror or '').lower()} (free some space there)")]
     return [failure]
 
 

@@ -24,7 +24,9 @@ def recover(rig: Rig) -> None:
             settle(rig, subject, intent)
         except (HoldfastError, OSError) as error:
             rig.store.event("failed", subject, str(error), verb=intent["verb"])
-        rig.store.event("interrupted", subject, f"{intent['verb']} was cut short; it is finished or undone now")
+        goes_on = intent["verb"] == "StopInstance"  # the plan asks for it again, and the record says since when
+        what = "goes on with what is left of its time" if goes_on else "is finished or undone now"
+        rig.store.event("interrupted", subject, f"{intent['verb']} was cut short; it {what}")
         rig.store.drop_intent(subject)
     _lease_addresses(rig)
     for driver in rig.plugins.mounts.values():

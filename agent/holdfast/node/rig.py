@@ -36,6 +36,21 @@ ROOTFS = "rootfs:"  # how an image digest starts that is a directory of the host
 BARE = frozenset({"none", "host"})  # networks that are not made: loopback alone, and the host's own
 
 
+class Ending:
+    """Says that the agent is about to end, to threads that wait for something else as well (fd is readable then)."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.is_set = False
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+    def set(self) -> None:
+        self.is_set = True
+        os.eventfd_write(self.fd, 1)
+
+
 class Locks:
     """A lock for each name that is asked for."""
 
@@ -83,6 +98,7 @@ class Rig:
     filters: Filters = field(default_factory=Filters)
     transfers: Transfers = field(default_factory=Transfers)
     notes: bool = True
+    ending: Ending = field(default_factory=Ending)
     volume_locks: Locks = field(default_factory=Locks)
     builds: set[str] = field(default_factory=set)
     unmounted: set[tuple[str, str]] = field(default_factory=set)  # instance, mount point: told already

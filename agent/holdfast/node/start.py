@@ -22,7 +22,7 @@ from holdfast.errors import TryAgain
 from holdfast.images.lookup import View, find
 from holdfast.node.inside import mounted, read_file
 from holdfast.node.rig import BARE, ROOTFS, Base, Rig, init_program, limits, volume_of
-from holdfast.node.stop import release_mount, remove_instance
+from holdfast.node.stop import release_mount, remove_instance, sweep
 from holdfast.node.volumes import ensure_volume
 from holdfast.observed import Generation, Instance, InstanceId, Json, Receipt
 from holdfast.plan.actions import StartInstance
@@ -90,6 +90,7 @@ def _undo(rig: Rig, instance: Instance, failure: Exception, *, first: bool) -> N
     try:
         if first:
             remove_instance(rig, instance)
+            sweep(rig)
         else:
             _end_run(rig, instance.id)
     except Exception as error:

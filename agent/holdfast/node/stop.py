@@ -17,8 +17,16 @@ from holdfast.runtime.oci import stop_signal
 AFTER_KILL = 30.0  # seconds: a process in uninterruptible sleep can outlive SIGKILL for a while
 
 
+class Unfinished(TryAgain):
+    """The agent ends before the action does: the next one goes on with it."""
+
+
 def stop_instance(rig: Rig, action: StopInstance) -> Json:
-    """Send the stop signal, wait out the grace period, then SIGKILL. Raises TryAgain if even that does not end it."""
+    """Send the stop signal, wait out the grace period, then SIGKILL. Raises TryAgain if even that does not end it.
+
+    Raises Unfinished when the agent ends meanwhile. The next one then waits for what is left of the grace period,
+    and sends no second signal: to some programs that means to end at once.
+    """
     instance = rig.store.instances.get(action.instance)
     run = rig.run_of(action.instance)
     if instance is None or instance.phase != "running":
@@ -26,15 +34,22 @@ def stop_instance(rig: Rig, action: StopInstance) -> Json:
     if run is None:
         rig.store.change_instance(instance.id, phase="exited", pid=None, exit=Exit(None, at=time.time(), asked=True))
         return {}
+    asked = instance.exit.at if instance.exit and instance.exit.asked else 0.0
     signal = action.signal or _image_signal(rig, instance)
-    rig.store.change_instance(instance.id, exit=Exit(None, asked=True))  # whoever sees the end, it is our doing
     kills = rig.runtime.oom_kills(instance.id)
-    rig.runtime.kill(instance.id, signal)
-    ended = rig.runtime.wait_exit(instance.id, run, action.grace)
-    killed = ended is None
-    if ended is None:
+    if not asked:
+        rig.store.change_instance(instance.id, exit=Exit(None, asked=True))  # whoever sees the end, it is our doing
+        rig.runtime.kill(instance.id, signal)
+        asked = time.time()
+        rig.store.change_instance(instance.id, exit=Exit(None, asked=True, at=asked))
+    left = min(max(asked + action.grace - time.time(), 0.0), action.grace)
+    ended = rig.runtime.wait_exit(instance.id, run, left, unless=rig.ending.fd)
+    killed = ended is None and not rig.ending.is_set
+    if killed:
         rig.runtime.kill(instance.id, "SIGKILL", all=True)
-        ended = rig.runtime.wait_exit(instance.id, run, AFTER_KILL)
+        ended = rig.runtime.wait_exit(instance.id, run, AFTER_KILL, unless=rig.ending.fd)
+    if ended is None and rig.ending.is_set:
+        raise Unfinished(f"stop '{action.subject}': the agent ends")
     if ended is None:
         raise TryAgain(f"stop '{action.subject}': process {run.pid} outlives SIGKILL")
     ended = _stopped(ended, "SIGKILL" if killed else signal, oom=rig.runtime.oom_kills(instance.id) > kills)

@@ -33,6 +33,7 @@ from holdfast.runtime import cgroup
 from holdfast.runtime.binaries import RuntimeBinary
 
 CREATE_TIMEOUT = 60.0  # seconds
+EXEC_READ = 60.0  # seconds after which the runtime has read what it was to run
 #: How long conmon may need to write the last output and the exit file after its container ended.
 CONMON_GRACE = 10.0
 
@@ -173,10 +174,7 @@ class Runtime:
         text = json.dumps(process)
         bundle = self.host.instance(id)
         place = bundle / f"exec-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
-        if not place.exists():
-            fresh = place.with_name(f"{place.name}.{threading.get_ident()}")
-            fresh.write_text(text)
-            fresh.replace(place)
+        _leave(place, text)
         command = self._command("exec")
         if self.binary.name == "runc":  # else it prints a line of its log beside its message
             command[1:1] = ["--log", os.devnull]
@@ -239,13 +237,14 @@ class Runtime:
         """Whether conmon is still there to write down how the run ends."""
         return run.boot_id == boot_id() and is_running(run.conmon_pid, run.conmon_ticks)
 
-    def wait_exit(self, id: str, run: Run, timeout: float | None = None) -> Exit | None:
+    def wait_exit(self, id: str, run: Run, timeout: float | None = None, *, unless: int | None = None) -> Exit | None:
         """Wait until a run has ended, however it did; None if it has not within timeout (seconds).
 
-        Exit.code is None when conmon did not live to see the end.
+        Exit.code is None when conmon did not live to see the end. unless: a file descriptor; once it is readable,
+        the wait is over, too.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        if self.alive(run) and not _wait_end(run.pid, deadline):
+        if self.alive(run) and not _wait_end(run.pid, deadline, unless):
             return None
         if self.supervised(run):
             _wait_end(run.conmon_pid, time.monotonic() + CONMON_GRACE)
@@ -380,6 +379,21 @@ class Runtime:
                     yield int(entry.name), argv[0]
 
 
+def _leave(place: Path, text: str) -> None:
+    """Put a file where the runtime reads it soon, and take away others of its kind that have been read long ago."""
+    now = time.time()
+    for old in place.parent.glob("exec-*"):
+        with contextlib.suppress(FileNotFoundError):
+            if not now - EXEC_READ < old.stat().st_mtime <= now + EXEC_READ:
+                old.unlink()
+    try:
+        os.utime(place)
+    except FileNotFoundError:
+        fresh = place.with_name(f"{place.name}.{threading.get_ident()}")
+        fresh.write_text(text)
+        fresh.replace(place)
+
+
 def _listed(folder: Path) -> list[str]:
     try:
         return os.listdir(folder)  # noqa: PTH208 - names, not paths, and a thousand of them
@@ -504,8 +518,8 @@ def is_running(pid: int, ticks: int) -> bool:
     return bool(fields) and fields[0] not in "ZX" and int(fields[19]) == ticks
 
 
-def _wait_end(pid: int, deadline: float | None) -> bool:
-    """Wait until a process has ended (a zombie has); False at the deadline (monotonic)."""
+def _wait_end(pid: int, deadline: float | None, unless: int | None = None) -> bool:
+    """Wait until a process has ended (a zombie has); False at the deadline (monotonic) or once unless is readable."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -513,8 +527,10 @@ def _wait_end(pid: int, deadline: float | None) -> bool:
     try:
         poller = select.poll()
         poller.register(handle, select.POLLIN)
+        if unless is not None:
+            poller.register(unless, select.POLLIN)
         left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-        ended = bool(poller.poll(left))
+        ended = handle in dict(poller.poll(left))
     finally:
         os.close(handle)
     return ended

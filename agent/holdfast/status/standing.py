@@ -151,11 +151,12 @@ def make_status(
     node: str = "",
     plugins: Iterable[Json] = (),
     agent: Json | None = None,
+    trouble: str = "",
 ) -> Status:
     """Say how the node stands.
 
     spec: None when no revision was read yet. source: its state as JSON (`source.SourceState`). plugins: those that
-    failed, each with name and error. agent: version, pid and the like.
+    failed, each with name and error. agent: version, pid and the like. trouble: what is wrong with the disk.
     """
     there = _by_app(observed)
     apps = {
@@ -163,6 +164,7 @@ def make_status(
         for name in _names(spec, there, history)
     }
     blockers = (
+        *((trouble,) if trouble else ()),
         *_blockers(spec, source, apps, plan, observed.busy),
         *(str(finding) for finding in observed.findings if finding.breaks),
     )

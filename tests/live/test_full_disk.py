@@ -1,0 +1,119 @@
+"""A disk without room: what runs is stopped and removed all the same, and nothing needs a restart afterwards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from holdfast.drivers import Host
+from live.agent import LiveAgent
+
+pytestmark = [pytest.mark.live, pytest.mark.timeout(400)]
+
+IMAGES = '[images]\nmin_free = "1MiB"\nhigh_watermark = 100\nlow_watermark = 99\n'
+GREEDY = """
+[containers.{name}]
+image = "busybox:1"
+stop_grace_period = "0s"
+command = ["sh", "-c", "dd if=/dev/zero of=/fill bs=64k; while true; do dd if=/dev/zero of=/more bs=512; done"]
+"""
+MODEST = """
+[containers.web]
+image = "busybox:1"
+init = true
+command = "sleep 1000"
+"""
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 96 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "small", str(place)], check=True)
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@pytest.fixture
+def small(disk: Path, new_agent: Callable[[Host], LiveAgent], site: Host) -> LiveAgent:
+    """An agent whose root lies on that file system."""
+    root = disk / "root"
+    root.mkdir(mode=0o700)
+    agent = new_agent(replace(site, root=root))
+    agent.configure(more=IMAGES)
+    agent.start()
+    agent.image("busybox:1")
+    return agent
+
+
+def is_full(disk: Path) -> bool:
+    return os.statvfs(disk).f_bavail == 0
+
+
+def runs(agent: LiveAgent, container: str) -> bool:
+    return [each["state"] for each in agent.instances(container)] == ["running"]
+
+
+def is_gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+def test_a_container_that_fills_the_disk_is_stopped_by_hand_and_removed_by_a_commit(
+    small: LiveAgent, disk: Path
+) -> None:
+    small.write("first.toml", MODEST)
+    small.write("greedy.toml", GREEDY.format(name="one"))
+    small.wait(lambda: runs(small, "greedy/one"), "it runs")
+    pid = small.pid("greedy/one")
+    small.wait(lambda: is_full(disk), "the disk is full")
+
+    small.write("late.toml", MODEST)  # a commit that makes something waits, and says why in a line
+    late = small.wait_until(lambda status: status["apps"].get("late", {}).get("state") == "failed")
+    assert "free some space there" in late["apps"]["late"]["reason"]
+    assert "\n" not in late["apps"]["late"]["reason"]
+    assert not late["converged"]
+
+    small.cli("stop", "greedy/one", "--timeout", "30")
+    assert is_gone(pid)
+    web = small.pid("first/web")
+    small.restart()  # with a disk that is still full
+    assert small.pid("first/web") == web
+    small.remove("greedy.toml")
+    small.wait_until(lambda status: "greedy" not in status["apps"])
+    assert not is_full(disk)
+    small.wait_until(lambda status: bool(status["converged"]))
+    assert small.instances("late/web")
+    assert small.pid("first/web") == web
+
+
+def test_an_app_that_fills_the_disk_goes_by_a_commit_alone(small: LiveAgent, disk: Path) -> None:
+    small.write("greedy.toml", GREEDY.format(name="one") + GREEDY.format(name="two"))
+    small.wait(lambda: runs(small, "greedy/two"), "it runs")
+    small.wait(lambda: runs(small, "greedy/one"), "it runs")
+    pids = [small.pid(f"greedy/{name}") for name in ("one", "two")]
+    small.wait(lambda: is_full(disk), "the disk is full")
+    small.remove("greedy.toml")
+    small.wait_until(lambda status: not status["apps"])
+    assert all(is_gone(pid) for pid in pids)
+    small.wait_until(lambda status: bool(status["converged"]))
+
+
+def test_a_kill_of_the_agent_on_a_full_disk_does_no_harm(small: LiveAgent, disk: Path) -> None:
+    small.write("first.toml", MODEST)
+    small.write("greedy.toml", GREEDY.format(name="one"))
+    small.wait(lambda: runs(small, "greedy/one"), "it runs")
+    pid, web = small.pid("greedy/one"), small.pid("first/web")
+    small.wait(lambda: is_full(disk), "the disk is full")
+    small.cli("stop", "greedy/one", "--timeout", "30")
+    small.kill()
+    small.remove("greedy.toml")
+    small.start()
+    small.wait_until(lambda status: "greedy" not in status["apps"] and bool(status["converged"]))
+    assert is_gone(pid)
+    assert small.pid("first/web") == web
