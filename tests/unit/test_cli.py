@@ -33,7 +33,7 @@ Run = Callable[..., int]
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "agent.toml"
-    path.write_text(f'run_root = "{tmp_path}"\n')
+    path.write_text(f'root = "{tmp_path}"\nrun_root = "{tmp_path}"\n')
     return path
 
 
