@@ -135,7 +135,7 @@ def test_logs_of_an_app_are_merged_by_time_with_names(agent: LiveAgent) -> None:
         agent.wait(lambda name=name, word=word: agent.cli("logs", name).stdout == f"{word}\n", "it has written")
     assert agent.cli("logs", "shop").stdout == "shop/a  one\nshop/b  two\nshop/c  three\n"
     assert agent.cli("logs", "b", "shop/c").stdout == "shop/b  two\nshop/c  three\n"
-    assert read_until(follow(agent, "logs", "-f", "shop/"), "three").endswith("shop/c  three")
+    assert read_until(follow(agent, "logs", "-f", "shop/"), "three").strip().endswith("shop/c  three")
 
 
 def test_exec_hands_on_exit_code_input_user_and_terminal(agent: LiveAgent) -> None:
