@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from holdfast.config import ImageSettings
 from holdfast.errors import NotFound, TryAgain, UnfitHost, WrongCall, WrongState
@@ -32,9 +33,12 @@ from holdfast.images.manifests import (
     read_manifest,
 )
 from holdfast.images.references import DIGEST, Reference, parse
-from holdfast.images.skopeo import Skopeo
+from holdfast.images.skopeo import Skopeo, is_loopback
 from holdfast.images.store import Image, ImageStore, architecture
 from holdfast.images.transfers import Transfer, Transfers
+
+if TYPE_CHECKING:
+    from holdfast.images.head import Limits
 
 Told = Callable[..., None]  # (kind, subject, message, **more), as `store.event`
 
@@ -78,6 +82,7 @@ class Puller:
         self.told = told
         self._skopeo = Skopeo(settings)
         self._flights = Flights(settings.concurrent_downloads)
+        self._limits: Limits | None = None
 
     @property
     def settings(self) -> ImageSettings:
@@ -139,6 +144,18 @@ class Puller:
                 raise failure(UnfitHost, f"pull {ref!r}: {words}: {str(self.store.root)!r}", REFUSED) from error
             finally:
                 fetch.close()
+
+    def head(self, ref: str) -> str:
+        """The digest of what a registry has under a tag, which costs nothing there; "" where only `resolve` can say.
+
+        Raises TryAgain, with the time to wait, for a registry that wants to be left alone.
+        """
+        from holdfast.images import head  # its modules are needed once in a while
+
+        reference = self._reference(ref, "pull")
+        self._limits = self._limits or head.Limits()
+        where = head.places(reference, self._skopeo.registries(), loopback=is_loopback(reference.host))
+        return head.ask(reference, where, self.settings.authfile, self._limits)
 
     def load(self, ref: str) -> Image:
         """The image that `oci:/path[:REF]`, `oci-archive:` or `docker-archive:` means, if policy.json allows it.

@@ -242,11 +242,11 @@ class Skopeo:
     def _access(self, reference: Reference, prefix: str = "") -> list[str]:
         """Arguments that say how a registry is talked to. prefix: of their names, as `src-`."""
         words = ["--authfile", str(self.settings.authfile)] if self.settings.authfile else []
-        if is_loopback(reference.host) and not configured(reference.repository, self._registries()):
+        if is_loopback(reference.host) and not configured(reference.repository, self.registries()):
             words.append(f"--{prefix}tls-verify=false")
         return words
 
-    def _registries(self) -> Iterator[dict[str, Any]]:
+    def registries(self) -> Iterator[dict[str, Any]]:
         """The files of registries.conf that are in force, as skopeo chooses them."""
         own = Path(os.environ.get("HOME") or "/root", ".config/containers")
         main = self.settings.registries_conf

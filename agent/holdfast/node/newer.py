@@ -59,8 +59,21 @@ def ask(rig: Rig, each: Held) -> NewerImage:
     if update and update.tag_pattern:
         name, _, tag = image.rpartition(":")
         asked = f"{name}:{newest(tag, rig.puller.tags(image), update.tag_pattern)}"
-    remote = rig.puller.resolve(asked)
-    return NewerImage(image, f"{asked}@{remote.digest}", remote.digest, time.time())
+    digest = _known(rig, asked).get(rig.puller.head(asked), "")
+    if not digest:
+        remote = rig.puller.resolve(asked)
+        digest = remote.digest
+        rig.resolved[asked] = (remote.top_digest, digest)
+    return NewerImage(image, f"{asked}@{digest}", digest, time.time())
+
+
+def _known(rig: Rig, asked: str) -> dict[str, str]:
+    """What a reference was seen to lead to: the digest that a registry tells → that of the image for this host."""
+    found = dict([rig.resolved[asked]]) if asked in rig.resolved else {}
+    name = rig.images.names().get(parse(asked).name)
+    if name is not None and name.source == "registry":
+        found[name.top or name.digest] = name.digest
+    return found
 
 
 def outdated(rig: Rig) -> Sequence[Json]:
@@ -122,7 +135,7 @@ class NewerWatch:
     def __init__(self, rig: Rig, wake: Callable[[str], None]) -> None:
         self._rig, self._wake = rig, wake
         self._due: dict[str, tuple[Container, float]] = {}  # container → what it was asked for, when it is next
-        self._failed: dict[str, str] = {}
+        self._failed: dict[str, int] = {}  # the kind of what went wrong the last time
         self._look = threading.Event()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="newer images", daemon=True)
@@ -156,13 +169,18 @@ class NewerWatch:
         for key in self._rig.store.history().newer.keys() - asked.keys():
             self._rig.store.put_newer(key, None)
         self._due = {key: value for key, value in self._due.items() if key in asked}
+        together: dict[tuple[str, str], list[Held]] = {}  # what is asked for several containers is asked once
         for key, each in asked.items():
+            before, at = self._due.get(key, (None, now + self._first(each)))
+            self._due[key] = (each.want, now if before is not None and before != each.want else at)
+            together.setdefault(_question(each), []).append(each)
+        for alike in together.values():
             if self._over.is_set():
                 break
-            before, at = self._due.get(key, (None, now + self._first(each)))
-            if before is not None and before != each.want:
-                at = now
-            self._due[key] = (each.want, at if at > now else now + self._ask(each))
+            if any(self._due[each.key][1] <= now for each in alike):
+                wait = self._ask(alike)
+                for each in alike:
+                    self._due[each.key] = (each.want, now + max(wait, _interval(each)))
         return max(min((at for _, at in self._due.values()), default=now + IDLE) - time.time(), 0.1)
 
     def _first(self, each: Held) -> float:
@@ -170,18 +188,29 @@ class NewerWatch:
         assert each.want.update_image is not None
         return min(each.want.update_image.interval, RETRY)
 
-    def _ask(self, each: Held) -> float:
-        """Ask for one; return the seconds until it is asked for again."""
-        assert each.want.update_image is not None
-        interval = each.want.update_image.interval
+    def _ask(self, alike: Sequence[Held]) -> float:
+        """Ask once for containers of one image; return the seconds until that may be done again, at the least."""
         try:
-            found = ask(self._rig, each)
+            found = ask(self._rig, alike[0])
         except HoldfastError as error:
-            if self._failed.get(each.key) != str(error):
-                self._failed[each.key] = str(error)
-                self._rig.store.event("failed", each.key, f"{error} (asked for a newer image)")
-            return max(interval, error.wait, min(interval, RETRY))
-        self._failed.pop(each.key, None)
-        if note(self._rig, each, found):
-            self._wake(each.key)
-        return interval
+            for each in alike:
+                if self._failed.get(each.key) != error.exit_code:
+                    self._failed[each.key] = error.exit_code
+                    self._rig.store.event("failed", each.key, f"{error} (asked for a newer image)")
+            return error.wait
+        for each in alike:
+            self._failed.pop(each.key, None)
+            if note(self._rig, each, found):
+                self._wake(each.key)
+        return 0.0
+
+
+def _interval(each: Held) -> float:
+    assert each.want.update_image is not None
+    return each.want.update_image.interval
+
+
+def _question(each: Held) -> tuple[str, str]:
+    """What a registry is asked for a container: the image, and which newer tags count."""
+    update = each.want.update_image
+    return each.want.image or "", repr(update.tag_pattern) if update else ""

@@ -78,6 +78,7 @@ class Locks:
 class Rig:
     """One per agent; shared by its threads. pages: who is called what on each network, as the last pass saw it.
 
+    resolved: reference → what its registry said last: the digest that it leads to, that of the image for this host.
     builds: what bears our name on behalf of a build that is under way, by its owner.
     notes: whether the end of a process is written down when it is found. A command without an agent only looks: an
     agent that starts meanwhile would find its own memory overwritten.
@@ -102,6 +103,7 @@ class Rig:
     volume_locks: Locks = field(default_factory=Locks)
     builds: set[str] = field(default_factory=set)
     unmounted: set[tuple[str, str]] = field(default_factory=set)  # instance, mount point: told already
+    resolved: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def base(self, digest: str) -> Base:
         """What a container's root file system starts from. Raises NotFound if it is not there any more."""

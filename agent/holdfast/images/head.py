@@ -1,0 +1,244 @@
+"""Asks a registry with HEAD what a tag leads to: that counts against no limit, unlike the GET of a manifest.
+
+skopeo knows no HEAD, so this speaks the registry's HTTP API itself (OCI distribution spec 1.1, "Checking if content
+exists"), with logins of auth.json (containers-auth.json(5)), mirrors of registries.conf(5) and certificates of
+containers-certs.d(5). Whatever is not plain sailing is answered with "": `pull` then asks skopeo, which explains it.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import os
+import re
+import ssl
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+
+from holdfast.errors import TryAgain
+from holdfast.images.references import DIGEST, Reference
+
+ACCEPT = ", ".join(
+    (
+        "application/vnd.oci.image.index.v1+json",
+        "application/vnd.docker.distribution.manifest.list.v2+json",
+        "application/vnd.oci.image.manifest.v1+json",
+        "application/vnd.docker.distribution.manifest.v2+json",
+    )
+)
+DOCKER_HUB, HUB_HOST = "docker.io", "registry-1.docker.io"
+CERTIFICATES = (Path("/etc/containers/certs.d"), Path("/etc/docker/certs.d"))
+PATIENCE = 20.0  # seconds that one request may take
+LARGEST_ANSWER = 1 << 20
+LEAST_WAIT, LONGEST_WAIT = 60.0, 6 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where to ask for an image: the registry itself, or a mirror. insecure: without TLS, or by any certificate."""
+
+    host: str
+    path: str
+    insecure: bool
+
+
+@dataclass(slots=True)
+class Limits:
+    """Until when registries want to be left alone, by host (seconds since the epoch)."""
+
+    until: dict[str, float] = field(default_factory=dict)
+
+    def left(self, host: str, now: float) -> float:
+        """Seconds that a registry is still to be left alone."""
+        return max(self.until.get(host, 0.0) - now, 0.0)
+
+    def heed(self, host: str, status: int, headers: Mapping[str, str], now: float) -> None:
+        """Keep what an answer says about when to ask again."""
+        if wait := waiting(status, headers, now):
+            self.until[host] = now + wait
+
+
+def waiting(status: int, headers: Mapping[str, str], now: float) -> float:
+    """Seconds to wait after an answer; 0: none. Pure.
+
+    Retry-After (RFC 9110) of a 429 or 503; else the reset of RateLimit headers (Docker Hub's `0;w=21600`, the IETF
+    draft's `RateLimit-Reset` and `r=0;t=30`) once nothing remains.
+    """
+    if status in (429, 503) and (said := headers.get("retry-after", "").strip()):
+        if said.isdecimal():
+            return min(max(float(said), 1.0), LONGEST_WAIT)
+        with suppress(ValueError, TypeError):
+            return min(max(parsedate_to_datetime(said).timestamp() - now, 1.0), LONGEST_WAIT)
+    remaining, reset = headers.get("ratelimit-remaining", ""), headers.get("ratelimit-reset", "")
+    if (match := re.search(r"\br=(\d+)(?:.*?\bt=(\d+))?", headers.get("ratelimit", ""))) is not None:
+        remaining, reset = match[1], match[2] or ""
+    count, _, window = remaining.partition(";w=")
+    if count.strip() == "0":
+        text = next((each.strip() for each in (reset, window) if each.strip().isdecimal()), "")
+        return min(max(float(text or LEAST_WAIT), 1.0), LONGEST_WAIT)
+    return LEAST_WAIT if status == 429 else 0.0
+
+
+def places(reference: Reference, documents: Iterable[Mapping[str, Any]], *, loopback: bool) -> list[Place]:
+    """Where to ask, mirrors first; none where registries.conf blocks it, or rewrites it in a way unknown here. Pure.
+
+    loopback: whether the registry is on this host, and so may be without TLS where registries.conf does not name it.
+    """
+    entry: Mapping[str, Any] = {}
+    for each in (each for document in documents for each in document.get("registry") or ()):
+        if len(_prefix(each)) > len(_prefix(entry)) and _within(reference, _prefix(each)):
+            entry = each
+    prefix = _prefix(entry)
+    if entry.get("blocked") or prefix.startswith("*."):
+        return []
+    rest = reference.repository.removeprefix(prefix) if entry else ""
+    mirrors = [] if entry.get("mirror-by-digest-only") else entry.get("mirror") or ()
+    usable = (each for each in mirrors if each.get("pull-from-mirror", "all") != "digest-only")
+    found = [_place(f"{each['location']}{rest}", insecure=bool(each.get("insecure"))) for each in usable]
+    location = f"{entry.get('location') or prefix}{rest}" if entry else reference.repository
+    return [*found, _place(location, insecure=bool(entry.get("insecure")) if entry else loopback)]
+
+
+def _prefix(entry: Mapping[str, Any]) -> str:
+    return str(entry.get("prefix") or entry.get("location") or "")
+
+
+def _within(reference: Reference, prefix: str) -> bool:
+    if prefix.startswith("*."):
+        return re.sub(r":\d+$", "", reference.host).endswith(prefix[1:])
+    return reference.repository == prefix or reference.repository.startswith(f"{prefix}/")
+
+
+def _place(name: str, *, insecure: bool) -> Place:
+    host, _, path = name.partition("/")
+    return Place(HUB_HOST if host == DOCKER_HUB else host, path, insecure)
+
+
+def ask(reference: Reference, where: Iterable[Place], authfile: Path | None, limits: Limits) -> str:
+    """The digest that a registry has for a reference; "" where that can't be said simply.
+
+    Raises TryAgain, with the time to wait, where the registry wants to be left alone.
+    """
+    for place in where:
+        if left := limits.left(place.host, time.time()):
+            raise _busy(place.host, left)
+        try:
+            status, headers = _head(place, reference, login_of(place, authfile))
+        except (OSError, http.client.HTTPException, ValueError, KeyError):
+            continue
+        limits.heed(place.host, status, headers, time.time())
+        if status == 429:
+            raise _busy(place.host, limits.left(place.host, time.time()))
+        digest = headers.get("docker-content-digest", "")
+        if status == 200 and DIGEST.fullmatch(digest):
+            return digest
+    return ""
+
+
+def _busy(host: str, wait: float) -> TryAgain:
+    error = TryAgain(f"ask '{host}': it wants to be left alone for {wait:.0f} s (429, or its limit is used up)")
+    error.wait = wait
+    return error
+
+
+def _head(place: Place, reference: Reference, login: str) -> tuple[int, dict[str, str]]:
+    """Ask, with a token if one is wanted; without TLS only where that is allowed and TLS is not spoken."""
+    path = f"/v2/{place.path}/manifests/{reference.digest or reference.tag}"
+    headers = {"Accept": ACCEPT, "User-Agent": "holdfast"}
+    secure = True
+    try:
+        status, said, _ = _request("HEAD", place.host, path, headers, secure=secure, insecure=place.insecure)
+    except (OSError, http.client.HTTPException):
+        if not place.insecure:
+            raise
+        secure = False
+        status, said, _ = _request("HEAD", place.host, path, headers, secure=secure, insecure=True)
+    if status == 401:
+        headers["Authorization"] = _permit(said.get("www-authenticate", ""), login, insecure=place.insecure)
+        status, said, _ = _request("HEAD", place.host, path, headers, secure=secure, insecure=place.insecure)
+    return status, said
+
+
+def _permit(challenge: str, login: str, *, insecure: bool) -> str:
+    """The Authorization that a challenge asks for (RFC 9110; distribution's token authentication)."""
+    scheme, _, rest = challenge.partition(" ")
+    if scheme.lower() == "basic" and login:
+        return f"Basic {login}"
+    if scheme.lower() != "bearer":
+        raise ValueError(f"a login of kind {scheme!r}")
+    given = {key.lower(): value for key, value in re.findall(r'(\w+)="([^"]*)"', rest)}
+    realm = urlsplit(given["realm"])
+    if realm.scheme != "https" and not insecure:
+        raise ValueError("a token over plain HTTP")
+    query = urlencode({key: given[key] for key in ("service", "scope") if key in given})
+    path = f"{realm.path or '/'}?{'&'.join(filter(None, (realm.query, query)))}"
+    headers = {"User-Agent": "holdfast"} | ({"Authorization": f"Basic {login}"} if login else {})
+    secure = realm.scheme == "https"
+    status, _, body = _request("GET", realm.netloc, path, headers, secure=secure, insecure=insecure)
+    if status != 200:
+        raise ValueError(f"no token ({status})")
+    answer = json.loads(body)
+    return f"Bearer {answer.get('token') or answer['access_token']}"
+
+
+def _request(
+    method: str, host: str, path: str, headers: Mapping[str, str], *, secure: bool, insecure: bool
+) -> tuple[int, dict[str, str], bytes]:
+    connection: http.client.HTTPConnection
+    if secure:
+        connection = http.client.HTTPSConnection(host, timeout=PATIENCE, context=_context(host, insecure=insecure))
+    else:
+        connection = http.client.HTTPConnection(host, timeout=PATIENCE)
+    try:
+        connection.request(method, path, headers=dict(headers))
+        answer = connection.getresponse()
+        said = {key.lower(): value for key, value in answer.getheaders()}
+        return answer.status, said, answer.read(LARGEST_ANSWER)
+    finally:
+        connection.close()
+
+
+def _context(host: str, *, insecure: bool) -> ssl.SSLContext:
+    """Whom to trust, and by which certificate to be known."""
+    context = ssl.create_default_context()
+    folder = next((each / host for each in CERTIFICATES if (each / host).is_dir()), None)
+    if folder is not None:
+        for path in sorted(folder.glob("*.crt")):
+            context.load_verify_locations(path)
+        for path in sorted(folder.glob("*.cert")):
+            context.load_cert_chain(path, path.with_suffix(".key"))
+    if insecure:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def login_of(place: Place, authfile: Path | None) -> str:
+    """`user:password` in base64 for a place, as auth.json has it; "". Raises ValueError where a helper keeps it."""
+    host = DOCKER_HUB if place.host == HUB_HOST else place.host
+    steps = [host, *place.path.split("/")]
+    keys = ["/".join(steps[:end]) for end in range(len(steps), 0, -1)]
+    keys += ["https://index.docker.io/v1/", "index.docker.io"] if host == DOCKER_HUB else [f"https://{host}"]
+    for document in _logins(authfile):
+        if host in (document.get("credHelpers") or {}) or document.get("credsStore"):
+            raise ValueError("a credential helper has the login")
+        for key in keys:
+            if found := ((document.get("auths") or {}).get(key) or {}).get("auth"):
+                base64.b64decode(found, validate=True)
+                return str(found)
+    return ""
+
+
+def _logins(authfile: Path | None) -> Iterator[dict[str, Any]]:
+    home, run = Path(os.environ.get("HOME") or "/root"), os.environ.get("XDG_RUNTIME_DIR")
+    own = Path(run) / "containers/auth.json" if run else Path(f"/run/containers/{os.getuid()}/auth.json")
+    usual = (own, home / ".config/containers/auth.json", home / ".docker/config.json")
+    for path in (authfile,) if authfile else usual:
+        with suppress(OSError):
+            yield json.loads(path.read_text())
