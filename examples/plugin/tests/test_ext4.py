@@ -56,7 +56,7 @@ def test_a_volume_grows_and_keeps_its_data(driver: Ext4Volume) -> None:
     path = Path(receipt.data["path"])
     try:
         (path / "kept").write_text("yes")
-        assert driver.ensure(volume("32MiB")) == receipt
+        assert driver.ensure(volume("32MiB")).data == {**receipt.data, "size": 32 * MIB}
         (path / "big").write_bytes(bytes(20 * MIB))
         assert (path / "kept").read_text() == "yes"
         with pytest.raises(WrongState, match="can't shrink"):
@@ -74,8 +74,28 @@ def test_a_volume_that_is_in_use_grows_in_place_or_says_why_not(driver: Ext4Volu
             except UnfitHost as error:
                 assert "busy" in str(error)  # without CAP_SYS_RESOURCE
             file.write("still there")
-        assert driver.ensure(volume("32MiB")) == receipt
+        assert driver.ensure(volume("32MiB")).data == {**receipt.data, "size": 32 * MIB}
         assert (Path(receipt.data["path"]) / "open").read_text() == "still there"
+    finally:
+        driver.remove(receipt)
+
+
+def test_growing_a_volume_that_a_container_uses_is_refused_beforehand_where_it_would_fail(
+    driver: Ext4Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receipt = driver.ensure(volume())
+    command = ["unshare", "--mount", "sh", "-c", "echo up; exec sleep 1000"]
+    monkeypatch.setattr("holdfast_ext4._may_grow_online", lambda: False)
+    try:
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as container:
+            try:
+                assert container.stdout is not None and container.stdout.readline() == b"up\n"
+                with pytest.raises(UnfitHost, match="can't grow to 33554432 bytes while containers use it"):
+                    driver.check(volume("32MiB"))
+                driver.check(volume())
+            finally:
+                container.kill()
+        driver.check(volume("32MiB"))
     finally:
         driver.remove(receipt)
 
