@@ -67,12 +67,14 @@ class Reconciler:
         self._revision: Revision | None = None
         self._spec: Spec | None = None
         self._error = ""
+        self._told = ""  # of the source's errors, the last one that there is an event of
         self._reading = threading.Lock()  # passes, previews and a reload meet here
 
     def run(self, *, deep: bool = False) -> Pass:
         """Make one pass. deep: read every cgroup, too. What it decides goes on in the node's lanes."""
         spec = self.wanted()
         self._announce()
+        self._announce_error()
         observed = self.node.observe(deep=deep, spec=spec)
         history = self.node.rig.store.history()
         plan = decide(spec, observed, history, time.time())
@@ -168,6 +170,17 @@ class Reconciler:
             store.event("problem", "node", str(problem))
         for hint in self._spec.hints if self._spec else ():
             store.event("hint", "node", hint)
+
+    def _announce_error(self) -> None:
+        """Tell once that the source can't be read, and that it can be again."""
+        error = self.source.state().error or self._error
+        if error == self._told:
+            return
+        self._told = error
+        if error:
+            self.node.rig.store.event("failed", "source", error)
+        else:
+            self.node.rig.store.event("source", "source", "it can be read again")
 
 
 def _nothing_of(spec: Spec) -> Spec:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -538,3 +539,18 @@ def test_what_comes_by_a_pipe_is_called_standard_input(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"x")))
     assert run("image", "load") == 65
     assert capsys.readouterr().err == "holdfast: load 'standard input': neither an archive nor a layout\n"
+
+
+@pytest.mark.parametrize("to_journal", [True, False])
+def test_lines_of_the_log_have_a_time_unless_the_journal_adds_one(to_journal: bool, tmp_path: Path) -> None:
+    program = "from holdfast.cli.command import log_to_stderr; log_to_stderr(); import structlog\n"
+    program += "structlog.get_logger().info('begun')"
+    with (tmp_path / "log").open("w") as log:
+        found = os.fstat(log.fileno())
+        stream = f"{found.st_dev}:{found.st_ino if to_journal else 0}"
+        subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, "JOURNAL_STREAM": stream}, stderr=log, check=True
+        )
+    line = (tmp_path / "log").read_text()
+    assert "begun" in line
+    assert bool(re.match(r"\d{4}-", line)) is not to_journal

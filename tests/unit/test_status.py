@@ -303,3 +303,10 @@ def test_apps_with_equal_container_names_are_told_apart() -> None:
     found = status(*shop(), instance(BACK, "web"), want=spec(SHOP, BACK), past=history(good(SHOP), good(BACK)))
     assert found.apps["back"].containers["db"].state == "missing"
     assert len(found.apps["shop"].containers["web"].instances) == 1
+
+
+def test_a_container_that_waits_after_a_reboot_says_for_what_as_the_plan_does() -> None:
+    web, api = shop(phase="lost", pid=None)
+    found = status(web, api, plan=Plan(waiting={"shop/web": "waits for network shop/front"}))
+    shown = found.apps["shop"].containers["web"]
+    assert (shown.state, shown.reason) == ("waiting", "waits for network shop/front")

@@ -205,7 +205,7 @@ def log_to_stderr() -> None:
         processors=[
             plain_values,
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper("%Y-%m-%d %H:%M:%S", utc=False),
+            *([] if _in_journal() else [structlog.processors.TimeStamper("%Y-%m-%d %H:%M:%S", utc=False)]),
             structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain_traceback),
         ],
     )
@@ -223,6 +223,13 @@ def plain_traceback(out: TextIO, failure: Any) -> None:
     text = io.StringIO()
     structlog.dev.plain_traceback(text, failure)
     out.write(render.terminal(text.getvalue()))
+
+
+def _in_journal() -> bool:
+    """Whether standard error is systemd's journal, which has the time of every line itself (systemd.exec(5))."""
+    device, _, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
+    found = os.fstat(sys.stderr.fileno())
+    return (device, inode) == (str(found.st_dev), str(found.st_ino))
 
 
 def json_option() -> Callable[[F], F]:

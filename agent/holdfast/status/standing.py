@@ -400,12 +400,14 @@ def _container_state(
         return "starting", due, None
     if want is None:
         return "exited", due or str(newest.exit or Exit(None)), None
-    return _after_exit(want, newest, held_up)
+    return _after_exit(want, newest, held_up or waits_for)
 
 
 def _after_exit(want: Container, instance: Instance, held_up: str) -> tuple[ContainerState, str, float | None]:
     follows = verdict(instance, want.restart_policy)
     match follows.kind:
+        case "again" if held_up and not follows.at:
+            return "waiting", held_up, None
         case "again":
             return "restarting", held_up or follows.reason, follows.at or None
         case "done":

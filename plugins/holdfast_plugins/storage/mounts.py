@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 OPEN_TREE, MOVE_MOUNT, FSOPEN, FSCONFIG, FSMOUNT = 428, 429, 430, 431, 432  # asm-generic/unistd.h
@@ -61,16 +62,12 @@ def mount_overlay(source: str, layers: Sequence[Path], upper: Path, work: Path, 
     names = [*layers[::-1], upper, work]
     descriptors: list[int] = []
     try:
-        short = [str(path) if _fits(path) else _by_descriptor(path, descriptors) for path in names]
-        _mount_by_context(source, short[:-2], short[-2], short[-1], target)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EINVAL):
-            raise
-        short = [_by_descriptor(path, descriptors) for path in names]
-        try:
+        if _takes_single_layers():
+            short = [str(path) if _fits(path) else _by_descriptor(path, descriptors) for path in names]
+            _mount_by_context(source, short[:-2], short[-2], short[-1], target)
+        else:
+            short = [_by_descriptor(path, descriptors) for path in names]
             _mount_by_page(source, short[:-2], short[-2], short[-1], target)
-        except OSError:
-            raise error from None  # the first one knows more
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
@@ -120,6 +117,34 @@ def _by_descriptor(path: Path, descriptors: list[int]) -> str:
     """A short name for path, without a colon or comma, that is good until its descriptor is closed."""
     descriptors.append(os.open(path, os.O_PATH | os.O_CLOEXEC))
     return f"/proc/self/fd/{descriptors[-1]}"
+
+
+@lru_cache(maxsize=1)
+def _takes_single_layers() -> bool:
+    """Whether this kernel's overlayfs takes its layers one by one (Linux 6.5 does); asked once.
+
+    An older one takes every option as a word, known or not, and refuses them all at the end without a reason.
+    """
+    try:
+        context = _call(FSOPEN, b"overlay", CLOEXEC)
+    except OSError:
+        return False
+    try:
+        _call(FSCONFIG, context, FSCONFIG_SET_STRING, b"no_such_option", b"", 0)
+    except OSError:
+        return _accepts(context, b"lowerdir+", b"/")
+    else:
+        return False
+    finally:
+        os.close(context)
+
+
+def _accepts(context: int, option: bytes, value: bytes) -> bool:
+    try:
+        _call(FSCONFIG, context, FSCONFIG_SET_STRING, option, value, 0)
+    except OSError:
+        return False
+    return True
 
 
 def _mount_by_context(source: str, lowers: Sequence[str], upper: str, work: str, target: Path) -> None:
