@@ -19,6 +19,7 @@ from pathlib import Path
 
 from holdfast.drivers import Host
 from holdfast.identity import PLACE
+from holdfast.runtime.delegation import dissolve
 
 
 def leftovers(host: Host) -> list[str]:
@@ -29,6 +30,7 @@ def leftovers(host: Host) -> list[str]:
         *(f"netns {path.name}" for path in netns(host)),
         *(f"link {path.name}" for path in links(host)),
         *(f"cgroup {path}" for path in cgroups(host)),
+        *(f"delegation {path.name}" for path in delegations(host)),
         *(f"nft table {family} {name}" for family, name in tables(host)),
         *(f"loop device {device}" for device in loops(host)),
         *(f"file {path}" for path in (*_files(host.run_root), PLACE / host.name) if path.exists()),
@@ -60,6 +62,7 @@ def sweep(host: Host) -> None:
         subprocess.run(["losetup", "--detach", device], check=False, capture_output=True)
     _sweep_cgroups(host)
     (PLACE / host.name).unlink(missing_ok=True)
+    dissolve(host)
     if not list(mounts(host)):
         shutil.rmtree(host.run_root, ignore_errors=True)
 
@@ -71,7 +74,8 @@ def processes(host: Host) -> Iterator[tuple[int, str]]:
         with contextlib.suppress(OSError):
             line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
             groups = (folder / "cgroup").read_text()
-            if line and pid != os.getpid() and (host.name in line or f":{host.cgroup}" in groups):
+            ours = any(f":{top}" in groups for top in (host.cgroup, f"{host.cgroup_root}/conmon"))
+            if line and pid != os.getpid() and (host.name in line or ours):
                 yield pid, line
 
 
@@ -93,8 +97,15 @@ def links(host: Host) -> list[Path]:
 
 def cgroups(host: Host) -> list[Path]:
     """The agent's cgroup, and that of what it builds, in every hierarchy."""
-    hierarchies, names = Path("/sys/fs/cgroup"), (host.name, f"{host.name}-build")
+    hierarchies = Path("/sys/fs/cgroup")
+    names = {name for top in (host.cgroup, f"/{host.name}") for name in (top[1:], f"{top[1:]}-build")}
     return [path for name in names for path in (hierarchies / name, *hierarchies.glob(f"*/{name}")) if path.is_dir()]
+
+
+def delegations(host: Host) -> list[Path]:
+    """The cgroup that systemd has delegated to the agent, where there is one."""
+    top = Path("/sys/fs/cgroup") / host.cgroup_root[1:]
+    return [top] if host.cgroup_root and top.is_dir() else []
 
 
 def tables(host: Host) -> list[tuple[str, str]]:

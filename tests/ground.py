@@ -16,8 +16,10 @@ from pathlib import Path
 
 from holdfast.drivers import BASE36, Host
 from holdfast.identity import make_id
+from holdfast.runtime.delegation import place_of
 
 PORTS = range(20_000, 30_000)  # below the kernel's ephemeral range, which any client may take from
+PATIENCE = float(os.environ.get("HOLDFAST_TEST_PATIENCE", "1"))  # how many times slower than usual this host is
 POOLS = tuple(IPv4Network("10.192.0.0/10").subnets(new_prefix=20))
 
 
@@ -47,6 +49,11 @@ class Claims:
         os.close(self.fd)
 
 
+def patient(seconds: float) -> float:
+    """How long to wait here for what takes no more than so long on a usual host."""
+    return seconds * PATIENCE
+
+
 def make_site(stack: ExitStack) -> Host:
     """A site that lives until stack ends; its pool and name are its own on the whole host."""
     name = "t" + "".join(secrets.choice(BASE36) for _ in range(5))
@@ -55,7 +62,7 @@ def make_site(stack: ExitStack) -> Host:
     index = next(i % len(POOLS) for i in range(start, start + len(POOLS)) if claims.take(i % len(POOLS)))
     root = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=_real_disk()))
     stack.callback(_remove_tree, root)
-    return Host(name, root, Path("/run") / name, str(POOLS[index]), make_id(root))
+    return Host(name, root, Path("/run") / name, str(POOLS[index]), make_id(root), cgroup_root=place_of(name))
 
 
 def find_port(stack: ExitStack) -> int:

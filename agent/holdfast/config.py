@@ -184,6 +184,7 @@ class AgentTable(Table):
     on_invalid: Literal["keep-app", "reject-revision"] = "keep-app"
     full_pass_interval: Duration = 60.0
     debounce: Duration = 0.02
+    shutdown_timeout: Duration = 60.0
     node: NodeTable = NodeTable()
     vars: dict[str, Text] = {}
     env: EnvTable = EnvTable()
@@ -251,6 +252,7 @@ class Config:
 
     name: what every host object of this agent bears. root survives a reboot, run_root does not; both default to
     places of that name. group: who besides root may use the socket, None: nobody.
+    shutdown_timeout: what all containers together get when the host goes down.
     start_concurrency: how many containers start at once. cgroup_policy: for containers that name none.
     allowed_subnets: where the subnets of state files may lie, besides pool.
     env: the variables of the agent's environment that state files may read. default_cap_add: capabilities that
@@ -267,6 +269,7 @@ class Config:
     on_invalid: Literal["keep-app", "reject-revision"] = "keep-app"
     full_pass_interval: float = 60.0
     debounce: float = 0.02
+    shutdown_timeout: float = 60.0
     node_name: str = ""
     node_labels: Mapping[str, str] = field(default_factory=dict)
     vars: Mapping[str, str] = field(default_factory=dict)
@@ -345,6 +348,7 @@ def _config(table: AgentTable, env: Mapping[str, str]) -> Config:
         on_invalid=table.on_invalid,
         full_pass_interval=table.full_pass_interval,
         debounce=table.debounce,
+        shutdown_timeout=table.shutdown_timeout,
         node_name=table.node.name or gethostname(),
         node_labels=table.node.labels,
         vars=table.vars,

@@ -54,6 +54,7 @@ from holdfast.reconcile import Pass, Reconciler
 from holdfast.runtime.binaries import find_conmon, find_runtime
 from holdfast.runtime.conmon import Runtime, become_subreaper
 from holdfast.runtime.content import ContentStore
+from holdfast.runtime.delegation import place_of
 from holdfast.source import Source, Watch, make_source
 from holdfast.store import Store
 
@@ -63,6 +64,8 @@ FILES = 65_536  # open at once, as in holdfast.service
 HOUSEKEEPING = 10.0  # seconds between looks at the size of logs
 BEAT = 0.1  # seconds between looks at what is being pulled
 COLLECT = 60.0  # seconds between looks at how full the disk is
+AGENT_ENDS = 10.0  # seconds that a shutdown waits for an agent to end
+LAST_KILLS = 45.0  # seconds that what outlives SIGKILL for a while may take
 FOLLOWERS = 64  # answers at a time; each that follows a log takes one
 NO_ROOM = 1.0  # seconds between looks at a disk that was full
 STORE = "state.db"
@@ -111,6 +114,38 @@ def apply_once(config: Config, timeout: float, show: Callable[[Sequence[Json]], 
                 show(coming := node.rig.transfers.look())
                 rest -= BEAT
                 deadline += BEAT if coming or node.rig.builder.look() else 0.0
+
+
+def shut_down(config: Config) -> list[str]:
+    """Stop all containers because the host goes down; returns a line for each that could not be stopped.
+
+    Waits a moment for an agent that is just ending.
+    """
+    _need_root()
+    deadline = time.monotonic() + config.shutdown_timeout
+    with _lock_soon(config), _node_of(config) as node:
+        return node.shut_down(max(deadline - time.monotonic(), 1.0), _beat)
+
+
+def _beat(left: float) -> None:
+    """Have systemd wait for what is left of the time (sd_notify(3)), and for the last kills."""
+    _notify(f"EXTEND_TIMEOUT_USEC={int((left + LAST_KILLS) * 1e6)}")
+
+
+@contextmanager
+def _lock_soon(config: Config) -> Iterator[None]:
+    """The lock of the only agent, as soon as the one that holds it has ended."""
+    deadline = time.monotonic() + AGENT_ENDS
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(_only_agent(config))
+                break
+            except Conflict:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+        yield
 
 
 @contextmanager
@@ -225,7 +260,8 @@ def _acting_node(config: Config) -> Iterator[Node]:
 
 
 def _host_of(config: Config) -> Host:
-    return Host(config.name, config.root, config.run_root, config.pool, read_id(config.root))
+    place = place_of(config.name)
+    return Host(config.name, config.root, config.run_root, config.pool, read_id(config.root), cgroup_root=place)
 
 
 @contextmanager

@@ -66,6 +66,7 @@ class Host:
     pool: the IPv4 range that subnets are taken from. name is [a-z][a-z0-9]{0,7}.
     id: of the root, eight hex digits; "" in a command that only looks at a root which no agent has used yet. What is
     made on the host carries it: by the instance's id, which begins with it, or as a mark of its own.
+    cgroup_root: the cgroup that is the agent's to write in, "" for the root of the tree.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Host:
     run_root: Path
     pool: str = "10.209.0.0/16"
     id: str = ""
+    cgroup_root: str = field(default="", kw_only=True)
 
     def link(self, kind: str, id: str) -> str:
         """A link name for id, at most 15 characters (IFNAMSIZ - 1): `NAME-xxxxxx`."""
@@ -95,7 +97,7 @@ class Host:
     @property
     def cgroup(self) -> str:
         """The parent cgroup of every container, relative to each hierarchy's root."""
-        return f"/{self.name}"
+        return f"{self.cgroup_root}/{self.name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,6 +51,7 @@ class Exit:
 
     signal: the one that ended it, where that is known (our own stop, want of memory): the code alone proves nothing,
     because a program may exit with 143 by itself. oom: it was killed for want of memory. asked: by our own stop.
+    host_went_down: that stop was for a shutdown of the host.
     """
 
     code: int | None
@@ -58,6 +59,7 @@ class Exit:
     oom: bool = False
     at: float = 0.0
     asked: bool = False
+    host_went_down: bool = False
 
     def __str__(self) -> str:
         if self.code is None:
@@ -130,6 +132,11 @@ class Instance:
     def mounts(self) -> tuple[Mount, ...]:
         """All that is mounted into it."""
         return (*self.want.mounts, *(self.image_volumes or ()))
+
+    @property
+    def host_went_down(self) -> bool:
+        """Whether it ran until the host went down, by a shutdown or without one."""
+        return self.phase == "lost" or (self.exit is not None and self.exit.host_went_down)
 
 
 @dataclass(frozen=True, slots=True)

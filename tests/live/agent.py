@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from footprint import leftovers
-from ground import Rootfs
+from ground import Rootfs, patient
 from holdfast.cli.client import Client
 from holdfast.drivers import Host
 from holdfast.errors import NoAgent, TryAgain
@@ -57,7 +57,7 @@ class LiveAgent:
         """End the process; its containers run on. Does nothing when it is not running."""
         if self.process is not None:
             self.process.send_signal(signal_number)
-            self.process.wait(timeout)
+            self.process.wait(patient(timeout))
             self.process = None
 
     def kill(self) -> None:
@@ -83,8 +83,8 @@ class LiveAgent:
         """Run `holdfast args…` against this agent; check: raise AssertionError unless it exits 0."""
         environment = {**os.environ, "HOLDFAST_CONFIG": str(self.config)}
         done = subprocess.run(
-            [HOLDFAST, *args], check=False, env=environment, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
-            capture_output=True,
+            [HOLDFAST, *args], check=False, env=environment, text=True, timeout=patient(timeout),
+            stdin=subprocess.DEVNULL, capture_output=True,
         )  # fmt: skip
         if check:
             assert done.returncode == 0, (
@@ -149,7 +149,7 @@ class LiveAgent:
         self, condition: Callable[[], bool], what: str, timeout: float = 60, state: Callable[[], str] = lambda: ""
     ) -> None:
         """Wait until condition holds; fails at once when the agent that should see to it has died."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + patient(timeout)
         while not condition():
             assert self.process is None or self.process.poll() is None, f"the agent died:\n{self.log()}"
             assert time.monotonic() < deadline, f"waited {timeout} s in vain until {what}:\n{state()}"
@@ -177,7 +177,8 @@ class LiveAgent:
     def _held(self) -> list[str]:
         """What is left besides the agent itself and its socket, lock and files of its own."""
         mine = str(self.process.pid) if self.process else "-"
-        return [line for line in leftovers(self.host) if not line.startswith((f"process {mine}:", "file "))]
+        kept = (f"process {mine}:", "file ", "delegation ")
+        return [line for line in leftovers(self.host) if not line.startswith(kept)]
 
     def _empty_state(self) -> None:
         self.configure()  # a test may have pointed `state` elsewhere, or forbidden what it takes to clean up

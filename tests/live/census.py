@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ground import patient
 from holdfast.drivers import Host
 from holdfast.observed import Instance
 from holdfast.store import Store
@@ -55,7 +56,7 @@ def expected_census(instances: Mapping[str, Instance], networks: int) -> Census:
 
 def await_census(host: Host, expected: Census, timeout: float = 3.0) -> Census:
     """The census once it is the expected one, or when the time is up: the kernel takes a moment for some of it."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + patient(timeout)
     while (seen := take_census(host)) != expected and time.monotonic() < deadline:
         time.sleep(0.01)
     return seen
@@ -105,7 +106,7 @@ def _mounts(host: Host) -> list[str]:
 
 
 def _cgroups(host: Host) -> list[str]:
-    tops = [Path("/sys/fs/cgroup") / host.name, *Path("/sys/fs/cgroup").glob(f"*/{host.name}")]
+    tops = [Path("/sys/fs/cgroup") / host.cgroup[1:], *Path("/sys/fs/cgroup").glob(f"*{host.cgroup}")]
     return [path.name for top in tops if top.is_dir() for path in top.iterdir() if path.is_dir()]
 
 

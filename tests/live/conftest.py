@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from footprint import sweep, wait_clean
-from ground import Rootfs
+from ground import Rootfs, patient
 from holdfast.config import ImageSettings
 from holdfast.drivers import Host
 from holdfast.images.pull import Puller
@@ -25,7 +25,7 @@ QUICK = ImageSettings(stall_timeout=1.0, min_free=0)
 def clean_host(site: Host) -> Iterator[None]:
     """Fail when the test leaves anything on the host that bears its site's name; sweep it away all the same."""
     yield
-    left = wait_clean(site)
+    left = wait_clean(site, patient(3.0))
     if left:
         sweep(site)
         pytest.fail("left on the host:\n  " + "\n  ".join(left), pytrace=False)

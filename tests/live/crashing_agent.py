@@ -68,9 +68,13 @@ class CrashingAgent:
 
     def run(self, kill: Boundary | None = None, *, kill_after: float | None = None, timeout: float = 20) -> Run:
         """Converge, or be killed on the way: at a boundary, or after seconds. AssertionError when the agent fails."""
+        from ground import patient  # the process below knows nothing of the tests
+
         assert self._process.stdin is not None and self._process.stdout is not None
         target = [kill.action, kill.number] if kill else None
-        self._process.stdin.write(json.dumps({"kill": target, "after": kill_after, "timeout": timeout}) + "\n")
+        self._process.stdin.write(
+            json.dumps({"kill": target, "after": kill_after, "timeout": patient(timeout)}) + "\n"
+        )
         self._process.stdin.flush()
         code = int(self._process.stdout.readline() or "1")
         assert code in (0, -signal.SIGKILL), (self._home / "agent.log").read_text()[-4000:]

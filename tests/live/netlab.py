@@ -14,6 +14,7 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import TypeVar
 
+from ground import patient
 from holdfast.drivers import EndpointWant, Host, NetworkWant
 from holdfast.observed import FirewallNetwork, FirewallWant, PublishedPort, Receipt
 from holdfast.runtime import netns
@@ -22,7 +23,10 @@ from holdfast_plugins.network.firewall import NftablesFirewall
 
 T = TypeVar("T")
 
-PATIENCE, BRIEFLY = 5.0, 0.4  # seconds until a test gives up on what should come, and on what should not
+PATIENCE, BRIEFLY = (
+    patient(5.0),
+    patient(0.4),
+)  # seconds until a test gives up on what should come, and on what should not
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import layouts
+from ground import patient
 
 PROGRAM = "/usr/bin/docker-registry"
 REQUEST = re.compile(r'"([A-Z]+) (\S+) HTTP/[0-9.]+" (\d+)')
@@ -98,7 +99,7 @@ class Registry:
                 [*words, PROGRAM, "serve", str(self.folder / "config.yml")],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder,
             )  # fmt: skip
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + patient(20)
         while not self._answers():
             assert self.process.poll() is None and time.monotonic() < deadline, f"no registry:\n{self.log()}"
             time.sleep(0.02)

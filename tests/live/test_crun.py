@@ -80,6 +80,6 @@ def page(port: int) -> str:
 
 def memory_limit(site: Host, agent: LiveAgent) -> int:
     (instance,) = agent.instances("shop/web")
-    v1 = Path(f"/sys/fs/cgroup/memory/{site.name}/{instance['id']}/memory.limit_in_bytes")
-    v2 = Path(f"/sys/fs/cgroup/{site.name}/{instance['id']}/memory.max")
+    v1 = Path(f"/sys/fs/cgroup/memory{site.cgroup}/{instance['id']}/memory.limit_in_bytes")
+    v2 = Path(f"/sys/fs/cgroup{site.cgroup}/{instance['id']}/memory.max")
     return int((v1 if v1.exists() else v2).read_text())

@@ -64,9 +64,9 @@ def test_what_can_be_mended_under_a_running_container_is(shop: LiveAgent) -> Non
 
     mark = shop.events()[-1]["seq"]
     version_1 = Path(f"/sys/fs/cgroup/memory/{shop.host.name}").is_dir()
-    (limit,) = Path("/sys/fs/cgroup/memory" if version_1 else "/sys/fs/cgroup").glob(
-        f"{shop.host.name}/{shop.instances('shop/web')[0]['id']}/memory.{'limit_in_bytes' if version_1 else 'max'}"
-    )
+    group = f"{shop.host.cgroup}/{shop.instances('shop/web')[0]['id']}"
+    v1, v2 = Path(f"/sys/fs/cgroup/memory{group}/memory.limit_in_bytes"), Path(f"/sys/fs/cgroup{group}/memory.max")
+    limit = v1 if version_1 else v2
     limit.write_text(str(48 << 20))
     shop.converge()
     assert memory_limit(pid) == 64 << 20

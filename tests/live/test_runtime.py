@@ -116,7 +116,7 @@ def box(site: Host, busybox_rootfs: Rootfs) -> Any:
     for id in box.ids:
         box.runtime.delete(id, force=True)
         shutil.rmtree(box.folder(id), ignore_errors=True)
-    box.runtime.remove_parent_cgroup()
+    box.runtime.leave()
 
 
 def runtime_of(site: Host) -> conmon.Runtime:

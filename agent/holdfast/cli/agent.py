@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from holdfast.cli import render
-from holdfast.cli.command import Group, command, config_path, json_option, log_to_stderr, reach
+from holdfast.cli.command import Group, command, config_path, json_option, log_to_stderr, reach, settings
+from holdfast.errors import TryAgain
 
 if TYPE_CHECKING:
     from click.shell_completion import ShellComplete
@@ -24,6 +26,38 @@ def agent() -> int:
 
     log_to_stderr()
     return run_agent(config_path())
+
+
+@command("shutdown")
+@click.option("--now", is_flag=True, help="Do not ask systemd whether the host goes down.")
+def shutdown(now: bool) -> int:
+    """Stop all containers because the host goes down.
+
+    Each gets its own stop signal and grace period, dependents first, all of them together shutdown_timeout of
+    agent.toml. After the next boot they run again, but for jobs that had ended, restart = "no" and holds. Does
+    nothing unless systemd is shutting the host down, or --now is given; the agent must not run.
+    """
+    from holdfast.daemon import shut_down
+
+    if not now and not host_goes_down():
+        click.echo("the host does not go down: nothing is stopped")
+        return 0
+    log_to_stderr()
+    failed = shut_down(settings())
+    for line in failed:
+        click.echo(f"holdfast: {line}", err=True)
+    return TryAgain.exit_code if failed else 0
+
+
+def host_goes_down() -> bool:
+    """Whether systemd is on its way to shutdown.target, as at a reboot, a power-off or a kexec (systemctl(1))."""
+    try:
+        asked = subprocess.run(
+            ["systemctl", "is-system-running"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return False
+    return asked.stdout.strip() == "stopping"
 
 
 @click.group("plugin", cls=Group)
@@ -102,4 +136,4 @@ def completion(shell: str) -> None:
     render.echo(kind(root, {}, "holdfast", "_HOLDFAST_COMPLETE").source())
 
 
-COMMANDS = [agent, plugin, schema, version, completion]
+COMMANDS = [agent, shutdown, plugin, schema, version, completion]

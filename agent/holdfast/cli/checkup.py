@@ -6,6 +6,7 @@ import ctypes.util
 import os
 import platform
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Literal
 from holdfast.config import Config
 from holdfast.drivers import Host
 from holdfast.errors import UnfitHost
-from holdfast.runtime import apparmor, binaries
+from holdfast.runtime import apparmor, binaries, delegation
 
 SECCOMP = Path("/usr/share/containers/seccomp.json")
 CGROUP = Path("/sys/fs/cgroup")
@@ -43,6 +44,7 @@ def checkup(config: Config | None) -> Iterator[Check]:
     yield name(config)
     yield kernel()
     yield from cgroups()
+    yield from service_manager(config.name if config else "holdfast")
     yield runtime(config.runtime if config else "auto")
     yield from programs()
     yield from builds()
@@ -128,6 +130,24 @@ def cgroups() -> Iterator[Check]:
             f"v2 owns {owned}: crun refuses such a host, runc is used",
             f"to use crun: mkdir -p {CGROUP}/{hybrid[0]} && mount -t cgroup -o {owned} cgroup {CGROUP}/{hybrid[0]}",
         )
+
+
+def service_manager(name: str) -> Iterator[Check]:
+    """On a host of systemd: whether containers have a cgroup of their own, and whether a shutdown stops them."""
+    if not delegation.BOOTED.is_dir():
+        return
+    host = Host(name, Path(), Path(), cgroup_root=delegation.place_of(name))
+    if host.cgroup_root and delegation.used(host) and not delegation.keeps(host):
+        remedy = "stop all containers, or reboot: it is delegated again when none is left"
+        yield Check("systemd: cgroup", "warn", f"nobody keeps {host.cgroup_root}", remedy)
+    unit = "holdfast-shutdown.service"
+    words = ["systemctl", "is-active", unit]
+    asked = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if asked.stdout.strip() == "active":
+        yield Check("systemd: shutdown", "ok", f"{unit} stops the containers when the host goes down")
+    else:
+        remedy = f"install packaging/{unit}, systemctl enable --now {unit}"
+        yield Check("systemd: shutdown", "warn", "nothing stops the containers when the host goes down", remedy)
 
 
 def lacking(missing: list[str]) -> str:

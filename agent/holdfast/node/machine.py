@@ -30,6 +30,7 @@ from holdfast.node.observe import observe
 from holdfast.node.oom import OomWatch
 from holdfast.node.recover import recover, remove_volume
 from holdfast.node.rig import Rig
+from holdfast.node.shutdown import shut_down
 from holdfast.node.stage import stage_generation
 from holdfast.node.start import start_instance
 from holdfast.node.stop import Unfinished, remove_instance, remove_orphan, stop_instance, sweep
@@ -84,6 +85,9 @@ PAST = {
     "RemoveOrphan": "removed",
 }
 QUIET = (WriteNames, MarkGood)  # actions that are no news unless they fail
+LONG = frozenset({"build", "pulling"})  # events that come by the hundred: not in the log
+WARNINGS = frozenset({"failed", "problem", "plugin"})
+SHOWN = ("verb", "took")  # what the log has of an event besides its message
 
 log = structlog.get_logger("holdfast")
 
@@ -94,6 +98,7 @@ class Node:
     def __init__(self, rig: Rig, *, starts: int | None = None) -> None:
         self.rig = rig
         self.wake: Callable[[str], None] = lambda what: None
+        rig.store.listen(_journal)
         rig.plugins.noticed = lambda plugin, error: rig.store.event("plugin", plugin, error)
         self._spec = Spec()
         self._revision = ""
@@ -117,6 +122,10 @@ class Node:
         What failed gets another try, for the agent, its settings or its host may have been mended meanwhile.
         """
         self.rig.runtime.prepare()
+        try:
+            self.rig.runtime.settle()
+        except (HoldfastError, OSError) as error:  # every start tries it again
+            self.rig.store.event("failed", "node", f"{error}")
         try:
             self.rig.builder.sweep()
         except (HoldfastError, OSError) as error:  # it is tried again before the next build
@@ -187,6 +196,10 @@ class Node:
     def collect_images(self) -> None:
         """Free what no image needs where the disk is full."""
         self._collector.collect()
+
+    def shut_down(self, total: float, beat: Callable[[float], None]) -> list[str]:
+        """Stop every container because the host goes down; see `node.shutdown`."""
+        return shut_down(self.rig, total, beat)
 
     @property
     def busy(self) -> frozenset[str]:
@@ -298,11 +311,6 @@ class Node:
             message = action.reason if outcome.ok else outcome.error
             facts = {"verb": action.verb, "reason": action.reason, "took": round(outcome.took, 4), **outcome.detail}
             store.event(kind, action.subject, message, **{**facts, "app": action.app})
-            told = {"subject": action.subject, "reason": action.reason, "took": facts["took"]}
-            if outcome.ok:
-                log.info(action.verb, **told)
-            else:
-                log.warning(action.verb, **told, error=outcome.error)
         came: dict[str, object] = {"action": action.verb, "subject": action.subject, "reason": action.reason}
         came |= {"ok": outcome.ok, "error": outcome.error, "took": outcome.took}
         self.rig.plugins.tell("after_outcome", outcome=came)
@@ -315,6 +323,17 @@ class Node:
         wait = max(wait_before(RETRY, count + 1, action.subject), least)
         retry_at = outcome.at + wait if outcome.retry else None
         store.put_failure(action.subject, Failure(action.tried, outcome.error, count, outcome.at, retry_at, code))
+
+
+def _journal(event: Json) -> None:
+    """Log what the event log has: exits, holds, errors of the source, actions."""
+    if event["kind"] in LONG:
+        return
+    say = log.warning if event["kind"] in WARNINGS else log.info
+    say(
+        f"{event['kind']} {event['subject']}: {event['message']}",
+        **{key: event[key] for key in SHOWN if key in event},
+    )
 
 
 def perform(rig: Rig, action: Action, blobs: Mapping[str, bytes], revision: str) -> Json:

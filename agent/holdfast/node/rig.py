@@ -184,6 +184,7 @@ class Rig:
         """Take the run root away when nothing is held that it could tell of; what others put there stays."""
         if self.store.instances:
             return
+        self.runtime.leave()
         (self.host.run_root / "boot").unlink(missing_ok=True)
         with suppress(OSError):
             for place in (*self.host.run_root.iterdir(), self.host.run_root):

@@ -287,7 +287,7 @@ def _start(
     app = generation.app.name
     obstacle = _missing_network(generation.app.containers[name], desk)
     obstacle = obstacle or _lacking_mounts({name: generation.app.containers[name]}, desk)
-    if again is None or again.phase == "lost":
+    if again is None or again.host_went_down:
         obstacle = obstacle or _unreached(generation.app, name, desk)
     if obstacle:
         desk.waiting[f"{app}/{name}"] = obstacle

@@ -3,9 +3,11 @@
     how it ended                        no      on-failure      always, unless-stopped
     exit 0                              done    done            again
     any other exit, signal, OOM         failed  again           again
-    nobody saw it end (host restarted)  again   again           again
+    nobody saw it end                   again   again           again
     we stopped it, and no longer hold   again   again           again
+    the host went down                  again*  again           again
 
+* where no policy was written; `restart = "no"` in the state file means never twice, not even after a reboot.
 "again" is at once the first time, then after delay * factor ** n with jitter, never more than max_delay; a run of
 reset_after seconds forgets earlier failures; max_attempts in a row is where it gives up. `always` and
 `unless-stopped` are alike here: what a person stops stays stopped, across restarts of the agent and the host.
@@ -34,8 +36,10 @@ class Verdict:
 def verdict(instance: Instance, policy: RestartPolicy) -> Verdict:
     """Say what follows the end of an instance that no person holds."""
     ended = instance.exit or Exit(code=None)
-    if instance.phase == "lost":
-        return Verdict("again", "it was lost: its process is gone and nobody saw it end")
+    if instance.host_went_down:
+        if policy.once:
+            return Verdict("failed", 'it ran when the host went down (restart = "no")')
+        return Verdict("again", "it ran when the host went down")
     if ended.asked:
         return Verdict("again", "it was stopped and is wanted")
     if ended.code == 0 and policy.policy in ("no", "on-failure"):

@@ -29,7 +29,7 @@ from typing import Any
 from holdfast.drivers import Host
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
 from holdfast.observed import Exit, Json
-from holdfast.runtime import cgroup
+from holdfast.runtime import cgroup, delegation
 from holdfast.runtime.binaries import RuntimeBinary
 
 CREATE_TIMEOUT = 60.0  # seconds
@@ -79,13 +79,25 @@ class Runtime:
         return self.host.run_root / "exits"
 
     def cgroup(self, id: str) -> str:
-        """The cgroup of a container, relative to each hierarchy's root."""
+        """The cgroup of a container, relative to each hierarchy's root.
+
+        One that an earlier version started at the root of systemd's tree stays there until its next start.
+        """
+        if self.host.cgroup_root and (cgroup.ROOT / self.host.name / id).is_dir():
+            return f"/{self.host.name}/{id}"
         return f"{self.host.cgroup}/{id}"
 
     def prepare(self) -> None:
         """Make the directories that conmon and the runtime expect; once, when the agent starts."""
         for place in (self.root, self.exits, self._sockets, self.host.run_root / "runs"):
             place.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def settle(self) -> None:
+        """Have a place for containers in the cgroup tree, and in it every conmon that is somewhere else."""
+        delegation.ensure(self.host)
+        for id in _listed(self.host.run_root / "runs") if self.host.cgroup_root else ():
+            if (run := self.run_of(id)) and self.supervised(run):
+                delegation.adopt(self.host, run.conmon_pid)
 
     def create(self, id: str, bundle: Path, log_path: Path, *, name: str = "", log_size: int = -1) -> Run:
         """Create a container from the config.json in bundle: its process waits for `start`.
@@ -94,6 +106,7 @@ class Runtime:
         Raises WrongState if its program can't be run, and UnfitHost for every other refusal, with the runtime's own
         words; what was begun stays for `delete`.
         """
+        delegation.ensure(self.host)
         record = self.record(id)
         record.mkdir(parents=True, exist_ok=True, mode=0o700)
         (self.exits / id).unlink(missing_ok=True)
@@ -106,6 +119,8 @@ class Runtime:
     def start(self, id: str, *, name: str = "") -> None:
         """Let a created container's program run."""
         self._call("start", id, name=name or id)
+        if self.host.cgroup_root and (run := self.run_of(id)):
+            delegation.adopt(self.host, run.conmon_pid)  # only now: moving a process takes milliseconds
 
     def kill(self, id: str, signal: int | str, *, all: bool = False) -> None:
         """Send a signal to the first process of a container, or to all of them; nothing happens if it has ended."""
@@ -146,12 +161,17 @@ class Runtime:
                 _write_oom_score_adj(id, pid, value)
 
     def state(self) -> frozenset[str]:
-        """The ids of all containers that the runtime or conmon left something of on disk."""
-        return frozenset((*_listed(self.root), *_listed(self.host.run_root / "runs")))
+        """The ids of all containers that the runtime or conmon left something of on disk.
+
+        What is hidden is no container: crun keeps `.cache` beside them.
+        """
+        known = (*_listed(self.root), *_listed(self.host.run_root / "runs"))
+        return frozenset(id for id in known if not id.startswith("."))
 
     def cgroups(self) -> frozenset[str]:
         """The ids of all containers that have a cgroup in some hierarchy, known to the runtime or not."""
-        return frozenset(name for place in cgroup.folders(self.host.cgroup) for name in cgroup.children(place))
+        tops = {self.host.cgroup, f"/{self.host.name}"}
+        return frozenset(name for top in tops for place in cgroup.folders(top) for name in cgroup.children(place))
 
     def run_of(self, id: str) -> Run | None:
         """The run that `create` recorded; None if it did not get that far."""
@@ -252,7 +272,13 @@ class Runtime:
 
     def remove_parent_cgroup(self) -> None:
         """Remove the agent's own cgroup from every hierarchy unless containers are left; succeed when it is gone."""
-        cgroup.remove_if_empty(self.host.cgroup)
+        for top in {self.host.cgroup, f"/{self.host.name}"}:
+            cgroup.remove_if_empty(top)
+
+    def leave(self) -> None:
+        """Give the place in the cgroup tree back, unless something runs in it."""
+        self.remove_parent_cgroup()
+        delegation.dissolve(self.host)
 
     @property
     def _sockets(self) -> Path:

@@ -394,7 +394,7 @@ class ContainerTable(Table):
     stop_grace_period: Annotated[Duration, Field(description="between stop_signal and SIGKILL")] = 10.0
     restart: Annotated[
         Annotated[str, Checked(lambda v: forms.restart(v) and v, {"examples": ["always", "on-failure:5"]})] | None,
-        Field(description="no, on-failure[:N], always or unless-stopped"),
+        Field(description="no, on-failure[:N], always or unless-stopped; absent: as no, but again after a reboot"),
     ] = None
     restart_policy: Annotated[RestartTable | None, Field(description="the long form of restart")] = None
     depends_on: Annotated[dict[Reference, Reached], Short(forms.dependencies, (STRINGS,))] = {}

@@ -112,7 +112,10 @@ class Ulimit(Frozen):
 
 
 class RestartPolicy(Frozen):
-    """When an exited container runs again. The n-th restart in a row waits delay * factor**(n-2); the first none."""
+    """When an exited container runs again. The n-th restart in a row waits delay * factor**(n-2); the first none.
+
+    once: restart = "no" was written, so what a shutdown of the host has ended is not begun again either.
+    """
 
     policy: Literal["no", "on-failure", "always", "unless-stopped"] = "no"
     max_attempts: int | None = None
@@ -121,6 +124,7 @@ class RestartPolicy(Frozen):
     max_delay: float = 60.0
     reset_after: float = 10.0
     jitter: float = 0.1
+    once: bool = False
 
 
 class Resources(Frozen):

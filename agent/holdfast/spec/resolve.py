@@ -368,9 +368,12 @@ def resolved(state_file: str, path: str) -> str | None:
 def restart_policy(table: ContainerTable) -> model.RestartPolicy:
     """The restart policy that a container asks for, in the short form or the long one."""
     if table.restart is not None:
-        return model.RestartPolicy(**forms.restart(table.restart))
-    long = table.restart_policy
-    return model.RestartPolicy() if long is None else model.RestartPolicy.model_validate(long.model_dump())
+        written = forms.restart(table.restart)
+    elif table.restart_policy is not None:
+        written = table.restart_policy.model_dump()
+    else:
+        return model.RestartPolicy()
+    return model.RestartPolicy.model_validate({**written, "once": written["policy"] == "no"})
 
 
 def digest(content: bytes) -> str:

@@ -1,0 +1,79 @@
+"""The end of all containers, because the host goes down: as a commit would end them, within a total time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+
+from holdfast.errors import HoldfastError
+from holdfast.node.observe import observe
+from holdfast.node.rig import Rig
+from holdfast.node.stop import stop_instance
+from holdfast.observed import Exit, InstanceId, Observed
+from holdfast.plan.actions import StopInstance
+from holdfast.plan.shutdown import REASON, count_waves, next_stops
+from holdfast.runtime import cgroup
+
+MANY = 128  # stops at a time
+
+
+def shut_down(rig: Rig, total: float, beat: Callable[[float], None] = lambda left: None) -> list[str]:
+    """Stop every container, dependents first, each by its own signal and grace; return a line for each that failed.
+
+    total: seconds for all of it. What is left of them is shared by the waves that are still to come, so that a
+    long grace of the first takes nothing from the last, which mostly are the databases. beat: told now and then how
+    much of the time is left.
+    """
+    deadline = time.monotonic() + total
+    observe(rig, lambda id, run: False)  # notes what has ended by itself since an agent looked
+    history, failed = rig.store.history(), dict[str, str]()
+    in_hand: dict[Future[None], StopInstance] = {}
+    with ThreadPoolExecutor(MANY, "stop") as pool:
+        while True:
+            taken = {action.instance for action in in_hand.values()} | failed.keys()
+            observed = _seen(rig)
+            waves, now = count_waves(observed, history, time.time()), time.time()
+            left = max(deadline - time.monotonic(), 0.0)
+            beat(left)
+            for action in next_stops(observed, history, now):
+                if action.instance not in taken:
+                    share = min(action.grace, left / max(waves, 1))
+                    in_hand[pool.submit(_stop, rig, replace(action, grace=share))] = action
+            if not in_hand:
+                return list(failed.values())
+            for done in wait(in_hand, 1.0, FIRST_COMPLETED).done:
+                action = in_hand.pop(done)
+                if (error := done.exception()) is not None:
+                    failed[action.instance] = f"{action.subject}: {error}"
+                    rig.store.event("failed", action.subject, str(error), verb=action.verb, reason=REASON)
+
+
+def _seen(rig: Rig) -> Observed:
+    """The containers alone: what else is on the host goes with it."""
+    return Observed(at=time.time(), instances=tuple(rig.store.instances.values()))
+
+
+def _stop(rig: Rig, action: StopInstance) -> None:
+    began, run = time.monotonic(), rig.run_of(action.instance)
+    if run is None or not rig.runtime.alive(run):  # by itself, just now
+        observe(rig, lambda id, run: False)
+        if not _runs(rig, action.instance):
+            return
+    try:
+        cgroup.thaw(rig.runtime.cgroup(action.instance))
+    except HoldfastError as error:
+        rig.store.event("failed", action.subject, str(error), verb=action.verb, reason=REASON)
+    detail = stop_instance(rig, action)
+    instance = rig.store.instances.get(action.instance)
+    if instance is not None and instance.phase != "running":
+        ended = replace(instance.exit or Exit(None, asked=True), host_went_down=True)
+        rig.store.change_instance(instance.id, exit=ended)
+    took = round(time.monotonic() - began, 4)
+    rig.store.event("stopped", action.subject, REASON, verb=action.verb, reason=REASON, took=took, **detail)
+
+
+def _runs(rig: Rig, id: InstanceId) -> bool:
+    instance = rig.store.instances.get(id)
+    return instance is not None and instance.phase == "running"

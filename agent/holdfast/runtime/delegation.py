@@ -1,0 +1,150 @@
+"""The part of the cgroup tree that is the agent's: on a host of systemd, below a unit that has it delegated.
+
+systemd writes to every cgroup of a v2 tree except those below a unit with Delegate=yes (CGROUP_DELEGATION).
+The agent's own unit is not the place: whatever stops, restarts or kills the agent would reach its containers. So the
+agent has systemd run a service that does nothing but keep the place:
+
+    /system.slice/NAME-containers.service
+        keeper          the one process of the service: a cgroup with children has no processes of its own
+        conmon          every conmon
+        NAME/ID         a container
+        NAME-build      what builds run
+
+It lasts until no container is left. A host without systemd, or with cgroup v1, has /NAME alone. Called by the node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+from holdfast.drivers import Host
+from holdfast.errors import TryAgain, UnfitHost
+from holdfast.runtime import cgroup
+
+BOOTED = Path("/run/systemd/system")  # sd_booted(3)
+TIMEOUT = 60.0  # seconds that systemd may take
+LAST_LOOK = 5.0  # seconds to see the place go
+_PROPERTIES = (
+    "Delegate=yes",
+    "TasksMax=infinity",
+    "KillMode=process",  # whatever ends the keeper, the containers go on
+    "RefuseManualStop=yes",
+    "IgnoreOnIsolate=yes",
+    "OOMPolicy=continue",
+    "OOMScoreAdjust=-1000",
+)
+_making = threading.Lock()
+
+
+def unit_of(name: str) -> str:
+    """The service that keeps the place of an agent's containers."""
+    return f"{name}-containers.service"
+
+
+def place_of(name: str) -> str:
+    """`Host.cgroup_root` of an agent on this host: "" where nobody has to be asked for a cgroup."""
+    return f"/system.slice/{unit_of(name)}" if BOOTED.is_dir() and cgroup.version() == 2 else ""
+
+
+def ensure(host: Host) -> None:
+    """Have the place delegated. Costs one read where it is already.
+
+    A place that lost its keeper can't be given one while containers run in it; systemd leaves it alone until then.
+    """
+    top = _folder(host)
+    if top is None or _pids(top / "keeper"):
+        return
+    with _making:
+        if not _populated(top):
+            _delegate(host)
+        for pid in _pids(top):
+            (top / "keeper").mkdir(exist_ok=True)
+            (top / "keeper/cgroup.procs").write_text(str(pid))
+
+
+def adopt(host: Host, conmon: int) -> None:
+    """Move a conmon out of the agent's own unit; nothing happens when it has ended."""
+    top = _folder(host)
+    if top is None:
+        return
+    leaf = top / "conmon"
+    with contextlib.suppress(ProcessLookupError):
+        if Path(f"/proc/{conmon}/cgroup").exists() and not _is_in(conmon, f"{host.cgroup_root}/conmon"):
+            leaf.mkdir(exist_ok=True)
+            (leaf / "cgroup.procs").write_text(str(conmon))
+
+
+def dissolve(host: Host) -> None:
+    """Let go of the place, unless something still runs in it."""
+    top = _folder(host)
+    if top is None or not top.is_dir():
+        return
+    for leaf in (top / "conmon", top / host.name, top / f"{host.name}-build"):
+        with contextlib.suppress(OSError):
+            leaf.rmdir()
+    if {*cgroup.children(top)} <= {"keeper"}:
+        for pid in _pids(top / "keeper"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + LAST_LOOK
+        while top.is_dir() and time.monotonic() < deadline:  # systemd takes it away
+            time.sleep(0.02)
+
+
+def used(host: Host) -> bool:
+    """Whether the place exists."""
+    top = _folder(host)
+    return top is not None and top.is_dir()
+
+
+def keeps(host: Host) -> bool:
+    """Whether the place is delegated, or need not be."""
+    top = _folder(host)
+    return top is None or bool(_pids(top / "keeper"))
+
+
+def _delegate(host: Host) -> None:
+    unit = unit_of(host.name)
+    program = shutil.which("systemd-run", path="/usr/bin:/bin")
+    if program is None:
+        raise UnfitHost(f"delegate cgroup '{host.cgroup_root}': systemd-run is missing (apt-get install systemd)")
+    words = [program, "--quiet", "--collect", f"--unit={unit}", f"--description=Containers of {host.name}"]
+    words += ["--service-type=exec", *(f"--property={each}" for each in _PROPERTIES), "sleep", "infinity"]
+    try:
+        done = subprocess.run(
+            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TryAgain(f"delegate cgroup '{host.cgroup_root}': systemd does not answer in {TIMEOUT:g} s") from error
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
+        raise TryAgain(f"delegate cgroup '{host.cgroup_root}': {said} (see systemctl status {unit})")
+
+
+def _folder(host: Host) -> Path | None:
+    return cgroup.ROOT / host.cgroup_root.lstrip("/") if host.cgroup_root else None
+
+
+def _pids(place: Path) -> list[int]:
+    try:
+        return [int(pid) for pid in (place / "cgroup.procs").read_text().split()]
+    except OSError:
+        return []
+
+
+def _populated(place: Path) -> bool:
+    try:
+        return "populated 1" in (place / "cgroup.events").read_text()
+    except OSError:
+        return False
+
+
+def _is_in(pid: int, path: str) -> bool:
+    return f"0::{path}\n" in Path(f"/proc/{pid}/cgroup").read_text()

@@ -1,0 +1,127 @@
+"""`holdfast shutdown`: what it stops, in which order, and what the next agent makes of it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from ground import patient
+from live.agent import LiveAgent
+
+pytestmark = pytest.mark.live
+
+LOOP = "while :; do sleep 0.1; done"
+SHOP = f"""
+[containers.db]
+image = "busybox:1"
+command = ["sh", "-c", "echo +db >> /log/order; trap 'echo -db >> /log/order; exit 0' TERM; {LOOP}"]
+volumes = ["log:/log"]
+
+[containers.web]
+image = "busybox:1"
+command = ["sh", "-c", "echo +web >> /log/order; trap 'echo -web >> /log/order; exit 0' INT; {LOOP}"]
+volumes = ["log:/log"]
+stop_signal = "SIGINT"
+depends_on = {{ db = "started" }}
+
+[containers.once]
+image = "busybox:1"
+command = ["sh", "-c", "echo +once >> /log/order; {LOOP}"]
+volumes = ["log:/log"]
+restart = "no"
+init = true
+
+[containers.job]
+image = "busybox:1"
+command = ["sh", "-c", "echo +job >> /log/order; exit 3"]
+volumes = ["log:/log"]
+
+[containers.held]
+image = "busybox:1"
+command = ["sh", "-c", "{LOOP}"]
+init = true
+
+[volumes.log]
+"""
+PLAIN = """
+[containers.back]
+image = "busybox:1"
+command = ["sleep", "100000"]
+init = true
+"""
+STUBBORN = """
+[containers.front]
+image = "busybox:1"
+command = ["sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"]
+stop_grace_period = "10m"
+depends_on = { back = "started" }
+
+[containers.back]
+image = "busybox:1"
+command = ["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.1; done"]
+"""
+
+
+def order(agent: LiveAgent) -> list[str]:
+    (log,) = agent.host.root.glob("volumes/shop/log/**/order")
+    return log.read_text().split()
+
+
+def state(agent: LiveAgent, name: str) -> str:
+    containers = agent.status()["apps"].get("shop", {}).get("containers", {})
+    return str(containers.get(name, {}).get("state"))
+
+
+def test_a_shutdown_stops_dependents_first_and_the_next_agent_starts_what_ran(agent: LiveAgent) -> None:
+    agent.write("shop.toml", SHOP)
+    agent.wait(lambda: state(agent, "job") == "exited" and state(agent, "held") == "running", "all have begun")
+    agent.cli("stop", "shop/held")
+    agent.wait(lambda: state(agent, "held") == "stopped", "it is stopped")
+    agent.stop()
+    agent.cli("shutdown", "--now")
+    assert [each for each in order(agent) if each.startswith("-")] == ["-web", "-db"]
+    assert {name: agent.instances(f"shop/{name}")[0]["pid"] for name in ("db", "web", "once")} == {
+        "db": None, "web": None, "once": None,
+    }  # fmt: skip
+
+    agent.start()
+    reasons = [event["subject"] for event in agent.events() if event.get("reason") == "the host goes down"]
+    assert sorted(reasons) == ["shop/db", "shop/once", "shop/web"]
+    agent.wait(lambda: order(agent).count("+web") == 2, "what ran runs again")
+    assert [each for each in order(agent) if each in ("+db", "+web")] == ["+db", "+web"] * 2
+    agent.sync()
+    assert (order(agent).count("+once"), order(agent).count("+job")) == (1, 1)
+    assert [state(agent, name) for name in ("once", "job", "held")] == ["exited", "exited", "stopped"]
+    assert not [event for event in agent.events() if "lost" in str(event)]
+
+
+def test_all_containers_end_within_the_total_and_a_long_grace_takes_nothing_from_the_last(agent: LiveAgent) -> None:
+    agent.write("shop.toml", STUBBORN)
+    agent.converge()
+    agent.stop()
+    agent.configure(more='shutdown_timeout = "4s"')
+    began = time.monotonic()
+    agent.cli("shutdown", "--now")
+    assert time.monotonic() - began < patient(30)
+    agent.remove("shop.toml")
+    agent.start()
+    ends = {event["subject"]: event for event in agent.events() if event.get("reason") == "the host goes down"}
+    assert ends["shop/front"]["killed"]
+    assert not ends["shop/back"]["killed"]
+
+
+def test_a_shutdown_waits_for_nothing_that_runs_while_an_agent_holds_it(agent: LiveAgent) -> None:
+    agent.write("shop.toml", PLAIN)
+    agent.converge()
+    done = agent.cli("shutdown", "--now", check=False)
+    assert done.returncode == 73
+    assert agent.pid("shop/back")
+
+
+def test_a_stop_of_the_unit_alone_stops_nothing(agent: LiveAgent) -> None:
+    agent.write("shop.toml", PLAIN)
+    agent.converge()
+    agent.stop()
+    assert "does not go down" in agent.cli("shutdown").stdout
+    assert agent.pid("shop/back")
