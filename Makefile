@@ -1,7 +1,7 @@
 # The two commands are `make demo` and `make test` (as root); both begin with `make setup`.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup check unit test demo run bench clean
+.PHONY: help setup check unit test test-vm demo run bench clean
 bin := .venv/bin
 jobs ?= 4
 
@@ -9,6 +9,7 @@ help:
 	@echo "make demo    see it work: real containers, about a minute, cleans up after itself (as root)"
 	@echo "make run     keep an agent in the foreground on a copy of examples/state (as root)"
 	@echo "make test    the whole suite, on the real kernel (as root)"
+	@echo "make test-vm the live suite in emulated Debian 12 and 13 machines with systemd; hours (VM='bookworm tests/live/test_x.py')"
 	@echo "make check   format, lint, types, import law     make unit   the tests that touch nothing"
 	@echo "make bench   how fast, beside what else is installed (PEERS=yes installs docker.io and podman first)"
 	@echo "make setup   install what is missing             make clean  remove what make made"
@@ -17,7 +18,7 @@ help:
 test-packages := docker-registry apache2-utils openssl debootstrap
 
 setup:
-	@packaging/setup.sh
+	@packaging/setup.sh --develop
 	@packaging/setup.sh $(test-packages)
 
 # Four checkers side by side; each one's output stays together.
@@ -38,6 +39,10 @@ unit: setup
 
 test: setup
 	@$(bin)/pytest -n $(jobs) --dist worksteal --durations 10
+
+# By hand: no part of CI. VM: suites, and arguments for pytest.
+test-vm:
+	@tests/vm/run-suite $(VM)
 
 demo: setup
 	@$(bin)/python examples/demo.py $(DEMO)

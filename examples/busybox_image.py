@@ -47,6 +47,13 @@ def write_busybox_tar(target: Path) -> None:
             _add(tar, f"bin/{applet}", 0o777, kind=tarfile.SYMTYPE, link="busybox")
 
 
+def unpack_tar(tar: Path, folder: Path) -> None:
+    """Unpack a trusted tar with its owners and modes, by every Python 3.11: the first ones have no filters."""
+    with tarfile.open(tar) as archive:
+        archive.extraction_filter = getattr(tarfile, "fully_trusted_filter", None)
+        archive.extractall(folder)
+
+
 def _add(
     tar: tarfile.TarFile, name: str, mode: int, *, kind: bytes = tarfile.REGTYPE, content: bytes = b"", link: str = ""
 ) -> None:

@@ -1,6 +1,10 @@
 #!/bin/bash
-# Brings a Debian machine to where holdfast can be run, tested and demonstrated: `make setup`.
-# Idempotent; does nothing, quickly, when nothing is missing. With further arguments it installs these packages only.
+# Installs what holdfast needs of Debian. Idempotent; does nothing, quickly, when nothing is missing.
+#
+#   packaging/setup.sh              the packages that the agent needs
+#   packaging/setup.sh --develop    these, and .venv with what tests and checks need (`make setup`)
+#   packaging/setup.sh --list       print the packages that the agent needs, and do nothing
+#   packaging/setup.sh PACKAGE…     install these only
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
@@ -60,12 +64,13 @@ forbid_starting() {
     chmod +x "$policy"
 }
 
-if (($#)); then
-    ((EUID != 0)) || forbid_starting
-    install "$@"
-    exit
-fi
-install "${packages[@]}"
+case ${1:-} in
+    --list) printf '%s\n' "${packages[@]}"; exit ;;
+    --develop | "") install "${packages[@]}" ;;
+    -*) echo "setup: no such option: $1 (--develop, --list)" >&2; exit 64 ;;
+    *) ((EUID != 0)) || forbid_starting; install "$@"; exit ;;
+esac
+[[ ${1:-} == --develop ]] || exit 0
 stamp=.venv/.setup
 if [[ -x .venv/bin/holdfast && $stamp -nt pyproject.toml ]] && .venv/bin/python -c '' 2>/dev/null; then
     exit 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from busybox_image import write_busybox_tar
+from busybox_image import unpack_tar, write_busybox_tar
 from ground import Rootfs, find_port, make_site
 from holdfast.drivers import Host
 
@@ -79,6 +78,5 @@ def busybox_rootfs(tmp_path_factory: pytest.TempPathFactory) -> Rootfs:
     folder = tmp_path_factory.mktemp("busybox")
     rootfs = Rootfs(folder / "rootfs", folder / "rootfs.tar")
     write_busybox_tar(rootfs.tar)
-    with tarfile.open(rootfs.tar) as tar:
-        tar.extractall(rootfs.path, filter="fully_trusted")
+    unpack_tar(rootfs.tar, rootfs.path)
     return rootfs
