@@ -21,7 +21,7 @@ from pydantic import Field
 
 from holdfast.errors import WrongConfig
 from holdfast.spec.forms import absolute, capability
-from holdfast.spec.model import PRIVATE, NodeFacts
+from holdfast.spec.model import PRIVATE, AppNetwork, NodeFacts
 from holdfast.spec.policy import RULES
 from holdfast.tables import Checked, Duration, Fault, Short, Size, Table, Text, read_table
 from holdfast.toml import Document, Unreadable, dotted, suggestion
@@ -136,6 +136,7 @@ class DefaultsTable(Table):
     """What containers get besides, unless they say otherwise."""
 
     cap_add: list[Annotated[str, Checked(capability, {})]] = []
+    network: AppNetwork = "default"
 
 
 class ImagesTable(Table):
@@ -256,7 +257,8 @@ class Config:
     start_concurrency: how many containers start at once. cgroup_policy: for containers that name none.
     allowed_subnets: where the subnets of state files may lie, besides pool.
     env: the variables of the agent's environment that state files may read. default_cap_add: capabilities that
-    containers get besides, unless they drop them.
+    containers get besides, unless they drop them. default_network: what containers join that name no network, in apps
+    that do not say.
     """
 
     name: str = "holdfast"
@@ -282,6 +284,7 @@ class Config:
     forbid: frozenset[str] = frozenset()
     bind_roots: tuple[str, ...] | None = None
     default_cap_add: tuple[str, ...] = ()
+    default_network: AppNetwork = "default"
     images: ImageSettings = ImageSettings()
     builds: BuildSettings = BuildSettings()
 
@@ -296,6 +299,7 @@ class Config:
             bind_roots=self.bind_roots,
             cap_add=self.default_cap_add,
             subnets=tuple(dict.fromkeys((*self.allowed_subnets, self.pool))),
+            network=self.default_network,
         )
 
 
@@ -361,6 +365,7 @@ def _config(table: AgentTable, env: Mapping[str, str]) -> Config:
         forbid=frozenset(table.policy.forbid),
         bind_roots=None if roots is None else tuple(roots),
         default_cap_add=tuple(table.defaults.cap_add),
+        default_network=table.defaults.network,
         images=_images(table.images),
         builds=BuildSettings(**table.builds.model_dump()),
     )

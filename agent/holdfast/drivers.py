@@ -148,10 +148,11 @@ class MountWant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkWant:
-    """A network. subnet None: taken from Host.pool, and kept.
+    """A network. subnet None: taken from Host.pool, and kept. hosts: how many containers are to have addresses.
 
     Receipt: kind "network", id = `app/name` or `bridge`, owner "", data["interface"], data["subnet"],
-    data["gateway"], data["internal"].
+    data["gateway"], data["internal"], data["hosts"] (how many containers it has addresses for now, where it can grow:
+    it is ensured again when more are to join it; absent where it can't).
     """
 
     id: str
@@ -159,6 +160,7 @@ class NetworkWant:
     gateway: str | None = None
     internal: bool = False
     driver_opts: Mapping[str, str] = field(default_factory=dict)
+    hosts: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -217,8 +217,8 @@ def test_everything_can_be_looked_at(agent: LiveAgent) -> None:
     agent.converge()
     assert json.loads(agent.cli("inspect", "--json", "web").stdout)["instances"][0]["phase"] == "running"
     (network,) = json.loads(agent.cli("network", "list", "--json").stdout)
-    assert network["id"] == "bridge"
-    assert network["subnet"] in agent.cli("network", "inspect", "bridge").stdout
+    assert network["id"] == "shop/default"
+    assert network["subnet"] in agent.cli("network", "inspect", "shop/default").stdout
     (volume,) = json.loads(agent.cli("volume", "list", "--json").stdout)
     assert (volume["id"], volume["orphan"]) == ("shop/data", False)
     assert volume["path"] in agent.cli("volume", "inspect", "shop/data").stdout

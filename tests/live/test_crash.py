@@ -158,7 +158,10 @@ class World:
                 receipt.owner for id in ("rootfs", "netns", "run", "endpoint") for receipt in store.receipts(id)
             }
             assert owners == set(store.instances)
-            assert {each.id for each in store.receipts("network")} == {"bridge", *(["shop/front"] if shop else [])}
+            assert {each.id for each in store.receipts("network")} == {
+                "calm/default",
+                *(["shop/front"] if shop else []),
+            }
             assert bool(store.receipt("volume", "shop/scratch")) == shop
             assert sorted(store.history().generations) == ["calm", *(["shop"] if shop else [])]
         finally:

@@ -85,7 +85,7 @@ def test_what_can_be_mended_under_a_running_container_is(shop: LiveAgent) -> Non
         if (link / "brport").exists():
             run("ip", "link", "delete", link.name)
     shop.converge()
-    assert "its link to network bridge was removed or altered" in reasons(shop, mark)
+    assert "its link to network shop/default was removed or altered" in reasons(shop, mark)
     assert pinged(shop)
 
     mark = shop.events()[-1]["seq"]

@@ -113,7 +113,7 @@ def test_published_ports_answer_from_everywhere(agent: LiveAgent, free_port: Cal
     assert "hello from web" in ask("127.0.0.1", local)
     with udp_server(agent, "shop/dns"):
         agent.wait(lambda: ask_udp("127.0.0.1", udp) == b"ping", "it answers by UDP")
-    gateway = agent.instances("shop/web")[0]["addresses"]["bridge"].rpartition(".")[0] + ".1"
+    gateway = agent.instances("shop/web")[0]["addresses"]["shop/default"].rpartition(".")[0] + ".1"
     assert "hello" in ask(gateway, web)
     assert ask(gateway, local) == ""
     host = str(IPv4Network(subnets(agent)[-1])[1])
@@ -191,8 +191,8 @@ def test_addresses_stay_and_never_clash_across_restarts_of_the_agent(agent: Live
     agent.converge()
     after = {name: agent.instances(f"shop/{name}")[0]["addresses"] for name in names}
     assert {name: after[name] for name in before} == before
-    assert len({each["bridge"] for each in after.values()}) == len(names)
-    taken = after["c0"]["bridge"]
+    assert len({each["shop/default"] for each in after.values()}) == len(names)
+    taken = after["c0"]["shop/default"]
     agent.write("late.toml", f'[containers.web]{SLEEPER}networks = {{ bridge = {{ ipv4_address = "{taken}" }} }}')
     agent.sync()
     status = agent.wait_until(lambda now: taken in " ".join(now["blockers"]))

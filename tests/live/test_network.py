@@ -183,7 +183,7 @@ def test_endpoint_has_address_route_and_a_mac_that_goes_with_the_address(lab: La
     network = lab.make("shop/front")
     receipt = lab.attach("web", network)
     address = receipt.data["address"]
-    assert f"inet {address}/24" in inside(lab, "web", "address", "show", "eth0")
+    assert f"inet {address}/28" in inside(lab, "web", "address", "show", "eth0")
     assert f"default via {network.data['gateway']} dev eth0" in inside(lab, "web", "route")
     assert receipt.data["mac"] == "02:42:" + bytes(map(int, address.split("."))).hex(":")
     assert receipt.data["mac"] in inside(lab, "web", "link", "show", "eth0")
@@ -284,7 +284,7 @@ def test_second_network_adds_an_interface_and_leaves_the_way_out(lab: Lab) -> No
     lab.attach("web", front)
     second = replace(lab.want("web", back), interface="eth1", default_route=False)
     receipt = lab.endpoint.ensure(second)
-    assert f"inet {receipt.data['address']}/24" in inside(lab, "web", "address", "show", "eth1")
+    assert f"inet {receipt.data['address']}/28" in inside(lab, "web", "address", "show", "eth1")
     assert f"default via {front.data['gateway']} dev eth0" in inside(lab, "web", "route")
     assert {each.id for each in lab.endpoint.observe()} == {"web/shop/front", "web/shop/back"}
 
@@ -292,6 +292,45 @@ def test_second_network_adds_an_interface_and_leaves_the_way_out(lab: Lab) -> No
 def test_internal_network_gives_no_way_out(lab: Lab) -> None:
     lab.attach("db", lab.make("shop/back", internal=True))
     assert "default" not in inside(lab, "db", "route")
+
+
+def test_network_grows_in_place_and_its_containers_with_it(lab: Lab) -> None:
+    small = lab.network.ensure(NetworkWant(id="shop/front", hosts=6))
+    assert small.data["hosts"] == 13
+    web, api = lab.attach("web", small), lab.attach("api", small)
+    grown = lab.network.ensure(NetworkWant(id="shop/front", hosts=14))
+    assert grown.data["hosts"] == 29
+    assert (grown.data["interface"], grown.data["gateway"]) == (small.data["interface"], small.data["gateway"])
+    assert [each.data["subnet"] for each in lab.network.observe()] == [grown.data["subnet"]]
+    assert lab.network.ensure(NetworkWant(id="shop/front", hosts=14)) == grown
+    assert tcp(lab.host.netns("web"), 80, lab.host.netns("api"), web.data["address"], 80)
+    for name, before in (("web", web), ("api", api)):
+        assert lab.attach(name, grown) == replace(before, data={**before.data, "subnet": grown.data["subnet"]})
+        shown = inside(lab, name, "address", "show", "eth0")
+        assert (shown.count("inet "), f"inet {before.data['address']}/27" in shown) == (1, True)
+        assert f"default via {grown.data['gateway']} dev eth0" in inside(lab, name, "route")
+    gateway = lab.ip("address", "show", grown.data["interface"])
+    assert (gateway.count("inet "), f"inet {grown.data['gateway']}/27" in gateway) == (1, True)
+    far = grown.data["gateway"].removesuffix(".1") + ".30"
+    lab.attach("far", grown, ipv4_address=far)
+    assert tcp(lab.host.netns("far"), 80, lab.host.netns("web"), far, 80)
+
+
+def test_network_that_has_no_room_to_grow_says_what_is_in_its_way(lab: Lab) -> None:
+    small = lab.network.ensure(NetworkWant(id="shop/front"))
+    first = small.data["gateway"].rpartition(".")[0]
+    lab.make("shop/back", subnet=f"{first}.16/28")
+    with pytest.raises(Conflict, match=rf"has room for 13 and can't grow: {first}\.16/28 is of network 'shop/back'"):
+        lab.network.ensure(NetworkWant(id="shop/front", hosts=14))
+    assert [each.data for each in lab.network.observe() if each.id == "shop/front"] == [
+        {key: small.data[key] for key in ("interface", "subnet")}
+    ]
+
+
+def test_subnet_of_a_commit_that_is_too_small_for_its_containers_is_refused(lab: Lab) -> None:
+    subnet = f"{lab.host.pool.partition('/')[0]}/29"
+    with pytest.raises(WrongState, match="has room for 5 containers, 6 join it"):
+        lab.network.check(NetworkWant(id="shop/front", subnet=subnet, hosts=6))
 
 
 def test_two_hundred_endpoints_stand_side_by_side(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:

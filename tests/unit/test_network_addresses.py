@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from ipaddress import IPv4Network
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ import pytest
 from holdfast.drivers import EndpointWant, NetworkWant
 from holdfast.errors import Conflict, TryAgain, WrongState
 from holdfast.observed import Receipt
-from holdfast_plugins.network.addresses import REST, Ledger, first_free, parse_subnet
+from holdfast_plugins.network.addresses import REST, SMALLEST, Ledger, parse_subnet, place, prefixes, room
 from holdfast_plugins.network.none_host import BareEndpoint, BareNetwork
 
 SUBNET = IPv4Network("10.1.0.0/29")
 GATEWAY = "10.1.0.1"
+END = IPv4Network("10.210.0.0/28")
 LEASES = "networks/shop~front/leases"
 
 
@@ -258,13 +260,36 @@ def test_network_that_grows_keeps_its_leases(ledger: Ledger, tmp_path: Path) -> 
     assert take(Ledger(tmp_path), "shop/web/1") == mine
 
 
-def test_first_free_subnet_avoids_everything_that_overlaps() -> None:
-    taken = [IPv4Network("10.0.0.0/24"), IPv4Network("10.0.1.128/25"), IPv4Network("192.168.0.0/16")]
-    assert first_free(IPv4Network("10.0.0.0/16"), taken) == IPv4Network("10.0.2.0/24")
+def test_subnet_avoids_everything_that_overlaps() -> None:
+    taken = [IPv4Network("10.0.0.0/17"), IPv4Network("10.0.128.128/25"), IPv4Network("192.168.0.0/16")]
+    assert place(IPv4Network("10.0.0.0/16"), taken, 24) == IPv4Network("10.0.192.0/24")
 
 
 def test_exhausted_pool_has_none() -> None:
-    assert first_free(IPv4Network("10.0.0.0/24"), [IPv4Network("10.0.0.0/8")]) is None
+    assert place(IPv4Network("10.0.0.0/24"), [IPv4Network("10.0.0.0/8")], 28) is None
+
+
+def test_pool_that_is_smaller_than_a_subnet_is_one_subnet() -> None:
+    assert place(IPv4Network("10.0.0.0/29"), [], 28) == IPv4Network("10.0.0.0/29")
+
+
+def test_pool_holds_a_thousand_networks_that_have_room_to_grow() -> None:
+    pool = IPv4Network("10.209.0.0/16")
+    taken: list[IPv4Network] = []
+    for expected in (16, 17, 18, 18, 19):
+        taken.append(place(pool, taken, SMALLEST) or pool)
+        gap = min(int(b.network_address) - int(a.network_address) for a, b in pairwise(sorted([*taken, END])))
+        assert gap == 1 << (32 - expected)
+    while len(taken) < 1000:
+        taken.append(place(pool, taken, SMALLEST) or pool)
+    starts = sorted(int(each.network_address) for each in taken)
+    assert min(b - a for a, b in pairwise(starts)) == 64
+
+
+@pytest.mark.parametrize(("containers", "best"), [(0, 28), (1, 28), (6, 28), (7, 27), (14, 27), (15, 26), (100, 24)])
+def test_network_has_room_for_twice_as_many_containers_as_join_it(containers: int, best: int) -> None:
+    assert prefixes(containers)[0] == best
+    assert all(room(IPv4Network((0, prefix))) >= containers for prefix in prefixes(containers))
 
 
 @pytest.mark.parametrize("text", ["10.0.0.1/24", "10.0.0.0/31", "fd00::/64", "front"])

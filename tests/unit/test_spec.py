@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from holdfast.spec import App, Cache, Container, NodeFacts, Spec, json_schema, load, signal_number
 from holdfast.spec.authored import ContainerTable, StateFile
-from holdfast.spec.model import Attachment, Device, Mount, Port, RestartPolicy, Ulimit, digest_of
+from holdfast.spec.model import Attachment, Device, Mount, Network, Port, RestartPolicy, Ulimit, digest_of
 from holdfast.spec.resources import ResourcesTable
 from holdfast.tables import Table, duration, size, size_text
 
@@ -204,8 +205,52 @@ def test_networks_are_qualified(web: Container) -> None:
     }
 
 
-def test_a_container_without_networks_is_on_the_bridge() -> None:
-    assert container("").networks == {"bridge": Attachment()}
+def test_containers_without_networks_join_the_network_of_their_app() -> None:
+    app = load_one("[containers.web]\nimage = 'a'\n[containers.db]\nimage = 'b'\n")
+    assert [want.networks for want in app.containers.values()] == [{"shop/default": Attachment()}] * 2
+    assert app.networks == {"default": Network()}
+
+
+def test_default_network_of_an_app_may_be_defined_like_any_other() -> None:
+    app = load_one("[containers.web]\nimage = 'a'\n[networks.default]\ninternal = true\n")
+    assert app.containers["web"].networks == {"shop/default": Attachment()}
+    assert app.networks == {"default": Network(internal=True)}
+
+
+def test_app_has_no_default_network_when_no_container_joins_it() -> None:
+    app = load_one("[containers.web]\nimage = 'a'\nnetworks = ['front']\n[networks.front]\n")
+    assert app.networks == {"front": Network()}
+
+
+def test_an_app_or_the_node_may_ask_for_the_shared_bridge() -> None:
+    text = "[containers.web]\nimage = 'a'\n"
+    shared = load_one(f"[app]\nnetwork = 'bridge'\n{text}")
+    assert (shared.containers["web"].networks, shared.networks) == ({"bridge": Attachment()}, {})
+    facts = replace(NODE, network="bridge")
+    assert load_one(text, facts).containers["web"].networks == {"bridge": Attachment()}
+    own = load_one(f"[app]\nnetwork = 'default'\n{text}", facts)
+    assert own.containers["web"].networks == {"shop/default": Attachment()}
+
+
+def test_default_network_of_another_app_is_joined_by_its_name() -> None:
+    files = {
+        "shop.toml": b"[containers.web]\nimage = 'a'\nnetworks = ['default', 'base/default']\n",
+        "base.toml": b"[containers.db]\nimage = 'a'\n",
+    }
+    spec = load(files, NODE)
+    assert spec.problems == ()
+    assert list(spec.apps["shop"].containers["web"].networks) == ["shop/default", "base/default"]
+    files["base.toml"] = b"[app]\nnetwork = 'bridge'\n" + files["base.toml"]
+    (problem,) = load(files, NODE).problems
+    assert problem.message == (
+        "no network of app 'base' is called 'default' (expected [networks.default] in base.toml)"
+    )
+
+
+def load_one(text: str, facts: NodeFacts | None = None) -> App:
+    spec = load({"shop.toml": text.encode()}, facts or NODE)
+    assert spec.problems == ()
+    return spec.apps["shop"]
 
 
 def test_host_and_none_stay_as_they_are(shop: App) -> None:
@@ -307,7 +352,7 @@ def test_networks_and_volumes_keep_their_settings(shop: App) -> None:
 
 
 def test_what_is_not_said_is_the_models_default() -> None:
-    assert container("") == Container(image="a")
+    assert container("") == Container(image="a", networks={"shop/default": Attachment()})
 
 
 def test_an_app_goes_through_json_and_back(shop: App) -> None:

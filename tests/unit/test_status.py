@@ -62,6 +62,8 @@ def test_the_json_holds_what_the_api_promises() -> None:
     assert {"state", "generation", "reason", "revision", "containers"} <= found["apps"]["shop"].keys()
     run = found["apps"]["shop"]["containers"]["web"]["instances"][0]
     assert run["addresses"] == {"bridge": "10.209.0.2"}
+    own = status(*shop(addresses={"shop/default": "10.209.0.3"})).apps["shop"].containers["web"].instances[0]
+    assert own.addresses == {"shop/default": "10.209.0.3", "bridge": "10.209.0.3"}
     assert {
         "id",
         "pid",

@@ -218,8 +218,13 @@ def _altered(rig: Rig, instance: Instance, things: Things) -> Iterator[str]:
     for receipt in rig.store.owned(instance.id):
         if receipt.kind == "netns" and not _healthy(receipt, things):
             yield "its network namespace was unbound"
-        elif receipt.kind == "endpoint" and receipt.driver not in BARE and not _healthy(receipt, things):
-            yield f"its link to network {receipt.id.partition('/')[2]} was removed or altered"
+        elif receipt.kind == "endpoint" and receipt.driver not in BARE:
+            id = receipt.id.partition("/")[2]
+            network = rig.store.receipt("network", id)
+            if not _healthy(receipt, things):
+                yield f"its link to network {id} was removed or altered"
+            elif network and receipt.data.get("subnet", network.data.get("subnet")) != network.data.get("subnet"):
+                yield f"network {id} has grown to {network.data.get('subnet')}"
 
 
 def _healthy(receipt: Receipt, things: Things) -> bool:

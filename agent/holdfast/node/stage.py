@@ -294,5 +294,6 @@ def _check_network(rig: Rig, app: App, network: str) -> None:
     owner, _, name = network.rpartition("/")
     spec = app.networks[name] if owner == app.name else network_of(rig, network)
     standing = rig.store.receipt("network", network)
+    joining = sum(network in want.networks for want in app.containers.values())
     if standing is None or standing.data.get("want") != digest_of(spec.model_dump(mode="json")):
-        rig.plugins.driver("network", spec.driver).check(network_want(network, spec))
+        rig.plugins.driver("network", spec.driver).check(network_want(network, spec, joining))

@@ -248,10 +248,15 @@ def content_of(rig: Rig, app: App, mount: Mount) -> Path | None:
     return rig.content.path(digest)
 
 
-def network_want(network: str, spec: Network) -> NetworkWant:
-    """What a network driver is asked for."""
+def network_want(network: str, spec: Network, hosts: int) -> NetworkWant:
+    """What a network driver is asked for. hosts: how many containers join the network."""
     return NetworkWant(
-        id=network, subnet=spec.subnet, gateway=spec.gateway, internal=spec.internal, driver_opts=spec.driver_opts
+        id=network,
+        subnet=spec.subnet,
+        gateway=spec.gateway,
+        internal=spec.internal,
+        driver_opts=spec.driver_opts,
+        hosts=hosts,
     )
 
 

@@ -93,7 +93,7 @@ def _doubt(rig: Rig, id: InstanceId, target: str) -> None:
 def ensure_network(rig: Rig, action: EnsureNetwork) -> Json:
     """Make or mend a network; what it was made from is kept beside its receipt."""
     driver = rig.plugins.driver("network", action.spec.driver)
-    receipt = driver.ensure(network_want(action.network, action.spec))
+    receipt = driver.ensure(network_want(action.network, action.spec, action.hosts))
     want = digest_of(action.spec.model_dump(mode="json"))
     rig.store.put_receipt(replace(receipt, data={**receipt.data, "want": want}))
     enabled = receipt.data.get("enabled")

@@ -66,14 +66,15 @@ class StageGeneration(Action):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnsureNetwork(Action):
-    """Make a network, or mend it."""
+    """Make a network, mend it, or let it grow. hosts: how many containers join it."""
 
     network: str
     spec: Network
+    hosts: int = 0
 
     @property
     def tried(self) -> str:
-        return self.spec.digest
+        return f"{self.spec.digest} for {self.hosts}"
 
     @property
     def subject(self) -> str:

@@ -25,6 +25,7 @@ The rules, in the order in which they are applied:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from holdfast.observed import Generation, History, Hold, Instance, Observed, Receipt
@@ -65,6 +66,7 @@ def decide(spec: Spec | None, observed: Observed, history: History, now: float) 
     desk = Desk(observed, history, now)
     desk.targets = dict(_targets(spec, desk))
     desk.stays_for = _stays_for(desk)
+    desk.joining = Counter(_joined(desk))
     _orphans(desk)
     for app in _in_order({name: target.app.depends_on for name, target in desk.targets.items()}):
         _hold_app(app, desk)
@@ -490,24 +492,25 @@ def _missing_network(want: Container, desk: Desk, instance: Instance | None = No
             return f"waits for network {network} to be made anew"
         if desk.observed.networks[network].faults:
             return f"waits for network {network} to be mended"
+        if _too_small(network, desk) and f"network {network}" not in desk.history.failures:
+            return f"waits for network {network} to grow"
     return ""
 
 
 # -- networks ------------------------------------------------------------------------------------------------
 
 
+def _joined(desk: Desk) -> Iterator[str]:
+    """The networks of all containers that are wanted, each as often as one joins it; that of builds, if needed."""
+    if desk.builds or any(joins_network(each.app) for each in desk.targets.values()):
+        yield BUILD_NETWORK
+    for generation in desk.targets.values():
+        for container in generation.app.containers.values():
+            yield from (network for network in container.networks if network not in UNMANAGED)
+
+
 def _networks(desk: Desk) -> None:
-    wanted = (
-        {BUILD_NETWORK} if desk.builds or any(joins_network(each.app) for each in desk.targets.values()) else set()
-    )
-    wanted |= {
-        network
-        for generation in desk.targets.values()
-        for container in generation.app.containers.values()
-        for network in container.networks
-        if network not in UNMANAGED
-    }
-    for network in sorted(wanted):
+    for network, joining in sorted(desk.joining.items()):
         owner, state = _owner(network), desk.observed.networks.get(network)
         if state is not None and _outdated_network(network, desk):
             if not desk.users.get(network):
@@ -518,10 +521,22 @@ def _networks(desk: Desk) -> None:
             if defined is None:
                 desk.waiting[f"network {network}"] = f"{reason}, and no app in force defines it"
             else:
-                desk.offer(EnsureNetwork(app=owner, network=network, spec=defined, reason=reason))
-    for network in sorted(desk.observed.networks.keys() - wanted):
+                desk.offer(EnsureNetwork(app=owner, network=network, spec=defined, hosts=joining, reason=reason))
+        elif room := _too_small(network, desk):
+            defined = _defined(network, desk)
+            if defined is not None:
+                reason = f"it has room for {counted(room, 'container')}, and {joining} join it"
+                desk.offer(EnsureNetwork(app=owner, network=network, spec=defined, hosts=joining, reason=reason))
+    for network in sorted(desk.observed.networks.keys() - desk.joining.keys()):
         if not desk.users.get(network):
             desk.offer(RemoveNetwork(app=_owner(network), network=network, reason="nothing uses it"))
+
+
+def _too_small(network: str, desk: Desk) -> int:
+    """How many containers a network has room for, if more are to join it; 0 if there is room, or it can't grow."""
+    state = desk.observed.networks.get(network)
+    room = state.data.get("hosts") if state else None
+    return room if isinstance(room, int) and room < desk.joining.get(network, 0) else 0
 
 
 def _defined(network: str, desk: Desk) -> Network | None:

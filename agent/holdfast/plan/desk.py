@@ -27,6 +27,7 @@ class Desk:
     stays_for: Mapping[str, list[str]] = field(default_factory=dict)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     builds: bool = False  # whether an app is to be built that needs the network of builds
+    joining: Mapping[str, int] = field(default_factory=dict)  # network → how many containers are to join it
     outdated: set[str] = field(default_factory=set)  # containers that are about to be replaced
 
     def __post_init__(self) -> None:

@@ -66,11 +66,12 @@ def expect(world: World, action: Action, now: float) -> World:
     match action:
         case StageGeneration(spec=app, images=images):
             return World(observed, _staged(history, app, images, now))
-        case EnsureNetwork(network=network, spec=spec):
+        case EnsureNetwork(network=network, spec=spec, hosts=hosts):
             known = observed.networks.get(network)
-            state = NetworkState(
-                network, spec.driver, spec.digest, known.data if known else _guessed_link(network, spec)
-            )
+            data = dict(known.data) if known else _guessed_link(network, spec)
+            if data.get("hosts", hosts) < hosts:
+                data["hosts"] = hosts
+            state = NetworkState(network, spec.driver, spec.digest, data)
             return World(replace(observed, networks={**observed.networks, network: state}), history)
         case RemoveNetwork(network=network):
             return World(replace(observed, networks=_without(observed.networks, network)), history)

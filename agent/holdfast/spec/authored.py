@@ -66,6 +66,10 @@ class AppTable(Table):
     name: Annotated[Name | None, Field(description="default: the file's name without .toml")] = None
     depends_on: Annotated[list[Name], Field(description="apps that come up first")] = []
     when: Annotated[WhenTable, Field(description="absent: every node")] = WhenTable()
+    network: Annotated[
+        model.AppNetwork | None,
+        Field(description="what containers join that name no network: the app's own, or the shared bridge"),
+    ] = None
 
 
 class PortTable(Table):
@@ -357,7 +361,7 @@ class ContainerTable(Table):
     ports: list[Annotated[PortTable, _from(forms.port, PORT_FORM)]] = []
     networks: Annotated[
         Annotated[dict[Reference, AttachmentTable], Short(forms.named, (STRINGS,))] | None,
-        Field(description="absent: the node's default network, bridge"),
+        Field(description="absent: the app's own network, default"),
     ] = None
     volumes: list[Annotated[MountTable, _from(forms.volume, VOLUME_FORM)]] = []
     volumes_from: Annotated[
@@ -435,7 +439,7 @@ class ContainerTable(Table):
         if self.networks is None:
             return
         if not self.networks:
-            yield "networks", 'is empty (expected ["none"] for no network at all; absent: bridge)'
+            yield "networks", 'is empty (expected ["none"] for no network at all; absent: the app\'s own)'
         for alone in ("none", "host"):
             if alone not in self.networks:
                 continue
@@ -444,7 +448,10 @@ class ContainerTable(Table):
             if self.networks[alone] != AttachmentTable():
                 yield "networks", f"'{alone}' takes no settings (expected networks = [\"{alone}\"])"
             if self.ports:
-                yield "ports", f"can't be published from network '{alone}' (expected a network of its own, as bridge)"
+                yield (
+                    "ports",
+                    f"can't be published from network '{alone}' (expected a network with addresses, as default)",
+                )
         if "host" in self.networks:
             for key in self.sysctls:
                 if key.startswith("net."):

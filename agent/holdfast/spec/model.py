@@ -20,6 +20,9 @@ from pydantic import BaseModel, ConfigDict
 
 BUILTIN_NETWORKS = ("none", "host", "bridge")
 BUILD_NETWORK = "build"  # which builds join, and no container
+DEFAULT_NETWORK = "default"  # of an app: what its containers join that name no network
+
+AppNetwork = Literal["default", "bridge"]
 
 DEFAULT_PIDS = 2048  # processes and threads of a container that names no limit
 
@@ -281,7 +284,8 @@ class App(Frozen):
 
     path: the state file in the revision. files: every revision file that a container mounts → its digest (hex), as
     `digest_of_file` makes it.
-    networks and volumes are keyed by their short names; their qualified names are `app/name`.
+    networks and volumes are keyed by their short names; their qualified names are `app/name`. The network `default`
+    is there if a container joins it, whether the state file defines it or not.
     images: by qualified name, whatever app defines it, all that must be built for this app: what its containers
     run, what it pushes, and what these are built from.
     """
@@ -327,6 +331,8 @@ class NodeFacts:
     forbid: rules of agent.toml's [policy] that a state file may not break, as `spec.policy` names them.
     bind_roots: where bind mounts may come from; None means anywhere. cap_add: capabilities that every container gets
     besides, unless it drops them. subnets: the ranges that a network's subnet may be in.
+    network: what containers join that name none, in apps that do not say: a network of the app's own, or the bridge
+    that all such apps share.
     drivers: kind of driver (volume, network, policy) → the names that plugins offer; None where that is not known.
     """
 
@@ -339,6 +345,7 @@ class NodeFacts:
     cap_add: tuple[str, ...] = ()
     subnets: tuple[str, ...] = PRIVATE
     drivers: Mapping[str, frozenset[str]] | None = None
+    network: AppNetwork = "default"
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,8 @@ class Draft:
 
     def names(self, table: str) -> Iterable[str]:
         """What the file defines in a table of tables, faulty or not: what points there does not dangle."""
-        return names_in(self.document, table)
+        implied = self.app.networks if table == "networks" else ()
+        return dict.fromkeys((*names_in(self.document, table), *implied))
 
 
 def names_in(document: Document, table: str) -> Iterable[str]:
@@ -102,7 +103,7 @@ class _Resolver:
             path=self.path,
             depends_on=tuple(self.table.app.depends_on),
             containers={name: with_others(name, own) for name in own},
-            networks={n: model.Network.model_validate(t.model_dump()) for n, t in self.table.networks.items()},
+            networks=self.own_networks(own),
             volumes={n: model.Volume.model_validate(t.model_dump()) for n, t in self.table.volumes.items()},
         )
         when = model.When(nodes=tuple(self.table.app.when.nodes), labels=self.table.app.when.labels)
@@ -215,9 +216,16 @@ class _Resolver:
             return container
         return container.model_copy(update={"cap_add": tuple(dict.fromkeys((*container.cap_add, *given)))})
 
+    def own_networks(self, containers: Mapping[str, model.Container]) -> dict[str, model.Network]:
+        """What the file defines, and the default network if a container joins it."""
+        joined = {network for container in containers.values() for network in container.networks}
+        implied = {model.DEFAULT_NETWORK} if self.qualified(model.DEFAULT_NETWORK) in joined else set()
+        defined = {name: model.Network.model_validate(t.model_dump()) for name, t in self.table.networks.items()}
+        return dict.fromkeys(implied - set(names_in(self.document, "networks")), model.Network()) | defined
+
     def networks(self, at: KeyPath, table: ContainerTable) -> dict[str, model.Attachment]:
         if table.networks is None:
-            return {"bridge": model.Attachment()}
+            return {self.qualified(self.table.app.network or self.facts.network): model.Attachment()}
         return {
             self.qualified(network): model.Attachment(
                 aliases=tuple(given.aliases), ipv4_address=given.ipv4_address, mac_address=given.mac_address

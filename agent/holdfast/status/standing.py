@@ -38,7 +38,7 @@ from holdfast.observed import Exit, Failure, Finding, Generation, History, Hold,
 from holdfast.plan.actions import Action, MarkGood, Plan, StartInstance
 from holdfast.plan.reasons import left_alone
 from holdfast.plan.restart import verdict
-from holdfast.spec.model import App, Container, Spec
+from holdfast.spec.model import DEFAULT_NETWORK, App, Container, Spec
 
 AppState = Literal["removing", "invalid", "failed", "degraded", "changing", "waiting", "held", "converged"]
 ContainerState = Literal[
@@ -434,9 +434,16 @@ def _instance(instance: Instance, history: History) -> InstanceStatus:
         exit_code=ended.code if ended else None,
         signal=ended.signal if ended else None,
         oom=ended.oom if ended else False,
-        addresses=dict(instance.addresses),
+        addresses=_addresses(instance),
         started_at=instance.started_at,
         exited_at=ended.at if ended else None,
         warnings=instance.warnings,
         faults=instance.faults + instance.drifted,
     )
+
+
+def _addresses(instance: Instance) -> dict[str, str]:
+    """Network → address. That on the app's default network goes by `bridge`, too, where nothing else does: there
+    readers of the JSON found it when all apps shared the bridge."""
+    own = instance.addresses.get(f"{instance.app}/{DEFAULT_NETWORK}")
+    return {**instance.addresses, **({"bridge": own} if own and "bridge" not in instance.addresses else {})}

@@ -20,14 +20,16 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, NetmaskValueError
 from pathlib import Path
 
 from holdfast.errors import Conflict, TryAgain, WrongState
 
-SUBNET_PREFIX = 24
+SMALLEST = 28  # prefix of the smallest subnet that is taken from the pool: a gateway and 13 containers
+NOT_CONTAINERS = 3  # addresses of a subnet that no container has: the network's, the gateway's, the broadcast address
 REST = 30.0  # seconds that an address, or a subnet, stays unused before another owner gets it
 KEPT_GONE = 64  # removed networks whose subnets are remembered
 NOBODY = "-"
@@ -57,13 +59,59 @@ def parse_address(network: str, what: str, text: str, subnet: IPv4Network) -> IP
     return address
 
 
-def first_free(pool: IPv4Network, taken: Iterable[IPv4Network]) -> IPv4Network | None:
-    """The first subnet of the pool that overlaps none of those taken: a /24, or the whole of a smaller pool."""
-    others = [subnet for subnet in taken if subnet.overlaps(pool)]
-    for subnet in pool.subnets(new_prefix=max(SUBNET_PREFIX, pool.prefixlen)):
-        if not any(subnet.overlaps(other) for other in others):
-            return subnet
+def room(subnet: IPv4Network) -> int:
+    """How many containers a subnet has addresses for."""
+    return subnet.num_addresses - NOT_CONTAINERS
+
+
+def prefixes(containers: int) -> range:
+    """Prefix lengths for a network of so many containers, the best first.
+
+    That has room for twice as many: containers that get another name wait for no address to have rested.
+    """
+    widest = [32 - (count + NOT_CONTAINERS - 1).bit_length() for count in (2 * containers, containers)]
+    return range(min(SMALLEST, widest[0]), min(SMALLEST, widest[1]) + 1)
+
+
+def place(pool: IPv4Network, taken: Iterable[IPv4Network], prefix: int) -> IPv4Network | None:
+    """A free subnet of the pool, so that it and its neighbours have room to grow; all of a pool that is smaller.
+
+    The pool is halved again and again: 0, 1/2, 1/4, 3/4, 1/8, … So each network has as much room behind it as the
+    number of networks allows.
+    """
+    prefix = max(prefix, pool.prefixlen)
+    bits, size = prefix - pool.prefixlen, 1 << (32 - prefix)
+    used = _merged(taken)
+    starts = [first for first, _ in used]
+    for number in _halving(bits):
+        first = int(pool.network_address) + number * size
+        before = bisect_right(starts, first + size - 1) - 1
+        if before < 0 or used[before][1] < first:
+            return IPv4Network((first, prefix))
     return None
+
+
+def _halving(bits: int) -> Iterator[int]:
+    """Count to 2**bits with the bits of each number reversed: 0, 1/2, 1/4, 3/4, … of it."""
+    number = 0
+    for _ in range(1 << bits):
+        yield number
+        bit = 1 << bits >> 1
+        while number & bit:
+            number, bit = number ^ bit, bit >> 1
+        number |= bit
+
+
+def _merged(subnets: Iterable[IPv4Network]) -> list[tuple[int, int]]:
+    """The first and the last address of subnets, sorted and joined where they overlap."""
+    found: list[tuple[int, int]] = []
+    for first, length in sorted((int(each.network_address), each.prefixlen) for each in subnets):
+        last = first + (1 << (32 - length)) - 1
+        if found and first <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], last))
+        else:
+            found.append((first, last))
+    return found
 
 
 def still_resting(since: float, now: float) -> float:

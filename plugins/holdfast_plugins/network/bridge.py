@@ -21,10 +21,19 @@ from holdfast.drivers import EndpointWant, Host, NetworkWant
 from holdfast.errors import Conflict, HoldfastError, NotPermitted, TryAgain, UnfitHost, WrongState
 from holdfast.observed import Finding, Receipt
 from holdfast_plugins.network import flows, hostuse, ingress, messages, sysctls
-from holdfast_plugins.network.addresses import Ledger, first_free, parse_address, parse_subnet, waiting
+from holdfast_plugins.network.addresses import (
+    NOT_CONTAINERS,
+    Ledger,
+    parse_address,
+    parse_subnet,
+    place,
+    prefixes,
+    room,
+    waiting,
+)
 from holdfast_plugins.network.collisions import Collisions
 from holdfast_plugins.network.conntrack import Conntrack
-from holdfast_plugins.network.netlink import Link, Sockets, open_in
+from holdfast_plugins.network.netlink import Link, Netlink, Sockets, open_in
 
 MARK = "holdfast:"
 NETWORK, ENDPOINT, GONE = f"{MARK}network:", f"{MARK}endpoint:", f"{MARK}gone:"
@@ -60,6 +69,11 @@ class BridgeNetwork:
         _secured(want)
         subnet = self._subnet(want)
         _gateway(want, subnet)
+        if want.subnet and want.hosts > room(subnet):
+            raise WrongState(
+                f"network '{want.id}': subnet '{want.subnet}': has room for {room(subnet)} containers,"
+                f" {want.hosts} join it (a larger subnet)"
+            )
         self._refuse_overlap(want, subnet)
 
     def ensure(self, want: NetworkWant) -> Receipt:
@@ -73,7 +87,8 @@ class BridgeNetwork:
             alias = self._alias(want.id)
             if link is not None and link.alias != alias:  # as an earlier version has marked it
                 _sockets.host.request(messages.link_alias(link.index, alias))
-            if link is not None and self.ledger.subnet(want.id) != subnet:
+            before = self.ledger.subnet(want.id)
+            if link is not None and (before is None or not before.subnet_of(subnet)):
                 _delete(link, f"renumber network '{want.id}'")
                 link = None
             if link is None:
@@ -93,6 +108,8 @@ class BridgeNetwork:
             "internal": want.internal,
             "mtu": mtu,
         }
+        if not want.subnet:
+            data["hosts"] = room(subnet)
         if not secured:
             data["port_security"] = "off"
         if self.ledger.noted_forwarding(want.id):
@@ -164,13 +181,37 @@ class BridgeNetwork:
         if want.subnet:
             return parse_subnet(want.id, want.subnet)
         kept = self.ledger.subnet(want.id)
-        if kept is None or (want.id in self.ledger.resting() and not self._still_free(want.id, kept)):
+        gone = want.id in self.ledger.resting()
+        if kept is None or (gone and (want.hosts > room(kept) or self._in_the_way(want.id, kept))):
             return self._choose(want)
-        return kept
+        return kept if want.hosts <= room(kept) else self._grown(want, kept)
 
-    def _still_free(self, id: str, subnet: IPv4Network) -> bool:
-        taken = (*self.ledger.subnets().values(), *(other for _, other in self._foreign(id)))
-        return subnet.subnet_of(IPv4Network(self._host.pool)) and not any(subnet.overlaps(each) for each in taken)
+    def _grown(self, want: NetworkWant, subnet: IPv4Network) -> IPv4Network:
+        """A wider subnet that begins at the same address; raise Conflict where there is no room for it."""
+        obstacle = f"it does not begin at a multiple of {want.hosts + NOT_CONTAINERS} addresses"
+        for prefix in prefixes(want.hosts):
+            wider = subnet.supernet(new_prefix=min(prefix, subnet.prefixlen))
+            if wider.network_address == subnet.network_address:
+                obstacle = self._in_the_way(want.id, wider)
+                if not obstacle:
+                    return wider
+        raise Conflict(
+            f"network '{want.id}': {want.hosts} containers join it, its subnet {subnet} has room for {room(subnet)}"
+            f' and can\'t grow: {obstacle} (subnet = "…" in its table)'
+        )
+
+    def _in_the_way(self, id: str, subnet: IPv4Network) -> str:
+        """What keeps a network from having a subnet of the pool, "" if nothing does."""
+        if not subnet.subnet_of(IPv4Network(self._host.pool)):
+            return f"{subnet} is not within the pool {self._host.pool}"
+        others = ((f"network '{key}'", other) for key, other in self.ledger.subnets().items() if key != id)
+        resting = (
+            (f"network '{key}'", other) for key, (other, left) in self.ledger.resting().items() if left and key != id
+        )
+        for holder, taken in (*others, *resting, *self._foreign(id)):
+            if subnet.overlaps(taken):
+                return f"{taken} is of {holder}"
+        return ""
 
     def _make_way(self, id: str, subnet: IPv4Network) -> None:
         """Cut the flows to addresses that other networks had before, unless the subnet is the network's own."""
@@ -182,8 +223,8 @@ class BridgeNetwork:
 
     def _choose(self, want: NetworkWant) -> IPv4Network:
         """A subnet of the pool that no network ever had, else the one that has rested longest."""
-        used = (*self._foreign(want.id), *hostuse.of_resolver())
-        taken = [*self.ledger.subnets().values(), *(subnet for _, subnet in used)]
+        hosts_own = (*self._foreign(want.id), *hostuse.of_resolver())
+        taken = [*self.ledger.subnets().values(), *(subnet for _, subnet in hosts_own)]
         if want.gateway:  # a gateway alone does not say how wide its subnet is
             raise WrongState(
                 f"network '{want.id}': gateway '{want.gateway}': has no subnet (subnet = \"…\" beside it)"
@@ -191,9 +232,11 @@ class BridgeNetwork:
         resting = self.ledger.resting()
         pool = IPv4Network(self._host.pool)
         while True:
-            chosen = first_free(pool, [*taken, *(subnet for subnet, _ in resting.values())])
-            if chosen is not None:
-                return chosen
+            used = [*taken, *(subnet for subnet, _ in resting.values())]
+            for prefix in prefixes(want.hosts):
+                chosen = place(pool, used, prefix)
+                if chosen is not None and want.hosts <= room(chosen):
+                    return chosen
             if not resting:
                 raise Conflict(f"network '{want.id}': no subnet is left in pool {pool} (a larger [network] pool)")
             subnet, seconds = resting.pop(next(iter(resting)))
@@ -225,6 +268,8 @@ class BridgeNetwork:
             assert link is not None, name
         sysctls.write(name, sysctls.GATEWAY)
         wanted = [messages.address(link.index, str(gateway), subnet.prefixlen, str(subnet.broadcast_address))]
+        if link.up:
+            wanted += _without_others(host, link.index, str(gateway), subnet)
         if link.mtu != mtu:
             wanted.append(messages.link_mtu(name, mtu))
         host.request(*wanted, messages.link_up(name))
@@ -270,7 +315,13 @@ class BridgeEndpoint:
             self._number(want, name, mac, address, subnet, gateway)
         except OSError as error:
             raise _explained(error, f"attach '{want.instance}' to network '{want.network.id}'") from error
-        data = {"address": address, "interface": want.interface, "host_interface": name, "mac": mac}
+        data = {
+            "address": address,
+            "subnet": str(subnet),
+            "interface": want.interface,
+            "host_interface": name,
+            "mac": mac,
+        }
         return Receipt("endpoint", self.name, f"{want.instance}/{want.network.id}", want.instance, data)
 
     def observe(self) -> Iterable[Receipt]:
@@ -376,18 +427,27 @@ class BridgeEndpoint:
             if link is None:
                 raise OSError(errno.ENODEV, f"no '{want.interface}' in its namespace")
             wanted = [] if link.up else [messages.link_up(want.interface)]
+            former = _without_others(inside, link.index, address, subnet) if link.up else []
             if link.mac != mac:
                 wanted.append(messages.link_mac(want.interface, mac))
             wanted.append(messages.address(link.index, address, subnet.prefixlen, str(subnet.broadcast_address)))
             if want.default_route and not want.network.data["internal"]:
                 wanted.append(messages.default_route(link.index, gateway))
-            inside.request(*wanted)
+            inside.request(*wanted, *former)
 
 
 def _observed_endpoint(link: Link, *, guarded: bool) -> Receipt:
     id = link.alias.removeprefix(ENDPOINT)
     data = {"host_interface": link.name} if link.up and link.master and guarded else {}
     return Receipt("endpoint", "bridge", id, id.partition("/")[0], data)
+
+
+def _without_others(netlink: Netlink, index: int, address: str, subnet: IPv4Network) -> list[bytes]:
+    """What takes an address off a link with every other prefix: those of a subnet that has grown since."""
+    widths = {
+        other.prefixlen for link, other in netlink.addresses() if link == index and IPv4Address(address) in other
+    }
+    return [messages.no_address(index, address, width) for width in sorted(widths - {subnet.prefixlen})]
 
 
 def _our_links(host: Host, kind: str) -> list[Link]:

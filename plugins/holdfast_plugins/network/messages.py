@@ -14,7 +14,7 @@ from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
-RTM_NEWLINK, RTM_DELLINK, RTM_SETLINK, RTM_NEWADDR, RTM_NEWROUTE = 16, 17, 19, 20, 24
+RTM_NEWLINK, RTM_DELLINK, RTM_SETLINK, RTM_NEWADDR, RTM_DELADDR, RTM_NEWROUTE = 16, 17, 19, 20, 21, 24
 CREATE, REPLACE, EXCL = 0x400, 0x100, 0x200
 AF_INET, AF_BRIDGE, IFLA_PROTINFO = 2, 7, 12
 IFF_UP = 0x1
@@ -100,6 +100,14 @@ def address(index: int, ip: str, prefix: int, broadcast: str) -> bytes:
     message["family"], message["prefixlen"], message["index"] = AF_INET, prefix, index
     message["attrs"] = [("IFA_LOCAL", ip), ("IFA_ADDRESS", ip), ("IFA_BROADCAST", broadcast)]
     return _encode(message, RTM_NEWADDR, CREATE | REPLACE)
+
+
+def no_address(index: int, ip: str, prefix: int) -> bytes:
+    """Take an address off a link; that very prefix, for a link may have it with several."""
+    message = ifaddrmsg()
+    message["family"], message["prefixlen"], message["index"] = AF_INET, prefix, index
+    message["attrs"] = [("IFA_LOCAL", ip)]
+    return _encode(message, RTM_DELADDR, 0)
 
 
 def default_route(index: int, gateway: str) -> bytes:
