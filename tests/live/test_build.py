@@ -638,6 +638,7 @@ def test_what_an_app_builds_waits_for_no_other_app(workshop: Workshop) -> None:
         slow = pool.submit(workshop.build, shop(BUSYBOX + "RUN echo begun; sleep 1000\n"))
         wait_until(lambda: any("begun" in message for *_, message in workshop.told), "the step runs")
         workshop.build(files, "other/quick")
+        workshop.store.prune()
         assert not slow.done()
         assert [each["image"] for each in workshop.builder.look()] == ["images.shop/web"]
         workshop.builder.close()

@@ -42,8 +42,9 @@ def stage_generation(rig: Rig, action: StageGeneration, blobs: Mapping[str, byte
     app = action.spec
     _store_files(rig, app, blobs)
     checks = _Checks()
+    made = build_images(rig, app, blobs, checks)  # which may take an hour: prune works meanwhile
     with rig.images.keep():  # what is fetched here counts as used by nobody until the generation is written down
-        images = build_images(rig, app, blobs, checks)
+        images = {name: _still_here(rig, name, digest) for name, digest in made.items()}
         images |= fetch_images(rig, app, action.images, checks)
         volumes = declared_volumes(rig, app, images)
         for name in images:
@@ -123,6 +124,14 @@ def build_images(rig: Rig, app: App, blobs: Mapping[str, bytes], checks: _Checks
         with checks.of(""):  # what is raised names the image
             images.update(dict.fromkeys(names, rig.builder.build(image, app.images, blobs).digest))
     return images
+
+
+def _still_here(rig: Rig, container: str, digest: str) -> str:
+    """The digest, unless somebody has taken the image away since it was built."""
+    try:
+        return rig.images.get(digest).digest
+    except NotFound as error:
+        raise TryAgain(f"the image of '{container}' was built, and removed meanwhile") from error
 
 
 def fetch_images(rig: Rig, app: App, newer: Mapping[str, str], checks: _Checks) -> dict[str, str]:
