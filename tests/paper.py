@@ -165,6 +165,8 @@ class PaperAgent:
         return dict(self.volumes()[0])
 
     def remove_volume(self, id: str, force: bool = False) -> None:
+        if id not in {each["id"] for each in self.volumes()}:
+            raise NotFound(f"volume '{id}': there is no such volume (see 'holdfast volume list')")
         if not force:
             raise Conflict(f"remove volume '{id}': shop/web has it mounted (stop that first)")
 

@@ -97,7 +97,7 @@ def apply_once(config: Config, timeout: float, show: Callable[[Sequence[Json]], 
         source = make_source(config.state, config.root, debounce=config.debounce)
         with contextlib.suppress(HoldfastError):  # the status says why; what is here is converged to
             source.refresh()
-        reconciler = Reconciler(node, source, config, node.rig.plugins.names())
+        reconciler = Reconciler(node, source, config, node.rig.plugins.names(), node.in_force)
         while True:
             slot.clear()
             made = reconciler.run(deep=True)
@@ -188,7 +188,7 @@ class Offline(Answers):
         super().__init__(node.rig)
         self._refused = refused
         source = make_source(config.state, config.root, debounce=config.debounce)
-        self._reconciler = Reconciler(node, source, config, node.rig.plugins.names())
+        self._reconciler = Reconciler(node, source, config, node.rig.plugins.names(), node.in_force)
         self._node = node
 
     def status(self) -> Json:
@@ -310,7 +310,7 @@ class Daemon(Answers):
         super().__init__(node.rig)
         self._config, self._path, self._node = config, path, node
         source = make_source(config.state, config.root, debounce=config.debounce)
-        self._reconciler = Reconciler(node, source, config, node.rig.plugins.names())
+        self._reconciler = Reconciler(node, source, config, node.rig.plugins.names(), node.in_force)
         self._last: Pass | None = None
         self._begun = self._done = 0  # passes
         self._passer = ThreadPoolExecutor(1, "pass")  # of its own: answers that block must not hold up a pass

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
@@ -23,7 +23,7 @@ from holdfast.observed import History, Json, Observed
 from holdfast.plan import Plan, decide, preview
 from holdfast.plan.reasons import left_alone
 from holdfast.source import Revision, Source
-from holdfast.spec import Cache, NodeFacts, Spec, load
+from holdfast.spec import App, Cache, NodeFacts, Spec, load
 from holdfast.status import Status, make_status, plan_json
 
 
@@ -59,10 +59,16 @@ class Reconciler:
     """Makes passes. Keeps what need not be read twice: the spec of the newest readable revision, and its files'."""
 
     def __init__(
-        self, node: Node, source: Source, config: Config, drivers: Mapping[str, frozenset[str]] | None = None
+        self,
+        node: Node,
+        source: Source,
+        config: Config,
+        drivers: Mapping[str, frozenset[str]] | None = None,
+        in_force: Callable[[], Mapping[str, App]] = dict,
     ) -> None:
-        """drivers: those that state files may name, by kind (`NodeFacts`)."""
-        self.node, self.source, self.config, self._drivers = node, source, config, drivers
+        """drivers: what state files may name, by kind (`NodeFacts`). in_force: says what the node has (`load`)."""
+        self.node, self.source, self.config = node, source, config
+        self._drivers, self._in_force = drivers, in_force
         self._cache = Cache()
         self._revision: Revision | None = None
         self._spec: Spec | None = None
@@ -147,6 +153,7 @@ class Reconciler:
             cache=cache,
             executable=revision.executable,
             left_out=revision.left_out,
+            in_force=self._in_force(),
         )
 
     def _facts(self) -> NodeFacts:

@@ -17,15 +17,16 @@ from typing import Any
 import click
 import pytest
 
-from holdfast.cli import main
+from holdfast.cli import main, render
 from holdfast.cli.checkup import overlay
 from holdfast.cli.command import places
 from holdfast.cli.render import ago, pairs, size, span
-from holdfast.cli.since import moment
+from holdfast.cli.since import moment, seconds
 from holdfast.cli.state import app_reason, hopeless, kind_of, show_apps, show_status
 from holdfast.config import load_config
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
 from holdfast.plan.actions import Plan, StartInstance
+from holdfast.testing import temporary_host
 from paper import PaperAgent, served
 
 Run = Callable[..., int]
@@ -34,7 +35,8 @@ Run = Callable[..., int]
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "agent.toml"
-    path.write_text(f'root = "{tmp_path}"\nrun_root = "{tmp_path}"\n')
+    name = temporary_host(tmp_path).name  # of its own: another test may use the default's
+    path.write_text(f'name = "{name}"\nroot = "{tmp_path}"\nrun_root = "{tmp_path}"\n')
     return path
 
 
@@ -374,7 +376,7 @@ def test_a_reader_that_goes_away_gets_no_traceback(agent: PaperAgent, config: Pa
         check=False,
     )
     os.close(writer)
-    assert (done.returncode, done.stderr) == (1, b"")
+    assert (done.returncode, done.stderr.decode()) == (1, "")
 
 
 def test_status_loads_no_heavy_library(agent: PaperAgent, config: Path) -> None:
@@ -554,3 +556,50 @@ def test_lines_of_the_log_have_a_time_unless_the_journal_adds_one(to_journal: bo
     line = (tmp_path / "log").read_text()
     assert "begun" in line
     assert bool(re.match(r"\d{4}-", line)) is not to_journal
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("30", 30.0), ("30s", 30.0), ("1m30s", 90.0), ("500ms", 0.5), ("2h", 7200.0)]
+)
+def test_a_timeout_is_written_as_in_state_files(text: str, expected: float) -> None:
+    assert seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "s", "-1", "nan", "inf", "5 apples"])
+def test_what_is_no_timeout_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        seconds(text)
+
+
+def test_sizes_are_never_printed_with_an_exponent() -> None:
+    for power in range(1, 52):
+        for count in ((1 << power) - 1, 1 << power, 999 << (power // 10 * 10), 1023 << (power // 10 * 10)):
+            assert "e" not in size(count).removesuffix("iB"), count
+
+
+def test_a_table_that_is_too_wide_is_folded_between_words_and_then_between_columns(
+    monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]
+) -> None:
+    head = ["NAME", "PORTS", "IMAGE"]
+    rows = [["shop/web", "8080:80 127.0.0.1:9090:9090", "registry.example:5000/shop/web:1.27 (0123456789ab)"]]
+    for columns in (40, 60, 80):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        render.table(head, rows)
+        lines = said().splitlines()
+        assert max(map(len, lines)) <= columns
+        words = " ".join(lines).split()
+        assert {"8080:80", "127.0.0.1:9090:9090", "registry.example:5000/shop/web:1.27"} <= set(words)
+
+
+def test_a_volume_that_is_not_there_is_named_whatever_its_name(
+    run: Run, agent: PaperAgent, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("x", "shop/x", "a/b/c"):
+        assert run("volume", "rm", name) == 64
+        assert "/v1" not in capsys.readouterr().err
+
+
+def test_the_list_of_commands_cuts_no_sentence(run: Run, said: Callable[[], str]) -> None:
+    run("--help")
+    run("image", "--help")
+    assert "..." not in said().replace("COMMAND [ARGS]...", "")

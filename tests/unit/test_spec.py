@@ -644,3 +644,39 @@ def test_yaml_files_that_nobody_mounts_are_named() -> None:
     }
     (hint,) = load(files, NodeFacts("node")).hints
     assert hint.startswith("compose.yaml: this is YAML")
+
+
+CLASH = b'[containers.web]\nimage = "shop/web:1"\nports = ["8080:80"]\n'
+
+
+def test_of_two_that_want_one_port_the_newcomer_is_refused() -> None:
+    here = load({"zebra.toml": CLASH}, NodeFacts(name="node")).apps
+    both = {"ant.toml": CLASH, "zebra.toml": CLASH}
+    assert load(both, NodeFacts(name="node")).broken == {"zebra.toml": "zebra"}
+    assert load(both, NodeFacts(name="node"), in_force=here).broken == {"ant.toml": "ant"}
+
+
+def test_an_app_that_wants_one_more_port_keeps_the_one_it_has() -> None:
+    here = load({"zebra.toml": CLASH}, NodeFacts(name="node")).apps
+    more = CLASH.replace(b'"8080:80"', b'"8080:80", "9090:90"')
+    spec = load({"ant.toml": CLASH, "zebra.toml": more}, NodeFacts(name="node"), in_force=here)
+    assert spec.broken == {"ant.toml": "ant"}
+
+
+def test_a_driver_that_no_plugin_offers_is_refused_where_that_is_known() -> None:
+    files = {
+        "shop.toml": b'[containers.web]\nimage = "a:1"\nresources = { policy = ["limits", "quota"] }\n'
+        b'[volumes.data]\ndriver = "manged"\n[networks.front]\ndriver = "macvlan"\n'
+    }
+    assert not load(files, NodeFacts(name="node")).problems
+    drivers = {
+        kind: frozenset(names)
+        for kind, names in {"volume": ["managed"], "network": ["bridge"], "policy": ["limits"]}.items()
+    }
+    lines = [str(problem) for problem in load(files, NodeFacts(name="node", drivers=drivers)).problems]
+    none, hint = "no plugin offers the", "or its plugin to be installed)"
+    assert lines == [
+        f"shop.toml:3: containers.web.resources.policy[1]: {none} policy driver 'quota' (expected limits, {hint}",
+        f"shop.toml:5: volumes.data.driver: {none} volume driver 'manged' (did you mean 'managed'?)",
+        f"shop.toml:7: networks.front.driver: {none} network driver 'macvlan' (expected bridge, {hint}",
+    ]

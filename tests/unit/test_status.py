@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from holdfast.observed import Exit, Failure, Finding, History, Hold, InstanceId, Observed, Receipt
+from holdfast.plan import decide
 from holdfast.plan.actions import (
     Change,
     Plan,
@@ -312,3 +313,9 @@ def test_a_container_that_waits_after_a_reboot_says_for_what_as_the_plan_does() 
     found = status(web, api, plan=Plan(waiting={"shop/web": "waits for network shop/front"}))
     shown = found.apps["shop"].containers["web"]
     assert (shown.state, shown.reason) == ("waiting", "waits for network shop/front")
+
+
+def test_a_start_that_is_under_way_is_not_called_interrupted() -> None:
+    begun = Observed(instances=shop(phase="creating", pid=None), busy=frozenset({"shop/web"}))
+    plan = decide(spec(SHOP), begun, history(good(SHOP)), NOW)
+    assert not [action for action in plan.actions if action.subject == "shop/web"]

@@ -316,10 +316,10 @@ ROUTES = [
     web.get("/v1/stats", answer(lambda agent, _: agent.stats())),
     web.get("/v1/volumes", answer(lambda agent, _: agent.volumes())),
     web.post("/v1/volumes/prune", answer(lambda agent, _: agent.prune_volumes())),
-    web.get("/v1/volumes/{app}/{name}", answer(lambda agent, request: agent.volume(target_of(request)))),
+    web.get("/v1/volumes/{id:.*}", answer(lambda agent, request: agent.volume(request.match_info["id"]))),
     web.delete(
-        "/v1/volumes/{app}/{name}",
-        answer(lambda agent, request: agent.remove_volume(target_of(request), "force" in request.query)),
+        "/v1/volumes/{id:.*}",
+        answer(lambda agent, request: agent.remove_volume(request.match_info["id"], "force" in request.query)),
     ),
     web.get("/v1/networks", answer(lambda agent, _: agent.networks())),
     web.get("/v1/networks/{id:.+}", answer(lambda agent, request: agent.network(request.match_info["id"]))),

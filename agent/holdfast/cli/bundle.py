@@ -19,6 +19,7 @@ from holdfast.cli.bars import bars
 from holdfast.cli.check import counted
 from holdfast.cli.client import Client
 from holdfast.cli.command import Group, agent_client, client, json_option, reach, settings
+from holdfast.cli.since import Seconds
 from holdfast.cli.state import BEAT, PATIENCE, converge, headline, kind_of
 from holdfast.errors import HoldfastError, NotPermitted, UnfitHost, WrongCall, WrongState
 
@@ -268,7 +269,7 @@ def inspect(file: Path, json_: bool) -> None:
 )
 @click.option("--images-only", is_flag=True, help="Take in the images and leave the state as it is.")
 @click.option("--wait", is_flag=True, help="Wait until the node is converged.")
-@click.option("--timeout", type=float, default=PATIENCE, show_default=True, help="Seconds to wait at most.")
+@click.option("--timeout", type=Seconds(), default=PATIENCE, show_default="5m", help="How long to wait at most.")
 def load(file: Path, state: Path | None, images_only: bool, wait: bool, timeout: float) -> None:
     """Take in the images of a bundle, then make its files the state of this node.
 

@@ -36,6 +36,10 @@ class Command(click.Command):
         super().__init__(*args, **kwargs)
         self.params.append(config_option())
 
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """The first sentence, whole: the list of commands folds it."""
+        return super().get_short_help_str(1000)
+
 
 ALIASES = {"ls": "list", "rm": "remove"}  # in no help: docker has them
 
@@ -52,6 +56,10 @@ class Group(click.Group):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params.append(config_option())
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """The first sentence, whole: the list of commands folds it."""
+        return super().get_short_help_str(1000)
 
 
 def config_option() -> click.Option:

@@ -24,7 +24,7 @@ from holdfast.cli.command import (
     resolve_all,
     target_argument,
 )
-from holdfast.cli.since import Moment
+from holdfast.cli.since import Moment, Seconds
 from holdfast.errors import NotPermitted, TryAgain, WrongCall
 
 Json = Mapping[str, Any]
@@ -146,7 +146,7 @@ def holding(verb: str, text: str, reached: Callable[[Json, frozenset[str]], bool
 
     @command(verb, help=text)
     @target_argument()
-    @click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds to wait at most.")
+    @click.option("--timeout", type=Seconds(), default=60.0, show_default="60s", help="How long to wait at most.")
     @click.option("--no-wait", is_flag=True, help="Only ask.")
     def act(target: str, timeout: float, no_wait: bool) -> None:
         agent = client()

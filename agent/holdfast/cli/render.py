@@ -9,6 +9,7 @@ sequences; `echo` shows them escaped, all but the colours that `paint` gave. Nob
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
 from itertools import chain, repeat
 
@@ -106,23 +108,55 @@ def width() -> int | None:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[Sequence[str]] = ()) -> None:
     """Print rows under a head, each followed by its notes.
 
-    Columns are as wide as their cells, a column without any is left out, and the last one is folded at the
-    terminal's edge.
+    Columns are as wide as their cells, and one without any is left out. On a terminal that is narrower, cells are
+    folded between words, the widest column first; columns that still find no room follow below their row, by name.
     """
     if not rows:
         return
+    rows = [[plain(cell) for cell in row] for row in rows]
     kept = [column for column in range(len(head)) if any(row[column] for row in rows)]
-    cells = ([plain(row[column]) for column in kept] for row in rows)
-    lines = [[paint(head[column], QUIET) for column in kept], *cells]
-    widths = [max(len(_bare(line[place])) for line in lines) for place in range(len(kept))]
-    left = sum(widths[:-1]) + 2 * (len(kept) - 1)
-    limit = width()
-    for line, remarks in zip(lines, chain([()], notes, repeat(())), strict=False):
-        start = "".join(_padded(cell, size) + "  " for cell, size in zip(line, widths[:-1], strict=False))
-        for number, part in enumerate(_folded(line[-1], limit - left if limit else None)):
-            echo(((start if number == 0 else " " * left) + part).rstrip())
-        for remark in filter(None, remarks):
+    limit, below = width(), list[int]()
+    widths = _widths(head, rows, kept, limit)
+    while limit and sum(widths) + 2 * (len(kept) - 1) > limit and len(kept) > 1:
+        below.insert(0, kept.pop())
+        widths = _widths(head, rows, kept, limit)
+    _print_row([paint(head[column], QUIET) for column in kept], widths)
+    for row, remarks in zip(rows, chain(notes, repeat(())), strict=False):
+        _print_row([row[column] for column in kept], widths)
+        moved = [f"{head[column].lower()}: {row[column]}" for column in below if row[column]]
+        for remark in filter(None, [*moved, *remarks]):
             note(remark, indent=4)
+
+
+def _widths(head: Sequence[str], rows: Sequence[Sequence[str]], kept: Sequence[int], limit: int | None) -> list[int]:
+    """How wide each column is, so that all of them fit if words may go on lines of their own."""
+    columns = [[head[column], *(_bare(row[column]) for row in rows)] for column in kept]
+    widths = [max(map(len, cells)) for cells in columns]
+    least = [max(len(word) for cell in cells for word in cell.split(" ")) for cells in columns]
+    while limit and (over := sum(widths) + 2 * (len(kept) - 1) - limit) > 0:
+        widest = max(range(len(kept)), key=lambda place: widths[place] - least[place])
+        if widths[widest] == least[widest]:
+            break
+        widths[widest] = max(least[widest], widths[widest] - over)
+    return widths
+
+
+def _print_row(cells: Sequence[str], widths: Sequence[int]) -> None:
+    """Print one row, on as many lines as its cells take."""
+    folded = [_wrapped(cell, size) for cell, size in zip(cells, widths, strict=True)]
+    for line in range(max(map(len, folded))):
+        parts = (each[line] if line < len(each) else "" for each in folded)
+        echo("  ".join(_padded(part, size) for part, size in zip(parts, widths, strict=True)).rstrip())
+
+
+def _wrapped(cell: str, size: int) -> list[str]:
+    text = _bare(cell)
+    if len(text) <= size:
+        return [cell]
+    indent = " " * (len(text) - len(text.lstrip()))
+    return textwrap.wrap(
+        text, size, break_long_words=False, break_on_hyphens=False, drop_whitespace=True, subsequent_indent=indent
+    ) or [""]
 
 
 def note(text: str, indent: int = 0, colour: str | None = QUIET) -> None:
@@ -132,10 +166,27 @@ def note(text: str, indent: int = 0, colour: str | None = QUIET) -> None:
         echo(" " * indent + paint(part, colour))
 
 
-def clear() -> None:
-    """Empty the terminal, if there is one."""
-    if sys.stdout.isatty():
-        click.echo("\x1b[H\x1b[2J", nl=False)
+class _Page(io.StringIO):
+    """What is to be shown on a terminal at once."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@contextmanager
+def screen() -> Iterator[None]:
+    """Show what is printed meanwhile instead of what the terminal shows, as far as it fits."""
+    if not sys.stdout.isatty():
+        yield
+        return
+    page = _Page()
+    with redirect_stdout(page):
+        yield
+    lines, room = page.getvalue().splitlines(), shutil.get_terminal_size().lines - 1
+    if len(lines) > room:
+        left = len(lines) - room + 1
+        lines = [*lines[: room - 1], terminal(paint(f"… {left} more lines", QUIET))]
+    click.echo("\x1b[H\x1b[2J" + "\n".join(lines))
 
 
 def _padded(cell: str, size: int) -> str:
@@ -171,11 +222,13 @@ def size(count: float | None) -> str:
     """A number of bytes with a binary unit: 512B, 1.5KiB, 10MiB."""
     if count is None:
         return ""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.3g}{unit}"
+    if count < 1024:
+        return f"{count:.0f}B"
+    for unit in ("KiB", "MiB", "GiB"):
         count /= 1024
-    return f"{count:.3g}TiB"
+        if count < 999.5:  # what rounds to 1,000 would be printed as 1e+03
+            return f"{count:.3g}{unit}"
+    return f"{count / 1024:.3g}TiB" if count < 999.5 * 1024 else f"{count / 1024:.0f}TiB"
 
 
 def clock(at: float) -> str:

@@ -1,7 +1,8 @@
-"""`10m` or `2026-11-21T07:30:00` → seconds since the epoch: the argument of --since."""
+"""`10m` or `2026-11-21T07:30:00` → seconds: the arguments of --timeout, --since and --until."""
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from datetime import datetime
@@ -10,6 +11,30 @@ import click
 
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 SPAN = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+
+
+class Seconds(click.ParamType[float]):
+    """A duration as state files write it, or a number of seconds: 30s, 1m30s, 30."""
+
+    name = "duration"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        try:
+            return seconds(str(value))
+        except ValueError:
+            self.fail(f"'{value}' is not a duration (expected 30s, 1m30s or seconds)", param, ctx)
+
+
+def seconds(text: str) -> float:
+    """Read a duration; raises ValueError. Several parts add up: 1h30m."""
+    if "".join(match.group() for match in SPAN.finditer(text)) == text != "":
+        return sum(float(number) * SECONDS[unit] for number, unit in SPAN.findall(text))
+    found = float(text)
+    if not 0 <= found < math.inf:
+        raise ValueError(text)
+    return found
 
 
 class Moment(click.ParamType[float]):
@@ -31,8 +56,8 @@ class Moment(click.ParamType[float]):
 
 def moment(text: str, now: float) -> float:
     """Read a moment; raises ValueError. Several parts add up: 1h30m."""
-    if "".join(match.group() for match in SPAN.finditer(text)) == text != "":
-        return now - sum(float(number) * SECONDS[unit] for number, unit in SPAN.findall(text))
+    if text.endswith(tuple(SECONDS)):
+        return now - seconds(text)
     try:
         return float(text)
     except ValueError:

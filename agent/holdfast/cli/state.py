@@ -13,12 +13,13 @@ from holdfast.cli.bars import Show, amount, bars
 from holdfast.cli.check import counted
 from holdfast.cli.client import Client
 from holdfast.cli.command import agent_client, client, command, json_option, log_to_stderr, reach, settings
+from holdfast.cli.since import Seconds
 from holdfast.errors import Conflict, HoldfastError, NoAgent, TryAgain, UnfitHost, WrongState
 
 Json = Mapping[str, Any]
 CHANGES = 2
 BEAT = 0.1  # seconds between looks at a node that converges
-WAIT = "Seconds to wait at most; what it takes to pull and build images does not count."
+WAIT = "How long to wait at most; what it takes to pull and build images does not count."
 PATIENCE = 300.0  # seconds that apply and sync --wait wait by default
 
 
@@ -98,8 +99,8 @@ def show_step(step: Json) -> None:
 
 @command("sync")
 @click.option("--accept-rewrite", is_flag=True, help="Take a branch whose history was rewritten as it is now.")
-@click.option("--wait", is_flag=True, help="Wait until the node is converged.")
-@click.option("--timeout", type=float, default=PATIENCE, show_default=True, help=WAIT)
+@click.option("--wait", is_flag=True, help="Wait until the node is converged; exit 0 only if it is.")
+@click.option("--timeout", type=Seconds(), default=PATIENCE, show_default="5m", help=WAIT)
 def sync(accept_rewrite: bool, wait: bool, timeout: float) -> None:
     """Read the source and make a pass now."""
     agent, began = client(), time.time()
@@ -110,10 +111,12 @@ def sync(accept_rewrite: bool, wait: bool, timeout: float) -> None:
     render.echo(headline(status))
     if status["source"].get("error"):
         raise TryAgain(f"sync: {status['source']['error']}")
+    if wait and not status["converged"]:
+        raise unconverged("sync", status, began)
 
 
 @command("apply")
-@click.option("--timeout", type=float, default=PATIENCE, show_default=True, help=WAIT)
+@click.option("--timeout", type=Seconds(), default=PATIENCE, show_default="5m", help=WAIT)
 @json_option()
 def apply(timeout: float, json_: bool) -> None:
     """Converge once and exit, agent or none.
@@ -135,8 +138,13 @@ def apply(timeout: float, json_: bool) -> None:
     elif status["converged"]:
         render.echo(headline(status))
     if not status["converged"]:
-        lines = "".join(f"\n  {line}" for line in status["blockers"])
-        raise kind_of(status)(f"apply: not converged after {render.span(time.time() - began)}{lines}")
+        raise unconverged("apply", status, began)
+
+
+def unconverged(verb: str, status: Json, began: float) -> HoldfastError:
+    """The error that says what keeps the node from its state."""
+    lines = "".join(f"\n  {line}" for line in status["blockers"])
+    return kind_of(status)(f"{verb}: not converged after {render.span(time.time() - began)}{lines}")
 
 
 def kind_of(status: Json) -> type[HoldfastError]:
@@ -197,8 +205,8 @@ def status(json_: bool, watch: bool) -> None:
         agent = client()
         for _ in agent.follow(limit=1):
             now = agent.status()
-            render.clear()
-            show(now)
+            with render.screen():
+                show(now)
         return
     with reach() as node:
         show(node.status())

@@ -62,7 +62,7 @@ from holdfast.plan.reasons import counted
 from holdfast.plan.restart import wait_before
 from holdfast.runtime.conmon import reopen_log
 from holdfast.runtime.logs import keep
-from holdfast.spec.model import RestartPolicy, Spec
+from holdfast.spec.model import App, RestartPolicy, Spec
 
 PATIENCE = 5.0  # seconds that actions have to come to an end when the agent does; what is cut short is gone on with
 LAST_WORDS = 2.0  # seconds that plugins have to hear the rest when the agent ends
@@ -181,6 +181,14 @@ class Node:
             store.retry_now()
         if not late:
             store.keep_reserve()
+
+    def in_force(self) -> dict[str, App]:
+        """Each app as it is on this node now, or is about to be for the first time."""
+        found = {}
+        for name, known in self.rig.store.history().generations.items():
+            current = next((each for each in reversed(known) if each.state != "staged"), known[-1])
+            found[name] = current.app
+        return found
 
     def rotate_logs(self) -> None:
         """See to logs that nobody was told of: while no agent ran, and those of conmons without a limit."""

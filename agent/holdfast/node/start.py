@@ -71,6 +71,7 @@ def start_instance(rig: Rig, action: StartInstance) -> Json:
         streak=action.streak,
         restarts=instance.restarts + 1 if action.instance else 0,
     )
+    _end_request(rig, instance.key, running.started_at or 0.0)
     rig.plugins.tell(
         "after_start", app=action.app, container=action.container, instance=running.id, pid=run.pid if run else 0
     )
@@ -83,6 +84,13 @@ def _release(rig: Rig, instance: Instance) -> None:
         receipt = rig.store.receipt("volume", f"{instance.id}:{mount.target}")
         if receipt is not None and mount.kind != "volume":
             release_mount(rig, receipt)
+
+
+def _end_request(rig: Rig, key: str, started_at: float) -> None:
+    """Forget that a person asked for a start or restart: this was it. Only a stop holds on."""
+    hold = rig.store.history().holds.get(key)
+    if hold is not None and hold.kind != "stopped" and hold.at <= started_at:
+        rig.store.release(key)
 
 
 def _undo(rig: Rig, instance: Instance, failure: Exception, *, first: bool) -> None:

@@ -214,7 +214,7 @@ def _hold_container(generation: Generation, name: str, desk: Desk) -> bool:
     app, want = generation.app.name, generation.app.containers[name]
     key, instance = f"{app}/{name}", desk.newest(app, name)
     hold = desk.history.holds.get(key)
-    if hold is not None:
+    if hold is not None and (hold.kind == "stopped" or instance is None or _asked_since(instance, hold, desk)):
         desk.drift[key] = in_hand(key, hold)
     for older in desk.by_app.get(app, {}).get(name, ())[:-1]:
         _take_away(older, "a newer instance stands in its place", desk)
@@ -222,6 +222,8 @@ def _hold_container(generation: Generation, name: str, desk: Desk) -> bool:
         if hold is None or hold.kind != "stopped":
             _start(generation, name, "it is not there", desk)
         return False
+    if instance.phase == "creating" and key in desk.observed.busy:
+        return False  # it is being started right now
     if instance.phase == "creating":
         desk.offer(
             RemoveInstance(app=app, container=name, instance=instance.id, reason="its start was interrupted half way")

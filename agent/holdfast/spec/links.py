@@ -1,7 +1,7 @@
 """What only all state files together can tell: files that are missing, names that dangle or are taken, cycles.
 
 Each check yields findings; a finding breaks the file that it stands in and no other. Of two files that want the same
-port, address or subnet the first by path keeps it. Called by `load`.
+port, address or subnet the one whose app has it already keeps it, else the first by path. Called by `load`.
 """
 
 from __future__ import annotations
@@ -164,8 +164,28 @@ def networks_of(drafts: Iterable[Draft]) -> dict[str, Network]:
     return {f"{draft.app.name}/{name}": net for draft in drafts for name, net in draft.app.networks.items()}
 
 
+def claims_of(app: App) -> set[str]:
+    """Everything that only one app of a node can have, in words that can be compared."""
+    ports = {str(port) for container in app.containers.values() for port in container.ports}
+    subnets = {str(network.subnet) for network in app.networks.values() if network.subnet}
+    addresses = {
+        f"{attachment.ipv4_address} of {network}"
+        for container in app.containers.values()
+        for network, attachment in container.networks.items()
+        if attachment.ipv4_address
+    }
+    return ports | subnets | addresses
+
+
+def newcomer(app: App, in_force: App | None) -> int:
+    """How much of what an app claims is new: 0 for nothing, 1 for some of it, 2 for all."""
+    wanted = claims_of(app)
+    had = claims_of(in_force) & wanted if in_force else set()
+    return 0 if had == wanted else 1 if had else 2
+
+
 class Claims:
-    """Who has which host port, static address and subnet of this node; files are let in one by one, in path order."""
+    """Who has which host port, static address and subnet of this node; files are let in one by one."""
 
     def __init__(self) -> None:
         self.ports: dict[tuple[str, int], list[tuple[str, Draft, KeyPath]]] = {}

@@ -58,13 +58,15 @@ def load(
     cache: Cache | None = None,
     executable: frozenset[str] = frozenset(),
     left_out: Mapping[str, str] = MappingProxyType({}),
+    in_force: Mapping[str, App] = MappingProxyType({}),
 ) -> Spec:
     """Read a revision: relative path → content. Never raises for what a file holds; that is in Spec.problems.
 
     Every *.toml is an app, whatever folder it is in, but for vars.toml at the top (vars for all files; agent.toml's
     own win), for what begins with a dot, and for what lies in the context of an image that another file builds. Apps
     that `when` gives to other nodes are checked and left out. executable: those of files that are programs. left_out:
-    path → why the revision lacks it; who needs it is told.
+    path → why the revision lacks it; who needs it is told. in_force: what this node has of each app now; where two
+    files want one thing, the app that has it keeps it.
     """
     cache = cache if cache is not None else Cache()
     if (cache.facts, cache.files, cache.executable, cache.left_out) == (facts, files, executable, left_out):
@@ -75,7 +77,7 @@ def load(
     folder = Folder(
         files, executable, left_out, {path: each for path, each in cache.digests.items() if path in files}
     )
-    drafts, builds, broken, problems = _linked(_outside_contexts(readings), folder, facts, faulty)
+    drafts, builds, broken, problems = _linked(_outside_contexts(readings), folder, facts, faulty, in_force)
     blobs: dict[str, bytes] = {}
     apps: dict[str, App] = {}
     for draft in drafts:
@@ -197,7 +199,11 @@ def _on_one_line(message: str) -> str:
 
 
 def _linked(
-    readings: Mapping[str, Reading], folder: Folder, facts: NodeFacts, problems: Iterable[Problem]
+    readings: Mapping[str, Reading],
+    folder: Folder,
+    facts: NodeFacts,
+    problems: Iterable[Problem],
+    in_force: Mapping[str, App],
 ) -> tuple[list[Draft], Builds, dict[str, str], list[Problem]]:
     """The readings held against each other: this node's drafts that stand, their images, what is broken, and why."""
     found = list(problems)
@@ -243,6 +249,7 @@ def _linked(
     claims, networks = links.Claims(), links.networks_of(here)
     standing = [draft for draft in here if draft.app.path not in broken]
     # Those that are broken come last: they are told what is taken, and take nothing from the others.
+    standing.sort(key=lambda draft: links.newcomer(draft.app, in_force.get(draft.app.name)))  # and by path, as before
     for draft in [*standing, *(draft for draft in here if draft.app.path in broken)]:
         refuse(claims.claim(draft, networks))
     return [draft for draft in here if draft.app.path not in broken], builds, broken, found
