@@ -465,6 +465,8 @@ def test_apply_gives_up_when_only_somebody_can_help_and_says_who(
         "problems": (),
         "transfers": transfers,
         "builds": (),
+        "blockers": ("an app is not converged",),
+        "findings": (),
     }
     assert (hopeless(status, 10.0), kind_of(status)) == (given_up, kind)
 
