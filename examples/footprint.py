@@ -98,7 +98,7 @@ def links(host: Host) -> list[Path]:
 def cgroups(host: Host) -> list[Path]:
     """The agent's cgroup, and that of what it builds, in every hierarchy."""
     hierarchies = Path("/sys/fs/cgroup")
-    names = {name for top in (host.cgroup, f"/{host.name}") for name in (top[1:], f"{top[1:]}-build")}
+    names = {name for top in host.cgroups for name in (top[1:], f"{top[1:]}-build")}
     return [path for name in names for path in (hierarchies / name, *hierarchies.glob(f"*/{name}")) if path.is_dir()]
 
 

@@ -99,6 +99,11 @@ class Host:
         """The parent cgroup of every container, relative to each hierarchy's root."""
         return f"{self.cgroup_root}/{self.name}"
 
+    @property
+    def cgroups(self) -> tuple[str, ...]:
+        """Where containers of this agent can be: in `cgroup`, and where earlier versions have put them."""
+        return tuple(dict.fromkeys((self.cgroup, f"/{self.name}")))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RootfsWant:

@@ -49,6 +49,7 @@ def test_a_container_of_an_earlier_version_is_found_where_it_runs(host: Host) ->
     (cgroup.ROOT / "holdfast/old").mkdir(parents=True)
     runtime = runtime_of(host)
     assert (runtime.cgroup("old"), runtime.cgroup("new")) == ("/holdfast/old", f"{host.cgroup}/new")
+    assert host.cgroups == (host.cgroup, "/holdfast")
 
 
 def test_a_place_that_is_kept_is_asked_for_no_second_time(host: Host) -> None:

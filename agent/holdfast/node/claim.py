@@ -45,7 +45,7 @@ def check_claim(rig: Rig, known: Record | None) -> None:
 
 def traces(host: Host) -> list[str]:
     """What is on the host under a name, by its kernel objects alone: no driver is asked."""
-    groups = {name for place in cgroup.folders(host.cgroup) for name in cgroup.children(place)}
+    groups = {name for top in host.cgroups for place in cgroup.folders(top) for name in cgroup.children(place)}
     return [
         *(f"netns {path.name}" for path in Path("/run/netns").glob(f"{host.name}-*")),
         *(f"link {path.name}" for path in Path("/sys/class/net").glob(f"{host.name}-*")),

@@ -170,8 +170,9 @@ class Runtime:
 
     def cgroups(self) -> frozenset[str]:
         """The ids of all containers that have a cgroup in some hierarchy, known to the runtime or not."""
-        tops = {self.host.cgroup, f"/{self.host.name}"}
-        return frozenset(name for top in tops for place in cgroup.folders(top) for name in cgroup.children(place))
+        return frozenset(
+            name for top in self.host.cgroups for place in cgroup.folders(top) for name in cgroup.children(place)
+        )
 
     def run_of(self, id: str) -> Run | None:
         """The run that `create` recorded; None if it did not get that far."""
@@ -272,7 +273,7 @@ class Runtime:
 
     def remove_parent_cgroup(self) -> None:
         """Remove the agent's own cgroup from every hierarchy unless containers are left; succeed when it is gone."""
-        for top in {self.host.cgroup, f"/{self.host.name}"}:
+        for top in self.host.cgroups:
             cgroup.remove_if_empty(top)
 
     def leave(self) -> None:
