@@ -60,6 +60,7 @@ from holdfast.plan.actions import (
 from holdfast.plan.derived import pages
 from holdfast.plan.reasons import counted
 from holdfast.plan.restart import wait_before
+from holdfast.plan.targets import current
 from holdfast.runtime.conmon import reopen_log
 from holdfast.runtime.logs import keep
 from holdfast.spec.model import App, RestartPolicy, Spec
@@ -184,11 +185,8 @@ class Node:
 
     def in_force(self) -> dict[str, App]:
         """Each app as it is on this node now, or is about to be for the first time."""
-        found = {}
-        for name, known in self.rig.store.history().generations.items():
-            current = next((each for each in reversed(known) if each.state != "staged"), known[-1])
-            found[name] = current.app
-        return found
+        generations = self.rig.store.history().generations
+        return {name: (current(known) or known[-1]).app for name, known in generations.items()}
 
     def rotate_logs(self) -> None:
         """See to logs that nobody was told of: while no agent ran, and those of conmons without a limit."""

@@ -40,138 +40,41 @@ from holdfast.plan.actions import (
     RemoveNetwork,
     RemoveOrphan,
     RemoveVolume,
-    StageGeneration,
     StartInstance,
     StopInstance,
     UpdateInstance,
     WriteFirewall,
     WriteNames,
 )
-from holdfast.plan.builds import joins_network, missing_network
+from holdfast.plan.builds import joins_network
 from holdfast.plan.derived import firewall_want, names_of, pages
 from holdfast.plan.desk import Desk
 from holdfast.plan.diff import changes, mounted_files, replaces, volume_changes
 from holdfast.plan.reasons import by_hand, counted, firewall_reason, in_hand, listed, option_words, update_words
 from holdfast.plan.restart import verdict
+from holdfast.plan.targets import current, lacking_mounts, targets
 from holdfast.spec.model import BUILD_NETWORK, App, Container, Network, Spec, Volume
 
 UNMANAGED = frozenset({"none", "host"})
 DEFAULT_NETWORK = Network()
 DEFAULT_VOLUME = Volume()
-MOUNT_LOOK = 2.0  # seconds until mounts that a container waits for are looked for again
 
 
 def decide(spec: Spec | None, observed: Observed, history: History, now: float) -> Plan:
     """Say what to do next. spec None: the source can't be read, so every app stays at its generation."""
     desk = Desk(observed, history, now)
-    desk.targets = dict(_targets(spec, desk))
+    desk.targets = dict(targets(spec, desk))
     desk.stays_for = _stays_for(desk)
     desk.joining = Counter(_joined(desk))
     _orphans(desk)
     for app in _in_order({name: target.app.depends_on for name, target in desk.targets.items()}):
         _hold_app(app, desk)
-    for app in sorted(_known_apps(desk) - desk.targets.keys() - desk.unplaced):
+    for app in sorted(desk.known_apps - desk.targets.keys() - desk.unplaced):
         _remove_app(app, desk)
     _networks(desk)
     _derived(desk)
     desk.waiting.update({each.title: str(each) for each in observed.missing})
     return desk.plan()
-
-
-# -- which generation an app is held at (rules 1 and 2) ------------------------------------------------------
-
-
-def _targets(spec: Spec | None, desk: Desk) -> Iterator[tuple[str, Generation]]:
-    history = desk.history
-    if spec is None:
-        yield from _current_of(_known_apps(desk), desk)
-        return
-    stuck = set(spec.broken.values()) - spec.apps.keys()
-    held, fresh = dict(_current_of(stuck, desk)), dict[str, Generation]()
-    for name in stuck:
-        desk.waiting[name] = "its state file does not load; it stays as it is"
-    for name, app in spec.apps.items():
-        found = _staged(app, history) or _current(history.generations.get(name, ()))
-        newer = _newer_images(app, history)
-        if obstacle := missing_network(app, desk):
-            desk.waiting[name] = obstacle
-        elif found is None or found.app.digest != app.digest:
-            if lacking := _lacking_mounts(app.containers, desk):
-                desk.waiting[name] = f"waits to be staged: {lacking}"
-            else:
-                desk.offer(StageGeneration(app=name, spec=app, images=newer, reason=_stage_reason(found)))
-        elif moved := {key: new for key, new in newer.items() if not new.endswith(found.images.get(key, "none"))}:
-            desk.offer(StageGeneration(app=name, spec=app, images=newer, reason=_moved_reason(found, moved)))
-        if found is None:
-            desk.unplaced.add(name)
-        else:
-            (fresh if found.state == "staged" else held)[name] = found
-    yield from held.items()
-    for name, generation in fresh.items():
-        if taken := _taken_port(generation.app, held.values()):
-            desk.waiting[name] = taken
-            yield from _current_of([name], desk)
-        else:
-            yield name, generation
-
-
-def _taken_port(app: App, held: Iterable[Generation]) -> str:
-    """Why an app may not come up beside the generations that others are held at, "" if it may.
-
-    Within a revision no port is asked for twice; an app that is held at an older one may have what this one gives
-    to another.
-    """
-    asked = [port for want in app.containers.values() for port in want.ports]
-    for other in held if asked else ():
-        for name, container in other.app.containers.items():
-            for theirs in container.ports:
-                for mine in asked:
-                    if mine.overlaps(theirs):
-                        return f"publish '{mine}': {other.app.name}/{name} still has '{theirs}'"
-    return ""
-
-
-def _current_of(names: Iterable[str], desk: Desk) -> Iterator[tuple[str, Generation]]:
-    for name in sorted(names):
-        found = _current(desk.history.generations.get(name, ()))
-        if found is None:
-            desk.unplaced.add(name)
-        else:
-            yield name, found
-
-
-def _staged(app: App, history: History) -> Generation | None:
-    """The generation made of exactly this app, if it is the newest or the one in force."""
-    known = history.generations.get(app.name, ())
-    for generation in (*known[-1:], _current(known)):
-        if generation is not None and generation.app.digest == app.digest:
-            return generation
-    return None
-
-
-def _current(known: tuple[Generation, ...]) -> Generation | None:
-    return next((each for each in reversed(known) if each.state != "staged"), None)
-
-
-def _newer_images(app: App, history: History) -> dict[str, str]:
-    """Container → what its registry has by now, where the state says that this is to be run."""
-    found = {}
-    for name, want in app.containers.items():
-        newer = history.newer.get(f"{app.name}/{name}")
-        if newer and want.update_image and want.update_image.policy == "apply" and newer.image == want.image:
-            found[name] = newer.reference
-    return found
-
-
-def _moved_reason(current: Generation, moved: Mapping[str, str]) -> str:
-    return "; ".join(
-        f"the image of {name} is {reference} by now, not {current.images.get(name, '')[7:19]}"
-        for name, reference in moved.items()
-    )
-
-
-def _stage_reason(current: Generation | None) -> str:
-    return "the app is new" if current is None else f"its state differs from generation {current.number}"
 
 
 # -- an app that is wanted -----------------------------------------------------------------------------------
@@ -290,7 +193,7 @@ def _start(
 ) -> None:
     app = generation.app.name
     obstacle = _missing_network(generation.app.containers[name], desk)
-    obstacle = obstacle or _lacking_mounts({name: generation.app.containers[name]}, desk)
+    obstacle = obstacle or lacking_mounts({name: generation.app.containers[name]}, desk)
     if again is None or again.host_went_down:
         obstacle = obstacle or _unreached(generation.app, name, desk)
     if obstacle:
@@ -317,7 +220,7 @@ def _replace(
             _take_away(instance, listed(found), desk)
         return
     want = generation.app.containers[instance.container]
-    obstacle = _missing_network(want, desk, instance) or _lacking_mounts({instance.container: want}, desk)
+    obstacle = _missing_network(want, desk, instance) or lacking_mounts({instance.container: want}, desk)
     if not in_the_way:  # else what it depends on may itself wait for the network that this one is attached to
         obstacle = obstacle or _unreached(generation.app, instance.container, desk)
     if obstacle:
@@ -472,16 +375,6 @@ def _reached(app: App, name: str, condition: str, desk: Desk) -> bool:
     return completed or (condition == "started" and instance.phase == "running")
 
 
-def _lacking_mounts(containers: Mapping[str, Container], desk: Desk) -> str:
-    """What some container has to mount and can't by now, "" if nothing. Nobody tells of a mount: it is looked for."""
-    for name, want in containers.items():
-        for mount in want.mounts:
-            if reason := desk.observed.lacks(mount):
-                desk.wakes.append(desk.now + MOUNT_LOOK)
-                return f"{name}: {reason}"
-    return ""
-
-
 def _missing_network(want: Container, desk: Desk, instance: Instance | None = None) -> str:
     """The first network that does not stand as wanted, "" if all do. One that is only outdated is no obstacle to
     replacing an instance that is attached to it."""
@@ -546,7 +439,7 @@ def _defined(network: str, desk: Desk) -> Network | None:
     owner, _, name = network.rpartition("/")
     if not owner:
         return DEFAULT_NETWORK
-    target = desk.targets.get(owner) or _current(desk.history.generations.get(owner, ()))
+    target = desk.targets.get(owner) or current(desk.history.generations.get(owner, ()))
     return target.app.networks.get(name) if target else None
 
 
@@ -610,10 +503,6 @@ def _derived(desk: Desk) -> None:
 def _published(instance: Instance, desk: Desk) -> bool:
     answer = desk.verdicts.get(instance.id)
     return instance.phase == "running" or (answer is not None and answer.kind == "again")
-
-
-def _known_apps(desk: Desk) -> set[str]:
-    return desk.by_app.keys() | desk.history.generations.keys()
 
 
 def _in_order(needs: Mapping[str, Iterable[str]]) -> tuple[str, ...]:

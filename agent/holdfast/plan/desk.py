@@ -66,6 +66,11 @@ class Desk:
         """Whether something past is dated in the future: the clock was set back since, and no wait counts by it."""
         return past is not None and past.at > self.now
 
+    @property
+    def known_apps(self) -> set[str]:
+        """The apps that have an instance or a generation."""
+        return self.by_app.keys() | self.history.generations.keys()
+
     def newest(self, app: str, container: str) -> Instance | None:
         """The instance of a container that counts: the one made last."""
         found = self.by_app.get(app, {}).get(container)
