@@ -20,6 +20,7 @@ from holdfast.spec.model import (
     Port,
     Resources,
     RestartPolicy,
+    StorageOpt,
     Ulimit,
     UpdateImage,
 )
@@ -48,6 +49,8 @@ OTHERWISE: dict[str, Any] = {
     "ports": (Port(host_port=80, container_port=80),),
     "networks": {"none": Attachment()},
     "mounts": (Mount(kind="tmpfs", target="/tmp"),),
+    "volumes_from": {"db": "ro"},
+    "storage_opt": StorageOpt(size=1 << 30),
     "cap_add": ("NET_ADMIN",),
     "cap_drop": ("ALL",),
     "privileged": True,
