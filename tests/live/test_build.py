@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -22,7 +22,7 @@ from ground import Rootfs
 from holdfast.config import BuildSettings, ImageSettings
 from holdfast.drivers import Host
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
-from holdfast.images import fence, hazards
+from holdfast.images import buildlog, fence, hazards
 from holdfast.images.build import Builder
 from holdfast.images.buildah import Buildah, check_plain
 from holdfast.images.hazards import buildah_version, is_safe
@@ -57,6 +57,7 @@ class Workshop:
     def __init__(self, host: Host, settings: ImageSettings = ImageSettings()) -> None:
         self.host = host
         self.told: list[tuple[str, str, str]] = []
+        self.outputs: list[list[str]] = []
         self.store = ImageStore(host.root / "images", settings)
         self.outside = Outside(self.store, Puller(self.store, settings))
         self.builder = Builder(self.store, settings, host, self.tell, self.outside)
@@ -66,12 +67,18 @@ class Workshop:
         """Who builds for the app `shop`."""
         return self.builder.buildah("shop")
 
-    def tell(self, kind: str, subject: str, message: str, **_: object) -> None:
+    def tell(self, kind: str, subject: str, message: str, *, output: Sequence[str] = (), **_: object) -> None:
         self.told.append((kind, subject, message))
+        self.outputs += [list(output)] if output else []
 
     def steps(self, name: str = "shop/web") -> list[str]:
         """What buildah said that it does for an image."""
-        return [message for _, subject, message in self.told if subject == f"image {name}" and "STEP" in message]
+        return [line for line in self.log(name).splitlines() if "STEP" in line]
+
+    def log(self, name: str = "shop/web") -> str:
+        """All that the last build of an image said."""
+        path = self.host.root / f"builds/logs/{name}.log"
+        return path.read_text() if path.exists() else ""
 
     def build(self, files: Mapping[str, str | bytes], name: str = "shop/web") -> Image:
         spec = read(files)
@@ -229,7 +236,13 @@ def test_a_build_that_fails_says_why_in_one_line_and_keeps_all_of_it(workshop: W
     assert (caught.value.retry, caught.value.wait) == (True, 60)
     assert log.read_text().count("\nline ") == 300
     assert "\nred\n" in log.read_text()
-    assert len(workshop.told) < 100, "a chatty build does not drown the events"
+    told = [(kind, message) for kind, _, message in workshop.told]
+    assert told == [("build", "building from web (web/Dockerfile)"), ("failed", str(caught.value))]
+    assert "the compiler is angry" in workshop.outputs[0]
+    assert len(workshop.outputs[0]) == buildlog.LAST_LINES, "a chatty build does not drown the events"
+    assert [each["error"] for each in workshop.builder.look()] == [str(caught.value)]
+    workshop.builder.forget(["shop/web"])
+    assert workshop.builder.look() == []
     with pytest.raises(WrongState):
         workshop.build(files)
     assert log.with_name("web.log.1").read_text().count("\nline ") == 300
@@ -368,7 +381,7 @@ def test_what_lies_in_the_cache_after_a_crash_of_the_host_is_not_trusted(worksho
 def test_closing_ends_a_build_at_once(workshop: Workshop) -> None:
     with ThreadPoolExecutor(1) as pool:
         building = pool.submit(workshop.build, shop(BUSYBOX + "RUN echo begun; sleep 1000\n"))
-        wait_until(lambda: any("begun" in message for *_, message in workshop.told), "the step runs")
+        wait_until(lambda: "begun\n" in workshop.log(), "the step runs")
         workshop.builder.close()
         with pytest.raises(TryAgain, match="stopping"):
             building.result(10)
@@ -399,8 +412,8 @@ def test_a_container_runs_what_is_built_until_the_context_changes(agent: LiveAge
     agent.converge()
     assert agent.exec("shop/web", "cat", "/version") == "one\n"
     messages = [event["message"] for event in agent.events() if event["subject"] == "image shop/web"]
-    assert any("STEP 5/6: RUN echo one" in message for message in messages)
-    assert "the version is made" in messages
+    assert [message.partition(" ")[0] for message in messages] == ["building", "built"], "its output is in the log"
+    assert "the version is made" in (agent.host.root / "builds/logs/shop/web.log").read_text()
     pid, built = agent.pid("shop/web"), len(messages)
 
     agent.restart()
@@ -421,10 +434,27 @@ def test_a_container_runs_what_is_built_until_the_context_changes(agent: LiveAge
     assert agent.exec("shop/web", "cat", "/version") == "two\n"
 
 
+def test_a_failed_build_is_told_at_once_while_the_rest_of_its_app_is_built(agent: LiveAgent) -> None:
+    files = shop(BUSYBOX + "RUN echo so it is; exit 3\n")
+    files["shop.toml"] = STATE + '[images.zoo]\ncontext = "./zoo"\n[containers.zoo]\nimage = "images.zoo"\n'
+    commit(agent, {**files, "zoo/Dockerfile": BUSYBOX + "RUN sleep 1000\n", "zoo/busybox": busybox()})
+    agent.sync()
+    agent.wait(lambda: any("sleep 1000" in each["step"] for each in agent.status()["builds"]), "the second is built")
+    (broken,) = (each for each in agent.status()["builds"] if each["error"])
+    assert "RUN echo so it is; exit 3: exit status 3: so it is" in broken["error"]
+    assert failures(agent) == [broken["error"]]
+    assert "failed builds" in agent.cli("status").stdout
+    assert "\n    so it is" in agent.cli("events").stdout
+    commit(agent, {"web/Dockerfile": DOCKERFILE, "web/serve": SERVE, "shop.toml": STATE})
+    agent.restart()
+    agent.converge()
+    assert not agent.status()["builds"]
+
+
 def test_a_build_that_is_killed_with_its_agent_leaves_nothing(agent: LiveAgent) -> None:
     commit(agent, shop(BUSYBOX + "RUN echo begun; sleep 1000\n", slow="x"))
     agent.sync()
-    agent.wait(lambda: any("begun" in event["message"] for event in agent.events()), "the step runs")
+    agent.wait(lambda: any("RUN echo begun" in each["step"] for each in agent.status()["builds"]), "the step runs")
     wait_until(lambda: any("sleep 1000" in line for line in leftovers(agent.host)), "the step runs")
     agent.kill()
     held = ("process", "mount", "netns")
@@ -583,7 +613,7 @@ def test_no_argument_of_a_build_is_in_a_command_line(workshop: Workshop) -> None
     step = 'RUN echo begun; [ "$TOKEN" = s3cret-of-build ] && sleep 1000\n'
     with ThreadPoolExecutor(1) as pool:
         building = pool.submit(workshop.build, shop(BUSYBOX + "ARG TOKEN\n" + step, state))
-        wait_until(lambda: any("begun" in message for *_, message in workshop.told), "the step runs")
+        wait_until(lambda: "begun\n" in workshop.log(), "the step runs")
         seen = [line for line in command_lines() if b"s3cret-of-build\0" in line or b"=s3cret-of-build" in line]
         workshop.builder.close()
         with pytest.raises(TryAgain):
@@ -636,7 +666,7 @@ def test_what_an_app_builds_waits_for_no_other_app(workshop: Workshop) -> None:
     files = {**other, "quick/Dockerfile": "FROM scratch\nCOPY Dockerfile /\n"}
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(workshop.build, shop(BUSYBOX + "RUN echo begun; sleep 1000\n"))
-        wait_until(lambda: any("begun" in message for *_, message in workshop.told), "the step runs")
+        wait_until(lambda: "begun\n" in workshop.log(), "the step runs")
         workshop.build(files, "other/quick")
         workshop.store.prune()
         assert not slow.done()

@@ -80,10 +80,14 @@ def test_status_tells_what_is_on_its_way_and_what_is_newer(agent: PaperAgent, sa
         {"digest": "sha256:c", "state": "here", "done": 0, "total": 9 << 20},
     ]
     coming = {"ref": "app:3", "state": "pulling", "done": 2 << 20, "total": 4 << 20, "layers": layers}
-    building = {"image": "images.shop/web", "step": "STEP 2/3: RUN make", "began": time.time()}
-    show_status({**status, "transfers": [coming, {"ref": "db:1", "state": "resolving"}], "builds": [building]})
+    building = {"image": "images.shop/web", "step": "STEP 2/3: RUN make", "began": time.time(), "error": ""}
+    broken = {"image": "images.shop/db", "step": "", "began": time.time(), "error": "build 'images.shop/db': exit 1"}
+    show_status(
+        {**status, "transfers": [coming, {"ref": "db:1", "state": "resolving"}], "builds": [building, broken]}
+    )
     told = said()
     assert "images.shop/web: being built for" in told and "STEP 2/3: RUN make" in told
+    assert "failed builds\n  build 'images.shop/db': exit 1" in told
     assert "newer image: app:2 (cccccccccccc)" in told
     assert "app:3: 2MiB of 4MiB, 1 of 2 layers" in told
     assert "db:1: the registry is asked" in told

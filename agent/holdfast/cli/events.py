@@ -23,6 +23,8 @@ def events(follow: bool, tail: int, since: float | None, json_: bool) -> None:
     """Show what the agent did, found and was told."""
     for event in after(since, happened(follow, tail)):
         render.echo(render.json_text(event) if json_ else line(event))
+        for said in () if json_ else event.get("output", ()):
+            render.note(str(said), indent=4)
 
 
 def happened(follow: bool, tail: int) -> Iterator[Mapping[str, Any]]:

@@ -171,7 +171,7 @@ def hopeless(status: Json, began: float) -> bool:
 
 def coming(status: Json) -> bool:
     """Whether an image is on its way, or being built."""
-    return bool(status["transfers"] or status["builds"])
+    return bool(status["transfers"] or any(not each["error"] for each in status["builds"]))
 
 
 def converge(agent: Client, timeout: float, show: Show, began: float) -> Json:
@@ -233,6 +233,7 @@ def show_status(status: Json) -> None:
         render.echo()
         show_apps(status)
     listed("images on their way", images_coming(status))
+    listed("failed builds", [each["error"] for each in status["builds"] if each["error"]])
     host = [finding(found) for found in status["findings"]]
     told = {*status["problems"], *status["apps"], *host}
     listed("not converged", [line for line in status["blockers"] if not told & {line, line.split(":")[0]}])
@@ -260,7 +261,7 @@ def images_coming(status: Json) -> list[str]:
     for each in status["transfers"]:
         asking = each["state"] == "resolving"
         lines.append(f"{each['ref']}: " + ("the registry is asked" if asking else amount(each)))
-    for each in status["builds"]:
+    for each in (each for each in status["builds"] if not each["error"]):
         step = f", {each['step']}" if each["step"] else ""
         lines.append(f"{each['image']}: being built for {render.span(time.time() - each['began'])}{step}")
     return lines

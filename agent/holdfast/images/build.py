@@ -6,7 +6,8 @@ taken into the store under a name that holds the build's key: where that is know
 while it stages; the programs are run by `buildah`.
 
 ROOT/builds/logs/APP/NAME.log holds all that the last build of an image said, NAME.log.1 the one before. Events of
-kind `build` and subject `image APP/NAME` say the steps, and of their output as much as a person reads.
+kind `build` and subject `image APP/NAME` say that a build begins and ends; one of kind `failed` has the last lines of
+the log in `output`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 from holdfast.config import BuildSettings, ImageSettings
 from holdfast.drivers import Host, remove_tree
 from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, WrongState
-from holdfast.images.buildah import STEP, Buildah, Failed, find, give, read_plain
+from holdfast.images.buildah import Buildah, Failed, find, give, read_plain
 from holdfast.images.buildlog import RETRY, Log, failed, hint_of
 from holdfast.images.faults import failure
 from holdfast.images.hazards import buildah_version, check_mounts
@@ -73,11 +73,21 @@ class Builder:
         self._buildahs: dict[str, Buildah] = {}
         self._pushing: dict[str, threading.Lock] = {}
         self._now: dict[str, Json] = {}
+        self._broken: dict[str, Json] = {}
         self._closed = False
 
     def look(self) -> list[Json]:
-        """What is being built: {"image" (`images.APP/NAME`), "step", "began" (epoch seconds)} of each."""
-        return [self._now[name] for name in sorted(self._now)]
+        """What is being built, and what could not be: {"image" (`images.APP/NAME`), "step", "began" (epoch seconds),
+        "error" ("" while it is being built)} of each. A failure is told from when it happens until `forget`."""
+        with self._lock:
+            now = {**self._broken, **self._now}
+        return [now[name] for name in sorted(now)]
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Tell of failures no more: the app that the images were for has them among its own."""
+        with self._lock:
+            for name in names:
+                self._broken.pop(name, None)
 
     def buildah(self, app: str) -> Buildah:
         """Who builds for an app."""
@@ -95,6 +105,15 @@ class Builder:
         Spec.blobs. Blocks while another of its app is built. Raises WrongState (the build failed: the last line that
         says why), UnfitHost (no buildah, no emulator), TryAgain.
         """
+        began = time.time()
+        try:
+            return self._build_or_find(name, images, blobs)
+        except HoldfastError as error:
+            with self._lock:
+                self._broken[name] = {"image": f"images.{name}", "step": "", "began": began, "error": str(error)}
+            raise
+
+    def _build_or_find(self, name: str, images: Images, blobs: Blobs) -> Image:
         build = images[name]
         image = self.find(name, build)
         known = self.store.names().get(built_name(name, build))
@@ -191,7 +210,7 @@ class Builder:
         for base in {each.name: each for each in bases.values()}.values():
             self._take_in(buildah, base)
         subject, began = f"image {name}", time.monotonic()
-        with self._shown(name), Log(self.logs / f"{name}.log", partial(self._tell, name)) as log:
+        with self._logged(name) as log:
             self.told("build", subject, f"building from {build.context or '.'} ({build.dockerfile})")
             with self._failing(name, _dockerfile(build, blobs)), self._scratch(buildah) as folder:
                 id = self._make(folder, name, images, blobs, log.hear, bases)
@@ -206,17 +225,25 @@ class Builder:
         return self.buildah(name.partition("/")[0])
 
     @contextmanager
-    def _shown(self, name: str) -> Iterator[None]:
-        self._now[name] = {"image": f"images.{name}", "step": "", "began": time.time()}
-        try:
-            yield
-        finally:
-            del self._now[name]
+    def _logged(self, name: str) -> Iterator[Log]:
+        """A log for the block, which builds an image; its steps are shown meanwhile, a failure is told at once."""
 
-    def _tell(self, name: str, line: str) -> None:
-        if STEP.match(line) and name in self._now:
-            self._now[name] = {**self._now[name], "step": line}
-        self.told("build", f"image {name}", line)
+        def show(step: str) -> None:
+            with self._lock:
+                self._now[name] = {"image": f"images.{name}", "step": step, "began": began, "error": ""}
+
+        began = time.time()
+        show("")
+        try:
+            with Log(self.logs / f"{name}.log", show) as log:
+                yield log
+        except HoldfastError as error:
+            if not self._closed:
+                self.told("failed", f"image {name}", str(error), output=list(log.last))
+            raise
+        finally:
+            with self._lock:
+                del self._now[name]
 
     def _make(
         self,
@@ -326,15 +353,14 @@ class Builder:
     def _push_index(self, name: str, images: Images, blobs: Blobs, others: list[str], tags: list[str]) -> None:
         """Build for the other platforms, and push all as one index, while we are alone."""
         build, own, buildah = images[name], built_name(name, images[name]), self._of(name)
-        subject = f"image {name}"
         self._take_in(buildah, Base(own, self.store.resolve(own)))
-        with Log(self.logs / f"{name}.log", lambda line: self.told("build", subject, line)) as log:
+        with self._logged(name) as log, self._failing(name):
             ids = [buildah.names()[own]]
             for platform in others:
                 built = buildah.names().get(_tag_for(own, platform))
                 if built is None:
                     self._check_room(name)
-                    self.told("build", subject, f"building for {platform}")
+                    self.told("build", f"image {name}", f"building for {platform}")
                     bases = self._bases_for(buildah, build, blobs, platform)
                     with self._scratch(buildah) as folder:
                         built = self._make(folder, name, images, blobs, log.hear, bases, platform)

@@ -1,4 +1,4 @@
-"""What a build says → its log, its events, and the one line that is told when it fails.
+"""What a build says → its log, and the one line that is told when it fails.
 
 The words are those of buildah and of the container tools within it. Called by `build`.
 """
@@ -6,7 +6,7 @@ The words are those of buildah and of the container tools within it. Called by `
 from __future__ import annotations
 
 import re
-import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +29,7 @@ UNWRITTEN = re.compile(r"committing container for step \{.*\}: (?:.*: )?(.*)")
 FULL = " (see 'holdfast system df')"
 NO_SPACE = re.compile("no space left on", re.IGNORECASE)
 HEREDOC = re.compile(r"""<<-?(["']?)([A-Za-z_]\w*)\1.*\n((?:.*\n)*?[ \t]*\2[ \t\r]*)$""", re.MULTILINE)
-LOUD = 20  # lines of one step that events carry; of those beyond it, one a second
+LAST_LINES = 10  # of a log, in the event of a build that failed
 LONGEST_STEP = 80  # characters of an instruction in an error
 LONGEST_EVENT = 400  # characters of a line in an event
 LOG_LIMIT = 16 << 20  # bytes of one log; what a build says beyond it is not kept
@@ -121,11 +121,12 @@ def _shortened(instruction: str) -> str:
 
 
 class Log:
-    """Where the output of one build goes: all of it to a file, as much as a person reads to events."""
+    """The file that the output of one build goes to. begun: called with each step. last: the lines that came last."""
 
-    def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
-        self.path, self._tell = path, tell
-        self._size, self._lines, self._left_out, self._told_at = 0, 0, 0, 0.0
+    def __init__(self, path: Path, begun: Callable[[str], None] = lambda step: None) -> None:
+        self.path, self._begun = path, begun
+        self.last: deque[str] = deque(maxlen=LAST_LINES)
+        self._size = 0
 
     def __enter__(self) -> Log:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,12 +144,7 @@ class Log:
             self._size += len(line) + 1
             self._file.write(f"{line}\n" if self._size <= LOG_LIMIT else "what follows is not kept\n")
             self._file.flush()
+        line = line if len(line) <= LONGEST_EVENT else f"{line[:LONGEST_EVENT]}…"
+        self.last.append(line)
         if STEP.match(line):
-            self._lines = 0
-        self._lines += 1
-        if self._lines > LOUD and time.monotonic() - self._told_at < 1:
-            self._left_out += 1
-            return
-        left_out = f" ({self._left_out} lines left out before it)" if self._left_out else ""
-        self._left_out, self._told_at = 0, time.monotonic()
-        self._tell((line if len(line) <= LONGEST_EVENT else f"{line[:LONGEST_EVENT]}…") + left_out)
+            self._begun(line)

@@ -86,7 +86,7 @@ PAST = {
     "RemoveOrphan": "removed",
 }
 QUIET = (WriteNames, MarkGood)  # actions that are no news unless they fail
-LONG = frozenset({"build", "pulling"})  # events that come by the hundred: not in the log
+LONG = frozenset({"pulling"})  # events that come by the hundred: not in the log
 WARNINGS = frozenset({"failed", "problem", "plugin"})
 SHOWN = ("verb", "took")  # what the log has of an event besides its message
 

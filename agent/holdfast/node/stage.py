@@ -42,7 +42,30 @@ def stage_generation(rig: Rig, action: StageGeneration, blobs: Mapping[str, byte
     app = action.spec
     _store_files(rig, app, blobs)
     checks = _Checks()
-    made = build_images(rig, app, blobs, checks)  # which may take an hour: prune works meanwhile
+    with _told_at_once(rig, app):
+        made = build_images(rig, app, blobs, checks)  # which may take an hour: prune works meanwhile
+        return _stage(rig, action, blobs, revision, made, checks)
+
+
+@contextmanager
+def _told_at_once(rig: Rig, app: App) -> Iterator[None]:
+    """Images of the app that can't be built are told by the builder until the app itself tells of them."""
+    try:
+        yield
+    finally:
+        rig.builder.forget(app.images)
+
+
+def _stage(
+    rig: Rig,
+    action: StageGeneration,
+    blobs: Mapping[str, bytes],
+    revision: str,
+    made: dict[str, str],
+    checks: _Checks,
+) -> Json:
+    """Have all that the app needs besides the images that were made, check it and write the generation down."""
+    app = action.spec
     with rig.images.keep():  # what is fetched here counts as used by nobody until the generation is written down
         images = {name: _still_here(rig, name, digest) for name, digest in made.items()}
         images |= fetch_images(rig, app, action.images, checks)
