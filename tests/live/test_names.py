@@ -177,12 +177,19 @@ def test_what_bears_the_name_and_no_id_is_left_alone_and_told(shop: LiveAgent) -
         assert "the id 0badcafe" in status["foreign"]["network ghost/net"]
         assert json.loads(shop.cli("plan", "--json").stdout)["foreign"] == status["foreign"]
         assert "not ours" in shop.cli("status").stdout
+        assert _told_by_doctor(shop) == "; ".join(f"{subject}: {why}" for subject, why in status["foreign"].items())
         assert {f"netns {name}-0123456789ab", f"link {bridge}"} <= set(kernel(shop.host))
         assert f"nft {table}" in kernel(shop.host)
     finally:
         subprocess.run(["ip", "netns", "delete", f"{name}-0123456789ab"], check=True)
         subprocess.run(["ip", "link", "delete", bridge], check=True)
     assert shop.converge()["foreign"] == {}
+    assert _told_by_doctor(shop) == ""
+
+
+def _told_by_doctor(agent: LiveAgent) -> str:
+    checks = json.loads(agent.cli("doctor", "--json", check=False).stdout)
+    return "; ".join(each["detail"] for each in checks if each["subject"] == "not ours")
 
 
 def test_a_new_root_is_refused_where_an_earlier_version_left_things_without_an_id(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,8 @@ from holdfast.errors import HoldfastError, UnfitHost
 
 if TYPE_CHECKING:
     from holdfast.cli.checkup import Check
+
+SHOWN = 3  # objects that are not ours, by name
 
 
 @command("doctor")
@@ -33,7 +35,7 @@ def doctor(json_: bool) -> None:
     except HoldfastError as error:
         checks.append(Check("settings", "bad", str(error), "correct agent.toml; what follows assumes its defaults"))
     checks.extend(checkup(config))
-    checks.extend(plugins())
+    checks.extend(node())
     if json_:
         render.as_json([asdict(check) for check in checks])
     else:
@@ -48,21 +50,40 @@ def doctor(json_: bool) -> None:
         render.echo("nothing is in the way")
 
 
-def plugins() -> Iterator[Check]:
-    """What is wrong with plugins, and what this node depends on and is not installed."""
+def node() -> Iterator[Check]:
+    """What the agent, or without one the node itself, knows: see `plugins` and `not_ours`."""
     from holdfast.cli.checkup import Check
 
     try:
-        with reach() as node:
-            found = node.plugins()
+        with reach() as answers:
+            found = answers.plugins()
+            foreign = answers.status().get("foreign", {})
     except HoldfastError as error:
         yield Check("plugins", "warn", str(error))
         return
+    yield from plugins(found)
+    yield from not_ours(foreign)
+
+
+def plugins(found: Sequence[Mapping[str, str]]) -> Iterator[Check]:
+    """What is wrong with plugins, and what this node depends on and is not installed."""
+    from holdfast.cli.checkup import Check
+
     wrong = [each for each in found if each["state"] != "ok"]
     for each in wrong:
         yield Check(f"plugin {each['name']}", "warn", f"{each['state']}: {each['error']}")
     if not wrong:
         yield Check("plugins", "ok", ", ".join(each["name"] for each in found))
+
+
+def not_ours(foreign: Mapping[str, str]) -> Iterator[Check]:
+    """What bears the agent's name and was made for another root, or by somebody else: in one line, however many."""
+    from holdfast.cli.checkup import Check
+
+    if foreign:
+        shown = "; ".join(f"{subject}: {why}" for subject, why in list(foreign.items())[:SHOWN])
+        more = f"; {len(foreign) - SHOWN} more in `holdfast status`" if len(foreign) > SHOWN else ""
+        yield Check("not ours", "warn", shown + more, "remove it by hand if nobody needs it")
 
 
 COMMANDS = [doctor]
