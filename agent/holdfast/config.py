@@ -77,17 +77,23 @@ def _tree_path(value: str) -> str:
     return "/".join(steps)
 
 
-Directory = Annotated[str, Checked(absolute, {})]
+Directory = Annotated[str, Checked(absolute, {"title": "absolute path"})]
 
 
 class StateTable(Table):
     """Where the state is committed: a directory, or a branch of a git repository."""
 
-    directory: Directory | None = None
-    git: Annotated[str | None, Field(min_length=1)] = None
-    branch: Annotated[str, Field(min_length=1)] = "main"
-    path: Annotated[str, Checked(_tree_path, {})] = ""
-    interval: Duration = 30.0
+    directory: Annotated[Directory | None, Field(description="the directory; as `state` alone, written as text")] = (
+        None
+    )
+    git: Annotated[
+        str | None, Field(min_length=1, description="instead of a directory: the repository, URL or path")
+    ] = None
+    branch: Annotated[str, Field(min_length=1, description="git: the branch to follow")] = "main"
+    path: Annotated[
+        str, Checked(_tree_path, {}), Field(description="git: the folder that holds this node's files; empty: all")
+    ] = ""
+    interval: Annotated[Duration, Field(description="git: how often to look; `holdfast sync` looks at once")] = 30.0
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if (self.directory is None) == (self.git is None):
@@ -100,33 +106,59 @@ class StateTable(Table):
 
 
 class NodeTable(Table):
-    name: str | None = None
-    labels: dict[str, Text] = {}
+    """What state files may ask about this host."""
+
+    name: Annotated[str | None, Field(description="for `when` and ${node.name}; default: the host name")] = None
+    labels: Annotated[dict[str, Text], Field(description="for `when` and ${node.labels.NAME}")] = {}
 
 
 class EnvTable(Table):
-    allow: list[str] = []
+    """What state files may read of the agent's environment."""
+
+    allow: Annotated[list[str], Field(description="the variables that ${env.NAME} may name")] = []
 
 
 class NetworkSettings(Table):
-    pool: Annotated[str, Checked(_pool, {})] = "10.209.0.0/16"
-    allowed_subnets: list[Annotated[str, Checked(_subnet, {})]] = list(PRIVATE)
-    firewall: str = "nftables"
+    """Where networks get their addresses."""
+
+    pool: Annotated[
+        str,
+        Checked(_pool, {}),
+        Field(description="where networks that name no subnet are taken from: IPv4, /24 or larger"),
+    ] = "10.209.0.0/16"
+    allowed_subnets: Annotated[
+        list[Annotated[str, Checked(_subnet, {})]],
+        Field(description="where a `subnet` of a state file may lie, besides the pool"),
+    ] = list(PRIVATE)
+    firewall: Annotated[str, Field(description="the driver of published ports and isolation")] = "nftables"
 
 
 class LimitsTable(Table):
-    start_concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
+    """What the agent does at a time."""
+
+    start_concurrency: Annotated[int, Field(ge=1, le=1024, description="container starts at a time")] = 8
 
 
 class CgroupTable(Table):
-    policy: Annotated[list[str], Short(lambda v: [v] if isinstance(v, str) else v, ({"type": "string"},))] = [
-        "limits"
-    ]
+    """How the limits of containers are set."""
+
+    policy: Annotated[
+        list[str],
+        Short(lambda v: [v] if isinstance(v, str) else v, ({"type": "string"},)),
+        Field(description="drivers for containers that name none (limits, qos or a plugin's); later ones win"),
+    ] = ["limits"]
 
 
 class PolicyTable(Table):
-    forbid: list[Annotated[str, Checked(_rule, {})]] = []
-    bind_roots: list[Directory] | None = None
+    """What state files may not do."""
+
+    forbid: Annotated[
+        list[Annotated[str, Checked(_rule, {"enum": [*RULES]})]], Field(description="what is refused")
+    ] = []
+    bind_roots: Annotated[
+        list[Directory] | None,
+        Field(description="where bind mounts and archives may come from; absent: anywhere"),
+    ] = None
 
 
 Percent = Annotated[float, Field(gt=0, le=100)]
@@ -135,24 +167,41 @@ Percent = Annotated[float, Field(gt=0, le=100)]
 class DefaultsTable(Table):
     """What containers get besides, unless they say otherwise."""
 
-    cap_add: list[Annotated[str, Checked(capability, {})]] = []
-    network: AppNetwork = "default"
+    cap_add: Annotated[
+        list[Annotated[str, Checked(capability, {"examples": ["NET_RAW"]})]],
+        Field(description="capabilities that all containers get, unless they drop them"),
+    ] = []
+    network: Annotated[
+        AppNetwork,
+        Field(description="what containers join that name no network: their app's own, or the shared bridge"),
+    ] = "default"
 
 
 class ImagesTable(Table):
     """Where images come from, and how much of the host they may take."""
 
-    authfile: Directory | None = None
-    registries_conf: Directory | None = None
-    policy: Directory | None = None
-    offline: bool = False
-    concurrent_downloads: Annotated[int, Field(ge=1, le=64)] = 3
-    stall_timeout: Duration = 60.0
-    max_layer_size: Annotated[Size, Field(ge=1)] = 32 << 30
-    max_layer_files: Annotated[int, Field(ge=1)] = 4_000_000
-    min_free: Annotated[Size, Field(ge=0)] = 512 << 20
-    high_watermark: Percent = 85.0
-    low_watermark: Percent = 80.0
+    authfile: Annotated[
+        Directory | None, Field(description="logins (containers-auth.json(5)); absent: as skopeo does")
+    ] = None
+    registries_conf: Annotated[
+        Directory | None,
+        Field(description="mirrors, plain HTTP (containers-registries.conf(5)); absent: as skopeo does"),
+    ] = None
+    policy: Annotated[
+        Directory | None, Field(description="required signatures (containers-policy.json(5)); absent: as skopeo does")
+    ] = None
+    offline: Annotated[bool, Field(description="ask no registry; what is needed is loaded, or is missing")] = False
+    concurrent_downloads: Annotated[int, Field(ge=1, le=64, description="layers at once from one registry")] = 3
+    stall_timeout: Annotated[
+        Duration, Field(description="a transfer that brings nothing for so long is given up and tried again")
+    ] = 60.0
+    max_layer_size: Annotated[Size, Field(ge=1, description="a layer that is larger unpacked is refused")] = 32 << 30
+    max_layer_files: Annotated[int, Field(ge=1, description="a layer with more files is refused")] = 4_000_000
+    min_free: Annotated[Size, Field(ge=0, description="what a pull leaves free of the disk")] = 512 << 20
+    high_watermark: Annotated[
+        Percent, Field(description="percent of the disk in use above which unused images go")
+    ] = 85.0
+    low_watermark: Annotated[Percent, Field(description="they go until so much is in use")] = 80.0
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.low_watermark > self.high_watermark:
@@ -164,38 +213,76 @@ class ImagesTable(Table):
 class BuildsTable(Table):
     """What building images may take of the host."""
 
-    memory: Annotated[Size | None, Field(ge=32 << 20)] = None
-    pids: Annotated[int, Field(ge=16)] = 4096
-    cache: Annotated[Size, Field(ge=0)] = 10 << 30
+    memory: Annotated[
+        Size | None, Field(ge=32 << 20, description="of one build, at least 32MiB; absent: 3/4 of the host's")
+    ] = None
+    pids: Annotated[int, Field(ge=16, description="processes and threads of one build")] = 4096
+    cache: Annotated[Size, Field(ge=0, description="layers that are kept for later builds")] = 10 << 30
 
 
 class AgentTable(Table):
     """agent.toml as it is written."""
 
-    name: Annotated[str, Checked(_name, {})] = "holdfast"
+    name: Annotated[
+        str,
+        Checked(_name, {}),
+        Field(description="in the name of all it makes: a-z and 0-9, at most 8; one root a name"),
+    ] = "holdfast"
     state: Annotated[
         StateTable,
-        Short(lambda value: {"directory": value} if isinstance(value, str) else value, ({"type": "string"},)),
+        Short(
+            lambda value: {"directory": value} if isinstance(value, str) else value,
+            ({"type": "string", "description": "a directory"},),
+        ),
+        Field(description="where the state is; default: the directory /etc/holdfast/state"),
     ] = StateTable(directory="/etc/holdfast/state")
-    root: Directory | None = None
-    run_root: Directory | None = None
-    runtime: Annotated[str, Checked(_runtime, {})] = "auto"
-    socket: Directory | None = None
-    group: Annotated[str | None, Field(min_length=1)] = None
-    on_invalid: Literal["keep-app", "reject-revision"] = "keep-app"
-    full_pass_interval: Duration = 60.0
-    debounce: Duration = 0.02
-    shutdown_timeout: Duration = 60.0
-    node: NodeTable = NodeTable()
-    vars: dict[str, Text] = {}
-    env: EnvTable = EnvTable()
-    network: NetworkSettings = NetworkSettings()
-    limits: LimitsTable = LimitsTable()
-    cgroup: CgroupTable = CgroupTable()
-    policy: PolicyTable = PolicyTable()
-    defaults: DefaultsTable = DefaultsTable()
-    images: ImagesTable = ImagesTable()
-    builds: BuildsTable = BuildsTable()
+    root: Annotated[
+        Directory | None,
+        Field(description="survives a reboot: images, volumes, writable layers, memory; default: /var/lib/NAME"),
+    ] = None
+    run_root: Annotated[
+        Directory | None,
+        Field(description="does not survive one: the socket, bundles, exit files; default: /run/NAME"),
+    ] = None
+    runtime: Annotated[
+        str,
+        Checked(_runtime, {}),
+        Field(description="crun, runc or an absolute path; auto: the first that works on this host"),
+    ] = "auto"
+    socket: Annotated[
+        Directory | None, Field(description="where commands reach the agent; default: RUN_ROOT/agent.sock")
+    ] = None
+    group: Annotated[
+        str | None,
+        Field(
+            min_length=1, description="members may use the socket, which is as much as being root; absent: root alone"
+        ),
+    ] = None
+    on_invalid: Annotated[
+        Literal["keep-app", "reject-revision"],
+        Field(description="what a state file that does not load keeps from changing: its app, or all apps"),
+    ] = "keep-app"
+    full_pass_interval: Annotated[
+        Duration, Field(description="how long what events have missed may stay unnoticed")
+    ] = 60.0
+    debounce: Annotated[
+        Duration, Field(description="how long files of a state directory must be quiet before they are read")
+    ] = 0.02
+    shutdown_timeout: Annotated[
+        Duration, Field(description="how long all containers together get to end when the host goes down")
+    ] = 60.0
+    node: Annotated[NodeTable, Field(description="what state files may ask about this host")] = NodeTable()
+    vars: Annotated[
+        dict[str, Text], Field(description="${vars.NAME} in state files; wins over vars.toml of the repository")
+    ] = {}
+    env: Annotated[EnvTable, Field(description="what state files may read of the environment")] = EnvTable()
+    network: Annotated[NetworkSettings, Field(description="addresses")] = NetworkSettings()
+    limits: Annotated[LimitsTable, Field(description="what the agent does at a time")] = LimitsTable()
+    cgroup: Annotated[CgroupTable, Field(description="how the limits of containers are set")] = CgroupTable()
+    policy: Annotated[PolicyTable, Field(description="what state files may not do")] = PolicyTable()
+    defaults: Annotated[DefaultsTable, Field(description="what containers get besides")] = DefaultsTable()
+    images: Annotated[ImagesTable, Field(description="images of registries, and the disk")] = ImagesTable()
+    builds: Annotated[BuildsTable, Field(description="what builds may take")] = BuildsTable()
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.full_pass_interval <= 0:

@@ -338,11 +338,11 @@ def text_of(value: Any) -> Any:
 
 Size = Annotated[
     int,
-    Short(size, ({"type": "string", "description": "a size: 64MiB, 64MB, 64m", "examples": ["64MiB"]},)),
+    Short(size, ({"title": "size", "type": "string", "examples": ["64MiB", "64MB", "64m"]},)),
 ]
 Duration = Annotated[
     float,
     Short(duration, ()),
-    WithJsonSchema({"type": "string", "description": "a duration: 100ms, 10s, 1m30s", "examples": ["10s"]}),
+    WithJsonSchema({"title": "duration", "type": "string", "examples": ["100ms", "10s", "1m30s"]}),
 ]
-Text = Annotated[str, Short(text_of, ({"type": ["integer", "boolean"]},))]
+Text = Annotated[str, Short(text_of, ({"title": "text", "type": ["integer", "boolean"]},))]

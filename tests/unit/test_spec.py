@@ -15,6 +15,7 @@ from holdfast.spec import App, Cache, Container, NodeFacts, Spec, json_schema, l
 from holdfast.spec.authored import ContainerTable, StateFile
 from holdfast.spec.model import Attachment, Device, Mount, Network, Port, RestartPolicy, Ulimit, digest_of
 from holdfast.spec.resources import ResourcesTable
+from holdfast.spec.restart import RestartTable
 from holdfast.tables import Table, duration, size, size_text
 
 EXAMPLES = Path(__file__).parents[2] / "examples/state"
@@ -539,7 +540,7 @@ def tables_of(kind: type[Table]) -> set[str]:
 def test_every_key_of_every_table_is_in_the_schema() -> None:
     schemas: dict[str, Any] = {**SCHEMA["$defs"], "StateFile": SCHEMA}
     found = {name: set(schema["properties"]) for name, schema in schemas.items() if "properties" in schema}
-    places = (StateFile.__module__, ResourcesTable.__module__)
+    places = (StateFile.__module__, ResourcesTable.__module__, RestartTable.__module__)
     tables = [kind for kind in Table.__subclasses__() if kind.__module__ in places]
     assert found == {kind.__name__: tables_of(kind) for kind in tables}
     assert all(schema["additionalProperties"] is False for schema in schemas.values() if "properties" in schema)

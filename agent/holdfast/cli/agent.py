@@ -100,8 +100,14 @@ def forget(name: str) -> None:
 
 
 @command("schema")
-def schema() -> None:
+@click.option("--markdown", is_flag=True, help="Print a reference of every key, agent.toml's included.")
+def schema(markdown: bool) -> None:
     """Print the JSON Schema of state files, for editors."""
+    if markdown:
+        from holdfast.cli.reference import reference
+
+        render.echo(reference().removesuffix("\n"))
+        return
     from holdfast.spec import json_schema
 
     render.as_json(json_schema())

@@ -16,6 +16,7 @@ from pydantic import Field, WithJsonSchema
 
 from holdfast.spec import forms, model
 from holdfast.spec.resources import STRING, Memory, ResourcesTable
+from holdfast.spec.restart import RestartTable
 from holdfast.tables import Checked, Duration, Short, Size, Table, Text, text_of
 
 PORT_FORM = "[HOST_IP:]HOST:CONTAINER[/PROTOCOL]"
@@ -24,22 +25,22 @@ TMPFS_FORM = "TARGET[:size=64m,mode=1777]"
 DEVICE_FORM = "/dev/NAME[:/dev/NAME[:rwm]]"
 STRINGS = {"type": "array", "items": STRING}
 
-Name = Annotated[str, Checked(forms.name, {"pattern": f"^{forms.NAME.pattern}$"})]
+Name = Annotated[str, Checked(forms.name, {"title": "name", "pattern": f"^{forms.NAME.pattern}$"})]
 Reference = Annotated[str, Checked(forms.reference, {"description": "a name, or app/name for another app's"})]
 Words = Annotated[list[str], Short(forms.words, ({**STRING, "description": "split as a shell would, run by none"},))]
 Pairs = Annotated[
     dict[Annotated[str, Checked(forms.variable, {})], Text],
     Short(forms.pairs, ({**STRINGS, "description": "NAME=VALUE"},)),
 ]
-Absolute = Annotated[str, Checked(forms.absolute, {"description": "an absolute path"})]
-Mode = Annotated[int, Short(forms.mode, ()), WithJsonSchema({**STRING, "examples": ["0644"]})]
+Absolute = Annotated[str, Checked(forms.absolute, {"title": "absolute path"})]
+Mode = Annotated[int, Short(forms.mode, ()), WithJsonSchema({**STRING, "title": "octal text", "examples": ["0644"]})]
 Signal = Annotated[str, Short(forms.stop_signal, ({"type": "integer"},))]
 OnChange = Annotated[
     str, Checked(forms.on_change, {"description": "restart, none, or a signal as SIGHUP", "examples": ["restart"]})
 ]
 Capability = Annotated[str, Checked(forms.capability, {"examples": ["NET_BIND_SERVICE", "ALL"]})]
-Address = Annotated[str, Checked(forms.address, {"examples": ["10.90.1.2"]})]
-Ports = Annotated[Text, Checked(lambda text: text, {})]
+Address = Annotated[str, Checked(forms.address, {"title": "IPv4 address", "examples": ["10.90.1.2"]})]
+Ports = Annotated[Text, Checked(lambda text: text, {"title": "port or range", "examples": ["8000-8010"]})]
 Id = Annotated[int, Field(ge=0, le=2**32 - 2)]
 
 
@@ -78,7 +79,7 @@ class PortTable(Table):
     target: Annotated[Ports, Field(description="the container's port, or a range")]
     published: Annotated[Ports, Field(description="the host's port, or a range as long")]
     host_ip: Annotated[Address | None, Field(description="absent: every address of the host")] = None
-    protocol: Literal["tcp", "udp"] = "tcp"
+    protocol: Annotated[Literal["tcp", "udp"], Field(description="the protocol of the port")] = "tcp"
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         found: dict[str, range] = {}
@@ -111,15 +112,17 @@ class MountTable(Table):
         Field(description="absent: bind for /path, file for ./path, volume for a name"),
     ] = None
     source: Annotated[str, Field(description="/path of the host, ./path in the repository, or a volume's name")] = ""
-    target: Absolute
-    read_only: bool = False
+    target: Annotated[Absolute, Field(description="where it is in the container: an absolute path")]
+    read_only: Annotated[bool, Field(description="the container can't write to it")] = False
     nocopy: Annotated[bool, Field(description="volume: a new one does not start with the image's content")] = False
     create_host_path: Annotated[bool, Field(description="bind: make a missing source directory")] = False
     require_mount: Annotated[
         bool | None,
         Field(description="bind: wait until the source is on a mount; absent: only if fstab names one"),
     ] = None
-    on_change: Annotated[OnChange | None, Field(description="file: what follows a changed content")] = None
+    on_change: Annotated[
+        OnChange | None, Field(description="file: what follows a changed content; absent: restart")
+    ] = None
     size: Annotated[Size | None, Field(description="tmpfs: how much it holds")] = None
     mode: Annotated[Mode | None, Field(description="tmpfs, file: permissions, octal")] = None
     uid: Annotated[Id | None, Field(description="tmpfs, file: the owner")] = None
@@ -206,10 +209,10 @@ class ConfigUse(Table):
 
     source: Annotated[Name, Field(description="a name of [configs]")]
     target: Annotated[Absolute | None, Field(description="default: /NAME")] = None
-    mode: Mode | None = None
-    uid: Id | None = None
-    gid: Id | None = None
-    on_change: OnChange | None = None
+    mode: Annotated[Mode | None, Field(description="permissions, octal; absent: readable by all")] = None
+    uid: Annotated[Id | None, Field(description="the owner; absent: root")] = None
+    gid: Annotated[Id | None, Field(description="the group; absent: root")] = None
+    on_change: Annotated[OnChange | None, Field(description="what follows a changed content; absent: restart")] = None
 
     @property
     def path(self) -> str:
@@ -225,51 +228,38 @@ class AttachmentTable(Table):
         list[Annotated[str, Checked(forms.alias, {})]], Field(description="further names it has in this network")
     ] = []
     ipv4_address: Annotated[Address | None, Field(description="a fixed address of the network's subnet")] = None
-    mac_address: Annotated[Annotated[str, Checked(forms.mac, {})] | None, Field()] = None
+    mac_address: Annotated[
+        Annotated[str, Checked(forms.mac, {"examples": ["02:42:ac:11:00:02"]})] | None,
+        Field(description="a fixed MAC address; absent: one is made"),
+    ] = None
 
 
 class DeviceTable(Table):
     """A device node of the host inside the container."""
 
-    source: Absolute
-    target: Absolute | None = None
-    permissions: Annotated[str, Checked(forms.access, {"pattern": "^[rwm]{1,3}$"})] = "rwm"
+    source: Annotated[Absolute, Field(description="the device of the host: an absolute path")]
+    target: Annotated[Absolute | None, Field(description="its path in the container; default: as source")] = None
+    permissions: Annotated[
+        str, Checked(forms.access, {"pattern": "^[rwm]{1,3}$"}), Field(description="r: read, w: write, m: mknod")
+    ] = "rwm"
 
 
 class UlimitTable(Table):
     """A resource limit (getrlimit(2)); -1 is unlimited."""
 
-    soft: Annotated[int, Field(ge=-1)]
-    hard: Annotated[int, Field(ge=-1)]
+    soft: Annotated[int, Field(ge=-1, description="the limit in force; a process may raise it up to hard")]
+    hard: Annotated[int, Field(ge=-1, description="the highest value that soft may have")]
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.hard != -1 and (self.soft > self.hard or self.soft == -1):
             yield "soft", f"{self.soft} is more than the hard limit (expected at most {self.hard})"
 
 
-class RestartTable(Table):
-    """When an exited container runs again, and how long each try waits."""
-
-    policy: Literal["no", "on-failure", "always", "unless-stopped"]
-    max_attempts: Annotated[int | None, Field(ge=1, description="on-failure: give up after so many in a row")] = None
-    delay: Annotated[Duration, Field(description="before the second restart; the first is immediate")] = 0.1
-    factor: Annotated[float, Field(ge=1, description="each further one waits so many times longer")] = 2.0
-    max_delay: Duration = 60.0
-    reset_after: Annotated[Duration, Field(description="running this long forgets earlier failures")] = 10.0
-    jitter: Annotated[float, Field(ge=0, le=1, description="share of the delay that is random")] = 0.1
-
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        if self.max_attempts is not None and self.policy != "on-failure":
-            yield "max_attempts", f"does not apply to policy '{self.policy}' (expected policy on-failure)"
-        if self.max_delay < self.delay:
-            yield "max_delay", f"{self.max_delay:g}s is less than delay (expected at least {self.delay:g}s)"
-
-
 class LoggingTable(Table):
     """How much of the container's output is kept."""
 
     max_size: Annotated[Memory, Field(description="of one log file")] = 10 * 1024 * 1024
-    max_files: Annotated[int, Field(ge=1)] = 3
+    max_files: Annotated[int, Field(ge=1, description="log files kept, the current one included")] = 3
 
 
 class StorageOptTable(Table):
@@ -331,7 +321,7 @@ class ContainerTable(Table):
     }
 
     image: Annotated[
-        Annotated[str, Checked(forms.image, {})] | None,
+        Annotated[str, Checked(forms.image, {"examples": ["nginx:1.27"]})] | None,
         Field(description="REGISTRY/PATH:TAG@DIGEST, images.NAME, or an archive of the host as oci:/path"),
     ] = None
     pull: Annotated[
@@ -348,22 +338,27 @@ class ContainerTable(Table):
     rootfs: Annotated[Absolute | None, Field(description="instead of an image: a directory of the host")] = None
     command: Annotated[Words | None, Field(description="instead of the image's command")] = None
     entrypoint: Annotated[Words | None, Field(description="instead of the image's entrypoint")] = None
-    working_dir: Absolute | None = None
+    working_dir: Annotated[Absolute | None, Field(description="an absolute path; absent: the image's")] = None
     user: Annotated[
-        Annotated[str, Short(text_of, ({"type": "integer"},)), Checked(forms.user, {})] | None,
+        Annotated[str, Short(text_of, ({"type": "integer"},)), Checked(forms.user, {"examples": ["1000:1000"]})]
+        | None,
         Field(description="USER[:GROUP], names of the image's or numbers"),
     ] = None
-    environment: Pairs = {}
+    environment: Annotated[Pairs, Field(description="variables, added to the image's")] = {}
     hostname: Annotated[
         Annotated[str, Checked(forms.hostname, {})] | None, Field(description="default: the container's name")
     ] = None
-    labels: Pairs = {}
-    ports: list[Annotated[PortTable, _from(forms.port, PORT_FORM)]] = []
+    labels: Annotated[Pairs, Field(description="marks of your own, shown by inspect")] = {}
+    ports: Annotated[
+        list[Annotated[PortTable, _from(forms.port, PORT_FORM)]], Field(description="ports published on the host")
+    ] = []
     networks: Annotated[
         Annotated[dict[Reference, AttachmentTable], Short(forms.named, (STRINGS,))] | None,
         Field(description="absent: the app's own network, default"),
     ] = None
-    volumes: list[Annotated[MountTable, _from(forms.volume, VOLUME_FORM)]] = []
+    volumes: Annotated[
+        list[Annotated[MountTable, _from(forms.volume, VOLUME_FORM)]], Field(description="what is mounted into it")
+    ] = []
     volumes_from: Annotated[
         dict[Annotated[str, Checked(forms.reference, {})], Literal["rw", "ro"]],
         Short(forms.volumes_from, ({**STRINGS, "description": "CONTAINER[:ro]"},)),
@@ -372,10 +367,14 @@ class ContainerTable(Table):
     tmpfs: Annotated[
         list[Annotated[str, Checked(lambda text: forms.tmpfs(text) and text, {"description": TMPFS_FORM})]],
         Short(forms.several, (STRING,)),
+        Field(description="file systems in memory, empty at each start"),
     ] = []
-    configs: list[Annotated[ConfigUse, _from(lambda name: {"source": name}, "a name of [configs]")]] = []
-    cap_add: list[Capability] = []
-    cap_drop: list[Capability] = []
+    configs: Annotated[
+        list[Annotated[ConfigUse, _from(lambda name: {"source": name}, "a name of [configs]")]],
+        Field(description="configs of this app that are mounted into it"),
+    ] = []
+    cap_add: Annotated[list[Capability], Field(description="capabilities it has besides the default ones")] = []
+    cap_drop: Annotated[list[Capability], Field(description="default capabilities it does without")] = []
     privileged: Annotated[bool, Field(description="every capability and device of the host")] = False
     no_new_privileges: Annotated[bool, Field(description="setuid programs gain nothing")] = True
     seccomp: Annotated[str, Field(description="default, unconfined, or a profile's absolute path")] = "default"
@@ -383,28 +382,46 @@ class ContainerTable(Table):
         "default"
     )
     read_only: Annotated[bool, Field(description="the root file system can't be written")] = False
-    devices: list[Annotated[DeviceTable, _from(forms.device, DEVICE_FORM)]] = []
-    sysctls: Annotated[dict[Annotated[str, Checked(forms.sysctl, {})], Text], Short(forms.pairs, (STRINGS,))] = {}
-    ulimits: dict[
-        Annotated[str, Checked(forms.ulimit, {"enum": sorted(forms.ULIMITS)})],
-        Annotated[UlimitTable, Short(forms.both, ({"type": "integer"},))],
+    devices: Annotated[
+        list[Annotated[DeviceTable, _from(forms.device, DEVICE_FORM)]], Field(description="devices of the host")
+    ] = []
+    sysctls: Annotated[
+        dict[Annotated[str, Checked(forms.sysctl, {})], Text],
+        Short(forms.pairs, ({**STRINGS, "description": "NAME=VALUE"},)),
+        Field(description="kernel settings of its own namespaces: net.*, fs.mqueue.*, and kernel.* of IPC"),
     ] = {}
-    group_add: list[Annotated[str, Short(text_of, ({"type": "integer"},)), Checked(forms.group, {})]] = []
+    ulimits: Annotated[
+        dict[
+            Annotated[str, Checked(forms.ulimit, {"enum": sorted(forms.ULIMITS)})],
+            Annotated[UlimitTable, Short(forms.both, ({"type": "integer"},))],
+        ],
+        Field(description="resource limits; one number is both, soft and hard"),
+    ] = {}
+    group_add: Annotated[
+        list[Annotated[str, Short(text_of, ({"type": "integer"},)), Checked(forms.group, {})]],
+        Field(description="further groups of its user, names of the image's or numbers"),
+    ] = []
     init: Annotated[bool, Field(description="a tiny init reaps zombies and passes signals on")] = False
-    shm_size: Memory = 64 * 1024 * 1024
-    pid: Literal["host"] | None = None
-    ipc: Literal["host"] | None = None
-    stop_signal: Signal | None = None
+    shm_size: Annotated[Memory, Field(description="how much /dev/shm holds")] = 64 * 1024 * 1024
+    pid: Annotated[Literal["host"] | None, Field(description="host: it sees the host's processes")] = None
+    ipc: Annotated[Literal["host"] | None, Field(description="host: it shares the host's IPC")] = None
+    stop_signal: Annotated[
+        Signal | None, Field(description="as SIGINT, or its number; absent: the image's, or SIGTERM")
+    ] = None
     stop_grace_period: Annotated[Duration, Field(description="between stop_signal and SIGKILL")] = 10.0
     restart: Annotated[
         Annotated[str, Checked(lambda v: forms.restart(v) and v, {"examples": ["always", "on-failure:5"]})] | None,
         Field(description="no, on-failure[:N], always or unless-stopped; absent: as no, but again after a reboot"),
     ] = None
     restart_policy: Annotated[RestartTable | None, Field(description="the long form of restart")] = None
-    depends_on: Annotated[dict[Reference, Reached], Short(forms.dependencies, (STRINGS,))] = {}
-    resources: ResourcesTable = ResourcesTable()
-    logging: LoggingTable = LoggingTable()
-    storage_opt: StorageOptTable = StorageOptTable()
+    depends_on: Annotated[
+        dict[Reference, Reached],
+        Short(forms.dependencies, (STRINGS,)),
+        Field(description="containers that must be started, or completed, before it; a list means started"),
+    ] = {}
+    resources: Annotated[ResourcesTable, Field(description="what it may use")] = ResourcesTable()
+    logging: Annotated[LoggingTable, Field(description="how much of its output is kept")] = LoggingTable()
+    storage_opt: Annotated[StorageOptTable, Field(description="limits of its root file system")] = StorageOptTable()
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.image is not None and self.rootfs is not None:
@@ -477,7 +494,9 @@ class NetworkTable(Table):
     ] = None
     gateway: Annotated[Address | None, Field(description="default: the subnet's first address")] = None
     internal: Annotated[bool, Field(description="no way out of the host")] = False
-    driver_opts: dict[str, Text] = {}
+    driver_opts: Annotated[
+        dict[str, Text], Field(description="what the driver takes; bridge: mtu, port_security")
+    ] = {}
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.gateway is None:
@@ -496,7 +515,7 @@ class VolumeTable(Table):
     hints: ClassVar = {"size": 'driver_opts = { size = "…" }'}
 
     driver: Annotated[str, Field(description="managed, or a plugin's")] = "managed"
-    driver_opts: dict[str, Text] = {}
+    driver_opts: Annotated[dict[str, Text], Field(description="what the driver takes; managed: size")] = {}
     on_remove: Annotated[Literal["keep", "delete"], Field(description="what becomes of the data")] = "keep"
 
 
@@ -536,10 +555,11 @@ class ImageTable(Table):
         Field(description="this node's must be among them; the others are built to be pushed. Absent: this node's"),
     ] = []
     tags: Annotated[
-        list[Annotated[str, Checked(forms.tag, {})]], Field(description="further names: [REGISTRY/]PATH[:TAG]")
+        list[Annotated[str, Checked(forms.tag, {"examples": ["registry.example:5000/shop/web:7"]})]],
+        Field(description="further names: [REGISTRY/]PATH[:TAG]"),
     ] = []
     push: Annotated[bool, Field(description="bring the result to the registries of its tags")] = False
-    labels: Pairs = {}
+    labels: Annotated[Pairs, Field(description="labels of the image")] = {}
     network: Annotated[
         Literal["default", "host", "none"] | None,
         Field(description="what RUN reaches: default (a network of its own that leads out), host or none"),
@@ -569,9 +589,11 @@ class StateFile(Table):
     not_yet: ClassVar = ("secrets",)
     hints: ClassVar = {"services": "[containers.NAME]", "container": "[containers.NAME]", "image": "[images.NAME]"}
 
-    app: AppTable = AppTable()
-    containers: dict[Name, ContainerTable] = {}
-    networks: dict[Annotated[Name, Checked(_not_builtin, {})], NetworkTable] = {}
-    volumes: dict[Name, VolumeTable] = {}
-    configs: dict[Name, ConfigTable] = {}
-    images: dict[Name, ImageTable] = {}
+    app: Annotated[AppTable, Field(description="the app itself")] = AppTable()
+    containers: Annotated[dict[Name, ContainerTable], Field(description="its containers")] = {}
+    networks: Annotated[
+        dict[Annotated[Name, Checked(_not_builtin, {})], NetworkTable], Field(description="networks of its own")
+    ] = {}
+    volumes: Annotated[dict[Name, VolumeTable], Field(description="volumes of its own")] = {}
+    configs: Annotated[dict[Name, ConfigTable], Field(description="files and texts that containers mount")] = {}
+    images: Annotated[dict[Name, ImageTable], Field(description="images that the node builds")] = {}

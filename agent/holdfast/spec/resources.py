@@ -27,19 +27,28 @@ class ResourcesTable(Table):
         Field(description="memory and swap together; -1 or unlimited: no limit to swap"),
     ] = None
     memory_reservation: Annotated[Memory | None, Field(description="what it keeps when memory is short")] = None
-    cpus: Annotated[float | None, Field(gt=0, description="cores")] = None
+    cpus: Annotated[float | None, Field(gt=0, description="cores it may use at a time, as 0.5")] = None
     cpu_weight: Annotated[int | None, Field(ge=2, le=262144, description="relative, 1024 is normal")] = None
-    cpuset: Annotated[Annotated[str, Checked(forms.cpuset, {"examples": ["0-3,6"]})] | None, Field()] = None
+    cpuset: Annotated[
+        Annotated[str, Checked(forms.cpuset, {"examples": ["0-3,6"]})] | None,
+        Field(description="cores it may run on"),
+    ] = None
     pids: Annotated[
         Annotated[int, Short(forms.pids, ({"enum": ["max"]},))],
         Field(ge=-1, description="the most processes and threads; max or -1: no limit"),
     ] = model.DEFAULT_PIDS
     io_weight: Annotated[int | None, Field(ge=10, le=1000, description="relative, 500 is normal")] = None
-    device_read_bps: Annotated[dict[DevicePath, Memory], Field(description="bytes a second")] = {}
-    device_write_bps: Annotated[dict[DevicePath, Memory], Field(description="bytes a second")] = {}
-    device_read_iops: Annotated[dict[DevicePath, Annotated[int, Field(ge=1)]], Field()] = {}
-    device_write_iops: Annotated[dict[DevicePath, Annotated[int, Field(ge=1)]], Field()] = {}
-    oom_score_adj: Annotated[int | None, Field(ge=-1000, le=1000)] = None
+    device_read_bps: Annotated[dict[DevicePath, Memory], Field(description="bytes read a second, by device")] = {}
+    device_write_bps: Annotated[dict[DevicePath, Memory], Field(description="bytes written a second, by device")] = {}
+    device_read_iops: Annotated[
+        dict[DevicePath, Annotated[int, Field(ge=1)]], Field(description="reads a second, by device")
+    ] = {}
+    device_write_iops: Annotated[
+        dict[DevicePath, Annotated[int, Field(ge=1)]], Field(description="writes a second, by device")
+    ] = {}
+    oom_score_adj: Annotated[
+        int | None, Field(ge=-1000, le=1000, description="how readily the kernel kills it when memory is short")
+    ] = None
     service_class: Annotated[
         Literal["guaranteed", "burstable", "besteffort"] | None,
         Field(alias="class", description="what the cgroup policy qos gives it"),

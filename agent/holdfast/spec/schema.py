@@ -14,12 +14,12 @@ def json_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of a state file as it is written, short forms included."""
     return {
         "$schema": GenerateJsonSchema.schema_dialect,
-        **StateFile.model_json_schema(schema_generator=_AsWritten),
+        **StateFile.model_json_schema(schema_generator=AsWritten),
         "title": "holdfast state file",
     }
 
 
-class _AsWritten(GenerateJsonSchema):
+class AsWritten(GenerateJsonSchema):
     """pydantic's schema of what is written in TOML: there is no null, and defaults are not in bytes and seconds."""
 
     def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
