@@ -113,6 +113,18 @@ def test_scripts_parse(script: str) -> None:
     subprocess.run(["bash", "-n", TOP / script], check=True)
 
 
+@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md"])
+def test_prose_has_lines_of_at_most_120_columns(document: str) -> None:
+    lines = (TOP / document).read_text().splitlines()
+    assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
+
+
+def test_readme_says_what_every_dependency_is_for() -> None:
+    section = (TOP / "README.md").read_text().partition("## What it stands on")[2].partition("\n## ")[0]
+    named = re.findall(r"^\| `([\w-]+)` \| ..", section, re.MULTILINE)
+    assert named == [re.match(r"[\w-]+", each)[0] for each in PROJECT["project"]["dependencies"]]  # type: ignore[index]
+
+
 def test_every_target_that_readme_names_is_in_the_makefile() -> None:
     makefile = (TOP / "Makefile").read_text()
     for target in {"setup", "check", "test", *re.findall(r"make (\w+)", (TOP / "README.md").read_text())}:
@@ -150,7 +162,7 @@ def test_sample_agent_toml_names_every_rule_of_the_policy() -> None:
 
 def test_agent_toml_in_readme_loads(tmp_path: Path) -> None:
     blocks = [text for title, text in fenced("README.md", "toml") if title == "agent.toml"]
-    assert len(blocks) == 2
+    assert blocks
     for text in blocks:
         (tmp_path / "agent.toml").write_text(text)
         load_config(tmp_path / "agent.toml")
