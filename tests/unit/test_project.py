@@ -102,6 +102,15 @@ def test_changelog_has_a_section_for_what_is_not_released_yet() -> None:
     assert "## [Unreleased]" in text or f"## [{PROJECT['project']['version']}]" in text
 
 
+def test_changelog_has_each_section_and_each_entry_once() -> None:
+    released = re.split(r"^## ", (TOP / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1:]
+    for release in released:
+        sections = re.findall(r"^### (.*)$", release, re.MULTILINE)
+        assert sections == [each for each in ("Changed", "Added", "Fixed", "Security") if each in sections]
+        entries = re.findall(r"^- .*$", release, re.MULTILINE)
+        assert sorted({each for each in entries if entries.count(each) > 1}) == []
+
+
 def test_version_is_told_in_one_way() -> None:
     from holdfast import __version__
 
