@@ -13,7 +13,7 @@ from typing import Any
 import click
 import pytest
 
-from holdfast import errors
+from holdfast import daemon, errors
 from holdfast.cli.entry import holdfast as command
 from holdfast.config import AgentTable, load_config
 from holdfast.spec import NodeFacts, load
@@ -71,8 +71,8 @@ def test_files_that_a_document_names_exist(document: str) -> None:
     folder = (TOP / document).parent
     text = (TOP / document).read_text()
     linked = [target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target]
-    named = re.findall(r"`((?:agent|examples|packaging|plugins|tests|bench)/[\w./-]+)`", text)
-    rooms = re.findall(r"`((?:spec|plan|runtime|source|node|store|cli)/\w+\.py)`", text)
+    named = re.findall(r"`((?:agent|docs|examples|packaging|plugins|tests|bench)/[\w./-]+)`", text)
+    rooms = re.findall(r"`((?:spec|plan|runtime|source|node|store|cli|images|status|api)/\w+\.py)`", text)
     missing = [link for link in linked if not (folder / link).exists()]
     missing += [path for path in named if not (TOP / path).exists()]
     missing += [path for path in rooms if not (TOP / "agent/holdfast" / path).exists()]
@@ -162,6 +162,11 @@ def test_sample_agent_toml_tells_the_defaults(tmp_path: Path) -> None:
     (tmp_path / "sample.toml").write_text(in_force("\n".join(defaults)))
     (tmp_path / "empty.toml").write_text("")
     assert load_config(tmp_path / "sample.toml") == load_config(tmp_path / "empty.toml")
+
+
+def test_sample_agent_toml_marks_what_a_reload_does_not_change() -> None:
+    marked = re.findall(r"^#(\w+) = .*# \(restart\)", (TOP / "packaging/agent.toml").read_text(), re.MULTILINE)
+    assert {*marked} == {*daemon.FIXED}
 
 
 def test_sample_agent_toml_names_every_rule_of_the_policy() -> None:
