@@ -113,7 +113,7 @@ class PaperAgent:
             source=SOURCE,
             node="edge-1",
         )
-        return status.json()
+        return {**status.json(), "agent": {"version": "0", "pid": 1, "connect_timeout": 60.0}}
 
     def plan(self) -> dict[str, Any]:
         return plan_json(self.plan_now, self.problems)

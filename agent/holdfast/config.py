@@ -192,6 +192,10 @@ class ImagesTable(Table):
     ] = None
     offline: Annotated[bool, Field(description="ask no registry; what is needed is loaded, or is missing")] = False
     concurrent_downloads: Annotated[int, Field(ge=1, le=64, description="layers at once from one registry")] = 3
+    connect_timeout: Annotated[
+        Duration,
+        Field(description="how long `apply` and `sync --wait` wait for a registry that does not answer"),
+    ] = 60.0
     stall_timeout: Annotated[
         Duration, Field(description="a transfer that brings nothing for so long is given up and tried again")
     ] = 60.0
@@ -206,8 +210,9 @@ class ImagesTable(Table):
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.low_watermark > self.high_watermark:
             yield "low_watermark", f"{self.low_watermark:g} is above high_watermark (expected at most that)"
-        if self.stall_timeout <= 0:
-            yield "stall_timeout", "0 is no time at all (expected a duration as 60s)"
+        for key, value in (("connect_timeout", self.connect_timeout), ("stall_timeout", self.stall_timeout)):
+            if value <= 0:
+                yield key, "0 is no time at all (expected a duration as 60s)"
 
 
 class BuildsTable(Table):
@@ -306,8 +311,9 @@ class ImageSettings:
 
     authfile, registries_conf, policy: instead of the places where skopeo looks by itself, None: those
     (containers-auth.json(5), containers-registries.conf(5), containers-policy.json(5)). offline: no registry is
-    asked. concurrent_downloads: layers at once from one registry. stall_timeout: a transfer that brings nothing for
-    so long is given up. min_free: what a pull leaves free. Above high_watermark, unused images go until
+    asked. concurrent_downloads: layers at once from one registry. connect_timeout: how long `apply` and `sync --wait`
+    wait for a registry that does not answer. stall_timeout: a transfer that brings nothing for so long is given up.
+    min_free: what a pull leaves free. Above high_watermark, unused images go until
     low_watermark is reached.
     """
 
@@ -316,6 +322,7 @@ class ImageSettings:
     policy: Path | None = None
     offline: bool = False
     concurrent_downloads: int = 3
+    connect_timeout: float = 60.0
     stall_timeout: float = 60.0
     max_layer_size: int = 32 << 30
     max_layer_files: int = 4_000_000

@@ -42,7 +42,7 @@ from holdfast.images.build import Builder
 from holdfast.images.outside import Outside
 from holdfast.images.pull import Puller
 from holdfast.images.store import ImageStore
-from holdfast.images.transfers import Transfers
+from holdfast.images.transfers import Transfers, moving, stranded
 from holdfast.node import Node, Rig
 from holdfast.node.answers import Answers
 from holdfast.node.builds import BuildServices
@@ -85,12 +85,16 @@ def run_agent(path: Path | None) -> int:
         return asyncio.run(Daemon(config, path, node).serve())
 
 
-def apply_once(config: Config, timeout: float, show: Callable[[Sequence[Json]], None] = lambda coming: None) -> Json:
+def apply_once(
+    config: Config, timeout: float, show: Callable[[Json], None] = lambda status: None, patience: float | None = None
+) -> Json:
     """Converge without an agent, for at most timeout seconds; returns the last status.
 
-    show: called ten times a second while images are on their way, with `Transfers.look()`; that time does not count.
+    show: called ten times a second with what there is to show of the status. The time that images are on their way
+    does not count. patience: seconds to wait for a registry that does not answer (default: connect_timeout).
     """
     _need_root()
+    began, patience = time.time(), config.images.connect_timeout if patience is None else patience
     deadline, slot = time.monotonic() + timeout, threading.Event()
     with _acting_node(config) as node:
         node.wake = lambda _: slot.set()
@@ -107,13 +111,28 @@ def apply_once(config: Config, timeout: float, show: Callable[[Sequence[Json]], 
             waits = any(app.state == "waiting" for app in made.status.apps.values())  # for the end of a job, say
             hopeless = until >= left and not waits
             lasting = any(app.exit_code not in (None, TryAgain.exit_code) for app in made.status.apps.values())
-            if left <= 0 or (at_rest and (made.status.converged or hopeless or (lasting and not waits))):
-                return made.status.json()
+            coming = _coming(node.rig)
+            if (
+                left <= 0
+                or (at_rest and (made.status.converged or hopeless or (lasting and not waits)))
+                or stranded(coming, began, patience)
+            ):
+                return {**made.status.json(), **coming}
             rest = max(min(until, left), 0.001)
-            while not slot.wait(min(rest, BEAT)) and rest > 0:
-                show(coming := node.rig.transfers.look())
+            while not slot.wait(min(rest, BEAT)) and rest > 0 and not stranded(coming, began, patience):
+                coming = _coming(node.rig)
+                show({**coming, "blockers": made.status.blockers})
                 rest -= BEAT
-                deadline += BEAT if coming or node.rig.builder.look() else 0.0
+                deadline += BEAT if moving(coming) else 0.0
+
+
+def _coming(rig: Rig) -> dict[str, list[Json]]:
+    """The part of a status that changes between passes: the images on their way."""
+    return {
+        "transfers": rig.transfers.look(),
+        "builds": rig.builder.look(),
+        "unanswered": rig.transfers.unanswered(),
+    }
 
 
 def shut_down(config: Config) -> list[str]:
@@ -457,9 +476,12 @@ class Daemon(Answers):
         """How the node stood at the last pass."""
         if self._last is None:
             raise TryAgain("status: the agent has just started, its first pass is under way")
-        agent = {"version": __version__, "pid": os.getpid()}
-        coming = {"transfers": self.rig.transfers.look(), "builds": self.rig.builder.look()}
-        return {**self._last.status.json(), "agent": agent, **coming}
+        agent = {
+            "version": __version__,
+            "pid": os.getpid(),
+            "connect_timeout": self._config.images.connect_timeout,
+        }
+        return {**self._last.status.json(), "agent": agent, **_coming(self.rig)}
 
     def plan(self) -> Json:
         """A preview, made now."""

@@ -17,6 +17,7 @@ from holdfast.images.outside import Outside
 from holdfast.images.pull import Puller
 from layouts import Layout
 from live.agent import LiveAgent
+from live.faulty import Answer, FaultyRegistry
 from live.registry import Registry
 
 pytestmark = pytest.mark.live
@@ -197,6 +198,56 @@ def test_apply_ends_at_once_where_only_a_commit_helps(agent: LiveAgent, registry
     assert agent.cli("plan", check=False).returncode == 2
     agent.stop()
     assert agent.cli("apply", "--timeout", "50", check=False, timeout=30).returncode == 65
+
+
+@pytest.mark.parametrize("with_agent", [True, False])
+def test_apply_gives_up_a_registry_that_does_not_answer_and_the_agent_goes_on(
+    agent: LiveAgent, registry: Registry, layout: Layout, busybox: bytes, with_agent: bool
+) -> None:
+    publish(registry, layout, busybox, "1", "one")
+    registry.stop()
+    agent.write("shop.toml", state(registry))
+    if not with_agent:
+        agent.stop()
+    done = agent.cli("apply", "--connect-timeout", "1s", check=False, timeout=40)  # its own timeout is 5 minutes
+    assert done.returncode == 75, done.stderr
+    assert "nobody listens there" in done.stderr
+    registry.start()
+    if with_agent:
+        agent.wait_until(lambda status: bool(status["converged"]))
+    else:
+        agent.cli("apply", "--connect-timeout", "30s")
+
+
+@pytest.mark.parametrize("with_agent", [True, False])
+def test_a_registry_that_says_nothing_ends_an_apply_after_connect_timeout(agent: LiveAgent, with_agent: bool) -> None:
+    mute = FaultyRegistry()
+    try:
+        mute.answer("", Answer(mute=True))
+        agent.configure(more='images.connect_timeout = "1s"')
+        agent.write("shop.toml", f'[containers.web]\nimage = "{mute.address}/app:1"\n{RUN}')
+        agent.stop()
+        if with_agent:
+            agent.start()
+        done = agent.cli("apply", check=False, timeout=40)
+        assert done.returncode == 75, done.stderr
+        assert f"image '{mute.address}/app:1': the registry has not answered for" in done.stderr
+        if with_agent:
+            assert "the registry has not answered for" in agent.cli("status").stdout
+    finally:
+        mute.close()
+
+
+def test_an_apply_waits_for_no_registry_where_what_is_here_will_do(
+    agent: LiveAgent, registry: Registry, layout: Layout, busybox: bytes
+) -> None:
+    publish(registry, layout, busybox, "1", "one")
+    agent.write("shop.toml", state(registry))
+    agent.converge()
+    registry.stop()
+    agent.write("shop.toml", state(registry, 'pull = "newer"', 'environment = { A = "1" }'))
+    agent.cli("apply", "--connect-timeout", "1ms")
+    assert not agent.status()["unanswered"]
 
 
 def test_an_archive_of_the_host_is_an_image(agent: LiveAgent, layout: Layout, busybox: bytes) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.drivers import Host
-from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, WrongState
+from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, Unreachable, WrongState
 from holdfast.images.pull import Puller
 from layouts import INDEX, MANIFEST, Layout, digest_of, make_layout
 from live.conftest import QUICK
@@ -100,17 +100,17 @@ CASES = {
     "a page for everything": Case("", PAGE, WrongState, "sent a web page", 300),
     "an error page": Case("manifests", replace(PAGE, status=404), NotFound, "no such image (404)", 60),
     "a page for a blob": Case(BLOBS, PAGE, WrongState, "its content is damaged", 300),
-    "silence": Case("manifests", Answer(mute=True), TryAgain, "does not answer"),
-    "a hang": Case("manifests", Answer(length=100, hang=True), TryAgain, "does not answer"),
-    "a hang at the door": Case("/v2/$", Answer(mute=True), TryAgain, "does not answer"),
-    "a hang for a blob": Case(BLOBS, Answer(length=30_000, hang=True), TryAgain, "does not answer"),
+    "silence": Case("manifests", Answer(mute=True), Unreachable, "does not answer"),
+    "a hang": Case("manifests", Answer(length=100, hang=True), Unreachable, "does not answer"),
+    "a hang at the door": Case("/v2/$", Answer(mute=True), Unreachable, "does not answer"),
+    "a hang for a blob": Case(BLOBS, Answer(length=30_000, hang=True), Unreachable, "does not answer"),
     "a redirect to a dead host": Case(
-        BLOBS, Answer(307, headers={"Location": "http://127.0.0.1:1/blob"}), TryAgain, "nobody listens there"
+        BLOBS, Answer(307, headers={"Location": "http://127.0.0.1:1/blob"}), Unreachable, "nobody listens there"
     ),
     "a redirect to an unknown host": Case(
         BLOBS,
         Answer(307, headers={"Location": "http://no.such.host.invalid/blob"}),
-        TryAgain,
+        Unreachable,
         "'no.such.host.invalid'",
     ),
     "redirects for ever": Case(
@@ -293,8 +293,8 @@ def test_a_slow_registry_is_waited_for_as_long_as_bytes_come(faulty: FaultyRegis
 def test_a_registry_that_is_down_and_a_name_that_is_none_are_told_apart(
     puller: Puller, free_port: Callable[[], int]
 ) -> None:
-    fails(puller, f"127.0.0.1:{free_port()}/app", TryAgain, "nobody listens there (connection refused)")
-    fails(puller, "no.such.registry.invalid/app:1", TryAgain, "'no.such.registry.invalid'")
+    fails(puller, f"127.0.0.1:{free_port()}/app", Unreachable, "nobody listens there (connection refused)")
+    fails(puller, "no.such.registry.invalid/app:1", Unreachable, "'no.such.registry.invalid'")
 
 
 def test_an_offline_node_asks_no_registry(faulty: FaultyRegistry, new_puller: Callable[..., Puller]) -> None:

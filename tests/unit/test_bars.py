@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from holdfast.cli.bars import bars
-from holdfast.images.transfers import Transfers
+from holdfast.errors import NotFound, Unreachable
+from holdfast.images.transfers import Transfers, overdue
 
 MIB = 1 << 20
 
@@ -19,16 +20,16 @@ MIB = 1 << 20
 def test_a_log_gets_a_line_for_each_quarter(capsys: pytest.CaptureFixture[str]) -> None:
     transfers = Transfers()
     with bars() as show, transfers.transfer("app:1") as coming:
-        show(transfers.look())
+        show({"transfers": transfers.look()})
         coming.state = "pulling"
         coming.expect("sha256:a", 4 * MIB)
         coming.expect("sha256:b", 9 * MIB, here=True)
         coming.begin("sha256:a")
         for done in range(0, 4 * MIB + 1, MIB // 2):
             coming.advance("sha256:a", done)
-            show(transfers.look())
+            show({"transfers": transfers.look()})
         coming.finish("sha256:a")
-        show(transfers.look())
+        show({"transfers": transfers.look()})
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         f"pulling app:1  {done} of 4MiB, 0 of 1 layers" for done in ("0B", "1MiB", "2MiB", "3MiB", "4MiB")
@@ -47,12 +48,72 @@ def test_a_terminal_gets_a_bar_for_each_layer_that_comes_and_one_in_all(monkeypa
         coming.expect(f"sha256:{'b' * 64}", 4 * MIB)
         coming.begin(f"sha256:{'a' * 64}")
         coming.advance(f"sha256:{'a' * 64}", 2 * MIB)
-        show(transfers.look())
+        show({"transfers": transfers.look()})
     sys.stderr.close()
     seen = read_all(master)
     assert "registry.example/[red]app:1" in seen  # a name is no markup
     assert "aaaaaaaaaaaa" in seen and "bbbbbbbbbbbb" not in seen
     assert "2.0/8.0 MiB" in seen and "2.0/4.0 MiB" in seen
+
+
+def a_build(step: str = "", error: str = "") -> dict[str, object]:
+    return {"image": "images.shop/web", "began": 1.0, "step": step, "error": error}
+
+
+def test_a_log_gets_a_line_for_each_step_of_a_build_and_what_is_waited_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.cli.bars.PATIENCE", 0.0)
+    why = "shop/web: waits until shop/db has started"
+    with bars() as show:
+        for step in ("", "STEP 1/2: FROM scratch", "STEP 1/2: FROM scratch", "STEP 2/2: COPY . /"):
+            show({"builds": [a_build(step)], "blockers": [why]})
+        show({"builds": [a_build(error="build 'images.shop/web': exit 1")], "blockers": [why]})
+        show({"blockers": [why]})
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "ended after" not in line] == [
+        "building images.shop/web",
+        f"waiting: {why}",
+        "building images.shop/web  STEP 1/2: FROM scratch",
+        "building images.shop/web  STEP 2/2: COPY . /",
+        "building images.shop/web  build 'images.shop/web': exit 1",
+    ]
+    assert lines[-1].startswith("building images.shop/web  ended after ")
+
+
+def test_a_terminal_gets_a_bar_for_each_build_and_for_what_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("holdfast.cli.bars.PATIENCE", 0.0)
+    master, slave = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys, "stderr", os.fdopen(slave, "w"))
+    with bars() as show:
+        waits = [{"ref": "app:1"}]
+        show({"builds": [a_build("STEP 2/2: [red]RUN")], "unanswered": waits, "blockers": ["shop: a lock"]})
+    sys.stderr.close()
+    seen = read_all(master)
+    assert "images.shop/web  STEP 2/2: [red]RUN" in seen
+    assert "waiting: app:1: the registry does not answer" in seen and "waiting: shop: a lock" in seen
+    assert "bytes" not in seen
+
+
+def test_a_registry_that_does_not_answer_is_given_up_after_a_while_by_who_waits_for_it() -> None:
+    transfers = Transfers()
+
+    def overdue_at(seconds: float, began: float = 0.0) -> bool:
+        found = transfers.unanswered()
+        return bool(overdue(found, began or found[0]["since"], 60, found[0]["since"] + seconds)) if found else False
+
+    with suppress(Unreachable), transfers.asked("app:1"):
+        assert (overdue_at(59), overdue_at(61)) == (False, True)
+        raise Unreachable("nobody listens there")
+    assert transfers.unanswered()[0]["error"] == "nobody listens there"
+    since = transfers.unanswered()[0]["since"]
+    assert (overdue_at(61), overdue_at(61, since + 30)) == (True, False), "not asked since somebody began to wait"
+    with suppress(NotFound), transfers.asked("app:1"):
+        assert (overdue_at(61, since + 30), overdue_at(91, since + 30)) == (False, True)
+        raise NotFound("an answer is an answer")
+    assert transfers.unanswered() == []
 
 
 def read_all(master: int) -> str:

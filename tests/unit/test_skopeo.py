@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.config import ImageSettings
-from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, WrongState
+from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, Unreachable, WrongState
 from holdfast.images.faults import explain, message_of
 from holdfast.images.manifests import Unfit, choose, read_diff_ids, read_document, read_manifest
 from holdfast.images.references import parse
@@ -68,20 +68,20 @@ SAID: list[tuple[str, type[HoldfastError], str, float]] = [
     (
         'pinging container registry reg.example:5000: Get "https://reg.example:5000/v2/": dial tcp: lookup '
         "reg.example on 10.0.0.2:53: no such host",
-        TryAgain,
+        Unreachable,
         "no host is called 'reg.example' (DNS)",
         0,
     ),
     (
         'Get "https://reg.example:5000/v2/": dial tcp: lookup reg.example: Temporary failure in name resolution',
-        TryAgain,
+        Unreachable,
         "the name 'reg.example' can't be looked up: no DNS server answers",
         0,
     ),
-    ("dial tcp 10.0.0.1:5000: connect: connection refused", TryAgain, "nobody listens there", 0),
-    ("dial tcp 10.0.0.1:5000: connect: no route to host", TryAgain, "can't be reached (no route to it)", 0),
-    ("dial tcp 10.0.0.1:5000: i/o timeout", TryAgain, "the registry does not answer", 0),
-    ("net/http: TLS handshake timeout", TryAgain, "the registry does not answer", 0),
+    ("dial tcp 10.0.0.1:5000: connect: connection refused", Unreachable, "nobody listens there", 0),
+    ("dial tcp 10.0.0.1:5000: connect: no route to host", Unreachable, "can't be reached (no route to it)", 0),
+    ("dial tcp 10.0.0.1:5000: i/o timeout", Unreachable, "the registry does not answer", 0),
+    ("net/http: TLS handshake timeout", Unreachable, "the registry does not answer", 0),
     (f"reading manifest 1 in {AT}: manifest unknown: manifest unknown", NotFound, "no such image (404)", 60),
     (f"reading manifest 1 in {AT}: StatusCode: 404, <html>", NotFound, "no such image (404)", 60),
     (f"reading manifest 1 in {AT}: name unknown: repository name not known to registry", NotFound, "(404)", 60),

@@ -1,12 +1,14 @@
-"""Images on their way, drawn while they come: a bar for each layer and one in all; plain lines where nobody looks.
+"""Long work, drawn while it goes on: a bar for each image and layer that comes and each image that is built, and what
+is waited for; plain lines where nobody looks.
 
-`apply` and `image pull` hand in what `images.transfers` counts, again and again. rich is imported only when there is
-something to draw: that takes longer than most commands.
+`apply`, `sync --wait` and `image pull` hand in a status, or its part about images, again and again. rich is imported
+only when there is something to draw: that takes longer than most commands.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,16 +19,19 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 Json = Mapping[str, Any]
-Show = Callable[[Sequence[Json]], None]
+Show = Callable[[Json], None]
 
 MOST_LAYERS = 12  # bars: more of them scroll away
+MOST_WAITS = 8
+PATIENCE = 2.0  # seconds: what is waited for longer is told
 
 
 @contextmanager
 def bars(*, quiet: bool = False) -> Iterator[Show]:
-    """Yield what draws a list of `Transfer.json`; call it every tenth of a second or so. On stderr, always."""
+    """Yield what draws a status (its transfers, builds, unanswered and blockers, as far as they are given); call it
+    every tenth of a second or so. On stderr, always."""
     if quiet:
-        yield lambda transfers: None
+        yield lambda status: None
     elif sys.stderr.isatty():
         with _drawn() as show:
             yield show
@@ -35,12 +40,30 @@ def bars(*, quiet: bool = False) -> Iterator[Show]:
 
 
 class _Lines:
-    """A line when an image begins to come, and one for each quarter of it."""
+    """A line when an image begins to come, and one for each quarter of it; one for each step of a build; one for
+    what is waited for."""
 
     def __init__(self) -> None:
         self._told: dict[tuple[str, float], int] = {}
+        self._steps: dict[tuple[str, float], str] = {}
+        self._waits = _Waits()
 
-    def show(self, transfers: Sequence[Json]) -> None:
+    def show(self, status: Json) -> None:
+        self._show_transfers(status.get("transfers", ()))
+        self._show_builds(status.get("builds", ()))
+        for line in self._waits.news(status):
+            render.echo(f"waiting: {line}", err=True)
+
+    def _show_builds(self, builds: Sequence[Json]) -> None:
+        now = {(each["image"], each["began"]): each["error"] or each["step"] for each in builds}
+        for key, step in now.items():
+            if self._steps.get(key) != step:
+                render.echo(f"building {key[0]}  {step}".rstrip(), err=True)
+        for image, began in self._steps.keys() - now.keys():
+            render.echo(f"building {image}  ended after {render.span(time.time() - began)}", err=True)
+        self._steps = now
+
+    def _show_transfers(self, transfers: Sequence[Json]) -> None:
         for each in transfers:
             total = each["total"]
             if each["state"] != "pulling" or not total:
@@ -49,6 +72,32 @@ class _Lines:
             if self._told.get(key, -1) < quarter:
                 self._told[key] = quarter
                 render.echo(f"pulling {each['ref']}  {amount(each)}", err=True)
+
+
+class _Waits:
+    """What is in the way of the state, apart from images, once that has lasted for a moment."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}
+        self._told: set[str] = set()
+
+    def lasting(self, status: Json) -> list[str]:
+        """The lines that have been true for a while."""
+        now = time.monotonic()
+        self._since = {line: self._since.get(line, now) for line in lines_of(status)}
+        return [line for line, since in self._since.items() if now - since >= PATIENCE]
+
+    def news(self, status: Json) -> list[str]:
+        """Of those, what was not told before."""
+        found = [line for line in self.lasting(status) if line not in self._told]
+        self._told.update(found)
+        return found
+
+
+def lines_of(status: Json) -> list[str]:
+    """What is waited for: the registries that do not answer, then why the node is not converged."""
+    asked = [f"{each['ref']}: the registry does not answer" for each in status.get("unanswered", ())]
+    return [*asked, *status.get("blockers", ())]
 
 
 def amount(transfer: Json) -> str:
@@ -62,26 +111,46 @@ def amount(transfer: Json) -> str:
 @contextmanager
 def _drawn() -> Iterator[Show]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, Task, TextColumn, TransferSpeedColumn
+    from rich.text import Text
+
+    class Amount(DownloadColumn):
+        def render(self, task: Task) -> Text:
+            return super().render(task) if task.total is not None else Text()
+
+    class Speed(TransferSpeedColumn):
+        def render(self, task: Task) -> Text:
+            return super().render(task) if task.total is not None else Text()
 
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        Amount(binary_units=True),
+        Speed(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         yield _Drawing(progress).show
 
 
 class _Drawing:
-    """The bars of all transfers under way; those of one that is over go."""
+    """The bars of all that is under way; those of what is over go."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._tasks: dict[tuple[str, float, str], TaskID] = {}
+        self._waits = _Waits()
 
-    def show(self, transfers: Sequence[Json]) -> None:
+    def show(self, status: Json) -> None:
+        seen = self._show_transfers(status.get("transfers", ()))
+        for each in status.get("builds", ()):
+            told = f"failed: {each['error']}" if each["error"] else each["step"]
+            seen.add(self._bar((each["image"], each["began"], ""), f"{each['image']}  {told}", 0, None))
+        for line in self._waits.lasting(status)[:MOST_WAITS]:
+            seen.add(self._bar((line, 0.0, ""), f"waiting: {line}", 0, None))
+        for key in self._tasks.keys() - seen:
+            self._progress.remove_task(self._tasks.pop(key))
+
+    def _show_transfers(self, transfers: Sequence[Json]) -> set[tuple[str, float, str]]:
         seen = set()
         for each in transfers:
             image = (each["ref"], each["began"])
@@ -93,8 +162,7 @@ class _Drawing:
             for layer in coming[:MOST_LAYERS]:
                 name = f"  {layer['digest'].removeprefix('sha256:')[:12]}"
                 seen.add(self._bar((*image, layer["digest"]), name, layer["done"], layer["total"]))
-        for key in self._tasks.keys() - seen:
-            self._progress.remove_task(self._tasks.pop(key))
+        return seen
 
     def _bar(self, key: tuple[str, float, str], name: str, done: int, total: int | None) -> tuple[str, float, str]:
         if key not in self._tasks:

@@ -315,7 +315,7 @@ def load_images(node: Any, file: Path) -> Sequence[Mapping[str, Any]]:
     with bars(quiet=not sys.stderr.isatty()) as show, ThreadPoolExecutor(1) as thread:
         under_way = thread.submit(node.load_bundle, str(file.absolute()))
         while wait([under_way], BEAT).not_done:
-            show(coming())
+            show({"transfers": coming()})
         images: Sequence[Mapping[str, Any]] = under_way.result()
     return images
 

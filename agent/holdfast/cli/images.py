@@ -199,7 +199,7 @@ def followed(steps: Iterator[Json], quiet: bool) -> Json:
     with bars(quiet=quiet) as show:
         for last in steps:
             if "transfers" in last:
-                show(last["transfers"])
+                show(last)
     return last
 
 

@@ -20,6 +20,7 @@ Json = Mapping[str, Any]
 CHANGES = 2
 BEAT = 0.1  # seconds between looks at a node that converges
 WAIT = "How long to wait at most; what it takes to pull and build images does not count."
+CONNECT = "How long to wait for a registry that does not answer (default: connect_timeout of agent.toml, 60s)."
 PATIENCE = 300.0  # seconds that apply and sync --wait wait by default
 
 
@@ -101,13 +102,14 @@ def show_step(step: Json) -> None:
 @click.option("--accept-rewrite", is_flag=True, help="Take a branch whose history was rewritten as it is now.")
 @click.option("--wait", is_flag=True, help="Wait until the node is converged; exit 0 only if it is.")
 @click.option("--timeout", type=Seconds(), default=PATIENCE, show_default="5m", help=WAIT)
-def sync(accept_rewrite: bool, wait: bool, timeout: float) -> None:
+@click.option("--connect-timeout", type=Seconds(), default=None, help=CONNECT)
+def sync(accept_rewrite: bool, wait: bool, timeout: float, connect_timeout: float | None) -> None:
     """Read the source and make a pass now."""
     agent, began = client(), time.time()
     status = agent.sync(accept_rewrite)
     if wait:
         with bars() as show:
-            status = converge(agent, timeout, show, began)
+            status = converge(agent, timeout, show, began, connect_timeout)
     render.echo(headline(status))
     if status["source"].get("error"):
         raise TryAgain(f"sync: {status['source']['error']}")
@@ -117,8 +119,9 @@ def sync(accept_rewrite: bool, wait: bool, timeout: float) -> None:
 
 @command("apply")
 @click.option("--timeout", type=Seconds(), default=PATIENCE, show_default="5m", help=WAIT)
+@click.option("--connect-timeout", type=Seconds(), default=None, help=CONNECT)
 @json_option()
-def apply(timeout: float, json_: bool) -> None:
+def apply(timeout: float, connect_timeout: float | None, json_: bool) -> None:
     """Converge once and exit, agent or none.
 
     Exits 0 only when the node is converged.
@@ -127,12 +130,12 @@ def apply(timeout: float, json_: bool) -> None:
     with bars() as show:
         if agent.answers():
             agent.sync(False)
-            status = converge(agent, timeout, show, began)
+            status = converge(agent, timeout, show, began, connect_timeout)
         else:
             from holdfast.daemon import apply_once
 
             log_to_stderr()
-            status = apply_once(settings(), timeout, show)
+            status = apply_once(settings(), timeout, show, connect_timeout)
     if json_:
         render.as_json(status)
     elif status["converged"]:
@@ -143,8 +146,18 @@ def apply(timeout: float, json_: bool) -> None:
 
 def unconverged(verb: str, status: Json, began: float) -> HoldfastError:
     """The error that says what keeps the node from its state."""
-    lines = "".join(f"\n  {line}" for line in status["blockers"])
+    lines = "".join(f"\n  {line}" for line in (*status["blockers"], *silent(status)))
     return kind_of(status)(f"{verb}: not converged after {render.span(time.time() - began)}{lines}")
+
+
+def silent(status: Json) -> list[str]:
+    """A line for each registry that is being asked and has not answered for a while."""
+    now = time.time()
+    return [
+        f"image '{each['ref']}': the registry has not answered for {render.span(now - each['since'])}"
+        for each in status["unanswered"]
+        if each["asking"] and now - each["since"] >= 1
+    ]
 
 
 def kind_of(status: Json) -> type[HoldfastError]:
@@ -174,20 +187,24 @@ def coming(status: Json) -> bool:
     return bool(status["transfers"] or any(not each["error"] for each in status["builds"]))
 
 
-def converge(agent: Client, timeout: float, show: Show, began: float) -> Json:
+def converge(agent: Client, timeout: float, show: Show, began: float, patience: float | None = None) -> Json:
     """Follow the agent until the node is converged, it is hopeless or the time is up; return its last status.
 
-    began: when it was asked to, in seconds since the epoch.
+    began: when it was asked to, in seconds since the epoch. patience: seconds to wait for a registry that does not
+    answer (default: the agent's connect_timeout); the agent itself tries on.
 
     While an image is on its way or built the time stands still: a transfer that stalls is given up by itself.
     """
+    from holdfast.images.transfers import moving, stranded  # loads what most commands do without
+
     looked, left = time.monotonic(), timeout
     status: Json = agent.status()
     for _ in agent.follow(limit=1, beat=BEAT):
-        show(status["transfers"])
+        show(status)
         looked, passed = time.monotonic(), time.monotonic() - looked
-        left -= 0.0 if coming(status) else passed
-        if status["converged"] or left <= 0 or hopeless(status, began):
+        left -= 0.0 if moving(status) else passed
+        limit = status["agent"]["connect_timeout"] if patience is None else patience
+        if status["converged"] or left <= 0 or hopeless(status, began) or stranded(status, began, limit):
             break
         status = agent.status()
     else:
@@ -257,10 +274,11 @@ def listed(title: str, lines: list[str]) -> None:
 
 def images_coming(status: Json) -> list[str]:
     """A line for each image on its way."""
-    lines = []
-    for each in status["transfers"]:
-        asking = each["state"] == "resolving"
-        lines.append(f"{each['ref']}: " + ("the registry is asked" if asking else amount(each)))
+    lines = [
+        f"{each['ref']}: " + ("the registry is asked" if each["state"] == "resolving" else amount(each))
+        for each in status["transfers"]
+    ]
+    lines += silent(status)
     for each in (each for each in status["builds"] if not each["error"]):
         step = f", {each['step']}" if each["step"] else ""
         lines.append(f"{each['image']}: being built for {render.span(time.time() - each['began'])}{step}")

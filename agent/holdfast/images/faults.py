@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, WrongState
+from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, Unreachable, WrongState
 
 REFUSED = 60.0  # seconds: nothing changes within them, unless somebody does something
 UNFIT = 300.0  # seconds: the image has to be pushed again
@@ -81,15 +81,15 @@ CAUSES = (
         "the registry speaks plain HTTP (expected TLS, or insecure = true for it in registries.conf)",
         REFUSED,
     ),
-    _Cause(r"lookup ([^\s:]+).*no such host", TryAgain, lambda match: f"no host is called '{match[1]}' (DNS)"),
+    _Cause(r"lookup ([^\s:]+).*no such host", Unreachable, lambda match: f"no host is called '{match[1]}' (DNS)"),
     _Cause(
         r"lookup ([^\s:]+).*(?:server misbehaving|i/o timeout|temporary failure|connection refused|unreachable)",
-        TryAgain,
+        Unreachable,
         lambda match: f"the name '{match[1]}' can't be looked up: no DNS server answers",
     ),
-    _Cause(r"connection refused", TryAgain, "nobody listens there (connection refused)"),
-    _Cause(r"no route to host|network is unreachable", TryAgain, "the registry can't be reached (no route to it)"),
-    _Cause(r"tls handshake timeout|i/o timeout|deadline exceeded", TryAgain, "the registry does not answer"),
+    _Cause(r"connection refused", Unreachable, "nobody listens there (connection refused)"),
+    _Cause(r"no route to host|network is unreachable", Unreachable, "the registry can't be reached (no route to it)"),
+    _Cause(r"tls handshake timeout|i/o timeout|deadline exceeded", Unreachable, "the registry does not answer"),
     _Cause(
         r"source image rejected: ([^\n]{1,200})|(running image [^\n]{1,200} is rejected by policy)",
         WrongState,

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -120,12 +120,18 @@ class Puller:
         return Remote(reference, top, _digest(top), manifest, _digest(manifest))
 
     def pull(
-        self, ref: str, remote: Remote | None = None, *, watch: Callable[[Transfer], object] = lambda _: None
+        self,
+        ref: str,
+        remote: Remote | None = None,
+        *,
+        watch: Callable[[Transfer], object] = lambda _: None,
+        needed: bool = True,
     ) -> Image:
         """Have the image here, under its name unless the reference is a digest; fetch only what is missing.
 
         remote: what `resolve` has said just now. watch: gets the transfer, which others of this reference may be
-        beside. A layer under way for another image or caller is waited for.
+        beside. needed: False where something is here that will do. A layer under way for another image or caller is
+        waited for.
         """
         reference = self._reference(ref, "pull")
         with self.transfers.transfer(ref) as transfer, self.store.keep():
@@ -135,7 +141,9 @@ class Puller:
             try:
                 if not self._here(ref):
                     fetch.warm_up()
-                remote = remote or self.resolve(ref)
+                if remote is None:
+                    with self.transfers.asked(ref) if needed else nullcontext():
+                        remote = self.resolve(ref)
                 transfer.state = "pulling"
                 fetch.source = reference.at(remote.digest)
                 return self._pull(ref, remote, fetch, transfer, news)

@@ -1,4 +1,4 @@
-"""What is being fetched right now, for whoever looks: bytes in all and of each layer.
+"""What is being fetched right now, for whoever looks: bytes in all and of each layer; and who does not answer.
 
 `pull` counts here; `holdfast image pull`, `apply`, `status` and the events read it.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+from holdfast.errors import Unreachable
 from holdfast.observed import Json
 
 LayerState = Literal["waiting", "pulling", "done", "here"]
@@ -81,12 +82,50 @@ class Transfer:
         }
 
 
+@dataclass(slots=True)
+class Unanswered:
+    """A question to a registry without an answer. since: when it was first asked; asked: when for the last time.
+
+    asking: how many wait for an answer now. error: why the last try failed.
+    """
+
+    ref: str
+    since: float
+    asked: float
+    asking: int = 0
+    error: str = ""
+
+
+def overdue(unanswered: Sequence[Json], began: float, patience: float, now: float) -> list[Json]:
+    """Of questions without an answer, those that whoever began then has waited for longer than patience. Pure.
+
+    What is not asked any more does not count: another commit may need it no longer.
+    """
+    return [
+        each
+        for each in unanswered
+        if (each["asking"] or each["asked"] >= began) and now - max(each["since"], began) >= patience
+    ]
+
+
+def moving(status: Json) -> bool:
+    """Whether an image comes, or is being built, in a status: a registry that is only asked may never answer."""
+    pulls = any(each["state"] == "pulling" for each in status["transfers"])
+    return pulls or any(not each["error"] for each in status["builds"])
+
+
+def stranded(status: Json, began: float, patience: float) -> list[Json]:
+    """The questions for whose answer it makes no sense to wait any longer; none while images still come."""
+    return [] if moving(status) else overdue(status["unanswered"], began, patience, time.time())
+
+
 class Transfers:
-    """The transfers under way. Thread-safe."""
+    """The transfers under way, and the questions that no registry answers. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._current: list[Transfer] = []
+        self._unanswered: dict[str, Unanswered] = {}
 
     @contextmanager
     def transfer(self, reference: str) -> Iterator[Transfer]:
@@ -103,6 +142,30 @@ class Transfers:
         finally:
             with self._lock:
                 self._current.remove(transfer)
+
+    @contextmanager
+    def asked(self, reference: str) -> Iterator[None]:
+        """Count a question while the block asks it, and until the same has been answered."""
+        now = time.time()
+        with self._lock:
+            entry = self._unanswered.setdefault(reference, Unanswered(reference, now, now))
+            entry.asked, entry.asking = now, entry.asking + 1
+        answered = True
+        try:
+            yield
+        except Unreachable as error:
+            answered, entry.error = False, str(error)
+            raise
+        finally:
+            with self._lock:
+                entry.asking -= 1
+                if answered and self._unanswered.get(reference) is entry:
+                    del self._unanswered[reference]
+
+    def unanswered(self) -> list[Json]:
+        """Every question without an answer, as `Unanswered`."""
+        with self._lock:
+            return [asdict(each) for each in self._unanswered.values()]
 
     def look(self) -> list[Json]:
         """Every transfer under way, oldest first, as `Transfer.json`."""

@@ -229,7 +229,7 @@ def _here(rig: Rig, reference: str) -> str | None:
 def _newer(rig: Rig, reference: str, here: str) -> str:
     """What the registry has, or, as long as it can't be reached, what is here."""
     try:
-        return rig.puller.pull(reference).digest
+        return rig.puller.pull(reference, needed=False).digest
     except (TryAgain, UnfitHost, NotFound) as error:  # what is damaged or not to be trusted is another matter
         message = f'{error}; what is here will do (pull = "newer")'
         rig.store.event("pull", reference, message, digest=here, app="", container="")

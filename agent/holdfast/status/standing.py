@@ -114,8 +114,9 @@ class Status:
 
     foreign: what on this host bears the agent's name and is not its own → why it is left alone.
     findings: what others did to the host that a person should know; what breaks something is a blocker, too.
-    transfers, builds: the images on their way (`images.transfers.Transfer.json`, `images.build.Builder.look`), which
-    the daemon fills in.
+    transfers, builds, unanswered: the images on their way (`images.transfers.Transfer.json`,
+    `images.build.Builder.look`) and the questions that no registry answers (`images.transfers.Unanswered`), which the
+    daemon fills in.
     """
 
     node: str
@@ -135,6 +136,7 @@ class Status:
     agent: Json = field(default_factory=dict)
     transfers: tuple[Json, ...] = ()
     builds: tuple[Json, ...] = ()
+    unanswered: tuple[Json, ...] = ()
 
     def json(self) -> dict[str, Any]:
         """The value that `holdfast status --json` prints."""
