@@ -7,7 +7,7 @@ import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import pytest
@@ -192,7 +192,7 @@ def test_network_without_port_security_lets_addresses_through_but_never_loopback
 def test_port_with_another_address_may_send_with_that_one_only(lab: Lab) -> None:
     network = lab.make("shop/front")
     party = Party(lab, network)
-    other = network.data["gateway"].removesuffix(".1") + ".77"
+    other = str(IPv4Network(network.data["subnet"])[9])
     moved = ethernet(party.mac, EVERYBODY, 0x0800, ipv4(other, party.peer, 17, udp(9, 9)))
     assert party.arrives(moved) == []
     netns = lab.host.netns("evil").name

@@ -158,7 +158,7 @@ def test_written_files_survive_a_reboot(host: Host) -> None:
     root = Path(receipt.data["path"])
     (root / "kept").write_text("yes")
     unmount(root)
-    assert list(driver.observe()) == [Receipt("rootfs", "overlay", "lasting", "lasting")]
+    assert list(driver.observe()) == [Receipt("rootfs", "overlay", "lasting", "lasting", root=host.id)]
     assert driver.ensure(want) == receipt
     assert (root / "kept").read_text() == "yes"
     driver.remove(receipt)

@@ -84,7 +84,7 @@ def test_a_killed_container_is_back_at_once_and_the_back_off_grows_and_is_forgot
     policy = 'restart_policy = { policy = "always", delay = "400ms", factor = 2, jitter = 0, reset_after = "600ms" }'
     agent.write("shop.toml", f"[containers.web]\n{running('exit 1', policy)}[containers.steady]{SLEEPER}{policy}")
     agent.sync()
-    agent.wait_until(lambda now: container(now, "web")["instances"][0]["restarts"] >= 3)
+    agent.wait_until(lambda now: any(each["restarts"] >= 3 for each in container(now, "web")["instances"]))
     events = [event for event in agent.events() if event["subject"] == "shop/web"]
     ended = [event["at"] for event in events if event["kind"] == "exited"]
     begun = [event["at"] for event in events if event["kind"] == "started"][1:]
@@ -145,8 +145,7 @@ def test_what_is_held_by_hand_is_drift_that_outlives_the_agent_until_released(ag
     first = agent.pid("shop/web")
     agent.cli("restart", "shop/web")
     assert agent.pid("shop/web") != first
-    assert "restarted by hand" in agent.status()["drift"]["shop/web"]
-    agent.cli("release", "shop/web")
+    assert not agent.status()["drift"], "a restart is over once it has happened"
     agent.cli("stop", "shop/web")
     agent.cli("start", "shop/web")
     assert container(agent.status(), "web")["state"] == "running"

@@ -40,12 +40,12 @@ def shutdown(now: bool) -> int:
     from holdfast.daemon import shut_down
 
     if not now and not host_goes_down():
-        click.echo("the host does not go down: nothing is stopped")
+        render.echo("the host does not go down: nothing is stopped")
         return 0
     log_to_stderr()
     failed = shut_down(settings())
     for line in failed:
-        click.echo(f"holdfast: {line}", err=True)
+        render.echo(f"holdfast: {line}", err=True)
     return TryAgain.exit_code if failed else 0
 
 

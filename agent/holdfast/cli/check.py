@@ -42,7 +42,7 @@ def check(paths: tuple[Path, ...], any_driver: bool) -> None:
         wrong = len({problem.path for problem in spec.problems})
         raise WrongState(f"check: {counted(len(spec.problems), 'problem')} in {counted(wrong, 'file')}")
     for hint in spec.hints:
-        click.echo(str(top / hint), err=True)
+        render.echo(str(top / hint), err=True)
     containers = sum(len(app.containers) for app in spec.apps.values())
     render.echo(f"{counted(len(spec.apps), 'app')}, {counted(containers, 'container')}: ok")
     built = sorted({name for app in spec.apps.values() for name in app.images})

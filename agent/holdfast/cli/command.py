@@ -138,6 +138,7 @@ def reach(*, makes: bool = False) -> Iterator[Any]:
         return
     from holdfast.daemon import open_node
 
+    log_to_stderr(only_warnings=True)
     with open_node(settings(), makes=makes) as node:
         yield node
 
@@ -201,14 +202,16 @@ def complete_target(ctx: click.Context, _: click.Parameter, typed: str) -> list[
     return [each for each in [*unique, *known] if each.startswith(typed)]
 
 
-def log_to_stderr() -> None:
+def log_to_stderr(*, only_warnings: bool = False) -> None:
     """Have the log of what is done on standard error: standard output is for what was asked.
 
+    only_warnings: leave out what is no fault, for commands that are not asked to do what the log tells.
     Tracebacks are plain: prettier ones would print local variables, and those may hold what is secret.
     """
     import structlog
 
     structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(30 if only_warnings else 0),  # levels of `logging`
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         processors=[
             plain_values,
