@@ -602,6 +602,63 @@ def test_what_a_context_does_not_need_may_be_left_out() -> None:
     assert load(files, NodeFacts("node"), left_out=LEFT_OUT).problems == ()
 
 
+@pytest.mark.parametrize(
+    ("left_out", "said"),
+    [
+        ({"apps/shop.toml": "a git LFS pointer"}, "is not in this revision: 'apps/shop.toml' is a git LFS pointer"),
+        ({"apps": "a symbolic link that leads out"}, "is not in this revision: 'apps' is a symbolic link that leads"),
+    ],
+)
+def test_an_app_whose_state_file_is_left_out_stays_as_it_is(left_out: dict[str, str], said: str) -> None:
+    here = load(
+        {"apps/shop.toml": b'[app]\nname = "store"\n[containers.web]\nimage = "nginx"\n'}, NodeFacts("node")
+    ).apps
+    spec = load({}, NodeFacts("node"), left_out=left_out, in_force=here)
+    assert spec.broken == {"apps/shop.toml": "store"}
+    (problem,) = spec.problems
+    assert said in problem.message
+
+
+def test_a_state_file_that_was_never_here_and_is_left_out_is_told() -> None:
+    spec = load({}, NodeFacts("node"), left_out={"shop.toml": "a symbolic link that leads nowhere", "x": "a socket"})
+    assert spec.broken == {"shop.toml": "shop"}
+    assert [problem.path for problem in spec.problems] == ["shop.toml"]
+
+
+def test_a_toml_file_that_a_context_leaves_out_is_no_app() -> None:
+    files = {
+        "shop.toml": b'[images.i]\ncontext = "./src"\n[containers.web]\nimage = "images.i"\n',
+        "src/Dockerfile": b"FROM scratch\n",
+        "src/.dockerignore": b"tests\n",
+    }
+    left_out = {"src/tests/pyproject.toml": "a symbolic link that leads nowhere"}
+    assert load(files, NodeFacts("node"), left_out=left_out).problems == ()
+
+
+def test_vars_that_are_left_out_do_not_become_their_defaults() -> None:
+    files = {"shop.toml": b'[containers.web]\nimage = "nginx:${vars.tag:-old}"\n'}
+    spec = load(files, NodeFacts("node"), left_out={"vars.toml": "a git LFS pointer"})
+    assert spec.broken == {"shop.toml": "shop"}
+    assert [(problem.path, problem.message) for problem in spec.problems] == [
+        ("vars.toml", "is not in this revision: it is a git LFS pointer")
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[app\nname = "store"\n',
+        '[app]\nname = "market"\n[containers.web]\nimag = "nginx"\n',
+        '[app]\nname = "market"\n[containers.web]\nimage = "nginx"\ndepends_on = ["gone/db"]\n',
+    ],
+)
+def test_an_app_with_a_name_of_its_own_stays_when_its_file_does_not_load_any_more(text: str) -> None:
+    here = load({"shop.toml": b'[app]\nname = "store"\n[containers.web]\nimage = "nginx"\n'}, NodeFacts("node")).apps
+    spec = load({"shop.toml": text.encode()}, NodeFacts("node"), in_force=here)
+    assert spec.broken == {"shop.toml": "store"}
+    assert spec.apps == {}
+
+
 def test_a_file_that_becomes_a_program_is_another_file() -> None:
     files = {"shop.toml": b'[containers.web]\nimage = "nginx"\nvolumes = ["./run:/run.sh"]\n', "run": b"x"}
     cache = Cache()

@@ -71,13 +71,14 @@ def load(
     cache = cache if cache is not None else Cache()
     if (cache.facts, cache.files, cache.executable, cache.left_out) == (facts, files, executable, left_out):
         return cache.spec
-    shared, faulty = _with_vars(files, facts)
+    shared, faulty = _with_vars(files, left_out, facts)
     old = cache.readings if cache.facts == facts and cache.files.get(VARS_FILE) == files.get(VARS_FILE) else {}
     readings = {path: _reading(path, files[path], shared, old.get(path)) for path in sorted(filter(is_state, files))}
     folder = Folder(
         files, executable, left_out, {path: each for path, each in cache.digests.items() if path in files}
     )
-    drafts, builds, broken, problems = _linked(_outside_contexts(readings), folder, facts, faulty, in_force)
+    linked = _outside_contexts(readings) | dict(_lacking(readings, folder, in_force))
+    drafts, builds, broken, problems = _linked(linked, folder, facts, faulty, in_force)
     blobs: dict[str, bytes] = {}
     apps: dict[str, App] = {}
     for draft in drafts:
@@ -124,12 +125,7 @@ def _outside_contexts(readings: Mapping[str, Reading]) -> dict[str, Reading]:
 
     A file that has any table of a state file is one wherever it lies: no context makes an app vanish.
     """
-    folders = tuple(
-        image.prefix
-        for path, reading in readings.items()
-        for image in (reading.draft.images.values() if reading.draft else ())
-        if not path.startswith(image.prefix)  # beside its own Dockerfile, a state file may have neighbours
-    )
+    folders = _contexts(readings)
     return {
         path: reading
         for path, reading in readings.items()
@@ -137,11 +133,40 @@ def _outside_contexts(readings: Mapping[str, Reading]) -> dict[str, Reading]:
     }
 
 
+def _contexts(readings: Mapping[str, Reading]) -> tuple[str, ...]:
+    """The folders that images are built from."""
+    return tuple(
+        image.prefix
+        for path, reading in readings.items()
+        for image in (reading.draft.images.values() if reading.draft else ())
+        if not path.startswith(image.prefix)  # beside its own Dockerfile, a state file may have neighbours
+    )
+
+
+def _lacking(
+    readings: Mapping[str, Reading], folder: Folder, in_force: Mapping[str, App]
+) -> Iterator[tuple[str, Reading]]:
+    """State files that the revision leaves out, as files that do not load: else their apps would be taken away.
+
+    What lies in a folder that is left out is known by the apps that were read from there.
+    """
+    read_before = {app.path for app in in_force.values()}
+    contexts = _contexts(readings)
+    named = {path for path in folder.left_out if is_state(path) and not path.startswith(contexts)}
+    for path in sorted((named | read_before) - folder.files.keys()) if folder.left_out else ():
+        if why := folder.lacks(path):
+            yield path, Reading(b"", app_name(path, None), None, (Problem(path, 1, why),))
+
+
 _TABLES = frozenset(StateFile.model_fields)
 
 
-def _with_vars(files: Mapping[str, bytes], facts: NodeFacts) -> tuple[NodeFacts, tuple[Problem, ...]]:
+def _with_vars(
+    files: Mapping[str, bytes], left_out: Mapping[str, str], facts: NodeFacts
+) -> tuple[NodeFacts, tuple[Problem, ...]]:
     """The facts with the vars of the whole repository below the node's own."""
+    if VARS_FILE in left_out:
+        return facts, (Problem(VARS_FILE, 1, f"is not in this revision: it is {left_out[VARS_FILE]}"),)
     if VARS_FILE not in files:
         return facts, ()
     try:
@@ -209,8 +234,9 @@ def _linked(
     found = list(problems)
     # With faulty vars, ${vars.x:-default} would silently become its default.
     uncertain = bool(found)
+    names = _names_in_force(in_force)
     broken = {
-        path: reading.name
+        path: names.get(path, reading.name)
         for path, reading in readings.items()
         if reading.problems or (uncertain and b"${vars." in reading.raw)
     }
@@ -220,7 +246,7 @@ def _linked(
 
     def refuse(findings: Iterable[links.Finding]) -> None:
         for draft, fault in findings:
-            broken[draft.app.path] = draft.app.name
+            broken[draft.app.path] = names.get(draft.app.path, draft.app.name)
             found.extend(_problems(draft.app.path, draft.document, [fault]))
 
     refuse(links.duplicate_names(here))
@@ -253,6 +279,11 @@ def _linked(
     for draft in [*standing, *(draft for draft in here if draft.app.path in broken)]:
         refuse(claims.claim(draft, networks))
     return [draft for draft in here if draft.app.path not in broken], builds, broken, found
+
+
+def _names_in_force(in_force: Mapping[str, App]) -> dict[str, str]:
+    """State file → the app that came from it: what stays when the file does not load, whatever name it has now."""
+    return {app.path: name for name, app in in_force.items()}
 
 
 def matches(when: When, facts: NodeFacts) -> bool:
