@@ -19,6 +19,7 @@ from functools import cached_property
 from holdfast.config import Config
 from holdfast.errors import HoldfastError
 from holdfast.node import Node, installed
+from holdfast.node.needs import images_needed
 from holdfast.observed import History, Json, Observed
 from holdfast.plan import Plan, decide, preview
 from holdfast.plan.reasons import left_alone
@@ -97,7 +98,8 @@ class Reconciler:
         spec = self._newest()
         observed = self.node.observe(deep=True, spec=spec)
         plans = self._preview(spec, observed)
-        return plan_json(plans, spec.problems if spec else (), left_alone(observed), observed.findings)
+        images = images_needed(self.node.rig, plans, spec.blobs if spec else {})
+        return plan_json(plans, spec.problems if spec else (), left_alone(observed), observed.findings, images)
 
     def _preview(self, spec: Spec | None, observed: Observed) -> Sequence[Plan]:
         return preview(spec, observed, self.node.rig.store.history(), time.time())

@@ -200,6 +200,54 @@ def test_apply_ends_at_once_where_only_a_commit_helps(agent: LiveAgent, registry
     assert agent.cli("apply", "--timeout", "50", check=False, timeout=30).returncode == 65
 
 
+def test_plan_says_what_is_pulled_or_built_and_how_much_has_to_come(
+    agent: LiveAgent, registry: Registry, layout: Layout, busybox: bytes, free_port: Callable[[], int]
+) -> None:
+    publish(registry, layout, busybox, "1", "one")
+    publish(registry, layout, busybox, "2", "two")
+    first, second = (layout.json(layout.find(tag)["digest"])["layers"] for tag in "12")
+    mute = FaultyRegistry()
+    mute.answer("", Answer(mute=True))
+    texts = {
+        "shop": state(registry),
+        "quiet": f'[containers.web]\nimage = "{mute.address}/app:1"\n{RUN}',
+        "gone": f'[containers.web]\nimage = "127.0.0.1:{free_port()}/app:1"\n{RUN}',
+        "made": f'[images.web]\ncontext = "./web"\n[containers.web]\nimage = "images.web"\n{RUN}',
+        "never": state(registry, 'pull = "never"', tag="2"),
+    }
+    try:
+        agent.stop()  # so that it does not pull them meanwhile
+        (agent.state / "web").mkdir()
+        agent.write("web/Dockerfile", f"FROM {registry.address}/app:1\nRUN true\n")
+        for app, text in texts.items():
+            agent.write(f"{app}.toml", text)
+        found = json.loads(agent.cli("plan", "--json", check=False).stdout)["images"]
+    finally:
+        mute.close()
+    size, ref = sum(layer["size"] for layer in first), f"{registry.address}/app:1"
+    coming = {"image": ref, "verb": "pull", "size": size, "error": ""}
+    assert found["shop"] == [coming]
+    assert found["made"] == [coming, {"image": "images.made/web", "verb": "build", "size": None, "error": ""}]
+    assert (found["quiet"][0]["size"], found["gone"][0]["size"]) == (None, None)
+    assert "nobody listens there" in found["gone"][0]["error"] and found["quiet"][0]["error"]
+    assert found["never"][0]["error"] == "it is not here, and pull is never"
+
+    for app in set(texts) - {"shop"}:
+        agent.remove(f"{app}.toml")
+    assert f"pull {ref}" in agent.cli("plan", check=False).stdout
+    agent.start()
+    agent.converge()
+    asked = len(registry.requests())
+    agent.write("shop.toml", state(registry, "read_only = true"))
+    agent.stop()
+    agent.write("other.toml", state(registry))
+    assert not json.loads(agent.cli("plan", "--json", check=False).stdout)["images"]
+    assert len(registry.requests()) == asked, "what is here is not asked about"
+    agent.write("other.toml", state(registry, tag="2"))
+    (need,) = json.loads(agent.cli("plan", "--json", check=False).stdout)["images"]["other"]
+    assert need["size"] == sum(layer["size"] for layer in second[1:]), "the layer that is here does not come again"
+
+
 @pytest.mark.parametrize("with_agent", [True, False])
 def test_apply_gives_up_a_registry_that_does_not_answer_and_the_agent_goes_on(
     agent: LiveAgent, registry: Registry, layout: Layout, busybox: bytes, with_agent: bool

@@ -52,6 +52,9 @@ def show_plan(found: Json) -> None:
         render.echo(render.paint(app or "the node", None, bold=True))
         for step in steps:
             show_step(step)
+            if "StageGeneration" in step["actions"]:
+                for need in found["images"].get(app, ()):
+                    render.note(needed(need), indent=6)
     for title, colour in (("waiting", render.BUSY), ("drift", render.BUSY), ("foreign", render.QUIET)):
         if lines := found.get(title):
             render.echo(render.paint(title, colour))
@@ -66,6 +69,14 @@ def show_plan(found: Json) -> None:
         render.echo("nothing to do now" if found["waiting"] else "nothing to do")
     else:
         render.echo(f"\n{counted(sum(len(steps) for steps in found['apps'].values()), 'change')}")
+
+
+def needed(need: Json) -> str:
+    """An image that is to be pulled or built, and how much has to come."""
+    if need["verb"] == "build":
+        return f"build {need['image']}"
+    size = "size unknown" if need["size"] is None else render.size(need["size"])
+    return f"pull {need['image']}  {size}" + (f": {need['error']}" if need["error"] else "")
 
 
 def finding(found: Json) -> str:

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from holdfast.config import BuildSettings, ImageSettings
 from holdfast.drivers import Host, remove_tree
@@ -133,6 +133,18 @@ class Builder:
         with suppress(NotFound):
             return self.store.resolve(built_name(name, build))
         return None
+
+    def missing(self, name: str, images: Images, blobs: Blobs) -> Iterator[tuple[Literal["build", "base"], str]]:
+        """What has to be built for an image, in order, and before each the references that it starts from."""
+        build = images[name]
+        if self.find(name, build) is not None:
+            return
+        for base in build.bases.values():
+            yield from self.missing(base, images, blobs)
+        for use in images_in(_dockerfile(build, blobs), build.args):
+            if use.name not in build.bases:
+                yield "base", use.name
+        yield "build", name
 
     def sweep(self) -> None:
         """Clear away what a killed agent's build left, and the caches of apps that have no built image any more.

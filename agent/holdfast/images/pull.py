@@ -94,11 +94,23 @@ class Puller:
         self._skopeo.settings = settings
         self._flights.turn_to(settings.concurrent_downloads)
 
-    def resolve(self, ref: str) -> Remote:
-        """Ask the registry what it has for this host under a reference. Fetches no layer."""
+    def size(self, ref: str, deadline: float) -> int:
+        """How many bytes of layers would have to come for a reference. Raises as `resolve`."""
+        here: set[str] = set()
+        for name in self.store.names().values():
+            with suppress(NotFound, Unfit):
+                here.update(layer.digest for layer in read_manifest(self.store.read_blob(name.digest)).layers)
+        layers = read_manifest(self.resolve(ref, deadline).manifest).layers
+        return sum({layer.digest: layer.size for layer in layers if layer.digest not in here}.values())
+
+    def resolve(self, ref: str, deadline: float | None = None) -> Remote:
+        """Ask the registry what it has for this host under a reference. Fetches no layer.
+
+        deadline: until when (monotonic), if that is sooner than stall_timeout says.
+        """
         reference = self._reference(ref, "pull")
         try:
-            top = manifest = self._skopeo.manifest(reference, reference.remote, ref)
+            top = manifest = self._skopeo.manifest(reference, reference.remote, ref, deadline)
         except NotFound as error:
             if reference.digest or ref.endswith(f":{reference.tag}"):
                 raise
@@ -112,7 +124,7 @@ class Puller:
                 if not is_index(document):
                     break
                 chosen = choose(document, architecture())
-                manifest = self._document(reference, chosen, ref)
+                manifest = self._document(reference, chosen, ref, deadline)
                 document = read_document(manifest)
             else:
                 raise Unfit(f"its indexes are nested deeper than {DEEPEST_INDEX}")
@@ -230,11 +242,11 @@ class Puller:
             return bool(self.store.resolve(ref))
         return False
 
-    def _document(self, reference: Reference, blob: Blob, ref: str) -> bytes:
+    def _document(self, reference: Reference, blob: Blob, ref: str, deadline: float | None) -> bytes:
         """A manifest, or an index in an index: from the store where it is here."""
         with suppress(NotFound):
             return self.store.read_blob(blob.digest)
-        data = self._skopeo.manifest(reference, reference.at(blob.digest), ref)
+        data = self._skopeo.manifest(reference, reference.at(blob.digest), ref, deadline)
         _check(data, blob.digest)
         return data
 

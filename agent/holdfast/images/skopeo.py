@@ -58,11 +58,10 @@ class Skopeo:
             process.kill()
         self._starter.shutdown(wait=False)
 
-    def manifest(self, reference: Reference, name: str, as_written: str) -> bytes:
-        """The very bytes of the manifest or index that name (tag or digest) leads to."""
-        return self._run(
-            "pull", reference, as_written, "inspect", "--raw", *self._access(reference), f"docker://{name}"
-        )
+    def manifest(self, reference: Reference, name: str, as_written: str, deadline: float | None = None) -> bytes:
+        """The very bytes of the manifest or index that name (tag or digest) leads to. deadline: as `_run`."""
+        words = ("inspect", "--raw", *self._access(reference), f"docker://{name}")
+        return self._run("pull", reference, as_written, *words, deadline=deadline)
 
     def tags(self, reference: Reference, as_written: str) -> list[str]:
         """Every tag of the repository."""
@@ -170,15 +169,16 @@ class Skopeo:
         *words: str,
         long: bool = False,
         tick: Callable[[], None] | None = None,
+        deadline: float | None = None,
     ) -> bytes:
         """What a command prints. long: it may take any time while it reads or writes; otherwise stall_timeout in all.
 
-        tick: called every millisecond while the command runs.
+        tick: called every millisecond while the command runs. deadline: when to give up at the latest (monotonic).
         """
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             process = self._start(words, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
             try:
-                text = self._wait(process, err, long=long, tick=tick)
+                text = self._wait(process, err, deadline, long=long, tick=tick)
             finally:
                 if process.poll() is None:
                     process.kill()
@@ -192,7 +192,13 @@ class Skopeo:
         raise self._ended() or explain(text, operation, as_written, noise(reference, as_written))
 
     def _wait(
-        self, process: subprocess.Popen[bytes], log: BinaryIO, *, long: bool, tick: Callable[[], None] | None
+        self,
+        process: subprocess.Popen[bytes],
+        log: BinaryIO,
+        deadline: float | None,
+        *,
+        long: bool,
+        tick: Callable[[], None] | None,
     ) -> str:
         """Wait for the end; "", or what is to be said of a command that is given up."""
         poll, moved, look_at = select.poll(), (time.monotonic(), -1), time.monotonic() + TICK
@@ -209,7 +215,7 @@ class Skopeo:
                     return "too many requests"
                 if long and (count := _transferred(process.pid)) != moved[1]:
                     moved = (now, count)
-                if now - moved[0] >= self.settings.stall_timeout:
+                if now - moved[0] >= self.settings.stall_timeout or (deadline is not None and now >= deadline):
                     return "i/o timeout"
         finally:
             os.close(descriptor)

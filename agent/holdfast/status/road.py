@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from holdfast.observed import Finding
+from holdfast.observed import Finding, Json
 from holdfast.plan.actions import (
     Action,
     EnsureNetwork,
@@ -49,13 +49,14 @@ def plan_json(
     problems: Sequence[object] = (),
     foreign: Mapping[str, str] | None = None,
     findings: Sequence[Finding] = (),
+    images: Mapping[str, Sequence[Json]] | None = None,
 ) -> dict[str, Any]:
     """The value that `holdfast plan --json` prints.
 
     empty: nothing to do. apps: name → steps; what belongs to the node itself is last, under "". waiting and drift:
     subject → why, as far as no round of the preview does something about it. problems: what is wrong with the state
     files. foreign: what on this host bears the name and is left alone → why. findings: what others did to
-    the host.
+    the host. images: app → what it needs that is not here (`node.needs`).
     """
     steps: dict[tuple[str, str], Step] = {}
     apps: dict[str, list[Step]] = {}
@@ -80,6 +81,7 @@ def plan_json(
         "problems": [str(problem) for problem in problems],
         "foreign": dict(foreign or {}),
         "findings": [asdict(finding) for finding in findings],
+        "images": {app: list(needs) for app, needs in (images or {}).items()},
     }
 
 

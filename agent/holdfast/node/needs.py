@@ -1,0 +1,102 @@
+"""What images the generations that a plan stages need: which are pulled or built, and how much has to come.
+
+`holdfast plan` prints it. What is here is not asked about. Registries are asked side by side, for a few seconds in
+all, and no answer of theirs fails the plan.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Literal
+
+from holdfast.errors import HoldfastError, NotFound
+from holdfast.node.rig import Rig
+from holdfast.observed import Json
+from holdfast.plan.actions import Plan, StageGeneration
+from holdfast.spec.forms import archive_path, built
+
+DEADLINE = 3.0  # seconds
+MOST = 16  # registries' answers that are waited for at once
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """An image that is not here. why: what keeps it from being pulled; "" if nothing does."""
+
+    image: str
+    verb: Literal["pull", "build"]
+    why: str = ""
+
+
+def images_needed(rig: Rig, rounds: Sequence[Plan], blobs: Mapping[str, bytes]) -> dict[str, list[Json]]:
+    """App → the images it needs that are not here: {"image", "verb", "size", "error"} of each.
+
+    size: bytes that have to come, None where that is not known (`error` says why, if anything does).
+    """
+    staged = {action.app: action for plan in rounds for action in plan.actions if isinstance(action, StageGeneration)}
+    needs = {app: list(dict.fromkeys(_needs(rig, action, blobs))) for app, action in staged.items()}
+    asked = [need.image for found in needs.values() for need in found if need.verb == "pull" and not need.why]
+    sizes = _ask(rig, list(dict.fromkeys(asked)))
+    return {app: [_json(need, sizes) for need in found] for app, found in needs.items() if found}
+
+
+def _needs(rig: Rig, action: StageGeneration, blobs: Mapping[str, bytes]) -> Iterator[Need]:
+    app = action.spec
+    images = [name for name, build in app.images.items() if build.push and name.startswith(f"{app.name}/")]
+    for name, want in app.containers.items():
+        reference = action.images.get(name) or want.image
+        if reference is None or archive_path(reference):
+            continue
+        if (image := built(reference)) is not None:
+            images.append(image)
+        elif not _is_here(rig, reference):
+            yield _pull(rig, reference, never=want.pull == "never")
+    for image in dict.fromkeys(images):
+        for kind, name in rig.builder.missing(image, app.images, blobs):
+            if kind == "build":
+                yield Need(f"images.{name}", "build")
+            elif not _is_here(rig, name):
+                yield _pull(rig, name, never=app.images[image].pull == "never")
+
+
+def _pull(rig: Rig, reference: str, *, never: bool) -> Need:
+    why = "this node is offline" if rig.images.settings.offline else "pull is never" if never else ""
+    return Need(reference, "pull", f"it is not here, and {why}" if why else "")
+
+
+def _is_here(rig: Rig, reference: str) -> bool:
+    try:
+        rig.images.resolve(reference)
+    except NotFound:
+        return False
+    return True
+
+
+def _ask(rig: Rig, references: Sequence[str]) -> dict[str, int | str]:
+    """Reference → how many bytes would have to come, or why that is not known."""
+    if not references:
+        return {}
+    deadline = time.monotonic() + DEADLINE
+    threads = ThreadPoolExecutor(min(len(references), MOST), "size")
+    asked: dict[str, Future[int]] = {each: threads.submit(rig.puller.size, each, deadline) for each in references}
+    wait(asked.values(), DEADLINE)
+    threads.shutdown(wait=False, cancel_futures=True)
+    return {each: _answer(each, future) for each, future in asked.items()}
+
+
+def _answer(reference: str, future: Future[int]) -> int | str:
+    if not future.done() or future.cancelled():
+        return "the registry has not answered yet"
+    try:
+        return future.result()
+    except HoldfastError as error:
+        return str(error).removeprefix(f"pull {reference!r}: ")
+
+
+def _json(need: Need, sizes: Mapping[str, int | str]) -> Json:
+    known = sizes.get(need.image, "")
+    size, error = (known, "") if isinstance(known, int) else (None, need.why or known)
+    return {"image": need.image, "verb": need.verb, "size": size, "error": error}
