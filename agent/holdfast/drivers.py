@@ -87,8 +87,16 @@ class Host:
         return Path("/run/netns") / f"{self.name}-{instance}"
 
     def instance(self, instance: str) -> Path:
-        """The run folder of an instance (bundle, hosts, resolv.conf, mounted root file system)."""
+        """The run folder of an instance (bundle, mounted root file system)."""
         return self.run_root / "instances" / instance
+
+    def files(self, instance: str) -> Path:
+        """What an instance may write to below run_root: hosts, hostname, resolv.conf, copies of files.
+
+        A small file system of its own, and an empty one at each start. What is not the agent's has a name that
+        begins with `%2F`: the quoted path in the container.
+        """
+        return self.instance(instance) / "files"
 
     def new_instance(self) -> InstanceId:
         """An id for a new instance, `ROOTID-xxxxxxxx`: whatever is named after it says whose it is."""

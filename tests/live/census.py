@@ -51,7 +51,8 @@ def expected_census(instances: Mapping[str, Instance], networks: int) -> Census:
     """What the host has when these instances run, each attached to networks of its own."""
     attached = {id: len(each.want.networks) for id, each in instances.items()}
     each = Counter(instances.keys())
-    return Census(each, each, each, each, each, each, each, Counter(attached), networks, sum(attached.values()))
+    mounts = each + each  # a root file system, and a small one for files
+    return Census(each, each, mounts, each, each, each, each, Counter(attached), networks, sum(attached.values()))
 
 
 def await_census(host: Host, expected: Census, timeout: float = 3.0) -> Census:

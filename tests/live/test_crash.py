@@ -253,8 +253,9 @@ def _is_haunted(world: World) -> None:
     host, ghost = world.host, f"{world.host.id}-feedface"
     subprocess.run(["ip", "netns", "add", host.netns(ghost).name], check=True)
     mounted, layer = host.instance(ghost) / "rootfs", host.root / "instances" / ghost
-    for folder in (mounted, layer / "upper", layer / "work", host.run_root / "runs" / ghost):
+    for folder in (mounted, layer / "upper", layer / "work", host.run_root / "runs" / ghost, host.files(ghost)):
         folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", host.name, str(host.files(ghost))], check=True)
     options = f"lowerdir={world.agent.rootfs.path},upperdir={layer}/upper,workdir={layer}/work"
     subprocess.run(["mount", "-t", "overlay", "-o", options, host.name, str(mounted)], check=True)
     (cgroups(host)[0] / f"{host.id}-beefbeef").mkdir()

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import resource
 from pathlib import Path
+
+import pytest
 
 from holdfast.runtime.names import hosts_text, resolv_conf, write_in_place
 
@@ -58,3 +61,13 @@ def test_equal_text_is_not_written_again(tmp_path: Path) -> None:
     file.chmod(0o600)
     write_in_place(file, "same\n")
     assert file.stat().st_mtime_ns == before
+
+
+def test_hosts_file_that_has_no_room_is_an_error_and_not_a_part_of_it(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # write(2) then takes what fits, as on a full disk
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_in_place(tmp_path / "hosts", 5000 * "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -29,7 +29,7 @@ from holdfast.plan.actions import StartInstance
 from holdfast.plan.derived import names_of
 from holdfast.plan.diff import folder_files, mounted_files
 from holdfast.plugins import Adjusted
-from holdfast.runtime import apparmor, cgroup, device_access, names, netns, seccomp, users
+from holdfast.runtime import apparmor, bounded, cgroup, device_access, names, netns, seccomp, users
 from holdfast.runtime.devices import device_nodes
 from holdfast.runtime.logs import begin
 from holdfast.runtime.mountpoints import mount_point
@@ -156,6 +156,7 @@ def _lay_ground(rig: Rig, instance: Instance, app: App) -> Ground:
     place = rig.host.instance(instance.id)
     for folder in (place.parent, place):  # environments are in there
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    bounded.renew(rig.host.files(instance.id))
     base = rig.base(instance.image)
     rootfs = _rootfs(rig, instance, base)
     space = None if "host" in instance.want.networks else _keep(rig, netns.ensure(rig.host, instance.id))
@@ -163,6 +164,7 @@ def _lay_ground(rig: Rig, instance: Instance, app: App) -> Ground:
     addresses = {network: address for network, address in attached if address}
     mounts = tuple(_mount(rig, instance, app, mount, rootfs) for mount in instance.mounts)
     named = _write_names(rig, replace(instance, addresses=addresses))
+    bounded.bound(rig.host.files(instance.id))
     return Ground(base, rootfs, Path(space.data["path"]) if space else None, addresses, mounts, named)
 
 
@@ -270,19 +272,18 @@ def network_want(network: str, spec: Network, hosts: int) -> NetworkWant:
 
 def _write_names(rig: Rig, instance: Instance) -> str:
     """Write hosts, resolv.conf and hostname; return the digest of what hosts says of the neighbours."""
-    place = rig.host.instance(instance.id)
+    place = rig.host.files(instance.id)
     known = names_of(instance, rig.pages)
-    write_hosts(rig, instance, known.lines)
+    names.write_in_place(place / "hosts", hosts_text(instance, known.lines))
     names.write_in_place(place / "resolv.conf", names.read_resolv_conf())
     names.write_in_place(place / "hostname", hostname(instance) + "\n")
     return known.digest
 
 
-def write_hosts(rig: Rig, instance: Instance, lines: tuple[tuple[str, tuple[str, ...]], ...]) -> None:
-    """Bring an instance's hosts file up to date, in place."""
+def hosts_text(instance: Instance, lines: tuple[tuple[str, tuple[str, ...]], ...]) -> str:
+    """What the hosts file of an instance says; lines: of its neighbours."""
     own = [(address, (instance.container,)) for address in instance.addresses.values() if address]
-    text = names.hosts_text(hostname(instance), own, lines)
-    names.write_in_place(rig.host.instance(instance.id) / "hosts", text)
+    return names.hosts_text(hostname(instance), own, lines)
 
 
 def hostname(instance: Instance) -> str:
@@ -308,7 +309,7 @@ def _write_bundle(rig: Rig, instance: Instance, ground: Ground) -> Bundle:
     """Write config.json, adjusted by every plugin that does so."""
     settings = cgroup_settings(rig, instance.want)
     request = oci_request(rig, instance, ground.base, settings)
-    place = rig.host.instance(instance.id)
+    files = rig.host.files(instance.id)
     profile, unconfined = _apparmor(rig, instance.want)
     made = oci_config(
         replace(
@@ -318,14 +319,14 @@ def _write_bundle(rig: Rig, instance: Instance, ground: Ground) -> Bundle:
             rootfs=ground.rootfs,
             netns=ground.netns,
             mounts=ground.mounts,
-            hosts=place / "hosts",
-            resolv_conf=place / "resolv.conf",
-            hostname_file=place / "hostname",
+            hosts=files / "hosts",
+            resolv_conf=files / "resolv.conf",
+            hostname_file=files / "hostname",
         )
     )
     adjusted = rig.plugins.adjust_oci_config(instance.app, instance.container, made.config)
     rig.filters.annotate(adjusted.config)
-    (place / "config.json").write_text(json.dumps(adjusted.config, separators=(",", ":")))
+    (rig.host.instance(instance.id) / "config.json").write_text(json.dumps(adjusted.config, separators=(",", ":")))
     return Bundle(
         adjusted, settings, (*made.warnings, *settings.warnings, *filter(None, (unconfined,)), *adjusted.warnings)
     )

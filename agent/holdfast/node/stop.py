@@ -10,7 +10,7 @@ from holdfast.errors import HoldfastError, TryAgain
 from holdfast.node.rig import Rig, fallback_receipts
 from holdfast.observed import Exit, Instance, InstanceId, Json, Receipt
 from holdfast.plan.actions import StopInstance
-from holdfast.runtime import apparmor, netns
+from holdfast.runtime import apparmor, bounded, netns
 from holdfast.runtime.conmon import signal_number
 from holdfast.runtime.oci import stop_signal
 
@@ -87,6 +87,7 @@ def remove_instance(rig: Rig, instance: Instance) -> None:
     Every failure is reported and none keeps the rest from being removed; the record then stays for another try.
     """
     rig.runtime.delete(instance.id, force=True)
+    bounded.remove(rig.host.files(instance.id))
     known = rig.store.owned(instance.id)
     seen = {(receipt.kind, receipt.id) for receipt in known}
     left = [each for each in fallback_receipts(rig, instance) if (each.kind, each.id) not in seen]
@@ -139,6 +140,8 @@ def remove_orphan(rig: Rig, receipt: Receipt) -> None:
     known = rig.store.receipt(receipt.kind, receipt.id) or InstanceId(receipt.owner) in rig.store.instances
     if known and receipt.kind != "firewall":
         return
+    if receipt.kind == "rootfs":  # it goes last: until then somebody can tell that something is left
+        bounded.remove(rig.host.files(receipt.owner))
     remove_thing(rig, receipt)
     if receipt.kind == "rootfs":  # nothing is mounted in its run folder any more
         shutil.rmtree(rig.host.instance(receipt.owner), ignore_errors=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
-from holdfast.errors import TryAgain
+from holdfast.drivers import Host
+from holdfast.errors import TryAgain, UnfitHost
 from holdfast.node.rig import Rig, network_of
 from holdfast.node.rig import limits as host_limits
-from holdfast.node.start import attach_again, cgroup_settings, content_of, network_want, write_hosts
+from holdfast.node.start import attach_again, cgroup_settings, content_of, hosts_text, network_want
 from holdfast.observed import Instance, InstanceId, Json, Receipt
 from holdfast.plan.actions import EnsureNetwork, RemoveNetwork, UpdateInstance, WriteFirewall, WriteNames
 from holdfast.plan.diff import mounted_files
-from holdfast.runtime import cgroup, netns
+from holdfast.runtime import bounded, cgroup, names, netns
 from holdfast.runtime.oci import oom_score_adj
 from holdfast.spec.model import digest_of
 
@@ -76,9 +78,16 @@ def _refresh_files(rig: Rig, instance: Instance, action: UpdateInstance) -> None
             content = content_of(rig, app, mount)
             if receipt is not None and content is not None:
                 _doubt(rig, instance.id, mount.target)
+                bounded.make_room(rig.host.files(instance.id), *_size(content))
                 rig.plugins.driver("mount", "file").refresh(receipt, content)
     for signal in dict.fromkeys(effect.split()[-1] for effect in changed.values() if effect.startswith("signal ")):
         rig.runtime.kill(instance.id, signal)
+
+
+def _size(content: Path) -> tuple[int, int]:
+    """How many bytes something stored takes on a file system, about, and in how many files."""
+    files = [content, *content.rglob("*")] if content.is_dir() else [content]
+    return sum(file.stat().st_size for file in files), len(files)
 
 
 def _doubt(rig: Rig, id: InstanceId, target: str) -> None:
@@ -135,6 +144,16 @@ def write_names(rig: Rig, action: WriteNames) -> Json:
     for id, found in action.hosts.items():
         instance = rig.store.instances.get(id)
         if instance is not None and instance.phase == "running" and rig.host.instance(id).is_dir():
-            write_hosts(rig, instance, found.lines)
+            try:
+                _write_hosts(rig.host, instance, hosts_text(instance, found.lines))
+            except (OSError, UnfitHost) as error:  # it fills its files faster than we do: nobody else waits for that
+                rig.store.event("failed", instance.key, f"write its hosts file: {error}")
             rig.store.note_names(id, found.digest)
     return {"files": len(action.hosts)}
+
+
+def _write_hosts(host: Host, instance: Instance, text: str) -> None:
+    files = host.files(instance.id)
+    bounded.make_room(files, len(text.encode()), 1)
+    earlier = host.instance(instance.id) / "hosts"  # where an earlier version put it, until the next start
+    names.write_in_place(files / "hosts" if bounded.is_mounted(files) else earlier, text)

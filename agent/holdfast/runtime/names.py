@@ -58,11 +58,18 @@ def write_in_place(path: Path, text: str) -> None:
         size = os.fstat(file).st_size
         if size == len(content) and os.pread(file, size, 0) == content:
             return
-        os.pwrite(file, content, 0)
+        _write_all(file, content)
         if size > len(content):
             os.ftruncate(file, len(content))
     finally:
         os.close(file)
+
+
+def _write_all(file: int, content: bytes) -> None:
+    """Write over the beginning of a file, all of it, or raise OSError: a full disk takes what it has room for."""
+    done = 0
+    while done < len(content):
+        done += os.pwrite(file, memoryview(content)[done:], done)
 
 
 def _hosts_line(address: str, names: Iterable[str]) -> str:

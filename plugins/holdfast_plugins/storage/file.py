@@ -1,8 +1,8 @@
 """Mounts of files that are in the revision.
 
 A read-only file that the container restarts for is mounted straight from the content store. Every other one is a
-copy of the instance's own, below run_root/instances/ID/files/, because something may change it: the container,
-or `refresh`, in place. The copy's name is the quoted target, so that `observe` can tell it.
+copy of the instance's own, in `Host.files`, because something may change it: the container, or `refresh`, in place.
+The copy's name is the quoted target, so that `observe` can tell it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class FileMount:
 
     def observe(self) -> Iterable[Receipt]:
         """The copies; how they are mounted is not to be read back."""
-        for path in sorted(self.host.instance("x").parent.glob("*/files/*")):
+        for path in sorted(self.host.instance("x").parent.glob("*/files/%2F*")):
             instance = path.parent.parent.name
             yield Receipt("volume", self.name, f"{instance}:{unquote(path.name)}", instance)
 
@@ -90,7 +90,7 @@ class FileMount:
     def _copy(self, instance: str, target: str) -> Path:
         if not instance or "/" in instance or instance in (".", "..") or not target:
             raise WrongCall(f"mount {instance}:{target}: not a mount of an instance (expected INSTANCE:TARGET)")
-        return self.host.instance(instance) / "files" / quote(target, safe="")
+        return self.host.files(instance) / quote(target, safe="")
 
 
 def _bring(copy: Path, content: Path, look: Look) -> None:
@@ -144,7 +144,9 @@ def _clear_way(folder: int, name: str, fits: Callable[[int], bool]) -> None:
 
 def _rewrite(descriptor: int, data: bytes) -> None:
     if os.pread(descriptor, len(data) + 1, 0) != data:
-        os.pwrite(descriptor, data, 0)
+        done = 0
+        while done < len(data):  # a full file system takes what it has room for
+            done += os.pwrite(descriptor, memoryview(data)[done:], done)
         os.ftruncate(descriptor, len(data))
 
 

@@ -1,0 +1,76 @@
+"""What a container may write to below the run root, as a small file system of its own. Called by node.
+
+Its hosts, hostname and resolv.conf and its copies of files of the revision are there (`Host.files`). The run root is
+the host's /run, as a rule, which every other container needs room in, too. The bundle lies beside it, out of reach.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from holdfast.errors import UnfitHost
+
+MS_NOSUID, MS_NODEV, MS_REMOUNT = 2, 4, 32
+MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
+ROOM, ENTRIES = 4 << 20, 1024  # bytes and files that a container may add
+_ENOUGH = "size=1t,nr_inodes=1000000"  # while only the agent writes; no limit at all can't be limited later
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def renew(place: Path) -> None:
+    """Have an empty file system at place, without a bound for now; whoever has what was there before keeps that.
+
+    Raises UnfitHost.
+    """
+    remove(place)
+    place.mkdir(mode=0o700, exist_ok=True)
+    _mount(place, 0, _ENOUGH)
+
+
+def bound(place: Path) -> None:
+    """Let no more be added than a container may: as much again as is there, and ROOM. Raises UnfitHost."""
+    found = os.statvfs(place)
+    used, entries = (found.f_blocks - found.f_bfree) * found.f_frsize, found.f_files - found.f_ffree
+    _mount(place, MS_REMOUNT, f"size={2 * used + ROOM},nr_inodes={2 * entries + ENTRIES}")
+
+
+def make_room(place: Path, size: int, entries: int = 0) -> None:
+    """Let the agent add size bytes in so many files, whatever the container has filled. Raises UnfitHost."""
+    if not is_mounted(place):  # an earlier version began this run
+        return
+    found = os.statvfs(place)
+    blocks = max(0, size // found.f_frsize + 1 + entries - found.f_bfree)  # a file begins a block of its own
+    files = max(0, entries - found.f_ffree)
+    if blocks or files:
+        _mount(
+            place, MS_REMOUNT, f"size={(found.f_blocks + blocks) * found.f_frsize},nr_inodes={found.f_files + files}"
+        )
+
+
+def remove(place: Path) -> None:
+    """Take it away, at once for whoever comes by its name; succeeds when nothing is there. Raises UnfitHost."""
+    while _libc.umount2(os.fsencode(place), MNT_DETACH | UMOUNT_NOFOLLOW) == 0:
+        pass
+    if ctypes.get_errno() not in (errno.EINVAL, errno.ENOENT):
+        raise UnfitHost(f"unmount '{place}': {os.strerror(ctypes.get_errno()).lower()}")
+    with suppress(OSError):  # gone, or an earlier version keeps copies there
+        place.rmdir()
+
+
+def is_mounted(place: Path) -> bool:
+    """Whether there is such a file system."""
+    with suppress(FileNotFoundError):
+        return place.stat().st_dev != place.parent.stat().st_dev
+    return False
+
+
+def _mount(place: Path, flags: int, options: str) -> None:
+    flags |= MS_NOSUID | MS_NODEV
+    words = (b"holdfast", os.fsencode(place), b"tmpfs", ctypes.c_ulong(flags), f"{options},mode=700".encode())
+    if _libc.mount(*words) != 0:
+        raise UnfitHost(f"mount a file system at '{place}': {os.strerror(ctypes.get_errno()).lower()}")
