@@ -99,7 +99,8 @@ class Reconciler:
         observed = self.node.observe(deep=True, spec=spec)
         plans = self._preview(spec, observed)
         images = images_needed(self.node.rig, plans, spec.blobs if spec else {})
-        return plan_json(plans, spec.problems if spec else (), left_alone(observed), observed.findings, images)
+        problems = (*(spec.problems if spec else ()), *([self._error] if self._error else []))
+        return plan_json(plans, problems, left_alone(observed), observed.findings, images)
 
     def _preview(self, spec: Spec | None, observed: Observed) -> Sequence[Plan]:
         return preview(spec, observed, self.node.rig.store.history(), time.time())

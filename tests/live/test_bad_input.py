@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -195,3 +196,11 @@ def test_a_link_out_of_the_bind_roots_is_refused_while_what_runs_stays(
     status = agent.wait_until(lambda status: "outside the bind_roots" in str(status["apps"]["shop"]))
     assert not status["converged"]
     assert agent.pid("shop/web") == before
+
+
+def test_a_plan_says_that_the_state_can_not_be_read(agent: LiveAgent) -> None:
+    agent.configure(state=json.dumps(str(agent.home / "gone")))
+    agent.restart()
+    done = agent.cli("plan", check=False)
+    assert done.returncode == 1
+    assert "gone': no such directory" in " ".join(done.stdout.split())
