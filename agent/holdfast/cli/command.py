@@ -239,6 +239,8 @@ def plain_traceback(out: TextIO, failure: Any) -> None:
 def _in_journal() -> bool:
     """Whether standard error is systemd's journal, which has the time of every line itself (systemd.exec(5))."""
     device, _, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
+    if not device:
+        return False
     found = os.fstat(sys.stderr.fileno())
     return (device, inode) == (str(found.st_dev), str(found.st_ino))
 
