@@ -351,6 +351,29 @@ def test_check_of_one_file_finds_what_its_images_are_built_from(
     assert "did you mean 'base'?" in said()
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_check_does_not_wait_for_a_pipe_or_read_a_device(
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str
+) -> None:
+    place = tmp_path / "app.toml"
+    if kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to("/dev/zero")
+    assert run("check", str(place)) == 64
+    assert "not a file (expected a regular file" in capsys.readouterr().err
+
+
+def test_check_reads_no_file_that_is_too_large_for_a_revision(
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "app.toml").write_text('[containers.a]\nimage = "x:1"\nvolumes = ["./disk.img:/disk.img"]\n')
+    with (tmp_path / "disk.img").open("wb") as file:
+        file.truncate(1 << 40)
+    assert run("check", str(tmp_path / "app.toml")) == 65
+    assert "at most 64 MiB" in capsys.readouterr().err
+
+
 def test_doctor_prints_a_verdict_for_each_check(run: Run, said: Callable[[], str]) -> None:
     assert run("doctor", "--json") in (0, 69)
     found = json.loads(said())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -125,11 +126,20 @@ def there(path: Path) -> bool:
 
 
 def read(path: Path, file: Path) -> bytes:
-    """The content of a file that a state file needs."""
+    """The content of a file that a state file needs. A pipe or a device may have no end, and is refused."""
+    from holdfast.source.revision import check_size
+
+    what = "" if file == path else f"read '{file}': "
     try:
-        return file.read_bytes()
+        # O_NONBLOCK: open(2) must not wait for the writer of a pipe.
+        handle = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(handle, "rb", buffering=0) as opened:
+            status = os.fstat(opened.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise WrongCall(f"check '{path}': {what}not a file (expected a regular file, or a directory of them)")
+            check_size(str(file), status.st_size, 1)
+            return opened.read()
     except OSError as error:
-        what = "" if file == path else f"read '{file}': "
         raise WrongCall(f"check '{path}': {what}{(error.strerror or str(error)).lower()}") from error
 
 
