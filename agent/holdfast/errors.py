@@ -10,7 +10,8 @@
     ├── Conflict         free what is taken        (exit 73, EX_CANTCREAT)
     ├── NoAgent          start the agent           (exit 69, EX_UNAVAILABLE)
     └── TryAgain         nothing: it is retried    (exit 75, EX_TEMPFAIL)
-        └── Unreachable  nothing, unless it lasts
+        ├── Unreachable  nothing, unless it lasts
+        └── Throttled    nothing
 
 The class owns its exit code (sysexits.h). `retry` says whether trying the same thing later can help without
 anybody changing anything in git: a lane backs off where it can, and quarantines where it can't. `wait`, where an
@@ -90,6 +91,10 @@ class TryAgain(HoldfastError):
 
 class Unreachable(TryAgain):
     """A host that is asked does not answer: no name, no route, nobody listens, or silence."""
+
+
+class Throttled(TryAgain):
+    """A host that is asked wants to be left alone for a while (HTTP 429)."""
 
 
 class NotExecutable(HoldfastError):

@@ -409,7 +409,8 @@ DOCKERFILE = BUSYBOX + "COPY serve /serve\nRUN echo one > /version && echo the v
 def test_a_container_runs_what_is_built_until_the_context_changes(agent: LiveAgent) -> None:
     files = shop(DOCKERFILE, serve=SERVE)
     commit(agent, files)
-    agent.converge()
+    shown = agent.cli("apply", timeout=180).stderr
+    assert "building images.shop/web  STEP" in shown and "building images.shop/web  ended after" in shown
     assert agent.exec("shop/web", "cat", "/version") == "one\n"
     messages = [event["message"] for event in agent.events() if event["subject"] == "image shop/web"]
     assert [message.partition(" ")[0] for message in messages] == ["building", "built"], "its output is in the log"

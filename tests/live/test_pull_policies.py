@@ -298,6 +298,33 @@ def test_an_apply_waits_for_no_registry_where_what_is_here_will_do(
     assert not agent.status()["unanswered"]
 
 
+def test_a_prune_takes_nothing_of_an_app_that_is_being_staged(
+    agent: LiveAgent, registry: Registry, layout: Layout, busybox: bytes
+) -> None:
+    digest = publish(registry, layout, busybox, "1", "one")
+    layout.tag(layout.image([busybox, {"version": b"two"}]), "latest")
+    slow = FaultyRegistry(layout.path)
+    try:
+        slow.answer("manifests", Answer(503, mute=True))
+        other = f'[containers.other]\nimage = "{slow.address}/app:latest"\n{RUN}\n'
+        agent.write("shop.toml", other + state(registry))
+        agent.sync()
+        agent.wait(lambda: digest in agent.cli("image", "list", "--json").stdout, "one of the two images is here")
+        for kind in ("image", "system"):
+            done = agent.cli(kind, "prune", "--all", "--force", check=False)
+            assert done.returncode == 75 and "an image is being pulled" in done.stderr, done.stdout + done.stderr
+        assert digest in agent.cli("image", "list", "--json").stdout
+        slow.mend()
+        slow.released.set()
+        agent.converge()
+    finally:
+        slow.close()
+    own = layout.json(layout.find("1")["digest"])["layers"][1]["digest"]
+    assert registry.fetched(own) == 1, "what was here stayed"
+    agent.cli("image", "prune", "--all", "--force")
+    assert digest in agent.cli("image", "list", "--json").stdout, "it is in use"
+
+
 def test_an_archive_of_the_host_is_an_image(agent: LiveAgent, layout: Layout, busybox: bytes) -> None:
     first = layout.image([busybox, {"version": b"one"}])
     layout.tag(first, "1")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.drivers import Host
-from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, Unreachable, WrongState
+from holdfast.errors import HoldfastError, NotFound, Throttled, TryAgain, UnfitHost, Unreachable, WrongState
 from holdfast.images.pull import Puller
 from layouts import INDEX, MANIFEST, Layout, digest_of, make_layout
 from live.conftest import QUICK
@@ -87,8 +87,9 @@ CASES = {
     "403": Case("manifests", Answer(403, error("DENIED", "access denied")), UnfitHost, "forbids it to who we", 60),
     "404": Case("manifests", Answer(404, error("MANIFEST_UNKNOWN", "x")), NotFound, "no such image (404)", 60),
     "404 without words": Case("manifests", Answer(404, b"gone"), NotFound, "no such image (404)", 60),
-    "429": Case("manifests", BUSY, TryAgain, "429: too many requests", 60),
-    "429 for a blob": Case(BLOBS, BUSY, TryAgain, "429: too many requests", 60),
+    "429": Case("manifests", BUSY, Throttled, "429: too many requests", 30),
+    "429 without a time": Case("manifests", replace(BUSY, headers={}), Throttled, "429: too many requests", 60),
+    "429 for a blob": Case(BLOBS, BUSY, Throttled, "429: too many requests", 60),
     "500": Case("manifests", Answer(500, b"oh"), TryAgain, "the registry answered 500 Internal Server Error"),
     "503": Case("manifests", Answer(503, PAGE.body), TryAgain, "the registry answered 503 Service Unavailable"),
     "500 for a blob": Case(BLOBS, Answer(500, b"oh"), TryAgain, "the registry answered 500"),

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.config import ImageSettings
-from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, Unreachable, WrongState
+from holdfast.errors import HoldfastError, NotFound, Throttled, TryAgain, UnfitHost, Unreachable, WrongState
 from holdfast.images.faults import explain, message_of
 from holdfast.images.manifests import Unfit, choose, read_diff_ids, read_document, read_manifest
 from holdfast.images.references import parse
@@ -96,8 +96,8 @@ SAID: list[tuple[str, type[HoldfastError], str, float]] = [
     ),
     (f"reading manifest 1 in {AT}: denied: access denied", UnfitHost, "forbids it to who we log in as (403)", 60),
     ("error fetching blob: invalid status code from registry 403 (Forbidden)", UnfitHost, "(403)", 60),
-    (f"reading manifest 1 in {AT}: too many requests to registry", TryAgain, "429", 60),
-    (f"reading manifest 1 in {AT}: toomanyrequests: You have reached your pull rate limit", TryAgain, "429", 60),
+    (f"reading manifest 1 in {AT}: too many requests to registry", Throttled, "429", 60),
+    (f"reading manifest 1 in {AT}: toomanyrequests: You have reached your pull rate limit", Throttled, "429", 60),
     (
         f"reading manifest 1 in {AT}: received unexpected HTTP status: 503 Service Unavailable",
         TryAgain,

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, Unreachable, WrongState
+from holdfast.errors import HoldfastError, NotFound, Throttled, TryAgain, UnfitHost, Unreachable, WrongState
 
 REFUSED = 60.0  # seconds: nothing changes within them, unless somebody does something
 UNFIT = 300.0  # seconds: the image has to be pushed again
@@ -47,7 +47,7 @@ _CODE = r"(?:status(?: ?code)?(?: from registry)?:?|fetching blob:?|error parsin
 
 CAUSES = (
     _Cause(
-        r"too many requests|toomanyrequests", TryAgain, "the registry says 429: too many requests from here", REFUSED
+        r"too many requests|toomanyrequests", Throttled, "the registry says 429: too many requests from here", REFUSED
     ),
     _Cause(
         r"certificate signed by unknown authority|certificate is not trusted|self.signed certificate",

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from hashlib import sha256
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from holdfast.config import ImageSettings
-from holdfast.errors import NotFound, TryAgain, UnfitHost, WrongCall, WrongState
+from holdfast.errors import NotFound, Throttled, TryAgain, UnfitHost, WrongCall, WrongState
 from holdfast.images.faults import REFUSED, UNFIT, failure
 from holdfast.images.fetch import Fetch, Flights, Job
 from holdfast.images.manifests import (
@@ -38,7 +39,7 @@ from holdfast.images.store import Image, ImageStore, architecture
 from holdfast.images.transfers import Transfer, Transfers
 
 if TYPE_CHECKING:
-    from holdfast.images.head import Limits
+    from holdfast.images.head import Limits, Place
 
 Told = Callable[..., None]  # (kind, subject, message, **more), as `store.event`
 
@@ -159,6 +160,9 @@ class Puller:
                 transfer.state = "pulling"
                 fetch.source = reference.at(remote.digest)
                 return self._pull(ref, remote, fetch, transfer, news)
+            except Throttled as error:
+                error.wait = self._time_to_wait(ref) or error.wait
+                raise
             except OSError as error:
                 words = (error.strerror or str(error)).lower()
                 raise failure(UnfitHost, f"pull {ref!r}: {words}: {str(self.store.root)!r}", REFUSED) from error
@@ -174,8 +178,20 @@ class Puller:
 
         reference = self._reference(ref, "pull")
         self._limits = self._limits or head.Limits()
-        where = head.places(reference, self._skopeo.registries(), loopback=is_loopback(reference.host))
-        return head.ask(reference, where, self.settings.authfile, self._limits)
+        return head.ask(reference, self._places(reference), self.settings.authfile, self._limits)
+
+    def _time_to_wait(self, ref: str) -> float:
+        """For how long a registry wants to be left alone, 0.0 where it does not say; skopeo keeps that to itself."""
+        with suppress(TryAgain):  # which says so, too
+            self.head(ref)
+        limits, now = self._limits, time.time()
+        where = self._places(parse(ref))
+        return float(max((ceil(limits.left(each.host, now)) for each in where), default=0)) if limits else 0.0
+
+    def _places(self, reference: Reference) -> list[Place]:
+        from holdfast.images import head
+
+        return head.places(reference, self._skopeo.registries(), loopback=is_loopback(reference.host))
 
     def load(self, ref: str) -> Image:
         """The image that `oci:/path[:REF]`, `oci-archive:` or `docker-archive:` means, if policy.json allows it.

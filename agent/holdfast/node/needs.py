@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Literal
 
-from holdfast.errors import HoldfastError, NotFound
+from holdfast.errors import NotFound
 from holdfast.node.rig import Rig
 from holdfast.observed import Json
 from holdfast.plan.actions import Plan, StageGeneration
@@ -92,7 +92,7 @@ def _answer(reference: str, future: Future[int]) -> int | str:
         return "the registry has not answered yet"
     try:
         return future.result()
-    except HoldfastError as error:
+    except Exception as error:  # whatever it is, the plan stands without a size
         return str(error).removeprefix(f"pull {reference!r}: ")
 
 
