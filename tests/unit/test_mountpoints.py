@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.errors import TryAgain
 from holdfast.runtime import mountpoints
 from holdfast.runtime.mountpoints import Mounted, lacking
+from holdfast.source.directory import DirectorySource
 from holdfast.spec import load
 from holdfast.spec.model import Mount, NodeFacts
 
@@ -92,3 +94,22 @@ require_mount = true
 """
     (problem,) = load({"a.toml": text.encode()}, NodeFacts(name="n")).problems
     assert "does not apply to a mount of type volume (expected type bind)" in problem.message
+
+
+def test_a_state_directory_whose_file_system_is_not_mounted_is_not_taken_for_an_empty_one(host: Path) -> None:
+    state = host / "state"
+    state.mkdir()
+    (state / "shop.toml").write_text("")
+    (host / "fstab").write_text(f"server:/x {state} nfs4 _netdev 0 0\n")
+    mounted(host, str(state))
+    source = DirectorySource(state)
+    assert set(source.current().files) == {"shop.toml"}
+    state.rename(host / "away")  # what lies underneath comes to light
+    state.mkdir()
+    mounted(host, "/elsewhere")
+    with pytest.raises(TryAgain, match=r"is not mounted, which .* names \(what runs stays\)"):
+        source.current()
+    state.rmdir()
+    (host / "away").rename(state)
+    mounted(host, str(state))
+    assert set(source.current().files) == {"shop.toml"}

@@ -40,17 +40,23 @@ def lacking(mount: Mount, mounted: Mounted) -> str:
     """Why a bind must not be made now: what its source is meant to lie on is not mounted. "" if it may be made."""
     if mount.kind != "bind" or mount.require_mount is False:
         return ""
-    points = fstab_points()
-    if not points and mount.require_mount is None:
-        return ""
-    real = os.path.realpath(mount.source)
-    meant = (point for point in points if _covers(point, mount.source) or _covers(point, real))
-    missing = next((point for point in meant if point not in mounted), None)
-    if missing is not None:
+    missing = unmounted(mount.source, mounted)
+    if missing:
         return f"{missing} is not mounted, which {FSTAB} names and '{mount.source}' lies on"
-    if mount.require_mount and not any(point in mounted for point in _above(real) if point != "/"):
+    above = _above(os.path.realpath(mount.source)) if mount.require_mount else ()
+    if mount.require_mount and not any(point in mounted for point in above if point != "/"):
         return f"nothing is mounted at or above '{mount.source}' (require_mount = true)"
     return ""
+
+
+def unmounted(path: str, mounted: Mounted) -> str:
+    """The mount point of fstab that a path lies on, if it is not mounted; "" otherwise."""
+    points = fstab_points()
+    if not points:
+        return ""
+    real = os.path.realpath(path)
+    meant = (point for point in points if _covers(point, path) or _covers(point, real))
+    return next((point for point in meant if point not in mounted), "")
 
 
 def mount_point(path: str) -> str:

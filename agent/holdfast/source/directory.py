@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost
+from holdfast.runtime.mountpoints import FSTAB, Mounted, unmounted
 from holdfast.source.revision import (
     MAX_DEPTH,
     NO_LFS,
@@ -126,6 +127,8 @@ class DirectorySource:
         for _ in range(ATTEMPTS):
             try:
                 listing = list_tree(self._path)
+                if listing.root != self._listing.root:
+                    check_mounted(self._path)
                 if self._revision is not None and self._settled and listing == self._listing:
                     return self._revision
                 known = {path: self._content(path, *where) for path, where in listing.files.items()}
@@ -247,6 +250,12 @@ def identity(folder: str) -> tuple[int, int]:
     """What tells a directory from another that takes its name."""
     status = os.stat(folder)
     return status.st_dev, status.st_ino
+
+
+def check_mounted(path: str) -> None:
+    """Raise TryAgain for a directory on a file system that is not mounted yet, or not any more: it looks empty."""
+    if missing := unmounted(path, Mounted.now()):
+        raise TryAgain(f"read '{path}': {missing} is not mounted, which {FSTAB} names (what runs stays)")
 
 
 def check_whole(root: str) -> None:
