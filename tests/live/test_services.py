@@ -102,4 +102,4 @@ def test_a_command_runs_inside_as_the_container_does(agent: LiveAgent) -> None:
     script = "id -u; id -G; ulimit -n; echo $COLOUR $SIZE; pwd"
     assert agent.exec("shop/web", "sh", "-c", script).split("\n")[:5] == ["1000", "1001 1002", "512", "red", "/tmp"]
     said = agent.cli("exec", "-u", "7:8", "-e", "SIZE=big", "-w", "/", "shop/web", "sh", "-c", script).stdout
-    assert said.split("\n")[:5] == ["7", "8", "512", "red big", "/"]
+    assert said.split("\n")[:5] == ["7", "8 1002", "512", "red big", "/"]
