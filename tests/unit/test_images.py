@@ -506,7 +506,9 @@ def test_what_no_registry_has_is_not_asked_for(store: ImageStore, rootfs: Path) 
 def test_a_name_without_a_tag_says_which_one_was_asked_for(
     store: ImageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def manifest(_self: Skopeo, _reference: Reference, _name: str, as_written: str) -> bytes:
+    def manifest(
+        _self: Skopeo, _reference: Reference, _name: str, as_written: str, _deadline: float | None = None
+    ) -> bytes:
         raise failure(NotFound, f"pull {as_written!r}: the registry has no such image (404)", 60.0)
 
     monkeypatch.setattr(Skopeo, "manifest", manifest)

@@ -211,13 +211,22 @@ def test_a_thousand_unchanged_files_are_listed_and_not_read(state: Path) -> None
         (state / f"app{number}.toml").write_text("[app]\n" * 50)
     source = DirectorySource(state)
     wait_until(lambda: source.current() is not None and source._settled, "the tree settles")
-    took = []
-    for _ in range(10):
-        begin = time.perf_counter()
-        source.current()
-        took.append(time.perf_counter() - begin)
-    print(f"1,000 unchanged files: {min(took) * 1e3:.1f} ms")
-    assert min(took) < 0.02  # 4 ms where nothing else runs
+
+    def list_only() -> None:
+        with os.scandir(state) as entries:
+            for entry in entries:
+                entry.stat(follow_symlinks=False)
+
+    def shortest(work: Callable[[], object]) -> float:
+        took = []
+        for _ in range(20):
+            begin = time.perf_counter()
+            work()
+            took.append(time.perf_counter() - begin)
+        return min(took)
+
+    least = shortest(list_only)  # side by side with what is measured: the machine may be busy
+    assert shortest(source.current) < 10 * least
 
 
 def test_a_tree_that_is_half_replaced_is_not_read(state: Path) -> None:
