@@ -14,8 +14,9 @@ help:
 	@echo "make bench   how fast, beside what else is installed (PEERS=yes installs docker.io and podman first)"
 	@echo "make setup   install what is missing             make clean  remove what make made"
 
-# What only the tests need: a registry to pull from, passwords and certificates for it, a real root file system.
-test-packages := docker-registry apache2-utils openssl debootstrap
+# What only the tests need: a registry to pull from, passwords and certificates for it, a real root file system, another
+# engine that reads our images, the parser of AppArmor profiles.
+test-packages := docker-registry apache2-utils openssl debootstrap podman apparmor
 
 setup:
 	@packaging/setup.sh --develop
