@@ -107,7 +107,7 @@ def test_an_app_that_fills_the_disk_goes_by_a_commit_alone(small: LiveAgent, dis
 def test_a_kill_of_the_agent_on_a_full_disk_does_no_harm(small: LiveAgent, disk: Path) -> None:
     small.write("first.toml", MODEST)
     small.write("greedy.toml", GREEDY.format(name="one"))
-    small.wait(lambda: runs(small, "greedy/one"), "it runs")
+    small.wait(lambda: runs(small, "greedy/one") and runs(small, "first/web"), "both run")
     pid, web = small.pid("greedy/one"), small.pid("first/web")
     small.wait(lambda: is_full(disk), "the disk is full")
     small.cli("stop", "greedy/one", "--timeout", "30")

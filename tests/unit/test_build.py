@@ -14,7 +14,7 @@ import pytest
 from holdfast.cli.checkup import programs
 from holdfast.config import ImageSettings
 from holdfast.drivers import Host
-from holdfast.errors import NotFound, TryAgain, UnfitHost, WrongState
+from holdfast.errors import NotFound, UnfitHost, Unreachable, WrongState
 from holdfast.images import build as rooms
 from holdfast.images import buildlog
 from holdfast.images.build import Builder, built_name, check_platforms, lay_out
@@ -208,7 +208,7 @@ def unknown(word: str, line: str) -> str:
                 'container registry nowhere.invalid: Get "https://nowhere.invalid/v2/": dial tcp: lookup '
                 "nowhere.invalid on 10.255.255.53:53: no such host",
             ],
-            TryAgain,
+            Unreachable,
             "FROM nowhere.invalid/x:1: no host is called 'nowhere.invalid' (DNS)",
         ),
         (
@@ -218,7 +218,7 @@ def unknown(word: str, line: str) -> str:
                 f'{R}: connect: connection refused"',
                 f"Error: COPY --from={R}/nonono:1: no stage or image found with that name",
             ],
-            TryAgain,
+            Unreachable,
             f"COPY --from={R}/nonono:1: nobody listens there (connection refused)",
         ),
         (
