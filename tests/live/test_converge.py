@@ -192,7 +192,7 @@ def test_apply_converges_once_without_an_agent(agent: LiveAgent) -> None:
     pid = agent.pid("shop/web")
     assert Path(f"/proc/{pid}").exists()
     agent.write("shop.toml", f"[containers.web]{SLEEPER.replace('busybox:1', 'nowhere:1')}")
-    late = agent.cli("apply", "--timeout", "1", check=False)
+    late = agent.cli("apply", "--timeout", "5", check=False)
     assert late.returncode == os.EX_TEMPFAIL
     assert "nowhere:1" in late.stderr
     assert agent.pid("shop/web") == pid

@@ -448,7 +448,7 @@ def _number_of(world: World, what: str) -> int:
 def test_a_table_that_nobody_wrote_goes(world: World) -> None:
     world.agent.remove("calm.toml")
     world.settle()
-    table = f'table inet {world.host.name} {{ comment "holdfast:{world.host.id}" }}'
+    table = f'table inet {world.host.name} {{\n comment "holdfast:{world.host.id}"\n}}'
     subprocess.run(["nft", "-f", "-"], input=table, text=True, check=True)
     world.settle()
     assert tables(world.host) == []

@@ -20,6 +20,7 @@ WEB = """
 [containers.web]
 image = "busybox:1"
 init = true
+cap_add = ["NET_RAW"]  # for ping
 command = "sleep 1000"
 ports = ["127.0.0.1:{port}:80"]
 restart = "always"
@@ -27,6 +28,7 @@ resources.memory = "64MiB"
 [containers.other]
 image = "busybox:1"
 init = true
+cap_add = ["NET_RAW"]
 command = "sleep 1000"
 """
 

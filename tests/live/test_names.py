@@ -273,6 +273,6 @@ def test_containers_of_the_version_before_ids_survive_the_upgrade(shop: LiveAgen
 
 def _make_old(host: Host) -> None:
     """Take the marks away that the version before did not make, from what is shared."""
-    bridge = host.link("bridge", "bridge")
-    subprocess.run(["ip", "link", "set", bridge, "alias", "holdfast:network:bridge"], check=True)
+    bridge = host.link("bridge", "shop/default")
+    subprocess.run(["ip", "link", "set", bridge, "alias", "holdfast:network:shop/default"], check=True)
     assert Path(f"/sys/class/net/{bridge}").exists()
