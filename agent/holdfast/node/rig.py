@@ -79,7 +79,7 @@ class Rig:
     """One per agent; shared by its threads. pages: who is called what on each network, as the last pass saw it.
 
     resolved: reference → what its registry said last: the digest that it leads to, that of the image for this host.
-    builds: what bears our name on behalf of a build that is under way, by its owner.
+    builds: what has our name on behalf of a build that is under way, by its owner.
     notes: whether the end of a process is written down when it is found. A command without an agent only looks: an
     agent that starts meanwhile would find its own memory overwritten.
     """

@@ -20,7 +20,7 @@ The rules, in the order in which they are applied:
  8. What failed is tried again when its time has come, and not before; what can't succeed waits for a change.
     A clock that is set back makes nothing wait until it has caught up.
  9. The firewall and the hosts files are a function of what is there. What carries our id and has no receipt goes;
-    what only bears our name is left alone.
+    what only has our name is left alone.
 """
 
 from __future__ import annotations

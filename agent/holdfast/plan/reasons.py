@@ -19,11 +19,11 @@ def by_hand(hold: Hold) -> str:
 
 
 def left_alone(observed: Observed) -> dict[str, str]:
-    """What bears our name and is not ours: why it is left where it is."""
+    """What has our name and is not ours: why it is left where it is."""
     return {
         f"{thing.kind} {thing.id}": f"belongs to the root with the id {thing.of_root}; it is left alone"
         if thing.of_root
-        else "bears our name, but does not say for which root it was made; it is left alone"
+        else "has our name, but does not say for which root it was made; it is left alone"
         for thing in observed.foreign
     }
 
