@@ -244,6 +244,7 @@ volumes = ["q:/data", "s:/spool", "log:/log"]
     spool = data_of(agent, "a/s")
     assert (spool.stat().st_uid, stat.S_IMODE(spool.stat().st_mode)) == (1000, 0o750)
     os.chown(spool, 33, 33)
+    agent.converge()
     os.kill(agent.pid("a/queue"), signal.SIGKILL)
     agent.wait(lambda: log.read_text() == "up\nup\n", "it has run again")
     agent.restart()

@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]  # a busy machine take
 SLEEPER = """
 image = "busybox:1"
 init = true
+cap_add = ["NET_RAW"]  # for busybox's ping
 command = "sleep 1000"
 """
 ECHO = """
@@ -163,13 +164,13 @@ internal = true
     assert reaches(agent, "client", str(IPv4Network(front)[1]))
 
 
-def test_names_follow_neighbours_that_come_and_go_in_the_same_file(agent: LiveAgent) -> None:
-    agent.write("shop.toml", f"[containers.web]{SLEEPER}")
+def test_names_follow_neighbours_on_a_shared_network_that_come_and_go_in_the_same_file(agent: LiveAgent) -> None:
+    agent.write("shop.toml", f'[containers.web]{SLEEPER}networks = ["bridge"]')
     agent.converge()
     pid = agent.pid("shop/web")
     before = agent.exec("web", "stat", "-c", "%i", "/etc/hosts")
     assert not reaches(agent, "shop/web", "api.other")
-    agent.write("other.toml", f"[containers.api]{SLEEPER}")
+    agent.write("other.toml", f'[containers.api]{SLEEPER}networks = ["bridge"]')
     agent.converge()
     agent.wait(lambda: reaches(agent, "shop/web", "api.other"), "the new neighbour is known")
     assert reaches(agent, "other/api", "web.shop")

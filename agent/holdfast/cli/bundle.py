@@ -164,11 +164,14 @@ def builder_in(stack: ExitStack, config: Config) -> Builder:
     def told(_: str, subject: str, message: str, **__: object) -> None:
         render.echo(f"{subject}: {message}", err=True)
 
+    def begun(image: str, step: str) -> None:
+        told("", f"image {image}", step)
+
     host = Host(config.name, config.root, config.run_root, config.pool)
     store = ImageStore(config.root / "images", config.images)
     puller = Puller(store, config.images)
     stack.callback(puller.close)
-    builder = Builder(store, config.images, host, told, Outside(store, puller), config.builds)
+    builder = Builder(store, config.images, host, told, Outside(store, puller), config.builds, begun)
     stack.callback(builder.close)
     return builder
 

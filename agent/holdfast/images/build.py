@@ -63,10 +63,12 @@ class Builder:
         told: Callable[..., None],
         outside: Outside,
         builds: BuildSettings = DEFAULTS,
+        begun: Callable[[str, str], None] = lambda name, step: None,
     ) -> None:
-        """told: called as told(kind, subject, message). outside: what builds may have of the rest of the agent."""
+        """told: called as told(kind, subject, message). outside: what builds may have of the rest of the agent.
+        begun: called with the image and each step of its build."""
         self.store, self.told, self.host, self.settings, self.builds = store, told, host, settings, builds
-        self.outside = outside
+        self.outside, self._begun = outside, begun
         self.logs = host.root / "builds/logs"
         self.caches = host.root / "builds/apps"
         self._lock = threading.Lock()
@@ -243,6 +245,8 @@ class Builder:
         def show(step: str) -> None:
             with self._lock:
                 self._now[name] = {"image": f"images.{name}", "step": step, "began": began, "error": ""}
+            if step:
+                self._begun(name, step)
 
         began = time.time()
         show("")
