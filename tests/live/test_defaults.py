@@ -12,6 +12,7 @@ import pytest
 
 from holdfast.drivers import Host
 from holdfast.runtime import device_access
+from holdfast.runtime.device_access import Rule
 from live.agent import LiveAgent
 
 pytestmark = pytest.mark.live
@@ -79,15 +80,27 @@ def test_compose_default_of_net_raw_is_one_line_of_agent_toml(agent: LiveAgent) 
     assert int(held.split()[1], 16) >> 13 & 1
 
 
-def test_device_is_taken_away_in_the_v2_tree_too(site: Host) -> None:
+@pytest.mark.parametrize(
+    ("rules", "allowed", "works"),
+    [
+        ([Rule("c", 1, 7, "rwm")], False, "read-zero zero null"),
+        ([Rule("c", 1, None, "w")], False, "read-zero read-full"),
+        ([Rule("b", None, None, "m"), Rule("c", 1, 5, "rw"), Rule("c", 1, 3, "w")], True, "read-zero zero null"),
+        ([Rule("c", 1, 5, "r")], True, "read-zero"),
+        ([], True, ""),
+    ],
+    ids=str,
+)
+def test_devices_are_taken_away_in_the_v2_tree_too(site: Host, rules: list[Rule], allowed: bool, works: str) -> None:
+    tries = {"read-zero": "< /dev/zero", "read-full": "< /dev/full", "zero": "<> /dev/zero", "null": "> /dev/null"}
     mounts = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
     place = Path(next(target for _, target, kind, *_ in mounts if kind == "cgroup2")) / site.name
     place.mkdir()
     try:
-        device_access.attach(str(place), (1, 7))
-        script = f"echo $$ > {place}/cgroup.procs; : < /dev/zero && echo zero; : < /dev/full && echo full"
+        device_access.attach(str(place), rules, allowed=allowed)
+        lines = "".join(f"(: {how}) && echo {name}\n" for name, how in tries.items())
+        script = f"exec 2>&1; echo $$ > {place}/cgroup.procs\n{lines}"
         done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
-        assert done.stdout == "zero\n"
-        assert "not permitted" in done.stderr
+        assert [line for line in done.stdout.splitlines() if line in tries] == works.split()
     finally:
         place.rmdir()

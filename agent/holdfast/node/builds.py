@@ -14,22 +14,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from holdfast.drivers import EndpointWant
+from holdfast.drivers import EndpointWant, Host
 from holdfast.errors import HoldfastError, TryAgain
 from holdfast.images.image import Image
 from holdfast.images.outside import Cage, Outside, Pull
 from holdfast.node.rig import Rig
 from holdfast.node.stage import resolve_image
-from holdfast.runtime import cgroup, names
+from holdfast.runtime import cgroup, delegation, device_access, names
+from holdfast.runtime.device_access import Rule
 from holdfast.spec.model import BUILD_NETWORK, Container
 
 ENDING = 10.0  # seconds that the processes of a build are given to be gone
 CONTROLLERS = {1: ("memory", "pids", "freezer", "devices"), 2: ("memory", "pids")}
 #: c and b for mknod of overlayfs alone; then /dev/null, zero, full, random, urandom, tty, ptmx and terminals.
 DEVICES = (
-    "c *:* m",
-    "b *:* m",
-    *(f"c {each} rw" for each in ("1:3", "1:5", "1:7", "1:8", "1:9", "5:0", "5:2", "136:*")),
+    Rule("c", None, None, "m"),
+    Rule("b", None, None, "m"),
+    *(Rule("c", 1, minor, "rw") for minor in (3, 5, 7, 8, 9)),
+    *(Rule("c", 5, minor, "rw") for minor in (0, 2)),
+    Rule("c", 136, None, "rw"),
 )
 TABLE = "[builds] of agent.toml"
 SHARE = 0.75  # of the host's memory, where agent.toml names no limit
@@ -55,10 +58,10 @@ class BuildServices(Outside):
         limit = self.rig.builder.builds.memory or int(
             os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * SHARE
         )
-        folders = _make(path)
+        folders = _make(self.rig.host, path)
         try:
             cgroup.apply(path, {"memory": {"limit": limit}, "pids": {"limit": self.rig.builder.builds.pids}})
-            _restrict_devices(path)
+            device_access.allow_only(path, DEVICES)
             yield Cage(folders, lambda: self._exceeded(path, limit))
         finally:
             self._clear(path)
@@ -119,32 +122,24 @@ class BuildServices(Outside):
         cgroup.remove(path)
 
 
-def _make(path: str) -> list[Path]:
+def _make(host: Host, path: str) -> list[Path]:
     """Make a cgroup in every hierarchy that limits a build."""
     version = cgroup.version()
     if version == 2:
-        _enable(path)
+        _enable(host, path)
     folders = {cgroup.folder(each, path) for each in CONTROLLERS[version] if cgroup.folder(each, "/").is_dir()}
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     return sorted(folders)
 
 
-def _enable(path: str) -> None:
-    """Hand the controllers down to a cgroup of v2 (cgroup-v2.rst, "Enabling and disabling")."""
-    above = cgroup.ROOT
-    for name in path.strip("/").split("/"):
+def _enable(host: Host, path: str) -> None:
+    """Hand the controllers down from the agent's place (cgroup-v2.rst, "Enabling and disabling")."""
+    delegation.ensure(host)
+    above = cgroup.folder("", host.cgroup_root)
+    for name in path.removeprefix(host.cgroup_root).strip("/").split("/"):
         for controller in CONTROLLERS[2]:
             with suppress(OSError):  # a kernel without it: `apply` leaves out what is not there
                 (above / "cgroup.subtree_control").write_text(f"+{controller}")
         above = above / name
         above.mkdir(exist_ok=True)
-
-
-def _restrict_devices(path: str) -> None:
-    """Have a build use no devices but those without which nothing works. On v2 its user can open no others anyway."""
-    place = cgroup.folder("devices", path)
-    if (place / "devices.deny").exists():
-        (place / "devices.deny").write_text("a")
-        for each in DEVICES:
-            (place / "devices.allow").write_text(each)

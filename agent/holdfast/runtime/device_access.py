@@ -10,9 +10,10 @@ import ctypes
 import os
 import platform
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from holdfast.errors import UnfitHost
 from holdfast.runtime import cgroup
@@ -22,7 +23,21 @@ TUN = (10, 200)
 _SYS_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "armv7l": 386, "ppc64le": 361, "s390x": 351}
 _PROG_LOAD, _PROG_ATTACH = 5, 8  # bpf(2)
 _CGROUP_DEVICE_PROGRAM, _CGROUP_DEVICE_HOOK, _ALLOW_MULTI = 15, 6, 2
-_CHARACTER = 2  # BPF_DEVCG_DEV_CHAR
+_KINDS = {"b": 1, "c": 2}  # BPF_DEVCG_DEV_BLOCK, BPF_DEVCG_DEV_CHAR
+_ACCESS = {"m": 1, "r": 2, "w": 4}  # BPF_DEVCG_ACC_MKNOD, BPF_DEVCG_ACC_READ, BPF_DEVCG_ACC_WRITE
+
+
+class Rule(NamedTuple):
+    """Access to devices, as cgroup v1 writes it ("c 1:3 rw"). kind: c or b. None: every number."""
+
+    kind: str
+    major: int | None
+    minor: int | None
+    access: str
+
+    def __str__(self) -> str:
+        numbers = ("*" if each is None else str(each) for each in (self.major, self.minor))
+        return f"{self.kind} {':'.join(numbers)} {self.access}"
 
 
 def asked_for(config: Mapping[str, Any], device: tuple[int, int] = TUN) -> bool:
@@ -40,49 +55,76 @@ def asked_for(config: Mapping[str, Any], device: tuple[int, int] = TUN) -> bool:
 
 def deny(path: str, device: tuple[int, int] = TUN) -> None:
     """Take a character device away from the processes of a cgroup; what they have open stays open."""
+    rule = Rule("c", *device, "rwm")
     if cgroup.version() == 1:
-        place = cgroup.folder("devices", path) / "devices.deny"
-        try:
-            place.write_text(f"c {device[0]}:{device[1]} rwm")
-        except OSError as error:
-            raise UnfitHost(f"write of '{place}': {(error.strerror or '').lower()}") from error
+        _write(cgroup.folder("devices", path) / "devices.deny", str(rule))
     else:
-        attach(str(cgroup.folder("devices", path)), device)
+        attach(str(cgroup.folder("devices", path)), [rule], allowed=False)
 
 
-def attach(folder: str, device: tuple[int, int]) -> None:
-    """Attach a program that refuses a device to a cgroup v2: it is asked beside the runtime's own."""
+def allow_only(path: str, rules: Sequence[Rule]) -> None:
+    """Take every device away from the processes of a cgroup but what the rules allow; all of it without devices."""
+    if cgroup.version() == 2:
+        attach(str(cgroup.folder("devices", path)), rules, allowed=True)
+    elif (place := cgroup.folder("devices", path)).is_dir():
+        _write(place / "devices.deny", "a")
+        for rule in rules:
+            _write(place / "devices.allow", str(rule))
+
+
+def attach(folder: str, rules: Sequence[Rule], *, allowed: bool) -> None:
+    """Attach a program to a cgroup v2, asked beside the runtime's own: what a rule has is allowed or not, the rest
+    is the opposite."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        _bpf(_PROG_ATTACH, struct.pack("=IIII", handle, _program(device), _CGROUP_DEVICE_HOOK, _ALLOW_MULTI), folder)
+        program = _program(tuple(rules), allowed)
+        _bpf(_PROG_ATTACH, struct.pack("=IIII", handle, program, _CGROUP_DEVICE_HOOK, _ALLOW_MULTI), folder)
     finally:
         os.close(handle)
 
 
-@lru_cache(maxsize=8)
-def _program(device: tuple[int, int]) -> int:
-    """The descriptor of a program that returns 0 for one character device, and 1 for all others.
+def _write(place: Path, text: str) -> None:
+    try:
+        place.write_text(text)
+    except OSError as error:
+        raise UnfitHost(f"write of '{place}': {(error.strerror or '').lower()}") from error
 
-    Its context is struct bpf_cgroup_dev_ctx: access_type (the kind in the lower half), major, minor.
+
+@lru_cache(maxsize=8)
+def _program(rules: tuple[Rule, ...], allowed: bool) -> int:
+    """The descriptor of a program that returns 1 for what it allows, and 0.
+
+    Its context is struct bpf_cgroup_dev_ctx: access_type (the kind in the lower half, what is asked for in the
+    upper), major, minor. A rule that allows has all of what is asked for, one that refuses any of it.
     """
-    code = b"".join(
-        (
-            _instruction(0x61, 2, 1, 0),  # r2 = access_type
-            _instruction(0x57, 2, 0, 0, 0xFFFF),  # r2 &= 0xffff
-            _instruction(0x55, 2, 0, 6, _CHARACTER),  # if r2 != character: allow
-            _instruction(0x61, 2, 1, 4),  # r2 = major
-            _instruction(0x55, 2, 0, 4, device[0]),
-            _instruction(0x61, 2, 1, 8),  # r2 = minor
-            _instruction(0x55, 2, 0, 2, device[1]),
-            _instruction(0xB7, 0, 0, 0, 0),  # r0 = 0: refuse
+    code = [
+        _instruction(0x61, 2, 1, 0),  # r2 = access_type
+        _instruction(0xBF, 3, 2, 0),  # r3 = r2
+        _instruction(0x77, 3, 0, 0, 16),  # r3 >>= 16: what is asked for
+        _instruction(0x57, 2, 0, 0, 0xFFFF),  # r2 &= 0xffff: the kind
+        _instruction(0x61, 4, 1, 4),  # r4 = major
+        _instruction(0x61, 5, 1, 8),  # r5 = minor
+    ]
+    for rule in rules:
+        access = sum(_ACCESS[letter] for letter in rule.access)
+        numbers = ((2, _KINDS[rule.kind]), (4, rule.major), (5, rule.minor))
+        wanted = [(register, number) for register, number in numbers if number is not None]
+        ending = [
+            _instruction(0xBF, 0, 3, 0),  # r0 = r3
+            _instruction(0x57, 0, 0, 0, 7 - access if allowed else access),  # r0 &= what decides
+            _instruction(0x55 if allowed else 0x15, 0, 0, 2, 0),  # not of this rule: the next one
+            _instruction(0xB7, 0, 0, 0, int(allowed)),
             _instruction(0x95, 0, 0, 0),  # exit
-            _instruction(0xB7, 0, 0, 0, 1),  # r0 = 1: allow
-            _instruction(0x95, 0, 0, 0),
-        )
-    )
-    instructions, licence = ctypes.create_string_buffer(code, len(code)), ctypes.create_string_buffer(b"GPL")
+        ]
+        for at, (register, value) in enumerate(wanted):
+            left = len(wanted) - at - 1 + len(ending)
+            code.append(_instruction(0x55, register, 0, left, value))  # if it differs: the next rule
+        code += ending
+    code += [_instruction(0xB7, 0, 0, 0, int(not allowed)), _instruction(0x95, 0, 0, 0)]
+    text = b"".join(code)
+    instructions, licence = ctypes.create_string_buffer(text, len(text)), ctypes.create_string_buffer(b"GPL")
     attributes = struct.pack(
-        "=IIQQ", _CGROUP_DEVICE_PROGRAM, len(code) // 8, ctypes.addressof(instructions), ctypes.addressof(licence)
+        "=IIQQ", _CGROUP_DEVICE_PROGRAM, len(code), ctypes.addressof(instructions), ctypes.addressof(licence)
     )
     return _bpf(_PROG_LOAD, attributes.ljust(128, b"\0"), "load")
 
