@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +14,13 @@ import pytest
 
 from ground import Rootfs
 from holdfast.config import ImageSettings
-from holdfast.errors import WrongState
+from holdfast.drivers import open_source
+from holdfast.errors import HoldfastError, WrongState
+from holdfast.images.image import Image
 from holdfast.images.outside import Outside
 from holdfast.images.pull import Puller
+from holdfast.images.store import ImageStore
+from holdfast.images.write import save
 from layouts import Layout
 from live.agent import LiveAgent
 from live.faulty import Answer, FaultyRegistry
@@ -358,9 +364,61 @@ def test_policy_json_is_asked_about_archives_as_about_registries(
     ):
         policy.write_text(json.dumps({"default": [{"type": default}], "transports": transports}))
         puller = new_puller(ImageSettings(policy=policy, min_free=0))
-        for load in (puller.load, partial(Outside(puller.store, puller).image, pull="missing")):
+        for load in (puller.load, partial(Outside(puller.store, puller).image, pull="missing"), load_file(puller)):
             if allowed:
                 assert load(reference).read_file("/version") == b"one"
             else:
                 with pytest.raises(WrongState, match=r"^load '.*': policy.json does not allow it"):
                     load(reference)
+
+
+def load_file(puller: Puller) -> Callable[[str], Image]:
+    """`holdfast image load PATH`."""
+
+    def load(reference: str) -> Image:
+        (image,) = puller.load_all(Path(reference.partition(":")[2]))
+        return image
+
+    return load
+
+
+@pytest.mark.parametrize("form", ["oci", "docker-archive"])
+def test_every_image_of_a_file_is_loaded_that_policy_json_admits(
+    form: str, tmp_path: Path, new_puller: Callable[..., Puller]
+) -> None:
+    layout = Layout(tmp_path / "app")
+    for version in ("one", "two"):
+        layout.tag(layout.image([{"version": version.encode()}]), version)
+    place = layout.path
+    if form == "docker-archive":
+        store, place = ImageStore(tmp_path / "first"), tmp_path / "app.tar"
+        store.load(layout.path)
+        with place.open("wb") as out:
+            save(store, ["app:one", "app:two"], out, "docker-archive")
+    policy = tmp_path / "policy.json"
+    transports = {form: {"": [{"type": "insecureAcceptAnything"}]}}
+    policy.write_text(json.dumps({"default": [{"type": "reject"}], "transports": transports}))
+    puller = new_puller(ImageSettings(policy=policy, min_free=0))
+    assert [image.read_file("/version") for image in puller.load_all(place)] == [b"one", b"two"]
+    assert sorted(puller.store.names()) == ["docker.io/library/app:one", "docker.io/library/app:two"]
+
+
+@pytest.mark.parametrize("default", ["reject", "insecureAcceptAnything"])
+def test_an_archive_is_read_where_it_was_checked_also_when_a_link_has_taken_its_place(
+    default: str, tmp_path: Path, new_puller: Callable[..., Puller]
+) -> None:
+    inside, outside = Layout(tmp_path / "inside"), Layout(tmp_path / "outside")
+    inside.tag(inside.image([{"version": b"inside"}]), "1")
+    outside.tag(outside.image([{"version": b"outside"}]), "1")
+    policy = tmp_path / "policy.json"
+    transports = {"oci": {"": [{"type": "insecureAcceptAnything"}]}}
+    policy.write_text(json.dumps({"default": [{"type": default}], "transports": transports}))
+    puller = new_puller(ImageSettings(policy=policy, min_free=0))
+    handle = open_source(str(inside.path), [str(inside.path)])
+    inside.path.rename(tmp_path / "moved")
+    inside.path.symlink_to(outside.path)
+    assert puller.load(f"oci:{inside.path}:1", handle).read_file("/version") == b"inside"
+    assert puller.load(f"oci:{inside.path}:1").read_file("/version") == b"outside"
+    with pytest.raises(HoldfastError, match=re.escape(str(inside.path))):
+        puller.load(f"oci:{inside.path}:none", handle)
+    os.close(handle)

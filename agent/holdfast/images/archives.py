@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 from holdfast.errors import HoldfastError, NotFound, UnfitHost, WrongState
-from holdfast.images.references import to_digest
+from holdfast.images.references import Transport, to_digest
 
 GZIP, BZIP2, XZ, ZSTD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
 INDEXES = (
@@ -49,12 +49,17 @@ HEADERS = (
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An image in an archive. manifest: None for a docker-archive, which has none. layers: members, lowest first."""
+    """An image in an archive.
+
+    manifest: None for a docker-archive, which has none. layers: members, lowest first. part: what
+    containers-transports(5) writes behind the archive's path for it, "" for the only one.
+    """
 
     names: tuple[str, ...]
     config: bytes
     manifest: bytes | None
     layers: tuple[str, ...]
+    part: str = ""
 
 
 class Entry(tarfile.TarInfo):
@@ -87,6 +92,13 @@ class Archive:
     def open(self, member: str) -> BinaryIO:
         return self.files.open(member)
 
+    @property
+    def transport(self) -> Transport:
+        """What containers-transports(5) calls such an archive."""
+        if not self._has("oci-layout"):
+            return "docker-archive"
+        return "oci" if isinstance(self.files, _Folder) else "oci-archive"
+
     def images(self) -> list[Found]:
         """Every image for this architecture. Raises WrongState when there is none, or the archive is neither kind."""
         try:
@@ -116,22 +128,23 @@ class Archive:
         return found
 
     def _manifests(
-        self, index: Mapping[str, Any], names: tuple[str, ...] = ()
-    ) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Manifest digests with their names; of an index inside the index, the one for this architecture."""
+        self, index: Mapping[str, Any], names: tuple[str, ...] = (), part: str = ""
+    ) -> Iterator[tuple[str, tuple[str, ...], str]]:
+        """Manifest digests with names and part; of an index inside the index, the one for this architecture."""
         for entry in index["manifests"]:
-            own = self._names(entry.get("annotations") or {}) or names
+            annotations = entry.get("annotations") or {}
+            own, mine = self._names(annotations) or names, part or annotations.get(REF_NAME, "")
             if entry.get("mediaType") in INDEXES:
-                yield from self._manifests(json.loads(self._read_blob(entry["digest"])), own)
+                yield from self._manifests(json.loads(self._read_blob(entry["digest"])), own, mine)
             elif "platform" not in entry or _platform(entry) == f"linux/{self.architecture}":
-                yield entry["digest"], own
+                yield entry["digest"], own, mine
 
-    def _oci_image(self, entry: tuple[str, tuple[str, ...]]) -> Found:
-        digest, names = entry
+    def _oci_image(self, entry: tuple[str, tuple[str, ...], str]) -> Found:
+        digest, names, part = entry
         manifest = self._read_blob(digest)
         document = json.loads(manifest)
         config = self._read_blob(document["config"]["digest"])
-        return Found(names, config, manifest, tuple(_blob(layer["digest"]) for layer in document["layers"]))
+        return Found(names, config, manifest, tuple(_blob(layer["digest"]) for layer in document["layers"]), part)
 
     def _names(self, annotations: Mapping[str, str]) -> tuple[str, ...]:
         """A bare tag (skopeo writes that) belongs to an image that is called like the file."""
@@ -150,8 +163,14 @@ class Archive:
                 "(a root file system is taken by `holdfast image import`)"
             ) from error
         return [
-            Found(tuple(entry.get("RepoTags") or ()), self._read(entry["Config"]), None, tuple(entry["Layers"]))
-            for entry in entries
+            Found(
+                tuple(entry.get("RepoTags") or ()),
+                self._read(entry["Config"]),
+                None,
+                tuple(entry["Layers"]),
+                f"@{number}" if len(entries) > 1 else "",
+            )
+            for number, entry in enumerate(entries)
         ]
 
     def _read(self, member: str) -> bytes:
@@ -206,6 +225,11 @@ def open_archive(path: Path, scratch: Path, architecture: str) -> Iterator[Archi
             yield Archive(_Tar(path, tar), architecture)
     except (tarfile.TarError, RecursionError) as error:
         raise WrongState(f"load {str(path)!r}: {error} (expected a directory or a tar archive)") from error
+
+
+def path_of(opened: int) -> str:
+    """A path that leads to what a descriptor of this process has open, for whoever runs as the same user."""
+    return f"/proc/{os.getpid()}/fd/{opened}"
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -12,14 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from holdfast.config import ImageSettings
-from holdfast.errors import NotFound, Throttled, TryAgain, UnfitHost, WrongCall, WrongState
+from holdfast.errors import HoldfastError, NotFound, Throttled, TryAgain, UnfitHost, WrongCall, WrongState
+from holdfast.images.archives import path_of
 from holdfast.images.faults import REFUSED, UNFIT, failure
 from holdfast.images.fetch import Fetch, Flights, Job
 from holdfast.images.manifests import (
@@ -193,20 +194,41 @@ class Puller:
 
         return head.places(reference, self._skopeo.registries(), loopback=is_loopback(reference.host))
 
-    def load(self, ref: str) -> Image:
+    def load(self, ref: str, opened: int | None = None) -> Image:
         """The image that `oci:/path[:REF]`, `oci-archive:` or `docker-archive:` means, if policy.json allows it.
 
-        What skopeo has checked is what is loaded: a copy of it, which nobody else can change meanwhile.
+        opened: a descriptor of what is at the path, which is read instead. What skopeo has checked is what is
+        loaded: a copy of it, which nobody else can change meanwhile.
         """
-        if self._skopeo.policy_is_open():
-            return self.store.load_reference(ref)
         reference = parse(ref)
-        if not os.path.exists(reference.path):  # noqa: PTH110
-            raise NotFound(f"load {reference.path!r}: no such file or directory")
+        place = reference.path if opened is None else path_of(opened)
+        try:
+            if self._skopeo.policy_is_open():
+                return self.store.load_reference(ref, opened)
+            if not os.path.exists(place):  # noqa: PTH110
+                raise NotFound(f"load {reference.path!r}: no such file or directory")
+            with self.store.keep(), self.store.scratch() as folder:
+                layout = folder / "admitted"
+                self._skopeo.admit(replace(reference, path=place), ref, layout)
+                return self.store.load_reference(f"oci:{layout}")
+        except HoldfastError as error:
+            error.args = (str(error).replace(place, reference.path),)
+            raise
+
+    def load_all(self, path: Path) -> list[Image]:
+        """Every image of an archive, under the names that it has there, if policy.json allows all of them."""
+        if self._skopeo.policy_is_open():
+            return self.store.load(path)
         with self.store.keep(), self.store.scratch() as folder:
-            layout = folder / "admitted"
-            self._skopeo.admit(reference, ref, layout)
-            return self.store.load_reference(f"oci:{layout}")
+            admitted: list[tuple[Path, tuple[str, ...]]] = []
+            for reference, names in self.store.archived(path):
+                layout = folder / str(len(admitted))
+                self._skopeo.admit(reference, reference.name, layout)
+                admitted.append((layout, names))
+            for layout, names in admitted:
+                for name in names:
+                    self.store.load(layout, name)
+            return [self.store.resolve(names[0]) for _, names in admitted]
 
     def push(self, image: Image, ref: str) -> str:
         """Send an image to a registry; blobs that are there are not sent again. The manifest's digest there."""

@@ -12,6 +12,8 @@ from typing import Any, Literal, cast
 
 from holdfast.errors import WrongCall, WrongState
 
+Transport = Literal["docker", "oci", "oci-archive", "docker-archive"]
+
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 REFERENCE = re.compile(r"(?P<name>[^@\s]+)(?:@(?P<digest>sha256:[0-9a-f]{64}))?")
 TRANSPORTS = ("oci", "oci-archive", "docker-archive")  # archives of the host, as containers-transports(5) writes them
@@ -36,7 +38,7 @@ class Reference:
     of the archive that is meant ("" for the only one).
     """
 
-    transport: Literal["docker", "oci", "oci-archive", "docker-archive"]
+    transport: Transport
     host: str
     path: str
     tag: str

@@ -31,7 +31,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from holdfast.config import ImageSettings
 from holdfast.errors import Conflict, NotFound, TryAgain, WrongCall, WrongState
-from holdfast.images.archives import Archive, Found, open_archive, open_regular
+from holdfast.images.archives import Archive, Found, open_archive, open_regular, path_of
 from holdfast.images.disk import Locks, spread, write_whole
 from holdfast.images.image import (
     Freed,
@@ -49,7 +49,7 @@ from holdfast.images.image import (
     users_of,
 )
 from holdfast.images.layers import HEX, LayerStore, Progress
-from holdfast.images.references import DIGEST, familiar, parse, parse_changes, to_digest
+from holdfast.images.references import DIGEST, Reference, familiar, parse, parse_changes, to_digest
 from holdfast.images.unpack import Expected, Unpacked
 
 __all__ = ["Freed", "Image", "ImageStore", "Name", "architecture"]
@@ -256,17 +256,25 @@ class ImageStore:
             found = archive.images()
             if name is not None and len(found) != 1:
                 raise WrongCall(f"load {str(path)!r}: holds {len(found)} images (one name can't be given to all)")
-            if not name and not all(image.names for image in found):
-                raise WrongCall(f"load {str(path)!r}: the image in it has no name (give one)")
+            if not name:
+                _check_named(found, path)
             return [self._load(archive, image, path, [name] if name else image.names) for image in found]
 
-    def load_reference(self, reference: str) -> Image:
+    def archived(self, path: Path) -> list[tuple[Reference, tuple[str, ...]]]:
+        """The reference and the names of each image that `load` would take from an archive. Raises as `load`."""
+        with open_archive(path, self.partial, architecture()) as archive:
+            found = archive.images()
+            _check_named(found, path)
+            return [(Reference(archive.transport, "", str(path), each.part, ""), each.names) for each in found]
+
+    def load_reference(self, reference: str, opened: int | None = None) -> Image:
         """The image that `oci:/path[:REF]`, `oci-archive:` or `docker-archive:` means; it gets no name here.
 
-        Costs the reading of a manifest when all of it is here already. Raises NotFound, and WrongState as `load`.
+        opened: a descriptor of what is at the path. Costs the reading of a manifest when all of it is here already.
+        Raises NotFound, and WrongState as `load`.
         """
         wanted = parse(reference)
-        path = Path(wanted.path)
+        path = Path(wanted.path if opened is None else path_of(opened))
         with self.keep(), open_archive(path, self.partial, architecture()) as archive:
             there = archive.images()
             found = [each for each in there if not wanted.tag or any(_means(wanted.tag, name) for name in each.names)]
@@ -570,6 +578,11 @@ def _nearest(reference: str, names: Sequence[str]) -> str:
 def _means(ref: str, name: str) -> bool:
     """Whether an image that an archive calls name is what REF means: its whole name, or its tag."""
     return name == ref or name.rpartition(":")[2] == ref
+
+
+def _check_named(found: Sequence[Found], path: Path) -> None:
+    if not all(image.names for image in found):
+        raise WrongCall(f"load {str(path)!r}: the image in it has no name (give one)")
 
 
 def _open(path: Path) -> BinaryIO:

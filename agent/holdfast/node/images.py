@@ -119,7 +119,7 @@ class ImageAnswers:
 
     def load_image(self, path: str) -> Sequence[Json]:
         """Take in the images of an archive or layout."""
-        images = self.rig.images.load(Path(path))
+        images = self.rig.puller.load_all(Path(path))
         self._images_changed()
         return [{**image_json(image), "ref": image.names[0] if image.names else image.digest} for image in images]
 

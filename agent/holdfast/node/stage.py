@@ -6,6 +6,7 @@ points and the ports are checked. All that is wrong is said at once.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from holdfast.drivers import MountWant
+from holdfast.drivers import MountWant, open_source
 from holdfast.errors import NotFound, TryAgain, UnfitHost
 from holdfast.images.lookup import Content, View
 from holdfast.images.references import parse
@@ -239,11 +240,16 @@ def _newer(rig: Rig, reference: str, here: str) -> str:
 def _from_archive(rig: Rig, reference: str) -> str:
     """The image of an archive of this host, read each time: the archive may be another by now."""
     path = archive_path(reference) or ""
-    rig.check_bind(path)
     try:
-        return rig.puller.load(reference).digest
+        handle = open_source(path, rig.bind_roots)
+    except FileNotFoundError as error:
+        raise TryAgain(f"load '{path}': no such file or directory") from error
+    try:
+        return rig.puller.load(reference, handle).digest
     except NotFound as error:
         raise TryAgain(str(error)) from error
+    finally:
+        os.close(handle)
 
 
 def _check_container(rig: Rig, app: App, name: str, image: str, volumes: tuple[Mount, ...], checks: _Checks) -> None:
