@@ -273,14 +273,52 @@ def test_one_user_may_open_so_many_connections_and_no_more(client: Client, agent
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 50_000, '{"command": ' + "[" * 200_000])
 def test_a_body_that_is_nested_too_deeply_is_a_wrong_call(client: Client, text: str) -> None:
+    answer = answer_to(client.path, "POST", "/v1/sync", text.encode())
+    assert b" 400 " in answer.splitlines()[0]
+    assert b'"exit_code": 64' in answer
+
+
+def answer_to(path: Path, method: str, target: str, body: bytes = b"") -> bytes:
+    """What the agent answers to a request that our own client would not send."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as raw:
-        raw.connect(str(client.path))
-        raw.sendall(f"POST /v1/sync HTTP/1.0\r\nHost: x\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode())
+        raw.connect(str(path))
+        raw.sendall(f"{method} {target} HTTP/1.0\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
         answer = b""
         while part := raw.recv(65536):
             answer += part
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "body", "told"),
+    [
+        ("POST", "/v1/images/pull", b"\xff\xfe\xfd", b"body is not JSON"),
+        ("POST", "/v1/images/pull", b'{"ref": 5}', b"body 'ref': not a string"),
+        ("POST", "/v1/images/pull", b'{"ref": ""}', b"body 'ref': a string is needed"),
+        ("POST", "/v1/containers/shop/web/exec", b'{"command": "ls"}', b"body 'command': not a list of strings"),
+        ("POST", "/v1/containers/shop/web/exec", b'{"command": ["a"], "env": 5}', b"body 'env': not a list"),
+        ("POST", "/v1/containers/shop/web/exec", b'{"command": ["a"], "tty": "no"}', b"body 'tty': neither true"),
+        ("POST", "/v1/containers/shop/web/commit", b'{"name": "a:1", "changes": [5]}', b"body 'changes': not a list"),
+        ("POST", "/v1/images/prune", b'{"all": "false"}', b"body 'all': neither true nor false"),
+        ("POST", "/v1/prune", b'{"volumes": 1}', b"body 'volumes': neither true nor false"),
+        ("DELETE", "/v1/volumes/shop/data?force=no", b"", b"query 'force=no': neither yes nor no"),
+        ("GET", "/v1/containers/shop/web/logs?tail=-5", b"", b"query 'tail=-5': not a whole number"),
+        ("GET", "/v1/containers/shop/web/logs?tail=1.5", b"", b"query 'tail=1.5': not a whole number"),
+        ("GET", "/v1/events?limit=-1", b"", b"query 'limit=-1': not a whole number"),
+        ("GET", "/v1/events?follow=1&beat=soon", b"", b"query 'beat=soon': not a number"),
+    ],
+)
+def test_a_value_of_another_kind_is_a_wrong_call_and_never_guessed_at(
+    client: Client, method: str, target: str, body: bytes, told: bytes
+) -> None:
+    answer = answer_to(client.path, method, target, body)
     assert b" 400 " in answer.splitlines()[0]
-    assert b'"exit_code": 64' in answer
+    assert told in answer
+
+
+def test_a_volume_that_is_mounted_is_kept_from_who_says_that_it_is_not_to_be_forced(client: Client) -> None:
+    assert b" 409 " in answer_to(client.path, "DELETE", "/v1/volumes/shop/data?force=0").splitlines()[0]
+    assert b" 200 " in answer_to(client.path, "DELETE", "/v1/volumes/shop/data?force=1").splitlines()[0]
 
 
 def test_a_caller_who_means_the_agent_of_another_root_is_refused(client: Client, tmp_path: Path) -> None:

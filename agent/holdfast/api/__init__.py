@@ -38,7 +38,21 @@ from aiohttp import web
 
 from holdfast.api.agent import Agent
 from holdfast.api.images import IMAGE_ROUTES
-from holdfast.api.wire import AGENT, ROOT, answer, body, error_json, number, report, target_of
+from holdfast.api.wire import (
+    AGENT,
+    ROOT,
+    answer,
+    body,
+    count,
+    error_json,
+    flag,
+    number,
+    report,
+    target_of,
+    text,
+    words,
+    yes,
+)
 from holdfast.errors import Conflict, TryAgain, UnfitHost, WrongCall, WrongConfig
 from holdfast.runtime.execs import ExecWant
 from holdfast.runtime.logs import LogLine, Wanted
@@ -175,7 +189,7 @@ def caller(request: web.Request) -> str:
 
 async def sync(request: web.Request) -> web.Response:
     value = await body(request)
-    return web.json_response(await request.app[AGENT].sync(bool(value.get("accept_rewrite"))))
+    return web.json_response(await request.app[AGENT].sync(yes(value, "accept_rewrite")))
 
 
 async def hold(request: web.Request) -> web.Response:
@@ -189,14 +203,14 @@ async def hold(request: web.Request) -> web.Response:
 
 async def exec_argv(request: web.Request) -> web.Response:
     value = await body(request)
-    pairs = (str(entry).partition("=") for entry in value.get("env") or ())
+    pairs = (entry.partition("=") for entry in words(value, "env"))
     want = ExecWant(
-        argv=[str(word) for word in value.get("command") or ()],
-        user=str(value.get("user") or ""),
-        environment={name: text for name, _, text in pairs},
-        workdir=str(value.get("workdir") or ""),
-        tty=bool(value.get("tty")),
-        detach=bool(value.get("detach")),
+        argv=words(value, "command"),
+        user=text(value, "user"),
+        environment={name: content for name, _, content in pairs},
+        workdir=text(value, "workdir"),
+        tty=yes(value, "tty"),
+        detach=yes(value, "detach"),
     )
     argv = await asyncio.to_thread(request.app[AGENT].exec_of, target_of(request), want)
     return web.json_response({"argv": list(argv)})
@@ -205,17 +219,17 @@ async def exec_argv(request: web.Request) -> web.Response:
 async def events(request: web.Request) -> web.StreamResponse:
     """Events as JSON lines; with follow=1 until the caller goes, with an empty line when nothing happens."""
     agent = request.app[AGENT]
-    after, limit = int(number(request, "after", 0)), int(number(request, "limit", 1000))
+    after, limit = count(request, "after", 0), count(request, "limit", 1000)
+    beat, quiet, follow = max(number(request, "beat", HEARTBEAT), 0.05), True, flag(request, "follow")
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
     await response.prepare(request)
-    beat, quiet = max(number(request, "beat", HEARTBEAT), 0.05), True
     with contextlib.suppress(ConnectionError):
         while True:
             found = await asyncio.to_thread(agent.events, after, limit)
             after = max((int(event["seq"]) for event in found), default=after)
             if found or quiet:
                 await response.write("".join(json.dumps(event) + "\n" for event in found).encode() or b"\n")
-            if "follow" not in request.query:
+            if not follow:
                 break
             quiet = not await arrives(agent, after, beat)
     return response
@@ -247,13 +261,13 @@ async def written(request: web.Request, targets: list[tuple[str, str]]) -> web.S
     """The output of containers, each with what its lines are to call it."""
     agent, stop = request.app[AGENT], threading.Event()
     wanted = Wanted(
-        tail=int(number(request, "tail", 0)) if "tail" in request.query else None,
+        tail=count(request, "tail", 0) if "tail" in request.query else None,
         since=number(request, "since", 0) if "since" in request.query else None,
         until=number(request, "until", 0) if "until" in request.query else None,
     )
     found = [(name, await asyncio.to_thread(agent.logs_of, target)) for name, target in targets]
     sources = [(name, Path(path)) for name, paths in found for path in paths["paths"]]
-    lines = output(sources, wanted, stop if "follow" in request.query else None)
+    lines = output(sources, wanted, stop if flag(request, "follow") else None)
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
     await response.prepare(request)
     queue = pumped(lines, stop)
@@ -319,7 +333,7 @@ ROUTES = [
     web.get("/v1/volumes/{id:.*}", answer(lambda agent, request: agent.volume(request.match_info["id"]))),
     web.delete(
         "/v1/volumes/{id:.*}",
-        answer(lambda agent, request: agent.remove_volume(request.match_info["id"], "force" in request.query)),
+        answer(lambda agent, request: agent.remove_volume(request.match_info["id"], flag(request, "force"))),
     ),
     web.get("/v1/networks", answer(lambda agent, _: agent.networks())),
     web.get("/v1/networks/{id:.+}", answer(lambda agent, request: agent.network(request.match_info["id"]))),

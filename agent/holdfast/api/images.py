@@ -10,7 +10,7 @@
     GET    /v1/usage                               POST   /v1/prune  {"all", "volumes"}
 
 What takes long ends with a line of its own, which is the result, or an error in the words of all answers. Archives
-come in frames, for theirs is no length that is known before: a line with the size of what follows, in hexadecimal;
+come in frames, because their length is not known in advance: a line with the size of what follows, in hexadecimal;
 after 0 comes that last line.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 from aiohttp import web
 
 from holdfast.api.agent import Agent
-from holdfast.api.wire import AGENT, Handler, answer, asked, body, error_json, target_of
+from holdfast.api.wire import AGENT, Handler, answer, asked, body, error_json, flag, target_of, text, words, yes
 from holdfast.errors import HoldfastError, UnfitHost, WrongCall
 from holdfast.images.write import Sink
 from holdfast.observed import Json
@@ -131,8 +131,7 @@ class _Frames:
 
 
 def import_image(agent: Agent, value: dict[str, Any]) -> Json:
-    changes = [str(change) for change in value.get("changes") or ()]
-    return agent.import_image(asked(value, "path"), asked(value, "ref"), changes)
+    return agent.import_image(asked(value, "path"), asked(value, "ref"), words(value, "changes"))
 
 
 async def commit(request: web.Request) -> web.Response:
@@ -141,10 +140,10 @@ async def commit(request: web.Request) -> web.Response:
         request.app[AGENT].commit,
         target_of(request),
         asked(value, "name"),
-        changes=[str(change) for change in value.get("changes") or ()],
-        message=str(value.get("message") or ""),
-        author=str(value.get("author") or ""),
-        pause=bool(value.get("pause", True)),
+        changes=words(value, "changes"),
+        message=text(value, "message"),
+        author=text(value, "author"),
+        pause=yes(value, "pause", default=True),
     )
     return web.json_response(made)
 
@@ -165,23 +164,25 @@ IMAGE_ROUTES = [
     web.post("/v1/images/pull", steps(lambda agent, value: agent.pull_image(asked(value, "ref")))),
     web.post(
         "/v1/images/push",
-        steps(lambda agent, value: agent.push_image(asked(value, "ref"), str(value.get("to") or ""))),
+        steps(lambda agent, value: agent.push_image(asked(value, "ref"), text(value, "to"))),
     ),
     web.post("/v1/images/import", told(import_image)),
     web.post("/v1/images/load", told(lambda agent, value: agent.load_image(asked(value, "path")))),
     web.post("/v1/images/tag", told(lambda agent, value: agent.tag_image(asked(value, "ref"), asked(value, "name")))),
-    web.post("/v1/images/prune", told(lambda agent, value: agent.prune_images(bool(value.get("all"))))),
+    web.post("/v1/images/prune", told(lambda agent, value: agent.prune_images(yes(value, "all")))),
     web.get("/v1/images/save", frames(save)),
     web.get("/v1/images/export", frames(lambda agent, request, out: agent.export_image(reference(request), out))),
     web.post("/v1/bundles/load", told(lambda agent, value: agent.load_bundle(asked(value, "path")))),
     web.post("/v1/containers/{app}/{name}/commit", commit),
     web.get(
         "/v1/containers/{app}/{name}/export",
-        frames(lambda agent, request, out: agent.export(target_of(request), out, request.query.get("pause") != "0")),
+        frames(
+            lambda agent, request, out: agent.export(target_of(request), out, flag(request, "pause", default=True))
+        ),
     ),
     web.get("/v1/usage", answer(lambda agent, _: agent.usage())),
     web.post(
         "/v1/prune",
-        told(lambda agent, value: agent.prune(bool(value.get("all")), bool(value.get("volumes")))),
+        told(lambda agent, value: agent.prune(yes(value, "all"), yes(value, "volumes"))),
     ),
 ]

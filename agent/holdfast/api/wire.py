@@ -88,11 +88,27 @@ def number(request: web.Request, name: str, default: float) -> float:
     raise WrongCall(f"query '{name}={text}': not a number")
 
 
+def count(request: web.Request, name: str, default: int) -> int:
+    """A whole number of the query, 0 or more."""
+    found = number(request, name, default)
+    if found < 0 or found != int(found):
+        raise WrongCall(f"query '{name}={request.query[name]}': not a whole number of 0 or more")
+    return int(found)
+
+
+def flag(request: web.Request, name: str, *, default: bool = False) -> bool:
+    """A yes or no of the query."""
+    text = request.query.get(name)
+    if text not in (None, "0", "1"):
+        raise WrongCall(f"query '{name}={text}': neither yes nor no (expected 1 or 0)")
+    return default if text is None else text == "1"
+
+
 async def body(request: web.Request) -> dict[str, Any]:
     """The JSON object that a request carries; none is an empty one."""
-    text = await request.text()
+    data = await request.read()
     try:
-        value = json.loads(text) if text else {}
+        value = json.loads(data) if data else {}
     except RecursionError:
         raise WrongCall(f"{request.method} '{request.path}': body is nested too deeply") from None
     except ValueError as error:
@@ -103,10 +119,36 @@ async def body(request: web.Request) -> dict[str, Any]:
 
 
 def asked(value: dict[str, Any], key: str) -> str:
-    text = value.get(key)
-    if not isinstance(text, str) or not text:
+    """A string of a body that has to be there."""
+    if not (found := text(value, key)):
         raise WrongCall(f"body '{key}': a string is needed")
-    return text
+    return found
+
+
+def text(value: dict[str, Any], key: str) -> str:
+    """A string of a body, "" where there is none."""
+    found = value.get(key)
+    if not isinstance(found, str | None):
+        raise WrongCall(f"body '{key}': not a string")
+    return found or ""
+
+
+def words(value: dict[str, Any], key: str) -> list[str]:
+    """A list of strings of a body, empty where there is none."""
+    found = value.get(key)
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise WrongCall(f"body '{key}': not a list of strings")
+    return found
+
+
+def yes(value: dict[str, Any], key: str, *, default: bool = False) -> bool:
+    """A boolean of a body."""
+    found = value.get(key)
+    if not isinstance(found, bool | None):
+        raise WrongCall(f"body '{key}': neither true nor false")
+    return default if found is None else found
 
 
 def answer(call: Callable[[Agent, web.Request], Any]) -> Handler:
