@@ -30,6 +30,7 @@ class LiveAgent:
         self.state = home / "state"
         self.config = home / "agent.toml"
         self.process: subprocess.Popen[bytes] | None = None
+        self._read = ""  # the agent.toml that the process has read
         self.through: tuple[str, ...] = ()  # the words before `holdfast agent`: a program that runs it
         self.state.mkdir(parents=True)
         self.configure()
@@ -46,6 +47,7 @@ class LiveAgent:
 
     def start(self) -> None:
         """Start the process and wait until it answers."""
+        self._read = self.config.read_text()
         with (self.home / "agent.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [*self.through, HOLDFAST, "agent", "--config", str(self.config)],
@@ -77,7 +79,11 @@ class LiveAgent:
 
     def image(self, name: str, tar: Path | None = None) -> None:
         """Import a root file system tar (default: busybox) under this name."""
-        self.cli("image", "import", str(tar or self.rootfs.tar), name)
+        path = str(tar or self.rootfs.tar)
+        try:
+            Client(self.host.run_root / "agent.sock").import_image(path, name)
+        except NoAgent:
+            self.cli("image", "import", path, name)
 
     def cli(self, *args: str, check: bool = True, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """Run `holdfast args…` against this agent; check: raise AssertionError unless it exits 0."""
@@ -184,7 +190,7 @@ class LiveAgent:
         self.configure()  # a test may have pointed `state` elsewhere, or forbidden what it takes to clean up
         for path in self.state.rglob("*.toml"):
             path.unlink()
-        if self.process and self.process.poll() is None:
+        if self.process and self.process.poll() is None and self._read != self.config.read_text():
             self.restart()
 
     def _answers(self) -> bool:

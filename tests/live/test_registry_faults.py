@@ -250,8 +250,8 @@ def test_a_layer_that_stops_coming_is_asked_for_again_and_then_given_up(
     digest = layer_digest(faulty)
     body = faulty.layout.read(digest)
     faulty.answer(digest, Answer(200, body[:1000], length=len(body), hang=True))
-    puller = new_puller(replace(QUICK, stall_timeout=0.3))
-    fails(puller, f"{faulty.address}/app", TryAgain, "0.3 s")
+    puller = new_puller(replace(QUICK, stall_timeout=1.5))
+    fails(puller, f"{faulty.address}/app", TryAgain, "1.5 s")
     assert faulty.asked(digest) == 3
 
 

@@ -4,6 +4,15 @@ Exit codes are those of the error tree (`holdfast.errors`, sysexits.h), and besi
 changes; 70 a bug, with its traceback; 130 interrupted.
 """
 
-from holdfast.cli.entry import main
+from collections.abc import Sequence
 
 __all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code. Called by the console script."""
+    try:  # who interrupts a command may do so while it is still being loaded
+        from holdfast.cli import entry
+    except KeyboardInterrupt:
+        return 130
+    return entry.main(arguments)
