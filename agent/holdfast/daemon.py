@@ -50,7 +50,7 @@ from holdfast.node.claim import record_of
 from holdfast.node.installed import expect
 from holdfast.observed import Hold, Json
 from holdfast.plugins import load_plugins
-from holdfast.reconcile import Pass, Reconciler
+from holdfast.reconcile import SOURCE_FACT, Pass, Reconciler
 from holdfast.runtime.binaries import find_conmon, find_runtime
 from holdfast.runtime.conmon import Runtime, become_subreaper
 from holdfast.runtime.content import ContentStore
@@ -68,6 +68,7 @@ AGENT_ENDS = 10.0  # seconds that a shutdown waits for an agent to end
 LAST_KILLS = 45.0  # seconds that what outlives SIGKILL for a while may take
 FOLLOWERS = 64  # answers at a time; each that follows a log takes one
 NO_ROOM = 1.0  # seconds between looks at a disk that was full
+NO_SOURCE = 5.0  # seconds between looks at a source that can't be read
 STORE = "state.db"
 FIXED = ("name", "root", "run_root", "runtime", "socket", "group", "pool", "firewall", "start_concurrency")
 
@@ -98,7 +99,7 @@ def apply_once(
     deadline, slot = time.monotonic() + timeout, threading.Event()
     with _acting_node(config) as node:
         node.wake = lambda _: slot.set()
-        source = make_source(config.state, config.root, debounce=config.debounce)
+        source = _source_of(config, node)
         with contextlib.suppress(HoldfastError):  # the status says why; what is here is converged to
             source.refresh()
         reconciler = Reconciler(node, source, config, node.rig.plugins.names(), node.in_force)
@@ -124,6 +125,12 @@ def apply_once(
                 show({**coming, "blockers": made.status.blockers})
                 rest -= BEAT
                 deadline += BEAT if moving(coming) else 0.0
+
+
+def _source_of(config: Config, node: Node) -> Source:
+    """Where the state comes from, with what is remembered of it."""
+    known = node.rig.store.fact(SOURCE_FACT)
+    return make_source(config.state, config.root, debounce=config.debounce, known=known)
 
 
 def _coming(rig: Rig) -> dict[str, list[Json]]:
@@ -206,7 +213,7 @@ class Offline(Answers):
         """refused: why an agent would not start."""
         super().__init__(node.rig)
         self._refused = refused
-        source = make_source(config.state, config.root, debounce=config.debounce)
+        source = _source_of(config, node)
         self._reconciler = Reconciler(node, source, config, node.rig.plugins.names(), node.in_force)
         self._node = node
 
@@ -328,7 +335,7 @@ class Daemon(Answers):
     def __init__(self, config: Config, path: Path | None, node: Node) -> None:
         super().__init__(node.rig)
         self._config, self._path, self._node = config, path, node
-        source = make_source(config.state, config.root, debounce=config.debounce)
+        source = _source_of(config, node)
         self._reconciler = Reconciler(node, source, config, node.rig.plugins.names(), node.in_force)
         self._last: Pass | None = None
         self._begun = self._done = 0  # passes
@@ -378,6 +385,8 @@ class Daemon(Answers):
             timer = min(full_at, rotate_at) - time.monotonic()
             if self.rig.store.late:
                 timer = min(timer, NO_ROOM)
+            if self._last and self._last.source["error"] and self._last.source["kind"] == "directory":
+                timer = min(timer, NO_SOURCE)
             await self._wait(timer if wake_at is None else min(timer, wake_at - time.time()))
 
     async def _collect(self) -> None:
@@ -451,7 +460,7 @@ class Daemon(Answers):
         config = replace(config, **{name: getattr(self._config, name) for name in FIXED})
         source = self._reconciler.source
         if (config.state, config.debounce) != (self._config.state, self._config.debounce):
-            source = make_source(config.state, config.root, debounce=config.debounce)
+            source = _source_of(config, self._node)
             await asyncio.to_thread(self._watch.close)
             self._watch = await asyncio.to_thread(self._watch_source, source)
         self._config, self._deep = config, True

@@ -23,9 +23,11 @@ from holdfast.node.needs import images_needed
 from holdfast.observed import History, Json, Observed
 from holdfast.plan import Plan, decide, preview
 from holdfast.plan.reasons import left_alone
-from holdfast.source import Revision, Source
+from holdfast.source import Revision, Source, known_of
 from holdfast.spec import App, Cache, NodeFacts, Spec, load
 from holdfast.status import Status, make_status, plan_json
+
+SOURCE_FACT = "source"  # in the store: what is remembered of the revision in force (`known_of`)
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,8 @@ class Reconciler:
     def _announce(self) -> None:
         """Tell of a revision once, when a pass acts on it: a preview leaves no trace."""
         revision, store = self._revision, self.node.rig.store
+        if revision is not None:
+            store.put_fact(SOURCE_FACT, known_of(revision))
         if revision is None or store.fact("revision") == revision.id:
             return
         store.put_fact("revision", revision.id)

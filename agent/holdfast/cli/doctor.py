@@ -51,18 +51,19 @@ def doctor(json_: bool) -> None:
 
 
 def node() -> Iterator[Check]:
-    """What the agent, or without one the node itself, knows: see `plugins` and `not_ours`."""
+    """What the agent, or without one the node itself, knows."""
     from holdfast.cli.checkup import Check
 
     try:
         with reach() as answers:
             found = answers.plugins()
-            foreign = answers.status().get("foreign", {})
+            status = answers.status()
     except HoldfastError as error:
         yield Check("plugins", "warn", str(error))
         return
     yield from plugins(found)
-    yield from not_ours(foreign)
+    yield from not_ours(status.get("foreign", {}))
+    yield source(status["source"])
 
 
 def plugins(found: Sequence[Mapping[str, str]]) -> Iterator[Check]:
@@ -84,6 +85,17 @@ def not_ours(foreign: Mapping[str, str]) -> Iterator[Check]:
         shown = "; ".join(f"{subject}: {why}" for subject, why in list(foreign.items())[:SHOWN])
         more = f"; {len(foreign) - SHOWN} more in `holdfast status`" if len(foreign) > SHOWN else ""
         yield Check("not ours", "warn", shown + more, "remove it by hand if nobody needs it")
+
+
+def source(found: Mapping[str, str]) -> Check:
+    """Whether the state can be read."""
+    from holdfast.cli.checkup import Check
+
+    return (
+        Check("state", "warn", found["error"])
+        if found["error"]
+        else Check("state", "ok", f"read from {found['url']}")
+    )
 
 
 COMMANDS = [doctor]

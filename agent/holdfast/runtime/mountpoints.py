@@ -31,9 +31,42 @@ class Mounted:
 
     def __contains__(self, point: str) -> bool:
         if not self._read:
-            lines = MOUNTINFO.read_text(errors="surrogateescape").splitlines()
-            self._read.append(frozenset(unescaped(line.split(" ", 5)[4]) for line in lines))
+            self._read.append(frozenset(unescaped(line.split(" ", 5)[4]) for line in _lines(MOUNTINFO)))
         return point in self._read[0]
+
+
+@dataclass(frozen=True, slots=True)
+class MountedAt:
+    """One mount: where it is, and what is mounted there, as findmnt(8) writes it (`/dev/sdb1[/folder]`)."""
+
+    point: str
+    what: str
+
+
+def mounts() -> dict[int, MountedAt]:
+    """What is mounted now, by mount id; of automount points only what is mounted on them."""
+    found = {}
+    for line in _lines(MOUNTINFO):
+        id, _, _, root, point, *rest = line.split(" ")
+        kind, what = rest[rest.index("-") + 1 :][:2]
+        if kind != "autofs":
+            part = f"[{unescaped(root)}]" if root != "/" else ""
+            found[int(id)] = MountedAt(unescaped(point), unescaped(what) + part)
+    return found
+
+
+def mount_id(path: str) -> int:
+    """The id of the mount that a path of this host lies on. Raises OSError."""
+    handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        lines = _lines(Path(f"/proc/self/fdinfo/{handle}"))
+        return next(int(line.split()[1]) for line in lines if line.startswith("mnt_id:"))
+    finally:
+        os.close(handle)
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(errors="surrogateescape").splitlines()
 
 
 def lacking(mount: Mount, mounted: Mounted) -> str:

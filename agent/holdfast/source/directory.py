@@ -12,16 +12,18 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost
 from holdfast.runtime.mountpoints import FSTAB, Mounted, unmounted
+from holdfast.source.mounts import REMEDY, lost, mounts_of
 from holdfast.source.revision import (
     MAX_DEPTH,
     NO_LFS,
+    LiesOn,
     Revision,
     SourceState,
     Watch,
@@ -58,9 +60,10 @@ class Content:
 @dataclass(frozen=True, slots=True)
 class Listing:
     """A tree without its content: relative path → where the file really is, and its stamp. root: which directory
-    (device, inode) it was when the listing began: another may take its place while it is read."""
+    (device, inode) it was when the listing began: another may take its place while it is read. real: its path."""
 
     root: tuple[int, int] = (0, 0)
+    real: str = ""
     files: dict[str, tuple[str, Stamp]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -77,7 +80,14 @@ class DirectorySource:
         self._settled = False
         self._known: dict[str, Content] = {}
         self._revision: Revision | None = None
+        self._lies_on: LiesOn = {}
+        self._watch: DirectoryWatch | None = None
+        self._watched = (0, 0)  # which directory is watched
         self._state = SourceState(kind="directory", url=self._path)
+
+    def remember(self, lies_on: LiesOn) -> None:
+        """Go on from the last revision that another process read here."""
+        self._lies_on = lies_on
 
     def current(self) -> Revision:
         """Read what changed since the last call; see Source.current."""
@@ -107,12 +117,14 @@ class DirectorySource:
         Raises UnfitHost when the host has no inotify instance or watch left: only the slow pass sees changes then.
         """
         try:
-            return DirectoryWatch(self._path, wake, self._debounce)
+            self._watched = identity(self._path) if os.path.isdir(self._path) else (0, 0)
+            self._watch = DirectoryWatch(self._path, wake, self._debounce)
         except OSError as error:
             cause = (
                 f"{(error.strerror or str(error)).lower()} (raise fs.inotify.max_user_watches, max_user_instances)"
             )
             raise UnfitHost(f"watch '{self._path}': {cause}") from error
+        return self._watch
 
     def state(self) -> SourceState:
         return self._state
@@ -126,12 +138,13 @@ class DirectorySource:
     def _read(self) -> Revision:
         for _ in range(ATTEMPTS):
             try:
-                listing = list_tree(self._path)
+                listing = self._list()
                 if listing.root != self._listing.root:
                     check_mounted(self._path)
                 if self._revision is not None and self._settled and listing == self._listing:
                     return self._revision
                 known = {path: self._content(path, *where) for path, where in listing.files.items()}
+                lies_on = self._place(listing)
                 check_whole(self._path)
                 if identity(self._path) != listing.root:
                     continue
@@ -139,8 +152,35 @@ class DirectorySource:
                 continue  # it moved under our hands: look again
             except OSError as error:
                 raise UnfitHost(f"read '{error.filename}': {(error.strerror or '').lower()}") from error
-            return self._revise(listing, known)
+            if self._watch and listing.root != self._watched:  # inotify does not tell of a mount
+                self._watched = listing.root
+                self._watch.poke()
+            return self._revise(listing, known, lies_on)
         raise TryAgain(f"read '{self._path}': it keeps changing while it is read")
+
+    def _list(self) -> Listing:
+        try:
+            return list_tree(self._path)
+        except NoDirectory as error:
+            if gone := lost(self._path, self._lies_on, {}).get(""):
+                raise NoDirectory(f"read '{self._path}': no such directory, and {gone} (what runs stays)") from error
+            raise
+
+    def _place(self, listing: Listing) -> LiesOn:
+        """Which mounts a tree lies on; a folder whose mount has gone counts as left out.
+
+        Raises TryAgain when that is the whole tree, Torn and OSError when one has just gone.
+        """
+        state = [where for path, where in listing.files.items() if path.endswith(".toml")]
+        here = mounts_of(listing.real, [real for real, _ in state])
+        if any(stamp_of(os.stat(real))[3:] != stamp[3:] for real, stamp in state):
+            raise Torn(listing.real)
+        gone = lost(self._path, self._lies_on, here)
+        if "" in gone:
+            raise TryAgain(f"read '{self._path}': it has no state file, and {gone['']} (what runs stays; {REMEDY})")
+        for folder, change in gone.items():
+            listing.left_out[folder] = f"a folder without state files since {change} ({REMEDY})"
+        return {**{folder: self._lies_on[folder] for folder in gone}, **here}
 
     def _content(self, path: str, real: str, stamp: Stamp) -> Content:
         known = self._known.get(path)
@@ -151,13 +191,14 @@ class DirectorySource:
             raise Torn(path)
         return content
 
-    def _revise(self, listing: Listing, known: dict[str, Content]) -> Revision:
+    def _revise(self, listing: Listing, known: dict[str, Content], lies_on: LiesOn) -> Revision:
         before, self._known = self._known, known
+        moved, self._lies_on = lies_on != self._lies_on, lies_on
         self._listing = listing
         self._settled = all(content.settled for content in known.values())
         last, left_out = self._revision, {**listing.left_out, **not_checked_out(known)}
         if last is not None and last.left_out == left_out and alike(before, known):
-            return last
+            return replace(last, lies_on=lies_on) if moved else last
         files = {path: known[path].data for path in sorted(known) if path not in left_out}
         return Revision(
             id=f"dir:{digest(known)[:12]}",
@@ -165,7 +206,12 @@ class DirectorySource:
             left_out=MappingProxyType(left_out),
             url=self._path,
             executable=frozenset(path for path in files if known[path].executable),
+            lies_on=lies_on,
         )
+
+
+class NoDirectory(TryAgain):
+    """There is no directory where the state should be."""
 
 
 class Torn(Exception):
@@ -230,14 +276,14 @@ def stamp_of(status: os.stat_result) -> Stamp:
 def list_tree(root: str) -> Listing:
     """List the regular files under root, following links that stay inside it.
 
-    Raises TryAgain when root is not a directory, WrongState when it holds too much, OSError.
+    Raises NoDirectory when root is none, WrongState when it holds too much, OSError.
     """
     real = os.path.realpath(root)
     if not os.path.isdir(real):
         found = "not a directory" if os.path.lexists(root) else "no such directory"
-        raise TryAgain(f"read '{root}': {found} (what runs stays)")
+        raise NoDirectory(f"read '{root}': {found} (what runs stays)")
     check_whole(real)
-    listing = Listing(identity(real))
+    listing = Listing(identity(real), real)
     total = 0
     for path, where, status in walk(real, real, "", (real,), listing.left_out, count()):
         listing.files[path] = (where, stamp_of(status))

@@ -13,6 +13,9 @@ from typing import Literal, Protocol
 
 from holdfast.errors import WrongState
 
+#: Folder of a state directory ("" for itself) → where the file system is mounted that it lies on, and which that is.
+LiesOn = Mapping[str, tuple[str, str]]
+
 MAX_BYTES = 64 << 20
 MAX_FILES = 100_000
 MAX_VISITS = 2 * MAX_FILES  # files, folders and links
@@ -50,6 +53,7 @@ class Revision:
     id: the commit's hash, or `dir:` and the start of a digest of files. message: its first line.
     at: when it was committed, seconds since the epoch; None for a directory. url: without any password.
     executable: those of files that are programs (git's mode 100755; any of the x bits in a directory).
+    lies_on: the mounts that a directory's state files were read from (`source.mounts`).
     """
 
     id: str
@@ -61,6 +65,7 @@ class Revision:
     url: str = ""
     branch: str = ""
     executable: frozenset[str] = frozenset()
+    lies_on: LiesOn = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

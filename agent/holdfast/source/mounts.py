@@ -1,0 +1,57 @@
+"""Whether a state directory, and each folder of it, still lies on the file system that it was read from.
+
+Where a file system was mounted and is not any more, there is an empty folder, or none: read as it is, it would ask
+for no app, and every app would be removed. So each revision says which mounts its state files were read from
+(`Revision.lies_on`). A folder of these that lies on another mount and has no state file does not count as empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from holdfast.runtime.mountpoints import MountedAt, mount_id, mounts
+from holdfast.source.revision import LiesOn
+
+REMEDY = "mount it, or put an empty vars.toml there if it is to be empty"
+
+
+def mounts_of(root: str, state_files: Iterable[str]) -> LiesOn:
+    """The mounts that the state files of a directory lie on. root and state_files: absolute, without links.
+
+    Raises OSError when one of them has just gone.
+    """
+    files, known = list(state_files), mounts()
+    inner = {mount.point for mount in known.values() if mount.point.startswith(f"{root}/")}
+    found = {}
+    for path in (root, *sorted(inner)):
+        here = known.get(mount_id(path)) if any(file.startswith(f"{path}/") for file in files) else None
+        if here is not None:
+            found[path[len(root) + 1 :]] = (here.point, here.what)
+    return found
+
+
+def lost(root: str, before: LiesOn, now: LiesOn) -> dict[str, str]:
+    """What a directory was read from and lies on no more: folder → what has become of it.
+
+    root: as in agent.toml. before, now: of the last revision, and of what is there.
+    """
+    gone = before.keys() - now.keys()
+    known = mounts() if gone else {}
+    mounted = {mount.point: mount.what for mount in known.values()}
+    found = {}
+    for folder in sorted(gone):
+        point, what = before[folder]
+        try:
+            here = known.get(mount_id(f"{root}/{folder}"))
+        except OSError:  # the folder is not there, or not for us
+            here = MountedAt(point, mounted.get(point, ""))
+        if here is None or (here.point, here.what) != (point, what):
+            found[folder] = _change(point, what, here, mounted)
+    return found
+
+
+def _change(point: str, what: str, here: MountedAt | None, mounted: Mapping[str, str]) -> str:
+    if point not in mounted:
+        return f"{point} is not mounted any more (it was {what})"
+    now = f"{here.what} at {here.point}" if here else "nothing that mounts tell of"
+    return f"it lies on {now} and not on {what} at {point} any more"
