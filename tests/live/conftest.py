@@ -16,6 +16,7 @@ from holdfast.drivers import Host
 from holdfast.images.pull import Puller
 from holdfast.images.store import ImageStore
 from live.agent import LiveAgent
+from live.mounts import Mounts
 from live.registry import Registry
 
 QUICK = ImageSettings(stall_timeout=1.0, min_free=0)
@@ -55,6 +56,13 @@ def agent(new_agent: Callable[[Host], LiveAgent], site: Host) -> LiveAgent:
     agent.start()
     agent.image("busybox:1")
     return agent
+
+
+@pytest.fixture
+def mounts(mounts_alone: None) -> Iterator[Mounts]:
+    """Makes mounts, which are gone at the end."""
+    with ExitStack() as stack:
+        yield Mounts(stack)
 
 
 @pytest.fixture

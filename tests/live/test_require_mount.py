@@ -12,6 +12,7 @@ import pytest
 
 from holdfast.drivers import Host
 from live.agent import LiveAgent
+from live.mounts import Mounts
 
 pytestmark = [pytest.mark.live, pytest.mark.usefixtures("mounts_alone"), pytest.mark.timeout(400)]
 
@@ -70,3 +71,60 @@ def test_a_start_waits_for_the_mount_and_a_lost_one_is_told(
     agent.write("shop.toml", STATE.format(source=point / "deep/data") + "require_mount = false\n")
     agent.converge()
     assert (point / "deep/data/log").read_text() == "up\n"
+
+
+BOUND = """
+[containers.{name}]
+image = "busybox:1"
+command = ["sleep", "10000"]
+restart = "always"
+stop_grace_period = "0s"
+networks = ["none"]
+volumes = ["{source}:/data"]
+"""
+
+
+def test_a_container_with_an_old_mount_is_told_of_until_it_is_restarted(
+    agent: LiveAgent, mounts: Mounts, tmp_path: Path
+) -> None:
+    usb, link, full, over = (tmp_path / name for name in ("usb", "link", "full", "over"))
+    for folder in (usb, full / "data", over):
+        folder.mkdir(parents=True)
+    link.symlink_to(usb)
+    mounts.tmpfs(usb)
+    (usb / "data").mkdir()
+    sources = {"web": usb / "data", "linked": link / "data", "later": over, "plain": tmp_path}
+    agent.write("shop.toml", "".join(BOUND.format(name=name, source=source) for name, source in sources.items()))
+    agent.converge()
+
+    def warnings() -> dict[str, str]:
+        agent.sync()
+        found = {name: agent.instances(f"shop/{name}")[0]["warnings"] for name in sources}
+        return {name: " ".join(each) for name, each in found.items() if each}
+
+    assert warnings() == {}
+    mounts.gone(usb)
+    assert {name: "usb is mounted no more" in words for name, words in warnings().items()} == OLD
+    mounts.bind(full, usb)  # the same disk as that of everything else here
+    assert {name: "usb was mounted anew" in words for name, words in warnings().items()} == OLD
+    mounts.gone(usb)
+    mounts.tmpfs(usb, "other")
+    (usb / "data").mkdir()
+    mounts.tmpfs(over, "nfs")
+    assert warnings().keys() == {"web", "linked", "later"}
+    assert "nfs was mounted at" in warnings()["later"]
+    pid = agent.pid("shop/web")
+    agent.cli("stop", "shop/plain")  # what follows looks at nothing but processes
+    assert "mounted anew" in str(agent.instances("shop/web")[0]["warnings"])
+    assert str(usb / "data") in agent.cli("status").stdout.replace("\n", "")
+    assert agent.pid("shop/web") == pid
+    agent.restart()
+    assert warnings().keys() == {"web", "linked", "later"}
+    for name in ("web", "linked", "later"):
+        agent.cli("restart", f"shop/{name}")
+    agent.wait(lambda: warnings() == {}, "they have what is there now")
+    told = sorted({event["subject"] for event in agent.events() if event["kind"] == "unmounted"})
+    assert told == ["shop/later", "shop/linked", "shop/web"]
+
+
+OLD = {"web": True, "linked": True}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from holdfast.drivers import Host
 from holdfast.errors import TryAgain
 from holdfast.source import known_of, make_source
 from live.agent import LiveAgent
+from live.mounts import Mounts
 
 pytestmark = [pytest.mark.live, pytest.mark.usefixtures("mounts_alone"), pytest.mark.timeout(400)]
 
@@ -26,32 +25,6 @@ restart = "always"
 stop_grace_period = "0s"
 networks = ["none"]
 """
-
-
-class Mounts:
-    """Mounts of a test, which are gone at its end."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-
-    def tmpfs(self, point: Path, name: str = "disk") -> None:
-        self._mount("-t", "tmpfs", name, str(point))
-
-    def bind(self, folder: Path, point: Path) -> None:
-        self._mount("--bind", str(folder), str(point))
-
-    def gone(self, point: Path) -> None:
-        subprocess.run(["umount", str(point)], check=True)
-
-    def _mount(self, *words: str) -> None:
-        subprocess.run(["mount", *words], check=True)
-        self._stack.callback(subprocess.run, ["umount", "-l", words[-1]], check=False, stderr=subprocess.DEVNULL)
-
-
-@pytest.fixture
-def mounts() -> Iterator[Mounts]:
-    with ExitStack() as stack:
-        yield Mounts(stack)
 
 
 @pytest.fixture

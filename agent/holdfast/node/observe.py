@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from holdfast.drivers import Driver
+from holdfast.node import stale
 from holdfast.node.installed import missing_drivers
 from holdfast.node.rig import BARE, Rig
 from holdfast.node.start import cgroup_settings
@@ -60,6 +61,8 @@ def observe(
     """
     at = time.time()
     instances, building = list(rig.store.instances.values()), set(rig.builds)
+    if deep:
+        stale.look(rig, instances)
     things: Things = {(each.kind, each.id): each for each in everything(rig, deep=deep)}
     same_boot, settings = rig.same_boot(), _settings_digests(rig)
     seen = tuple(
@@ -159,8 +162,7 @@ def _instance(
     warnings = instance.warnings
     if not watched and not rig.runtime.supervised(run):
         warnings = (*warnings, "its conmon is gone: output is lost and its exit status will not be known")
-    if deep:
-        warnings = (*warnings, *_unmounted(rig, instance))
+    warnings = (*warnings, *rig.stale.get(instance.id, ()))
     if not faults and not drifted and warnings == instance.warnings:
         return instance
     return replace(instance, faults=tuple(faults), drifted=tuple(drifted), warnings=warnings)
@@ -198,19 +200,6 @@ def _faults(rig: Rig, instance: Instance, things: Things) -> Iterator[str]:
             config = json.loads((rig.host.instance(instance.id) / "config.json").read_text())
             if rig.plugins.would_adjust(instance.app, instance.container, config):
                 yield f"plugin '{', '.join(lacking)}' has not adjusted its configuration"
-
-
-def _unmounted(rig: Rig, instance: Instance) -> Iterator[str]:
-    """What its bind mounts lie on that is mounted no more. The container goes on with what it has."""
-    mounted = Mounted.now()
-    for receipt in rig.store.owned(instance.id):
-        point = receipt.data.get("mount_point", "/") if receipt.kind == "volume" else "/"
-        if point != "/" and point not in mounted:
-            words = f"{point} is mounted no more, which {receipt.data['source']} lies on: it still has what was there"
-            if rig.notes and (instance.id, point) not in rig.unmounted:
-                rig.unmounted.add((instance.id, point))
-                rig.store.event("unmounted", instance.key, words, instance=instance.id)
-            yield words
 
 
 def _altered(rig: Rig, instance: Instance, things: Things) -> Iterator[str]:

@@ -19,7 +19,7 @@ from holdfast.images.build import Builder
 from holdfast.images.pull import Puller
 from holdfast.images.store import ImageStore
 from holdfast.images.transfers import Transfers
-from holdfast.observed import Instance, Json, Receipt
+from holdfast.observed import Instance, InstanceId, Json, Receipt
 from holdfast.plan.derived import Pages
 from holdfast.plan.diff import folder_files
 from holdfast.plugins import Plugins
@@ -102,7 +102,7 @@ class Rig:
     ending: Ending = field(default_factory=Ending)
     volume_locks: Locks = field(default_factory=Locks)
     builds: set[str] = field(default_factory=set)
-    unmounted: set[tuple[str, str]] = field(default_factory=set)  # instance, mount point: told already
+    stale: dict[InstanceId, tuple[str, ...]] = field(default_factory=dict)  # see node.stale
     resolved: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def base(self, digest: str) -> Base:

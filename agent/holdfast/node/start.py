@@ -22,6 +22,7 @@ from holdfast.errors import TryAgain
 from holdfast.images.lookup import View, find
 from holdfast.node.inside import mounted, read_file
 from holdfast.node.rig import BARE, ROOTFS, Base, Rig, init_program, limits, volume_of
+from holdfast.node.stale import where
 from holdfast.node.stop import release_mount, remove_instance, sweep
 from holdfast.node.volumes import ensure_volume
 from holdfast.observed import Generation, Instance, InstanceId, Json, Receipt
@@ -32,7 +33,6 @@ from holdfast.plugins import Adjusted
 from holdfast.runtime import apparmor, bounded, cgroup, device_access, names, netns, seccomp, users
 from holdfast.runtime.devices import device_nodes
 from holdfast.runtime.logs import begin
-from holdfast.runtime.mountpoints import mount_point
 from holdfast.runtime.oci import OciRequest, granted_capabilities, oci_config
 from holdfast.spec.model import App, Container, Mount, Network
 
@@ -245,7 +245,7 @@ def _mount(rig: Rig, instance: Instance, app: App, mount: Mount, rootfs: Path) -
     )
     made = rig.plugins.driver("mount", mount.kind).ensure(want_mount)
     if mount.kind == "bind":
-        made = replace(made, data={**made.data, "mount_point": mount_point(mount.source)})
+        made = replace(made, data={**made.data, **where(mount.source)})
     _keep(rig, made)
     return {**{key: made.data[key] for key in ("type", "source", "options")}, "destination": mount.target}
 

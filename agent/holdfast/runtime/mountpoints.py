@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from holdfast.spec.model import Mount
@@ -20,53 +21,63 @@ _cache: tuple[tuple[int, int, int], tuple[str, ...]] = ((0, 0, 0), ())
 
 
 @dataclass(frozen=True, slots=True)
-class Mounted:
-    """The mount points of this host, read at one moment and only if somebody asks."""
+class MountedAt:
+    """One line of mountinfo (proc(5)). device: of the file system. root: which folder of it is mounted at point."""
 
-    _read: list[frozenset[str]]
+    point: str
+    device: str
+    root: str
+    kind: str
+    source: str
+
+    @property
+    def what(self) -> str:
+        """What is mounted, as findmnt(8) writes it (`/dev/sdb1[/folder]`)."""
+        return self.source + (f"[{self.root}]" if self.root != "/" else "")
+
+
+def mounts_of(mountinfo: Path) -> dict[int, MountedAt]:
+    """What is mounted in a mount namespace, by mount id."""
+    found = {}
+    for line in mountinfo.read_text(errors="surrogateescape").splitlines():
+        id, _, device, root, point, *rest = line.split(" ")
+        kind, source = rest[rest.index("-") + 1 :][:2]
+        found[int(id)] = MountedAt(unescaped(point), device, unescaped(root), kind, unescaped(source))
+    return found
+
+
+class Mounted:
+    """What this host has mounted, read at one moment and only if somebody asks."""
 
     @classmethod
     def now(cls) -> Mounted:
-        return cls([])
+        return cls()
+
+    @cached_property
+    def by_id(self) -> dict[int, MountedAt]:
+        return mounts_of(MOUNTINFO)
+
+    @cached_property
+    def by_point(self) -> dict[str, MountedAt]:
+        """The topmost at each mount point."""
+        return {mount.point: mount for mount in self.by_id.values()}
 
     def __contains__(self, point: str) -> bool:
-        if not self._read:
-            self._read.append(frozenset(unescaped(line.split(" ", 5)[4]) for line in _lines(MOUNTINFO)))
-        return point in self._read[0]
+        return point in self.by_point
 
-
-@dataclass(frozen=True, slots=True)
-class MountedAt:
-    """One mount: where it is, and what is mounted there, as findmnt(8) writes it (`/dev/sdb1[/folder]`)."""
-
-    point: str
-    what: str
-
-
-def mounts() -> dict[int, MountedAt]:
-    """What is mounted now, by mount id; of automount points only what is mounted on them."""
-    found = {}
-    for line in _lines(MOUNTINFO):
-        id, _, _, root, point, *rest = line.split(" ")
-        kind, what = rest[rest.index("-") + 1 :][:2]
-        if kind != "autofs":
-            part = f"[{unescaped(root)}]" if root != "/" else ""
-            found[int(id)] = MountedAt(unescaped(point), unescaped(what) + part)
-    return found
+    def covering(self, path: str) -> MountedAt | None:
+        """What a path without links lies on, so far as mount points tell."""
+        return next((self.by_point[above] for above in _above(path) if above in self.by_point), None)
 
 
 def mount_id(path: str) -> int:
     """The id of the mount that a path of this host lies on. Raises OSError."""
     handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        lines = _lines(Path(f"/proc/self/fdinfo/{handle}"))
+        lines = Path(f"/proc/self/fdinfo/{handle}").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("mnt_id:"))
     finally:
         os.close(handle)
-
-
-def _lines(file: Path) -> list[str]:
-    return file.read_text(errors="surrogateescape").splitlines()
 
 
 def lacking(mount: Mount, mounted: Mounted) -> str:
@@ -92,13 +103,11 @@ def unmounted(path: str, mounted: Mounted) -> str:
     return next((point for point in meant if point not in mounted), "")
 
 
-def mount_point(path: str) -> str:
-    """The mount point that a path lies on, as far as device numbers tell: "/" where they do not differ."""
-    real = os.path.realpath(path)
-    device = Path(real).stat().st_dev
-    found = real
+def mount_point(real: str) -> str:
+    """The mount point that a path without links lies on. Raises OSError."""
+    id, found = mount_id(real), real
     for above in _above(real):
-        if Path(above).stat().st_dev != device:
+        if mount_id(above) != id:
             return found
         found = above
     return "/"

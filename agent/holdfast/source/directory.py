@@ -19,7 +19,7 @@ from types import MappingProxyType
 
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost
 from holdfast.runtime.mountpoints import FSTAB, Mounted, unmounted
-from holdfast.source.mounts import REMEDY, lost, mounts_of
+from holdfast.source.mounts import REMEDY, lies_on, lost
 from holdfast.source.revision import (
     MAX_DEPTH,
     NO_LFS,
@@ -85,9 +85,9 @@ class DirectorySource:
         self._watched = (0, 0)  # which directory is watched
         self._state = SourceState(kind="directory", url=self._path)
 
-    def remember(self, lies_on: LiesOn) -> None:
-        """Go on from the last revision that another process read here."""
-        self._lies_on = lies_on
+    def remember(self, place: LiesOn) -> None:
+        """Go on from where the last revision lay that another process read here."""
+        self._lies_on = place
 
     def current(self) -> Revision:
         """Read what changed since the last call; see Source.current."""
@@ -144,7 +144,7 @@ class DirectorySource:
                 if self._revision is not None and self._settled and listing == self._listing:
                     return self._revision
                 known = {path: self._content(path, *where) for path, where in listing.files.items()}
-                lies_on = self._place(listing)
+                place = self._place(listing)
                 check_whole(self._path)
                 if identity(self._path) != listing.root:
                     continue
@@ -155,7 +155,7 @@ class DirectorySource:
             if self._watch and listing.root != self._watched:  # inotify does not tell of a mount
                 self._watched = listing.root
                 self._watch.poke()
-            return self._revise(listing, known, lies_on)
+            return self._revise(listing, known, place)
         raise TryAgain(f"read '{self._path}': it keeps changing while it is read")
 
     def _list(self) -> Listing:
@@ -172,7 +172,7 @@ class DirectorySource:
         Raises TryAgain when that is the whole tree, Torn and OSError when one has just gone.
         """
         state = [where for path, where in listing.files.items() if path.endswith(".toml")]
-        here = mounts_of(listing.real, [real for real, _ in state])
+        here = lies_on(listing.real, [real for real, _ in state])
         if any(stamp_of(os.stat(real))[3:] != stamp[3:] for real, stamp in state):
             raise Torn(listing.real)
         gone = lost(self._path, self._lies_on, here)
@@ -191,14 +191,14 @@ class DirectorySource:
             raise Torn(path)
         return content
 
-    def _revise(self, listing: Listing, known: dict[str, Content], lies_on: LiesOn) -> Revision:
+    def _revise(self, listing: Listing, known: dict[str, Content], place: LiesOn) -> Revision:
         before, self._known = self._known, known
-        moved, self._lies_on = lies_on != self._lies_on, lies_on
+        moved, self._lies_on = place != self._lies_on, place
         self._listing = listing
         self._settled = all(content.settled for content in known.values())
         last, left_out = self._revision, {**listing.left_out, **not_checked_out(known)}
         if last is not None and last.left_out == left_out and alike(before, known):
-            return replace(last, lies_on=lies_on) if moved else last
+            return replace(last, lies_on=place) if moved else last
         files = {path: known[path].data for path in sorted(known) if path not in left_out}
         return Revision(
             id=f"dir:{digest(known)[:12]}",
@@ -206,7 +206,7 @@ class DirectorySource:
             left_out=MappingProxyType(left_out),
             url=self._path,
             executable=frozenset(path for path in files if known[path].executable),
-            lies_on=lies_on,
+            lies_on=place,
         )
 
 

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from holdfast.runtime.mountpoints import MountedAt, mount_id, mounts
+from holdfast.runtime.mountpoints import Mounted, MountedAt, mount_id
 from holdfast.source.revision import LiesOn
 
+AUTOMOUNT = "autofs"  # waits for a file system, and is none
 REMEDY = "mount it, or put an empty vars.toml there if it is to be empty"
 
 
-def mounts_of(root: str, state_files: Iterable[str]) -> LiesOn:
+def lies_on(root: str, state_files: Iterable[str]) -> LiesOn:
     """The mounts that the state files of a directory lie on. root and state_files: absolute, without links.
 
     Raises OSError when one of them has just gone.
     """
-    files, known = list(state_files), mounts()
+    files, known = list(state_files), Mounted.now().by_id
     inner = {mount.point for mount in known.values() if mount.point.startswith(f"{root}/")}
     found = {}
     for path in (root, *sorted(inner)):
         here = known.get(mount_id(path)) if any(file.startswith(f"{path}/") for file in files) else None
-        if here is not None:
+        if here is not None and here.kind != AUTOMOUNT:
             found[path[len(root) + 1 :]] = (here.point, here.what)
     return found
 
@@ -36,16 +37,18 @@ def lost(root: str, before: LiesOn, now: LiesOn) -> dict[str, str]:
     root: as in agent.toml. before, now: of the last revision, and of what is there.
     """
     gone = before.keys() - now.keys()
-    known = mounts() if gone else {}
-    mounted = {mount.point: mount.what for mount in known.values()}
+    known = Mounted.now().by_id if gone else {}
+    mounted = {mount.point: mount.what for mount in known.values() if mount.kind != AUTOMOUNT}
     found = {}
     for folder in sorted(gone):
-        point, what = before[folder]
+        (point, what), here = before[folder], None
         try:
             here = known.get(mount_id(f"{root}/{folder}"))
         except OSError:  # the folder is not there, or not for us
-            here = MountedAt(point, mounted.get(point, ""))
-        if here is None or (here.point, here.what) != (point, what):
+            unchanged = mounted.get(point) == what
+        else:
+            unchanged = here is not None and (here.point, here.what) == (point, what)
+        if not unchanged:
             found[folder] = _change(point, what, here, mounted)
     return found
 

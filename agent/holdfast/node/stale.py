@@ -1,0 +1,66 @@
+"""Which bind mounts of running containers are not what is at their sources any more.
+
+A container keeps what was mounted when it started. Where a file system is unmounted, mounted anew or mounted over the
+source later, the container goes on with the old one, until it is restarted. Only mountinfo(5) is read: a file system
+that is gone may not answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from holdfast.node.rig import Rig
+from holdfast.observed import Instance, Receipt
+from holdfast.runtime.mountpoints import Mounted, MountedAt, mount_point, mounts_of
+
+AUTOMOUNT = "autofs"
+
+
+def where(source: str) -> dict[str, str]:
+    """What the receipt of a bind mount keeps: its source without links, and the mount point that lies on."""
+    real = str(Path(source).resolve())
+    return {"real": real, "mount_point": mount_point(real)}
+
+
+def look(rig: Rig, instances: Iterable[Instance]) -> None:
+    """Find what running containers have mounted that is outdated; tell of what is new."""
+    mounted = Mounted.now()
+    found = {each.id: tuple(_outdated(rig, each, mounted)) for each in instances if each.phase == "running"}
+    before, rig.stale = rig.stale, {id: words for id, words in found.items() if words}
+    for instance in instances if rig.notes else ():
+        for words in set(rig.stale.get(instance.id, ())).difference(before.get(instance.id, ())):
+            rig.store.event("unmounted", instance.key, words, instance=instance.id)
+
+
+def _outdated(rig: Rig, instance: Instance, mounted: Mounted) -> Iterator[str]:
+    sources = {mount.target: mount.source for mount in instance.mounts if mount.kind == "bind"}
+    for receipt in rig.store.owned(instance.id) if sources else ():
+        source = sources.get(receipt.id.partition(":")[2], "") if receipt.kind == "volume" else ""
+        if source and (change := _change(receipt, instance.pid, mounted)):
+            yield f"{change}, which '{source}' lies on: it still has what was there when it started (restart it)"
+
+
+def _change(receipt: Receipt, pid: int | None, mounted: Mounted) -> str:
+    """What has become of the mount that a bind's source was on; "" if nothing has."""
+    point = receipt.data.get("mount_point", "/")
+    if point != "/" and point not in mounted:
+        return f"{point} is mounted no more"
+    here = mounted.covering(receipt.data["real"]) if "real" in receipt.data else mounted.by_point.get(point)
+    if here is None or here.kind == AUTOMOUNT:  # it waits for whoever asks for it next
+        return ""
+    if here.point != point:
+        return f"{here.what} was mounted at {here.point}"
+    if point != "/" and pid is not None and not _has(pid, here):
+        return f"{point} was mounted anew"
+    return ""
+
+
+def _has(pid: int, mount: MountedAt) -> bool:
+    """Whether a process has a mount, or a part of it, in its own mount namespace."""
+    try:
+        own = mounts_of(Path(f"/proc/{pid}/mountinfo")).values()
+    except OSError:  # it has just ended
+        return True
+    inside = f"{mount.root.rstrip('/')}/"
+    return any(each.device == mount.device and f"{each.root}/".startswith(inside) for each in own)
