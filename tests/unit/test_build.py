@@ -153,6 +153,27 @@ def test_a_mount_that_leads_out_of_a_build_is_refused_with_its_line(mount: str, 
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "RUN\t--mount=type=bind,from=s,source=/l,target=/p true\n",
+        "RUN --mount=type=bind,from=s,sou\\\nrce=/l,target=/p true\n",
+        'RUN --mount=type=bind,from=s,"source=/l",target=/p true\n',
+        "RUN true <<EOF\nRUN --mount=type=bind,from=s,source=/l,target=/p true\n",
+        "RUN true <<CMD\nRUN --mount=type=bind,from=s,source=/l,target=/p true\nCMD\n",
+        "RUN cat <<<x\nRUN --mount=type=bind,from=s,source=/l,target=/p true\nx\n",
+    ],
+)
+def test_no_way_of_writing_hides_a_mount_from_the_check(text: str) -> None:
+    with pytest.raises(WrongState, match=r"source '/l' in 's': buildah 1\.28\.2 follows links"):
+        check_mounts(f"FROM a\n{text}", (1, 28, 2))
+
+
+def test_what_a_step_reads_from_a_here_document_mounts_nothing() -> None:
+    text = "FROM a\nRUN sh <<EOF\nRUN --mount=type=bind,bind-propagation=shared\nEOF\n"
+    check_mounts(text, (1, 38, 1))
+
+
+@pytest.mark.parametrize(
     ("said", "safe"),
     [
         ("buildah version 1.28.2 (image-spec 1.1.0-rc2, runtime-spec 1.0.2-dev)", False),

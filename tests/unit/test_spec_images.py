@@ -255,6 +255,10 @@ def test_an_ignorefile_leaves_out_what_docker_leaves_out(text: str, left: list[s
         ("FROM a\nRUN <<EOF\nFROM no\nEOF\nRUN --mount=type=bind,from=m,target=/m x\n", ["a", "m"]),
         ('FROM a \\\n\n # c\n AS b\nRUN echo \\\n FROM no\nFROM "b"\n', ["a"]),
         ("ADD x y\nFROM\n", []),
+        ("FROM\ta\nCOPY \t--from=b / /\n", ["a", "b"]),
+        ("FROM a\nRUN --mount=type=bind,\\\nfrom=im\\\nages.m,target=/m x\n", ["a", "images.m"]),
+        ("FROM a\nRUN cat <<<word\nFROM b\nRUN echo $((x<<y)) 1<<z\nCOPY --from=c / /\n", ["a", "b", "c"]),
+        ("FROM a\nRUN cat <<ONE 3<<-TWO > /x\nFROM no\nONE\nFROM no\n\tTWO\nFROM b\n", ["a", "b"]),
         ("FROM a\nRUN copy --from=b --mount=type=bind,from=c\nCOPY --link --from=d / /\n", ["a", "d"]),
     ],
 )

@@ -29,7 +29,7 @@ def is_safe(version: Version | None) -> bool:
 
 def check_mounts(text: str, version: Version | None) -> None:
     """Raise WrongState for a mount of a Dockerfile that is refused, with its line."""
-    for mount in mounts_in(text):
+    for mount in mounts_in(text, heredocs=is_safe(version)):
         if wrong := _wrong(mount, version):
             raise WrongState(f"line {mount.line}: RUN --mount: {wrong}")
 

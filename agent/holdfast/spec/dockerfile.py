@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import takewhile
 
-_HEREDOC = re.compile(r"""<<-?\s*(["']?)([A-Za-z_][A-Za-z0-9_]*)\1""")
+_HEREDOC = re.compile(r"""(?:^|\s)\d*<<-?(["']?)([A-Za-z_]\w*)\1(?=\s|$)""", re.ASCII)
 _VARIABLE = re.compile(r"\$(?:(?P<plain>\w+)|\{(?P<name>\w+)(?:(?P<operator>:?[-+])(?P<word>[^}]*))?\})", re.ASCII)
 _FROM_OPTION = re.compile(r"--from=(\S+)|--mount=\S*?\bfrom=([^,\s]+)")
 _PLATFORM = re.compile(r"--platform=(\S+)")
@@ -70,16 +70,20 @@ def images_in(text: str, args: Mapping[str, str]) -> tuple[Use, ...]:
     return tuple(found)
 
 
-def mounts_in(text: str) -> tuple[RunMount, ...]:
-    """What the RUN instructions mount, in order."""
+def mounts_in(text: str, *, heredocs: bool = True) -> tuple[RunMount, ...]:
+    """What the RUN instructions mount, in order. heredocs: whether who builds knows here-documents; buildah before
+    1.33 takes their lines for instructions."""
     return tuple(
-        RunMount(
-            line, {key: value.strip("\"'") for key, _, value in (each.partition("=") for each in option.split(","))}
-        )
-        for line, word, rest in _instructions(text)
+        RunMount(line, {key: value for key, _, value in (each.partition("=") for each in _parts(option))})
+        for line, word, rest in _instructions(text, heredocs=heredocs)
         if word == "RUN"
         for option in _options(rest, "--mount=")
     )
+
+
+def _parts(option: str) -> list[str]:
+    """The parts of a list with commas, without quotes."""
+    return [each.replace('"', "").replace("'", "") for each in option.split(",")]
 
 
 def keyed(text: str, args: Mapping[str, str]) -> str:
@@ -114,27 +118,27 @@ def _options(rest: str, prefix: str) -> list[str]:
     return [each.removeprefix(prefix) for each in options if each.startswith(prefix)]
 
 
-def _instructions(text: str) -> Iterator[tuple[int, str, str]]:
-    """(line, instruction in upper case, what follows), continued lines joined, no comments, no here-documents."""
+def _instructions(text: str, *, heredocs: bool = True) -> Iterator[tuple[int, str, str]]:
+    """(line, instruction in upper case, what follows), continued lines joined, no comments; heredocs: no
+    here-documents, either. One that does not end is none: its lines are instructions for some builders."""
     lines = text.removeprefix("\ufeff").splitlines()
     escape = _escape(lines)
     at = 0
     while at < len(lines):
         first, joined = at, ""
         while at < len(lines):
-            line = lines[at].strip()
+            line = lines[at].rstrip()
             at += 1
-            if line.startswith("#") or (joined and not line):
+            if line.lstrip().startswith("#") or (joined and not line):
                 continue
-            joined += line.removesuffix(escape) + " "
+            joined += line.removesuffix(escape)  # nothing comes in between: a word may go on in the next line
             if not line.endswith(escape):
                 break
-        word, _, rest = joined.strip().partition(" ")
-        if word.upper() in ("RUN", "COPY", "ADD"):
+        word, rest = (*joined.split(None, 1), "", "")[:2]
+        if heredocs and word.upper() in ("RUN", "COPY", "ADD"):
             for match in _HEREDOC.finditer(rest):
-                while at < len(lines) and lines[at].strip() != match[2]:
-                    at += 1
-                at += 1
+                ends = (number for number, line in enumerate(lines[at:], at + 1) if line.strip() == match[2])
+                at = next(ends, at)
         if word:
             yield first + 1, word.upper(), rest
 
