@@ -671,6 +671,7 @@ def test_what_an_app_builds_waits_for_no_other_app(workshop: Workshop) -> None:
         wait_until(lambda: "begun\n" in workshop.log(), "the step runs")
         workshop.build(files, "other/quick")
         workshop.store.prune()
+        assert [workshop.builder.wipe(app) for app in ("other", "shop")] == [True, False], "prune waits for no build"
         assert not slow.done()
         assert [each["image"] for each in workshop.builder.look()] == ["images.shop/web"]
         workshop.builder.close()

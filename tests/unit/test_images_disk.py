@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from holdfast.images.disk import lock
 from holdfast.images.store import ImageStore
 
 
@@ -33,3 +35,24 @@ def test_a_layer_folder_that_never_got_its_name_is_swept_away(tmp_path: Path) ->
     left.mkdir()
     (left.parent / f"{key}.recipe").touch()
     assert list(ImageStore(tmp_path).partial.glob("a*")) == []
+
+
+def test_a_lock_that_was_not_had_in_time_is_not_taken_later(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+
+        def opened() -> int:
+            descriptor = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+            stack.callback(os.close, descriptor)
+            return descriptor
+
+        first, last = opened(), opened()
+        assert lock(first, 0)
+        for wait in (0, 0.05):
+            late = os.open(tmp_path / "lock", os.O_RDWR)
+            assert not lock(late, wait)
+            os.close(late)
+        assert lock(first, shared=True)
+        assert lock(last, 0, shared=True)
+        assert not lock(last, 0.01)
+    with (tmp_path / "lock").open() as file:
+        assert lock(file.fileno(), 5)

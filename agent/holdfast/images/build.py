@@ -173,14 +173,7 @@ class Builder:
 
     def wipe(self, app: str) -> bool:
         """Take the cache of an app away; False where one of its images is being built."""
-        buildah = self.buildah(app)
-        try:
-            with buildah._mine, buildah._locked(wait=False) as alone:
-                if alone:
-                    remove_tree(buildah.folder)
-                return alone
-        except FileNotFoundError:
-            return True
+        return self.buildah(app).remove()
 
     def close(self) -> None:
         """Kill what is being built; who waits for it gets TryAgain."""

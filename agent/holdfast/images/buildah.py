@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import json
 import os
 import re
@@ -26,7 +25,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
@@ -36,6 +34,7 @@ from typing import IO, Any, Literal, cast
 from holdfast.drivers import Host, remove_tree
 from holdfast.errors import TryAgain, UnfitHost, WrongState
 from holdfast.images import fence
+from holdfast.images.disk import is_at, lock
 from holdfast.images.outside import Cage, Outside
 
 QUIET = 3600.0  # seconds without a word after which a build is given up
@@ -83,28 +82,30 @@ class Buildah:
         self._closed = False
 
     @contextmanager
-    def alone(self, *, wait: bool = True) -> Iterator[bool]:
-        """Build while the block runs: nobody else does. What a killed build left is cleared away before.
-
-        wait: else yield False where somebody is building.
-        """
+    def alone(self) -> Iterator[None]:
+        """Build while the block runs: nobody else does. What a killed build left is cleared away before."""
         for program in ("buildah", "skopeo"):
             if find(program) is None:
                 raise UnfitHost(f"run '{program}': no such program (expected the package {program}, for [images.*])")
-        if not self._mine.acquire(blocking=wait):
-            yield False
-            return
+        with self._mine, self._locked(CLEANING) as held:
+            if not held:
+                raise TryAgain("another process is building here")
+            self._open()
+            try:
+                yield
+                self._shut()
+            finally:
+                self._clear_run()
+
+    def remove(self) -> bool:
+        """Take the storage and all that belongs to it away; False, and nothing is done, where somebody builds."""
+        if not self._mine.acquire(blocking=False):
+            return False
         try:
-            with self._locked(wait=wait) as held:
+            with self._locked() as held:
                 if held:
-                    self._open()
-                    try:
-                        yield True
-                        self._shut()
-                    finally:
-                        self._clear_run()
-                else:
-                    yield False
+                    remove_tree(self.folder)
+                return held
         finally:
             self._mine.release()
 
@@ -112,7 +113,7 @@ class Buildah:
         """Clear away what a killed agent's build left; what is being built is left alone. Blocks for a moment."""
         if not (self.folder.exists() or self.run_folder.exists()):
             return
-        with self._mine, self._locked(wait=False) as held:
+        with self._mine, self._locked() as held:
             if held:
                 self._clear_run()
 
@@ -213,25 +214,19 @@ class Buildah:
         return found
 
     @contextmanager
-    def _locked(self, *, wait: bool) -> Iterator[bool]:
-        """Hold the lock of all processes that build; a killed agent's are gone once it can be had."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.folder.parent.parent.chmod(0o700)
-        self._lock_file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        deadline = time.monotonic() + CLEANING
+    def _locked(self, wait: float = 0) -> Iterator[bool]:
+        """Hold the lock of all processes that build, waiting so many seconds at most; yields whether it is held. A
+        killed agent's processes are gone once it can be had."""
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.parent.parent.chmod(0o700)
+            self._lock_file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            held = lock(self._lock_file, wait)
+            if not held or is_at(self.folder / "lock", self._lock_file):
+                break
+            os.close(self._lock_file)  # `remove` has taken it away meanwhile, in another process
         try:
-            while True:
-                try:
-                    fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline or not wait:
-                        if not wait:
-                            yield False
-                            return
-                        raise TryAgain("another process is building here") from None
-                    time.sleep(0.02)
-            yield True
+            yield held
         finally:
             os.close(self._lock_file)
             self._lock_file = -1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
+import threading
 import uuid
 from array import array
 from collections.abc import Iterator
@@ -24,19 +26,16 @@ class Locks:
         self.lasting = lasting
 
     @contextmanager
-    def hold(self, name: str, *, shared: bool = False, wait: bool = True) -> Iterator[bool]:
-        """Hold the lock while the block runs; yields whether it is held, which only wait=False leaves open."""
+    def hold(self, name: str, *, shared: bool = False, wait: float = math.inf) -> Iterator[bool]:
+        """Hold the lock while the block runs; yields whether it is held. wait: seconds after which it is not."""
         path = self.folder / f"{name}.lock"
-        mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(descriptor, mode)
-            except BlockingIOError:
+            if not lock(descriptor, wait, shared=shared):
                 os.close(descriptor)
                 yield False
                 return
-            if _still(path, descriptor):
+            if is_at(path, descriptor):
                 break
             os.close(descriptor)
         try:
@@ -45,6 +44,26 @@ class Locks:
             if name not in self.lasting:
                 path.unlink(missing_ok=True)
             os.close(descriptor)
+
+
+def lock(descriptor: int, wait: float = math.inf, *, shared: bool = False) -> bool:
+    """Lock an open file (flock(2)), waiting for so many seconds at most; says whether it is locked."""
+    mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    if wait == math.inf:
+        fcntl.flock(descriptor, mode)
+        return True
+    try:
+        fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if wait <= 0:
+            return False
+    else:
+        return True
+    # flock(2) knows no time limit. Once the descriptor is closed, what the thread gets late is let go at once.
+    waiter = threading.Thread(target=fcntl.flock, args=(descriptor, mode), name="lock", daemon=True)
+    waiter.start()
+    waiter.join(wait)
+    return not waiter.is_alive()
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -89,8 +108,8 @@ def _opened(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _still(path: Path, descriptor: int) -> bool:
-    """Whether the lock file at path is the one that is locked: a former holder may have deleted it meanwhile."""
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether the lock file at a path is the one that is open: a former holder may have deleted it meanwhile."""
     try:
         return path.stat().st_ino == os.fstat(descriptor).st_ino
     except FileNotFoundError:

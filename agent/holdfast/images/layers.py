@@ -154,7 +154,7 @@ class LayerStore:
     def sweep(self) -> None:
         """Delete what was dropped, or left half unpacked by a killed process; what a living one unpacks is locked."""
         for key in {path.name.partition(".")[0] for path in self.partial.iterdir()} - self._locks.lasting:
-            with self._locks.hold(key, wait=False) as held:
+            with self._locks.hold(key, wait=0) as held:
                 if held:
                     with suppress(OSError):
                         self._clear(key)

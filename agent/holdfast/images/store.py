@@ -326,27 +326,24 @@ class ImageStore:
 
         Raises TryAgain while something is being put in, after a moment's patience.
         """
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            with self.alone() as alone:
-                if alone:
-                    used = users_of(in_use)
-                    named = {each.digest for each in self.names().values()}
-                    doomed = [each for each in self.digests() if all or each not in named]
-                    return self.delete(doomed, used) + self.delete_orphans(math.inf)
-            if time.monotonic() > deadline:
+        with self.alone(PATIENCE) as alone:
+            if not alone:
                 raise TryAgain(
                     "prune images: an image is being pulled, built or loaded (try again when that is done)"
                 )
-            time.sleep(0.05)
+            used = users_of(in_use)
+            named = {each.digest for each in self.names().values()}
+            doomed = [each for each in self.digests() if all or each not in named]
+            return self.delete(doomed, used) + self.delete_orphans(math.inf)
 
     @contextmanager
-    def alone(self) -> Iterator[bool]:
-        """Hold off whoever puts something in (`keep`); yields whether that is so: somebody may be at it already.
+    def alone(self, wait: float = 0) -> Iterator[bool]:
+        """Hold off whoever puts something in (`keep`); yields whether that is so: somebody may be at it already, and
+        still be after `wait` seconds.
 
         What was deleted meanwhile is off the disk when this returns: nobody is held off for that.
         """
-        with self.locks.hold("store", wait=False) as held:
+        with self.locks.hold("store", wait=wait) as held:
             yield held
         if held:
             self.layers.sweep()
