@@ -28,7 +28,7 @@ class Request:
 
 
 class Authority:
-    """A certificate authority in a folder, and certificates by it. days < 0: expired."""
+    """A certificate authority in a folder, and certificates by it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -40,10 +40,10 @@ class Authority:
         )  # fmt: skip
 
     def issue(self, address: str, *, expired: bool = False) -> tuple[Path, Path]:
-        """A certificate and its key for an IP address."""
+        """A certificate and its key for an IP address, or a name."""
         certificate, key, request = (self.folder / f"{address}.{kind}" for kind in ("crt", "key", "csr"))
         extra = self.folder / f"{address}.ext"
-        extra.write_text(f"subjectAltName=IP:{address}\n")
+        extra.write_text(f"subjectAltName={'DNS' if re.search('[a-z]', address) else 'IP'}:{address}\n")
         _openssl("req", *NEW_KEY, "-keyout", str(key), "-out", str(request), "-subj", f"/CN={address}")
         times = ["-startdate", "20200101000000Z", "-enddate", "20200201000000Z"] if expired else ["-days", "30"]
         config = self.folder / "ca.cnf"

@@ -1,8 +1,9 @@
 """Asks a registry with HEAD what a tag leads to: that counts against no limit, unlike the GET of a manifest.
 
 skopeo knows no HEAD, so this speaks the registry's HTTP API itself (OCI distribution spec 1.1, "Checking if content
-exists"), with logins of auth.json (containers-auth.json(5)), mirrors of registries.conf(5) and certificates of
-containers-certs.d(5). Whatever is not plain sailing is answered with "": `pull` then asks skopeo, which explains it.
+exists"), with logins of auth.json (containers-auth.json(5)), mirrors of registries.conf(5), certificates of
+containers-certs.d(5) and proxies of the environment. Whatever does not go well is answered with "": `pull` then asks
+skopeo, which explains it.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import SplitResult, unquote, urlencode, urlsplit
+from urllib.request import getproxies_environment, proxy_bypass
 
 from holdfast.errors import TryAgain
 from holdfast.images.references import DIGEST, Reference
+from holdfast.images.skopeo import is_loopback
 
 ACCEPT = ", ".join(
     (
@@ -35,6 +38,7 @@ ACCEPT = ", ".join(
 )
 DOCKER_HUB, HUB_HOST = "docker.io", "registry-1.docker.io"
 CERTIFICATES = (Path("/etc/containers/certs.d"), Path("/etc/docker/certs.d"))
+REFUSALS = (429, 503)  # statuses whose Retry-After says when to come again
 PATIENCE = 20.0  # seconds that one request may take
 LARGEST_ANSWER = 1 << 20
 LEAST_WAIT, LONGEST_WAIT = 60.0, 6 * 3600.0
@@ -71,7 +75,7 @@ def waiting(status: int, headers: Mapping[str, str], now: float) -> float:
     Retry-After (RFC 9110) of a 429 or 503; else the reset of RateLimit headers (Docker Hub's `0;w=21600`, the IETF
     draft's `RateLimit-Reset` and `r=0;t=30`) once nothing remains.
     """
-    if status in (429, 503) and (said := headers.get("retry-after", "").strip()):
+    if status in REFUSALS and (said := headers.get("retry-after", "").strip()):
         if said.isdecimal():
             return min(max(float(said), 1.0), LONGEST_WAIT)
         with suppress(ValueError, TypeError):
@@ -124,26 +128,30 @@ def _place(name: str, *, insecure: bool) -> Place:
 def ask(reference: Reference, where: Iterable[Place], authfile: Path | None, limits: Limits) -> str:
     """The digest that a registry has for a reference; "" where that can't be said simply.
 
-    Raises TryAgain, with the time to wait, where the registry wants to be left alone.
+    Raises TryAgain, with the time to wait, where one that might know wants to be left alone.
     """
+    busy: TryAgain | None = None
     for place in where:
         if left := limits.left(place.host, time.time()):
-            raise _busy(place.host, left)
+            busy = busy or _busy(place.host, left)
+            continue
         try:
             status, headers = _head(place, reference, login_of(place, authfile))
         except (OSError, http.client.HTTPException, ValueError, KeyError):
             continue
         limits.heed(place.host, status, headers, time.time())
-        if status == 429:
-            raise _busy(place.host, limits.left(place.host, time.time()))
         digest = headers.get("docker-content-digest", "")
         if status == 200 and DIGEST.fullmatch(digest):
             return digest
+        if status in REFUSALS and (left := limits.left(place.host, time.time())):
+            busy = busy or _busy(place.host, left)
+    if busy:
+        raise busy
     return ""
 
 
 def _busy(host: str, wait: float) -> TryAgain:
-    error = TryAgain(f"ask '{host}': it wants to be left alone for {wait:.0f} s (429, or its limit is used up)")
+    error = TryAgain(f"ask '{host}': it wants to be left alone for {wait:.0f} s (429, 503, or its limit is used up)")
     error.wait = wait
     return error
 
@@ -161,13 +169,24 @@ def _head(place: Place, reference: Reference, login: str) -> tuple[int, dict[str
         secure = False
         status, said, _ = _request("HEAD", place.host, path, headers, secure=secure, insecure=True)
     if status == 401:
-        headers["Authorization"] = _permit(said.get("www-authenticate", ""), login, insecure=place.insecure)
+        try:
+            headers["Authorization"] = _permit(said.get("www-authenticate", ""), login, insecure=place.insecure)
+        except Refused as error:
+            return error.status, error.headers
         status, said, _ = _request("HEAD", place.host, path, headers, secure=secure, insecure=place.insecure)
     return status, said
 
 
+class Refused(Exception):
+    """Who gives out a registry's tokens wants to be left alone."""
+
+    def __init__(self, status: int, headers: dict[str, str]) -> None:
+        super().__init__(f"no token ({status})")
+        self.status, self.headers = status, headers
+
+
 def _permit(challenge: str, login: str, *, insecure: bool) -> str:
-    """The Authorization that a challenge asks for (RFC 9110; distribution's token authentication)."""
+    """The Authorization that a challenge asks for (RFC 9110; distribution's token authentication). Raises Refused."""
     scheme, _, rest = challenge.partition(" ")
     if scheme.lower() == "basic" and login:
         return f"Basic {login}"
@@ -181,7 +200,9 @@ def _permit(challenge: str, login: str, *, insecure: bool) -> str:
     path = f"{realm.path or '/'}?{'&'.join(filter(None, (realm.query, query)))}"
     headers = {"User-Agent": "holdfast"} | ({"Authorization": f"Basic {login}"} if login else {})
     secure = realm.scheme == "https"
-    status, _, body = _request("GET", realm.netloc, path, headers, secure=secure, insecure=insecure)
+    status, said, body = _request("GET", realm.netloc, path, headers, secure=secure, insecure=insecure)
+    if status in REFUSALS:
+        raise Refused(status, said)
     if status != 200:
         raise ValueError(f"no token ({status})")
     answer = json.loads(body)
@@ -192,12 +213,21 @@ def _request(
     method: str, host: str, path: str, headers: Mapping[str, str], *, secure: bool, insecure: bool
 ) -> tuple[int, dict[str, str], bytes]:
     connection: http.client.HTTPConnection
+    proxy = _proxy_for(host, "https" if secure else "http")
+    through, more = (proxy.netloc.rpartition("@")[2], _login_at(proxy)) if proxy else (host, {})
+    headers = dict(headers)
     if secure:
-        connection = http.client.HTTPSConnection(host, timeout=PATIENCE, context=_context(host, insecure=insecure))
+        context = _context(host, insecure=insecure)
+        connection = http.client.HTTPSConnection(through, timeout=PATIENCE, context=context)
+        if proxy:
+            target = urlsplit(f"//{host}")
+            connection.port = proxy.port or 80
+            connection.set_tunnel(target.hostname or "", target.port or 443, headers=more)
     else:
-        connection = http.client.HTTPConnection(host, timeout=PATIENCE)
+        connection = http.client.HTTPConnection(through, timeout=PATIENCE)
+        path, headers = (f"http://{host}{path}", {"Host": host, **headers, **more}) if proxy else (path, headers)
     try:
-        connection.request(method, path, headers=dict(headers))
+        connection.request(method, path, headers=headers)
         answer = connection.getresponse()
         said = {key.lower(): value for key, value in answer.getheaders()}
         return answer.status, said, answer.read(LARGEST_ANSWER)
@@ -205,10 +235,33 @@ def _request(
         connection.close()
 
 
+def _proxy_for(host: str, scheme: str) -> SplitResult | None:
+    """The proxy that the environment names for a host, by the rules of skopeo: this host itself is never behind one.
+
+    Raises ValueError for one that is not plain HTTP.
+    """
+    name = urlsplit(f"//{host}").hostname or ""
+    found = getproxies_environment().get(scheme, "")
+    if not found or is_loopback(name) or proxy_bypass(host):
+        return None
+    proxy = urlsplit(found if "//" in found else f"//{found}", "http")
+    if proxy.scheme != "http" or not proxy.hostname:
+        raise ValueError(f"a proxy of kind {proxy.scheme!r}")
+    return proxy
+
+
+def _login_at(proxy: SplitResult) -> dict[str, str]:
+    if proxy.username is None:
+        return {}
+    login = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
+
+
 def _context(host: str, *, insecure: bool) -> ssl.SSLContext:
     """Whom to trust, and by which certificate to be known."""
     context = ssl.create_default_context()
-    folder = next((each / host for each in CERTIFICATES if (each / host).is_dir()), None)
+    own = Path(os.environ.get("HOME") or "/root", ".config/containers/certs.d")
+    folder = next((each / host for each in (own, *CERTIFICATES) if (each / host).is_dir()), None)
     if folder is not None:
         for path in sorted(folder.glob("*.crt")):
             context.load_verify_locations(path)
