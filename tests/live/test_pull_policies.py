@@ -219,11 +219,14 @@ def test_plan_says_what_is_pulled_or_built_and_how_much_has_to_come(
         "quiet": f'[containers.web]\nimage = "{mute.address}/app:1"\n{RUN}',
         "gone": f'[containers.web]\nimage = "127.0.0.1:{free_port()}/app:1"\n{RUN}',
         "made": f'[images.web]\ncontext = "./web"\n[containers.web]\nimage = "images.web"\n{RUN}',
+        "packed": f'[images.web]\ncontext = "./packed"\n[containers.web]\nimage = "images.web"\n{RUN}',
         "never": state(registry, 'pull = "never"', tag="2"),
     }
     try:
         agent.stop()  # so that it does not pull them meanwhile
         (agent.state / "web").mkdir()
+        (agent.state / "packed").mkdir()
+        agent.write("packed/Dockerfile", "FROM docker-archive:/srv/app.tar\nRUN true\n")
         agent.write("web/Dockerfile", f"FROM {registry.address}/app:1\nRUN true\n")
         for app, text in texts.items():
             agent.write(f"{app}.toml", text)
@@ -234,6 +237,7 @@ def test_plan_says_what_is_pulled_or_built_and_how_much_has_to_come(
     coming = {"image": ref, "verb": "pull", "size": size, "error": ""}
     assert found["shop"] == [coming]
     assert found["made"] == [coming, {"image": "images.made/web", "verb": "build", "size": None, "error": ""}]
+    assert [each["image"] for each in found["packed"]] == ["images.packed/web"], "an archive is not pulled"
     assert (found["quiet"][0]["size"], found["gone"][0]["size"]) == (None, None)
     assert "nobody listens there" in found["gone"][0]["error"] and found["quiet"][0]["error"]
     assert found["never"][0]["error"] == "it is not here, and pull is never"

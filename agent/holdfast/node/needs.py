@@ -58,7 +58,7 @@ def _needs(rig: Rig, action: StageGeneration, blobs: Mapping[str, bytes]) -> Ite
         for kind, name in rig.builder.missing(image, app.images, blobs):
             if kind == "build":
                 yield Need(f"images.{name}", "build")
-            elif not _is_here(rig, name):
+            elif not archive_path(name) and not _is_here(rig, name):
                 yield _pull(rig, name, never=app.images[image].pull == "never")
 
 
