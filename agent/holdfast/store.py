@@ -179,7 +179,7 @@ class Store:
                 os.close(file)
         except OSError as error:
             log.warning("no reserve", path=str(place), error=str(error))
-            place.unlink(missing_ok=True)
+            self._drop_reserve()
 
     def _drop_reserve(self) -> bool:
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.drivers import Host
+from holdfast.store import Store
 from live.agent import LiveAgent
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(400)]
@@ -117,3 +118,17 @@ def test_a_kill_of_the_agent_on_a_full_disk_does_no_harm(small: LiveAgent, disk:
     small.wait_until(lambda status: "greedy" not in status["apps"] and bool(status["converged"]))
     assert is_gone(pid)
     assert small.pid("first/web") == web
+
+
+def test_a_disk_that_has_become_read_only_gets_no_reserve_and_ends_nothing(disk: Path) -> None:
+    store = Store(disk / "state.db")
+    subprocess.run(["mount", "--bind", str(disk), str(disk)], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(disk)], check=True)
+        store.keep_reserve()
+        assert not (disk / "reserve").exists()
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    store.keep_reserve()
+    assert (disk / "reserve").exists()
+    store.close()
