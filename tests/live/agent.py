@@ -17,8 +17,10 @@ from ground import Rootfs, patient
 from holdfast.cli.client import Client
 from holdfast.drivers import Host
 from holdfast.errors import NoAgent, TryAgain
+from live import forkserver
 
 HOLDFAST = str(Path(sys.executable).with_name("holdfast"))
+PYTHONPATH = os.environ.get("PYTHONPATH", "")
 Status = Mapping[str, Any]
 
 
@@ -29,7 +31,7 @@ class LiveAgent:
         self.host, self.home, self.rootfs = host, home, rootfs
         self.state = home / "state"
         self.config = home / "agent.toml"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | forkserver.Process | None = None
         self._read = ""  # the agent.toml that the process has read
         self.through: tuple[str, ...] = ()  # the words before `holdfast agent`: a program that runs it
         self.state.mkdir(parents=True)
@@ -48,11 +50,15 @@ class LiveAgent:
     def start(self) -> None:
         """Start the process and wait until it answers."""
         self._read = self.config.read_text()
-        with (self.home / "agent.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [*self.through, HOLDFAST, "agent", "--config", str(self.config)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+        words = ("agent", "--config", str(self.config))
+        with (self.home / "agent.log").open("ab") as log, Path(os.devnull).open("rb") as nothing:
+            if self.through or self._as_script:
+                self.process = subprocess.Popen(
+                    [*self.through, HOLDFAST, *words],
+                    stdin=nothing, stdout=log, stderr=log, start_new_session=True,
+                )  # fmt: skip
+            else:
+                self.process = forkserver.start(words, os.environ, [nothing.fileno(), log.fileno(), log.fileno()])
         self.wait(lambda: self._answers(), "the agent answers")
 
     def stop(self, signal_number: int = signal.SIGTERM, timeout: float = 20) -> None:
@@ -88,10 +94,13 @@ class LiveAgent:
     def cli(self, *args: str, check: bool = True, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """Run `holdfast args…` against this agent; check: raise AssertionError unless it exits 0."""
         environment = {**os.environ, "HOLDFAST_CONFIG": str(self.config)}
-        done = subprocess.run(
-            [HOLDFAST, *args], check=False, env=environment, text=True, timeout=patient(timeout),
-            stdin=subprocess.DEVNULL, capture_output=True,
-        )  # fmt: skip
+        if self._as_script:
+            done = subprocess.run(
+                [HOLDFAST, *args], check=False, env=environment, text=True, timeout=patient(timeout),
+                stdin=subprocess.DEVNULL, capture_output=True,
+            )  # fmt: skip
+        else:
+            done = forkserver.run(args, environment, patient(timeout))
         if check:
             assert done.returncode == 0, (
                 f"holdfast {' '.join(args)}: exit {done.returncode}\n{done.stdout}{done.stderr}"
@@ -199,6 +208,11 @@ class LiveAgent:
         except (NoAgent, TryAgain):  # it has not begun to listen, or its first pass is under way
             return False
         return True
+
+    @property
+    def _as_script(self) -> bool:
+        """Whether a test has changed what Python finds, which a process that has begun already does not see."""
+        return os.environ.get("PYTHONPATH", "") != PYTHONPATH
 
     @staticmethod
     def _replace(path: Path, text: str) -> None:

@@ -1,0 +1,210 @@
+"""`holdfast …` in a process forked from one that has everything imported: what it costs is what the command does.
+
+One server for each worker of pytest, begun when it is first asked. A command gets its own session, environment,
+folder and descriptors. What must be the installed script (how it is found, what it imports, what plugins a PYTHONPATH
+adds) is tested with the script.
+"""
+
+from __future__ import annotations
+
+import array
+import atexit
+import ctypes
+import gc
+import importlib
+import io
+import json
+import os
+import pkgutil
+import select
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+LARGEST = 1 << 20  # bytes of a request
+LONGEST = 4000  # bytes of a command line, as ps(1) shows it
+
+
+class Process:
+    """A command that runs: what the tests need of subprocess.Popen."""
+
+    def __init__(self, pid: int, ended: int) -> None:
+        """ended: a pipe from which the exit status comes."""
+        self.pid, self.returncode = pid, None
+        self._ended = ended
+
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """The exit status (negative: the signal that killed it), None while it runs."""
+        return self._look(0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status. Raises subprocess.TimeoutExpired."""
+        code = self._look(timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired(["holdfast"], timeout or 0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def _look(self, timeout: float | None) -> int | None:
+        if self.returncode is None and select.select([self._ended], [], [], timeout)[0]:
+            self.returncode = int(os.read(self._ended, 100))
+            os.close(self._ended)
+        return self.returncode
+
+
+def start(words: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int]) -> Process:
+    """Run `holdfast words…` with these descriptors as standard input, output and error."""
+    ended, tell = os.pipe()
+    request = json.dumps({"words": list(words), "environment": dict(environment), "cwd": str(Path.cwd())}).encode()
+    fds = array.array("i", [*descriptors, tell])
+    connection = _server()
+    connection.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+    os.close(tell)
+    return Process(int(connection.recv(100)), ended)
+
+
+def run(words: Sequence[str], environment: Mapping[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run `holdfast words…` to its end, with nothing to read. Raises subprocess.TimeoutExpired, and ends it then."""
+    deadline = time.monotonic() + timeout
+    pipes = os.pipe(), os.pipe()
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    process = start(words, environment, [nothing, pipes[0][1], pipes[1][1]])
+    for handle in (nothing, pipes[0][1], pipes[1][1]):
+        os.close(handle)
+    heard: dict[int, list[bytes]] = {pipe[0]: [] for pipe in pipes}
+    with selectors.DefaultSelector() as selector:
+        for handle in heard:
+            selector.register(handle, selectors.EVENT_READ)
+        while selector.get_map() and time.monotonic() < deadline:
+            for key, _ in selector.select(max(deadline - time.monotonic(), 0)):
+                if data := os.read(key.fd, 1 << 16):
+                    heard[key.fd].append(data)
+                else:
+                    selector.unregister(key.fd)
+    for handle in heard:
+        os.close(handle)
+    try:
+        code = process.wait(max(deadline - time.monotonic(), 0))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise
+    out, err = ("".join(b"".join(data).decode().splitlines(keepends=True)) for data in heard.values())
+    return subprocess.CompletedProcess(["holdfast", *words], code, out, err)
+
+
+@cache
+def _server() -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(theirs.fileno()), " " * LONGEST], pass_fds=[theirs.fileno()]
+    )
+    theirs.close()
+
+    def end() -> None:
+        ours.close()
+        process.wait()
+
+    atexit.register(end)
+    return ours
+
+
+# -- the process ---------------------------------------------------------------------------------------------
+
+
+def serve(connection: socket.socket) -> None:
+    """Fork for each request; answer with the pid, and tell its pipe how it ended."""
+    _import_all()
+    gc.freeze()
+    running: dict[int, tuple[int, int]] = {}  # pidfd → pid, pipe
+    poller = select.poll()
+    poller.register(connection, select.POLLIN)
+    while True:
+        for handle, _ in poller.poll():
+            if handle in running:
+                pid, pipe = running.pop(handle)
+                os.write(pipe, str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
+                os.close(pipe)
+                poller.unregister(handle)
+                os.close(handle)
+                continue
+            message, passed, _, _ = connection.recvmsg(LARGEST, socket.CMSG_SPACE(4 * 4))
+            if not message:
+                return
+            fds = array.array("i", passed[0][2])
+            pid = os.fork()
+            if pid == 0:
+                _become(json.loads(message), fds)
+            for fd in fds[:3]:
+                os.close(fd)
+            pidfd = os.pidfd_open(pid)
+            running[pidfd] = pid, fds[3]
+            poller.register(pidfd, select.POLLIN)
+            connection.send(str(pid).encode())
+
+
+def _import_all() -> None:
+    """All that the agent and its commands import by and by; that begins no thread and looks at nothing."""
+    for package in ("holdfast", "holdfast_plugins"):
+        place = importlib.import_module(package).__path__
+        for module in pkgutil.walk_packages(place, f"{package}."):
+            importlib.import_module(module.name)
+
+
+def _be_called(words: Sequence[str]) -> None:
+    """Write the command over what the server was begun with: processes are known by their command lines."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    begin, end = int(fields[45]), int(fields[46])  # arg_start, arg_end of proc(5)
+    line = b"\0".join(os.fsencode(word) for word in (sys.executable, *words))
+    ctypes.memmove(begin, line[: end - begin - 1].ljust(end - begin, b"\0"), end - begin)
+
+
+def _become(request: Mapping[str, Any], fds: Sequence[int]) -> None:
+    """Be the command; does not return."""
+    code = 70
+    try:
+        os.setsid()
+        for number, fd in enumerate(fds[:3]):
+            os.dup2(fd, number)
+        os.closerange(3, max(fds) + 64)
+        os.chdir(request["cwd"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        _be_called(["holdfast", *request["words"]])
+        time.tzset()
+        sys.stdin, sys.stdout, sys.stderr = (
+            io.TextIOWrapper(os.fdopen(number, mode), line_buffering=number == 2, errors=errors)
+            for number, mode, errors in ((0, "rb", "strict"), (1, "wb", "strict"), (2, "wb", "backslashreplace"))
+        )
+        from holdfast.cli import main
+
+        sys.argv = ["holdfast", *request["words"]]
+        code = main()
+        sys.stdout.flush()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    with socket.socket(fileno=int(sys.argv[1])) as end:
+        serve(end)
