@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from ground import Rootfs
+from ground import Rootfs, patient
 from holdfast.drivers import Host
 from layouts import Layout
-from live.agent import HOLDFAST, LiveAgent
+from live import forkserver
+from live.agent import LiveAgent
 from live.registry import Registry
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
@@ -23,9 +24,7 @@ RUN = 'command = "sleep 1000"\nnetworks = ["none"]\nstop_signal = "SIGKILL"'
 def holdfast(*args: str | Path) -> subprocess.CompletedProcess[str]:
     """Run the program on a host that has no agent, no agent.toml and no image store."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HOLDFAST")}
-    return subprocess.run(
-        [HOLDFAST, *map(str, args)], capture_output=True, text=True, check=False, timeout=60, env=environment
-    )
+    return forkserver.run([*map(str, args)], environment, patient(60))
 
 
 @pytest.fixture
