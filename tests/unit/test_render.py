@@ -79,3 +79,9 @@ def test_nobody_else_prints() -> None:
                 if called in ("print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write"):
                     found.append(f"{path.name}:{node.lineno}")
     assert {each.partition(":")[0] for each in found} == {"render.py"}
+
+
+def test_what_the_node_itself_answers_is_printed_as_what_comes_from_the_agent() -> None:
+    made: dict[str, object] = {"a": (), "b": ("x", "y"), "c": ({"d": 1, "e": ()}, {"f": ()})}
+    assert list(render.pairs(made)) == ["b: x, y", "c:", "  - d: 1", "  - "]
+    assert list(render.pairs(json.loads(json.dumps(made)))) == list(render.pairs(made))

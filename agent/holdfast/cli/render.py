@@ -250,18 +250,18 @@ def pairs(values: dict[str, object], indent: int = 0) -> Iterator[str]:
         match value:
             case None | "":
                 continue
-            case dict() | list() if not value:
+            case dict() | list() | tuple() if not value:
                 continue
             case dict():
                 yield f"{pad}{key}:"
                 yield from pairs(value, indent + 2)
-            case list() if all(not isinstance(entry, (dict, list)) for entry in value):
+            case list() | tuple() if all(not isinstance(entry, (dict, list, tuple)) for entry in value):
                 yield f"{pad}{key}: {plain(', '.join(str(entry) for entry in value))}"
-            case list():
+            case list() | tuple():
                 yield f"{pad}{key}:"
                 for entry in value:
                     lines = (
-                        list(pairs(entry, indent + 4))
+                        list(pairs(entry, indent + 4)) or [""]
                         if isinstance(entry, dict)
                         else [f"{pad}    {plain(str(entry))}"]
                     )
