@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from holdfast.errors import Conflict, UnfitHost
+from holdfast.errors import Conflict, NotPermitted, UnfitHost
 
 PLACE = Path("/run/holdfast-names")
 FILE = "id"
@@ -32,12 +32,15 @@ LARGEST = 65_536  # bytes of a record
 
 
 def read_id(root: Path) -> str:
-    """The id of a root; "" for one that has none yet. Raises UnfitHost for a file that holds something else."""
+    """The id of a root; "" for one that has none yet. Raises UnfitHost for a file that holds something else, and
+    NotPermitted."""
     place = root / FILE
     try:
         text = place.read_text().strip()
     except (FileNotFoundError, NotADirectoryError):
         return ""
+    except PermissionError as error:
+        raise NotPermitted(f"read '{place}': {(error.strerror or '').lower()} (become root)") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UnfitHost(f"read '{place}': {getattr(error, 'strerror', None) or error}") from error
     if not ID.fullmatch(text):

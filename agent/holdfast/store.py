@@ -38,7 +38,7 @@ from typing import Any
 import structlog
 from pydantic import TypeAdapter
 
-from holdfast.errors import UnfitHost
+from holdfast.errors import NotPermitted, UnfitHost
 from holdfast.observed import (
     Failure,
     Generation,
@@ -86,7 +86,7 @@ _failure: TypeAdapter[Failure] = TypeAdapter(Failure)
 
 
 class Store:
-    """The agent's memory. Raises UnfitHost if the database can't be opened, or is damaged.
+    """The agent's memory. Raises UnfitHost if the database can't be opened, or is damaged, and NotPermitted.
 
     trouble: why the last write failed, "" when all is written.
     """
@@ -522,7 +522,7 @@ def _open(path: Path) -> sqlite3.Connection:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         turn = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise UnfitHost(f"open store '{path}': {error}") from error
+        raise _unopened(path, error) from error
     try:
         fcntl.flock(turn, fcntl.LOCK_EX)  # two that turn on write-ahead mode at once do not wait for each other
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # its siblings get the same mode
@@ -532,10 +532,17 @@ def _open(path: Path) -> sqlite3.Connection:
         if (version := _version(db)) != VERSION:
             raise UnfitHost(f"open store '{path}': it is of version {version} (this holdfast writes {VERSION})")
     except (sqlite3.Error, OSError) as error:
-        raise UnfitHost(f"open store '{path}': {error}") from error
+        raise _unopened(path, error) from error
     finally:
         os.close(turn)
     return db
+
+
+def _unopened(path: Path, error: sqlite3.Error | OSError) -> UnfitHost:
+    """Why the database can't be opened."""
+    if isinstance(error, PermissionError):
+        return NotPermitted(f"open store '{path}': {(error.strerror or '').lower()} (become root)")
+    return UnfitHost(f"open store '{path}': {error}")
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.errors import UnfitHost
+from holdfast.errors import NotPermitted, UnfitHost
+from holdfast.identity import make_id, read_id
 from holdfast.observed import Failure, Generation, Hold, Instance, InstanceId, Receipt
 from holdfast.spec.model import App, Container
 from holdfast.store import KEPT_GENERATIONS, RESERVE, Store
@@ -247,3 +249,21 @@ def test_several_may_open_a_store_that_is_not_there_yet(tmp_path: Path) -> None:
         with ThreadPoolExecutor(4) as pool:
             for each in [pool.submit(opened) for _ in range(4)]:
                 each.result()
+
+
+def test_who_may_not_read_what_the_agent_keeps_is_told_to_become_root(tmp_path: Path) -> None:
+    make_id(tmp_path)
+    Store(tmp_path / "state.db").close()
+    me = os.geteuid()
+    tmp_path.chmod(0)
+    if me == 0:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(NotPermitted, match=r"^open store '.*/state.db': permission denied \(become root\)$"):
+            Store(tmp_path / "state.db")
+        with pytest.raises(NotPermitted, match=r"^read '.*/id': permission denied \(become root\)$"):
+            read_id(tmp_path)
+    finally:
+        if me == 0:
+            os.seteuid(me)
+        tmp_path.chmod(0o700)
