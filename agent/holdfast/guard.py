@@ -31,6 +31,8 @@ from holdfast.observed import Finding, Json, Receipt
 
 DRIVER_VERBS = ("check", "ensure", "observe", "remove")
 POLICY_VERBS = ("check", "settings")
+OF_MOUNTS = ("release", "refresh")  # what drivers of mounts may have besides
+UNASKED = ("observe", "findings", "watch")  # verbs without a want that could be at fault
 #: What others read of a receipt's data, by the want that it answers (`drivers` says what it means).
 READ: Mapping[type, tuple[str, ...]] = {
     RootfsWant: ("path",),
@@ -124,10 +126,8 @@ def breach(name: str, want: Any, receipt: Any) -> str:
     asked = _asked(want)
     if asked is not None and (receipt.id, receipt.owner) != asked:
         return f"returned a receipt of {receipt.id!r}, owner {receipt.owner!r} (expected {asked[0]!r}, {asked[1]!r})"
-    try:
-        json.dumps(receipt.data)
-    except (TypeError, ValueError) as error:
-        return f"returned a receipt that is not JSON-able: {error}"
+    if wrong := _not_json(receipt.data):
+        return f"returned a receipt that is not JSON-able: {wrong}"
     for key in READ.get(type(want), ()):
         if not isinstance(receipt.data.get(key), str):
             return f"returned a receipt whose data[{key!r}] is {receipt.data.get(key)!r} (expected text)"
@@ -217,7 +217,7 @@ class _Guard:
             result = work()
             found = wrong(result)
         except HoldfastError as error:
-            if verb == "observe":  # has no want that could be at fault
+            if verb in UNASKED:
                 self._note(verb, described(error))
             raise
         except BaseException as error:
@@ -251,17 +251,24 @@ def is_interrupt(error: BaseException) -> bool:
 
 
 class GuardedDriver(_Guard):
-    """A driver of any kind (`drivers.Driver`). What it does beyond the four verbs is passed through.
+    """A driver of any kind (`drivers.Driver`), with what it does beyond the four verbs.
 
     last: what `observe` returned when it last returned.
     """
 
-    __slots__ = ("_observer", "last")
+    __slots__ = ("_kind", "_observer", "last")
 
     def __init__(self, driver: Any, kind: str, fault: Fault, deadline: float = OBSERVE_DEADLINE) -> None:
         super().__init__(driver, kind, fault)
+        self._kind = "volume" if kind == "mount" else kind  # of its receipts
         self._observer = Worker(f"observe {self.title}", deadline)
         self.last: list[Receipt] = []
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        if name not in OF_MOUNTS:
+            return found
+        return lambda *arguments: self._call(name, lambda: found(*arguments), _not_plain)
 
     def check(self, want: Any) -> None:
         self._call("check", lambda: self.driver.check(want), _not_plain)
@@ -284,13 +291,22 @@ class GuardedDriver(_Guard):
         self._call("remove", lambda: self.driver.remove(receipt), _not_plain)
 
     def watch(self, tell: Callable[[str, str], None]) -> Callable[[], None]:
-        """Have the driver look after what it made, if it can (`drivers.Watching`); returns what ends that."""
+        """Have the driver look after what it made, if it can (`drivers.Watching`); returns what ends that.
+
+        Both raise NoAnswer after the deadline.
+        """
         if not hasattr(self.driver, "watch"):
             return lambda: None
-        end: Callable[[], None] = self._call(
-            "watch", lambda: self.driver.watch(tell), lambda end: "" if callable(end) else "returned nothing to call"
+        end: Callable[[], object] = self._call(
+            "watch",
+            lambda: self._observer.call(lambda: self.driver.watch(tell)),
+            lambda end: "" if callable(end) else "returned nothing to call",
         )
-        return end
+
+        def close() -> None:
+            self._call("watch", lambda: self._observer.call(end), lambda ended: "")
+
+        return close
 
     def findings(self) -> list[Finding]:
         """What the driver has to tell of the host (`drivers.Telling`). Raises NoAnswer after the deadline."""
@@ -302,8 +318,14 @@ class GuardedDriver(_Guard):
         for each in found:
             if not isinstance(each, Receipt):
                 return f"yielded {type(each).__name__} (expected Receipts)"
-            if each.driver != self.name:
-                return f"yielded a receipt of driver {each.driver!r}"
+            if (each.kind, each.driver) != (self._kind, self.name):
+                return f"yielded a receipt of {each.kind} driver {each.driver!r}"
+            if not all(isinstance(text, str) for text in (each.id, each.owner, each.root)):
+                return f"yielded a receipt of {each.id!r}, owner {each.owner!r}, root {each.root!r} (expected texts)"
+            if not isinstance(each.data, Mapping):
+                return f"yielded a receipt whose data is {type(each.data).__name__} (expected a table)"
+            if self._kind == "volume" and (wrong := _not_json(each.data)):  # that of others is not read
+                return f"yielded a receipt that is not JSON-able: {wrong}"
         return ""
 
 
@@ -333,8 +355,13 @@ def _not_plain(result: Any) -> str:
 
 
 def _no_findings(found: list[Any]) -> str:
-    strange = [each for each in found if not isinstance(each, Finding)]
-    return f"yielded {type(strange[0]).__name__} (expected Findings)" if strange else ""
+    for each in found:
+        if not isinstance(each, Finding):
+            return f"yielded {type(each).__name__} (expected Findings)"
+        texts = all(isinstance(text, str) for text in (each.subject, each.text, each.remedy))
+        if not texts or not isinstance(each.breaks, bool):
+            return f"yielded a Finding of wrong types: {each!r:.200} (expected texts, and whether it breaks)"
+    return ""
 
 
 def _no_settings(made: Any) -> str:
@@ -345,8 +372,14 @@ def _no_settings(made: Any) -> str:
     unknown = made.keys() - {"resources", "oom_score_adj"}
     if unknown:
         return f"returned {min(unknown)!r} (expected resources and oom_score_adj)"
+    wrong = _not_json(made)
+    return f"returned what is not JSON-able: {wrong}" if wrong else ""
+
+
+def _not_json(value: Any) -> str:
+    """Why a value can't be written as JSON, "" if it can."""
     try:
-        json.dumps(made)
+        json.dumps(value)
     except (TypeError, ValueError) as error:
-        return f"returned what is not JSON-able: {error}"
+        return str(error)
     return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.drivers import Host
-from live.agent import LiveAgent
+from live.agent import HOLDFAST, LiveAgent
 
 pytestmark = [pytest.mark.live, pytest.mark.usefixtures("mounts_alone")]
 
@@ -171,6 +172,49 @@ threading.Thread(target=lambda: time.sleep(600), daemon=False).start()
     agent.stop(timeout=30)
     assert time.monotonic() - began < 30
     assert agent.cli("version", timeout=30).stdout.startswith("holdfast "), sys.executable
+
+
+def test_an_agent_starts_beside_a_driver_that_can_not_say_what_became_of_a_removal(
+    install: Callable[..., None], new_agent: Callable[[Host], LiveAgent], site: Host, tmp_path: Path
+) -> None:
+    removing, broken = tmp_path / "removing", tmp_path / "broken"
+    install(
+        PLAIN
+        + f"""
+import time
+class Odd(Plain):
+    name = "odd"
+    def observe(self):
+        if Path({str(broken)!r}).exists():
+            raise RuntimeError("lost my way")
+        return super().observe()
+    def remove(self, receipt):
+        Path({str(removing)!r}).touch()
+        while not Path({str(broken)!r}).exists(): time.sleep(0.05)
+        super().remove(receipt)
+
+@hookimpl
+def register_volume_drivers(register, host):
+    register(Odd(host))
+"""
+    )
+    agent = new_agent(site)
+    agent.start()
+    agent.image("busybox:1")
+    agent.write("shop.toml", WEB + 'volumes = ["data:/data"]\n[volumes.data]\ndriver = "odd"\n')
+    agent.converge()
+    agent.remove("shop.toml")
+    agent.converge()
+    with subprocess.Popen(
+        [HOLDFAST, "--config", str(agent.config), "volume", "remove", "--force", "shop/data"]
+    ) as asks:
+        agent.wait(removing.exists, "the volume is being removed")
+        asks.kill()  # else it would remove it by itself
+    agent.kill()
+    broken.touch()
+    agent.start()
+    assert "lost my way" in plugin(agent)["error"]
+    broken.unlink()
 
 
 PATCH = """

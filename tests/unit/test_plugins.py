@@ -21,9 +21,9 @@ import pytest
 from holdfast import hookspecs
 from holdfast.drivers import CgroupWant, Driver, EndpointWant, Host, NetworkWant, VolumeWant
 from holdfast.errors import UnfitHost, WrongState
-from holdfast.guard import GuardedDriver, breach
+from holdfast.guard import GuardedDriver, NoAnswer, breach
 from holdfast.hookspecs import hookimpl
-from holdfast.observed import Receipt
+from holdfast.observed import Finding, Receipt
 from holdfast.plugins import HOOKS, Plugins, PluginState, found_by, last_found_by, load_plugins, merge_patch
 from holdfast.spec.model import Resources
 from holdfast.testing import DriverConformance, temporary_host
@@ -603,6 +603,68 @@ def test_a_driver_that_can_not_observe_says_so_and_hinders_no_other(
     assert found_by(plugins.driver("volume", "plain")) is None
     assert "volume driver 'plain': observe: " in state(plugins, "mine").error
     plugins.check_volume("good", VolumeWant(id="a/v"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "run"},
+        {"id": 5},
+        {"id": ["a/v"]},
+        {"owner": None},
+        {"root": b"01234567"},
+        {"data": None},
+        {"data": {"path": Path("/x")}},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_observe_yields_is_looked_at_before_every_pass_reads_it(
+    offer: Callable[..., Plugins], fields: dict[str, Any]
+) -> None:
+    plugins = offer(observe=lambda: [replace(Receipt("volume", "plain", "a/v"), **fields)])
+    assert found_by(plugins.driver("volume", "plain")) is None
+    assert "volume driver 'plain': observe: yielded " in state(plugins, "mine").error
+
+
+@pytest.mark.parametrize("fields", [{"subject": None}, {"text": ["x"]}, {"remedy": 1}, {"breaks": "no"}])
+def test_what_a_driver_tells_of_the_host_is_looked_at(offer: Callable[..., Plugins], fields: dict[str, Any]) -> None:
+    found = Finding("networks", "a route is in the way")
+    plugins = offer(findings=lambda: [found, replace(found, **fields)])
+    assert plugins.findings() == ()
+    assert "volume driver 'plain': findings: yielded a Finding" in state(plugins, "mine").error
+
+
+@pytest.mark.parametrize("raised", [SystemExit(1), RuntimeError("x")])
+def test_what_a_driver_does_beyond_the_four_verbs_ends_no_agent(
+    offer: Callable[..., Plugins], raised: BaseException
+) -> None:
+    def raising(*_: Any) -> Any:
+        raise raised
+
+    plugins = offer(release=raising, refresh=raising, watch=lambda tell: raising)
+    driver = plugins.driver("volume", "plain")
+    end = plugins.watch(lambda subject, what: None)[0]
+    for call, arguments in ((driver.release, ("receipt",)), (driver.refresh, ("receipt", Path())), (end, ())):
+        with ThreadPoolExecutor(1) as lane, pytest.raises(Exception, match=r"raised|x"):
+            lane.submit(call, *arguments).result()
+    assert {"release", "refresh"} <= set(re.findall(r"'plain': (\w+): ", state(plugins, "mine").error))
+
+
+def test_a_driver_without_the_verbs_beyond_the_four_has_none(offer: Callable[..., Plugins]) -> None:
+    driver = offer().driver("volume", "plain")
+    assert not hasattr(driver, "release")
+    assert not hasattr(driver, "refresh")
+
+
+def test_a_watch_that_hangs_is_not_waited_for(host: Host) -> None:
+    released = threading.Event()
+    faults: list[str] = []
+    loose = Loose(host, watch=lambda tell: released.wait(60))
+    driver = GuardedDriver(loose, "volume", lambda what, error: faults.append(error), deadline=0.05)
+    with pytest.raises(NoAnswer):
+        driver.watch(lambda subject, what: None)
+    released.set()
+    assert "has not answered since" in faults[0]
 
 
 @pytest.mark.parametrize(

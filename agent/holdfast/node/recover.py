@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from holdfast.errors import HoldfastError, UnfitHost
+from holdfast.guard import described
 from holdfast.node.rig import Rig
 from holdfast.node.start import attach_again
 from holdfast.node.stop import release_mount, remove_thing
@@ -22,8 +23,8 @@ def recover(rig: Rig) -> None:
     for subject, intent in rig.store.intents().items():
         try:
             settle(rig, subject, intent)
-        except (HoldfastError, OSError) as error:
-            rig.store.event("failed", subject, str(error), verb=intent["verb"])
+        except Exception as error:  # a driver's mistake, too
+            rig.store.event("failed", subject, described(error), verb=intent["verb"])
         goes_on = intent["verb"] == "StopInstance"  # the plan asks for it again, and the record says since when
         what = "goes on with what is left of its time" if goes_on else "is finished or undone now"
         rig.store.event("interrupted", subject, f"{intent['verb']} was cut short; it {what}")
@@ -45,8 +46,8 @@ def _lease_addresses(rig: Rig) -> None:
     for instance in rig.store.instances.values() if rig.same_boot() else ():
         try:
             attach_again(rig, instance)
-        except (HoldfastError, OSError) as error:  # its next start, or the look that finds its link gone, tries again
-            rig.store.event("failed", instance.key, str(error), verb="AttachAgain")
+        except Exception as error:  # its next start, or the look that finds its link gone, tries again
+            rig.store.event("failed", instance.key, described(error), verb="AttachAgain")
     rig.store.put_fact("leases", "app/container/slot")
 
 
