@@ -288,3 +288,28 @@ volumes = ["v:/data"]
     agent.converge()
     assert agent.pid("a/c") != before
     assert agent.exec("a/c", "ls", "/data").split() == ["f0", "f1", "f2"]
+
+
+def test_what_a_container_makes_in_a_volume_does_not_pass_for_a_copy_that_a_crash_cut_off(
+    agent: LiveAgent, content_image: Callable[..., None]
+) -> None:
+    content_image("data:1", {"data": 3})
+    agent.write(
+        "a.toml",
+        """
+[containers.c]
+image = "data:1"
+command = ["sh", "-c", "mkdir -m 0700 /data/.holdfast-complete && touch /data/.holdfast-complete/x; exec sleep 10000"]
+restart = "always"
+stop_grace_period = "0s"
+volumes = ["v:/data"]
+[volumes.v]
+""",
+    )
+    agent.converge()
+    data = data_of(agent, "a/v")
+    agent.wait((data / COMPLETE_CONTENT / "x").exists, "it has made the directory")
+    agent.cli("restart", "a/c")
+    agent.converge()
+    assert (data / COMPLETE_CONTENT / "x").exists()
+    assert (data.stat().st_uid, stat.S_IMODE(data.stat().st_mode)) == (1000, 0o750)

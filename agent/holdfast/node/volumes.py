@@ -4,7 +4,7 @@ A driver makes an empty volume; its first content is brought by `runtime.filling
 receipt says how far that is:
 
     content: [uid, gid, mode]   new: empty, and the directory looked like this when it was made
-    content: "settled"          filled, or in use; never filled again
+    content: "settled"          filled, or in use; never filled again. Earlier versions kept no content
     asked: {…}                  the driver_opts that the driver was last called with
 """
 
@@ -77,11 +77,13 @@ def ensure_volume(rig: Rig, volume: str, spec: Volume, *, seed: Path | None = No
 def _settle(rig: Rig, made: Receipt, known: Receipt | None, spec: Volume, seed: Path | None) -> object:
     """Fill a volume that is new; return what is known of its content then."""
     path = Path(str(made.data["path"]))
-    content = known.data.get("content", SETTLED) if known else filling.owner_and_mode(path)
+    content = known.data.get("content") if known else filling.owner_and_mode(path)
+    if content == SETTLED:  # a directory of that name is a container's by now
+        return SETTLED
     if (path / COMPLETE_CONTENT).is_dir():  # copied before a crash
         filling.finish(path)
         return SETTLED
-    if content == SETTLED:
+    if content is None:  # an earlier version made it, and it is in use
         return SETTLED
     if not filling.is_empty(path) or filling.owner_and_mode(path) != content:
         return SETTLED
