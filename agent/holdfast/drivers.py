@@ -47,6 +47,7 @@ __all__ = [
     "Watching",
     "open_source",
     "remove_tree",
+    "roots_above",
 ]
 
 RESOLVE_NO_MAGICLINKS = 0x02  # openat2(2)
@@ -334,15 +335,23 @@ def open_source(path: str, roots: Sequence[str] | None = None, *, create: bool =
 def _create(path: str, roots: Sequence[str] | None) -> int:
     """Make a directory in its parent's descriptor: no link that is put there meanwhile is followed."""
     folder, name = os.path.split(path.rstrip("/"))
-    # Above a root is the operator's ground.
-    above = roots is not None and not any(_within(folder, root) for root in roots)
-    parent = open_source(folder or "/", None if above else roots, create=True)
+    parent = open_source(folder or "/", roots_above(path, roots), create=True)
     try:
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, dir_fd=parent)
         return os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     finally:
         os.close(parent)
+
+
+def roots_above(path: str, roots: Sequence[str] | None) -> Sequence[str] | None:
+    """Where the parent of a directory that is to be made may lie: anywhere for a root itself and what leads there.
+
+    That is the operator's ground, unless it lies in another root.
+    """
+    folder = str(Path(path).parent)
+    leads_there = any(_within(root, path.rstrip("/")) for root in roots or ())
+    return None if leads_there and not any(_within(folder, root) for root in roots or ()) else roots
 
 
 def _check_inside(handle: int, path: str, roots: Sequence[str] | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.drivers import Host, MountWant, RootfsWant, VolumeWant
+from holdfast.drivers import Host, MountWant, RootfsWant, VolumeWant, open_source
 from holdfast.errors import UnfitHost, WrongCall, WrongState
 from holdfast.observed import Receipt
 from holdfast.plugins import load_plugins
@@ -320,6 +320,12 @@ def test_roots_hold_for_links_and_for_what_is_created(host: Host) -> None:
             ensure(bad)
     with pytest.raises(WrongState, match="outside the bind_roots"):
         ensure(root / "out/new/deep", create=True)
+    for missing in (outside / "new", host.root / "nowhere/new", Path("/nowhere/new")):
+        with pytest.raises(WrongState, match="outside the bind_roots"):
+            ensure(missing, create=True)
+        with pytest.raises(WrongState, match="outside the bind_roots"):
+            open_source(str(missing), roots, create=True)
+        assert not missing.parent.exists() or missing.parent == outside
     assert list(outside.iterdir()) == []
     assert list(driver.observe()) == []
 

@@ -11,12 +11,12 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from holdfast.drivers import Host, MountWant, Receipt, open_source
+from holdfast.drivers import Host, MountWant, Receipt, open_source, roots_above
 from holdfast.errors import UnfitHost, WrongState
 from holdfast_plugins.storage.mounts import bind_descriptor, unmount
 
@@ -110,11 +110,9 @@ def _is(place: Path, found: os.stat_result) -> bool:
         return False
 
 
-def _check_creatable(source: str, roots: tuple[str, ...] | None) -> None:
+def _check_creatable(source: str, roots: Sequence[str] | None) -> None:
     """Raise unless the nearest folder above the source that is there may hold it."""
-    folder = str(Path(source).parent)
-    if roots is not None and not any(f"{folder}/".startswith(f"{root.rstrip('/')}/") for root in roots):
-        roots = None  # above a root is the operator's ground
+    folder, roots = str(Path(source).parent), roots_above(source, roots)
     try:
         handle = open_source(folder, roots)
     except FileNotFoundError:
