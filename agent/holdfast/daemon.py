@@ -66,7 +66,7 @@ BEAT = 0.1  # seconds between looks at what is being pulled
 COLLECT = 60.0  # seconds between looks at how full the disk is
 AGENT_ENDS = 10.0  # seconds that a shutdown waits for an agent to end
 LAST_KILLS = 45.0  # seconds that what outlives SIGKILL for a while may take
-FOLLOWERS = 64  # answers at a time; each that follows a log takes one
+ANSWERS = 64  # that are given at a time
 NO_ROOM = 1.0  # seconds between looks at a disk that was full
 NO_SOURCE = 5.0  # seconds between looks at a source that can't be read
 STORE = "state.db"
@@ -340,12 +340,13 @@ class Daemon(Answers):
         self._last: Pass | None = None
         self._begun = self._done = 0  # passes
         self._passer = ThreadPoolExecutor(1, "pass")  # of its own: answers that block must not hold up a pass
+        self._asking, self._asked_at = asyncio.Lock(), 0.0  # of the source, by whoever syncs
         self._deep = True
 
     async def serve(self) -> int:
         """Make passes until told to end."""
         self._loop = asyncio.get_running_loop()
-        self._loop.set_default_executor(ThreadPoolExecutor(FOLLOWERS, "answer"))
+        self._loop.set_default_executor(Answering(ANSWERS, "answer"))
         self._slot, self._stop, self._change = asyncio.Event(), asyncio.Event(), asyncio.Condition()
         self._reloading = asyncio.Lock()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -362,7 +363,7 @@ class Daemon(Answers):
                 await collecting
         finally:
             _notify("STOPPING=1")
-            await asyncio.to_thread(self._watch.close)
+            await self._loop.run_in_executor(self._passer, self._watch.close)
         return 0
 
     async def _passes(self) -> None:
@@ -374,10 +375,10 @@ class Daemon(Answers):
             if began >= full_at or self._deep:
                 self._deep, full_at = True, began + self._config.full_pass_interval
             if began >= rotate_at or self.rig.store.late:
-                await asyncio.to_thread(self._node.catch_up)
+                await self._loop.run_in_executor(self._passer, self._node.catch_up)
             if began >= rotate_at:
                 rotate_at = began + HOUSEKEEPING
-                await asyncio.to_thread(self._node.rotate_logs)
+                await self._loop.run_in_executor(self._passer, self._node.rotate_logs)
             await self._pass()
             took = time.monotonic() - began
             await asyncio.sleep(min(max(REST * (took - SHORT), 0.0), LONGEST_REST))
@@ -498,12 +499,8 @@ class Daemon(Answers):
 
     async def sync(self, accept_rewrite: bool) -> Json:
         """Ask the source, try at once what waits for its next try, and return the status of the pass that follows."""
-        source = self._reconciler.source
-        failed = source.state().failures
         with contextlib.suppress(TryAgain):  # the status says so
-            await asyncio.to_thread(source.refresh, accept_rewrite=accept_rewrite)
-            if failed:
-                self._watch.poke()  # it waits out a back-off that has no cause any more
+            await self._refresh(accept_rewrite)
         await asyncio.to_thread(self.rig.store.retry_now)
         self._deep = True
         before = self._begun
@@ -511,6 +508,19 @@ class Daemon(Answers):
         async with self._change:
             await self._change.wait_for(lambda: self._done > before)
         return self.status()
+
+    async def _refresh(self, accept_rewrite: bool) -> None:
+        """Ask the source, once for all who want that meanwhile: a remote that hangs takes one thread."""
+        wanted_at = time.monotonic()
+        async with self._asking:
+            if self._asked_at > wanted_at and not accept_rewrite:
+                return
+            self._asked_at = time.monotonic()
+            source = self._reconciler.source
+            failed = source.state().failures
+            await asyncio.to_thread(source.refresh, accept_rewrite=accept_rewrite)
+            if failed:
+                self._watch.poke()  # it waits out a back-off that has no cause any more
 
     def events(self, after: int, limit: int) -> Sequence[Json]:
         """What happened."""
@@ -534,6 +544,13 @@ class Daemon(Answers):
             raise NotFound(f"release '{target}': nobody holds it")
         self.rig.store.event("released", target, "given back to the commit")
         self._wake(target)
+
+
+class Answering(ThreadPoolExecutor):
+    """The threads that answers are made in. An agent that ends does not wait for them."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=True)
 
 
 class Unwatched:

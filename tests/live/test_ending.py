@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
 from footprint import cgroups
+from holdfast.daemon import HOUSEKEEPING
 from live.agent import LiveAgent
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
@@ -64,6 +69,58 @@ def test_a_stop_that_was_cut_short_and_is_not_wanted_any_more_is_forgotten(agent
     agent.remove("app.toml")
     agent.converge()
     assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.fixture
+def mute() -> Iterator[tuple[str, list[socket.socket]]]:
+    """The URL of a git server that answers nobody, and the connections that it has."""
+    server, held = socket.create_server(("127.0.0.1", 0)), list[socket.socket]()
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                held.append(server.accept()[0])
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield f"http://127.0.0.1:{server.getsockname()[1]}/state.git", held
+    server.shutdown(socket.SHUT_RDWR)
+    thread.join()
+    for each in (server, *held):
+        each.close()
+
+
+def commands() -> list[str]:
+    """The command line of every process of the host."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            found.append(place.read_bytes().decode(errors="replace"))
+    return found
+
+
+def ask_to_sync(agent: LiveAgent) -> socket.socket:
+    asks = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    asks.connect(str(agent.host.run_root / "agent.sock"))
+    asks.sendall(b"POST /v1/sync HTTP/1.1\r\nHost: agent\r\nContent-Length: 2\r\n\r\n{}")
+    return asks
+
+
+def test_a_remote_that_hangs_holds_up_neither_passes_nor_answers_nor_the_end(
+    agent: LiveAgent, mute: tuple[str, list[socket.socket]]
+) -> None:
+    url, asked = mute
+    agent.stop()
+    agent.configure(state=f'{{ git = "{url}", branch = "main" }}')
+    agent.start()
+    agent.wait(lambda: bool(asked), "the remote is asked")
+    with ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(ask_to_sync(agent))
+        began = agent.status()["at"]
+        agent.wait_until(lambda now: now["at"] > began + 1.5 * HOUSEKEEPING)
+        agent.stop(timeout=20)
+        assert [line for line in commands() if str(agent.host.root) in line] == []
 
 
 def test_a_first_start_that_fails_leaves_no_cgroup(agent: LiveAgent) -> None:

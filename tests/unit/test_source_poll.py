@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 from holdfast.errors import TryAgain
@@ -30,9 +28,8 @@ class _Broken:
     def plan_next(self, pause: float) -> None:
         assert pause > 0
 
-    @contextmanager
-    def interrupted(self) -> Iterator[None]:
-        yield
+    def interrupt(self) -> None:
+        """Nothing of it is ever under way."""
 
 
 def test_polling_goes_on_after_a_failure_that_nobody_foresaw() -> None:

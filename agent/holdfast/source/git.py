@@ -120,9 +120,9 @@ class GitSource:
         """Poll in a thread of its own; wake when the commit, or what is wrong, changed."""
         return GitPoll(self, wake, self._interval)
 
-    def interrupted(self) -> contextlib.AbstractContextManager[None]:
-        """Make every refresh and read fail at once for the time of a with block."""
-        return self._git.interrupted()
+    def interrupt(self) -> None:
+        """Make every refresh and read fail at once from now on, those under way too."""
+        self._git.interrupt()
 
     def plan_next(self, seconds: float) -> None:
         """Note when the next poll will be, for `state`."""
@@ -268,8 +268,8 @@ class GitPoll:
     def close(self) -> None:
         self._closed = True
         self._poked.set()
-        with self._source.interrupted():  # an agent that ends does not wait for a remote that hangs
-            self._thread.join()
+        self._source.interrupt()  # an agent that ends does not wait for a remote that hangs, nor leave a git behind
+        self._thread.join()
 
     def _poll(self) -> None:
         while not self._closed:

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -125,14 +124,11 @@ class Git:
             raise GitFailed(verb, process.returncode, telling_line(errors.decode(errors="replace")))
         return output
 
-    @contextlib.contextmanager
-    def interrupted(self) -> Iterator[None]:
-        """Kill what runs, and what is started meanwhile."""
+    def interrupt(self) -> None:
+        """Kill what runs, and whatever is started from now on."""
         self._interrupted.set()
         for process in tuple(self._running):
             kill_group(process)
-        yield
-        self._interrupted.clear()
 
 
 def read_most(process: subprocess.Popen[bytes], most: int, timeout: float) -> bytes:
