@@ -7,11 +7,13 @@ All of it is frozen and JSON-able. Times are seconds since the epoch.
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Literal, NewType
 
 from holdfast.spec.model import App, Container, Mount
+from holdfast.spec.volumes import of_slot
 
 InstanceId = NewType("InstanceId", str)
 Json = Mapping[str, Any]
@@ -90,7 +92,8 @@ class Instance:
     earlier version made, which keeps what such volumes would hold in its writable layer.
     files: mount target → digest of the revision content mounted there.
     slot: which of the container's instances it is, from 1: a successor takes the slot that is free, and with it the
-    addresses. restarts: how often it was started again; streak: how many of these in a row without a stable run.
+    addresses and the volumes that its image declares. restarts: how often it was started again; streak: how many of
+    these in a row without a stable run.
     patched: the plugins that were asked to adjust its configuration; None where that is not known.
     faults: what of it is gone so that only a new start puts it right; drifted: what was altered but can be put
     right while it runs. Both in words; a healthy instance has neither. names: digest of the hosts file it has.
@@ -173,7 +176,8 @@ class VolumeState:
     """A volume that exists, used or not.
 
     asked: the driver_opts that it was last made or changed with; None for one that nobody has a receipt for. faults:
-    what the driver finds to be otherwise than it made it, in words.
+    what the driver finds to be otherwise than it made it, in words. defined_as: the volume whose definition it has,
+    where that is another (`spec.volumes.defined_as`).
     """
 
     id: str
@@ -181,6 +185,7 @@ class VolumeState:
     data: Json = field(default_factory=dict)
     asked: Mapping[str, str] | None = None
     faults: tuple[str, ...] = ()
+    defined_as: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,9 +295,17 @@ class Generation:
     image_volumes: Mapping[str, tuple[Mount, ...]] | None = None
     staged_at: float = 0.0
 
-    def volumes_of(self, container: str) -> tuple[Mount, ...] | None:
-        """What a container has mounted beyond what its state file says; None where that is not known."""
-        return None if self.image_volumes is None else tuple(self.image_volumes.get(container, ()))
+    def volumes_of(self, container: str, slot: int) -> tuple[Mount, ...] | None:
+        """What an instance has mounted beyond what its state file says; None where that is not known."""
+        if self.image_volumes is None:
+            return None
+        return of_slot(self.app.name, container, self.image_volumes.get(container, ()), slot)
+
+
+def free_slot(instances: Iterable[Instance], app: str, container: str) -> int:
+    """The lowest slot of a container that no instance has: two that stand side by side share no address or volume."""
+    taken = {each.slot for each in instances if each.container == container and each.app == app}
+    return next(slot for slot in count(1) if slot not in taken)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from holdfast.config import ImageSettings
+from holdfast.config import ImageSettings, load_config
+from holdfast.daemon import _acting_node
 from holdfast.images.store import ImageStore
+from holdfast.node.start import start_instance
 from holdfast.observed import Instance
+from holdfast.plan.actions import StartInstance
 from holdfast.store import Store
 from live.agent import LiveAgent
 
@@ -118,3 +122,31 @@ def test_what_an_earlier_version_kept_in_the_writable_layer_is_saved_when_its_co
     agent.converge()
     assert agent.exec("shop/db", "cat", "/data/file") == "precious\n"
     assert agent.exec("shop/db", "stat", "-c", "%u", "/data") == "7\n"
+
+
+def test_each_of_two_instances_side_by_side_has_a_volume_of_its_own(agent: LiveAgent) -> None:
+    with_volume(agent, "db:1", "/data")
+    rest = BACKUP + '[volumes."db.data"]\non_remove = "delete"\n'
+    agent.write("shop.toml", DB.format(image="db:1", level="info") + rest)
+    agent.converge()
+    agent.exec("shop/db", "sh", "-c", "echo first > /data/file")
+    agent.stop()
+    with _acting_node(load_config(agent.config)) as node:
+        start_instance(node.rig, StartInstance(app="shop", container="db", generation=1, reason="a second side"))
+        start_instance(node.rig, StartInstance(app="shop", container="backup", generation=1, reason="a second side"))
+        pids = {(each.container, each.slot): each.pid for each in node.rig.store.instances.values()}
+
+    def files(container: str, slot: int) -> list[str]:
+        return [each.name for each in Path(f"/proc/{pids[container, slot]}/root/data").iterdir()]
+
+    assert (files("db", 1), files("db", 2)) == (["file"], [])
+    assert (files("backup", 1), files("backup", 2)) == (["file"], ["file"])
+    agent.start()
+    agent.converge()
+    assert listed(agent) == {"shop/db.data": False, "shop/db.data--2": False}
+    agent.write("shop.toml", DB.format(image="db:1", level="debug") + rest)
+    agent.converge()
+    assert agent.exec("shop/db", "cat", "/data/file") == "first\n"  # the first slot is free again
+    agent.remove("shop.toml")
+    agent.converge()
+    assert listed(agent) == {}

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from holdfast.spec import load
+from holdfast.spec.forms import NAME
 from holdfast.spec.model import App, Container, Mount, NodeFacts, Spec
 from holdfast.spec.volumes import image_volumes, volume_name
 
@@ -46,6 +47,14 @@ def test_different_targets_have_different_volumes(one: str, other: str) -> None:
 
 def test_names_of_containers_with_dots_are_nobody_elses() -> None:
     assert volume_name("a.b", "/c") != volume_name("a", "/b.c")
+
+
+def test_slots_share_no_volume_and_the_first_has_the_plain_name() -> None:
+    targets = ("/data", "/2", "/data/2", "/d.ata", "/" + "x" * 61, "/data--2", "/data-")
+    names = [volume_name(c, t, slot) for c in ("db", "db.data") for t in targets for slot in (1, 2, 3, 12)]
+    assert len(set(names)) == len(names)
+    assert all(NAME.fullmatch(name) for name in names)
+    assert (volume_name("db", "/data"), volume_name("db", "/data", 2)) == ("db.data", "db.data--2")
 
 
 def test_what_the_state_file_mounts_there_comes_instead() -> None:

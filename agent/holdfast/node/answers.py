@@ -14,6 +14,7 @@ from holdfast.node import installed
 from holdfast.node.images import ImageAnswers
 from holdfast.node.recover import remove_volume
 from holdfast.node.usage import prune_build_cache, prune_logs, usage
+from holdfast.node.volumes import DEFINED_AS
 from holdfast.observed import Instance, Json, Receipt
 from holdfast.plugins import found_by
 from holdfast.runtime import cgroup, users
@@ -125,7 +126,7 @@ class Answers(ImageAnswers):
                 "driver": receipt.driver,
                 "path": receipt.data.get("path", ""),
                 "used_by": self._mounted_by(id),
-                "orphan": id not in declared,
+                "orphan": declared.isdisjoint((id, self._defined_as(id))),
             }
             for id, receipt in sorted(self._volumes().items())
         ]
@@ -179,6 +180,10 @@ class Answers(ImageAnswers):
                 found |= {f"{app}/{name}" for name in newest.app.volumes}
                 found |= {mount.source for each in (newest.image_volumes or {}).values() for mount in each}
         return found
+
+    def _defined_as(self, volume: str) -> str:
+        kept = self.rig.store.receipt("volume", volume)
+        return str(kept.data.get(DEFINED_AS, "")) if kept else ""
 
     def _running(self, containers: Sequence[str]) -> list[str]:
         """Those of some containers that run, or are being started."""

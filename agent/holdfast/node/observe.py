@@ -19,7 +19,7 @@ from holdfast.node.installed import missing_drivers
 from holdfast.node.rig import BARE, Rig
 from holdfast.node.start import cgroup_settings
 from holdfast.node.stop import tell_exit
-from holdfast.node.volumes import altered
+from holdfast.node.volumes import DEFINED_AS, altered
 from holdfast.observed import (
     Exit,
     FirewallNetwork,
@@ -275,7 +275,8 @@ def _volumes(rig: Rig, things: Things) -> dict[str, VolumeState]:
             kept = rig.store.receipt("volume", seen.id)
             asked = kept.data.get("asked", {}) if kept and kept.driver == seen.driver else None
             faults = altered(kept, seen) if kept and asked is not None else ()
-            found[seen.id] = VolumeState(seen.id, seen.driver, seen.data, asked, faults)
+            defined = str(kept.data.get(DEFINED_AS, "")) if kept else ""
+            found[seen.id] = VolumeState(seen.id, seen.driver, seen.data, asked, faults, defined)
     return found
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from holdfast.node.rig import BARE, ROOTFS, Base, Rig, init_program, limits, vol
 from holdfast.node.stale import where
 from holdfast.node.stop import release_mount, remove_instance, sweep
 from holdfast.node.volumes import ensure_volume
-from holdfast.observed import Generation, Instance, InstanceId, Json, Receipt
+from holdfast.observed import Generation, Instance, InstanceId, Json, Receipt, free_slot
 from holdfast.plan.actions import StartInstance
 from holdfast.plan.derived import names_of
 from holdfast.plan.diff import folder_files, mounted_files
@@ -35,6 +34,7 @@ from holdfast.runtime.devices import device_nodes
 from holdfast.runtime.logs import begin
 from holdfast.runtime.oci import OciRequest, granted_capabilities, oci_config
 from holdfast.spec.model import App, Container, Mount, Network
+from holdfast.spec.volumes import defined_as
 
 HOST_NETNS = Path("/proc/1/ns/net")
 
@@ -126,6 +126,7 @@ def _admit(rig: Rig, action: StartInstance, generation: Generation) -> Instance:
         if known is None:
             raise TryAgain(f"start '{action.subject}': instance {action.instance} is gone")
         return replace(known, want=want, image=image, files=files)
+    slot = free_slot(rig.store.instances.values(), action.app, action.container)
     instance = Instance(
         id=rig.host.new_instance(),
         app=action.app,
@@ -133,20 +134,13 @@ def _admit(rig: Rig, action: StartInstance, generation: Generation) -> Instance:
         generation=generation.number,
         want=want,
         image=image,
-        image_volumes=generation.volumes_of(action.container),
+        image_volumes=generation.volumes_of(action.container, slot),
         files=files,
         created_at=time.time(),
-        slot=_free_slot(rig, action.app, action.container),
+        slot=slot,
     )
     rig.store.put_instance(instance)
     return instance
-
-
-def _free_slot(rig: Rig, app: str, container: str) -> int:
-    """The lowest slot of a container that no instance has: two that stand side by side share no address."""
-    known = rig.store.instances.values()
-    taken = {each.slot for each in known if each.container == container and each.app == app}
-    return next(slot for slot in count(1) if slot not in taken)
 
 
 # -- what it stands on ---------------------------------------------------------------------------------------
@@ -236,7 +230,9 @@ def _mount(rig: Rig, instance: Instance, app: App, mount: Mount, rootfs: Path) -
     if mount.kind == "volume":
         seed = find((rootfs,), mount.target)  # never through the image's links to the host's own folders
         fills = seed is not None and seed.is_dir() and not mount.nocopy
-        made = ensure_volume(rig, mount.source, volume_of(rig, app, mount.source), seed=seed if fills else None)
+        defined = defined_as(instance.app, instance.container, mount, instance.slot)
+        spec = volume_of(rig, app, defined)
+        made = ensure_volume(rig, mount.source, spec, seed=seed if fills else None, defined=defined)
         options = ["rbind", "rprivate", "ro" if mount.read_only else "rw"]
         return {"destination": mount.target, "type": "bind", "source": made.data["path"], "options": options}
     rig.check_mounted(mount)

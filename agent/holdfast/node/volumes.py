@@ -6,6 +6,7 @@ receipt says how far that is:
     content: [uid, gid, mode]   new: empty, and the directory looked like this when it was made
     content: "settled"          filled, or in use; never filled again. Earlier versions kept no content
     asked: {…}                  the driver_opts that the driver was last called with
+    defined_as: app/name        whose definition it has, where that is another volume's
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from holdfast.plan.actions import EnsureVolume
 from holdfast.plugins import found_by
 from holdfast.runtime import filling
 from holdfast.spec.model import App, Mount, Volume
-from holdfast.spec.volumes import image_volumes
+from holdfast.spec.volumes import defined_as, image_volumes, of_slot
 
 SETTLED = "settled"
+DEFINED_AS = "defined_as"
 
 
 def volume_want(volume: str, spec: Volume) -> VolumeWant:
@@ -56,9 +58,10 @@ def change_volume(rig: Rig, action: EnsureVolume) -> Json:
     return {"volume": action.volume}
 
 
-def ensure_volume(rig: Rig, volume: str, spec: Volume, *, seed: Path | None = None) -> Receipt:
+def ensure_volume(rig: Rig, volume: str, spec: Volume, *, seed: Path | None = None, defined: str = "") -> Receipt:
     """Have a volume there, as it is defined now, and filled from seed (a directory of an image) if it is new.
 
+    defined: the volume that is defined so, where that is another.
     Whoever else starts on it waits until that is done. A volume that is empty but was in use, or is somebody's by its
     owner or mode, is left alone.
     """
@@ -71,7 +74,14 @@ def ensure_volume(rig: Rig, volume: str, spec: Volume, *, seed: Path | None = No
             content = _settle(rig, made, known, spec, seed)
         except OSError as error:
             raise UnfitHost(f"fill volume '{volume}' from '{seed}': {error}") from error
+        made = replace(made, data={**made.data, **_defined(known, volume, defined)})
         return _keep(rig, made, content, spec)
+
+
+def _defined(known: Receipt | None, volume: str, defined: str) -> Json:
+    """What is kept of whose definition a volume has."""
+    name = defined or (known.data.get(DEFINED_AS) if known else None) or volume
+    return {} if name == volume else {DEFINED_AS: name}
 
 
 def _settle(rig: Rig, made: Receipt, known: Receipt | None, spec: Volume, seed: Path | None) -> object:
@@ -125,9 +135,10 @@ def save_volumes(rig: Rig, instance: Instance) -> None:
     known = rig.store.history().generations.get(instance.app, ())
     lone = App(name=instance.app, path="", containers={instance.container: instance.want})
     try:
-        mounts = declared_volumes(rig, lone, {instance.container: instance.image})[instance.container]
+        found = declared_volumes(rig, lone, {instance.container: instance.image})[instance.container]
     except (NotFound, WrongState):  # its image can't be asked any more
         return
+    mounts = of_slot(instance.app, instance.container, found, instance.slot)
     if not mounts:
         return
     app = known[-1].app if known else lone
@@ -136,6 +147,7 @@ def save_volumes(rig: Rig, instance: Instance) -> None:
     for mount in mounts:
         held = find((Path(str(made.data["path"])),), mount.target)
         if held is not None and held.is_dir():
-            ensure_volume(rig, mount.source, volume_of(rig, app, mount.source), seed=held)
+            defined = defined_as(instance.app, instance.container, mount, instance.slot)
+            ensure_volume(rig, mount.source, volume_of(rig, app, defined), seed=held, defined=defined)
             message = f"what it wrote to {mount.target} is in volume {mount.source} now"
             rig.store.event("volume", instance.key, message)

@@ -104,12 +104,12 @@ def _hold_volumes(generation: Generation, desk: Desk) -> None:
     mounts = (mount for mounts in (generation.image_volumes or {}).values() for mount in mounts)
     defined = {mount.source: DEFAULT_VOLUME for mount in mounts}
     defined |= {f"{app}/{name}": spec for name, spec in generation.app.volumes.items()}
-    for volume, spec in defined.items():
-        state = desk.observed.volumes.get(volume)
-        if state is None or state.asked is None or state.driver != spec.driver:
+    for state in desk.volumes.get(app, ()):
+        spec = defined.get(state.id) or defined.get(state.defined_as)
+        if spec is None or state.asked is None or state.driver != spec.driver:
             continue
         if reasons := [*option_words(state.asked, spec.driver_opts), *state.faults]:
-            desk.offer(EnsureVolume(app=app, volume=volume, spec=spec, reason="; ".join(reasons)))
+            desk.offer(EnsureVolume(app=app, volume=state.id, spec=spec, reason="; ".join(reasons)))
 
 
 def _hold_container(generation: Generation, name: str, desk: Desk) -> bool:
@@ -324,9 +324,8 @@ def _drop_volumes(app: str, keep: App | None, desk: Desk) -> bool:
         for name, volume in generation.app.volumes.items()
         if name not in kept
     }
-    doomed = sorted(
-        key for key, volume in last.items() if volume.on_remove == "delete" and key in desk.observed.volumes
-    )
+    going = {key for key, volume in last.items() if volume.on_remove == "delete"}
+    doomed = sorted(each.id for each in desk.volumes.get(app, ()) if {each.id, each.defined_as} & going)
     if not doomed:
         return True
     used = {mount.source for each in desk.observed.instances for mount in each.mounts if mount.kind == "volume"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from holdfast.observed import Exit, Failure, Generation, History, Hold, Instance, Observed
+from holdfast.observed import Exit, Failure, Generation, History, Hold, Instance, Observed, VolumeState
 from holdfast.plan.actions import Action, Plan
 from holdfast.plan.restart import Verdict
 
@@ -37,6 +37,9 @@ class Desk:
             self.by_app.setdefault(instance.app, {}).setdefault(instance.container, []).append(instance)
             for network in instance.want.networks:
                 self.users.setdefault(network, []).append(instance)
+        self.volumes: dict[str, list[VolumeState]] = {}  # app → its volumes that are there
+        for volume in self.observed.volumes.values():
+            self.volumes.setdefault(volume.id.partition("/")[0], []).append(volume)
 
     def offer(self, action: Action) -> None:
         """Put an action on the plan, unless the same was tried and its time has not come (rule 8).

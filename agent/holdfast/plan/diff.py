@@ -48,7 +48,7 @@ def volume_changes(instance: Instance, generation: Generation) -> tuple[Change, 
 
     One of an earlier version has none and its data in its writable layer: no reason to replace it.
     """
-    old, new = instance.image_volumes, generation.volumes_of(instance.container)
+    old, new = instance.image_volumes, generation.volumes_of(instance.container, instance.slot)
     if old is None or new is None or old == new:
         return ()
     before, after = (readable("volumes", tuple(mount.target for mount in each)) for each in (old, new))

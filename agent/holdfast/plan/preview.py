@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from holdfast.observed import Exit, Generation, History, Instance, InstanceId, NetworkState, Observed
+from holdfast.observed import Exit, Generation, History, Instance, InstanceId, NetworkState, Observed, free_slot
 from holdfast.plan.actions import (
     Action,
     EnsureNetwork,
@@ -157,6 +157,7 @@ def _started(world: World, action: StartInstance, now: float) -> tuple[Instance,
     generation = _generation(world.history, action.app, action.generation)
     want = generation.app.containers[action.container]
     known = next((each for each in world.observed.instances if each.id == action.instance), None)
+    slot = known.slot if known else free_slot(world.observed.instances, action.app, action.container)
     ends = _is_job(generation.app, action.container, want)
     instance = Instance(
         id=known.id if known else InstanceId(f"new {action.app}/{action.container}"),
@@ -165,7 +166,7 @@ def _started(world: World, action: StartInstance, now: float) -> tuple[Instance,
         generation=generation.number,
         want=want,
         image=generation.images.get(action.container, ""),
-        image_volumes=generation.volumes_of(action.container),
+        image_volumes=generation.volumes_of(action.container, slot),
         files=mounted_files(generation.app, want),
         phase="exited" if ends else "running",
         created_at=known.created_at if known else now,
@@ -173,6 +174,7 @@ def _started(world: World, action: StartInstance, now: float) -> tuple[Instance,
         exit=Exit(code=0, at=now) if ends else None,
         restarts=known.restarts + 1 if known else 0,
         streak=action.streak,
+        slot=slot,
         addresses=known.addresses if known else _guessed_addresses(world.observed, action, want),
     )
     return instance, generation

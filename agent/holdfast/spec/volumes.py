@@ -1,7 +1,9 @@
 """The volumes that images declare (VOLUME) → mounts of the containers that run them. Pure.
 
 Each becomes a volume of its container, `app/CONTAINER.TARGET`, so that the next container of that name finds it. A
-state file that defines a volume of this name says what driver and options it has, and what becomes of it.
+state file that defines a volume of this name says what driver and options it has, and what becomes of it. Instances
+of one container that stand side by side have different slots (`Instance.slot`), and each slot has volumes of its own:
+`app/CONTAINER.TARGET--2` is that of the second.
 """
 
 from __future__ import annotations
@@ -50,11 +52,31 @@ def taken_over(mount: Mount, access: str) -> Mount:
     return mount.model_copy(update={"read_only": mount.read_only or access == "ro", "nocopy": True})
 
 
-def volume_name(container: str, target: str) -> str:
+def of_slot(app: str, container: str, mounts: Iterable[Mount], slot: int) -> tuple[Mount, ...]:
+    """The mounts of a container that `image_volumes` found, as the instance in a slot has them.
+
+    What it takes over by `volumes_from` is the same for all.
+    """
+    return tuple(
+        mount.model_copy(update={"source": f"{app}/{volume_name(container, mount.target, slot)}"})
+        if mount.source == f"{app}/{volume_name(container, mount.target)}"
+        else mount
+        for mount in mounts
+    )
+
+
+def defined_as(app: str, container: str, mount: Mount, slot: int) -> str:
+    """The volume whose definition holds for a mount of the instance in a slot: that of the first slot, for all."""
+    own = mount.source == f"{app}/{volume_name(container, mount.target, slot)}"
+    return f"{app}/{volume_name(container, mount.target)}" if own else mount.source
+
+
+def volume_name(container: str, target: str, slot: int = 1) -> str:
     """The name of the volume at a target of a container: `db.var-lib-mysql`; with a digest where it takes one."""
     readable = re.sub(r"[^a-z0-9_.-]", "-", target.strip("/").lower())
-    name = f"{container}.{readable}"
+    which = f"--{slot}" if slot > 1 else ""
+    name = f"{container}.{readable}{which}"
     if PLAIN.fullmatch(target) and NAME.fullmatch(name):
         return name
-    tail = hashlib.sha256(f"{container}:{target}".encode()).hexdigest()[:8]
+    tail = hashlib.sha256(f"{container}:{target}{which}".encode()).hexdigest()[:8]
     return f"{name[: 62 - len(tail)]}-{tail}"
