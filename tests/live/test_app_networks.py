@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
 
+from holdfast.store import Store
 from live.agent import LiveAgent
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
@@ -81,6 +83,26 @@ def test_apps_that_ask_for_it_share_the_bridge(agent: LiveAgent) -> None:
     agent.converge()
     assert bridges(agent) == {agent.host.link("bridge", "bridge")}
     assert fetches(agent, "other/client", "db.shop")
+
+
+def test_network_of_an_earlier_version_grows_in_place(agent: LiveAgent) -> None:
+    agent.write("shop.toml", SERVER.format(name="db"))
+    agent.converge()
+    before = agent.pid("shop/db"), address(agent, "shop/db", "shop/default")
+    agent.stop()
+    store = Store(agent.host.root / "state.db")
+    for receipt in (*store.receipts("network"), *store.receipts("endpoint")):
+        data = {key: value for key, value in receipt.data.items() if key not in ("hosts", "joined")}
+        if receipt.kind == "endpoint":
+            data.pop("subnet")
+        store.put_receipt(replace(receipt, data=data))
+    store.close()
+    agent.write("shop.toml", SERVER.format(name="db") + "".join(CLIENT.replace("client", f"c{n}") for n in range(13)))
+    agent.start()
+    agent.converge(timeout=120)
+    assert (agent.pid("shop/db"), address(agent, "shop/db", "shop/default")) == before
+    assert f"{before[1]}/27" in agent.exec("shop/db", "ip", "address", "show", "eth0")
+    assert fetches(agent, "shop/c12", "db")
 
 
 def test_network_grows_under_running_containers(agent: LiveAgent) -> None:

@@ -8,7 +8,7 @@ A file gives facts in and actions out, in a short-hand that is read here:
     forgotten   apps that History has no generation of, though their containers are there
     generation  more generations of an app: {app, state, images?, containers…}; as = "want" takes want's app
     instance    "app/name" → what is otherwise about it; absent = true: not there; "app/name+x" is one more of it
-    network     "app/name" → what is otherwise about it; absent = true: not there
+    network     "app/name" → what is otherwise about it; absent = true: not there; earlier = true: of an older agent
     volume      "app/name" → what the driver was asked for, and what is otherwise: asked, faults, driver
     hold, failure, newer, orphan, volumes, firewall   as in History and Observed
     rounds      the actions of each round of `preview`, one line each
@@ -214,7 +214,8 @@ def _networks(otherwise: Mapping[str, Any], was: Mapping[str, App]) -> Iterator[
         owner, _, name = key.rpartition("/")
         defined = was[owner].networks.get(name, Network()) if owner in was else Network()
         made = digest_of(defined.model_dump(mode="json"))
-        yield key, NetworkState(key, "bridge", made, facts.get("data", {}), tuple(facts.get("faults", ())))
+        data = ({} if facts.get("earlier") else {"joined": 1}) | facts.get("data", {})
+        yield key, NetworkState(key, "bridge", made, data, tuple(facts.get("faults", ())))
 
 
 def _failure(short: Mapping[str, Any], want: Mapping[str, App]) -> Failure:

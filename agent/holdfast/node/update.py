@@ -100,15 +100,28 @@ def _doubt(rig: Rig, id: InstanceId, target: str) -> None:
 
 
 def ensure_network(rig: Rig, action: EnsureNetwork) -> Json:
-    """Make or mend a network; what it was made from is kept beside its receipt."""
+    """Make or mend a network, or let it grow.
+
+    Kept beside its receipt: what it was made from (want), and for how many containers (joined).
+    """
+    known = rig.store.receipt("network", action.network)
+    if known is not None and "joined" not in known.data:
+        _say_subnet(rig, known)
     driver = rig.plugins.driver("network", action.spec.driver)
     receipt = driver.ensure(network_want(action.network, action.spec, action.hosts))
     want = digest_of(action.spec.model_dump(mode="json"))
-    rig.store.put_receipt(replace(receipt, data={**receipt.data, "want": want}))
+    rig.store.put_receipt(replace(receipt, data={**receipt.data, "want": want, "joined": action.hosts}))
     enabled = receipt.data.get("enabled")
     if enabled:
         rig.store.event("host", action.subject, f"turned on {enabled}, which {action.network} needs to lead outside")
     return dict(receipt.data)
+
+
+def _say_subnet(rig: Rig, network: Receipt) -> None:
+    """Note with endpoints of an earlier version which subnet they have, before it may grow: they grow with it."""
+    for each in rig.store.receipts("endpoint"):
+        if each.id.partition("/")[2] == network.id and "subnet" in network.data:
+            rig.store.put_receipt(replace(each, data={"subnet": network.data["subnet"], **each.data}))
 
 
 def remove_network(rig: Rig, action: RemoveNetwork) -> Json:

@@ -416,21 +416,32 @@ def _networks(desk: Desk) -> None:
                 desk.waiting[f"network {network}"] = f"{reason}, and no app in force defines it"
             else:
                 desk.offer(EnsureNetwork(app=owner, network=network, spec=defined, hosts=joining, reason=reason))
-        elif room := _too_small(network, desk):
+        elif reason := _outgrown(network, desk):
             defined = _defined(network, desk)
             if defined is not None:
-                reason = f"it has room for {counted(room, 'container')}, and {joining} join it"
                 desk.offer(EnsureNetwork(app=owner, network=network, spec=defined, hosts=joining, reason=reason))
     for network in sorted(desk.observed.networks.keys() - desk.joining.keys()):
         if not desk.users.get(network):
             desk.offer(RemoveNetwork(app=_owner(network), network=network, reason="nothing uses it"))
 
 
-def _too_small(network: str, desk: Desk) -> int:
-    """How many containers a network has room for, if more are to join it; 0 if there is room, or it can't grow."""
+def _outgrown(network: str, desk: Desk) -> str:
+    """Why a network is to be ensured again for more containers; "" if it need not."""
+    data, joining = desk.observed.networks[network].data, desk.joining[network]
+    if "joined" not in data:
+        return "an earlier version made it"
+    return (
+        f"it has room for {counted(data['hosts'], 'container')}, and {joining} join it"
+        if _too_small(network, desk)
+        else ""
+    )
+
+
+def _too_small(network: str, desk: Desk) -> bool:
+    """Whether more containers are to join a network than it has room for, and it can grow."""
     state = desk.observed.networks.get(network)
     room = state.data.get("hosts") if state else None
-    return room if isinstance(room, int) and room < desk.joining.get(network, 0) else 0
+    return isinstance(room, int) and room < desk.joining.get(network, 0)
 
 
 def _defined(network: str, desk: Desk) -> Network | None:

@@ -71,6 +71,7 @@ def expect(world: World, action: Action, now: float) -> World:
             data = dict(known.data) if known else _guessed_link(network, spec)
             if data.get("hosts", hosts) < hosts:
                 data["hosts"] = hosts
+            data["joined"] = hosts
             state = NetworkState(network, spec.driver, spec.digest, data)
             return World(replace(observed, networks={**observed.networks, network: state}), history)
         case RemoveNetwork(network=network):
