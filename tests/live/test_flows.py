@@ -13,7 +13,8 @@ from holdfast.drivers import Host
 from holdfast.observed import PublishedPort, Receipt
 from holdfast_plugins.network.addresses import Ledger
 from holdfast_plugins.network.bridge import BridgeEndpoint, BridgeNetwork
-from holdfast_plugins.network.conntrack import Conntrack
+from holdfast_plugins.network.conntrack import LACKING, Conntrack
+from holdfast_plugins.network.firewall import NftablesFirewall
 from live.netlab import BRIEFLY, Lab, in_namespace, wait_until
 
 pytestmark = pytest.mark.live
@@ -256,3 +257,27 @@ def test_network_driver_finds_flows_of_a_subnet_that_it_gives_away(
     second = lab.make("blog/front", subnet=tiny.pool)
     assert lab.attach("stranger", second).data["address"] != web.data["address"]
     assert Conntrack().of_address(web.data["address"]) == []
+
+
+def test_kernel_that_tells_of_no_flows_is_told_of_and_keeps_nothing_from_working(
+    free_port: Callable[[], int], lab: Lab, site: Host
+) -> None:
+    assert Conntrack().findings() == []
+    unable = Conntrack(subsystem=NOBODYS)  # as for a module that is missing, the kernel says: no such thing
+    lab.network = BridgeNetwork(site, unable)
+    lab.network.ledger = Ledger(site.root)
+    lab.endpoint, lab.firewall = BridgeEndpoint(site, lab.network), NftablesFirewall(site, unable)
+    network = lab.make("shop/front")
+    web, api, port = lab.attach("web", network), lab.attach("api", network), free_port()
+    for each in (web, api):
+        assert lab.firewall.applied() != lab.rules([network], published(port, each))
+        lab.protect([network], published(port, each))
+        assert lab.firewall.applied() == lab.rules([network], published(port, each))
+    lab.endpoint.remove(web)
+    assert list(lab.network.findings()) == list(lab.firewall.findings()) == [LACKING]
+    told: list[tuple[str, str]] = []
+    lab.firewall.watch(lambda subject, text: told.append((subject, text)))()
+    assert [(subject, "nf_conntrack_netlink" in text) for subject, text in told] == [("flows", True)]
+
+
+NOBODYS = 15

@@ -55,9 +55,9 @@ class BridgeNetwork:
 
     name = "bridge"
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, conntrack: Conntrack | None = None) -> None:
         self.ledger = Ledger(host.root)
-        self.conntrack = Conntrack()
+        self.conntrack = conntrack or Conntrack()
         self._host = host
         self._choosing = threading.Lock()
         self._collisions = Collisions(host, self.ledger)
@@ -127,8 +127,8 @@ class BridgeNetwork:
         return self._collisions.watch(tell)
 
     def findings(self) -> Iterable[Finding]:
-        """Tell of routes that others made over our subnets."""
-        return self._collisions.findings()
+        """Tell of routes that others made over our subnets, and of what this kernel lacks."""
+        return (*self._collisions.findings(), *self.conntrack.findings())
 
     def remove(self, receipt: Receipt) -> None:
         """Delete the bridge; subnet and addresses rest. ip_forward stays: others may have come to need it."""

@@ -2,7 +2,8 @@
 
 The kernel picks out what matches, where it can (Linux 5.9); what it sends is looked at again, for an older one sends
 everything. A flow is deleted by its own tuple and id, never by a pattern: kernels that do not know the pattern would
-delete all flows of the host.
+delete all flows of the host. A kernel without nf_conntrack_netlink has no flows to tell of: nothing is deleted then,
+and `findings` says what comes of it.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from holdfast.errors import NotPermitted, UnfitHost
+from holdfast.observed import Finding
 
 NETLINK_NETFILTER, CTNETLINK = 12, 1
-IPCTNL_MSG_CT_GET, IPCTNL_MSG_CT_DELETE = 1, 2
+IPCTNL_MSG_CT_GET, IPCTNL_MSG_CT_DELETE, IPCTNL_MSG_CT_GET_STATS = 1, 2, 5
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_ID, CTA_ZONE, CTA_FILTER = 1, 2, 12, 18, 25
@@ -29,6 +32,14 @@ CTA_FILTER_ORIG_FLAGS, CTA_FILTER_REPLY_FLAGS = 1, 2
 BY_SOURCE, BY_PROTOCOL, BY_DESTINATION_PORT = 1 << 0, 1 << 3, 1 << 5
 NESTED = 0x8000
 BATCH = 256  # deletions in one datagram
+AGAIN = 60.0  # seconds after which a kernel that can't is asked again: a module may have come
+UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT)
+LACKING = Finding(
+    "flows",
+    "this kernel lacks nf_conntrack_netlink, so flows can't be deleted: a UDP sender that does not pause may go on to"
+    " reach a container that was replaced, or the next one that has its address",
+    "modprobe nf_conntrack_netlink, or a kernel that has it",
+)
 UDP = "udp"
 NUMBERS = {"tcp": socket.IPPROTO_TCP, UDP: socket.IPPROTO_UDP}
 NAMES = {number: name for name, number in NUMBERS.items()}
@@ -55,9 +66,16 @@ class Flow:
 
 
 class Conntrack:
-    """One socket, kept for as long as it is needed. Thread-safe."""
+    """One socket, kept for as long as it is needed. Thread-safe.
 
-    def __init__(self) -> None:
+    Where the kernel can't tell of flows (`findings`), there are none, and none is deleted.
+    """
+
+    def __init__(self, subsystem: int = CTNETLINK) -> None:
+        """subsystem: of nfnetlink, that is spoken to."""
+        self._subsystem = subsystem
+        self._able: bool | None = None
+        self._asked_at = 0.0
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._sequence = 0
@@ -65,6 +83,11 @@ class Conntrack:
     def __del__(self) -> None:
         if self._socket is not None:
             self._socket.close()
+
+    def findings(self) -> list[Finding]:
+        """Tell what this kernel lacks. It is asked once, and where it lacks something, now and then again."""
+        with self._lock:
+            return [] if self._can() else [LACKING]
 
     def to_port(self, protocol: str, port: int | None) -> list[Flow]:
         """The flows of a protocol, to one port or to any. Raises UnfitHost."""
@@ -100,25 +123,43 @@ class Conntrack:
                 if refused:
                     raise _unfit("delete a flow", OSError(refused[0], os.strerror(refused[0])))
 
+    def _can(self) -> bool:
+        """Whether the kernel answers: asked for a number, since a list may be refused for other reasons."""
+        now = time.monotonic()
+        if self._able is None or (not self._able and now > self._asked_at + AGAIN):
+            self._asked_at = now
+            try:
+                self._open().send(self._message(IPCTNL_MSG_CT_GET_STATS, NLM_F_REQUEST | NLM_F_ACK, b""))
+                (code,) = self._acknowledgements(1)
+            except OSError as error:
+                code = error.errno or 0
+            self._able = code not in UNSUPPORTED
+        return self._able
+
     def _dump(self, body: bytes) -> list[Flow]:
         with self._lock:
+            if not self._can():
+                return []
             self._send(self._message(IPCTNL_MSG_CT_GET, NLM_F_REQUEST | NLM_F_DUMP, body))
             return [flow for answer in self._answers() if (flow := _flow(answer)) is not None]
 
     def _message(self, kind: int, flags: int, body: bytes) -> bytes:
         self._sequence += 1
-        head = struct.pack("=IHHII", 20 + len(body), CTNETLINK << 8 | kind, flags, self._sequence, 0)
+        head = struct.pack("=IHHII", 20 + len(body), self._subsystem << 8 | kind, flags, self._sequence, 0)
         return head + struct.pack("=BBH", socket.AF_INET, 0, 0) + body
 
     def _send(self, data: bytes) -> None:
         try:
-            if self._socket is None:
-                opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
-                opened.bind((0, 0))
-                self._socket = opened
-            self._socket.send(data)
+            self._open().send(data)
         except OSError as error:
             raise _unfit("ask for flows", error) from error
+
+    def _open(self) -> socket.socket:
+        if self._socket is None:
+            opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
+            opened.bind((0, 0))
+            self._socket = opened
+        return self._socket
 
     def _receive(self) -> Iterator[tuple[int, int, bytes]]:
         """Read one datagram: (type, sequence number, body) of each message in it."""

@@ -41,14 +41,14 @@ class NftablesFirewall:
 
     name = "nftables"
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, conntrack: Conntrack | None = None) -> None:
         self._host = host
         self._file = host.run_root / "firewall.json"
         self._lock = threading.RLock()
         self._snapshot: Snapshot | None = None
         self._opened: Nft | None = None
         self._rule_set: RuleSet | None = None
-        self._conntrack = Conntrack()
+        self._conntrack = conntrack or Conntrack()
         self._loopback = Loopback()
         self._found: tuple[Finding, ...] = ()
         self._found_at = -1  # the rule set's generation then
@@ -109,10 +109,16 @@ class NftablesFirewall:
                 self._found = tuple(forwarding.findings(self._host, self._rules))
                 self._found_at = now
             lacking = self._loopback.unguarded
-            return (*self._found, *((Finding("firewall", lacking),) if lacking else ()))
+            able = self._conntrack.findings()
+            return (*self._found, *able, *((Finding("firewall", lacking),) if lacking else ()))
 
     def watch(self, tell: Callable[[str, str], None]) -> Callable[[], None]:
-        """Put the table back as soon as somebody alters it, and tell who did; returns what ends that."""
+        """Put the table back as soon as somebody alters it, and tell who did; returns what ends that.
+
+        Tells, too, what the kernel lacks: once, since nothing changes it while an agent runs.
+        """
+        for found in self._conntrack.findings():
+            tell(found.subject, f"{found.text} ({found.remedy})")
 
         def altered(who: str) -> bool:
             with self._lock:
