@@ -233,6 +233,23 @@ def test_network_under_a_new_name_lets_the_addresses_of_the_old_one_rest(ledger:
     assert not (tmp_path / "networks/shop~front").exists()
 
 
+def test_addresses_of_an_earlier_network_that_no_host_may_have_here_are_never_given(
+    tmp_path: Path, clock: Clock
+) -> None:
+    ledger, wide, narrow = Ledger(tmp_path, clock), IPv4Network("10.1.0.0/24"), IPv4Network("10.1.0.16/30")
+    ledger.keep("shop/old", wide)
+    ends = [str(narrow.network_address), str(narrow.broadcast_address)]
+    for end in ends:
+        ledger.leases("shop/old").take(f"shop/c{end}/1", f"i{end}", wide, GATEWAY, end)
+    ledger.rest("shop/old")
+    ledger.keep("shop/new", narrow)
+    clock.now += REST
+    leases = ledger.leases("shop/new")
+    assert leases.take(f"shop/c{ends[0]}/1", "a", narrow, "10.1.0.17", None) == "10.1.0.18"
+    with pytest.raises(Conflict, match="are taken"):
+        leases.take(f"shop/c{ends[1]}/1", "b", narrow, "10.1.0.17", None)
+
+
 def test_only_so_many_removed_networks_are_remembered(tmp_path: Path, clock: Clock) -> None:
     ledger = Ledger(tmp_path, clock)
     for n in range(70):

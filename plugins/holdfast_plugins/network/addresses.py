@@ -406,7 +406,10 @@ class Leases:
 
 
 def _fits(address: str, subnet: IPv4Network, gateway: str) -> bool:
-    return address != gateway and IPv4Address(address) in subnet
+    """Whether a container may have an address: one of an earlier, wider subnet may be an end of this one."""
+    number = IPv4Address(address)
+    ends = (subnet.network_address, subnet.broadcast_address)
+    return address != gateway and number in subnet and number not in ends
 
 
 def _changed(file: Path, now: float) -> float:
