@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +103,26 @@ def test_an_app_that_fills_the_disk_goes_by_a_commit_alone(small: LiveAgent, dis
     small.remove("greedy.toml")
     small.wait_until(lambda status: not status["apps"])
     assert all(is_gone(pid) for pid in pids)
+    small.wait_until(lambda status: bool(status["converged"]))
+
+
+def test_an_app_goes_while_the_disk_is_full_and_stays_full(small: LiveAgent, disk: Path) -> None:
+    small.write("first.toml", MODEST + 'networks = ["front"]\n[networks.front]\n')
+    small.wait(lambda: runs(small, "first/web"), "it runs")
+    pid = small.pid("first/web")
+    small.wait((small.host.root / "reserve").exists, "there is a reserve")
+    (small.host.root / "reserve").unlink()
+    with (disk / "of others").open("wb", buffering=0) as other, suppress(OSError):
+        while other.write(bytes(4096)):
+            pass
+    small.remove("first.toml")
+    small.wait(lambda: is_gone(pid), "it is stopped")
+    with (disk / "of others").open("ab", buffering=0) as other, suppress(OSError):
+        while other.write(bytes(4096)):
+            pass
+    small.wait_until(lambda status: not status["apps"])
+    assert is_full(disk)
+    (disk / "of others").unlink()
     small.wait_until(lambda status: bool(status["converged"]))
 
 

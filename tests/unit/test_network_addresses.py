@@ -199,6 +199,7 @@ def test_lease_of_an_older_agent_whose_instance_went_rests(tmp_path: Path, clock
     agent = Ledger(tmp_path, clock)
     agent.leases("shop/front").release("4f3a99b1c2d0")
     assert take(agent, "shop/web/1") == "10.1.0.3"
+    assert Ledger(tmp_path, clock).leases("shop/front").holder("10.1.0.2") is None
 
 
 def test_network_that_comes_back_has_its_subnet_and_its_addresses(

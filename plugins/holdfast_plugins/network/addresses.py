@@ -2,12 +2,14 @@
 
     ROOT/networks/<app~name>/subnet         the subnet of the network
     ROOT/networks/<app~name>/gone           present while there is no such network: since when, the subnet rests
-    ROOT/networks/<app~name>/leases/<ip>    "OWNER INSTANCE": whose address it is, and which instance has it now
+    ROOT/networks/<app~name>/leases/<ip>    "OWNER INSTANCE": whose address it is, and which instance has it now, or,
+                                            if nobody may write to the file, had it last
     ROOT/networks/<app~name>/forwarding     present if ip_forward was turned on for the network
 
 An owner is `app/container/slot`. It keeps its address while one instance after the other uses it. An address that
-nobody uses ("-" in place of the instance) rests: others get it only when no address is left that was never used, and
-not before REST seconds have passed. The same holds for the subnet of a network that was removed.
+nobody uses rests: others get it only when no address is left that was never used, and not before REST seconds have
+passed. The same holds for the subnet of a network that was removed. To let an address rest takes no room on the disk;
+"-" in place of an owner or an instance is nobody.
 
 A lease is a file made with O_EXCL: two givers can't give one address twice. What is on disk is the truth; a copy in
 memory avoids reading a thousand files for each new address. Older agents wrote the instance alone.
@@ -18,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import threading
 import time
 from bisect import bisect_right
@@ -33,6 +36,7 @@ NOT_CONTAINERS = 3  # addresses of a subnet that no container has: the network's
 REST = 30.0  # seconds that an address, or a subnet, stays unused before another owner gets it
 KEPT_GONE = 64  # removed networks whose subnets are remembered
 NOBODY = "-"
+RESTS = 0o444  # mode of the file of a lease that nobody uses
 
 
 def parse_subnet(network: str, text: str) -> IPv4Network:
@@ -193,7 +197,8 @@ class Ledger:
             kept = self._known().get(network)
             if kept is not None and kept.gone is None:
                 self.leases(network).release_all()
-                (self._of(network) / "gone").touch()
+                with contextlib.suppress(OSError):  # a full disk: it is not given to others, then
+                    (self._of(network) / "gone").touch()
                 self._known()[network] = replace(kept, gone=self._clock())
 
     def surplus(self) -> list[str]:
@@ -310,7 +315,7 @@ class Leases:
         with self._lock:
             self._load()
             if (lease := self._by_instance.get(instance)) is not None:
-                self._write(replace(lease, instance=NOBODY, freed=self._clock()))
+                self._rest(replace(lease, instance=NOBODY, freed=self._clock()))
 
     def release_all(self) -> None:
         """Let every address rest."""
@@ -373,6 +378,17 @@ class Leases:
             if lease.rests:
                 os.utime(fresh, (lease.freed, lease.freed))
             fresh.replace(self._folder / lease.address)
+        return self._exchange(known, lease)
+
+    def _rest(self, lease: Lease) -> None:
+        """Mark a lease on disk as one that rests, without a new file: on a full disk, too, what runs can go."""
+        file = self._folder / lease.address
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(file, (lease.freed, lease.freed))
+            file.chmod(RESTS)
+        self._exchange(self._by_address.get(lease.address), lease)
+
+    def _exchange(self, known: Lease | None, lease: Lease) -> str:
         if known is not None:
             self._forget(known)
         self._remember(lease)
@@ -396,10 +412,10 @@ class Leases:
         self._folder.mkdir(parents=True, exist_ok=True)
         for file in self._folder.iterdir():
             match [] if file.name.startswith(".") else file.read_text().split():
-                case [owner, instance]:
-                    self._remember(Lease(file.name, owner, instance, _changed(file, self._clock())))
-                case [instance]:
-                    self._remember(Lease(file.name, NOBODY, instance))
+                case [*owners, instance] if len(owners) < 2:
+                    user = NOBODY if stat.S_IMODE(file.stat().st_mode) == RESTS else instance
+                    owner = owners[0] if owners else NOBODY
+                    self._remember(Lease(file.name, owner, user, _changed(file, self._clock())))
                 case _:
                     file.unlink()  # its giver died before it was written
         self._read = True
