@@ -212,3 +212,20 @@ def test_users_are_those_of_the_passwd_that_is_mounted(image: LiveAgent, host: P
     agent.write("app.toml", OLD + f"user = 'tom'\nvolumes = ['{host}/passwd:/etc/passwd:ro']\n")
     agent.converge()
     assert agent.exec("app/c", "id", "-u").strip() == "4321"
+
+
+def test_a_container_that_stays_as_it_is_holds_up_no_commit_for_another(agent: LiveAgent, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    stays = f"[containers.stays]{SLEEPER}volumes = ['{folder}:/x']\n".replace("links:1", "busybox:1")
+    changes = f"[containers.changes]{SLEEPER}".replace("links:1", "busybox:1")
+    agent.write("app.toml", stays + changes)
+    agent.converge()
+    pid = agent.pid("app/stays")
+    folder.rmdir()
+    agent.write("app.toml", stays + changes + "environment = { NEW = '1' }\n")
+    agent.converge()
+    assert agent.pid("app/stays") == pid
+    agent.write("app.toml", stays + "environment = { NEW = '1' }\n" + changes)
+    agent.wait_until(lambda status: "no such" in str(status["apps"]["app"]["reason"]))
+    assert agent.pid("app/stays") == pid

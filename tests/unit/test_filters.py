@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +37,13 @@ def test_a_runtime_that_leaves_no_filter_teaches_none(tmp_path: Path) -> None:
     filters.learn(CONFIG, tmp_path)
     filters.annotate(config)
     assert config == CONFIG
+
+
+def test_a_config_is_written_whole_whatever_was_written_before_it() -> None:
+    filters = Filters()
+    profile = {"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW"}]}
+    for name in ("a", "b"):
+        for filter in (profile, {"defaultAction": "SCMP_ACT_ALLOW"}, None):
+            linux = {"cgroupsPath": name, **({"seccomp": filter} if filter else {})}
+            config = {"hostname": name, "linux": linux, "annotations": {"x": '"seccomp"'}}
+            assert json.loads(filters.dumps(config)) == config

@@ -156,11 +156,11 @@ def _merged(folders: Sequence[Path], name: str) -> list[Path]:
     """The entries that make up name in a merged directory, highest first: one file, or directories."""
     entries: list[Path] = []
     for folder in folders:
-        entry = folder / name
         try:
-            found = entry.lstat()
+            found = os.lstat(f"{folder}/{name}")  # a path of its own only for what is there
         except (FileNotFoundError, NotADirectoryError):
             continue
+        entry = folder / name
         if not stat.S_ISDIR(found.st_mode):
             return entries if entries or is_whiteout(found) else [entry]
         entries.append(entry)

@@ -71,7 +71,10 @@ def _stage(
         images = {name: _still_here(rig, name, digest) for name, digest in made.items()}
         images |= fetch_images(rig, app, action.images, checks)
         volumes = declared_volumes(rig, app, images)
+        known = rig.store.history().generations.get(app.name, ())
         for name in images:
+            if known and _is_as_in(known[-1], app, name, images[name], volumes.get(name, ())):
+                continue
             with checks.of(f"{app.name}/{name}"):
                 _check_container(rig, app, name, images[name], volumes.get(name, ()), checks)
         _check_unused_volumes(rig, app, checks)
@@ -79,7 +82,6 @@ def _stage(
             with checks.of(f"network {network}"):
                 _check_network(rig, app, network)
         checks.report(f"stage '{app.name}'")
-        known = rig.store.history().generations.get(app.name, ())
         number = known[-1].number + 1 if known else 1
         rig.store.put_generation(
             Generation(
@@ -250,6 +252,21 @@ def _from_archive(rig: Rig, reference: str) -> str:
         raise TryAgain(str(error)) from error
     finally:
         os.close(handle)
+
+
+def _is_as_in(earlier: Generation, app: App, name: str, image: str, volumes: tuple[Mount, ...]) -> bool:
+    """Whether a container is to be just what an earlier generation has, whose staging has checked it."""
+    then, want = earlier.app, app.containers[name]
+    if (then.depends_on, then.volumes, then.networks) != (app.depends_on, app.volumes, app.networks):
+        return False
+    if (then.containers.get(name), earlier.images.get(name)) != (want, image):
+        return False
+    return (earlier.image_volumes or {}).get(name, ()) == volumes and all(
+        then.files.get(mount.source) == app.files.get(mount.source)
+        and folder_files(then, mount) == folder_files(app, mount)
+        for mount in want.mounts
+        if mount.kind == "file"
+    )
 
 
 def _check_container(rig: Rig, app: App, name: str, image: str, volumes: tuple[Mount, ...], checks: _Checks) -> None:

@@ -6,7 +6,6 @@ already costs a look. A first start that fails is undone; a restart that fails l
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -322,7 +321,7 @@ def _write_bundle(rig: Rig, instance: Instance, ground: Ground) -> Bundle:
     )
     adjusted = rig.plugins.adjust_oci_config(instance.app, instance.container, made.config)
     rig.filters.annotate(adjusted.config)
-    (rig.host.instance(instance.id) / "config.json").write_text(json.dumps(adjusted.config, separators=(",", ":")))
+    (rig.host.instance(instance.id) / "config.json").write_text(rig.filters.dumps(adjusted.config))
     return Bundle(
         adjusted, settings, (*made.warnings, *settings.warnings, *filter(None, (unconfined,)), *adjusted.warnings)
     )

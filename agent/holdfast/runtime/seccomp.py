@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import platform
 import stat
 from base64 import b64encode
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from functools import lru_cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from holdfast.errors import UnfitHost, WrongState
 
 ANNOTATION = "run.oci.seccomp_bpf_data"
 LARGEST = 1 << 20  # bytes of a profile
+MOST = 64  # filters whose text is kept
 DEFAULT_PROFILE = Path("/usr/share/containers/seccomp.json")
 
 #: System calls that `harden` allows only with one of these capabilities (Docker's documentation, "Seccomp security
@@ -88,25 +89,44 @@ class Filters:
 
     def __init__(self) -> None:
         self._known: dict[str, str] = {}
+        self._written: dict[
+            int, tuple[object, str]
+        ] = {}  # id of a filter → it (which keeps the id its own), its text
+        self._mark = f"seccomp {os.urandom(16).hex()}"
 
     def annotate(self, config: dict[str, Any]) -> None:
         """Add the compiled form of a config.json's `linux.seccomp`, if it is known."""
-        known = self._known.get(_digest(config))
+        known = self._known.get(self._text(config))
         if known is not None:
             config["annotations"] = {**config.get("annotations", {}), ANNOTATION: known}
 
     def learn(self, config: Mapping[str, Any], state: Path) -> None:
         """Keep what crun compiled for a config.json; state: its folder for that container."""
-        key = _digest(config)
+        key = self._text(config)
         if key and key not in self._known:
             with suppress(OSError):
                 self._known[key] = b64encode((state / "seccomp.bpf").read_bytes()).decode()
 
+    def dumps(self, config: Mapping[str, Any]) -> str:
+        """A config.json as text. Its filter is half of it, is the same for nearly all, and is written once."""
+        text = self._text(config)
+        if not text:
+            return json.dumps(config, separators=(",", ":"))
+        bare = {**config, "linux": {**config["linux"], "seccomp": self._mark}}
+        return json.dumps(bare, separators=(",", ":")).replace(f'"{self._mark}"', text)
 
-def _digest(config: Mapping[str, Any]) -> str:
-    """What a config.json's filter is known by; "" if it has none."""
-    wanted = config.get("linux", {}).get("seccomp")
-    return sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest() if wanted else ""
+    def _text(self, config: Mapping[str, Any]) -> str:
+        """The filter of a config.json, by which its compiled form is known, too; "" if it has none."""
+        wanted = config.get("linux", {}).get("seccomp")
+        if not wanted:
+            return ""
+        known = self._written.get(id(wanted))
+        if known is None:
+            if len(self._written) >= MOST:
+                self._written.clear()
+            known = wanted, json.dumps(wanted, sort_keys=True, separators=(",", ":"))
+            self._written[id(wanted)] = known
+        return known[1]
 
 
 def profile(name: str, capabilities: Collection[str], *, privileged: bool = False) -> Mapping[str, Any] | None:
