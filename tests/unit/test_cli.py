@@ -93,6 +93,19 @@ def test_status_tells_what_is_on_its_way_and_what_is_newer(agent: PaperAgent, sa
     assert "db:1: the registry is asked" in told
 
 
+def test_status_says_once_what_a_container_lacks(agent: PaperAgent, said: Callable[[], str]) -> None:
+    status = agent.status()
+    web = status["apps"]["shop"]["containers"]["web"]
+    web["reason"] = "its link was removed"
+    (run,) = web["instances"]
+    web["instances"] = [{**run, "faults": ["its link was removed"], "warnings": ["no limit"]}]
+    show_status(status)
+    assert [line.strip() for line in said().splitlines() if line.startswith("    ")] == [
+        "its link was removed",
+        "warning: no limit",
+    ]
+
+
 def test_status_json_is_what_the_agent_says(agent: PaperAgent, run: Run, said: Callable[[], str]) -> None:
     assert run("status", "--json") == 0
     assert json.loads(said()) == json.loads(json.dumps(agent.status()))

@@ -334,7 +334,7 @@ def container_rows(name: str, container: Json, at: float, *, above: str) -> Iter
                 ports(container, newest),
                 image(container, instance) if newest else "",
             ],
-            [*notes, *(instance_notes(instance) if instance else ())],
+            list(dict.fromkeys([*notes, *(instance_notes(instance) if instance else ())])),
         )
 
 
