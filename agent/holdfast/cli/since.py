@@ -59,6 +59,9 @@ def moment(text: str, now: float) -> float:
     if text.endswith(tuple(SECONDS)):
         return now - seconds(text)
     try:
-        return float(text)
+        found = float(text)
     except ValueError:
         return datetime.fromisoformat(text).timestamp()
+    if not math.isfinite(found):
+        raise ValueError(text)
+    return found
