@@ -222,6 +222,9 @@ class BuildsTable(Table):
         Size | None, Field(ge=32 << 20, description="of one build, at least 32MiB; absent: 3/4 of the host's")
     ] = None
     pids: Annotated[int, Field(ge=16, description="processes and threads of one build")] = 4096
+    concurrency: Annotated[
+        int | None, Field(ge=1, le=12, description="builds at a time; absent: one for each processor, at most 8")
+    ] = None
     cache: Annotated[Size, Field(ge=0, description="layers that are kept for later builds")] = 10 << 30
 
 
@@ -334,10 +337,12 @@ class ImageSettings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildSettings:
     """What builds may take. memory (bytes; None: three quarters of the host's) and pids: of one build, all its
-    processes together. cache: bytes of the layers that are kept for later builds."""
+    processes together. concurrency: builds at a time, None: one for each processor, at most 8. cache: bytes of the
+    layers that are kept for later builds."""
 
     memory: int | None = None
     pids: int = 4096
+    concurrency: int | None = None
     cache: int = 10 << 30
 
 

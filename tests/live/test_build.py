@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Workshop:
         self.outputs: list[list[str]] = []
         self.store = ImageStore(host.root / "images", settings)
         self.outside = Outside(self.store, Puller(self.store, settings))
-        self.builder = Builder(self.store, settings, host, self.tell, self.outside)
+        self.builder = Builder(self.store, settings, host, self.tell, self.outside, BuildSettings(concurrency=2))
 
     @property
     def buildah(self) -> Buildah:
@@ -677,6 +677,25 @@ def test_what_an_app_builds_waits_for_no_other_app(workshop: Workshop) -> None:
         workshop.builder.close()
         with pytest.raises(TryAgain):
             slow.result(20)
+
+
+def test_no_more_builds_run_at_a_time_than_the_settings_say(workshop: Workshop) -> None:
+    workshop.builder.builds = BuildSettings(concurrency=1)
+    other = {"other.toml": '[images.quick]\ncontext = "./quick"\n[containers.c]\nimage = "images.quick"\n'}
+    files = {**other, "quick/Dockerfile": "FROM scratch\nCOPY Dockerfile /\n"}
+    with ThreadPoolExecutor(2) as pool, closing(workshop.builder):
+        slow = pool.submit(workshop.build, shop(BUSYBOX + "RUN echo begun; sleep 1000\n"))
+        wait_until(lambda: "begun\n" in workshop.log(), "the step runs")
+        quick = pool.submit(workshop.build, files, "other/quick")
+        wait_until(lambda: bool(workshop.builder._turn_ends._waiters), "the second waits for its turn")  # type: ignore[attr-defined]
+        assert [each["image"] for each in workshop.builder.look()] == ["images.shop/web"]
+        assert workshop.buildah._process is not None
+        workshop.buildah._process.terminate()
+        with pytest.raises(WrongState):
+            slow.result(20)
+        assert quick.result(60).layers
+    told = [(kind, subject) for kind, subject, message in workshop.told if not message.startswith("built in")]
+    assert told == [("build", "image shop/web"), ("failed", "image shop/web"), ("build", "image other/quick")]
 
 
 @pytest.mark.timeout(400)

@@ -47,13 +47,14 @@ BINFMT = Path("/proc/sys/fs/binfmt_misc")
 QEMU = {"386": "i386", "amd64": "x86_64", "arm64": "aarch64", "loong64": "loongarch64"}
 
 DEFAULTS = BuildSettings()
+MOST = 8  # builds at a time, where agent.toml does not say
 OLD_PLACES = ("storage", "work")  # of all apps together, in older versions
 Images = Mapping[str, Build]
 Blobs = Mapping[str, bytes]
 
 
 class Builder:
-    """Builds the images of one agent, one at a time for each app. Safe for several threads."""
+    """Builds the images of one agent: one at a time for each app, and so many in all. Safe for several threads."""
 
     def __init__(
         self,
@@ -72,6 +73,8 @@ class Builder:
         self.logs = host.root / "builds/logs"
         self.caches = host.root / "builds/apps"
         self._lock = threading.Lock()
+        self._turn_ends = threading.Condition(self._lock)
+        self._turns = 0  # builds that run
         self._buildahs: dict[str, Buildah] = {}
         self._pushing: dict[str, threading.Lock] = {}
         self._now: dict[str, Json] = {}
@@ -181,6 +184,7 @@ class Builder:
             self._closed = True
             for buildah in self._buildahs.values():
                 buildah.close()
+            self._turn_ends.notify_all()
 
     def _made(self, name: str, images: Images, blobs: Blobs) -> Image:
         """Build an image, and first what it is built from, each with its app's buildah: no two locks are held."""
@@ -194,6 +198,25 @@ class Builder:
             bases = self._bases(name, build, blobs, ours)
             with self.buildah(name.partition("/")[0]).alone():
                 return self.find(name, build) or self._build(name, images, blobs, bases)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait until not too many build. Whoever has a turn waits for no other build: this is its last lock."""
+        with self._turn_ends:
+            self._turn_ends.wait_for(lambda: self._closed or self._turns < self._most)
+            if self._closed:
+                raise TryAgain("run 'buildah': the agent is stopping")
+            self._turns += 1
+        try:
+            yield
+        finally:
+            with self._turn_ends:
+                self._turns -= 1
+                self._turn_ends.notify_all()
+
+    @property
+    def _most(self) -> int:
+        return self.builds.concurrency or min(os.cpu_count() or 1, MOST)
 
     def _bases(self, name: str, build: Build, blobs: Blobs, ours: Mapping[str, Image]) -> dict[str, Base]:
         """What an image starts from, in our store: as it is written → where it is for buildah, and what."""
@@ -216,8 +239,9 @@ class Builder:
         self._check_room(name)
         for base in {each.name: each for each in bases.values()}.values():
             self._take_in(buildah, base)
-        subject, began = f"image {name}", time.monotonic()
-        with self._logged(name) as log:
+        subject = f"image {name}"
+        with self._turn(), self._logged(name) as log:
+            began = time.monotonic()
             self.told("build", subject, f"building from {build.context or '.'} ({build.dockerfile})")
             with self._failing(name, _dockerfile(build, blobs)), self._scratch(buildah) as folder:
                 id = self._make(folder, name, images, blobs, log.hear, bases)
@@ -363,7 +387,7 @@ class Builder:
         """Build for the other platforms, and push all as one index, while we are alone."""
         build, own, buildah = images[name], built_name(name, images[name]), self._of(name)
         self._take_in(buildah, Base(own, self.store.resolve(own)))
-        with self._logged(name) as log, self._failing(name):
+        with self._turn(), self._logged(name) as log, self._failing(name):
             ids = [buildah.names()[own]]
             for platform in others:
                 built = buildah.names().get(_tag_for(own, platform))
