@@ -56,7 +56,9 @@ def image(agent: LiveAgent, busybox_rootfs: Rootfs, tmp_path: Path) -> LiveAgent
     }.items():  # fmt: skip
         (root / "bin" / name).write_bytes(text)
         (root / "bin" / name).chmod(0o755)
-    agent.image("links:1", pack(root, tmp_path / "links.tar"))
+    tar = pack(root, tmp_path / "links.tar")
+    agent.image("links:1", tar)
+    agent.cli("image", "import", "-c", "STOPSIGNAL banana", str(tar), "banana:1")
     return agent
 
 
@@ -116,6 +118,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "argument-too-long": (f'command = ["sleep", "{"x" * 131_072}"]', "", "131072 bytes"),
     "user-unknown": ('user = "nobody-here"', "", "does not know it"),
     "user-hidden": ('user = "nobody"\nvolumes = ["HOST/file:/etc/passwd"]', "", "does not know it"),
+    "signal-of-the-image": ('image = "banana:1"', "", "signal 'banana': there is no such signal"),
     "device-missing": ('devices = ["HOST/file:/dev/x"]', "", "no such device"),
     "device-on-file": ('devices = ["/dev/null:/etc/passwd"]', "", "is there already"),
     "device-below-file": ('devices = ["/dev/null:/etc/passwd/x"]', "", "is not a directory"),

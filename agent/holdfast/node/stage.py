@@ -27,8 +27,9 @@ from holdfast.observed import Generation, Instance, InstanceId, Json
 from holdfast.plan.actions import StageGeneration
 from holdfast.plan.diff import folder_files
 from holdfast.runtime.binaries import foreign_formats
+from holdfast.runtime.conmon import signal_number
 from holdfast.runtime.executables import check_size, find_executable
-from holdfast.runtime.oci import command_line, environment, oci_config, ordered_mounts, working_dir
+from holdfast.runtime.oci import command_line, environment, oci_config, ordered_mounts, stop_signal, working_dir
 from holdfast.runtime.ports import check_free
 from holdfast.runtime.sysctls import try_sysctls
 from holdfast.spec.forms import archive_path, built
@@ -316,6 +317,8 @@ def _check_inside(
     with checks.of(what):
         made = oci_config(replace(request, user=user_of(want, base, view)))
         rig.plugins.adjust_oci_config(app.name, name, made.config)
+    with checks.of(what):
+        signal_number(stop_signal(want, base.config))
     with checks.of(what):
         check_devices(view, request.devices)
     with checks.of(what):

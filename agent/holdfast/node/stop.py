@@ -74,9 +74,11 @@ def tell_exit(rig: Rig, instance: Instance, ended: Exit) -> None:
 
 
 def _image_signal(rig: Rig, instance: Instance) -> str:
+    """What asks it to end. The image may be gone by now, or name no signal: the process must end all the same."""
     try:
         config = rig.base(instance.image).config
-    except (HoldfastError, OSError):  # the image may be gone by now; the process must end all the same
+        signal_number(stop_signal(instance.want, config))
+    except (HoldfastError, OSError):
         config = {}
     return stop_signal(instance.want, config)
 

@@ -31,6 +31,7 @@ from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
 from holdfast.observed import Exit, Json
 from holdfast.runtime import cgroup, delegation
 from holdfast.runtime.binaries import RuntimeBinary
+from holdfast.spec import forms
 
 CREATE_TIMEOUT = 60.0  # seconds
 EXEC_READ = 60.0  # seconds after which the runtime has read what it was to run
@@ -464,14 +465,13 @@ def reap(pid: int) -> bool:
 def signal_number(signal_name: int | str) -> int:
     """Turn 15, "15", "TERM", "SIGTERM" or "SIGRTMIN+3" into a number; WrongState if there is none."""
     text = str(signal_name).upper().removeprefix("SIG")
-    base, plus, offset = text.partition("+")
     try:
-        number = int(text) if text.isdecimal() else signal.Signals[f"SIG{base}"] + (int(offset) if plus else 0)
-    except (KeyError, ValueError):
+        number = int(text) if text.isdecimal() else forms.signal_number(f"SIG{text}")
+    except ValueError:
         number = 0
     if not 1 <= number <= signal.SIGRTMAX:
         raise WrongState(f"signal '{signal_name}': there is no such signal (SIGTERM, SIGQUIT, …)")
-    return int(number)
+    return number
 
 
 def _read_line(pipe: int, deadline: float) -> bytes:
