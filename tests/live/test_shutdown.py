@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from ground import patient
+from holdfast.drivers import Host
 from live.agent import LiveAgent
 
 pytestmark = pytest.mark.live
@@ -108,6 +111,38 @@ def test_all_containers_end_within_the_total_and_a_long_grace_takes_nothing_from
     agent.start()
     ends = {event["subject"]: event for event in agent.events() if event.get("reason") == "the host goes down"}
     assert ends["shop/front"]["killed"]
+    assert not ends["shop/back"]["killed"]
+
+
+@pytest.fixture
+def freezer(site: Host) -> Iterator[Path]:
+    """A cgroup of its own, in which not even SIGKILL ends what is frozen."""
+    place = Path("/sys/fs/cgroup/freezer") / f"ice-{site.name}"
+    if not place.parent.is_dir():
+        pytest.skip("cgroup v2 kills what is frozen")
+    place.mkdir()
+    yield place
+    (place / "freezer.state").write_text("THAWED")
+    deadline = time.monotonic() + patient(30)
+    while (place / "cgroup.procs").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    place.rmdir()
+
+
+def test_what_can_not_be_stopped_keeps_nothing_else_running(agent: LiveAgent, freezer: Path) -> None:
+    agent.write("shop.toml", STUBBORN)
+    agent.converge()
+    back = agent.pid("shop/back")
+    (freezer / "cgroup.procs").write_text(str(agent.pid("shop/front")))
+    (freezer / "freezer.state").write_text("FROZEN")
+    agent.stop()
+    agent.configure(more='shutdown_timeout = "20s"')
+    done = agent.cli("shutdown", "--now", check=False, timeout=120)
+    assert "shop/front" in done.stderr
+    assert done.returncode == 75
+    assert not Path(f"/proc/{back}").exists()
+    ends = {event["subject"]: event for event in agent.events() if event.get("reason") == "the host goes down"}
     assert not ends["shop/back"]["killed"]
 
 

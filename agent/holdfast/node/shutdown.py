@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
@@ -17,10 +18,13 @@ from holdfast.plan.shutdown import REASON, count_waves, next_stops
 from holdfast.runtime import cgroup
 
 MANY = 128  # stops at a time
+SIGKILLED = 2.0  # seconds that a process has to be gone after SIGKILL
 
 
 def shut_down(rig: Rig, total: float, beat: Callable[[float], None] = lambda left: None) -> list[str]:
     """Stop every container, dependents first, each by its own signal and grace; return a line for each that failed.
+
+    What can't be stopped keeps nothing else running.
 
     total: seconds for all of it. What is left of them is shared by the waves that are still to come, so that a
     long grace of the first takes nothing from the last, which mostly are the databases. beat: told now and then how
@@ -30,17 +34,19 @@ def shut_down(rig: Rig, total: float, beat: Callable[[float], None] = lambda lef
     observe(rig, lambda id, run: False)  # notes what has ended by itself since an agent looked
     history, failed = rig.store.history(), dict[str, str]()
     in_hand: dict[Future[None], StopInstance] = {}
+    begun: dict[str, float] = {}  # instance → when its stop began, monotonic
     with ThreadPoolExecutor(MANY, "stop") as pool:
         while True:
             taken = {action.instance for action in in_hand.values()} | failed.keys()
-            observed = _seen(rig)
+            stuck = {action.instance for action in in_hand.values() if _is_stuck(action, begun)}
+            observed = _seen(rig, stuck | failed.keys())
             waves, now = count_waves(observed, history, time.time()), time.time()
             left = max(deadline - time.monotonic(), 0.0)
             beat(left)
             for action in next_stops(observed, history, now):
                 if action.instance not in taken:
-                    share = min(action.grace, left / max(waves, 1))
-                    in_hand[pool.submit(_stop, rig, replace(action, grace=share))] = action
+                    share = replace(action, grace=min(action.grace, left / max(waves, 1)))
+                    in_hand[pool.submit(_stop, rig, share, begun)] = share
             if not in_hand:
                 return list(failed.values())
             for done in wait(in_hand, 1.0, FIRST_COMPLETED).done:
@@ -50,13 +56,21 @@ def shut_down(rig: Rig, total: float, beat: Callable[[float], None] = lambda lef
                     rig.store.event("failed", action.subject, str(error), verb=action.verb, reason=REASON)
 
 
-def _seen(rig: Rig) -> Observed:
-    """The containers alone: what else is on the host goes with it."""
-    return Observed(at=time.time(), instances=tuple(rig.store.instances.values()))
+def _is_stuck(action: StopInstance, begun: Mapping[str, float]) -> bool:
+    """Whether not even SIGKILL has ended it: what it depends on does not wait for it any longer."""
+    return time.monotonic() > begun.get(action.instance, math.inf) + action.grace + SIGKILLED
 
 
-def _stop(rig: Rig, action: StopInstance) -> None:
-    began, run = time.monotonic(), rig.run_of(action.instance)
+def _seen(rig: Rig, lost: Collection[str]) -> Observed:
+    """The containers alone: what else is on the host goes with it. lost: those that can't be stopped."""
+    return Observed(
+        at=time.time(), instances=tuple(each for each in rig.store.instances.values() if each.id not in lost)
+    )
+
+
+def _stop(rig: Rig, action: StopInstance, begun: dict[str, float]) -> None:
+    began = begun[action.instance] = time.monotonic()
+    run = rig.run_of(action.instance)
     if run is None or not rig.runtime.alive(run):  # by itself, just now
         observe(rig, lambda id, run: False)
         if not _runs(rig, action.instance):
