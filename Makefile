@@ -16,7 +16,7 @@ help:
 
 # What only the tests need: a registry to pull from, passwords and certificates for it, a real root file system, another
 # engine that reads our images, the parser of AppArmor profiles.
-test-packages := docker-registry apache2-utils openssl debootstrap podman apparmor
+test-packages := docker-registry apache2-utils openssl debootstrap podman apparmor xfsprogs
 
 setup:
 	@packaging/setup.sh --develop

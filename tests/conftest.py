@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from busybox_image import unpack_tar, write_busybox_tar
-from ground import Rootfs, find_port, make_site
+from ground import PATIENCE, Rootfs, find_port, make_site, patient
 from holdfast.drivers import Host
 
 PROGRAMS = ("conmon", "nft", "ip", "git", "busybox", "skopeo", "buildah")
@@ -32,6 +32,13 @@ def why_not_live() -> str | None:
     if shutil.which("crun") is None and shutil.which("runc") is None:
         missing.append("crun or runc")
     return f"missing: {', '.join(missing)} (make setup)" if missing else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give a test more time where everything takes longer."""
+    for item in items:
+        if PATIENCE != 1 and (limit := item.get_closest_marker("timeout")):
+            item.add_marker(pytest.mark.timeout(patient(limit.args[0])), append=False)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -168,7 +168,7 @@ class LiveAgent:
         while not condition():
             assert self.process is None or self.process.poll() is None, f"the agent died:\n{self.log()}"
             assert time.monotonic() < deadline, f"waited {timeout} s in vain until {what}:\n{state()}"
-            time.sleep(0.03)
+            time.sleep(patient(0.03))
 
     def log(self) -> str:
         """The last 16 KiB of what the agent wrote."""

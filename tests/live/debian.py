@@ -8,6 +8,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from ground import patient
+
 SUITE = "bookworm"
 MIRROR = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
 CACHE = Path(__file__).parents[2] / ".pytest_cache/debian"
@@ -33,7 +35,7 @@ def _make(tar: Path) -> None:
     try:
         done = subprocess.run(
             [program, "--variant=minbase", SUITE, str(folder), MIRROR],
-            capture_output=True, text=True, check=False, timeout=240, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, check=False, timeout=patient(240), stdin=subprocess.DEVNULL,
         )  # fmt: skip
         if done.returncode != 0:
             raise LookupError(f"debootstrap failed: {(done.stdout + done.stderr).strip().splitlines()[-1:]}")

@@ -108,7 +108,7 @@ class Registry:
         """End the process; the port is closed afterwards."""
         if self.process is not None:
             self.process.kill()
-            self.process.wait(10)
+            self.process.wait(patient(10))
             self.process = None
 
     close = stop
@@ -198,11 +198,11 @@ def make_island(stack: ExitStack, name: str, here: str, there: str) -> Island:
 
 
 def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=20)
+    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=patient(20))
 
 
 def _openssl(*words: str) -> None:
-    done = subprocess.run(["openssl", *words], check=False, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["openssl", *words], check=False, capture_output=True, text=True, timeout=patient(30))
     assert done.returncode == 0, f"openssl {' '.join(words)}: {done.stderr}"
 
 

@@ -10,6 +10,7 @@ from urllib.request import urlopen
 
 import pytest
 
+from ground import patient
 from holdfast.store import Store
 from live.agent import LiveAgent
 
@@ -60,7 +61,7 @@ def test_apps_reach_their_own_containers_and_no_others(agent: LiveAgent, free_po
     way_out = agent.exec("other/client", "ip", "route").split("default via ")[1].split()[0]
     assert fetches(agent, "other/client", way_out, port), "a published port is open to other apps"
     assert fetches(agent, "shop/client", way_out, port), "and to the app itself"
-    with urlopen(f"http://127.0.0.1:{port}/hostname", timeout=10) as answer:
+    with urlopen(f"http://127.0.0.1:{port}/hostname", timeout=patient(10)) as answer:
         assert answer.read() == b"db\n"
 
 

@@ -62,7 +62,7 @@ def carried(registry: Registry, busybox_rootfs: Rootfs, tmp_path: Path) -> Path:
     assert registry.fetched(shared) == 1
     for name in ("tagged:1", "docker:1", f"pinned@{pinned['digest']}"):
         source = f"oci-archive:{bundle}:{registry.address}/team/{name}"
-        subprocess.run(["skopeo", "inspect", source], check=True, capture_output=True, timeout=60)
+        subprocess.run(["skopeo", "inspect", source], check=True, capture_output=True, timeout=patient(60))
     registry.stop()
     for path in (*layout.blobs.iterdir(), *tree.glob("*.toml")):
         path.unlink()

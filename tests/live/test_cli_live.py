@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import pytest
 
+from ground import patient
 from holdfast.drivers import Host
 from holdfast.runtime.logs import LINE
 from live.agent import HOLDFAST, LiveAgent
@@ -44,13 +45,13 @@ def follow(agent: LiveAgent, *args: str) -> subprocess.Popen[str]:
 def read_until(process: subprocess.Popen[str], words: str, timeout: float = 20) -> str:
     """What a process prints up to the line with these words; the process is ended then."""
     assert process.stdout is not None
-    told, deadline = "", time.monotonic() + timeout
+    told, deadline = "", time.monotonic() + patient(timeout)
     with process.stdout as stream:
         while words not in told and time.monotonic() < deadline:
             if select.select([stream], [], [], 0.1)[0]:
                 told += os.read(stream.fileno(), 65536).decode()
         process.send_signal(signal.SIGINT)
-        process.wait(10)
+        process.wait(patient(10))
     assert words in told
     return told
 
@@ -160,7 +161,7 @@ def test_exec_hands_on_exit_code_input_user_and_terminal(agent: LiveAgent) -> No
         [HOLDFAST, "exec", "-it", "web", "sh", "-c", "tty; exit 3"],
         stdin=follower, stdout=follower, stderr=follower, env=environment, start_new_session=True,
     ) as process:  # fmt: skip
-        assert process.wait(20) == 3
+        assert process.wait(patient(20)) == 3
     assert b"/dev/" in os.read(leader, 4096)
     os.close(leader)
     os.close(follower)

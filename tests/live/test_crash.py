@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from footprint import cgroups, tables
-from ground import Rootfs
+from ground import Rootfs, patient
 from holdfast.drivers import Host
 from holdfast.observed import Hold
 from holdfast.store import Store
@@ -186,7 +186,7 @@ class World:
 
 def fetch(port: int, path: str) -> bytes:
     """GET from a server that may not listen yet."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + patient(5)
     while True:
         try:
             with socket.create_connection(("127.0.0.1", port), 2) as connection:
@@ -375,7 +375,7 @@ def test_kills_at_any_moment_while_the_state_changes_do_no_harm(world: World) ->
     editor = threading.Thread(target=edit)
     editor.start()
     try:
-        deadline, kills = time.monotonic() + 12, 0
+        deadline, kills = time.monotonic() + patient(12), 0
         while time.monotonic() < deadline:
             kills += world.crashing.run(kill_after=moments.uniform(0.01, 0.5)).killed
             assert world.runs()["calm/calm"] == world.calm

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ground import patient
 from holdfast.drivers import Host
 from holdfast.runtime.binaries import obstacle_for
 from live.agent import LiveAgent
@@ -73,7 +74,7 @@ def test_crun_carries_an_app_from_its_first_start_to_nothing(
 
 
 def page(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/index.html", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/index.html", timeout=patient(5)) as answer:
         text: bytes = answer.read()
     return text.decode()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from footprint import leftovers
+from ground import patient
 from holdfast.drivers import Host
 
 DEMO = Path(__file__).parents[2] / "examples/demo.py"
@@ -43,7 +44,7 @@ def what_is_left() -> list[str]:
 
 def test_demo_observes_every_step_and_leaves_nothing() -> None:
     with demo("--shared") as process:
-        told, _ = process.communicate(timeout=110)
+        told, _ = process.communicate(timeout=patient(110))
     assert process.returncode == 0, told
     assert "make run" in told.splitlines()[-1]
     assert what_is_left() == []
@@ -55,6 +56,6 @@ def test_demo_that_is_interrupted_leaves_nothing() -> None:
         seen = next((line for line in process.stdout if "server and client run" in line), None)
         assert seen, "the first step did not come up"
         os.kill(process.pid, signal.SIGINT)
-        told, _ = process.communicate(timeout=60)
+        told, _ = process.communicate(timeout=patient(60))
     assert process.returncode == 130, told
     assert what_is_left() == []

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from ground import Rootfs
+from ground import Rootfs, patient
 from holdfast.images.store import ImageStore
 from holdfast.images.write import FORMATS, save
 from holdfast.runtime import cgroup
@@ -46,7 +46,7 @@ def busybox(busybox_rootfs: Rootfs) -> bytes:
 
 
 def wait(condition: Callable[[], object], what: str, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patient(seconds)
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)
@@ -62,7 +62,7 @@ def directories(root: Path) -> set[str]:
 
 
 def run(*words: str) -> str:
-    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=patient(60))
     assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
     return done.stdout
 
@@ -190,12 +190,12 @@ def test_who_stops_watching_a_pull_leaves_it_to_the_agent_and_prune_takes_what_i
         wait(lambda: connections(agent.host.run_root / "agent.sock") == 2, "both are under way")
         assert [each["ref"] for each in agent.status()["transfers"]] == [ref]
         one.send_signal(signal.SIGINT)
-        said = one.communicate(timeout=20)[1].splitlines()
+        said = one.communicate(timeout=patient(20))[1].splitlines()
         assert (one.returncode, said[-1]) == (
             130,
             f"holdfast: pull '{ref}': the agent goes on pulling it (see 'holdfast status')",
         )
-        lines = two.communicate(timeout=60)[1].splitlines()
+        lines = two.communicate(timeout=patient(60))[1].splitlines()
     assert two.returncode == 75 and len(lines) == len(set(lines))
     agent.wait(
         lambda: [each["kind"] for each in agent.events() if each["subject"] == ref].count("failed") == 2, "told"
@@ -264,7 +264,7 @@ def test_a_container_that_stands_still_when_its_agent_is_killed_goes_on_with_the
         agent.kill()
     finally:
         export.send_signal(signal.SIGKILL)
-        export.wait(20)
+        export.wait(patient(20))
         os.close(ours)
         os.close(theirs)
     agent.start()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ground import patient
+
 pytestmark = [pytest.mark.live, pytest.mark.usefixtures("mounts_alone"), pytest.mark.timeout(600)]
 
 ALONE = """
@@ -28,7 +30,7 @@ def mounts():
 def _alone(script: str) -> str:
     """What a script prints that has /run for itself."""
     command = ["unshare", "--mount", "--propagation", "private", sys.executable, "-c", ALONE + script]
-    done = subprocess.run(command, text=True, capture_output=True, timeout=60, check=False, cwd=Path("/"))
+    done = subprocess.run(command, text=True, capture_output=True, timeout=patient(60), check=False, cwd=Path("/"))
     assert done.returncode == 0, done.stderr
     return done.stdout
 

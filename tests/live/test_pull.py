@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from ground import Rootfs
+from ground import Rootfs, patient
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongCall, WrongState
 from holdfast.images.pull import Puller
 from holdfast.images.store import ImageStore
@@ -41,7 +41,7 @@ def layers_of(layout: Path, tag: str = "latest") -> list[str]:
 
 
 def wait_for(condition: Callable[[], Any], what: str, timeout: float = 20) -> None:
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + patient(timeout)
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain until {what}"
         time.sleep(0.01)

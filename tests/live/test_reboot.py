@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from footprint import leftovers, sweep, tables
+from ground import patient
 from live.agent import LiveAgent, Status
 from live.census import await_census, expected_census, stored_instances
 
@@ -89,7 +90,7 @@ def lasting(found: Status) -> dict[str, Any]:
 
 def wait_gone(pid: int) -> None:
     """Wait until a process has ended; a zombie has."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patient(10)
     while time.monotonic() < deadline:
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
@@ -113,7 +114,7 @@ def exits(agent: LiveAgent, container: str) -> list[str]:
 def reboot(agent: LiveAgent) -> None:
     """Take away all that a reboot does: processes, mounts, links, namespaces, cgroups, the table, the run root."""
     agent.kill()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patient(10)
     while leftovers(agent.host):
         assert time.monotonic() < deadline, leftovers(agent.host)
         sweep(agent.host)

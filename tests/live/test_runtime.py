@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ground import Rootfs
+from ground import Rootfs, patient
 from holdfast.drivers import CgroupWant, Host
 from holdfast.errors import UnfitHost, WrongState
 from holdfast.node.logkeeper import LogKeeper
@@ -34,7 +34,7 @@ MIB = 1024 * 1024
 
 
 def wait_for(condition: Callable[[], Any], timeout: float = 10.0) -> Any:
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + patient(timeout)
     while not (found := condition()):
         assert time.monotonic() < deadline, "condition not met in time"
         time.sleep(0.005)
@@ -363,7 +363,7 @@ def test_exec_runs_beside_it(box: Box) -> None:
     want = ExecWant(argv=["sh", "-c", "echo $A; pwd; id -u"], environment={"A": "b"}, workdir="/tmp")
     process = exec_process(box.runtime.process(id), want, User(5), home_is_set=False)
     answer = subprocess.run(
-        box.runtime.exec_argv(id, process), capture_output=True, text=True, check=True, timeout=20
+        box.runtime.exec_argv(id, process), capture_output=True, text=True, check=True, timeout=patient(20)
     )
     assert answer.stdout.split() == ["b", "/tmp", "5"]
 

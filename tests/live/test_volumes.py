@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ground import patient
 from live.agent import HOLDFAST, LiveAgent
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]  # a busy machine takes its time
@@ -74,7 +75,7 @@ def test_a_prune_spares_what_an_agent_mounts_by_the_time_the_question_is_answere
     agent.start()
     agent.converge()
     agent.exec("shop/one", "touch", "/data/kept")
-    assert "removed" not in prune.communicate("y\n", timeout=60)[0]
+    assert "removed" not in prune.communicate("y\n", timeout=patient(60))[0]
     assert agent.exec("shop/one", "ls", "/data") == "kept\n"
 
 
