@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from footprint import leftovers
-from ground import Rootfs
+from ground import Rootfs, patient
 from holdfast.config import BuildSettings, ImageSettings
 from holdfast.drivers import Host
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
@@ -30,6 +31,7 @@ from holdfast.images.image import Image, architecture
 from holdfast.images.outside import Outside
 from holdfast.images.pull import Puller
 from holdfast.images.store import ImageStore
+from holdfast.runtime import cgroup, delegation
 from holdfast.spec import NodeFacts, Spec, load
 from layouts import make_layout
 from live.agent import HOLDFAST, LiveAgent
@@ -110,10 +112,10 @@ def content(image: Image, path: str) -> str | None:
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + patient(20)
     while not condition():
         assert time.monotonic() < deadline, what
-        time.sleep(0.02)
+        time.sleep(patient(0.02))
 
 
 @pytest.fixture
@@ -385,7 +387,7 @@ def test_closing_ends_a_build_at_once(workshop: Workshop) -> None:
         wait_until(lambda: "begun\n" in workshop.log(), "the step runs")
         workshop.builder.close()
         with pytest.raises(TryAgain, match="stopping"):
-            building.result(10)
+            building.result(patient(10))
 
 
 def commit(agent: LiveAgent, files: Mapping[str, str | bytes]) -> None:
@@ -619,7 +621,7 @@ def test_no_argument_of_a_build_is_in_a_command_line(workshop: Workshop) -> None
         seen = [line for line in command_lines() if b"s3cret-of-build\0" in line or b"=s3cret-of-build" in line]
         workshop.builder.close()
         with pytest.raises(TryAgain):
-            building.result(20)
+            building.result(patient(20))
     assert seen == []
 
 
@@ -676,7 +678,7 @@ def test_what_an_app_builds_waits_for_no_other_app(workshop: Workshop) -> None:
         assert [each["image"] for each in workshop.builder.look()] == ["images.shop/web"]
         workshop.builder.close()
         with pytest.raises(TryAgain):
-            slow.result(20)
+            slow.result(patient(20))
 
 
 def test_no_more_builds_run_at_a_time_than_the_settings_say(workshop: Workshop) -> None:
@@ -714,6 +716,40 @@ def test_a_build_is_held_to_its_limits_and_says_which_it_ran_into(agent: LiveAge
     assert "more than the 64 processes of a build" in failures(agent)[-1]
     commit(agent, {"web/Dockerfile": DOCKERFILE, "web/serve": SERVE})
     agent.converge(120)
+
+
+def test_a_build_has_a_cgroup_of_the_agents_that_keeps_devices_from_it_and_goes(agent: LiveAgent) -> None:
+    above = f"{agent.host.cgroup}-build"
+    agent.configure(more='[builds]\nmemory = "256MiB"\npids = 64\n')
+    agent.restart()
+    commit(agent, shop(BUSYBOX + "RUN sleep 1000\n"))
+    agent.sync()
+    wait_until(lambda: any(b"sleep\x001000" in command(pid) for pid in cgroup.pids(above)), "the step runs there")
+    (name,) = cgroup.children(cgroup.folder("pids", above))
+    assert cgroup.snapshot(f"{above}/{name}")["pids.max"] == "64"
+    assert str(256 << 20) in cgroup.snapshot(f"{above}/{name}").values()
+    words = "for each in null zero urandom kmsg loop-control; do (exec </dev/$each && echo $each); done 2>&1"
+    inside = f"echo 0 > {cgroup.folder('devices', f'{above}/{name}/cgroup.procs')} && {words}"
+    said = subprocess.run(
+        ["sh", "-c", inside], check=False, capture_output=True, text=True, timeout=patient(60)
+    ).stdout
+    assert said.splitlines()[:3] == ["null", "zero", "urandom"]
+    assert re.search(r"/dev/kmsg: Operation not permitted\n.*/dev/loop-control: Operation not permitted$", said), said
+    for pid in cgroup.pids(above):
+        if b"sleep" in command(pid):
+            os.kill(pid, signal.SIGKILL)
+    agent.wait(lambda: bool(failures(agent)), "the build fails")
+    wait_until(lambda: not cgroup.folders(above), "its cgroup goes")
+    assert delegation.keeps(agent.host)
+    agent.stop()
+    assert not delegation.used(agent.host)
+
+
+def command(pid: int) -> bytes:
+    """The command line of a process, "" when it has just ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 @pytest.mark.timeout(400)
