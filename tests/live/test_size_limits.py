@@ -6,8 +6,9 @@ What a file system keeps to is tried on a disk of its own; a kernel without quot
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,33 +23,37 @@ from live.agent import LiveAgent
 pytestmark = [pytest.mark.live, pytest.mark.usefixtures("mounts_alone")]
 
 MIB = 1 << 20
+OPTIONS = {"ext4": "prjquota", "xfs": "pquota"}
+NOBODY = 65534
 
 
 @pytest.fixture(params=["tmpfs", "ext4"])
-def plain(request: pytest.FixtureRequest, site: Host) -> Iterator[Host]:
+def plain(request: pytest.FixtureRequest, site: Host, tmp_path: Path) -> Iterator[Host]:
     """A host whose root lies on a file system without project quotas."""
-    yield from on_disk(site, request.param, [])
+    yield from on_disk(site, tmp_path, request.param)
 
 
-@pytest.fixture
-def quotas(site: Host) -> Iterator[Host]:
-    """A host whose root lies on ext4 with project quotas."""
-    yield from on_disk(site, "ext4", ["-O", "quota,project"])
+@pytest.fixture(params=["ext4", "xfs"])
+def quotas(request: pytest.FixtureRequest, site: Host, tmp_path: Path) -> Iterator[Host]:
+    """A host whose root lies on a file system with project quotas."""
+    yield from on_disk(site, tmp_path, request.param, quotas=True)
 
 
-def on_disk(site: Host, kind: str, features: list[str]) -> Iterator[Host]:
-    place, image = site.root / "disk", site.root / "image"
+def on_disk(site: Host, folder: Path, kind: str, *, quotas: bool = False) -> Iterator[Host]:
+    """The site with its root on a disk of its own, which lies in a folder that does not bear the site's name."""
+    place, image = folder / "disk", folder / "image"
     place.mkdir()
     if kind == "tmpfs":
         command = ["mount", "-t", "tmpfs", "none", place]
     else:
         with image.open("wb") as file:
-            file.truncate(64 * MIB)
-        subprocess.run(["mkfs.ext4", "-q", *features, image], check=True)
-        command = ["mount", "-o", "loop,prjquota" if features else "loop", image, place]
+            file.truncate(1 << 30)
+        features = ["-O", "quota,project"] if quotas and kind == "ext4" else []
+        subprocess.run([f"mkfs.{kind}", "-q", *features, image], check=True)
+        command = ["mount", "-o", f"loop,{OPTIONS[kind]}" if quotas else "loop", image, place]
     mounted = subprocess.run(command, check=False, capture_output=True, text=True)
-    if mounted.returncode != 0 and features:
-        pytest.skip("this kernel has no project quotas (CONFIG_QUOTA, CONFIG_QFMT_V2)")
+    if mounted.returncode != 0 and quotas:
+        pytest.skip(f"this kernel has no {kind} with project quotas (CONFIG_QUOTA, CONFIG_QFMT_V2, CONFIG_XFS_QUOTA)")
     assert mounted.returncode == 0, mounted.stderr
     try:
         yield replace(site, root=place / "root")
@@ -57,14 +62,17 @@ def on_disk(site: Host, kind: str, features: list[str]) -> Iterator[Host]:
 
 
 def written(path: Path, size: int) -> int:
-    """How many bytes may be written to a file before the file system refuses more."""
+    """How many bytes may be written to a file before the file system refuses more, without CAP_SYS_RESOURCE."""
     done = 0
     with path.open("wb", buffering=0) as file:
+        os.seteuid(NOBODY)
         try:
             while done < size:
                 done += file.write(bytes(MIB // 4))
         except OSError as error:
             assert error.errno in (errno.EDQUOT, errno.ENOSPC)
+        finally:
+            os.seteuid(0)
     return done
 
 
@@ -127,6 +135,41 @@ def test_a_writable_layer_holds_what_storage_opt_says(quotas: Host) -> None:
         driver.remove(receipt)
         with suppress(OSError):
             (quotas.run_root / "instances").rmdir()
+
+
+def test_containers_get_as_much_as_their_commit_says_and_more_with_the_next(
+    quotas: Host, new_agent: Callable[[Host], LiveAgent]
+) -> None:
+    agent = new_agent(quotas)
+    agent.configure(more="images.min_free = 0")
+    agent.start()
+    agent.image("busybox:1")
+    text = """
+        [containers.web]
+        image = "busybox:1"
+        command = ["sleep", "10000"]
+        stop_grace_period = "0s"
+        storage_opt = { size = "4MiB" }
+        volumes = ["data:/data"]
+        [volumes.data]
+        driver_opts = { size = "6MiB" }
+    """
+
+    def holds(folder: str) -> float:
+        """How many MiB may be written there in a container."""
+        words = f"dd if=/dev/zero of={folder}/file bs=256k count=80 2>&1; stat -c %s {folder}/file; rm {folder}/file"
+        said = agent.exec("shop/web", "sh", "-c", words).splitlines()
+        assert "No space left" in said[0] or "quota exceeded" in said[0], said
+        return int(said[-1]) / MIB
+
+    agent.write("shop.toml", text)
+    agent.converge()
+    assert 3 < holds("/root") <= 4
+    assert 5 < holds("/data") <= 6
+    agent.write("shop.toml", text.replace("4MiB", "8MiB").replace("6MiB", "10MiB"))
+    agent.converge()
+    assert 7 < holds("/root") <= 8
+    assert 9 < holds("/data") <= 10
 
 
 def test_a_commit_that_asks_for_a_size_on_such_a_disk_is_refused_and_what_runs_stays(agent: LiveAgent) -> None:

@@ -266,7 +266,8 @@ class StorageOptTable(Table):
     """What is asked of the container's root file system."""
 
     size: Annotated[
-        Annotated[Size, Field(ge=1)] | None, Field(description="how much its writable layer may hold")
+        Annotated[Size, Field(ge=1)] | None,
+        Field(description="how much its writable layer may hold; on ext4 not a limit for CAP_SYS_RESOURCE"),
     ] = None
 
 
