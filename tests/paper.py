@@ -93,6 +93,7 @@ class PaperAgent:
         self.logs = logs
         self.plan_now = (Plan(),)
         self.problems: tuple[str, ...] = ()
+        self.hints: tuple[str, ...] = ()
         self.accepted_rewrite = False
         self.forgotten: list[str] = []
 
@@ -116,7 +117,7 @@ class PaperAgent:
         return {**status.json(), "agent": {"version": "0", "pid": 1, "connect_timeout": 60.0}}
 
     def plan(self) -> dict[str, Any]:
-        return plan_json(self.plan_now, self.problems)
+        return plan_json(self.plan_now, self.problems, hints=self.hints)
 
     async def sync(self, accept_rewrite: bool) -> dict[str, Any]:
         self.accepted_rewrite = accept_rewrite

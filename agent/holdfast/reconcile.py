@@ -102,7 +102,8 @@ class Reconciler:
         plans = self._preview(spec, observed)
         images = images_needed(self.node.rig, plans, spec.blobs if spec else {})
         problems = (*(spec.problems if spec else ()), *([self._error] if self._error else []))
-        return plan_json(plans, problems, left_alone(observed), observed.findings, images)
+        hints = spec.hints if spec else ()
+        return plan_json(plans, problems, left_alone(observed), observed.findings, images, hints)
 
     def _preview(self, spec: Spec | None, observed: Observed) -> Sequence[Plan]:
         return preview(spec, observed, self.node.rig.store.history(), time.time())
@@ -158,6 +159,7 @@ class Reconciler:
             cache=cache,
             executable=revision.executable,
             left_out=revision.left_out,
+            ignored=revision.ignored,
             in_force=self._in_force(),
         )
 

@@ -147,6 +147,12 @@ def test_plan_shows_what_is_wrong_with_the_state_files_and_exits_with_1(
     assert said().splitlines() == ["state files", f"  {agent.problems[0]}", "nothing to do"]
 
 
+def test_plan_shows_hints_which_are_no_problem(agent: PaperAgent, run: Run, said: Callable[[], str]) -> None:
+    agent.hints = (".shop.toml: a hidden TOML file: it is not read (expected NAME.toml)",)
+    assert run("plan") == 0
+    assert ".shop.toml: a hidden TOML file" in said()
+
+
 def test_plan_exits_with_1_on_any_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "broken.toml"
     broken.write_text("run_root = 7\n")
@@ -646,3 +652,79 @@ def test_the_list_of_commands_cuts_no_sentence(run: Run, said: Callable[[], str]
     run("--help")
     run("image", "--help")
     assert "..." not in said().replace("COMMAND [ARGS]...", "")
+
+
+LACKING = """
+[images.web]
+context = "./web"
+[containers.web]
+image = "images.web"
+volumes = ["./conf:/conf:ro"]
+"""
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the folder", "the file"])
+def test_check_says_what_a_revision_would_lack_of_mounts_and_contexts(
+    run: Run, tmp_path: Path, said: Callable[[], str], whole: bool
+) -> None:
+    state = tmp_path / "clone/state"
+    for folder in ("conf", "web/lib", "conf/sub"):
+        (state / folder).mkdir(parents=True)
+    (tmp_path / "clone/.git").mkdir()
+    (tmp_path / "outside").write_text("x")
+    (state / "web/Dockerfile").write_text("FROM scratch\n")
+    (state / "conf/app.conf").write_text("x")
+    (state / "shop.toml").write_text(LACKING)
+
+    def check(exits: int) -> str:
+        assert run("check", str(state if whole else state / "shop.toml")) == exits
+        return said()
+
+    check(0)
+    pointer = state / "conf/model.bin"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "git LFS pointer" in check(65)
+    pointer.unlink()
+    (state / "web/lib/link").symlink_to(tmp_path / "outside")
+    assert "'web/lib/link', a symbolic link that leads out" in check(65).replace(f"{state}/", "")
+    (state / "web/.dockerignore").write_text("lib\n")
+    check(0)
+    (tmp_path / "clone/.gitmodules").write_text('[submodule "a"]\n\tpath = state/conf/sub\n\turl = x\n')
+    assert "conf/sub', a git submodule that is not checked out" in check(65)
+    (state / "conf/sub/file").write_text("x")
+    check(0)
+    os.mkfifo(state / "conf/pipe")
+    assert "a socket, a pipe or a device" in check(65)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the folder", "the file"])
+def test_check_names_what_is_left_out_for_its_name_where_it_may_count(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], whole: bool
+) -> None:
+    state = tmp_path / "state"
+    for folder in ("conf", "web"):
+        (state / folder).mkdir(parents=True)
+    (state / "web/Dockerfile").write_text("FROM scratch\n")
+    for name in ("conf/app.conf", "conf/notes~", "web/.ruff.toml", "web/.a.swp", ".shop.toml", "shop.toml~", "4913"):
+        (state / name).write_text("")
+    (state / "web/.dockerignore").write_text("*.swp\n")
+    (state / "shop.toml").write_text(LACKING)
+    assert run("check", str(state if whole else state / "shop.toml")) == 0
+    told = capsys.readouterr().err.replace(f"{state}/", "").splitlines()
+    expected = ["conf/notes~: a name of editors' temporary files", "web/.ruff.toml: a hidden TOML file"]
+    assert [": ".join(line.split(": ")[:2]) for line in told if "buildah" not in line] == [
+        *([".shop.toml: a hidden TOML file"] if whole else []),
+        *expected,
+    ]
+    (state / "shop.toml").write_text('[containers.web]\nimage = "x"\nvolumes = ["./conf/notes~:/notes"]\n')
+    assert run("check", str(state if whole else state / "shop.toml")) == 65
+    assert "a name of editors' temporary files" in capsys.readouterr().out
+
+
+def test_check_of_several_files_reads_them_as_one_revision(run: Run, tmp_path: Path, said: Callable[[], str]) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.toml").write_text('[containers.web]\nimage = "app:1"\nvolumes = ["./conf:/conf:ro"]\n')
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf/own.toml").write_text("")
+    assert run("check", str(tmp_path / "one.toml"), str(tmp_path / "two.toml")) == 0
+    assert said().startswith("3 apps, 2 containers")  # as an agent takes it: any TOML file is an app

@@ -314,7 +314,11 @@ def test_a_directory_source_and_a_git_source_give_the_same_files(
         (repository.path / name).write_text("x")
     (repository.path / "link").symlink_to("nodes")
     repository.commit("Add")
-    assert fetched(make()) == dict(DirectorySource(repository.path).current().files)
+    source = make()
+    revision = DirectorySource(repository.path).current()
+    assert fetched(source) == dict(revision.files)
+    assert source.current().ignored == revision.ignored - {".git"}
+    assert {".hidden.toml", "shop.toml~"} <= revision.ignored
 
 
 def test_programs_are_told_apart_links_to_them_included(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,6 +18,8 @@ from holdfast.errors import WrongCall, WrongState
 if TYPE_CHECKING:
     from holdfast.config import Config
     from holdfast.source import Revision
+    from holdfast.source.part import Part
+    from holdfast.spec import NodeFacts
 
 
 @command("check")
@@ -33,10 +35,11 @@ def check(paths: tuple[Path, ...], any_driver: bool) -> None:
     from holdfast.runtime.binaries import find_program
     from holdfast.spec import load
 
-    files, left_out, top = snapshot(paths)
     config = settings()
     facts = config.facts() if any_driver else replace(config.facts(), drivers=installed(config))
-    spec = load(files, facts, left_out=left_out)
+    part, top = snapshot(paths, facts)
+    executable, ignored = frozenset(part.executable), frozenset(part.ignored)
+    spec = load(part.files, facts, executable=executable, left_out=part.left_out, ignored=ignored)
     for problem in spec.problems:
         render.echo(str(replace(problem, path=str(top / problem.path))))
     if spec.problems:
@@ -66,24 +69,27 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def snapshot(paths: tuple[Path, ...]) -> tuple[dict[str, bytes], dict[str, str], Path]:
+def snapshot(paths: tuple[Path, ...], facts: NodeFacts) -> tuple[Part, Path]:
     """The files to check, what a revision would lack and why, and the folder that their names are relative to.
 
-    One directory is a revision of its own, vars.toml at its top included; several paths are read as one revision.
+    One directory is a revision of its own, vars.toml at its top included; several paths are read as one revision. Of
+    what lies beside a single file, only what it names is read: the folder as a whole may be anything.
     """
-    if len(paths) == 1 and paths[0].is_dir():
-        revision = folder(paths[0])
-        return dict(revision.files), dict(revision.left_out), paths[0]
-    files: dict[str, bytes] = {}
-    left_out: dict[str, str] = {}
+    from holdfast.source.part import Part
+
+    part, top = Part(), Path()
     for path in paths:
         if path.is_dir():
             revision = folder(path)
-            files |= {str(path / name): content for name, content in revision.files.items()}
-            left_out |= {str(path / name): why for name, why in revision.left_out.items()}
+            top = path if len(paths) == 1 else top
+            at = Path() if len(paths) == 1 else path
+            part.files |= {str(at / name): content for name, content in revision.files.items()}
+            part.left_out |= {str(at / name): why for name, why in revision.left_out.items()}
+            part.ignored |= {str(at / name) for name in revision.ignored}
+            part.executable |= {str(at / name) for name in revision.executable}
         else:
-            files |= {str(path.parent / name): content for name, content in state_file(path)}
-    return files, left_out, Path()
+            state_file(part, path, facts)
+    return part, top
 
 
 def folder(path: Path) -> Revision:
@@ -93,83 +99,40 @@ def folder(path: Path) -> Revision:
     return DirectorySource(path).current()
 
 
-def state_file(path: Path) -> Iterator[tuple[str, bytes]]:
-    """A state file, and whatever lies beside it that it names: the folder as a whole may be anything."""
-    from holdfast.spec.load import NOT_YAML, is_yaml
-    from holdfast.toml import Document, Unreadable
+def state_file(part: Part, path: Path, facts: NodeFacts) -> None:
+    """Add a state file, and whatever lies beside it that it names."""
+    from holdfast.source.directory import top_of, within
+    from holdfast.spec.load import NOT_YAML, is_yaml, needs_of
 
-    content = read(path, path)
+    content = read(path)
     if path.suffix != ".toml":
         wrong = NOT_YAML if is_yaml(path.name) else "not a state file (expected NAME.toml, or a directory)"
         raise WrongCall(f"check '{path}': {wrong}")
-    yield path.name, content
-    try:
-        data = Document(content).data
-    except Unreadable:
-        return  # what is wrong with it is said by whoever loads it
-    names = {text.split(":")[0] for text in texts(data)}
-    for name in sorted(names):
-        beside = path.parent / name
-        if name.strip("./") and not name.startswith("/") and there(beside):
-            for file in sorted(beside.rglob("*")) if beside.is_dir() else [beside]:
-                if file.is_file() and file.suffix != ".toml":
-                    yield os.path.relpath(file, path.parent), read(path, file)
-    yield from instructions(path, data.get("images"))
+    top = top_of(os.path.realpath(path.parent))
+    part.files[str(path)] = content
+    for name in sorted(needs_of(str(path), content, facts)):
+        neighbours = not name or within(str(path), name)  # in its own folder, TOML files are other apps
+        try:
+            part.add(top, name, without=".toml" if neighbours else "")
+        except OSError as error:
+            raise WrongCall(f"check '{path}': read '{error.filename}': {(error.strerror or '').lower()}") from error
 
 
-def there(path: Path) -> bool:
-    """Whether there is such a file: most strings of a state file are no names of files."""
-    try:
-        return path.exists()
-    except OSError:  # longer than a name can be, say
-        return False
-
-
-def read(path: Path, file: Path) -> bytes:
-    """The content of a file that a state file needs. A pipe or a device may have no end, and is refused."""
+def read(path: Path) -> bytes:
+    """The content of a state file. A pipe or a device may have no end, and is refused."""
     from holdfast.source.revision import check_size
 
-    what = "" if file == path else f"read '{file}': "
     try:
         # O_NONBLOCK: open(2) must not wait for the writer of a pipe.
-        handle = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with os.fdopen(handle, "rb", buffering=0) as opened:
             status = os.fstat(opened.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise WrongCall(f"check '{path}': {what}not a file (expected a regular file, or a directory of them)")
-            check_size(str(file), status.st_size, 1)
+                raise WrongCall(f"check '{path}': not a file (expected a regular file, or a directory of them)")
+            check_size(str(path), status.st_size, 1)
             return opened.read()
     except OSError as error:
-        raise WrongCall(f"check '{path}': {what}{(error.strerror or str(error)).lower()}") from error
-
-
-def instructions(path: Path, images: Any) -> Iterator[tuple[str, bytes]]:
-    """The Dockerfiles of [images], what their contexts leave out, and any file of each context to show that it is."""
-    folder = path.parent
-    for image in images.values() if isinstance(images, dict) else ():
-        context = image.get("context") if isinstance(image, dict) else None
-        if not isinstance(context, str) or not there(folder / context) or not (folder / context).is_dir():
-            continue
-        named = image.get("dockerfile")
-        dockerfiles = [named] if isinstance(named, str) else ["Dockerfile", "Containerfile"]
-        wanted = [*dockerfiles, *(f"{each}.dockerignore" for each in dockerfiles), ".dockerignore"]
-        any_file = next((each for each in (folder / context).rglob("*") if each.is_file()), None)
-        for file in filter(None, [*(folder / context / each for each in wanted), any_file]):
-            if there(file) and file.is_file():
-                yield os.path.relpath(file, folder), read(path, file)
-
-
-def texts(value: Any) -> Iterator[str]:
-    """Every string in a TOML value."""
-    match value:
-        case str():
-            yield value
-        case dict():
-            for each in value.values():
-                yield from texts(each)
-        case list():
-            for each in value:
-                yield from texts(each)
+        raise WrongCall(f"check '{path}': {(error.strerror or str(error)).lower()}") from error
 
 
 COMMANDS = [check]

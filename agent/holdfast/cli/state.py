@@ -65,6 +65,8 @@ def show_plan(found: Json) -> None:
             if number == 0:
                 render.echo(render.paint(title, render.BAD))
             render.note(line, indent=2, colour=None)
+    for line in found["hints"]:
+        render.note(line, indent=2)
     if found["empty"]:
         render.echo("nothing to do now" if found["waiting"] else "nothing to do")
     else:

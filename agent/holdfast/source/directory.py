@@ -11,7 +11,8 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -38,6 +39,8 @@ ATTEMPTS = 8
 # File systems stamp with the kernel's tick (up to 10 ms at HZ=100), and only when a write begins: within this time
 # of its stamp, a file may change further without showing it.
 RACY_NS = 100_000_000
+GITMODULES = ".gitmodules"
+NO_SUBMODULE = "a git submodule that is not checked out (git submodule update --init)"
 REPLACING = "..replacing"  # at the top of a tree that is half of one and half of another, see `source.replace`
 
 
@@ -58,6 +61,14 @@ class Content:
 
 
 @dataclass(frozen=True, slots=True)
+class Aside:
+    """What a tree has and a revision of it has not; see `Revision`."""
+
+    left_out: dict[str, str] = field(default_factory=dict)
+    ignored: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
 class Listing:
     """A tree without its content: relative path → where the file really is, and its stamp. root: which directory
     (device, inode) it was when the listing began: another may take its place while it is read. real: its path."""
@@ -65,7 +76,7 @@ class Listing:
     root: tuple[int, int] = (0, 0)
     real: str = ""
     files: dict[str, tuple[str, Stamp]] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    aside: Aside = field(default_factory=Aside)
 
 
 class DirectorySource:
@@ -179,7 +190,7 @@ class DirectorySource:
         if "" in gone:
             raise TryAgain(f"read '{self._path}': it has no state file, and {gone['']} (what runs stays; {REMEDY})")
         for folder, change in gone.items():
-            listing.left_out[folder] = f"a folder without state files since {change} ({REMEDY})"
+            listing.aside.left_out[folder] = f"a folder without state files since {change} ({REMEDY})"
         return {**{folder: self._lies_on[folder] for folder in gone}, **here}
 
     def _content(self, path: str, real: str, stamp: Stamp) -> Content:
@@ -196,9 +207,17 @@ class DirectorySource:
         moved, self._lies_on = place != self._lies_on, place
         self._listing = listing
         self._settled = all(content.settled for content in known.values())
-        last, left_out = self._revision, {**listing.left_out, **not_checked_out(known)}
+        last, left_out = self._revision, {**listing.aside.left_out, **not_checked_out(known)}
+        inner = (
+            path[len(listing.real) + 1 :]
+            for path in submodules_of(top_of(listing.real))
+            if within(path, listing.real)
+        )
+        left_out |= {path: NO_SUBMODULE for path in inner if not below(known, path)}
+        ignored = frozenset(listing.aside.ignored)
         if last is not None and last.left_out == left_out and alike(before, known):
-            return replace(last, lies_on=place) if moved else last
+            same = not moved and last.ignored == ignored
+            return last if same else replace(last, lies_on=place, ignored=ignored)
         files = {path: known[path].data for path in sorted(known) if path not in left_out}
         return Revision(
             id=f"dir:{digest(known)[:12]}",
@@ -207,6 +226,7 @@ class DirectorySource:
             url=self._path,
             executable=frozenset(path for path in files if known[path].executable),
             lies_on=place,
+            ignored=ignored,
         )
 
 
@@ -240,13 +260,42 @@ def digest(known: dict[str, Content]) -> str:
 def not_checked_out(known: dict[str, Content]) -> dict[str, str]:
     """What a clone of git's lacks, and why: pointers in the place of files, submodules that are empty folders."""
     missing = {path: NO_LFS for path, content in known.items() if is_lfs_pointer(content.data)}
-    for path in (path for path in known if path.rpartition("/")[2] == ".gitmodules"):
-        folder = path.removesuffix(".gitmodules")
-        for name in re.findall(rb"(?m)^\s*path\s*=\s*(.+?)\s*$", known[path].data):
-            submodule = folder + os.fsdecode(name)
-            if not any(each.startswith(f"{submodule}/") for each in known):
-                missing[submodule] = "a git submodule that is not checked out (git submodule update --init)"
+    for path in (path for path in known if path.rpartition("/")[2] == GITMODULES):
+        folder = path.removesuffix(GITMODULES)
+        for submodule in submodules(known[path].data):
+            if not below(known, folder + submodule):
+                missing[folder + submodule] = NO_SUBMODULE
     return missing
+
+
+def below(known: Iterable[str], folder: str) -> bool:
+    """Whether any of these paths is in a folder."""
+    return any(path.startswith(f"{folder}/") for path in known)
+
+
+def within(path: str, folder: str) -> bool:
+    """Whether a path is a folder or in it."""
+    return f"{path}/".startswith(f"{folder}/")
+
+
+def submodules(text: bytes) -> Iterator[str]:
+    """The folders that a .gitmodules names."""
+    for name in re.findall(rb"(?m)^\s*path\s*=\s*(.+?)\s*$", text):
+        yield os.fsdecode(name)
+
+
+def top_of(folder: str) -> str:
+    """The clone of git's that a folder (without links) lies in, else the folder itself."""
+    return next(
+        (path for path in (folder, *map(str, Path(folder).parents)) if os.path.lexists(f"{path}/.git")), folder
+    )
+
+
+def submodules_of(top: str) -> Iterator[str]:
+    """The folders of the submodules of a clone of git's, checked out or not."""
+    with suppress(OSError, Torn, HoldfastError):
+        for name in submodules(read_file(os.path.realpath(f"{top}/{GITMODULES}")).data):
+            yield f"{top}/{name}"
 
 
 def read_file(path: str) -> Content:
@@ -285,7 +334,7 @@ def list_tree(root: str) -> Listing:
     check_whole(real)
     listing = Listing(identity(real), real)
     total = 0
-    for path, where, status in walk(real, real, "", (real,), listing.left_out, count()):
+    for path, where, status in walk(real, real, "", (real,), listing.aside, count()):
         listing.files[path] = (where, stamp_of(status))
         total += status.st_size
     check_size(root, total, len(listing.files))
@@ -313,42 +362,43 @@ def check_whole(root: str) -> None:
 
 
 def walk(
-    root: str, folder: str, prefix: str, chain: tuple[str, ...], left_out: dict[str, str], visits: Iterator[int]
+    root: str, folder: str, prefix: str, chain: tuple[str, ...], aside: Aside, visits: Iterator[int]
 ) -> Iterator[tuple[str, str, os.stat_result]]:
     """Yield (relative path, real path, status) of each file under folder, which is seen as prefix from root."""
     if len(chain) > MAX_DEPTH:
-        left_out[prefix] = f"a folder within {MAX_DEPTH} others"
+        aside.left_out[prefix] = f"a folder within {MAX_DEPTH} others"
         return
     with os.scandir(folder) as entries:
         for entry in entries:
             check_visits(root, next(visits))
-            if is_noise(entry.name):
-                continue
             path = prefix + entry.name
+            if is_noise(entry.name):
+                aside.ignored.add(path)
+                continue
             if entry.is_symlink():
-                yield from walk_link(root, entry.path, path, chain, left_out, visits)
+                yield from walk_link(root, entry.path, path, chain, aside, visits)
             elif entry.is_dir(follow_symlinks=False):
-                yield from walk(root, entry.path, path + "/", (*chain, entry.path), left_out, visits)
+                yield from walk(root, entry.path, path + "/", (*chain, entry.path), aside, visits)
             elif entry.is_file(follow_symlinks=False):
                 yield path, entry.path, entry.stat(follow_symlinks=False)
             else:
-                left_out[path] = "a socket, a pipe or a device"
+                aside.left_out[path] = "a socket, a pipe or a device"
 
 
 def walk_link(
-    root: str, link: str, path: str, chain: tuple[str, ...], left_out: dict[str, str], visits: Iterator[int]
+    root: str, link: str, path: str, chain: tuple[str, ...], aside: Aside, visits: Iterator[int]
 ) -> Iterator[tuple[str, str, os.stat_result]]:
     """The same for a symbolic link: what it leads to appears under the link's own name."""
     real = os.path.realpath(link)
     if not real.startswith(root + "/"):
-        left_out[path] = "a symbolic link that leads out of the state directory"
+        aside.left_out[path] = "a symbolic link that leads out of the state directory"
     elif real in chain:
-        left_out[path] = "a symbolic link to a folder that it is in"
+        aside.left_out[path] = "a symbolic link to a folder that it is in"
     elif not os.path.exists(real):
-        left_out[path] = "a symbolic link that leads nowhere"
+        aside.left_out[path] = "a symbolic link that leads nowhere"
     elif os.path.isdir(real):
-        yield from walk(root, real, path + "/", (*chain, real), left_out, visits)
+        yield from walk(root, real, path + "/", (*chain, real), aside, visits)
     elif stat.S_ISREG((status := os.stat(real)).st_mode):
         yield path, real, status
     else:
-        left_out[path] = "a symbolic link to a socket, a pipe or a device"
+        aside.left_out[path] = "a symbolic link to a socket, a pipe or a device"

@@ -53,6 +53,7 @@ class Revision:
     id: the commit's hash, or `dir:` and the start of a digest of files. message: its first line.
     at: when it was committed, seconds since the epoch; None for a directory. url: without any password.
     executable: those of files that are programs (git's mode 100755; any of the x bits in a directory).
+    ignored: the files and folders whose names are those of editors' and others' temporary files (`NOISE`).
     lies_on: the mounts that a directory's state files were read from (`source.mounts`).
     """
 
@@ -66,6 +67,7 @@ class Revision:
     branch: str = ""
     executable: frozenset[str] = frozenset()
     lies_on: LiesOn = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,7 +41,7 @@ def read_commit(git: Git, commit: str, path: str, url: str) -> Revision:
     top = tree.follow(path) if path else ""
     if top is None or (path and top not in tree.folders):
         raise WrongState(f"read '{url}': folder '{path}' is not in commit {commit[:10]} ({message}): what runs stays")
-    found, left_out = choose(tree, top)
+    found, left_out, ignored = choose(tree, top)
     check_size(url, sum(entry.size for entry in found.values()), len(found))
     blobs = read_blobs(git, sorted({entry.id for entry in found.values()}))
     files = {name: blobs[entry.id] for name, entry in sorted(found.items())}
@@ -56,6 +56,7 @@ def read_commit(git: Git, commit: str, path: str, url: str) -> Revision:
         message=_plain(message),
         at=float(at),
         executable=frozenset(name for name in files if found[name].mode == PROGRAM),
+        ignored=frozenset(ignored),
     )
 
 
@@ -141,11 +142,12 @@ class Tree:
         return here if here in self.entries or here in self.folders else None
 
 
-def choose(tree: Tree, top: str) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The files to read, by the path under which they are seen from top, and what is left out, and why."""
+def choose(tree: Tree, top: str) -> tuple[dict[str, Entry], dict[str, str], set[str]]:
+    """The files to read, by the path as seen from top; what is left out, and why; what is ignored."""
     found: dict[str, Entry] = {}
     left_out: dict[str, str] = {}
-    for seen, real in walk(tree, top, "", (top,), count()):
+    ignored: set[str] = set()
+    for seen, real in walk(tree, top, "", (top,), ignored, count()):
         entry = tree.entries.get(real)
         match entry:
             case None:
@@ -156,22 +158,23 @@ def choose(tree: Tree, top: str) -> tuple[dict[str, Entry], dict[str, str]]:
                 left_out[seen] = "a git submodule, and submodules are not followed (commit the files themselves)"
             case _:
                 found[seen] = entry
-    return found, left_out
+    return found, left_out, ignored
 
 
 def walk(
-    tree: Tree, folder: str, prefix: str, chain: tuple[str, ...], visits: Iterator[int]
+    tree: Tree, folder: str, prefix: str, chain: tuple[str, ...], ignored: set[str], visits: Iterator[int]
 ) -> Iterator[tuple[str, str]]:
     """Yield (path as seen, path in the commit, "" if there is none) of all that is under folder."""
     for path in tree.folders[folder]:
         check_visits(folder or "/", next(visits))
         name = posixpath.basename(path)
         if is_noise(name):
+            ignored.add(prefix + name)
             continue
         real = tree.follow(path) if path in tree.links else path
         if real is None or real in chain or (real in tree.folders and len(chain) >= MAX_DEPTH):
             yield prefix + name, ""
         elif real in tree.folders:
-            yield from walk(tree, real, f"{prefix}{name}/", (*chain, real), visits)
+            yield from walk(tree, real, f"{prefix}{name}/", (*chain, real), ignored, visits)
         else:
             yield prefix + name, real

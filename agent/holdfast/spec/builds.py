@@ -198,6 +198,13 @@ class Builds:
         lack = self.folder.lacks(image.context, lambda path: ignore.leaves_out(path.removeprefix(prefix).rstrip("/")))
         return f"'{image.context}' {lack}" if lack else ""
 
+    def spares(self, image: ImageDraft, path: str) -> bool:
+        """Whether .dockerignore leaves a path out of an image's context."""
+        try:
+            return self._ignore(image).leaves_out(path.removeprefix(image.prefix))
+        except ValueError:  # a problem, which is told as such
+            return True
+
     def _wrong_context(self, image: ImageDraft) -> str:
         if next(self.folder.below(image.context), None) is None and (lack := self.folder.lacks(image.context)):
             return f"'{image.context}' {lack}"

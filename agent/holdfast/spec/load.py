@@ -46,6 +46,7 @@ class Cache:
     files: Mapping[str, bytes] = field(default_factory=dict)
     executable: frozenset[str] = frozenset()
     left_out: Mapping[str, str] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
     spec: Spec = field(default_factory=Spec)
     readings: dict[str, Reading] = field(default_factory=dict)
     digests: dict[str, tuple[bytes, str]] = field(default_factory=dict)
@@ -58,6 +59,7 @@ def load(
     cache: Cache | None = None,
     executable: frozenset[str] = frozenset(),
     left_out: Mapping[str, str] = MappingProxyType({}),
+    ignored: frozenset[str] = frozenset(),
     in_force: Mapping[str, App] = MappingProxyType({}),
 ) -> Spec:
     """Read a revision: relative path → content. Never raises for what a file holds; that is in Spec.problems.
@@ -65,18 +67,20 @@ def load(
     Every *.toml is an app, whatever folder it is in, but for vars.toml at the top (vars for all files; agent.toml's
     own win), for what begins with a dot, and for what lies in the context of an image that another file builds. Apps
     that `when` gives to other nodes are checked and left out. executable: those of files that are programs. left_out:
-    path → why the revision lacks it; who needs it is told. in_force: what this node has of each app now; where two
-    files want one thing, the app that has it keeps it.
+    path → why the revision lacks it; who needs it is told. ignored: what it lacks for its name; hints say where that
+    may not be meant. in_force: what this node has of each app now; where two files want one thing, the app that has
+    it keeps it.
     """
     cache = cache if cache is not None else Cache()
-    if (cache.facts, cache.files, cache.executable, cache.left_out) == (facts, files, executable, left_out):
+    known = cache.facts, cache.files, cache.executable, cache.left_out, cache.ignored
+    if known == (facts, files, executable, left_out, ignored):
         return cache.spec
     shared, faulty = _with_vars(files, left_out, facts)
     old = cache.readings if cache.facts == facts and cache.files.get(VARS_FILE) == files.get(VARS_FILE) else {}
     readings = {path: _reading(path, files[path], shared, old.get(path)) for path in sorted(filter(is_state, files))}
-    folder = Folder(
-        files, executable, left_out, {path: each for path, each in cache.digests.items() if path in files}
-    )
+    needed = [wanted for reading in readings.values() if reading.draft for wanted in reading.draft.wanted.values()]
+    lacking = {**left_out, **{path: _unread(path) for path in ignored if any(_is_in(each, path) for each in needed)}}
+    folder = Folder(files, executable, lacking, {path: each for path, each in cache.digests.items() if path in files})
     linked = _outside_contexts(readings) | dict(_lacking(readings, folder, in_force))
     drafts, builds, broken, problems = _linked(linked, folder, facts, faulty, in_force)
     blobs: dict[str, bytes] = {}
@@ -87,9 +91,10 @@ def load(
         before = cache.spec.apps.get(name) if unchanged else None
         apps[name] = _finished(draft, folder, builds.images_of(draft.app, blobs), blobs, before)
     problems.sort(key=lambda problem: (problem.path, problem.line))
-    spec = Spec(apps, broken, tuple(problems), blobs, tuple(_hints(files, readings)))
+    hints = (*_hints(files, readings), *_hints_of_ignored(ignored, readings, builds))
+    spec = Spec(apps, broken, tuple(problems), blobs, hints)
     cache.facts, cache.files, cache.executable, cache.spec = facts, dict(files), executable, spec
-    cache.left_out = dict(left_out)
+    cache.left_out, cache.ignored = dict(left_out), ignored
     cache.readings, cache.digests = readings, dict(folder.digests)
     return spec
 
@@ -109,6 +114,46 @@ def _hints(files: Mapping[str, bytes], readings: Mapping[str, Reading]) -> Itera
         above = ["/".join(steps[:length]) for length in range(len(steps) + 1)]
         if used.isdisjoint(above) and not any(step.startswith(".") for step in steps):
             yield f"{path}: {NOT_YAML}"
+
+
+def _hints_of_ignored(ignored: frozenset[str], readings: Mapping[str, Reading], builds: Builds) -> Iterator[str]:
+    """Name what is left out for its name and may be missed: in mounts and contexts, and hidden TOML files."""
+    drafts = [reading.draft for reading in readings.values() if reading.draft is not None]
+    mounted = {wanted for draft in drafts for wanted in draft.wanted.values()}
+    contexts = [image for draft in drafts for image in draft.images.values()]
+    for path in sorted(ignored):
+        if (name := path.rpartition("/")[2]) == ".git" or name.startswith(".."):
+            continue
+        if folder := next((each for each in sorted(mounted) if _is_in(path, each) and path != each), None):
+            yield f"{path}: {_unread(path)}: it is missing from '{folder}', which is mounted (expected another name)"
+        elif image := next((each for each in contexts if path.startswith(each.prefix) and each.context), None):
+            if not builds.spares(image, path):
+                yield f"{path}: {_unread(path)}: no build from '{image.context}' has it (expected another name)"
+        elif is_state(path.removesuffix(name) + name.lstrip(".")) and name.startswith("."):
+            yield f"{path}: {_unread(path)}: it is not read (expected NAME.toml)"
+
+
+def _unread(path: str) -> str:
+    name = path.rpartition("/")[2]
+    hidden = name.startswith(".") and name.endswith(".toml")
+    return "a hidden TOML file" if hidden else "a name of editors' temporary files"
+
+
+def _is_in(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
+
+
+def needs_of(path: str, raw: bytes, facts: NodeFacts) -> set[str]:
+    """The files and folders of a revision that a state file names: to mount them, or to build from them."""
+    draft = _reading(path, raw, facts, None).draft
+    if draft is None:
+        return set()
+    images = draft.images.values()
+    return {
+        *draft.wanted.values(),
+        *(each.context for each in images),
+        *(d for each in images for d in each.dockerfiles),
+    }
 
 
 NOT_YAML = "this is YAML, and state files are TOML: it is not read (expected NAME.toml)"

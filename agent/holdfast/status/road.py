@@ -50,13 +50,15 @@ def plan_json(
     foreign: Mapping[str, str] | None = None,
     findings: Sequence[Finding] = (),
     images: Mapping[str, Sequence[Json]] | None = None,
+    hints: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The value that `holdfast plan --json` prints.
 
     empty: nothing to do. apps: name → steps; what belongs to the node itself is last, under "". waiting and drift:
     subject → why, as far as no round of the preview does something about it. problems: what is wrong with the state
     files. foreign: what on this host bears the name and is left alone → why. findings: what others did to
-    the host. images: app → what it needs that is not here (`node.needs`).
+    the host. images: app → what it needs that is not here (`node.needs`). hints: what is not wrong in the state files
+    and may not be what somebody meant.
     """
     steps: dict[tuple[str, str], Step] = {}
     apps: dict[str, list[Step]] = {}
@@ -81,6 +83,7 @@ def plan_json(
         "problems": [str(problem) for problem in problems],
         "foreign": dict(foreign or {}),
         "findings": [asdict(finding) for finding in findings],
+        "hints": list(hints),
         "images": {app: list(needs) for app, needs in (images or {}).items()},
     }
 
