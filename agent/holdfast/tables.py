@@ -280,6 +280,7 @@ def shown(value: Any) -> str:
     return f"'{value}'" if isinstance(value, str) else str(value) if isinstance(value, int | float) else named(value)
 
 
+LONGEST_DURATION = 3650 * 86400.0  # seconds: clocks and system calls can count them
 LONGEST_NUMBER = 15  # digits: whatever its unit, it stays within 64 bits
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE | re.ASCII)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
@@ -317,7 +318,10 @@ def duration(value: Any) -> Any:
     if isinstance(value, str) and value == "0":
         return 0.0
     if isinstance(value, str) and len(value) <= 2 * LONGEST_NUMBER and _DURATION.sub("", value) == "" and value:
-        return round(sum(float(number) * _SECONDS[unit] for number, unit in _DURATION.findall(value)), 9)
+        seconds = round(sum(float(number) * _SECONDS[unit] for number, unit in _DURATION.findall(value)), 9)
+        if seconds > LONGEST_DURATION:
+            raise ValueError(f"'{value}' is longer than anything is waited for here (expected at most 3650d)")
+        return seconds
     raise ValueError(
         f"{shown(value)} is not a duration (expected a number and a unit, ms, s, m, h or d, as in '1m30s')"
     )

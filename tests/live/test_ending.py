@@ -52,6 +52,16 @@ def test_a_stop_that_takes_long_is_left_to_the_next_agent_with_what_is_left_of_i
     assert agent.converge()["apps"] == {}
 
 
+def test_a_grace_period_of_a_month_is_waited_for_and_no_longer_than_it_takes(agent: LiveAgent) -> None:
+    willing = STUBBORN.replace("echo asked", "echo asked; exit 0").replace(f"{GRACE}s", "30d")
+    agent.write("app.toml", willing)
+    agent.converge()
+    agent.wait(lambda: "ready" in output(agent), "it listens for signals")
+    agent.remove("app.toml")
+    assert agent.converge()["apps"] == {}
+    assert [each["message"] for each in agent.events() if each["kind"] == "failed"] == []
+
+
 def test_a_stop_that_was_cut_short_and_is_not_wanted_any_more_is_forgotten(agent: LiveAgent) -> None:
     agent.write("app.toml", STUBBORN)
     agent.converge()

@@ -388,10 +388,17 @@ def test_sizes_are_shown_in_their_largest_whole_unit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("100ms", 0.1), ("1m30s", 90), ("2h", 7200), ("1d", 86400), ("0.5s", 0.5), ("0", 0)]
+    ("text", "seconds"),
+    [("100ms", 0.1), ("1m30s", 90), ("2h", 7200), ("1d", 86400), ("0.5s", 0.5), ("0", 0), ("3650d", 315_360_000)],
 )
 def test_durations_add_their_parts_up(text: str, seconds: float) -> None:
     assert duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["3651d", "3650d1ms", "300000d", "99999999999999d"])
+def test_a_duration_that_no_clock_counts_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=rf"^'{text}' is longer than .* \(expected at most 3650d\)$"):
+        duration(text)
 
 
 @pytest.mark.parametrize(

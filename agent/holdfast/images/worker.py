@@ -63,7 +63,7 @@ def main() -> None:
     `damaged`, `host`, `again` or `denied` with a text. A bug writes its traceback there.
 
     Arguments: sys.path, descriptors control, stream, recipe and folder, most bytes and entries, the size of
-    the compressed stream (-1: any), milliseconds of silence that are borne (0: any).
+    the compressed stream (-1: any), how many milliseconds without a byte are tolerated (0: any).
     """
     gc.disable()
     control, *numbers = map(int, sys.argv[2:])
@@ -188,7 +188,7 @@ class _Source:
         return self._head.pop(0) if self._head else self._next()
 
     def _next(self) -> bytes:
-        if self._poll is not None and not self._poll.poll(self._silence):
+        if self._poll is not None and not self._poll.poll(min(self._silence, 2**31 - 1)):
             raise _Silence(f"not a byte came for {self._silence / 1000:g} s")
         data = os.read(self._stream, READ)
         if not data and self.size < self._most:

@@ -33,6 +33,7 @@ from holdfast.runtime import cgroup, delegation
 from holdfast.runtime.binaries import RuntimeBinary
 from holdfast.spec import forms
 
+LONGEST_POLL = 2**31 - 1  # milliseconds that poll(2) can wait: 24 days
 CREATE_TIMEOUT = 60.0  # seconds
 EXEC_READ = 60.0  # seconds after which the runtime has read what it was to run
 #: How long conmon may need to write the last output and the exit file after its container ended.
@@ -557,7 +558,7 @@ def _wait_end(pid: int, deadline: float | None, unless: int | None = None) -> bo
         if unless is not None:
             poller.register(unless, select.POLLIN)
         left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-        ended = handle in dict(poller.poll(left))
+        ended = handle in dict(poller.poll(None if left is None else min(left, LONGEST_POLL)))
     finally:
         os.close(handle)
     return ended
