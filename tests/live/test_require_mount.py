@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,41 @@ def test_a_container_with_an_old_mount_is_told_of_until_it_is_restarted(
 
 
 OLD = {"web": True, "linked": True}
+
+
+@pytest.fixture
+def hang() -> Iterator[Callable[[Path], None]]:
+    """Mount file systems that answer nobody, as NFS does whose server is gone; at the end they fail."""
+    libc, served = ctypes.CDLL(None, use_errno=True), dict[Path, int]()
+
+    def mount(point: Path) -> None:
+        served[point] = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        options = f"fd={served[point]},rootmode=40000,user_id=0,group_id=0"
+        if libc.mount(b"hung", os.fsencode(point), b"fuse", 0, options.encode()) != 0:
+            pytest.skip(f"mount fuse: {os.strerror(ctypes.get_errno())}")
+
+    yield mount
+    for point, handle in served.items():
+        os.close(handle)
+        assert libc.umount2(os.fsencode(point), 2) == 0  # MNT_DETACH
+
+
+def test_a_file_system_that_does_not_answer_holds_up_nothing_else(
+    agent: LiveAgent, mounts: Mounts, hang: Callable[[Path], None], tmp_path: Path
+) -> None:
+    point = tmp_path / "nfs"
+    point.mkdir()
+    mounts.tmpfs(point)
+    agent.write("shop.toml", STATE.format(source=point / "data") + "require_mount = true\n")
+    agent.write("other.toml", BOUND.format(name="web", source=tmp_path))
+    agent.converge()
+    before = agent.pid("other/web")
+    hang(point)
+    os.kill(before, signal.SIGKILL)
+    agent.wait(lambda: is_another(agent, "other/web", before), "the other app is seen to")
+    agent.sync()
+    assert str(point) in agent.cli("status").stdout.replace("\n", "")
+
+
+def is_another(agent: LiveAgent, container: str, pid: int) -> bool:
+    return [each["pid"] not in (None, pid) for each in agent.instances(container)] == [True]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from holdfast.errors import TryAgain
 from holdfast.runtime import mountpoints
-from holdfast.runtime.mountpoints import Mounted, lacking
+from holdfast.runtime.mountpoints import Mounted, lacking, real_path
 from holdfast.source.directory import DirectorySource
 from holdfast.spec import load
 from holdfast.spec.model import Mount, NodeFacts
@@ -61,6 +62,24 @@ def test_others_do_not_wait(host: Path) -> None:
 def test_a_link_to_what_is_not_mounted_waits(host: Path) -> None:
     (host / "link").symlink_to("/srv/nfs/deep")
     assert "/srv/nfs is not mounted" in lacking(bind(str(host / "link")), Mounted.now())
+
+
+def test_links_are_followed_as_the_kernel_does_until_a_file_system_that_may_not_answer(host: Path) -> None:
+    place = host / "place"
+    (place / "deep/er").mkdir(parents=True)
+    (place / "up").symlink_to("deep/../deep/er")
+    (place / "abs").symlink_to(place / "up")
+    (place / "loop").symlink_to("loop")
+    (place / "lost").symlink_to("nowhere/x")
+    now = Mounted.now()
+    for path in ("abs", "abs/../new", "up//./x", "lost/y", "deep"):
+        assert real_path(f"{place}/{path}", now) == os.path.realpath(f"{place}/{path}")
+    assert real_path("/", now) == "/"
+    assert real_path(f"{place}/loop/x", now).startswith(str(place))
+    mounted(host, str(place / "deep"))  # nfs4
+    assert real_path(f"{place}/up/x", Mounted.now()) == f"{place}/deep/er/x"
+    (place / "deep/link").symlink_to("/")
+    assert real_path(f"{place}/deep/link/x", Mounted.now()) == f"{place}/deep/link/x"
 
 
 def test_escapes_are_read_as_fstab_and_mountinfo_write_them(host: Path) -> None:

@@ -1,8 +1,8 @@
 """Which file system a path of the host is meant to be on, and whether that is mounted.
 
 A bind whose source lies below a mount point that is not mounted would write to the disk underneath. fstab(5) says
-what is meant to be mounted, /proc/self/mountinfo what is; nothing here touches the file systems themselves, which
-may not answer.
+what is meant to be mounted, /proc/self/mountinfo what is. `lacking` and `unmounted` are asked in every pass, so they
+touch no file system that may not answer, as that of a server which is gone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,15 @@ from holdfast.spec.model import Mount
 
 FSTAB = Path("/etc/fstab")
 MOUNTINFO = Path("/proc/self/mountinfo")
+#: File systems of this host's own disks and memory. Others may wait for a server, or a process, that is gone.
+LOCAL = frozenset(
+    (
+        *("bcachefs", "btrfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "iso9660", "jfs", "nilfs2", "ntfs3"),
+        *("reiserfs", "squashfs", "udf", "vfat", "xfs", "zfs"),
+        *("devtmpfs", "overlay", "proc", "ramfs", "rootfs", "sysfs", "tmpfs"),
+    )
+)
+MOST_LINKS = 40
 _cache: tuple[tuple[int, int, int], tuple[str, ...]] = ((0, 0, 0), ())
 
 
@@ -87,7 +96,7 @@ def lacking(mount: Mount, mounted: Mounted) -> str:
     missing = unmounted(mount.source, mounted)
     if missing:
         return f"{missing} is not mounted, which {FSTAB} names and '{mount.source}' lies on"
-    above = _above(os.path.realpath(mount.source)) if mount.require_mount else ()
+    above = _above(real_path(mount.source, mounted)) if mount.require_mount else ()
     if mount.require_mount and not any(point in mounted for point in above if point != "/"):
         return f"nothing is mounted at or above '{mount.source}' (require_mount = true)"
     return ""
@@ -98,9 +107,29 @@ def unmounted(path: str, mounted: Mounted) -> str:
     points = fstab_points()
     if not points:
         return ""
-    real = os.path.realpath(path)
+    real = real_path(path, mounted)
     meant = (point for point in points if _covers(point, path) or _covers(point, real))
     return next((point for point in meant if point not in mounted), "")
+
+
+def real_path(path: str, mounted: Mounted) -> str:
+    """A path without links, as os.path.realpath has it; of what lies on others than LOCAL file systems, as it is."""
+    real, left, links = "", path.split("/")[::-1], 0
+    while left:
+        name = left.pop()
+        step = os.path.normpath(f"{real}/{name}")
+        here = mounted.by_point.get(step) if step != "/" else None
+        if links > MOST_LINKS or (here is not None and here.kind not in LOCAL):
+            return os.path.normpath("/".join((step, *left[::-1])))
+        try:
+            target = os.readlink(step)  # noqa: PTH115 - of every mount, in every pass
+        except OSError:  # no link, or nothing at all
+            real = step.rstrip("/")
+            continue
+        links += 1
+        left.extend(target.split("/")[::-1])
+        real = "" if target.startswith("/") else real
+    return real or "/"
 
 
 def mount_point(real: str) -> str:
