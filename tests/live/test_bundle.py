@@ -182,6 +182,10 @@ def test_what_the_state_builds_is_in_the_bundle_and_nothing_is_built_elsewhere(
         f'[images.web]\ncontext = "./web"\ntags = ["nowhere.test/web:1"]\npush = true\n'
         f'[containers.web]\nimage = "images.web"\n{RUN}\n[containers.tagged]\nimage = "nowhere.test/web:1"\n{RUN}\n'
     )
+    bare_agent.configure(more='[policy]\nforbid = ["host-network"]\n')
+    done = holdfast("bundle", "create", tree, "-o", bundle, "--config", bare_agent.config)
+    assert done.returncode == 69 and "the host's network, which the rule 'host-network'" in done.stderr, done.stderr
+    bare_agent.configure()
     done = holdfast("bundle", "create", tree, "-o", bundle, "--config", bare_agent.config)
     assert done.returncode == 0, done.stderr
     assert "STEP" in done.stderr

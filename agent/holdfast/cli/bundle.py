@@ -171,7 +171,8 @@ def builder_in(stack: ExitStack, config: Config) -> Builder:
     store = ImageStore(config.root / "images", config.images)
     puller = Puller(store, config.images)
     stack.callback(puller.close)
-    builder = Builder(store, config.images, host, told, Outside(store, puller), config.builds, begun)
+    outside = Outside(store, puller, host_network="host-network" not in config.forbid)
+    builder = Builder(store, config.images, host, told, outside, config.builds, begun)
     stack.callback(builder.close)
     return builder
 

@@ -278,6 +278,11 @@ class Buildah:
             raise TryAgain(f"run '{command[0]}': the agent is stopping")
         joins = network == "default" and self.outside.own_network
         own = network == "none" or joins
+        if not (own or self.outside.host_network):
+            raise UnfitHost(
+                "without an agent it uses the host's network, which the rule 'host-network' in [policy] forbid of "
+                'agent.toml forbids (expected network = "none" for it, or another --config)'
+            )
         output: list[str] = []
         errors: list[str] = []
         with self.outside.cgroup(self._id) as cage, ExitStack() as stack:

@@ -35,8 +35,9 @@ class Outside:
     #: What `network = "default"` is here: a network of its own that `network` joins, or the host's.
     own_network = False
 
-    def __init__(self, store: ImageStore, puller: Puller) -> None:
-        self.store, self.puller = store, puller
+    def __init__(self, store: ImageStore, puller: Puller, *, host_network: bool = True) -> None:
+        """host_network: whether builds may use the host's network where they have none of their own."""
+        self.store, self.puller, self.host_network = store, puller, host_network
 
     def image(self, reference: str, pull: Pull) -> Image:
         """An image to start from, in our own store. Raises as `Puller.pull`."""
