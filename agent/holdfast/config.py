@@ -24,7 +24,7 @@ from holdfast.spec.forms import absolute, capability
 from holdfast.spec.model import PRIVATE, AppNetwork, NodeFacts
 from holdfast.spec.policy import RULES
 from holdfast.tables import Checked, Duration, Fault, Short, Size, Table, Text, read_table
-from holdfast.toml import Document, Unreadable, dotted, suggestion
+from holdfast.toml import Document, Unreadable, dotted, one_line, suggestion
 
 DEFAULT_PATH = Path("/etc/holdfast/agent.toml")
 VARIABLE = "HOLDFAST_CONFIG"
@@ -434,7 +434,7 @@ def _in_order(document: Document, faults: list[Fault]) -> list[Fault]:
 
 def _line(path: Path, document: Document, fault: Fault) -> str:
     key = dotted(document.written(fault.path))
-    return f"{path}:{document.line(fault.path)}: {key}: {fault.message}"
+    return f"{path}:{document.line(fault.path)}: {one_line(key)}: {one_line(fault.message)}"
 
 
 def _config(table: AgentTable, env: Mapping[str, str]) -> Config:

@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from holdfast.toml import KeyPath, suggestion
+from holdfast.toml import LARGEST, KeyPath, suggestion
 
 JsonSchema = dict[str, Any]
 T = TypeVar("T", bound="Table")
@@ -245,15 +245,19 @@ def _plain(kind: str, detail: Mapping[str, Any]) -> str:
         case "literal_error":
             return f"{shown(detail['input'])} is not known (expected {context['expected']})"
         case "greater_than_equal":
-            return f"{detail['input']:g} is too small (expected at least {context['ge']:g})"
+            return f"{_number(detail['input'])} is too small (expected at least {_number(context['ge'])})"
         case "greater_than":
-            return f"{detail['input']:g} is too small (expected more than {context['gt']:g})"
+            return f"{_number(detail['input'])} is too small (expected more than {_number(context['gt'])})"
         case "less_than_equal":
-            return f"{detail['input']:g} is too large (expected at most {context['le']:g})"
+            return f"{_number(detail['input'])} is too large (expected at most {_number(context['le'])})"
         case _ if kind in _EXPECTED:
             return f"expected {_EXPECTED[kind]}, not {named(detail['input'])}"
         case _:
             return f"{shown(detail['input'])}: {detail['msg'][:1].lower()}{detail['msg'][1:]}"
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def named(value: Any) -> str:
@@ -303,7 +307,10 @@ def size(value: Any) -> Any:
         raise ValueError(f"'{value}' is not a size (expected a number and one of KiB, MiB, GiB, KB, MB, GB, k, m, g)")
     if len(match[1]) > LONGEST_NUMBER:
         raise ValueError(f"a number of {len(match[1])} digits is not a size (expected at most {LONGEST_NUMBER})")
-    return int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
+    found = int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
+    if found > LARGEST:
+        raise ValueError(f"'{value}' is too large for a size (expected less than 8388608TiB)")
+    return found
 
 
 def size_text(number: int) -> str:

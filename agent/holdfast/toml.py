@@ -21,6 +21,8 @@ KeyPath = tuple[str | int, ...]
 MAX_SIZE = 1024 * 1024
 MAX_DEPTH = 64  # tables and lists within each other
 MAX_KNOWN = 200  # words that a suggestion is looked for among: comparing them costs
+LONGEST_KEY = 80  # characters of one part of a key path that an error shows
+LONGEST_MESSAGE = 600  # characters of an error
 LARGEST = 2**63 - 1  # a 64-bit number is what TOML promises; those that keep this data have no larger ones
 
 _BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
@@ -142,6 +144,16 @@ def _unfit(value: Any) -> str:
     return ""
 
 
+def one_line(message: str) -> str:
+    """A message on one line of bounded length, whatever it quotes: what it begins and what it ends with.
+
+    Values that it quotes can't break the line, or steer the terminal of whoever reads it.
+    """
+    if len(message) > LONGEST_MESSAGE:
+        message = f"{message[: LONGEST_MESSAGE // 2]} … {message[-LONGEST_MESSAGE // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+
+
 def dotted(path: KeyPath) -> str:
     """A key path as a person writes it: `containers.web.ports[0]`."""
     text = ""
@@ -150,6 +162,7 @@ def dotted(path: KeyPath) -> str:
             text += f"[{step}]"
         else:
             name = step if _BARE_KEY.fullmatch(step) else f'"{step}"'
+            name = name if len(name) <= LONGEST_KEY else f"{name[:LONGEST_KEY]}…"
             text += f".{name}" if text else name
     return text
 

@@ -261,6 +261,7 @@ def test_a_preview_of_nothing_is_empty() -> None:
         "problems": [],
         "foreign": {},
         "findings": [],
+        "hints": [],
         "images": {},
     }
 

@@ -41,7 +41,7 @@ OnChange = Annotated[
 Capability = Annotated[str, Checked(forms.capability, {"examples": ["NET_BIND_SERVICE", "ALL"]})]
 Address = Annotated[str, Checked(forms.address, {"title": "IPv4 address", "examples": ["10.90.1.2"]})]
 Ports = Annotated[Text, Checked(lambda text: text, {"title": "port or range", "examples": ["8000-8010"]})]
-Id = Annotated[int, Field(ge=0, le=2**32 - 2)]
+Id = Annotated[int, Field(ge=0, le=forms.LARGEST_ID)]
 
 
 def _from(read: Callable[[str], Any], form: str) -> Short:
@@ -259,7 +259,7 @@ class LoggingTable(Table):
     """How much of the container's output is kept."""
 
     max_size: Annotated[Memory, Field(description="of one log file")] = 10 * 1024 * 1024
-    max_files: Annotated[int, Field(ge=1, description="log files kept, the current one included")] = 3
+    max_files: Annotated[int, Field(ge=1, le=10_000, description="log files kept, the current one included")] = 3
 
 
 class StorageOptTable(Table):

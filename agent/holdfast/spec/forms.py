@@ -17,6 +17,10 @@ from holdfast.toml import suggestion
 
 Parts = dict[str, Any]
 
+MOST_CPUS = 8192  # NR_CPUS of Linux
+MOST_PIDS = 4_194_304  # PID_MAX_LIMIT of Linux
+LARGEST_ID = 2**32 - 2  # of users and groups; the next one means nobody in chown(2)
+LONGEST_LOGIN = 256  # LOGIN_NAME_MAX of Linux
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 
 # fmt: off
@@ -319,7 +323,8 @@ def tmpfs(value: str) -> Parts:
                 parts["size"] = size(text)
             case "mode":
                 parts["mode"] = mode(text)
-            case "uid" | "gid" if number(text):
+            case "uid" | "gid" if text.isascii() and text.isdigit():
+                _check_id(text)
                 parts[key] = int(text)
             case "ro" | "rw" if not text:
                 parts["read_only"] = key == "ro"
@@ -447,6 +452,8 @@ def cpuset(value: str) -> str:
         last = last if dash else first
         if not (number(first) and number(last) and int(first) <= int(last)):
             raise ValueError(f"'{value}' is not a list of CPUs (expected as 0-3,6)")
+        if int(last) >= MOST_CPUS:
+            raise ValueError(f"'{part}' is out of range (expected CPUs from 0 to {MOST_CPUS - 1})")
     return value
 
 
@@ -454,6 +461,8 @@ def user(value: str) -> str:
     """`USER[:GROUP]`, names or numbers."""
     if not re.fullmatch(r"[^\s:/]+(:[^\s:/]+)?", value):
         raise ValueError(f"'{value}' is not a user (expected USER[:GROUP], names or numbers)")
+    for part in value.split(":"):
+        _check_id(part)
     return value
 
 
@@ -461,7 +470,16 @@ def group(value: str) -> str:
     """A group, name or number."""
     if not re.fullmatch(r"[^\s:/]+", value):
         raise ValueError(f"'{value}' is not a group (expected a name or a number)")
+    _check_id(value)
     return value
+
+
+def _check_id(text: str) -> None:
+    """Refuse what can be neither the number nor the name of a user or group."""
+    if text.isascii() and text.isdigit() and (not number(text) or int(text) > LARGEST_ID):
+        raise ValueError(f"'{text}' is out of range (expected a number up to {LARGEST_ID})")
+    if len(text) > LONGEST_LOGIN:
+        raise ValueError(f"a name of {len(text)} characters is too long (expected at most {LONGEST_LOGIN})")
 
 
 def ulimit(value: str) -> str:

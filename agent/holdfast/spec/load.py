@@ -22,7 +22,6 @@ from holdfast.tables import MOST_FAULTS, Fault, read_table, shown, text_of
 from holdfast.toml import Document, Unreadable, dotted
 
 VARS_FILE = "vars.toml"
-LONGEST = 2000  # characters of a problem: the values that it quotes may be of any length
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,15 +256,9 @@ def _reading(path: str, raw: bytes, facts: NodeFacts, before: Reading | None) ->
 def _problems(path: str, document: Document, faults: Iterable[Fault]) -> Iterator[Problem]:
     listed = list(faults)
     for fault in listed[:MOST_FAULTS]:
-        message = _on_one_line(fault.message if len(fault.message) <= LONGEST else f"{fault.message[:LONGEST]}…")
-        yield Problem(path, document.line(fault.path), message, key=dotted(document.written(fault.path)))
+        yield Problem(path, document.line(fault.path), fault.message, key=dotted(document.written(fault.path)))
     if len(listed) > MOST_FAULTS:
         yield Problem(path, 1, f"{len(listed) - MOST_FAULTS} more problems (mend these first)")
-
-
-def _on_one_line(message: str) -> str:
-    """A message whose quoted values can't break the line, or steer the terminal of whoever reads it."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
 
 
 def _linked(

@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from holdfast.toml import one_line
+
 BUILTIN_NETWORKS = ("none", "host", "bridge")
 BUILD_NETWORK = "build"  # which builds join, and no container
 DEFAULT_NETWORK = "default"  # of an app: what its containers join that name no network
@@ -314,6 +316,10 @@ class Problem:
     message: str
     key: str = ""
     column: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", one_line(self.message))
+        object.__setattr__(self, "key", one_line(self.key))
 
     def __str__(self) -> str:
         where = f"{self.path}:{self.line}" + (f":{self.column}" if self.column else "")

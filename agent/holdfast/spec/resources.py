@@ -15,6 +15,7 @@ from holdfast.tables import Checked, Short, Size, Table, size_text
 STRING = {"type": "string"}
 Strings = Annotated[list[str], Short(forms.several, (STRING,))]
 Memory = Annotated[Size, Field(ge=0)]
+Iops = Annotated[int, Field(ge=1, le=2**32 - 1)]
 DevicePath = Annotated[str, Checked(forms.absolute, {})]
 
 
@@ -27,7 +28,9 @@ class ResourcesTable(Table):
         Field(description="memory and swap together; -1 or unlimited: no limit to swap"),
     ] = None
     memory_reservation: Annotated[Memory | None, Field(description="what it keeps when memory is short")] = None
-    cpus: Annotated[float | None, Field(gt=0, description="cores it may use at a time, as 0.5")] = None
+    cpus: Annotated[
+        float | None, Field(gt=0, le=forms.MOST_CPUS, description="cores it may use at a time, as 0.5")
+    ] = None
     cpu_weight: Annotated[int | None, Field(ge=2, le=262144, description="relative, 1024 is normal")] = None
     cpuset: Annotated[
         Annotated[str, Checked(forms.cpuset, {"examples": ["0-3,6"]})] | None,
@@ -35,17 +38,13 @@ class ResourcesTable(Table):
     ] = None
     pids: Annotated[
         Annotated[int, Short(forms.pids, ({"enum": ["max"]},))],
-        Field(ge=-1, description="the most processes and threads; max or -1: no limit"),
+        Field(ge=-1, le=forms.MOST_PIDS, description="the most processes and threads; max or -1: no limit"),
     ] = model.DEFAULT_PIDS
     io_weight: Annotated[int | None, Field(ge=10, le=1000, description="relative, 500 is normal")] = None
     device_read_bps: Annotated[dict[DevicePath, Memory], Field(description="bytes read a second, by device")] = {}
     device_write_bps: Annotated[dict[DevicePath, Memory], Field(description="bytes written a second, by device")] = {}
-    device_read_iops: Annotated[
-        dict[DevicePath, Annotated[int, Field(ge=1)]], Field(description="reads a second, by device")
-    ] = {}
-    device_write_iops: Annotated[
-        dict[DevicePath, Annotated[int, Field(ge=1)]], Field(description="writes a second, by device")
-    ] = {}
+    device_read_iops: Annotated[dict[DevicePath, Iops], Field(description="reads a second, by device")] = {}
+    device_write_iops: Annotated[dict[DevicePath, Iops], Field(description="writes a second, by device")] = {}
     oom_score_adj: Annotated[
         int | None, Field(ge=-1000, le=1000, description="how readily the kernel kills it when memory is short")
     ] = None
