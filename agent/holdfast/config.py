@@ -219,7 +219,8 @@ class BuildsTable(Table):
     """What building images may take of the host."""
 
     memory: Annotated[
-        Size | None, Field(ge=32 << 20, description="of one build, at least 32MiB; absent: 3/4 of the host's")
+        Size | None,
+        Field(ge=32 << 20, description="of one build, which gets no swap; at least 32MiB; absent: 3/4 of the host's"),
     ] = None
     pids: Annotated[int, Field(ge=16, description="processes and threads of one build")] = 4096
     concurrency: Annotated[

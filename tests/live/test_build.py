@@ -726,8 +726,11 @@ def test_a_build_has_a_cgroup_of_the_agents_that_keeps_devices_from_it_and_goes(
     agent.sync()
     wait_until(lambda: any(b"sleep\x001000" in command(pid) for pid in cgroup.pids(above)), "the step runs there")
     (name,) = cgroup.children(cgroup.folder("pids", above))
-    assert cgroup.snapshot(f"{above}/{name}")["pids.max"] == "64"
-    assert str(256 << 20) in cgroup.snapshot(f"{above}/{name}").values()
+    held = cgroup.snapshot(f"{above}/{name}")
+    assert held["pids.max"] == "64"
+    assert held["memory.max" if cgroup.version() == 2 else "memory.limit_in_bytes"] == str(256 << 20)
+    assert held.get("memory.swap.max", "0") == "0"
+    assert held.get("memory.memsw.limit_in_bytes", str(256 << 20)) == str(256 << 20)
     words = "for each in null zero urandom kmsg loop-control; do (exec </dev/$each && echo $each); done 2>&1"
     inside = f"echo 0 > {cgroup.folder('devices', f'{above}/{name}/cgroup.procs')} && {words}"
     said = subprocess.run(

@@ -60,7 +60,8 @@ class BuildServices(Outside):
         )
         folders = _make(self.rig.host, path)
         try:
-            cgroup.apply(path, {"memory": {"limit": limit}, "pids": {"limit": self.rig.builder.builds.pids}})
+            memory = {"limit": limit, "swap": limit}  # no swap: what a build fills of it, others miss
+            cgroup.apply(path, {"memory": memory, "pids": {"limit": self.rig.builder.builds.pids}})
             device_access.allow_only(path, DEVICES)
             yield Cage(folders, lambda: self._exceeded(path, limit))
         finally:
