@@ -19,7 +19,8 @@ from pathlib import Path
 
 from holdfast.drivers import Host
 from holdfast.identity import PLACE
-from holdfast.runtime.delegation import dissolve
+from holdfast.runtime import apparmor
+from holdfast.runtime.delegation import dissolve, unit_file
 
 
 def leftovers(host: Host) -> list[str]:
@@ -32,8 +33,9 @@ def leftovers(host: Host) -> list[str]:
         *(f"cgroup {path}" for path in cgroups(host)),
         *(f"delegation {path.name}" for path in delegations(host)),
         *(f"nft table {family} {name}" for family, name in tables(host)),
+        *(f"AppArmor profile {name}" for name in profiles(host)),
         *(f"loop device {device}" for device in loops(host)),
-        *(f"file {path}" for path in (*_files(host.run_root), PLACE / host.name) if path.exists()),
+        *(f"file {path}" for path in (*_files(host.run_root), PLACE / host.name, unit_file(host)) if path.exists()),
     ]
 
 
@@ -58,6 +60,8 @@ def sweep(host: Host) -> None:
         subprocess.run(["ip", "link", "delete", path.name], check=False, capture_output=True)
     for family, name in tables(host):
         subprocess.run(["nft", "delete", "table", family, name], check=False, capture_output=True)
+    for name in profiles(host):
+        apparmor.remove(name)
     for device in loops(host):
         subprocess.run(["losetup", "--detach", device], check=False, capture_output=True)
     _sweep_cgroups(host)
@@ -113,6 +117,11 @@ def tables(host: Host) -> list[tuple[str, str]]:
     listing = subprocess.run(["nft", "list", "tables"], check=True, capture_output=True, text=True).stdout
     words = [line.split() for line in listing.splitlines()]
     return [(family, name) for _, family, name in words if host.name in name]
+
+
+def profiles(host: Host) -> list[str]:
+    """Profiles that the kernel's AppArmor has for the agent's containers."""
+    return sorted(name for name in apparmor.loaded() if name.startswith(f"{host.name}-"))
 
 
 def loops(host: Host) -> list[str]:

@@ -11,6 +11,10 @@ agent has systemd run a service that does nothing but keep the place:
         NAME-build      what builds run
 
 It lasts until no container is left. A host without systemd, or with cgroup v1, has /NAME alone. Called by the node.
+
+The unit is a file in /run, not a transient unit: systemd makes no transient unit of a name that has settings of an
+administrator's (drop-ins, `systemctl set-property`), or whose last run it still remembers, because another unit
+names it.
 """
 
 from __future__ import annotations
@@ -31,21 +35,35 @@ from holdfast.runtime import cgroup
 BOOTED = Path("/run/systemd/system")  # sd_booted(3)
 TIMEOUT = 60.0  # seconds that systemd may take
 LAST_LOOK = 5.0  # seconds to see the place go
-_PROPERTIES = (
-    "Delegate=yes",
-    "TasksMax=infinity",
-    "KillMode=process",  # whatever ends the keeper, the containers go on
-    "RefuseManualStop=yes",
-    "IgnoreOnIsolate=yes",
-    "OOMPolicy=continue",
-    "OOMScoreAdjust=-1000",
-)
+NOT_FOUND = 5  # what systemctl exits with
+_UNIT = """\
+[Unit]
+Description=Containers of {name}
+RefuseManualStop=yes
+IgnoreOnIsolate=yes
+CollectMode=inactive-or-failed
+
+[Service]
+Type=exec
+ExecStart=/bin/sleep infinity
+Delegate=yes
+TasksMax=infinity
+# Whatever ends the keeper, the containers go on.
+KillMode=process
+OOMPolicy=continue
+OOMScoreAdjust=-1000
+"""
 _making = threading.Lock()
 
 
 def unit_of(name: str) -> str:
     """The service that keeps the place of an agent's containers."""
     return f"{name}-containers.service"
+
+
+def unit_file(host: Host) -> Path:
+    """Where that service is described; gone with the last container."""
+    return BOOTED / unit_of(host.name)
 
 
 def place_of(name: str) -> str:
@@ -96,6 +114,7 @@ def dissolve(host: Host) -> None:
         deadline = time.monotonic() + LAST_LOOK
         while top.is_dir() and time.monotonic() < deadline:  # systemd takes it away
             time.sleep(0.02)
+        unit_file(host).unlink(missing_ok=True)
 
 
 def used(host: Host) -> bool:
@@ -111,21 +130,35 @@ def keeps(host: Host) -> bool:
 
 
 def _delegate(host: Host) -> None:
-    unit = unit_of(host.name)
-    program = shutil.which("systemd-run", path="/usr/bin:/bin")
-    if program is None:
-        raise UnfitHost(f"delegate cgroup '{host.cgroup_root}': systemd-run is missing (apt-get install systemd)")
-    words = [program, "--quiet", "--collect", f"--unit={unit}", f"--description=Containers of {host.name}"]
-    words += ["--service-type=exec", *(f"--property={each}" for each in _PROPERTIES), "sleep", "infinity"]
+    unit, file = unit_of(host.name), unit_file(host)
+    fresh = file.with_name(f".{unit}.new")
     try:
-        done = subprocess.run(
-            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise TryAgain(f"delegate cgroup '{host.cgroup_root}': systemd does not answer in {TIMEOUT:g} s") from error
+        fresh.write_text(_UNIT.format(name=host.name))
+        fresh.replace(file)
+    except OSError as error:
+        raise TryAgain(f"write unit file '{file}': {(error.strerror or '').lower()}") from error
+    done = _systemctl(host, "start", unit)
+    if done.returncode == NOT_FOUND:  # it was looked for before, and systemd remembers that
+        _systemctl(host, "daemon-reload")
+        done = _systemctl(host, "start", unit)
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
         raise TryAgain(f"delegate cgroup '{host.cgroup_root}': {said} (see systemctl status {unit})")
+
+
+def _systemctl(host: Host, *words: str) -> subprocess.CompletedProcess[str]:
+    what = f"delegate cgroup '{host.cgroup_root}'"
+    program = shutil.which("systemctl", path="/usr/bin:/bin")
+    if program is None:
+        raise UnfitHost(f"{what}: systemctl is missing (apt-get install systemd)")
+    try:
+        return subprocess.run(
+            [program, "--no-ask-password", *words],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT, check=False,
+            env={"PATH": "/usr/bin:/bin"},  # NOTIFY_SOCKET is the agent's
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise TryAgain(f"{what}: systemd does not answer in {TIMEOUT:g} s") from error
 
 
 def _folder(host: Host) -> Path | None:
