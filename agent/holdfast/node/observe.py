@@ -242,7 +242,7 @@ def _settings_digests(rig: Rig) -> Settings:
     known: dict[str, str] = {}
 
     def digest(instance: Instance) -> str:
-        resources = instance.want.resources.model_dump_json()
+        resources = instance.want.resources.text
         if resources not in known:
             try:
                 known[resources] = cgroup_settings(rig, instance.want).digest

@@ -154,6 +154,11 @@ class Resources(Frozen):
     service_class: Literal["guaranteed", "burstable", "besteffort"] | None = None
     policy: tuple[str, ...] = ()
 
+    @cached_property
+    def text(self) -> str:
+        """All of it as JSON: equal tables have equal texts."""
+        return self.model_dump_json()
+
 
 class Logging(Frozen):
     """How much of a container's output is kept: max_files files of max_size bytes."""
