@@ -149,29 +149,13 @@ def shut_down(config: Config) -> list[str]:
     """
     _need_root()
     deadline = time.monotonic() + config.shutdown_timeout
-    with _lock_soon(config), _node_of(config) as node:
+    with _only_agent(config, AGENT_ENDS), _node_of(config) as node:
         return node.shut_down(max(deadline - time.monotonic(), 1.0), _beat)
 
 
 def _beat(left: float) -> None:
     """Have systemd wait for what is left of the time (sd_notify(3)), and for the last kills."""
     _notify(f"EXTEND_TIMEOUT_USEC={int((left + LAST_KILLS) * 1e6)}")
-
-
-@contextmanager
-def _lock_soon(config: Config) -> Iterator[None]:
-    """The lock of the only agent, as soon as the one that holds it has ended."""
-    deadline = time.monotonic() + AGENT_ENDS
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(_only_agent(config))
-                break
-            except Conflict:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
-        yield
 
 
 @contextmanager
@@ -251,14 +235,14 @@ def _need_root() -> None:
 
 
 @contextmanager
-def _only_agent(config: Config) -> Iterator[None]:
-    """Hold the lock that keeps a second agent from the same root."""
+def _only_agent(config: Config, patience: float = 0.0) -> Iterator[None]:
+    """Hold the lock that keeps a second agent from the same root. patience: seconds to wait for another's end."""
     config.root.mkdir(mode=0o700, parents=True, exist_ok=True)  # what state files say may be secret
     file = os.open(config.root / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            _lock(file, patience)
+        except (BlockingIOError, TimeoutError):
             raise same_root(config.root, os.pread(file, 32, 0).decode(errors="replace")) from None
         pid = str(os.getpid()).encode()
         with contextlib.suppress(OSError):  # on a full disk: the lock is what counts
@@ -267,6 +251,24 @@ def _only_agent(config: Config) -> Iterator[None]:
         yield
     finally:
         os.close(file)
+
+
+def _lock(file: int, patience: float) -> None:
+    """Lock a file. Raises BlockingIOError, or TimeoutError after so many seconds (in the main thread)."""
+    if not patience:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, patience)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager

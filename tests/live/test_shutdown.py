@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 
 from ground import patient
 from holdfast.drivers import Host
-from live.agent import LiveAgent
+from live.agent import HOLDFAST, LiveAgent
 
 pytestmark = pytest.mark.live
 
@@ -152,6 +154,21 @@ def test_a_shutdown_waits_for_nothing_that_runs_while_an_agent_holds_it(agent: L
     done = agent.cli("shutdown", "--now", check=False)
     assert done.returncode == 73
     assert agent.pid("shop/back")
+
+
+def test_a_shutdown_begins_as_soon_as_the_agent_has_ended(agent: LiveAgent) -> None:
+    agent.write("shop.toml", PLAIN)
+    agent.converge()
+    back = agent.pid("shop/back")
+    with subprocess.Popen([HOLDFAST, "--config", str(agent.config), "shutdown", "--now"]) as command:
+        try:
+            waiting = re.compile(rf"-> FLOCK .* {command.pid} ")
+            agent.wait(lambda: bool(waiting.search(Path("/proc/locks").read_text())), "it waits for the agent's lock")
+            agent.stop()
+            assert command.wait(patient(60)) == 0
+        finally:
+            command.kill()
+    assert not Path(f"/proc/{back}").exists()
 
 
 def test_a_stop_of_the_unit_alone_stops_nothing(agent: LiveAgent) -> None:

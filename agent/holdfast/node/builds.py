@@ -21,6 +21,7 @@ from holdfast.images.outside import Cage, Outside, Pull
 from holdfast.node.rig import Rig
 from holdfast.node.stage import resolve_image
 from holdfast.runtime import cgroup, delegation, device_access, names
+from holdfast.runtime.conmon import kill_each, wait_end
 from holdfast.runtime.device_access import Rule
 from holdfast.spec.model import BUILD_NETWORK, Container
 
@@ -116,10 +117,9 @@ class BuildServices(Outside):
             cgroup.thaw(path)
         deadline = time.monotonic() + ENDING
         while (left := cgroup.pids(path)) and time.monotonic() < deadline:
+            kill_each(left, signal.SIGKILL)
             for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.01)
+                wait_end(pid, deadline)
         cgroup.remove(path)
 
 

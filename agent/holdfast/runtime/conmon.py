@@ -128,9 +128,9 @@ class Runtime:
         """Send a signal to the first process of a container, or to all of them; nothing happens if it has ended."""
         number = signal_number(signal)
         if all:
-            _kill_each(cgroup.pids(self.cgroup(id)), number)
+            kill_each(cgroup.pids(self.cgroup(id)), number)
         elif (run := self.run_of(id)) and self.alive(run):
-            _kill_each((run.pid,), number)
+            kill_each((run.pid,), number)
 
     def delete(self, id: str, *, force: bool = False) -> None:
         """Forget a container that has ended; with force, whatever is left of it is ended first.
@@ -241,7 +241,7 @@ class Runtime:
 
     def outlives(self, run: Run, seconds: float) -> bool:
         """Whether the first process of a run is still there after so many seconds."""
-        return self.alive(run) and not _wait_end(run.pid, time.monotonic() + seconds)
+        return self.alive(run) and not wait_end(run.pid, time.monotonic() + seconds)
 
     def _died_for_memory(self, id: str, at: float) -> bool:
         """Whether a kill counts for an end at `at`: one alone, and long before it, was that of a child."""
@@ -267,10 +267,10 @@ class Runtime:
         the wait is over, too.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        if self.alive(run) and not _wait_end(run.pid, deadline, unless):
+        if self.alive(run) and not wait_end(run.pid, deadline, unless):
             return None
         if self.supervised(run):
-            _wait_end(run.conmon_pid, time.monotonic() + CONMON_GRACE)
+            wait_end(run.conmon_pid, time.monotonic() + CONMON_GRACE)
         return self.exit_of(id) or Exit(None, at=time.time())
 
     def remove_parent_cgroup(self) -> None:
@@ -362,15 +362,15 @@ class Runtime:
         deadline = time.monotonic() + CONMON_GRACE
         cgroup.thaw(self.cgroup(id))
         conmons = [pid for pid, program in self._processes(id) if program == str(self.conmon)]
-        _kill_each(cgroup.pids(self.cgroup(id)), signal.SIGKILL)
+        kill_each(cgroup.pids(self.cgroup(id)), signal.SIGKILL)
         for pid in conmons:
-            _wait_end(pid, time.monotonic() + 1.0)
+            wait_end(pid, time.monotonic() + 1.0)
         while left := {pid for pid, _ in self._processes(id)} | cgroup.pids(self.cgroup(id)):
             if time.monotonic() > deadline:
                 raise TryAgain(f"end of '{id}': processes {sorted(left)} do not die")
-            _kill_each(left, signal.SIGKILL)
+            kill_each(left, signal.SIGKILL)
             for pid in left:
-                _wait_end(pid, time.monotonic() + 0.5)
+                wait_end(pid, time.monotonic() + 0.5)
 
     def _has_poststop(self, id: str) -> bool:
         """Whether the runtime would run hooks when it deletes a container, from the state that it keeps itself."""
@@ -546,7 +546,7 @@ def is_running(pid: int, ticks: int) -> bool:
     return bool(fields) and fields[0] not in "ZX" and int(fields[19]) == ticks
 
 
-def _wait_end(pid: int, deadline: float | None, unless: int | None = None) -> bool:
+def wait_end(pid: int, deadline: float | None, unless: int | None = None) -> bool:
     """Wait until a process has ended (a zombie has); False at the deadline (monotonic) or once unless is readable."""
     try:
         handle = os.pidfd_open(pid)
@@ -564,7 +564,8 @@ def _wait_end(pid: int, deadline: float | None, unless: int | None = None) -> bo
     return ended
 
 
-def _kill_each(pids: Iterable[int], number: int) -> None:
+def kill_each(pids: Iterable[int], number: int) -> None:
+    """Send a signal to processes; those that have ended are left out."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
