@@ -467,3 +467,31 @@ def _start_over(world: World) -> None:
     """After a failure, so that the next boundary is judged by itself."""
     (world.agent.state / "shop.toml").unlink(missing_ok=True)
     world.crashing.run()
+
+
+def test_what_was_being_removed_never_runs_again(agent: LiveAgent) -> None:
+    many = 10_000
+    fill = f"mkdir /many; seq {many} | (cd /many && xargs touch); touch /all"
+    state = f"""
+[containers.c]
+image = "busybox:1"
+command = ["sh", "-c", "[ -e /all ] || {{ {fill}; }}; exec sleep 10000"]
+stop_grace_period = "0s"
+networks = ["none"]
+"""
+    agent.write("app.toml", state)
+    agent.converge()
+    (before,) = agent.instances("app/c")
+    folder = agent.host.root / "instances" / before["id"] / "upper"
+    agent.wait((folder / "all").exists, "it has written its files")
+    agent.remove("app.toml")
+    while (folder / "all").exists():  # without a pause: deleting the rest takes a tenth of a second
+        pass
+    agent.kill()
+    assert folder.parent.exists()
+    agent.write("app.toml", state)
+    agent.start()
+    agent.converge()
+    (after,) = agent.instances("app/c")
+    assert after["id"] != before["id"]
+    assert not folder.parent.exists()

@@ -276,7 +276,7 @@ class Node:
         detail: Json = {}
         error, retry, least, code = "", True, 0.0, 0
         try:
-            store.put_intent(action.subject, {"verb": action.verb, "reason": action.reason})
+            store.put_intent(action.subject, _intent(action))
             if _makes(action):
                 store.need_room()
             detail = perform(self.rig, action, self._spec.blobs, self._revision)
@@ -384,6 +384,12 @@ def perform(rig: Rig, action: Action, blobs: Mapping[str, bytes], revision: str)
         case _:
             raise AssertionError(f"nobody performs {action.verb}")
     return {}
+
+
+def _intent(action: Action) -> Json:
+    """What is written down of an action before it begins, for `recover`."""
+    intent = {"verb": action.verb, "reason": action.reason}
+    return intent | {"instance": action.instance} if isinstance(action, RemoveInstance) else intent
 
 
 def _makes(action: Action) -> bool:

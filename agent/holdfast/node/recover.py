@@ -12,8 +12,9 @@ from holdfast.errors import HoldfastError, UnfitHost
 from holdfast.guard import described
 from holdfast.node.rig import Rig
 from holdfast.node.start import attach_again
-from holdfast.node.stop import release_mount, remove_thing
-from holdfast.observed import Json, Receipt
+from holdfast.node.stop import release_mount, remove_instance, remove_thing
+from holdfast.node.volumes import save_volumes
+from holdfast.observed import InstanceId, Json, Receipt
 from holdfast.plugins import found_by
 from holdfast.runtime import cgroup
 
@@ -58,6 +59,11 @@ def settle(rig: Rig, subject: str, intent: Json) -> None:
             _undo_restart(rig, subject)
         case "Pause":
             cgroup.thaw(rig.runtime.cgroup(intent["instance"]))
+        case "RemoveInstance":
+            instance = rig.store.instances.get(InstanceId(intent.get("instance", "")))
+            if instance is not None:  # its root file system may be half deleted: it must not run again
+                save_volumes(rig, instance)
+                remove_instance(rig, instance)
         case "RemoveVolume":
             _finish_removal(rig, subject.removeprefix("volume "))
 
