@@ -9,6 +9,7 @@
     │   └── NotPermitted become root, or a member  (exit 77, EX_NOPERM)
     ├── Conflict         free what is taken        (exit 73, EX_CANTCREAT)
     ├── NoAgent          start the agent           (exit 69, EX_UNAVAILABLE)
+    │   └── OlderAgent   restart the agent
     └── TryAgain         nothing: it is retried    (exit 75, EX_TEMPFAIL)
         ├── Unreachable  nothing, unless it lasts
         └── Throttled    nothing
@@ -80,6 +81,10 @@ class NoAgent(HoldfastError):
     """No agent answers on the socket that agent.toml names."""
 
     exit_code = 69
+
+
+class OlderAgent(NoAgent):
+    """The agent that runs is of an earlier version than the command, and can't do what it needs."""
 
 
 class TryAgain(HoldfastError):

@@ -54,6 +54,7 @@ from holdfast.api.wire import (
     yes,
 )
 from holdfast.errors import Conflict, TryAgain, UnfitHost, WrongCall, WrongConfig
+from holdfast.identity import API, API_HEADER
 from holdfast.runtime.execs import ExecWant
 from holdfast.runtime.logs import LogLine, Wanted
 from holdfast.runtime.output import output
@@ -80,6 +81,7 @@ async def serving(agent: Agent, path: Path, *, root: Path, group: str | None = N
     application = web.Application(middlewares=[report])
     application[AGENT], application[ROOT] = agent, root
     application.add_routes(ROUTES)
+    application.on_response_prepare.append(say_api)
     runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     try:
@@ -95,6 +97,11 @@ async def serving(agent: Agent, path: Path, *, root: Path, group: str | None = N
     finally:
         await runner.cleanup()
         await asyncio.to_thread(path.unlink, missing_ok=True)
+
+
+async def say_api(_: web.Request, response: web.StreamResponse) -> None:
+    """Say with each answer what this agent can be asked: a command may be newer than it."""
+    response.headers[API_HEADER] = str(API)
 
 
 async def accept(listener: socket.socket, server: web.Server) -> None:

@@ -15,13 +15,29 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote, urlencode
 
 from holdfast import errors
-from holdfast.errors import HoldfastError, NoAgent, NotPermitted, UnfitHost
-from holdfast.identity import ROOT_HEADER
+from holdfast.errors import HoldfastError, NoAgent, NotPermitted, OlderAgent, UnfitHost, WrongCall
+from holdfast.identity import API, API_HEADER, ROOT_HEADER
 
 if TYPE_CHECKING:
     from holdfast.runtime.execs import ExecWant
 
 Json = Any
+REMEDY = "restart it: systemctl restart holdfast"
+UNKNOWN = ("404", "405")  # HTTP statuses of a route that is not there
+
+
+class Answer(dict[str, Any]):
+    """An object of an answer. Raises OlderAgent for a key that it lacks: no agent of this version leaves one out."""
+
+    def __missing__(self, key: str) -> Any:
+        raise OlderAgent(
+            f"read the agent's answer: it has no '{key}': the agent is older than this command ({REMEDY})"
+        )
+
+
+def decoded(text: bytes | str) -> Json:
+    """The value of a JSON text from the agent."""
+    return json.loads(text, object_hook=Answer)
 
 
 class Out(Protocol):
@@ -51,7 +67,8 @@ class Client:
 
     def status(self) -> Json:
         found = self._call("GET", "/v1/status")
-        return {**found, "transfers": one_each(found["transfers"])}
+        found["transfers"] = one_each(found["transfers"])
+        return found
 
     def plan(self) -> Json:
         return self._call("GET", "/v1/plan")
@@ -81,13 +98,13 @@ class Client:
         asked = [("target", target) for target in targets] if len(targets) > 1 else []
         asked += [(key, value) for key, value in query.items() if value is not None]
         path = "/v1/logs" if len(targets) > 1 else f"/v1/containers/{quote(targets[0])}/logs"
-        return self._lines(f"{path}?{urlencode(asked)}")
+        return self._lines(f"{path}?{urlencode(asked)}", needs=1 if query.get("until") is None else 2)
 
     def exec_of(self, target: str, want: ExecWant) -> Sequence[str]:
         asked = {"command": list(want.argv), "user": want.user, "workdir": want.workdir, "tty": want.tty}
         env = [f"{name}={value}" for name, value in want.environment.items()]
         body = {**asked, "env": env, "detach": want.detach}
-        answer = self._call("POST", f"/v1/containers/{quote(target)}/exec", body)
+        answer = self._call("POST", f"/v1/containers/{quote(target)}/exec", body, needs=2 if want.detach else 1)
         return [str(word) for word in answer["argv"]]
 
     def stats(self) -> Json:
@@ -174,14 +191,14 @@ class Client:
     def forget_plugin(self, name: str) -> None:
         self._call("POST", f"/v1/plugins/{quote(name, safe='')}/forget")
 
-    def _call(self, method: str, target: str, body: Json = None) -> Json:
-        with self._answer(method, target, body) as answer:
-            return json.loads(answer.read())
+    def _call(self, method: str, target: str, body: Json = None, *, needs: int = 1) -> Json:
+        with self._answer(method, target, body, needs=needs) as answer:
+            return decoded(answer.read())
 
-    def _lines(self, target: str) -> Iterator[Json | None]:
-        with self._answer("GET", target) as answer:
+    def _lines(self, target: str, *, needs: int = 1) -> Iterator[Json | None]:
+        with self._answer("GET", target, needs=needs) as answer:
             for line in answer:
-                yield json.loads(line) if line.strip() else None
+                yield decoded(line) if line.strip() else None
 
     def _steps(self, target: str, body: Json) -> Iterator[Json]:
         """The lines of an answer that takes long; the last one is its result, or the error that is raised."""
@@ -190,7 +207,7 @@ class Client:
             for line in answer:
                 if last is not None:
                     yield last
-                last = json.loads(line)
+                last = decoded(line)
             yield self._end(last)
 
     def _frames(self, target: str, out: Out) -> Json:
@@ -201,7 +218,7 @@ class Client:
                 if len(data) != size:
                     raise NoAgent(f"ask the agent on '{self.path}': it hung up in the middle of an answer")
                 out.write(data)
-            return self._end(json.loads(answer.readline() or b"null"))
+            return self._end(decoded(answer.readline() or b"null"))
 
     def _end(self, last: Json) -> Json:
         if last is None or (isinstance(last, dict) and "transfers" in last):  # no result followed: a bug ended it
@@ -211,8 +228,11 @@ class Client:
         return last
 
     @contextmanager
-    def _answer(self, method: str, target: str, body: Json = None) -> Iterator[IO[bytes]]:
-        """Send a request and hand out the body of its answer; raise the error that the agent answered with."""
+    def _answer(self, method: str, target: str, body: Json = None, *, needs: int = 1) -> Iterator[IO[bytes]]:
+        """Send a request and hand out the body of its answer; raise the error that the agent answered with.
+
+        needs: the lowest `API` of an agent that does not overlook a part of this.
+        """
         payload = b"" if body is None else json.dumps(body).encode()
         meant = f"{ROOT_HEADER}: {quote(str(self.root))}\r\n" if self.root else ""
         head = f"{method} {target} HTTP/1.0\r\nHost: holdfast\r\n{meant}Content-Length: {len(payload)}\r\n\r\n"
@@ -220,14 +240,18 @@ class Client:
             with suppress(BrokenPipeError, ConnectionResetError):  # it has answered already: it refuses
                 connection.sendall(head.encode() + payload)
             words = answer.readline().split()
-            length = -1  # to the end
-            while line := answer.readline().strip():
-                name, _, value = line.partition(b":")
-                length = int(value) if name.lower() == b"content-length" else length
+            head_of = dict(_header(line) for line in iter(lambda: answer.readline().strip(), b""))
             if len(words) < 2:
                 raise NoAgent(f"ask the agent on '{self.path}': it hung up without an answer (see its log)")
+            known = int(head_of.get(API_HEADER.lower(), "1"))
+            error = None
             if not words[1].startswith(b"2"):
-                raise error_of(answer.read(length))
+                error = error_of(answer.read(int(head_of.get("content-length", "-1"))))
+            unknown = type(error) is WrongCall and words[1].decode() in UNKNOWN and known < API
+            if unknown or (error is None and known < needs):
+                raise OlderAgent(f"ask the agent on '{self.path}': it is older than this command ({REMEDY})")
+            if error is not None:
+                raise error
             yield answer
 
     def _connect(self) -> socket.socket:
@@ -249,6 +273,11 @@ class Client:
                 )
             case _:
                 return UnfitHost(f"ask the agent on '{self.path}': {error.strerror or error}")
+
+
+def _header(line: bytes) -> tuple[str, str]:
+    name, _, value = line.decode(errors="replace").partition(":")
+    return name.lower(), value.strip()
 
 
 def one_each(transfers: Sequence[Json]) -> list[Json]:

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from holdfast.cli import render
-from holdfast.cli.client import Client
+from holdfast.cli.client import Answer, Client
 from holdfast.cli.command import (
     client,
     command,
@@ -282,7 +282,8 @@ def usage(before: Mapping[str, Json], found: list[Json], passed: float) -> Itera
     """The later reading, with the share of one core that was used since the earlier one."""
     for each in found:
         earlier = before.get(each["instance"], each)
-        yield {**each, "cpu_percent": 100 * ((each["cpu"] or 0) - (earlier["cpu"] or 0)) / passed}
+        percent = 100 * ((each["cpu"] or 0) - (earlier["cpu"] or 0)) / passed
+        yield Answer({**each, "cpu_percent": percent})
 
 
 COMMANDS = [logs, exec_, stop, start, restart, release, inspect, stats, commit, export]

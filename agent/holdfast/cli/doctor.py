@@ -56,14 +56,11 @@ def node() -> Iterator[Check]:
 
     try:
         with reach() as answers:
-            found = answers.plugins()
             status = answers.status()
+            found = [*plugins(answers.plugins()), *not_ours(status["foreign"]), state(status["source"])]
     except HoldfastError as error:
-        yield Check("plugins", "warn", str(error))
-        return
-    yield from plugins(found)
-    yield from not_ours(status.get("foreign", {}))
-    yield source(status["source"])
+        found = [Check("plugins", "warn", str(error))]
+    yield from found
 
 
 def plugins(found: Sequence[Mapping[str, str]]) -> Iterator[Check]:
@@ -87,7 +84,7 @@ def not_ours(foreign: Mapping[str, str]) -> Iterator[Check]:
         yield Check("not ours", "warn", shown + more, "remove it by hand if nobody needs it")
 
 
-def source(found: Mapping[str, str]) -> Check:
+def state(found: Mapping[str, str]) -> Check:
     """Whether the state can be read."""
     from holdfast.cli.checkup import Check
 

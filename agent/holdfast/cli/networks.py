@@ -34,8 +34,14 @@ def list_(json_: bool) -> None:
 
 
 def row(each: Mapping[str, Any]) -> list[str]:
-    cells = [str(each.get(key) or "") for key in ("id", "driver", "subnet", "gateway", "interface")]
-    return [*cells, "internal" if each.get("internal") else "", str(len(each.get("endpoints") or ()))]
+    cells = [str(each.get(key) or "") for key in ("subnet", "gateway", "interface")]
+    return [
+        each["id"],
+        each["driver"],
+        *cells,
+        "internal" if each.get("internal") else "",
+        str(len(each.get("endpoints") or ())),
+    ]
 
 
 @network.command("inspect")

@@ -56,7 +56,7 @@ def show_plan(found: Json) -> None:
                 for need in found["images"].get(app, ()):
                     render.note(needed(need), indent=6)
     for title, colour in (("waiting", render.BUSY), ("drift", render.BUSY), ("foreign", render.QUIET)):
-        if lines := found.get(title):
+        if lines := found[title]:
             render.echo(render.paint(title, colour))
             for subject, why in lines.items():
                 render.note(f"{subject}: {why}", indent=2, colour=None)
@@ -274,7 +274,7 @@ def show_status(status: Json) -> None:
     listed("state files", status["problems"])
     listed("this host", host)
     listed("plugins", [f"{plugin['name']}: {plugin['error']}" for plugin in status["plugins"]])
-    listed("not ours", [f"{subject}: {why}" for subject, why in status.get("foreign", {}).items()])
+    listed("not ours", [f"{subject}: {why}" for subject, why in status["foreign"].items()])
     listed("held by hand", [f"{subject}: {why}" for subject, why in status["drift"].items()])
 
 

@@ -69,7 +69,7 @@ def remove(ids: tuple[str, ...], force: bool) -> None:
 def prune(force: bool) -> None:
     """Delete every volume that no app declares, with its data."""
     with reach() as node:
-        orphans = [each["id"] for each in node.volumes() if each.get("orphan")]
+        orphans = [each["id"] for each in node.volumes() if each["orphan"]]
         if not orphans:
             render.echo("no orphans")
             return
@@ -77,7 +77,7 @@ def prune(force: bool) -> None:
         click.confirm(render.plain(f"delete {', '.join(orphans)} and their data?"), abort=True)
     with reach() as node:  # once more: an agent may have begun while the question stood, and another volume been left
         for each in node.volumes():
-            if each["id"] in orphans and each.get("orphan") and not each["used_by"]:
+            if each["id"] in orphans and each["orphan"] and not each["used_by"]:
                 node.remove_volume(each["id"])
                 render.echo(f"removed {each['id']}")
 

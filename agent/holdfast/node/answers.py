@@ -206,7 +206,7 @@ class Answers(ImageAnswers):
             {
                 "id": receipt.id,
                 "driver": receipt.driver,
-                **{key: value for key, value in receipt.data.items() if key != "want"},
+                **{key: value for key, value in receipt.data.items() if key not in ("want", "joined")},
                 "endpoints": list(self._endpoints(receipt.id)),
             }
             for receipt in sorted(self.rig.store.receipts("network"), key=lambda each: each.id)
