@@ -113,8 +113,8 @@ def _cgroups(host: Host) -> list[str]:
 
 def _leases(host: Host) -> list[str]:
     """The instance of each address that is in use; the others rest."""
-    words = (path.read_text().split()[-1] for path in (host.root / "networks").glob("*/leases/*"))
-    return [instance for instance in words if instance != "-"]
+    used = (path for path in (host.root / "networks").glob("*/leases/*") if path.stat().st_mode & 0o200)
+    return [instance for path in used if (instance := path.read_text().split()[-1]) != "-"]
 
 
 def _names(folder: Path) -> list[str]:
