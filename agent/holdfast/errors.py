@@ -12,7 +12,8 @@
     │   └── OlderAgent   restart the agent
     └── TryAgain         nothing: it is retried    (exit 75, EX_TEMPFAIL)
         ├── Unreachable  nothing, unless it lasts
-        └── Throttled    nothing
+        ├── Throttled    nothing
+        └── Stopping     nothing: the next agent does it
 
 The class owns its exit code (sysexits.h). `retry` says whether trying the same thing later can help without
 anybody changing anything in git: a lane backs off where it can, and quarantines where it can't. `wait`, where an
@@ -100,6 +101,10 @@ class Unreachable(TryAgain):
 
 class Throttled(TryAgain):
     """A host that is asked wants to be left alone for a while (HTTP 429)."""
+
+
+class Stopping(TryAgain):
+    """The agent ends: what it was doing is cut short, and has not failed."""
 
 
 class NotExecutable(HoldfastError):

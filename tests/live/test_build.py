@@ -455,6 +455,18 @@ def test_a_failed_build_is_told_at_once_while_the_rest_of_its_app_is_built(agent
     assert not agent.status()["builds"]
 
 
+def test_a_build_that_ends_with_its_agent_has_not_failed_and_is_begun_by_the_next(agent: LiveAgent) -> None:
+    commit(agent, shop(BUSYBOX + "RUN echo begun; sleep 1000\n", slow="x"))
+    for _ in range(2):
+        agent.sync()
+        agent.wait(lambda: any("RUN echo begun" in each["step"] for each in agent.status()["builds"]), "it is built")
+        agent.restart()
+    assert failures(agent) == []
+    told = [event["message"] for event in agent.events() if event["kind"] == "interrupted"]
+    assert told == ["StageGeneration was cut short; it is finished or undone now"] * 2
+    assert agent.status()["apps"]["shop"]["state"] == "changing"
+
+
 def test_a_build_that_is_killed_with_its_agent_leaves_nothing(agent: LiveAgent) -> None:
     commit(agent, shop(BUSYBOX + "RUN echo begun; sleep 1000\n", slow="x"))
     agent.sync()

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from holdfast.config import BuildSettings, ImageSettings
 from holdfast.drivers import Host, remove_tree
-from holdfast.errors import HoldfastError, NotFound, TryAgain, UnfitHost, WrongState
+from holdfast.errors import HoldfastError, NotFound, Stopping, TryAgain, UnfitHost, WrongState
 from holdfast.images.buildah import Buildah, Failed, find, give, read_plain
 from holdfast.images.buildlog import RETRY, Log, failed, hint_of
 from holdfast.images.faults import failure
@@ -179,7 +179,7 @@ class Builder:
         return self.buildah(app).remove()
 
     def close(self) -> None:
-        """Kill what is being built; who waits for it gets TryAgain."""
+        """Kill what is being built; who waits for it gets Stopping."""
         with self._lock:
             self._closed = True
             for buildah in self._buildahs.values():
@@ -205,7 +205,7 @@ class Builder:
         with self._turn_ends:
             self._turn_ends.wait_for(lambda: self._closed or self._turns < self._most)
             if self._closed:
-                raise TryAgain("run 'buildah': the agent is stopping")
+                raise Stopping("run 'buildah': the agent is stopping")
             self._turns += 1
         try:
             yield

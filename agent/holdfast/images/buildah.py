@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from holdfast.drivers import Host, remove_tree
-from holdfast.errors import TryAgain, UnfitHost, WrongState
+from holdfast.errors import Stopping, TryAgain, UnfitHost, WrongState
 from holdfast.images import fence
 from holdfast.images.disk import is_at, lock
 from holdfast.images.outside import Cage, Outside
@@ -273,9 +273,9 @@ class Buildah:
         args: Mapping[str, str] | None = None,
         network: Network = "none",
     ) -> list[str]:
-        """Run a program behind the fence; its last lines. Raises Failed, TryAgain (silent for too long, closed)."""
+        """Run a program behind the fence; its last lines. Raises Failed, TryAgain (silent for too long), Stopping."""
         if self._closed:
-            raise TryAgain(f"run '{command[0]}': the agent is stopping")
+            raise Stopping(f"run '{command[0]}': the agent is stopping")
         joins = network == "default" and self.outside.own_network
         own = network == "none" or joins
         if not (own or self.outside.host_network):
@@ -309,7 +309,7 @@ class Buildah:
             exceeded = cage.exceeded() if status != 0 else ""
         if status != 0:
             if self._closed:
-                raise TryAgain(f"run '{command[0]}': the agent is stopping")
+                raise Stopping(f"run '{command[0]}': the agent is stopping")
             raise Failed(status, output, errors, exceeded)
         return output
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
+from holdfast.errors import HoldfastError, Stopping, TryAgain, UnfitHost, WrongState
 from holdfast.images.faults import REFUSED, UNFIT, failure
 from holdfast.images.manifests import Blob
 from holdfast.images.proxy import Proxy, ProxyError
@@ -195,7 +195,7 @@ class Fetch:
         while flight and not self._errors:
             flight.landed.wait()
             if self._flights.closed.is_set():
-                self._errors.append(TryAgain(f"pull {self._as_written!r}: the agent is stopping"))
+                self._errors.append(Stopping(f"pull {self._as_written!r}: the agent is stopping"))
             elif self._store.has_layer(job.diff_id):
                 self._transfer.finish(job.blob.digest)
                 return
@@ -241,7 +241,7 @@ class Fetch:
     def _blame(self, error: HoldfastError) -> HoldfastError:
         """The store's error as one of this pull."""
         if self._flights.closed.is_set():
-            return TryAgain(f"pull {self._as_written!r}: the agent is stopping")
+            return Stopping(f"pull {self._as_written!r}: the agent is stopping")
         least = UNFIT if isinstance(error, WrongState) else REFUSED if isinstance(error, UnfitHost) else 0.0
         return failure(type(error), f"pull {self._as_written!r}: {error}", max(error.wait, least))
 

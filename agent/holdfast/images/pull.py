@@ -256,7 +256,7 @@ class Puller:
         return self._skopeo.tags(self._reference(ref, "list tags of"), ref)
 
     def close(self) -> None:
-        """End what is under way, quickly: it raises TryAgain. Nothing can be asked for afterwards."""
+        """End what is under way, quickly: it raises Stopping. Nothing can be asked for afterwards."""
         self._flights.close()
         self._skopeo.close()
 

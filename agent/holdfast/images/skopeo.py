@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from holdfast.config import ImageSettings
-from holdfast.errors import HoldfastError, TryAgain, UnfitHost
+from holdfast.errors import HoldfastError, Stopping, UnfitHost
 from holdfast.images.faults import ENDED, explain, message_of
 from holdfast.images.proxy import Proxy, ProxyError
 from holdfast.images.references import Reference
@@ -50,7 +50,7 @@ class Skopeo:
         self._starter = ThreadPoolExecutor(1, "skopeo")
 
     def close(self) -> None:
-        """Kill what runs; every call under way raises TryAgain."""
+        """Kill what runs; every call under way raises Stopping."""
         with self._lock:
             self._closed = True
             running = list(self._running)
@@ -236,7 +236,7 @@ class Skopeo:
         before = [killed, "--pdeathsig", "KILL", "--"] if killed else []
         with self._lock:
             if self._closed:
-                raise TryAgain("run 'skopeo': the agent is stopping")
+                raise Stopping("run 'skopeo': the agent is stopping")
             job = self._starter.submit(_spawn, [*before, program, *common, *words], streams)
             try:
                 process = job.result()
@@ -275,7 +275,7 @@ class Skopeo:
         return self.settings.policy or (own if os.path.exists(own) else SYSTEM / "policy.json")  # noqa: PTH110
 
     def _ended(self) -> HoldfastError | None:
-        return TryAgain("run 'skopeo': the agent is stopping") if self._closed else None
+        return Stopping("run 'skopeo': the agent is stopping") if self._closed else None
 
 
 SYSTEM = Path("/etc/containers")

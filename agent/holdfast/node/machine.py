@@ -17,7 +17,7 @@ from pathlib import Path
 
 import structlog
 
-from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongCall, WrongState
+from holdfast.errors import HoldfastError, Stopping, TryAgain, UnfitHost, WrongCall, WrongState
 from holdfast.guard import described
 from holdfast.identity import Record
 from holdfast.node.claim import check_claim
@@ -33,7 +33,7 @@ from holdfast.node.rig import Rig
 from holdfast.node.shutdown import shut_down
 from holdfast.node.stage import stage_generation
 from holdfast.node.start import start_instance
-from holdfast.node.stop import Unfinished, remove_instance, remove_orphan, stop_instance, sweep
+from holdfast.node.stop import remove_instance, remove_orphan, stop_instance, sweep
 from holdfast.node.update import ensure_network, remove_network, update_instance, write_firewall, write_names
 from holdfast.node.volumes import change_volume, save_volumes
 from holdfast.node.watch import ExitWatch
@@ -280,9 +280,9 @@ class Node:
             if _makes(action):
                 store.need_room()
             detail = perform(self.rig, action, self._spec.blobs, self._revision)
-        except Unfinished:
-            return  # the intent stays: the next agent goes on with it
         except BaseException as failure:  # whatever it is, it is remembered and waits for its next try
+            if any(isinstance(cause, Stopping) for cause in _leaves(failure)):
+                return  # the intent stays: the next agent goes on with it
             error, retry, least, code = _account(failure)
             if not _expected(failure):
                 log.exception("bug", action=action.verb, subject=action.subject)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, Stopping
 from holdfast.images.image import Name
 from holdfast.images.references import parse
 from holdfast.images.versions import newest
@@ -192,6 +192,8 @@ class NewerWatch:
         """Ask once for containers of one image; return the seconds until that may be done again, at the least."""
         try:
             found = ask(self._rig, alike[0])
+        except Stopping:
+            return 0.0
         except HoldfastError as error:
             for each in alike:
                 if self._failed.get(each.key) != error.exit_code:

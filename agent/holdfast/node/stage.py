@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from holdfast.drivers import MountWant, open_source
-from holdfast.errors import NotFound, TryAgain, UnfitHost
+from holdfast.errors import NotFound, Stopping, TryAgain, UnfitHost
 from holdfast.images.lookup import Content, View
 from holdfast.images.references import parse
 from holdfast.node.inside import check_devices, check_working_dir, content_of_mount, look, mount_all
@@ -234,6 +234,8 @@ def _newer(rig: Rig, reference: str, here: str) -> str:
     """What the registry has, or, as long as it can't be reached, what is here."""
     try:
         return rig.puller.pull(reference, needed=False).digest
+    except Stopping:
+        raise
     except (TryAgain, UnfitHost, NotFound) as error:  # what is damaged or not to be trusted is another matter
         message = f'{error}; what is here will do (pull = "newer")'
         rig.store.event("pull", reference, message, digest=here, app="", container="")

@@ -6,7 +6,7 @@ import shutil
 import time
 from dataclasses import replace
 
-from holdfast.errors import HoldfastError, TryAgain
+from holdfast.errors import HoldfastError, Stopping, TryAgain
 from holdfast.node.rig import Rig, fallback_receipts
 from holdfast.observed import Exit, Instance, InstanceId, Json, Receipt
 from holdfast.plan.actions import StopInstance
@@ -17,14 +17,10 @@ from holdfast.runtime.oci import stop_signal
 AFTER_KILL = 30.0  # seconds: a process in uninterruptible sleep can outlive SIGKILL for a while
 
 
-class Unfinished(TryAgain):
-    """The agent ends before the action does: the next one goes on with it."""
-
-
 def stop_instance(rig: Rig, action: StopInstance) -> Json:
     """Send the stop signal, wait out the grace period, then SIGKILL. Raises TryAgain if even that does not end it.
 
-    Raises Unfinished when the agent ends meanwhile. The next one then waits for what is left of the grace period,
+    Raises Stopping when the agent ends meanwhile. The next one then waits for what is left of the grace period,
     and sends no second signal: to some programs that means to end at once.
     """
     instance = rig.store.instances.get(action.instance)
@@ -49,7 +45,7 @@ def stop_instance(rig: Rig, action: StopInstance) -> Json:
         rig.runtime.kill(instance.id, "SIGKILL", all=True)
         ended = rig.runtime.wait_exit(instance.id, run, AFTER_KILL, unless=rig.ending.fd)
     if ended is None and rig.ending.is_set:
-        raise Unfinished(f"stop '{action.subject}': the agent ends")
+        raise Stopping(f"stop '{action.subject}': the agent ends")
     if ended is None:
         raise TryAgain(f"stop '{action.subject}': process {run.pid} outlives SIGKILL")
     ended = _stopped(ended, "SIGKILL" if killed else signal, oom=rig.runtime.oom_kills(instance.id) > kills)

@@ -557,11 +557,18 @@ def wait_end(pid: int, deadline: float | None, unless: int | None = None) -> boo
         poller.register(handle, select.POLLIN)
         if unless is not None:
             poller.register(unless, select.POLLIN)
-        left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-        ended = handle in dict(poller.poll(None if left is None else min(left, LONGEST_POLL)))
+        found = poller.poll(_milliseconds(deadline))
+        while not found and deadline is not None and time.monotonic() < deadline:
+            found = poller.poll(_milliseconds(deadline))
+        ended = handle in dict(found)
     finally:
         os.close(handle)
     return ended
+
+
+def _milliseconds(deadline: float | None) -> float | None:
+    """What is left until a moment (monotonic), as far as poll(2) can wait."""
+    return None if deadline is None else min(max(0.0, deadline - time.monotonic()) * 1000, LONGEST_POLL)
 
 
 def kill_each(pids: Iterable[int], number: int) -> None:
