@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from footprint import profiles
 from holdfast.drivers import Host
-from holdfast.runtime import device_access
+from holdfast.runtime import apparmor, device_access
 from holdfast.runtime.device_access import Rule
 from live.agent import LiveAgent
 
@@ -104,3 +105,20 @@ def test_devices_are_taken_away_in_the_v2_tree_too(site: Host, rules: list[Rule]
         assert [line for line in done.stdout.splitlines() if line in tries] == works.split()
     finally:
         place.rmdir()
+
+
+def test_apparmor_refuses_what_the_other_barriers_would_let_through(agent: LiveAgent) -> None:
+    if not apparmor.enabled():
+        pytest.skip("this kernel does not ask AppArmor")
+    open_wide = f'{SLEEPS}cap_add = ["SYS_ADMIN"]\nseccomp = "unconfined"\n'
+    agent.write("a.toml", f'[containers.held]\n{open_wide}[containers.free]\n{open_wide}apparmor = "unconfined"\n')
+    agent.converge()
+    mount = ("sh", "-c", "mount -t tmpfs none /tmp 2>&1 && echo mounted; cat /proc/self/attr/current")
+    assert agent.exec("a/free", *mount) == "mounted\nunconfined\n"
+    said = agent.exec("a/held", *mount)
+    assert "mount: mounting none on /tmp failed: Permission denied" in said
+    (profile,) = profiles(agent.host)
+    assert said.endswith(f"{profile} (enforce)\n")
+    agent.write("a.toml", "")
+    agent.converge()
+    agent.wait(lambda: not profiles(agent.host), "the profile goes with the last container")
