@@ -52,6 +52,17 @@ def test_a_container_of_an_earlier_version_is_found_where_it_runs(host: Host) ->
     assert host.cgroups == (host.cgroup, "/holdfast")
 
 
+def test_a_container_of_an_earlier_version_moves_with_its_next_start(host: Host) -> None:
+    for id in ("old", "other"):
+        (cgroup.ROOT / "holdfast" / id).mkdir(parents=True)
+    runtime = runtime_of(host)
+    assert runtime.next_cgroup("old") == f"{host.cgroup}/old"
+    runtime.leave_root("old")
+    assert (runtime.cgroup("old"), runtime.cgroup("other")) == (f"{host.cgroup}/old", "/holdfast/other")
+    runtime.leave_root("other")
+    assert not (cgroup.ROOT / "holdfast").exists()
+
+
 def test_a_place_that_is_kept_is_asked_for_no_second_time(host: Host) -> None:
     keeper = cgroup.ROOT / host.cgroup_root[1:] / "keeper"
     keeper.mkdir(parents=True)

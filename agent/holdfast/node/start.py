@@ -357,7 +357,7 @@ def oci_request(rig: Rig, instance: Instance, base: Base, settings: cgroup.Setti
         rootfs=Path("/"),
         netns=None if "host" in want.networks else Path("/"),
         hostname=hostname(instance),
-        cgroup=rig.runtime.cgroup(instance.id),
+        cgroup=rig.runtime.next_cgroup(instance.id),
         resources=settings.resources,
         oom_score_adj=settings.oom_score_adj,
         seccomp=seccomp.profile(want.seccomp, granted.names, privileged=want.privileged),

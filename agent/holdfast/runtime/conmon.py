@@ -87,7 +87,18 @@ class Runtime:
         """
         if self.host.cgroup_root and (cgroup.ROOT / self.host.name / id).is_dir():
             return f"/{self.host.name}/{id}"
+        return self.next_cgroup(id)
+
+    def next_cgroup(self, id: str) -> str:
+        """The cgroup that a container is in after its next start."""
         return f"{self.host.cgroup}/{id}"
+
+    def leave_root(self, id: str) -> None:
+        """Remove the cgroup at the root of systemd's tree in which an earlier version ran a container that ended."""
+        if self.host.cgroup_root:
+            for place in (cgroup.ROOT / self.host.name / id, cgroup.ROOT / self.host.name):
+                with contextlib.suppress(OSError):  # it is not there, as nearly always, or others are in it
+                    place.rmdir()
 
     def prepare(self) -> None:
         """Make the directories that conmon and the runtime expect; once, when the agent starts."""
@@ -109,6 +120,7 @@ class Runtime:
         words; what was begun stays for `delete`.
         """
         delegation.ensure(self.host)
+        self.leave_root(id)
         record = self.record(id)
         record.mkdir(parents=True, exist_ok=True, mode=0o700)
         (self.exits / id).unlink(missing_ok=True)
