@@ -33,7 +33,7 @@ from holdfast.images.pull import Puller
 from holdfast.images.store import ImageStore
 from holdfast.runtime import cgroup, delegation
 from holdfast.spec import NodeFacts, Spec, load
-from layouts import make_layout
+from layouts import Layout, make_layout
 from live.agent import HOLDFAST, LiveAgent
 from live.debian import debian_tar
 from live.registry import Registry, make_island
@@ -613,6 +613,20 @@ def test_a_link_of_a_stage_is_mounted_by_no_build(workshop: Workshop) -> None:
     log = workshop.host.root / "builds/logs/shop/web.log"
     assert "STEP" in log.read_text()
     assert "host-secret" not in log.read_text()
+
+
+def test_what_an_image_makes_of_each_dockerfile_is_checked_and_done(workshop: Workshop, tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "layout")
+    files = [{"bin": None, "bin/busybox": busybox(), "bin/sh": "busybox"}]
+    for name, trigger in (
+        ("good", "RUN busybox touch /made"),
+        ("bad", "RUN --mount=type=bind,from=good:1,source=../x,target=/p true"),
+    ):
+        layout.tag(layout.image(files, config={"OnBuild": [trigger]}, history=[{"created_by": "tar"}]), f"{name}:1")
+    workshop.store.load(layout.path)
+    assert workshop.build(shop("FROM good:1\n")).lookup("/made") is not None
+    with pytest.raises(WrongState, match=r"ONBUILD of 'bad:1': RUN --mount: source '\.\./x' leads out of its place"):
+        workshop.build(shop("FROM bad:1\n"))
 
 
 def test_the_id_of_a_cache_leads_nowhere_else(workshop: Workshop) -> None:

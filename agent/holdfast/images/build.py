@@ -30,7 +30,7 @@ from holdfast.errors import HoldfastError, NotFound, Stopping, TryAgain, UnfitHo
 from holdfast.images.buildah import Buildah, Failed, find, give, read_plain
 from holdfast.images.buildlog import RETRY, Log, failed, hint_of
 from holdfast.images.faults import failure
-from holdfast.images.hazards import buildah_version, check_mounts
+from holdfast.images.hazards import buildah_version, check_mounts, check_triggers
 from holdfast.images.image import Image, architecture, whole_history
 from holdfast.images.outside import Outside
 from holdfast.images.references import to_digest
@@ -193,9 +193,13 @@ class Builder:
             base: self.find(base, images[base]) or self._made(base, images, blobs) for base in build.bases.values()
         }
         with self._failing(name):
-            if (program := find("buildah")) is not None:
-                check_mounts(_dockerfile(build, blobs), buildah_version(program))
+            program = find("buildah")  # without it, nothing is built
+            version = buildah_version(program) if program else None
+            if program:
+                check_mounts(_dockerfile(build, blobs), version)
             bases = self._bases(name, build, blobs, ours)
+            for written, base in bases.items() if program else ():
+                check_triggers(written, base.triggers, version)
             with self.buildah(name.partition("/")[0]).alone():
                 return self.find(name, build) or self._build(name, images, blobs, bases)
 
@@ -302,7 +306,7 @@ class Builder:
         words += ["--ignorefile", os.devnull, "--iidfile", str(folder / "id"), "--tag", tag]
         words += ["--platform", platform or own] if platform or own else []
         words += ["--layers=false"] if platform else []  # buildah takes another platform's layers for its own
-        triggers = any(base.image is not None and base.image.config.get("OnBuild") for base in bases.values())
+        triggers = any(base.triggers for base in bases.values())
         words += ["--no-cache"] if build.no_cache or (triggers and build.args) else []
         words += ["--target", build.target] if build.target else []
         words += [word for key, value in build.labels.items() for word in ("--label", f"{key}={value}")]
@@ -474,6 +478,12 @@ class Base:
 
     name: str
     image: Image | None = None
+
+    @property
+    def triggers(self) -> list[str]:
+        """What it adds to each Dockerfile that begins with it (ONBUILD)."""
+        found = self.image.config.get("OnBuild") if self.image else None
+        return [str(each) for each in found] if isinstance(found, list) else []
 
 
 Bases = Mapping[str, Base]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -32,6 +33,13 @@ def check_mounts(text: str, version: Version | None) -> None:
     for mount in mounts_in(text, heredocs=is_safe(version)):
         if wrong := _wrong(mount, version):
             raise WrongState(f"line {mount.line}: RUN --mount: {wrong}")
+
+
+def check_triggers(base: str, triggers: Sequence[str], version: Version | None) -> None:
+    """Raise WrongState for a mount in what an image makes of every Dockerfile that begins FROM it (ONBUILD)."""
+    for mount in mounts_in("\n".join(triggers), heredocs=is_safe(version)):
+        if wrong := _wrong(mount, version):
+            raise WrongState(f"ONBUILD of '{base}': RUN --mount: {wrong}")
 
 
 def _wrong(mount: RunMount, version: Version | None) -> str:
