@@ -18,9 +18,15 @@ AUTOMOUNT = "autofs"
 
 
 def where(source: str) -> dict[str, str]:
-    """What the receipt of a bind mount keeps: its source without links, and the mount point that lies on."""
-    real = str(Path(source).resolve())
-    return {"real": real, "mount_point": mount_point(real)}
+    """What the receipt of a bind mount keeps: its source without links, and the mount point that lies on.
+
+    Nothing, where somebody has just moved the source: what is mounted was opened before, and is right.
+    """
+    try:
+        real = str(Path(source).resolve(strict=True))
+        return {"real": real, "mount_point": mount_point(real)}
+    except OSError:
+        return {}
 
 
 def look(rig: Rig, instances: Iterable[Instance]) -> None:
