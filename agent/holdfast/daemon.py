@@ -37,6 +37,7 @@ from holdfast.api import serving
 from holdfast.config import Config, load_config
 from holdfast.drivers import Host
 from holdfast.errors import Conflict, HoldfastError, NotFound, NotPermitted, TryAgain
+from holdfast.guard import described
 from holdfast.identity import hold_name, make_id, read_id, same_root
 from holdfast.images.build import Builder
 from holdfast.images.outside import Outside
@@ -362,7 +363,7 @@ class Daemon(Answers):
                 self.rig.store.event("agent", "node", f"holdfast {__version__} runs as process {os.getpid()}")
                 collecting = self._loop.create_task(self._collect())
                 await self._passes()
-                await collecting
+                collecting.cancel()  # what it does in its thread is safe to be cut off
         finally:
             _notify("STOPPING=1")
             await self._loop.run_in_executor(self._passer, self._watch.close)
@@ -377,10 +378,10 @@ class Daemon(Answers):
             if began >= full_at or self._deep:
                 self._deep, full_at = True, began + self._config.full_pass_interval
             if began >= rotate_at or self.rig.store.late:
-                await self._loop.run_in_executor(self._passer, self._node.catch_up)
+                await self._tidy(self._node.catch_up)
             if began >= rotate_at:
                 rotate_at = began + HOUSEKEEPING
-                await self._loop.run_in_executor(self._passer, self._node.rotate_logs)
+                await self._tidy(self._node.rotate_logs)
             await self._pass()
             took = time.monotonic() - began
             await asyncio.sleep(min(max(REST * (took - SHORT), 0.0), LONGEST_REST))
@@ -392,12 +393,26 @@ class Daemon(Answers):
                 timer = min(timer, NO_SOURCE)
             await self._wait(timer if wake_at is None else min(timer, wake_at - time.time()))
 
+    async def _tidy(self, work: Callable[[], None]) -> None:
+        """Do some housekeeping, in the thread of the passes."""
+        try:
+            await self._loop.run_in_executor(self._passer, work)
+        except Exception as error:
+            self._report("housekeeping", error)
+
     async def _collect(self) -> None:
-        """Look now and then whether images have to go: beside the passes, for to delete many files takes a while."""
-        while not self._stop.is_set():
-            await asyncio.to_thread(self._node.collect_images)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), COLLECT)
+        """Look now and then whether images have to go, beside the passes: deleting many files takes a while."""
+        while True:
+            try:
+                await asyncio.to_thread(self._node.collect_images)
+            except Exception as error:
+                self._report("a look for unused images", error)
+            await asyncio.sleep(COLLECT)
+
+    def _report(self, what: str, error: Exception) -> None:
+        """Tell of a bug; what broke off is done again later."""
+        log.error("bug", what=what, exc_info=error)
+        self.rig.store.event("failed", "node", f"{what} failed: {described(error)}")
 
     async def _pass(self) -> None:
         """One pass, in a thread. What it raises is a bug: reported, and the next pass tries again."""
@@ -406,9 +421,8 @@ class Daemon(Answers):
         try:
             self._published(await self._loop.run_in_executor(self._passer, partial(self._reconciler.run, deep=deep)))
         except Exception as error:
-            log.exception("pass failed")
             self._deep |= deep  # what was to be looked at still is
-            self.rig.store.event("failed", "node", f"a pass failed: {type(error).__name__}: {error}")
+            self._report("a pass", error)
             await asyncio.sleep(1)
         self._done = number
         if number == 1:

@@ -14,7 +14,7 @@ import pytest
 
 from footprint import cgroups
 from holdfast.daemon import HOUSEKEEPING
-from live.agent import LiveAgent
+from live.agent import LiveAgent, Status
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
 
@@ -131,6 +131,24 @@ def test_a_remote_that_hangs_holds_up_neither_passes_nor_answers_nor_the_end(
         agent.wait_until(lambda now: now["at"] > began + 1.5 * HOUSEKEEPING)
         agent.stop(timeout=20)
         assert [line for line in commands() if str(agent.host.root) in line] == []
+
+
+def test_a_damaged_index_of_images_ends_no_agent_and_is_told(agent: LiveAgent) -> None:
+    agent.stop()
+    index = agent.host.root / "images" / "index.json"
+    whole = index.read_bytes()
+    index.write_text("{")
+    agent.start()
+    process = agent.process
+    assert process is not None
+    agent.wait(lambda: any("image" in each["message"] for each in failed(agent)), "it is told")
+    agent.stop()
+    assert process.returncode == 0
+    index.write_bytes(whole)
+
+
+def failed(agent: LiveAgent) -> list[Status]:
+    return [each for each in agent.events() if each["kind"] == "failed"]
 
 
 def test_a_first_start_that_fails_leaves_no_cgroup(agent: LiveAgent) -> None:
