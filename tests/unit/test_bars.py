@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -88,12 +89,13 @@ def test_a_terminal_gets_a_bar_for_each_build_and_for_what_is_waited_for(monkeyp
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(sys, "stderr", os.fdopen(slave, "w"))
     with bars() as show:
-        waits = [{"ref": "app:1"}]
+        waits = [{"ref": "app:1", "asking": 1}, {"ref": "old:1", "asking": 0}]
         show({"builds": [a_build("STEP 2/2: [red]RUN")], "unanswered": waits, "blockers": ["shop: a lock"]})
     sys.stderr.close()
     seen = read_all(master)
     assert "images.shop/web  STEP 2/2: [red]RUN" in seen
     assert "waiting: app:1: the registry does not answer" in seen and "waiting: shop: a lock" in seen
+    assert "old:1" not in seen, "nobody asks that any more: another commit did"
     assert "bytes" not in seen
 
 
@@ -114,6 +116,16 @@ def test_a_registry_that_does_not_answer_is_given_up_after_a_while_by_who_waits_
         assert (overdue_at(61, since + 30), overdue_at(91, since + 30)) == (False, True)
         raise NotFound("an answer is an answer")
     assert transfers.unanswered() == []
+
+
+def test_a_question_that_nobody_asks_any_more_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    transfers, now = Transfers(), time.time()
+    with transfers.asked("slow:1"):
+        with suppress(Unreachable), transfers.asked("old:1"):
+            raise Unreachable("nobody listens there")
+        monkeypatch.setattr(time, "time", lambda: now + 100_000)
+        with transfers.asked("new:1"):
+            assert [each["ref"] for each in transfers.unanswered()] == ["slow:1", "new:1"]
 
 
 def read_all(master: int) -> str:

@@ -95,8 +95,9 @@ class _Waits:
 
 
 def lines_of(status: Json) -> list[str]:
-    """What is waited for: the registries that do not answer, then why the node is not converged."""
-    asked = [f"{each['ref']}: the registry does not answer" for each in status.get("unanswered", ())]
+    """What is waited for: the registries that are asked and do not answer, then why the node is not converged."""
+    unanswered = (each for each in status.get("unanswered", ()) if each["asking"])
+    asked = [f"{each['ref']}: the registry does not answer" for each in unanswered]
     return [*asked, *status.get("blockers", ())]
 
 

@@ -15,6 +15,8 @@ from typing import Literal
 from holdfast.errors import Unreachable
 from holdfast.observed import Json
 
+STALE = 86_400.0  # seconds after which a question that nobody asks any more is forgotten
+
 LayerState = Literal["waiting", "pulling", "done", "here"]
 
 
@@ -148,6 +150,8 @@ class Transfers:
         """Count a question while the block asks it, and until the same has been answered."""
         now = time.time()
         with self._lock:
+            for old in [each for each in self._unanswered.values() if not each.asking and now - each.asked > STALE]:
+                del self._unanswered[old.ref]
             entry = self._unanswered.setdefault(reference, Unanswered(reference, now, now))
             entry.asked, entry.asking = now, entry.asking + 1
         answered = True
