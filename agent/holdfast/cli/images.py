@@ -147,7 +147,7 @@ def history(ref: str, json_: bool, no_trunc: bool, quiet: bool) -> None:
             [
                 [
                     (each["layer"] if no_trunc else short(each["layer"])) or NAMELESS,
-                    render.ago(each["created"]),
+                    render.ago(each["created"] or None),
                     render.size(each["size"]),
                     each["comment"],
                     instruction(each["created_by"], no_trunc),

@@ -15,7 +15,6 @@ from holdfast.errors import WrongCall, WrongState
 Transport = Literal["docker", "oci", "oci-archive", "docker-archive"]
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-REFERENCE = re.compile(r"(?P<name>[^@\s]+)(?:@(?P<digest>sha256:[0-9a-f]{64}))?")
 TRANSPORTS = ("oci", "oci-archive", "docker-archive")  # archives of the host, as containers-transports(5) writes them
 OTHER_TRANSPORTS = ("containers-storage", "docker-daemon", "dir", "ostree", "sif", "tarball")
 DOCKER_HUB = "docker.io"
