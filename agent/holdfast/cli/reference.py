@@ -30,7 +30,7 @@ The [README](../README.md) explains how they are used. Keys that are not here ar
 |---|---|
 | text | a string in quotes. In tables such as `environment` and `labels`, `8080` and `true` are texts, too |
 | size | text with a unit: `"64MiB"`, `"64m"` (1024-based), `"64MB"` (1000-based); a whole number is bytes |
-| duration | text with a unit of `ms`, `s`, `m`, `h`, `d`: `"100ms"`, `"10s"`, `"1m30s"`; or `"0"` |
+| duration | text with a unit of `ms`, `s`, `m`, `h`, `d`: `"100ms"`, `"1m30s"`, at most `"3650d"`; or `"0"` |
 | name | `a-z`, `0-9`, `_`, `.`, `-`, at most 63 characters, the first a letter or digit |
 | `NAME = …` | a table whose keys are names of your own |
 
