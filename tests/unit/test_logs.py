@@ -195,18 +195,26 @@ def test_following_survives_new_files_and_loses_nothing(log: Path) -> None:
     listener.start()
     try:
         assert seen.get(timeout=5) == "0"
-        for number in range(1, 30):
+        for number in range(1, 300):  # the files are renamed at every moment of a look
             if number % 3:
                 with log.open("a") as file:
-                    file.write(row(number, str(number)))
+                    file.write(row(number % 60, str(number)))
             else:
-                replaced(log, row(number, str(number)))
+                replaced(log, row(number % 60, str(number)))
             if number % 2:
                 logs.roll(log, 2)
             assert seen.get(timeout=5) == str(number)
     finally:
         stop.set()
         listener.join()
+
+
+def test_what_a_power_cut_left_in_a_log_hides_nothing_that_came_after_it(log: Path) -> None:
+    log.write_bytes(row(0, "before").encode() + bytes(5000) + row(1, "after").encode() + b"2026-13-99 stdout F x\n")
+    for sources in ([("", log)], [("shop/web", log), ("shop/db", log)]):
+        for since in (None, 0.0):
+            found = [line.text for line in output(sources, logs.Wanted(since=since)) if line]
+            assert found == sorted(["before", "after"] * len(sources), key=("before", "after").index)
 
 
 def test_following_shows_what_is_not_ended_and_ends_it_with_its_run(log: Path) -> None:

@@ -118,6 +118,12 @@ def log_files(log_path: Path) -> list[Path]:
     return [*older, *((log_path,) if current is not None else ())]
 
 
+def _inodes(log_path: Path) -> list[tuple[Path, int]]:
+    """Every name of a log's files with its inode, the oldest file first."""
+    names = (*sorted(_numbered(log_path), key=_number, reverse=True), log_path)
+    return [(file, inode) for file in names if (inode := _inode(file)) is not None]
+
+
 def _numbered(log_path: Path) -> list[Path]:
     prefix = f"{log_path.name}."
     try:
@@ -235,18 +241,18 @@ class Cursor:
     def _following(self) -> BinaryIO | None:
         """Open the file after the current one; the oldest there is when the current one is gone."""
         current = os.fstat(self._file.fileno()).st_ino if self._file is not None else None
-        while files := log_files(self._path):
-            inodes = [_inode(file) for file in files]
-            if current in inodes:
-                files = files[inodes.index(current) + 1 :]
-            try:
-                opened = files[0].open("rb") if files else None
-            except FileNotFoundError:
+        while True:
+            seen = _inodes(self._path)
+            places = [place for place, (_, inode) in enumerate(seen) if inode == current]
+            left = seen[places[-1] + 1 :] if places else seen
+            if not left:
                 return None
-            if opened is None or os.fstat(opened.fileno()).st_ino != current:
-                return opened
-            opened.close()  # the current one, under another name: it was renamed between two of these steps
-        return None
+            file, inode = left[0]
+            with suppress(FileNotFoundError):
+                opened = file.open("rb")
+                if os.fstat(opened.fileno()).st_ino == inode and _inodes(self._path) == seen:
+                    return opened
+                opened.close()  # files were renamed meanwhile: it may be one that was read already
 
 
 def _start(files: list[Path], tail: int | None) -> tuple[Path | None, int]:
@@ -284,12 +290,11 @@ def _backwards(file: Path, count: int) -> tuple[int | None, int]:
 
 @dataclass(slots=True)
 class _Open:
-    """A line that is not ended yet. begun: a piece of it was handed on."""
+    """A line that is not ended yet, as far as it was not handed on."""
 
     time: str
     parts: list[bytes] = field(default_factory=list)
     size: int = 0
-    begun: bool = False
 
 
 class _Joiner:
@@ -301,10 +306,12 @@ class _Joiner:
 
     def add(self, row: bytes) -> Iterator[LogLine]:
         """Take one row of a log; yield what it completes."""
-        fields = row.rstrip(b"\n").split(b" ", 3)
+        fields = row.rstrip(b"\n").lstrip(b"\0").split(b" ", 3)  # a power cut may leave zeros
         if len(fields) < 3 or fields[2][:1] not in (b"F", b"P", b"R"):
             return  # torn by a crash of the host
         time, stream, tag = (each.decode(errors="replace") for each in fields[:3])
+        if not _is_time(time):
+            return
         if tag.startswith("R"):
             yield from self._ended()
             return
@@ -314,7 +321,7 @@ class _Joiner:
         line.parts.append(fields[3] if len(fields) > 3 else b"")
         line.size += len(line.parts[-1])
         if tag.startswith("F"):
-            yield self._line(stream, self._open.pop(stream), partial=False)
+            yield self._line(stream, self._open.pop(stream))
         elif line.size >= LINE:
             yield from self._piece(stream, line)
 
@@ -327,7 +334,7 @@ class _Joiner:
     def _ended(self) -> Iterator[LogLine]:
         """End the lines that a run has left without an end."""
         for stream, line in self._open.items():
-            yield self._line(stream, line, partial=False)
+            yield self._line(stream, line)
         self._open.clear()
 
     def _piece(self, stream: str, line: _Open, *, whole: bool = False) -> Iterator[LogLine]:
@@ -336,10 +343,18 @@ class _Joiner:
         cut = len(data) if whole else len(data) - _incomplete(data)
         if cut:
             yield LogLine(line.time, stream, data[:cut], partial=True, target=self._target)
-        line.parts, line.size, line.begun = [data[cut:]] if data[cut:] else [], len(data) - cut, True
+        line.parts, line.size = [data[cut:]] if data[cut:] else [], len(data) - cut
 
-    def _line(self, stream: str, line: _Open, *, partial: bool) -> LogLine:
-        return LogLine(line.time, stream, b"".join(line.parts), partial, self._target)
+    def _line(self, stream: str, line: _Open) -> LogLine:
+        return LogLine(line.time, stream, b"".join(line.parts), target=self._target)
+
+
+def _is_time(text: str) -> bool:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _incomplete(data: bytes) -> int:
