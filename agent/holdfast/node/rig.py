@@ -215,11 +215,6 @@ class Base:
         found = self.find(path)
         return lookup.read_small(found) if found is not None and found.is_file() else None
 
-    def mode(self, path: str) -> int | None:
-        """The st_mode of a path of the merged layers, None if there is nothing."""
-        found = self.find(path)
-        return found.lstat().st_mode if found is not None else None
-
     @property
     def user(self) -> str:
         """Whom the image runs as, "" if it does not say."""

@@ -260,7 +260,6 @@ class BridgeNetwork:
     def _bring_up(
         self, id: str, link: Link | None, name: str, subnet: IPv4Network, gateway: IPv4Address, mtu: int
     ) -> None:
-
         host = _sockets.host
         if link is None:
             host.request(messages.new_bridge(name, _mac(gateway), mtu), messages.name_link(name, self._alias(id)))
@@ -358,7 +357,6 @@ class BridgeEndpoint:
 
     def _join(self, want: EndpointWant, name: str, mac: str, address: str) -> None:
         """Have the pair, its end on the host guarded, attached to the bridge and up."""
-
         id = f"{want.instance}/{want.network.id}"
         bridge = _sockets.host.link(want.network.data["interface"])
         if bridge is None:
@@ -481,8 +479,6 @@ def _network_of(link: Link) -> tuple[str, str] | None:
 
 def _abandon(link: Link, id: str) -> None:
     """Cut the link off its bridge without waiting, and leave its deletion to that of its namespace."""
-    from holdfast_plugins.network import messages
-
     wanted = [messages.link_alias(link.index, GONE + id)]
     if link.master:
         wanted.append(messages.port_off(link.index))  # last, since a change of alias would turn it on again
@@ -494,8 +490,6 @@ def _abandon(link: Link, id: str) -> None:
 
 
 def _delete(link: Link, operation: str) -> None:
-    from holdfast_plugins.network import messages
-
     try:
         _sockets.host.request(messages.delete_link(link.index))
     except OSError as error:

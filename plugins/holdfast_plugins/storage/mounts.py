@@ -99,16 +99,6 @@ def _umount(target: Path, flags: int) -> int:
     return 0 if _libc.umount2(os.fsencode(target), flags) == 0 else ctypes.get_errno()
 
 
-def sync_filesystem(path: Path) -> None:
-    """Write everything of the file system that holds path to disk (syncfs(2))."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        if _libc.syncfs(descriptor) != 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
-    finally:
-        os.close(descriptor)
-
-
 def _fits(path: Path) -> bool:
     return len(os.fsencode(path)) <= LONGEST_OPTION
 
