@@ -707,6 +707,29 @@ def test_what_an_app_builds_waits_for_no_other_app(workshop: Workshop) -> None:
             slow.result(patient(20))
 
 
+def test_what_is_pruned_while_a_build_waits_is_fetched_once_more(
+    workshop: Workshop, registry: Registry, tmp_path: Path
+) -> None:
+    make_layout(tmp_path / "layout", [{"there": b"1"}], history=[{"created_by": "tar"}])
+    digest = registry.push(tmp_path / "layout", "base")
+    state = STATE + '[images.next]\ncontext = "./next"\n'
+    files = shop(BUSYBOX + "RUN echo begun; sleep 1000\n", state)
+    files["next/Dockerfile"] = f"FROM {registry.address}/base@{digest}\nCOPY Dockerfile /\n"
+    files["shop.toml"] += '[containers.next]\nimage = "images.next"\n'
+    with ThreadPoolExecutor(2) as pool, closing(workshop.builder):
+        slow = pool.submit(workshop.build, files)
+        wait_until(lambda: "begun\n" in workshop.log(), "the step runs")
+        following = pool.submit(workshop.build, files, "shop/next")
+        wait_until(lambda: digest in workshop.store.digests(), "what it starts from is here")
+        workshop.store.prune()
+        assert digest not in workshop.store.digests()
+        assert workshop.buildah._process is not None
+        workshop.buildah._process.terminate()
+        with pytest.raises(WrongState):
+            slow.result(20)
+        assert following.result(60).lookup("/there") is not None
+
+
 def test_no_more_builds_run_at_a_time_than_the_settings_say(workshop: Workshop) -> None:
     workshop.builder.builds = BuildSettings(concurrency=1)
     other = {"other.toml": '[images.quick]\ncontext = "./quick"\n[containers.c]\nimage = "images.quick"\n'}

@@ -201,7 +201,11 @@ class Builder:
             for written, base in bases.items() if program else ():
                 check_triggers(written, base.triggers, version)
             with self.buildah(name.partition("/")[0]).alone():
-                return self.find(name, build) or self._build(name, images, blobs, bases)
+                if made := self.find(name, build):
+                    return made
+                if any(base.image and not self.store.has(base.image) for base in bases.values()):
+                    bases = self._bases(name, build, blobs, ours)  # some were pruned while this waited
+                return self._build(name, images, blobs, bases)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

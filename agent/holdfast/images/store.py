@@ -130,6 +130,10 @@ class ImageStore:
                 raise NotFound(f"find image {digest!r}: its layer {layer.name!r} is gone (pull or load it again)")
         return image
 
+    def has(self, image: Image) -> bool:
+        """Whether all of an image is still here."""
+        return self._blob(image.digest).exists() and all(layer.is_dir() for layer in image.layers)
+
     def names(self) -> dict[str, Name]:
         """Every full name (`docker.io/library/app:latest`) and what it leads to."""
         try:
