@@ -55,7 +55,7 @@ class NoAnswer(TryAgain):
 
 
 class Worker:
-    """Calls functions of one plugin in a daemon thread, one after the other, and waits no longer than a deadline.
+    """Calls functions that may not return, such as a plugin's, in a daemon thread, and waits until a deadline only.
 
     While a call is overdue, `call` raises NoAnswer at once. The thread starts with the first call.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -63,6 +65,23 @@ def mounts(mounts_alone: None) -> Iterator[Mounts]:
     """Makes mounts, which are gone at the end."""
     with ExitStack() as stack:
         yield Mounts(stack)
+
+
+@pytest.fixture
+def hang() -> Iterator[Callable[[Path], None]]:
+    """Mount file systems that answer nobody, as NFS does whose server is gone; at the end they fail."""
+    libc, served = ctypes.CDLL(None, use_errno=True), dict[Path, int]()
+
+    def mount(point: Path) -> None:
+        served[point] = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        options = f"fd={served[point]},rootmode=40000,user_id=0,group_id=0"
+        if libc.mount(b"hung", os.fsencode(point), b"fuse", 0, options.encode()) != 0:
+            pytest.skip(f"mount fuse: {os.strerror(ctypes.get_errno())}")
+
+    yield mount
+    for point, handle in served.items():
+        os.close(handle)
+        assert libc.umount2(os.fsencode(point), 2) == 0  # MNT_DETACH
 
 
 @pytest.fixture

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -129,23 +128,6 @@ def test_a_container_with_an_old_mount_is_told_of_until_it_is_restarted(
 
 
 OLD = {"web": True, "linked": True}
-
-
-@pytest.fixture
-def hang() -> Iterator[Callable[[Path], None]]:
-    """Mount file systems that answer nobody, as NFS does whose server is gone; at the end they fail."""
-    libc, served = ctypes.CDLL(None, use_errno=True), dict[Path, int]()
-
-    def mount(point: Path) -> None:
-        served[point] = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        options = f"fd={served[point]},rootmode=40000,user_id=0,group_id=0"
-        if libc.mount(b"hung", os.fsencode(point), b"fuse", 0, options.encode()) != 0:
-            pytest.skip(f"mount fuse: {os.strerror(ctypes.get_errno())}")
-
-    yield mount
-    for point, handle in served.items():
-        os.close(handle)
-        assert libc.umount2(os.fsencode(point), 2) == 0  # MNT_DETACH
 
 
 def test_a_file_system_that_does_not_answer_holds_up_nothing_else(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -209,3 +212,24 @@ def test_what_runs_stays_when_the_state_goes_with_its_mount(
     )
     (state / "shop.toml").unlink()
     agent.wait(lambda: not agent.instances("shop/web"), "and so is what changes in it", timeout=15)
+
+
+def test_a_state_directory_that_does_not_answer_holds_up_nothing_else(
+    new_agent: Callable[[Host], LiveAgent], site: Host, state: Path, hang: Callable[[Path], None]
+) -> None:
+    agent = new_agent(site)
+    agent.configure(state=json.dumps(str(state)))
+    agent.start()
+    agent.image("busybox:1")
+    agent.converge()
+    hang(state.parent)
+
+    def started_again(former: int) -> bool:
+        return [each["pid"] not in (None, former) for each in agent.instances("shop/web")] == [True]
+
+    for _ in ("with the state in memory", "after a restart"):
+        before = agent.pid("shop/web")
+        os.kill(before, signal.SIGKILL)
+        agent.wait(partial(started_again, before), "it is started again")
+        agent.wait(lambda: "has not answered since" in agent.status()["source"]["error"], "status says so")
+        agent.restart()

@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost
+from holdfast.guard import NoAnswer, Worker
 from holdfast.runtime.mountpoints import FSTAB, Mounted, unmounted
 from holdfast.source.mounts import REMEDY, lies_on, lost
 from holdfast.source.revision import (
@@ -36,6 +38,7 @@ from holdfast.source.revision import (
 from holdfast.source.watch import DirectoryWatch
 
 ATTEMPTS = 8
+PATIENCE = 10.0  # seconds for a file system to answer, which may be that of a server that is gone
 # File systems stamp with the kernel's tick (up to 10 ms at HZ=100), and only when a write begins: within this time
 # of its stamp, a file may change further without showing it.
 RACY_NS = 100_000_000
@@ -87,6 +90,7 @@ class DirectorySource:
         self._path = os.path.abspath(path)  # absolute, but its links unresolved: they may flip
         self._debounce = debounce
         self._lock = threading.Lock()
+        self._reader = reader_of(self._path)
         self._listing = Listing()
         self._settled = False
         self._known: dict[str, Content] = {}
@@ -103,13 +107,17 @@ class DirectorySource:
     def current(self) -> Revision:
         """Read what changed since the last call; see Source.current."""
         with self._lock:
+            before = self._revision
             try:
-                revision = self._read()
+                revision = self._reader.call(self._read)
+            except NoAnswer as error:
+                silent = TryAgain(f"read '{self._path}': its file system {error} (what runs stays)")
+                self._fail(silent)
+                raise silent from error
             except HoldfastError as error:
                 self._fail(error)
                 raise
-            if revision is not self._revision or self._state.error:
-                self._revision = revision
+            if revision is not before or self._state.error:
                 self._state = SourceState(
                     kind="directory", url=self._path, revision=revision.id, fetched_at=time.time()
                 )
@@ -127,9 +135,15 @@ class DirectorySource:
 
         Raises UnfitHost when the host has no inotify instance or watch left: only the slow pass sees changes then.
         """
-        try:
+
+        def begin() -> DirectoryWatch:
             self._watched = identity(self._path) if os.path.isdir(self._path) else (0, 0)
-            self._watch = DirectoryWatch(self._path, wake, self._debounce)
+            return DirectoryWatch(self._path, wake, self._debounce)
+
+        try:
+            self._watch = self._reader.call(begin)
+        except NoAnswer as error:
+            raise UnfitHost(f"watch '{self._path}': its file system {error}") from error
         except OSError as error:
             cause = (
                 f"{(error.strerror or str(error)).lower()} (raise fs.inotify.max_user_watches, max_user_instances)"
@@ -165,8 +179,9 @@ class DirectorySource:
                 raise UnfitHost(f"read '{error.filename}': {(error.strerror or '').lower()}") from error
             if self._watch and listing.root != self._watched:  # inotify does not tell of a mount
                 self._watched = listing.root
-                self._watch.poke()
-            return self._revise(listing, known, place)
+                self._watch.look_again()
+            self._revision = self._revise(listing, known, place)
+            return self._revision
         raise TryAgain(f"read '{self._path}': it keeps changing while it is read")
 
     def _list(self) -> Listing:
@@ -228,6 +243,12 @@ class DirectorySource:
             lies_on=place,
             ignored=ignored,
         )
+
+
+@cache
+def reader_of(path: str) -> Worker:
+    """The thread that reads a directory, for all sources that a process makes of it: one at most is stuck."""
+    return Worker("state", PATIENCE)
 
 
 class NoDirectory(TryAgain):

@@ -71,6 +71,11 @@ class DirectoryWatch:
         self._covered = False
         self._fire("asked to look")
 
+    def look_again(self) -> None:
+        """Find anew what there is to watch, soon and in a thread of the watch, and wake then."""
+        self._covered = False
+        self._settle("it is another directory")
+
     def close(self) -> None:
         with self._changed:
             if self._closed:
