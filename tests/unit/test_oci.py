@@ -235,6 +235,22 @@ def test_users_resolve_by_the_images_own_files(text: str, added: tuple[str, ...]
     assert users.resolve(text, added, read_file) == expected
 
 
+def test_records_with_endless_numbers_are_skipped_and_such_a_user_is_refused() -> None:
+    endless = "9" * 5000
+    files = {
+        "/etc/passwd": f"root:x:0:0::/root:/bin/sh\nbig:x:{endless}:1::/:\nother:x:1:{endless}::/:\n",
+        "/etc/group": f"big:x:{endless}:root\n",
+    }
+
+    def read(path: str) -> bytes:
+        return files[path].encode()
+
+    assert users.resolve("root", (), read) == users.User(0, 0, (), "/root")
+    for name in ("big", "other", endless, f"0:{endless}"):
+        with pytest.raises(WrongState, match=r"does not know it|out of range"):
+            users.resolve(name, (), read)
+
+
 @pytest.mark.parametrize("text", ["nobody", "web:nogroup", "99999999999"])
 def test_unknown_users_and_groups_are_refused(text: str) -> None:
     with pytest.raises(WrongState):

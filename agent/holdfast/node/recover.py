@@ -12,7 +12,7 @@ from holdfast.errors import HoldfastError, UnfitHost
 from holdfast.guard import described
 from holdfast.node.rig import Rig
 from holdfast.node.start import attach_again
-from holdfast.node.stop import release_mount, remove_instance, remove_thing
+from holdfast.node.stop import release_mount, remove_instance, remove_thing, sweep
 from holdfast.node.volumes import save_volumes
 from holdfast.observed import InstanceId, Json, Receipt
 from holdfast.plugins import found_by
@@ -64,6 +64,7 @@ def settle(rig: Rig, subject: str, intent: Json) -> None:
             if instance is not None:  # its root file system may be half deleted: it must not run again
                 save_volumes(rig, instance)
                 remove_instance(rig, instance)
+                sweep(rig)
         case "RemoveVolume":
             _finish_removal(rig, subject.removeprefix("volume "))
 

@@ -81,20 +81,25 @@ def _gid(name: str, groups: list[_Group]) -> int:
 
 
 def _number(what: str, text: str) -> int:
-    if int(text) > _LARGEST_ID:
-        raise WrongState(f"{what} '{text}': number out of range (0 to {_LARGEST_ID})")
+    if not _is_number(text) or int(text) > _LARGEST_ID:
+        raise WrongState(f"{what} '{text[:40]}': number out of range (0 to {_LARGEST_ID})")
     return int(text)
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text of the container's is a number, and one that Python reads."""
+    return text.isdecimal() and len(text) <= len(str(_LARGEST_ID))
 
 
 def _accounts(read_file: ReadFile) -> Iterator[_Account]:
     for fields in _records(read_file("/etc/passwd"), 6):
-        if fields[2].isdecimal() and fields[3].isdecimal():
+        if _is_number(fields[2]) and _is_number(fields[3]):
             yield _Account(fields[0], int(fields[2]), int(fields[3]), fields[5])
 
 
 def _groups(read_file: ReadFile) -> Iterator[_Group]:
     for fields in _records(read_file("/etc/group"), 3):
-        if fields[2].isdecimal():
+        if _is_number(fields[2]):
             members = tuple(fields[3].split(",")) if len(fields) > 3 else ()
             yield _Group(fields[0], int(fields[2]), members)
 
