@@ -19,6 +19,7 @@ from holdfast.node.observe import everything
 from holdfast.node.rig import Rig
 from holdfast.observed import Receipt
 from holdfast.runtime import cgroup
+from holdfast.runtime.delegation import place_of
 
 SHOWN = 3  # things that a message names
 
@@ -26,7 +27,7 @@ SHOWN = 3  # things that a message names
 def check_claim(rig: Rig, known: Record | None) -> None:
     """Raise Conflict where the name, or the root, belongs to another. known: whose the name was so far."""
     host = rig.host
-    _refuse_new_name(host)
+    refuse_new_name(host)
     if known is not None and known.is_of(host.root):
         _refuse_new_run_root(host, known)
     elif known is not None and known.id == host.id:
@@ -69,11 +70,12 @@ def _belongs(host: Host, found: list[Receipt], known: Record | None) -> Conflict
     )
 
 
-def _refuse_new_name(host: Host) -> None:
+def refuse_new_name(host: Host) -> None:
+    """Raise Conflict where the root has things on the host under another name; forget names without."""
     for name in names_of(host.root):
         if name == host.name:
             continue
-        if left := traces(replace(host, name=name)):
+        if left := traces(replace(host, name=name, cgroup_root=place_of(name))):
             raise Conflict(
                 f"run the agent '{host.name}' on '{host.root}': that root still has things on this host under the "
                 f"name '{name}': {_shown(left)} (name = \"{name}\" in agent.toml; stop all containers, then rename)"
