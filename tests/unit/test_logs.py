@@ -217,6 +217,25 @@ def test_what_a_power_cut_left_in_a_log_hides_nothing_that_came_after_it(log: Pa
             assert found == sorted(["before", "after"] * len(sources), key=("before", "after").index)
 
 
+def test_following_waits_for_what_has_never_run(tmp_path: Path) -> None:
+    log, stop, seen = tmp_path / "logs/shop/web.log", threading.Event(), queue.Queue[str]()
+
+    def listen() -> None:
+        for line in output([("", log)], stop=stop):
+            seen.put("" if line is None else line.text)
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    try:
+        assert seen.get(timeout=5) == ""
+        log.parent.mkdir(parents=True)
+        log.write_text(row(0, "first"))
+        assert next(text for text in iter(lambda: seen.get(timeout=5), None) if text) == "first"
+    finally:
+        stop.set()
+        listener.join()
+
+
 def test_following_shows_what_is_not_ended_and_ends_it_with_its_run(log: Path) -> None:
     log.write_text(row(1, "one") + row(2, "$ ", "P"))
     stop = threading.Event()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from holdfast.runtime.inotify import CREATE, MODIFY, MOVED_TO, Inotify
@@ -36,15 +36,24 @@ def _followed(sources: Sources, wanted: Wanted, stop: threading.Event) -> Iterat
     with ExitStack() as stack:
         watch = Inotify(MODIFY | MOVED_TO | CREATE)
         stack.callback(watch.close)
-        for folder in {path.parent for _, path in sources}:
-            watch.add(folder)
+        missing = {folder for folder in {path.parent for _, path in sources} if not _watches(watch, folder)}
         cursors = [stack.enter_context(Cursor(path, wanted, name)) for name, path in sources]
         yield from heapq.merge(*(wanted.of(cursor.lines()) for cursor in cursors), key=_moment)
         while not stop.is_set() and not wanted.over:
             yield None
             for _ in watch.wait(_STOP_INTERVAL):
                 pass
+            missing = {folder for folder in missing if not _watches(watch, folder)}
             yield from heapq.merge(*(wanted.within(cursor.lines()) for cursor in cursors), key=_moment)
+
+
+def _watches(watch: Inotify, folder: Path) -> bool:
+    """Watch a folder; where it is not there, as before the first start, the nearest one above it, and say so."""
+    for place in (folder, *folder.parents):
+        with suppress(FileNotFoundError):
+            watch.add(place)
+            return place == folder
+    return False
 
 
 def _moment(line: LogLine) -> float:
