@@ -56,7 +56,7 @@ from holdfast.runtime.binaries import find_conmon, find_runtime
 from holdfast.runtime.conmon import Runtime, become_subreaper
 from holdfast.runtime.content import ContentStore
 from holdfast.runtime.delegation import place_of
-from holdfast.source import Source, Watch, make_source
+from holdfast.source import EARLIER, Source, Watch, make_source
 from holdfast.store import Store
 
 REST = 2.0  # after a long pass, rest that many times as long: in a burst, passes get a third of a core at most
@@ -130,7 +130,8 @@ def apply_once(
 
 def _source_of(config: Config, node: Node) -> Source:
     """Where the state comes from, with what is remembered of it."""
-    known = node.rig.store.fact(SOURCE_FACT)
+    store = node.rig.store
+    known = store.fact(SOURCE_FACT) or (EARLIER if store.fact("revision") and store.used else None)
     return make_source(config.state, config.root, debounce=config.debounce, known=known)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -168,6 +170,28 @@ def test_a_folder_of_the_state_that_went_with_its_mount_counts_as_left_out(
     mounts.tmpfs(inner, "apps")
     (inner / "blog.toml").write_text(WEB)
     assert (reads.files(), reads.left_out()) == ({"shop.toml", "apps/blog.toml"}, {})
+
+
+def test_an_empty_directory_is_not_believed_after_an_upgrade(
+    new_agent: Callable[[Host], LiveAgent], site: Host, state: Path, mounts: Mounts
+) -> None:
+    agent = new_agent(site)
+    agent.configure(state=json.dumps(str(state)))
+    agent.start()
+    agent.image("busybox:1")
+    agent.converge()
+    pid = agent.pid("shop/web")
+    agent.stop()
+    with closing(sqlite3.connect(site.root / "state.db")) as database, database:
+        assert database.execute("DELETE FROM facts WHERE name = 'source'").rowcount == 1
+    mounts.gone(state.parent)
+    state.mkdir()
+    agent.start()
+    agent.sync()
+    assert "not known on which file system it lay" in agent.status()["source"]["error"]
+    assert agent.pid("shop/web") == pid
+    (state / "vars.toml").write_text("")
+    agent.wait(lambda: not agent.instances("shop/web"), "it is believed to be meant")
 
 
 def test_what_runs_stays_when_the_state_goes_with_its_mount(

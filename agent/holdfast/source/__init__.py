@@ -11,9 +11,11 @@ from holdfast.source.revision import Revision, Source, SourceState, Watch
 if TYPE_CHECKING:
     from holdfast.config import StateSource
 
-__all__ = ["Known", "Revision", "Source", "SourceState", "Watch", "known_of", "make_source"]
+__all__ = ["EARLIER", "Known", "Revision", "Source", "SourceState", "Watch", "known_of", "make_source"]
 
 Known = Mapping[str, Any]
+#: What is remembered of a revision that an earlier version accepted: it did not note where that was read from.
+EARLIER: Known = {"url": None, "lies_on": {"": ("", "")}}
 
 
 def make_source(state: StateSource, root: Path, *, debounce: float = 0.02, known: Known | None = None) -> Source:
@@ -30,7 +32,7 @@ def make_source(state: StateSource, root: Path, *, debounce: float = 0.02, known
     from holdfast.source.directory import DirectorySource
 
     source = DirectorySource(state.directory, debounce)
-    if known and known["url"] == source.state().url:
+    if known and known["url"] in (None, source.state().url):
         source.remember({folder: (point, what) for folder, (point, what) in known["lies_on"].items()})
     return source
 

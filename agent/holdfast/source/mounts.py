@@ -45,7 +45,7 @@ def lost(root: str, before: LiesOn, now: LiesOn) -> dict[str, str]:
         try:
             here = known.get(mount_id(f"{root}/{folder}"))
         except OSError:  # the folder is not there, or not for us
-            unchanged = mounted.get(point) == what
+            unchanged = not point or mounted.get(point) == what
         else:
             unchanged = here is not None and (here.point, here.what) == (point, what)
         if not unchanged:
@@ -54,6 +54,8 @@ def lost(root: str, before: LiesOn, now: LiesOn) -> dict[str, str]:
 
 
 def _change(point: str, what: str, here: MountedAt | None, mounted: Mapping[str, str]) -> str:
+    if not point:
+        return "it is not known on which file system it lay, since an earlier version read it"
     if point not in mounted:
         return f"{point} is not mounted any more (it was {what})"
     now = f"{here.what} at {here.point}" if here else "nothing that mounts tell of"
