@@ -361,13 +361,13 @@ def test_runtimes_own_words_become_one_clear_line(said: str, line: str) -> None:
     [("SIGTERM", 15), ("quit", 3), ("9", 9), ("SIGRTMIN+3", 37), ("RTMAX-3", 61), ("37", 37), (2, 2)],
 )
 def test_signals_have_names_and_numbers(name: str | int, number: int) -> None:
-    assert conmon.signal_number(name) == number
+    assert oci.signal_number(name) == number
 
 
 @pytest.mark.parametrize("name", ["SIGNOPE", "0", "99", "9" * 5000, "TERM+x", "TERM+1", ""])
 def test_unknown_signals_are_refused(name: str) -> None:
     with pytest.raises(WrongState, match="no such signal"):
-        conmon.signal_number(name)
+        oci.signal_number(name)
 
 
 SCRIPT, ELF = b"#!/bin/sh -e\nexit\n", b"\x7fELF\x02\x01\x01" + bytes(9) + b"\2\0\x3e\0" + bytes(44)

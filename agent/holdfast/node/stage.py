@@ -27,9 +27,16 @@ from holdfast.observed import Generation, Instance, InstanceId, Json
 from holdfast.plan.actions import StageGeneration
 from holdfast.plan.diff import folder_files
 from holdfast.runtime.binaries import foreign_formats
-from holdfast.runtime.conmon import signal_number
 from holdfast.runtime.executables import check_size, find_executable
-from holdfast.runtime.oci import command_line, environment, oci_config, ordered_mounts, stop_signal, working_dir
+from holdfast.runtime.oci import (
+    command_line,
+    environment,
+    oci_config,
+    ordered_mounts,
+    signal_number,
+    stop_signal,
+    working_dir,
+)
 from holdfast.runtime.ports import check_free
 from holdfast.runtime.sysctls import try_sysctls
 from holdfast.spec.forms import archive_path, built

@@ -11,8 +11,7 @@ from holdfast.node.rig import Rig, fallback_receipts
 from holdfast.observed import Exit, Instance, InstanceId, Json, Receipt
 from holdfast.plan.actions import StopInstance
 from holdfast.runtime import apparmor, bounded, netns
-from holdfast.runtime.conmon import signal_number
-from holdfast.runtime.oci import stop_signal
+from holdfast.runtime.oci import signal_number, stop_signal
 
 AFTER_KILL = 30.0  # seconds: a process in uninterruptible sleep can outlive SIGKILL for a while
 

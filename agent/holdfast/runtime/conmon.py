@@ -31,7 +31,7 @@ from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
 from holdfast.observed import Exit, Json
 from holdfast.runtime import cgroup, delegation
 from holdfast.runtime.binaries import RuntimeBinary
-from holdfast.spec import forms
+from holdfast.runtime.oci import signal_number
 
 LONGEST_POLL = 2**31 - 1  # milliseconds that poll(2) can wait: 24 days
 CREATE_TIMEOUT = 60.0  # seconds
@@ -473,18 +473,6 @@ def reap(pid: int) -> bool:
         return os.waitpid(pid, os.WNOHANG)[0] == pid
     except ChildProcessError:
         return False
-
-
-def signal_number(signal_name: int | str) -> int:
-    """Turn 15, "15", "TERM", "SIGTERM" or "SIGRTMIN+3" into a number; WrongState if there is none."""
-    text = str(signal_name).upper().removeprefix("SIG")
-    try:
-        number = int(text) if text.isdecimal() else forms.signal_number(f"SIG{text}")
-    except ValueError:
-        number = 0
-    if not 1 <= number <= signal.SIGRTMAX:
-        raise WrongState(f"signal '{signal_name}': there is no such signal (SIGTERM, SIGQUIT, …)")
-    return number
 
 
 def _read_line(pipe: int, deadline: float) -> bytes:

@@ -6,6 +6,7 @@ config-linux.md). Called by the node when it stages (to hear what is wrong) and 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from holdfast.errors import UnfitHost, WrongState
 from holdfast.runtime import capabilities
 from holdfast.runtime.devices import DeviceNode
 from holdfast.runtime.users import User
+from holdfast.spec import forms
 from holdfast.spec.model import Container
 
 Json = Mapping[str, Any]
@@ -184,6 +186,18 @@ def working_dir(want: Container, image: Json) -> str:
 def stop_signal(want: Container, image: Json) -> str:
     """The signal that asks a container to end: the state file's, the image's, or SIGTERM."""
     return want.stop_signal or (image.get("config") or {}).get("StopSignal") or "SIGTERM"
+
+
+def signal_number(signal_name: int | str) -> int:
+    """Turn 15, "15", "TERM", "SIGTERM" or "SIGRTMIN+3" into a number; WrongState if there is none."""
+    text = str(signal_name).upper().removeprefix("SIG")
+    try:
+        number = int(text) if text.isdecimal() else forms.signal_number(f"SIG{text}")
+    except ValueError:
+        number = 0
+    if not 1 <= number <= signal.SIGRTMAX:
+        raise WrongState(f"signal '{signal_name}': there is no such signal (SIGTERM, SIGQUIT, …)")
+    return number
 
 
 def _process(request: OciRequest, names: tuple[str, ...], score: int) -> dict[str, Any]:
