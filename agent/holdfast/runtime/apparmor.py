@@ -25,8 +25,9 @@ profile {name} flags=(attach_disconnected,mediate_deleted) {{
   umount,
   signal (receive) peer=unconfined,
   signal (receive) peer={{runc,crun,/usr/bin/runc,/usr/bin/crun,/usr/sbin/runc}},
-  signal (send,receive) peer={name},
-  ptrace (trace,read,tracedby,readby) peer={name},
+  # As peers, processes of a container have the runtime's profile, too, where that has one (Debian 13: crun).
+  signal (send,receive) peer="{{{name},*//&{name},{name}//&*}}",
+  ptrace (trace,read,tracedby,readby) peer="{{{name},*//&{name},{name}//&*}}",
 
   deny mount,
   deny /proc/* w,
