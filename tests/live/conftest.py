@@ -21,7 +21,7 @@ from live.agent import LiveAgent
 from live.mounts import Mounts
 from live.registry import Registry
 
-QUICK = ImageSettings(stall_timeout=1.0, min_free=0)
+QUICK = ImageSettings(stall_timeout=3.0, min_free=0)
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +119,7 @@ def new_puller(tmp_path: Path) -> Iterator[Callable[..., Puller]]:
 
 @pytest.fixture
 def puller(new_puller: Callable[..., Puller]) -> Puller:
-    """A puller that gives up after a second of silence, with an empty store."""
+    """A puller that gives up after three seconds of silence, with an empty store."""
     return new_puller()
 
 

@@ -25,11 +25,13 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 LARGEST = 1 << 20  # bytes of a request
+PR_SET_CHILD_SUBREAPER = 36
 LONGEST = 4000  # bytes of a command line, as ps(1) shows it
 
 
@@ -129,20 +131,27 @@ def _server() -> socket.socket:
 
 
 def serve(connection: socket.socket) -> None:
-    """Fork for each request; answer with the pid, and tell its pipe how it ended."""
+    """Fork for each request; answer with the pid, and tell its pipe how it ended.
+
+    Reaps orphans, too, as a good init does: a zombie that nobody takes keeps its container from ending.
+    """
     _import_all()
     gc.freeze()
-    running: dict[int, tuple[int, int]] = {}  # pidfd → pid, pipe
+    if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError("prctl PR_SET_CHILD_SUBREAPER failed")
+    rung, ring = os.pipe()
+    os.set_blocking(ring, False)
+    signal.set_wakeup_fd(ring, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    running: dict[int, int] = {}  # pid → pipe
     poller = select.poll()
-    poller.register(connection, select.POLLIN)
+    for handle in (connection.fileno(), rung):
+        poller.register(handle, select.POLLIN)
     while True:
         for handle, _ in poller.poll():
-            if handle in running:
-                pid, pipe = running.pop(handle)
-                os.write(pipe, str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
-                os.close(pipe)
-                poller.unregister(handle)
-                os.close(handle)
+            if handle == rung:
+                os.read(rung, 1 << 16)
+                _reap(running)
                 continue
             message, passed, _, _ = connection.recvmsg(LARGEST, socket.CMSG_SPACE(4 * 4))
             if not message:
@@ -153,10 +162,17 @@ def serve(connection: socket.socket) -> None:
                 _become(json.loads(message), fds)
             for fd in fds[:3]:
                 os.close(fd)
-            pidfd = os.pidfd_open(pid)
-            running[pidfd] = pid, fds[3]
-            poller.register(pidfd, select.POLLIN)
+            running[pid] = fds[3]
             connection.send(str(pid).encode())
+
+
+def _reap(running: dict[int, int]) -> None:
+    with suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            pipe = running.pop(ended[0], None)
+            if pipe is not None:
+                os.write(pipe, str(os.waitstatus_to_exitcode(ended[1])).encode())
+                os.close(pipe)
 
 
 def _import_all() -> None:
@@ -179,6 +195,8 @@ def _become(request: Mapping[str, Any], fds: Sequence[int]) -> None:
     """Be the command; does not return."""
     code = 70
     try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         for number, fd in enumerate(fds[:3]):
             os.dup2(fd, number)

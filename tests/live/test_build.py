@@ -465,6 +465,7 @@ def test_a_build_that_ends_with_its_agent_has_not_failed_and_is_begun_by_the_nex
     told = [event["message"] for event in agent.events() if event["kind"] == "interrupted"]
     assert told == ["StageGeneration was cut short; it is finished or undone now"] * 2
     assert agent.status()["apps"]["shop"]["state"] == "changing"
+    agent.stop()  # a build that nobody waits for any more goes on
 
 
 def test_a_build_that_is_killed_with_its_agent_leaves_nothing(agent: LiveAgent) -> None:
