@@ -71,6 +71,17 @@ def test_a_place_that_is_kept_is_asked_for_no_second_time(host: Host) -> None:
     assert delegation.keeps(host)
 
 
+def test_what_an_earlier_version_left_empty_at_the_root_of_the_tree_goes_when_the_agent_starts(host: Host) -> None:
+    keeper = cgroup.ROOT / host.cgroup_root[1:] / "keeper"
+    keeper.mkdir(parents=True)
+    (keeper / "cgroup.procs").write_text(f"{os.getpid()}\n")
+    for id in ("ended", "running"):
+        (cgroup.ROOT / "holdfast" / id).mkdir(parents=True)
+    (cgroup.ROOT / "holdfast/running/process").mkdir()  # what the kernel refuses to remove
+    runtime_of(host).settle()
+    assert cgroup.children(cgroup.ROOT / "holdfast") == ["running"]
+
+
 def test_what_was_moved_half_way_is_moved_to_its_leaf(host: Host) -> None:
     top = cgroup.ROOT / host.cgroup_root[1:]
     top.mkdir(parents=True)

@@ -50,6 +50,7 @@ def stop_instance(rig: Rig, action: StopInstance) -> Json:
     ended = _stopped(ended, "SIGKILL" if killed else signal, oom=rig.runtime.oom_kills(instance.id) > kills)
     rig.store.change_instance(instance.id, phase="exited", pid=None, exit=ended)
     tell_exit(rig, instance, ended)
+    rig.runtime.leave_root(instance.id)
     return {"instance": instance.id, "exit_code": ended.code, "killed": killed}
 
 

@@ -108,6 +108,8 @@ class Runtime:
     def settle(self) -> None:
         """Have a place for containers in the cgroup tree, and in it every conmon that is somewhere else."""
         delegation.ensure(self.host)
+        for id in cgroup.children(cgroup.ROOT / self.host.name) if self.host.cgroup_root else ():
+            self.leave_root(id)
         for id in _listed(self.host.run_root / "runs") if self.host.cgroup_root else ():
             if (run := self.run_of(id)) and self.supervised(run):
                 delegation.adopt(self.host, run.conmon_pid)
