@@ -9,7 +9,7 @@ import shutil
 import socket
 import struct
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -62,7 +62,15 @@ def make_site(stack: ExitStack) -> Host:
     index = next(i % len(POOLS) for i in range(start, start + len(POOLS)) if claims.take(i % len(POOLS)))
     root = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=_real_disk()))
     stack.callback(_remove_tree, root)
+    stack.callback(_remove_empty, Path("/run") / name)
     return Host(name, root, Path("/run") / name, str(POOLS[index]), make_id(root), cgroup_root=place_of(name))
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove the directories that drivers leave of a run root; what is more than that stays, and is a failure."""
+    for place, _, _ in os.walk(folder, topdown=False):
+        with suppress(OSError):
+            Path(place).rmdir()
 
 
 def find_port(stack: ExitStack) -> int:
