@@ -728,3 +728,12 @@ def test_check_of_several_files_reads_them_as_one_revision(run: Run, tmp_path: P
     (tmp_path / "conf/own.toml").write_text("")
     assert run("check", str(tmp_path / "one.toml"), str(tmp_path / "two.toml")) == 0
     assert said().startswith("3 apps, 2 containers")  # as an agent takes it: any TOML file is an app
+
+
+def test_a_log_that_can_not_be_written_stops_no_work() -> None:
+    program = "from holdfast.cli.command import log_to_stderr; log_to_stderr(); import structlog, sys\n"
+    program += "for n in range(3): structlog.get_logger().error('begun', number=n)\n"
+    program += "sys.stderr.close(); structlog.get_logger().info('closed'); print('went on')"
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=full, check=False)
+    assert done.stdout == b"went on\n"

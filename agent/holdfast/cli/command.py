@@ -11,7 +11,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -212,7 +212,7 @@ def log_to_stderr(*, only_warnings: bool = False) -> None:
 
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(30 if only_warnings else 0),  # levels of `logging`
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: Printer(),
         processors=[
             plain_values,
             structlog.processors.add_log_level,
@@ -220,6 +220,16 @@ def log_to_stderr(*, only_warnings: bool = False) -> None:
             structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain_traceback),
         ],
     )
+
+
+class Printer:
+    """Prints the lines of the log; where they can't be written (a full disk, a closed pipe), the work goes on."""
+
+    def msg(self, line: str) -> None:
+        with suppress(OSError, ValueError):  # ValueError: it was closed
+            print(line, file=sys.stderr, flush=True)
+
+    debug = info = warning = error = critical = exception = msg
 
 
 def plain_values(_: Any, __: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
