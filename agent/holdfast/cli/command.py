@@ -227,7 +227,8 @@ class Printer:
 
     def msg(self, line: str) -> None:
         with suppress(OSError, ValueError):  # ValueError: it was closed
-            print(line, file=sys.stderr, flush=True)
+            sys.stderr.buffer.write(f"{line}\n".encode(errors="backslashreplace"))
+            sys.stderr.flush()
 
     debug = info = warning = error = critical = exception = msg
 
