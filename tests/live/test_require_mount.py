@@ -63,7 +63,7 @@ def test_a_start_waits_for_the_mount_and_a_lost_one_is_told(
     pid = agent.pid("shop/web")
     inside("umount", "--lazy", str(point))
     agent.sync()
-    agent.wait(lambda: "mounted no more" in agent.cli("status").stdout, "status says so")
+    agent.wait(lambda: "not mounted any more" in agent.cli("status").stdout, "status says so")
     assert [event["subject"] for event in agent.events() if event["kind"] == "unmounted"] == ["shop/web"]
     assert agent.pid("shop/web") == pid
     os.kill(pid, signal.SIGKILL)
@@ -104,7 +104,7 @@ def test_a_container_with_an_old_mount_is_told_of_until_it_is_restarted(
 
     assert warnings() == {}
     mounts.gone(usb)
-    assert {name: "usb is mounted no more" in words for name, words in warnings().items()} == OLD
+    assert {name: "usb is not mounted any more" in words for name, words in warnings().items()} == OLD
     mounts.bind(full, usb)  # the same disk as that of everything else here
     assert {name: "usb was mounted anew" in words for name, words in warnings().items()} == OLD
     mounts.gone(usb)

@@ -89,7 +89,7 @@ class Builder:
         return [now[name] for name in sorted(now)]
 
     def forget(self, names: Iterable[str]) -> None:
-        """Tell of failures no more: the app that the images were for has them among its own."""
+        """Stop telling of failures: the app that the images were for has them among its own."""
         with self._lock:
             for name in names:
                 self._broken.pop(name, None)
@@ -462,7 +462,7 @@ class Builder:
             raise
 
     def _is_known(self, name: str) -> bool:
-        """Whether a name of buildah's storage is worth keeping: not if what was built is in the store no more."""
+        """Whether a name of buildah's storage is worth keeping: not if what was built is gone from the store."""
         if name.startswith(STORED):
             return f"sha256:{name.removeprefix(STORED)}" in self.store.digests()
         end = name.rfind(":") + 17  # behind it stands for which platform it was built
@@ -470,7 +470,7 @@ class Builder:
 
     @contextmanager
     def _scratch(self, buildah: Buildah) -> Iterator[Path]:
-        """A folder for one step; all of `work` goes when we are alone no more."""
+        """A folder for one step; all of `work` goes when others may build again."""
         folder = buildah.work / str(time.monotonic_ns())
         folder.mkdir()
         yield folder

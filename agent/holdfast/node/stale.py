@@ -12,9 +12,7 @@ from pathlib import Path
 
 from holdfast.node.rig import Rig
 from holdfast.observed import Instance, Receipt
-from holdfast.runtime.mountpoints import Mounted, MountedAt, mount_point, mounts_of
-
-AUTOMOUNT = "autofs"
+from holdfast.runtime.mountpoints import AUTOMOUNT, Mounted, MountedAt, mount_point, mounts_of
 
 
 def where(source: str) -> dict[str, str]:
@@ -51,7 +49,7 @@ def _change(receipt: Receipt, pid: int | None, mounted: Mounted) -> str:
     """What has become of the mount that a bind's source was on; "" if nothing has."""
     point = receipt.data.get("mount_point", "/")
     if point != "/" and point not in mounted:
-        return f"{point} is mounted no more"
+        return f"{point} is not mounted any more"
     here = mounted.covering(receipt.data["real"]) if "real" in receipt.data else mounted.by_point.get(point)
     if here is None or here.kind == AUTOMOUNT:  # it waits for whoever asks for it next
         return ""

@@ -25,6 +25,7 @@ LOCAL = frozenset(
         *("devtmpfs", "overlay", "proc", "ramfs", "rootfs", "sysfs", "tmpfs"),
     )
 )
+AUTOMOUNT = "autofs"  # the kind of what waits for a file system, and is none
 MOST_LINKS = 40
 _cache: tuple[tuple[int, int, int], tuple[str, ...]] = ((0, 0, 0), ())
 
@@ -175,6 +176,8 @@ def _above(path: str) -> Iterator[str]:
 
 def unescaped(field: str) -> str:
     """A field of fstab or mountinfo: octal escapes for what would end it."""
+    if "\\" not in field:  # as nearly always, and a thousand containers have thousands of mounts
+        return field
     for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
         field = field.replace(code, character)
     return field

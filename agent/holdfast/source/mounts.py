@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from holdfast.runtime.mountpoints import Mounted, MountedAt, mount_id
+from holdfast.runtime.mountpoints import AUTOMOUNT, Mounted, MountedAt, mount_id
 from holdfast.source.revision import LiesOn
 
-AUTOMOUNT = "autofs"  # waits for a file system, and is none
 REMEDY = "mount it, or put an empty vars.toml there if it is to be empty"
 
 
@@ -32,7 +31,7 @@ def lies_on(root: str, state_files: Iterable[str]) -> LiesOn:
 
 
 def lost(root: str, before: LiesOn, now: LiesOn) -> dict[str, str]:
-    """What a directory was read from and lies on no more: folder → what has become of it.
+    """What a directory was read from and does not lie on any more: folder → what has become of it.
 
     root: as in agent.toml. before, now: of the last revision, and of what is there.
     """
