@@ -63,6 +63,18 @@ def test_a_container_of_an_earlier_version_moves_with_its_next_start(host: Host)
     assert not (cgroup.ROOT / "holdfast").exists()
 
 
+def test_what_the_runtime_keeps_for_itself_goes_with_the_last_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroup, "ROOT", tmp_path)
+    runtime = runtime_of(Host("holdfast", tmp_path / "root", tmp_path / "run"))
+    cached = runtime.root / ".cache/seccomp/0123"
+    cached.parent.mkdir(parents=True)
+    cached.touch()
+    runtime.leave()
+    assert list(runtime.root.iterdir()) == []
+
+
 def test_a_place_that_is_kept_is_asked_for_no_second_time(host: Host) -> None:
     keeper = cgroup.ROOT / host.cgroup_root[1:] / "keeper"
     keeper.mkdir(parents=True)

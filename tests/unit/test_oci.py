@@ -319,6 +319,30 @@ def test_apparmor_profile_is_one_that_the_parser_takes() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_apparmor_profile_denies_nothing_that_a_later_version_only_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apparmor, "ABI", tmp_path / "3.0")
+    assert not apparmor.text("x-default").startswith("abi")  # AppArmor 2 does not know the word
+    apparmor.ABI.touch()
+    assert apparmor.text("x-default").startswith("abi <abi/3.0>,\n")
+
+
+def test_apparmor_profile_of_an_earlier_version_is_loaded_anew_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser = tmp_path / "apparmor_parser"
+    parser.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    parser.chmod(0o755)
+    (tmp_path / "enabled").write_text("Y\n")
+    (tmp_path / "profiles").write_text("y-default (enforce)\n")
+    monkeypatch.setattr(apparmor, "ENABLED", tmp_path / "enabled")
+    monkeypatch.setattr(apparmor, "LOADED", tmp_path / "profiles")
+    monkeypatch.setattr(apparmor, "find_program", lambda name: parser)
+    assert [apparmor.ensure("y-default") for _ in range(3)] == [("y-default", "")] * 3
+    assert (tmp_path / "calls").read_text() == "--replace --skip-cache\n"
+
+
 def test_seccomp_profile_that_is_not_there_is_the_states_fault() -> None:
     assert seccomp.profile("unconfined", ()) is None
     with pytest.raises(WrongState, match="no such file"):

@@ -15,6 +15,7 @@ from holdfast.runtime.binaries import find_program
 
 ENABLED = Path("/sys/module/apparmor/parameters/enabled")
 LOADED = Path("/sys/kernel/security/apparmor/profiles")
+ABI = Path("/etc/apparmor.d/abi/3.0")
 TIMEOUT = 30.0  # seconds
 
 _TEXT = """
@@ -43,6 +44,7 @@ profile {name} flags=(attach_disconnected,mediate_deleted) {{
 """
 
 _lock = threading.Lock()
+_ours: set[str] = set()  # the profiles that this process has loaded
 
 
 def enabled() -> bool:
@@ -54,8 +56,12 @@ def enabled() -> bool:
 
 
 def text(name: str) -> str:
-    """The profile in apparmor.d(5)'s language."""
-    return _TEXT.format(name=name)
+    """The profile in apparmor.d(5)'s language.
+
+    It is written for AppArmor 3: a parser of version 4 would otherwise have it deny user namespaces and io_uring,
+    which it does not name.
+    """
+    return (f"abi <abi/{ABI.name}>,\n" if ABI.exists() else "") + _TEXT.format(name=name)
 
 
 def loaded() -> frozenset[str]:
@@ -68,16 +74,20 @@ def loaded() -> frozenset[str]:
 
 
 def ensure(name: str) -> tuple[str, str]:
-    """Have a profile loaded. Return its name, "" where there is none to apply, and a warning, "" if there is none."""
+    """Have a profile loaded. Return its name, "" where there is none to apply, and a warning, "" if there is none.
+
+    The first time in the life of a process it is loaded anew: another version may have loaded another text.
+    """
     if not enabled():
         return "", ""
     with _lock:
-        if name in loaded():
+        if name in _ours and name in loaded():
             return name, ""
         parser = find_program("apparmor_parser")
         if parser is None:
             return "", "AppArmor does not confine it: apparmor_parser is not installed (apt-get install apparmor)"
         _parse(parser, "--replace", name)
+        _ours.add(name)
         return name, ""
 
 

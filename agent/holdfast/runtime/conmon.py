@@ -293,7 +293,8 @@ class Runtime:
             cgroup.remove_if_empty(top)
 
     def leave(self) -> None:
-        """Give the place in the cgroup tree back, unless something runs in it."""
+        """Give the place in the cgroup tree back, unless something runs in it, and take the runtime's cache away."""
+        shutil.rmtree(self.root / ".cache", ignore_errors=True)  # crun's, of seccomp filters
         self.remove_parent_cgroup()
         delegation.dissolve(self.host)
 
