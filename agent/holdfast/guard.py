@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import inspect
 import json
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, TypeVar
 
 from holdfast.drivers import (
     CgroupWant,
+    Driver,
     EndpointWant,
     FirewallWant,
     MountWant,
@@ -26,8 +26,9 @@ from holdfast.drivers import (
     RootfsWant,
     VolumeWant,
 )
-from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
+from holdfast.errors import HoldfastError, UnfitHost, WrongState
 from holdfast.observed import Finding, Json, Receipt
+from holdfast.workers import Worker
 
 DRIVER_VERBS = ("check", "ensure", "observe", "remove")
 POLICY_VERBS = ("check", "settings")
@@ -48,52 +49,6 @@ SLOW = 10.0  # seconds after which any other call is shown in `status`
 
 T = TypeVar("T")
 Fault = Callable[[str, str], None]  # (of what, error); an error of "" takes the fault back
-
-
-class NoAnswer(TryAgain):
-    """A plugin's code did not return in time; it is left running in a thread of its own."""
-
-
-class Worker:
-    """Calls functions that may not return, such as a plugin's, in a daemon thread, and waits until a deadline only.
-
-    While a call is overdue, `call` raises NoAnswer at once. The thread starts with the first call.
-    """
-
-    def __init__(self, name: str, deadline: float) -> None:
-        self._name, self._deadline = name, deadline
-        self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
-        self._unstarted = threading.Lock()  # free until the thread is started
-        self._overdue = ""  # since when, as a clock time
-
-    def call(self, work: Callable[[], T]) -> T:
-        """Return what work() returns, or raise what it raises. Raises NoAnswer after the deadline."""
-        if self._overdue:
-            raise NoAnswer(f"has not answered since {self._overdue}")
-        if self._unstarted.acquire(blocking=False):
-            threading.Thread(target=self._run, name=self._name, daemon=True).start()
-        task: Future[T] = Future()
-        self._tasks.put((task, work))
-        asked = time.time()
-        try:
-            return task.result(self._deadline)
-        except TimeoutError:
-            if task.done():  # it came at the last moment, or raised TimeoutError itself
-                return task.result()
-            self._overdue = time.strftime("%H:%M:%S", time.localtime(asked))
-            task.add_done_callback(self._answered)
-            raise NoAnswer(f"has not answered since {self._overdue}") from None
-
-    def _answered(self, task: Future[Any]) -> None:
-        self._overdue = ""
-
-    def _run(self) -> None:
-        while True:
-            task, work = self._tasks.get()
-            try:
-                task.set_result(work())
-            except BaseException as error:
-                task.set_exception(error)
 
 
 def described(error: BaseException) -> str:
@@ -253,15 +208,16 @@ def is_interrupt(error: BaseException) -> bool:
 class GuardedDriver(_Guard):
     """A driver of any kind (`drivers.Driver`), with what it does beyond the four verbs.
 
-    last: what `observe` returned when it last returned.
+    observer: calls what passes wait for. last: what `observe` returned when it last returned.
     """
 
-    __slots__ = ("_kind", "_observer", "last")
+    __slots__ = ("_observer", "_receipts", "kind", "last")
 
-    def __init__(self, driver: Any, kind: str, fault: Fault, deadline: float = OBSERVE_DEADLINE) -> None:
+    def __init__(self, driver: Any, kind: str, fault: Fault, observer: Worker) -> None:
         super().__init__(driver, kind, fault)
-        self._kind = "volume" if kind == "mount" else kind  # of its receipts
-        self._observer = Worker(f"observe {self.title}", deadline)
+        self.kind = kind
+        self._receipts = "volume" if kind == "mount" else kind
+        self._observer = observer
         self.last: list[Receipt] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -279,12 +235,16 @@ class GuardedDriver(_Guard):
         )
         return receipt
 
-    def observe(self) -> list[Receipt]:
-        """Read to the end, so that what a generator raises is raised here. Raises NoAnswer after the deadline."""
-        self.last = self._call("observe", lambda: self._observer.call(self._read), self._strange)
+    def observe(self, seen: Callable[[], list[Receipt]] | None = None) -> list[Receipt]:
+        """What the driver observes. Raises NoAnswer after the deadline.
+
+        seen: returns what the observer got from `look`, or raises what it raised; asked now if it is left out.
+        """
+        self.last = self._call("observe", seen or self._asked_now(self.look), self._strange)
         return self.last
 
-    def _read(self) -> list[Receipt]:
+    def look(self) -> list[Receipt]:
+        """For the observer: observe, to the end, so that what a generator raises is raised here."""
         return list(self.driver.observe())
 
     def remove(self, receipt: Receipt) -> None:
@@ -299,34 +259,50 @@ class GuardedDriver(_Guard):
             return lambda: None
         end: Callable[[], object] = self._call(
             "watch",
-            lambda: self._observer.call(lambda: self.driver.watch(tell)),
+            self._asked_now(lambda: self.driver.watch(tell)),
             lambda end: "" if callable(end) else "returned nothing to call",
         )
 
         def close() -> None:
-            self._call("watch", lambda: self._observer.call(end), lambda ended: "")
+            self._call("watch", self._asked_now(end), lambda ended: "")
 
         return close
 
-    def findings(self) -> list[Finding]:
-        """What the driver has to tell of the host (`drivers.Telling`). Raises NoAnswer after the deadline."""
-        if not hasattr(self.driver, "findings"):
-            return []
-        return self._call("findings", lambda: self._observer.call(lambda: list(self.driver.findings())), _no_findings)
+    def findings(self, told: Callable[[], list[Finding]] | None = None) -> list[Finding]:
+        """What the driver has to tell of the host (`drivers.Telling`). Raises NoAnswer after the deadline.
+
+        told: as `seen` of `observe`, from `listen`.
+        """
+        return self._call("findings", told or self._asked_now(self.listen), _no_findings)
+
+    def listen(self) -> list[Finding]:
+        """For the observer: have the driver tell."""
+        return list(self.driver.findings()) if hasattr(self.driver, "findings") else []
+
+    def _asked_now(self, work: Callable[[], T]) -> Callable[[], T]:
+        return lambda: self._observer.call(work, self.title)
 
     def _strange(self, found: list[Any]) -> str:
         for each in found:
             if not isinstance(each, Receipt):
                 return f"yielded {type(each).__name__} (expected Receipts)"
-            if (each.kind, each.driver) != (self._kind, self.name):
+            if (each.kind, each.driver) != (self._receipts, self.name):
                 return f"yielded a receipt of {each.kind} driver {each.driver!r}"
             if not all(isinstance(text, str) for text in (each.id, each.owner, each.root)):
                 return f"yielded a receipt of {each.id!r}, owner {each.owner!r}, root {each.root!r} (expected texts)"
             if not isinstance(each.data, Mapping):
                 return f"yielded a receipt whose data is {type(each.data).__name__} (expected a table)"
-            if self._kind == "volume" and (wrong := _not_json(each.data)):  # that of others is not read
+            if self._receipts == "volume" and (wrong := _not_json(each.data)):  # that of others is not read
                 return f"yielded a receipt that is not JSON-able: {wrong}"
         return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a driver observes; heard: now. What it observed when it could last say is to be used with care."""
+
+    receipts: list[Receipt]
+    heard: bool = True
 
 
 class GuardedPolicy(_Guard):
@@ -342,12 +318,31 @@ class GuardedPolicy(_Guard):
         return settings
 
 
-def guarded(driver: Any, kind: str, fault: Fault) -> GuardedDriver | GuardedPolicy:
+def guarded(driver: Any, kind: str, fault: Fault, observer: Worker) -> GuardedDriver | GuardedPolicy:
     """Put a guard around what a plugin offers. Raises WrongState for what lacks a name or a verb."""
     wrong = unsound(driver, POLICY_VERBS if kind == "policy" else DRIVER_VERBS)
     if wrong:
         raise WrongState(f"{kind} driver {getattr(driver, 'name', driver)!r}: {wrong}")
-    return GuardedPolicy(driver, kind, fault) if kind == "policy" else GuardedDriver(driver, kind, fault)
+    return GuardedPolicy(driver, kind, fault) if kind == "policy" else GuardedDriver(driver, kind, fault, observer)
+
+
+def found_by(driver: Driver[Any], seen: Callable[[], list[Receipt]] | None = None) -> list[Receipt] | None:
+    """What a driver observes; None when it can't say, which is recorded as its plugin's fault.
+
+    seen: gives what a guarded one has answered already.
+    """
+    try:
+        return driver.observe(seen) if isinstance(driver, GuardedDriver) else list(driver.observe())
+    except Exception:
+        return None
+
+
+def seen_by(driver: Driver[Any], seen: Callable[[], list[Receipt]] | None = None) -> Seen:
+    """What a driver observes, or what it last did."""
+    found = found_by(driver, seen)
+    if found is None:
+        return Seen(driver.last if isinstance(driver, GuardedDriver) else [], heard=False)
+    return Seen(found)
 
 
 def _not_plain(result: Any) -> str:

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import inspect
 import json
-import queue
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -37,12 +36,22 @@ from holdfast.drivers import (
     VolumeWant,
 )
 from holdfast.errors import TryAgain, UnfitHost, WrongState
-from holdfast.guard import OBSERVE_DEADLINE, GuardedDriver, GuardedPolicy, Worker, described, guarded, is_interrupt
-from holdfast.observed import Finding, Json, Receipt
+from holdfast.guard import (
+    OBSERVE_DEADLINE,
+    GuardedDriver,
+    GuardedPolicy,
+    Seen,
+    described,
+    found_by,
+    guarded,
+    is_interrupt,
+    seen_by,
+)
+from holdfast.observed import Finding, Json
+from holdfast.workers import BACKLOG, Teller, Worker
 
 GROUP = "holdfast"
 LOAD_DEADLINE = 30.0  # seconds that a plugin may take to be imported, and to offer its drivers
-BACKLOG = 10_000  # calls that a plugin may be behind
 
 DriverKind = Literal["rootfs", "volume", "mount", "network", "endpoint", "firewall", "policy"]
 
@@ -55,6 +64,7 @@ OFFERS: tuple[tuple[str, tuple[DriverKind, ...]], ...] = (
     ("register_cgroup_policies", ("policy",)),
 )
 NAMED: tuple[DriverKind, ...] = ("volume", "network", "policy")  # kinds of which state files choose
+OBSERVED: tuple[DriverKind, ...] = ("rootfs", "volume", "network", "endpoint", "firewall")  # in every pass
 HOOKS = tuple(name for name, item in vars(hookspecs).items() if hasattr(item, "holdfast_spec"))
 
 
@@ -81,31 +91,6 @@ class PluginState:
     error: str = ""
     hooks: tuple[str, ...] = ()
     drivers: tuple[str, ...] = ()
-
-
-class _Teller:
-    """A thread that calls what it is given, one after the other; it ends with the process."""
-
-    def __init__(self, plugin: str) -> None:
-        self._calls: queue.Queue[Callable[[], object]] = queue.Queue(BACKLOG)
-        threading.Thread(target=self._run, name=f"tell {plugin}", daemon=True).start()
-
-    def tell(self, call: Callable[[], object]) -> bool:
-        """Queue a call; False if there is no room."""
-        try:
-            self._calls.put_nowait(call)
-        except queue.Full:
-            return False
-        return True
-
-    def wait(self, timeout: float) -> bool:
-        """Block until all that is queued has been called; False if it has not after timeout seconds."""
-        over = threading.Event()
-        return self.tell(over.set) and over.wait(timeout)
-
-    def _run(self) -> None:
-        while True:
-            self._calls.get()()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +124,13 @@ class Plugins:
     _manager: pluggy.PluginManager = field(default_factory=lambda: _new_manager())
     noticed: Callable[[str, str], None] = lambda plugin, error: None
     expected: Mapping[str, str] = field(default_factory=dict)
+    _observer: Worker = field(default_factory=lambda: Worker("observe", OBSERVE_DEADLINE))
     _trials: Worker = field(default_factory=lambda: Worker("adjust_oci_config", OBSERVE_DEADLINE))
     _optional: set[str] = field(default_factory=set)  # plugins whose adjust_oci_config may fail
     _states: dict[str, PluginState] = field(default_factory=dict)
     _faults: dict[str, dict[str, str]] = field(default_factory=dict)  # plugin → of what → error
     _guards: dict[str, list[GuardedDriver | GuardedPolicy]] = field(default_factory=dict)
-    _tellers: dict[str, _Teller] = field(default_factory=dict)
+    _tellers: dict[str, Teller] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -217,22 +203,38 @@ class Plugins:
     def watch(self, tell: Callable[[str, str], None]) -> list[Callable[[], None]]:
         """Have every driver that can look after what it made (`drivers.Watching`); returns what ends that."""
         ends = []
-        for drivers in self._kinds().values():
-            for driver in drivers.values():
-                if isinstance(driver, GuardedDriver):
-                    with suppress(Exception):  # recorded as the plugin's fault; passes see what changes
-                        ends.append(driver.watch(tell))
+        for driver in self._guarded():
+            with suppress(Exception):  # recorded as the plugin's fault; passes see what changes
+                ends.append(driver.watch(tell))
         return ends
+
+    def observe(self) -> dict[DriverKind, dict[str, Seen]]:
+        """What each driver observes, by kind and name. That one can't say is recorded as its plugin's fault.
+
+        One thread asks them all: handing over to it costs more than most of them do.
+        """
+        looks = {each.title: each.look for each in self._guarded() if each.kind in OBSERVED}
+        answers = self._observer.call_all(looks)
+        return {
+            kind: {
+                name: seen_by(each, answers[each.title].result if isinstance(each, GuardedDriver) else None)
+                for name, each in self._kinds()[kind].items()
+            }
+            for kind in OBSERVED
+        }
 
     def findings(self) -> tuple[Finding, ...]:
         """What the drivers have to tell of the host (`drivers.Telling`)."""
+        drivers = {driver.title: driver for driver in self._guarded() if hasattr(driver, "findings")}
         found: list[Finding] = []
-        for drivers in self._kinds().values():
-            for driver in drivers.values():
-                if isinstance(driver, GuardedDriver):
-                    with suppress(Exception):  # recorded as the plugin's fault
-                        found.extend(driver.findings())
+        for title, told in self._observer.call_all({title: each.listen for title, each in drivers.items()}).items():
+            with suppress(Exception):  # recorded as the plugin's fault
+                found.extend(drivers[title].findings(told.result))
         return tuple(sorted(dict.fromkeys(found), key=lambda each: (not each.breaks, each.subject, each.text)))
+
+    def _guarded(self) -> list[GuardedDriver]:
+        known = (driver for drivers in self._kinds().values() for driver in drivers.values())
+        return [driver for driver in known if isinstance(driver, GuardedDriver)]
 
     def hears(self, hook: str) -> bool:
         """Whether any plugin implements a hook: what nobody hears need not be made."""
@@ -254,10 +256,10 @@ class Plugins:
         heard = [teller.wait(max(until - time.monotonic(), 0.0)) for teller in list(self._tellers.values())]
         return all(heard)
 
-    def _teller(self, name: str) -> _Teller:
+    def _teller(self, name: str) -> Teller:
         with self._lock:
             if name not in self._tellers:
-                self._tellers[name] = _Teller(name)
+                self._tellers[name] = Teller(name)
             return self._tellers[name]
 
     def adjust_oci_config(self, app: str, container: str, config: Json) -> Adjusted:
@@ -423,7 +425,7 @@ class Plugins:
                 if plugin == name:
                     arguments = {"register": _collector(kinds, offers), "host": host}
                     _plain_result(implementation, arguments)
-        return [(kind, guarded(driver, kind, partial(self._record, name))) for kind, driver in offers]
+        return [(kind, guarded(driver, kind, partial(self._record, name), self._observer)) for kind, driver in offers]
 
     def _accept(
         self, offers: Iterable[tuple[DriverKind, GuardedDriver | GuardedPolicy]]
@@ -452,19 +454,6 @@ def load_plugins(
         if entry_point.name not in disabled:
             plugins._load(entry_point, host)
     return plugins
-
-
-def found_by(driver: Driver[Any]) -> list[Receipt] | None:
-    """What a driver observes; None when it can't say, which is recorded as its plugin's fault."""
-    try:
-        return list(driver.observe())
-    except Exception:
-        return None
-
-
-def last_found_by(driver: Driver[Any]) -> Sequence[Receipt]:
-    """What a driver observed when it could last say: an old answer, to be used only where there is no other."""
-    return driver.last if isinstance(driver, GuardedDriver) else ()
 
 
 def merge_patch(target: Any, patch: Any) -> Any:

@@ -21,12 +21,13 @@ import pytest
 from holdfast import hookspecs
 from holdfast.drivers import CgroupWant, Driver, EndpointWant, Host, NetworkWant, VolumeWant
 from holdfast.errors import UnfitHost, WrongState
-from holdfast.guard import GuardedDriver, NoAnswer, breach
+from holdfast.guard import GuardedDriver, breach, found_by
 from holdfast.hookspecs import hookimpl
 from holdfast.observed import Finding, Receipt
-from holdfast.plugins import HOOKS, Plugins, PluginState, found_by, last_found_by, load_plugins, merge_patch
+from holdfast.plugins import HOOKS, Plugins, PluginState, load_plugins, merge_patch
 from holdfast.spec.model import Resources
 from holdfast.testing import DriverConformance, temporary_host
+from holdfast.workers import NoAnswer, Worker
 
 MANUAL = Path(__file__).parents[2] / "plugins/README.md"
 BLOCKS = re.findall(r"^```python([^\n]*)\n(.*?)^```", MANUAL.read_text(), re.DOTALL | re.MULTILINE)
@@ -526,7 +527,7 @@ def test_a_driver_that_does_not_answer_is_waited_for_once(host: Host) -> None:
             assert answer.wait(60)
         return [volume_receipt()]
 
-    driver = GuardedDriver(Loose(host, observe=observe), "volume", faults.__setitem__, deadline=0.2)
+    driver = GuardedDriver(Loose(host, observe=observe), "volume", faults.__setitem__, Worker("observe", 0.2))
     assert found_by(driver) == [volume_receipt()]
     hanging[0] = True
     assert found_by(driver) is None
@@ -535,7 +536,7 @@ def test_a_driver_that_does_not_answer_is_waited_for_once(host: Host) -> None:
         assert found_by(driver) is None
     assert time.monotonic() - began < 10, "a driver that hangs already is not waited for again"
     assert "has not answered since" in faults["volume driver 'plain': observe"]
-    assert list(last_found_by(driver)) == [volume_receipt()]
+    assert driver.last == [volume_receipt()]
     hanging[0] = False
     answer.set()
     deadline = time.monotonic() + 10
@@ -660,7 +661,7 @@ def test_a_watch_that_hangs_is_not_waited_for(host: Host) -> None:
     released = threading.Event()
     faults: list[str] = []
     loose = Loose(host, watch=lambda tell: released.wait(60))
-    driver = GuardedDriver(loose, "volume", lambda what, error: faults.append(error), deadline=0.05)
+    driver = GuardedDriver(loose, "volume", lambda what, error: faults.append(error), Worker("observe", 0.05))
     with pytest.raises(NoAnswer):
         driver.watch(lambda subject, what: None)
     released.set()

@@ -72,7 +72,10 @@ class View:
 
     def mount(self, target: str, content: Content) -> None:
         """Mount content at target, its links followed, as runtimes do: what was mounted below it is hidden."""
-        path = self.resolve(target).path
+        self.mount_at(self.resolve(target).path, content)
+
+    def mount_at(self, path: str, content: Content) -> None:
+        """Mount content at a path that `resolve` has found: no step of it is a link."""
         hidden = [each for each in self._mounts if each == path or each.startswith(f"{path}/")]
         for each in hidden:
             del self._mounts[each]
@@ -116,13 +119,13 @@ class View:
 
     def _step(self, folder: Found, name: str) -> Found:
         """The entry of a directory, without following it."""
-        path = posixpath.join(folder.path, name)
+        path = f"{folder.path}/{name}" if folder.path != "/" else f"/{name}"
         mounted = self._mounts.get(path)
         if mounted is not None:
             return Found(path, "directory" if mounted.directory else "file", mounted, mounted.entries)
-        entries = tuple(_merged(folder.entries, name))
+        entries, directory = _merged(folder.entries, name)
         if entries:
-            return Found(path, "directory" if _is_directory(entries[0]) else "file", folder.content, entries)
+            return Found(path, "directory" if directory else "file", folder.content, tuple(entries))
         if path in self._made:
             return Found(path, "directory", folder.content)
         return Found(path, "missing" if folder.content.known else "unknown", folder.content)
@@ -148,12 +151,8 @@ def _steps(path: str) -> list[str]:
     return [part for part in reversed(path.split("/")) if part not in ("", ".")]
 
 
-def _is_directory(path: Path) -> bool:
-    return stat.S_ISDIR(path.lstat().st_mode)
-
-
-def _merged(folders: Sequence[Path], name: str) -> list[Path]:
-    """The entries that make up name in a merged directory, highest first: one file, or directories."""
+def _merged(folders: Sequence[Path], name: str) -> tuple[list[Path], bool]:
+    """The entries that make up name in a merged directory, highest first: one file, or directories (True)."""
     entries: list[Path] = []
     for folder in folders:
         try:
@@ -162,11 +161,11 @@ def _merged(folders: Sequence[Path], name: str) -> list[Path]:
             continue
         entry = folder / name
         if not stat.S_ISDIR(found.st_mode):
-            return entries if entries or is_whiteout(found) else [entry]
+            return (entries, True) if entries or is_whiteout(found) else ([entry], False)
         entries.append(entry)
         if _is_opaque(entry):
             break
-    return entries
+    return entries, True
 
 
 def _is_opaque(folder: Path) -> bool:

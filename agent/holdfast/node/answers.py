@@ -10,13 +10,13 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from holdfast.errors import Conflict, HoldfastError, NotFound, WrongCall
+from holdfast.guard import found_by
 from holdfast.node import installed
 from holdfast.node.images import ImageAnswers
 from holdfast.node.recover import remove_volume
 from holdfast.node.usage import prune_build_cache, prune_logs, usage
 from holdfast.node.volumes import DEFINED_AS
 from holdfast.observed import Instance, Json, Receipt
-from holdfast.plugins import found_by
 from holdfast.runtime import cgroup, users
 from holdfast.runtime.execs import ExecWant, exec_process, path_of, user_of
 from holdfast.runtime.inside import inside

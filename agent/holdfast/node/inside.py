@@ -80,7 +80,7 @@ def mount_all(
         if wrong:
             yield _error(f"mount {content.what} at '{target}': {wrong}", found.content, content)
         else:
-            view.mount(target, content)
+            view.mount_at(found.path, content)
 
 
 def mounted(base: Base, mounts: Iterable[Mapping[str, Any]]) -> View:

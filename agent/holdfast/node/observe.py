@@ -11,9 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
-from holdfast.drivers import Driver
 from holdfast.node import stale
 from holdfast.node.installed import missing_drivers
 from holdfast.node.rig import BARE, Rig
@@ -34,7 +32,6 @@ from holdfast.observed import (
     VolumeState,
     lack_key,
 )
-from holdfast.plugins import found_by, last_found_by
 from holdfast.runtime import cgroup, netns
 from holdfast.runtime.conmon import Run
 from holdfast.runtime.mountpoints import Mounted, lacking
@@ -95,25 +92,15 @@ def everything(rig: Rig, *, deep: bool) -> Iterator[Receipt]:
     What a driver can't say for now is taken to be as it last said, else as it was made; so is what was made by one
     that no plugin offers any more. An old answer makes nothing missing or an orphan: no action follows from it.
     """
-    kinds: tuple[tuple[str, Mapping[str, Driver[Any]]], ...] = (
-        ("rootfs", rig.plugins.rootfs),
-        ("volume", rig.plugins.volumes),
-        ("network", rig.plugins.networks),
-        ("endpoint", rig.plugins.endpoints),
-        ("firewall", rig.plugins.firewalls),
-    )
-    for kind, drivers in kinds:
+    for kind, answers in rig.plugins.observe().items():
         silent: dict[str, dict[str, Receipt]] = {}  # driver → id → what it last said
-        heard = set()
-        for name, driver in drivers.items():
-            found = found_by(driver)
-            if found is None:
-                silent[name] = {each.id: each for each in last_found_by(driver) if each.data}
+        for driver, seen in answers.items():
+            if seen.heard:
+                yield from seen.receipts
             else:
-                heard.add(name)
-                yield from found
+                silent[driver] = {each.id: each for each in seen.receipts if each.data}
         for made in rig.store.receipts(kind):
-            if made.driver not in heard:
+            if made.driver not in answers or made.driver in silent:
                 # What a volume was an hour ago would look like drift.
                 yield made if kind == "volume" else silent.get(made.driver, {}).get(made.id, made)
     yield from netns.observe(rig.host)

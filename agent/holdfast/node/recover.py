@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from holdfast.errors import HoldfastError, UnfitHost
-from holdfast.guard import described
+from holdfast.guard import described, found_by
 from holdfast.node.rig import Rig
 from holdfast.node.start import attach_again
 from holdfast.node.stop import release_mount, remove_instance, remove_thing, sweep
 from holdfast.node.volumes import save_volumes
 from holdfast.observed import InstanceId, Json, Receipt
-from holdfast.plugins import found_by
 from holdfast.runtime import cgroup
 
 

@@ -50,7 +50,7 @@ def _change(receipt: Receipt, pid: int | None, mounted: Mounted) -> str:
     point = receipt.data.get("mount_point", "/")
     if point != "/" and point not in mounted:
         return f"{point} is not mounted any more"
-    here = mounted.covering(receipt.data["real"]) if "real" in receipt.data else mounted.by_point.get(point)
+    here = mounted.covering(receipt.data["real"]) if "real" in receipt.data else mounted.at(point)
     if here is None or here.kind == AUTOMOUNT:  # it waits for whoever asks for it next
         return ""
     if here.point != point:

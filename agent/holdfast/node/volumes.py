@@ -18,11 +18,11 @@ from pathlib import Path
 
 from holdfast.drivers import COMPLETE_CONTENT, RootfsWant, VolumeWant
 from holdfast.errors import NotFound, UnfitHost, WrongState
+from holdfast.guard import found_by
 from holdfast.images.lookup import find
 from holdfast.node.rig import Rig, volume_of
 from holdfast.observed import Instance, Json, Receipt
 from holdfast.plan.actions import EnsureVolume
-from holdfast.plugins import found_by
 from holdfast.runtime import filling
 from holdfast.spec.model import App, Mount, Volume
 from holdfast.spec.volumes import defined_as, image_volumes, of_slot

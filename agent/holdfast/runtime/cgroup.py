@@ -19,12 +19,14 @@ from typing import Any
 from holdfast.drivers import CgroupPolicy, CgroupWant
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost
 from holdfast.observed import Json
+from holdfast.runtime.mountpoints import unescaped
 from holdfast.spec.model import Resources, digest_of
 
 ROOT = Path("/sys/fs/cgroup")
 NO_LIMIT = -1
 DEFAULT_SHARES = 1024
 DEFAULT_PERIOD = 100_000  # microseconds
+_mounted: tuple[tuple[str, ...], tuple[Path, ...]] = ((), ())  # the kernel's hierarchies, and where they are
 
 #: What limits touch, as controller → files. Weights have one name or another, depending on the I/O scheduler.
 _FILES: Mapping[int, Mapping[str, tuple[str, ...]]] = {
@@ -138,31 +140,61 @@ def features(runtime: str = "runc") -> Features:
         owned = (ROOT / "cgroup.controllers").read_text().split()
         weighs = (ROOT / "io.cost.qos").exists() or Path("/sys/module/bfq").exists()
         return Features(swap=Path("/proc/swaps").exists(), io_weight="io" in owned and weighs)
-    weights = runtime != "crun" and any((ROOT / "blkio").glob("blkio.bfq.*"))
+    weights = runtime != "crun" and _names_bfq()
     return Features(swap=(ROOT / "memory/memory.memsw.limit_in_bytes").exists(), io_weight=weights)
 
 
+def _names_bfq() -> bool:
+    try:
+        return any(name.startswith("blkio.bfq.") for name in os.listdir(f"{ROOT}/blkio"))  # noqa: PTH208 - names
+    except FileNotFoundError:
+        return False
+
+
 def hierarchies() -> tuple[Path, ...]:
-    """The mount points of every cgroup hierarchy of this host, wherever they are."""
-    found = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    """The mount points of every cgroup hierarchy of this host, wherever they are.
+
+    They are looked for again when the kernel has other hierarchies (cgroups(7), /proc/PID/cgroup), and as long as one
+    of those is not mounted: the table of mounts has a line for each container, and every start asks.
+    """
+    global _mounted
+    own = (_read("/proc/self/cgroup") or "").splitlines()
+    kept = tuple(line.split(":", 2)[1] for line in own)
+    if _mounted[0] != kept:
+        found = tuple(dict.fromkeys(_cgroup_mounts()))
+        if len(found) < len(kept):
+            return found
+        _mounted = kept, found
+    return _mounted[1]
+
+
+def _cgroup_mounts() -> Iterator[Path]:
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         left, _, right = line.partition(" - ")
-        if right.split(" ", 1)[0] in ("cgroup", "cgroup2"):
-            found.append(Path(left.split()[4]))
-    return tuple(dict.fromkeys(found))
+        if right.startswith(("cgroup ", "cgroup2 ")):
+            yield Path(unescaped(left.split(" ", 5)[4]))
 
 
 def folder(controller: str, path: str) -> Path:
     """The directory of a cgroup in the hierarchy that owns a controller."""
-    return ROOT / path.lstrip("/") if version() == 2 else ROOT / controller / path.lstrip("/")
+    return Path(_place(controller, path, version()))
+
+
+def _place(controller: str, path: str, tree: int) -> str:
+    return f"{ROOT}/{path.lstrip('/')}" if tree == 2 else f"{ROOT}/{controller}/{path.lstrip('/')}"
 
 
 def folders(path: str) -> list[Path]:
     """The directories of a cgroup that exist, one for each hierarchy."""
-    return [place for root in hierarchies() if (place := root / path.lstrip("/")).is_dir()]
+    return list(map(Path, _folders(path)))
 
 
-def children(place: Path) -> list[str]:
+def _folders(path: str) -> list[str]:
+    places = (f"{root}/{path.lstrip('/')}" for root in hierarchies())
+    return [place for place in places if os.path.isdir(place)]  # noqa: PTH112 - of a dozen hierarchies, at every start
+
+
+def children(place: Path | str) -> list[str]:
     """The names of the cgroups right below one; none when it has just gone."""
     try:
         with os.scandir(place) as entries:
@@ -176,9 +208,9 @@ def snapshot(path: str) -> dict[str, str]:
 
     A later snapshot that differs from the one taken right after the limits were applied is drift.
     """
-    found = {}
-    for controller, names in _FILES[version()].items():
-        place = str(folder(controller, path))
+    found, tree = {}, version()
+    for controller, names in _FILES[tree].items():
+        place = _place(controller, path, tree)
         for name in names:
             content = _read(f"{place}/{name}")
             if content is not None:
@@ -294,10 +326,9 @@ def _write(path: Path, value: str) -> None:
 def pids(path: str) -> set[int]:
     """The processes in a cgroup, nested ones included; zombies are not among them."""
     found: set[int] = set()
-    for place in folders(path):
-        for current, _, _ in os.walk(place):
-            listed = _read(f"{current}/cgroup.procs") or ""
-            found.update(int(pid) for pid in listed.split())
+    for place in _folders(path):
+        for current in _with_all_below(place):
+            found.update(map(int, (_read(f"{current}/cgroup.procs") or "").split()))
     return found - {0}
 
 
@@ -373,8 +404,8 @@ def remove(path: str, *, timeout: float = 2.0) -> None:
     UnfitHost tells which one is still in use.
     """
     deadline = time.monotonic() + timeout
-    for place in folders(path):
-        for current in _deepest_first(place):
+    for place in _folders(path):
+        for current in reversed(_with_all_below(place)):
             while not _rmdir(current):
                 if time.monotonic() > deadline:
                     raise UnfitHost(f"removal of cgroup '{current}': processes are left in it")
@@ -383,18 +414,21 @@ def remove(path: str, *, timeout: float = 2.0) -> None:
 
 def remove_if_empty(path: str) -> None:
     """Remove an agent's parent cgroup from every hierarchy, where no container is left in it."""
-    for place in folders(path):
+    for place in _folders(path):
         _rmdir(place)
 
 
-def _deepest_first(place: Path) -> Iterator[Path]:
-    for current, _, _ in os.walk(place, topdown=False):
-        yield Path(current)
+def _with_all_below(place: str) -> list[str]:
+    """A cgroup and all below it, each before those that are in it."""
+    found = [place]
+    for each in found:
+        found.extend(f"{each}/{name}" for name in children(each))
+    return found
 
 
-def _rmdir(place: Path) -> bool:
+def _rmdir(place: str) -> bool:
     try:
-        place.rmdir()
+        os.rmdir(place)  # noqa: PTH106 - of a dozen hierarchies, at every removal
     except FileNotFoundError:
         return True
     except OSError as error:

@@ -8,7 +8,7 @@ touch no file system that may not answer, as that of a server which is gone.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, KeysView
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,12 +48,18 @@ class MountedAt:
 
 def mounts_of(mountinfo: Path) -> dict[int, MountedAt]:
     """What is mounted in a mount namespace, by mount id."""
-    found = {}
+    return {id: _mounted_at(line) for id, line in _lines(mountinfo)}
+
+
+def _lines(mountinfo: Path) -> Iterator[tuple[int, str]]:
     for line in mountinfo.read_text(errors="surrogateescape").splitlines():
-        id, _, device, root, point, *rest = line.split(" ")
-        kind, source = rest[rest.index("-") + 1 :][:2]
-        found[int(id)] = MountedAt(unescaped(point), device, unescaped(root), kind, unescaped(source))
-    return found
+        yield int(line.partition(" ")[0]), line
+
+
+def _mounted_at(line: str) -> MountedAt:
+    _, _, device, root, point, *rest = line.split(" ")
+    kind, source = rest[rest.index("-") + 1 :][:2]
+    return MountedAt(unescaped(point), device, unescaped(root), kind, unescaped(source))
 
 
 class Mounted:
@@ -64,20 +70,34 @@ class Mounted:
         return cls()
 
     @cached_property
-    def by_id(self) -> dict[int, MountedAt]:
-        return mounts_of(MOUNTINFO)
+    def _lines(self) -> dict[int, str]:
+        return dict(_lines(MOUNTINFO))
 
     @cached_property
-    def by_point(self) -> dict[str, MountedAt]:
-        """The topmost at each mount point."""
-        return {mount.point: mount for mount in self.by_id.values()}
+    def _points(self) -> dict[str, int]:
+        """The topmost mount at each point; what else its line says is read when somebody asks, for there are many."""
+        return {unescaped(line.split(" ", 5)[4]): id for id, line in self._lines.items()}
+
+    @property
+    def points(self) -> KeysView[str]:
+        """Where something is mounted."""
+        return self._points.keys()
 
     def __contains__(self, point: str) -> bool:
-        return point in self.by_point
+        return point in self._points
+
+    def at(self, point: str) -> MountedAt | None:
+        """The topmost at a mount point."""
+        return self.by_id(self._points.get(point, -1))
+
+    def by_id(self, id: int) -> MountedAt | None:
+        """The mount of an id."""
+        line = self._lines.get(id)
+        return _mounted_at(line) if line else None
 
     def covering(self, path: str) -> MountedAt | None:
         """What a path without links lies on, so far as mount points tell."""
-        return next((self.by_point[above] for above in _above(path) if above in self.by_point), None)
+        return next((self.at(above) for above in _above(path) if above in self), None)
 
 
 def mount_id(path: str) -> int:
@@ -119,7 +139,7 @@ def real_path(path: str, mounted: Mounted) -> str:
     while left:
         name = left.pop()
         step = os.path.normpath(f"{real}/{name}")
-        here = mounted.by_point.get(step) if step != "/" else None
+        here = mounted.at(step) if step != "/" else None
         if links > MOST_LINKS or (here is not None and here.kind not in LOCAL):
             return os.path.normpath("/".join((step, *left[::-1])))
         try:

@@ -20,7 +20,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost
-from holdfast.guard import NoAnswer, Worker
 from holdfast.runtime.mountpoints import FSTAB, Mounted, unmounted
 from holdfast.source.mounts import REMEDY, lies_on, lost
 from holdfast.source.revision import (
@@ -36,6 +35,7 @@ from holdfast.source.revision import (
     is_noise,
 )
 from holdfast.source.watch import DirectoryWatch
+from holdfast.workers import NoAnswer, Worker
 
 ATTEMPTS = 8
 PATIENCE = 10.0  # seconds for a file system to answer, which may be that of a server that is gone

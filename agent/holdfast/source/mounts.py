@@ -7,7 +7,7 @@ for no app, and every app would be removed. So each revision says which mounts i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from holdfast.runtime.mountpoints import AUTOMOUNT, Mounted, MountedAt, mount_id
 from holdfast.source.revision import LiesOn
@@ -20,11 +20,11 @@ def lies_on(root: str, state_files: Iterable[str]) -> LiesOn:
 
     Raises OSError when one of them has just gone.
     """
-    files, known = list(state_files), Mounted.now().by_id
-    inner = {mount.point for mount in known.values() if mount.point.startswith(f"{root}/")}
+    files, known = list(state_files), Mounted.now()
+    inner = [point for point in known.points if point.startswith(f"{root}/")]
     found = {}
     for path in (root, *sorted(inner)):
-        here = known.get(mount_id(path)) if any(file.startswith(f"{path}/") for file in files) else None
+        here = known.by_id(mount_id(path)) if any(file.startswith(f"{path}/") for file in files) else None
         if here is not None and here.kind != AUTOMOUNT:
             found[path[len(root) + 1 :]] = (here.point, here.what)
     return found
@@ -36,26 +36,33 @@ def lost(root: str, before: LiesOn, now: LiesOn) -> dict[str, str]:
     root: as in agent.toml. before, now: of the last revision, and of what is there.
     """
     gone = before.keys() - now.keys()
-    known = Mounted.now().by_id if gone else {}
-    mounted = {mount.point: mount.what for mount in known.values() if mount.kind != AUTOMOUNT}
+    if not gone:
+        return {}
+    known = Mounted.now()
     found = {}
     for folder in sorted(gone):
         (point, what), here = before[folder], None
         try:
-            here = known.get(mount_id(f"{root}/{folder}"))
+            here = known.by_id(mount_id(f"{root}/{folder}"))
         except OSError:  # the folder is not there, or not for us
-            unchanged = not point or mounted.get(point) == what
+            unchanged = not point or _at(known, point) == what
         else:
             unchanged = here is not None and (here.point, here.what) == (point, what)
         if not unchanged:
-            found[folder] = _change(point, what, here, mounted)
+            found[folder] = _change(point, what, here, known)
     return found
 
 
-def _change(point: str, what: str, here: MountedAt | None, mounted: Mapping[str, str]) -> str:
+def _at(known: Mounted, point: str) -> str:
+    """What is mounted at a point; "" for nothing, and for what waits for a file system."""
+    here = known.at(point)
+    return here.what if here is not None and here.kind != AUTOMOUNT else ""
+
+
+def _change(point: str, what: str, here: MountedAt | None, known: Mounted) -> str:
     if not point:
         return "it is not known on which file system it lay, since an earlier version read it"
-    if point not in mounted:
+    if not _at(known, point):
         return f"{point} is not mounted any more (it was {what})"
     now = f"{here.what} at {here.point}" if here else "nothing that mounts tell of"
     return f"it lies on {now} and not on {what} at {point} any more"

@@ -375,7 +375,7 @@ class BridgeEndpoint:
         sysctls.write(name, sysctls.NO_IPV6)
         self._guard(link, want, mac, address)
         if not link.up or link.master != bridge.index:
-            _sockets.host.request(messages.name_link(name, ENDPOINT + id, bridge.index), messages.port_up(name))
+            _sockets.host.request(messages.attach(link.index, bridge.index), messages.port_up(name))
 
     def _guard(self, link: Link, want: EndpointWant, mac: str, address: str) -> None:
         """Let the port pass only what the instance sends as itself."""

@@ -7,6 +7,7 @@ that talk to a running agent load no drivers.
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,18 @@ def new_veth(name: str, mtu: int, peer: str, peer_mac: str, netns: int) -> bytes
     return _link(RTM_NEWLINK, [("IFLA_IFNAME", name), ("IFLA_MTU", mtu), _kind("veth", pair)], flags=CREATE | EXCL)
 
 
-def name_link(name: str, alias: str, master: int | None = None) -> bytes:
-    """Set the alias of a link, attach it to a bridge if one is given, and keep IPv6 from numbering it by itself."""
+def name_link(name: str, alias: str) -> bytes:
+    """Set the alias of a link, and keep IPv6 from numbering it by itself."""
     attributes: Attributes = [("IFLA_IFNAME", name), ("IFLA_IFALIAS", alias)]
-    if master is not None:
-        attributes.append(("IFLA_MASTER", master))
     if Path("/proc/sys/net/ipv6").exists():
         quiet = {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", ADDRESSES_NONE)]}
         attributes.append(("IFLA_AF_SPEC", {"attrs": [("AF_INET6", quiet)]}))
     return _link(RTM_SETLINK, attributes)
+
+
+def attach(index: int, bridge: int) -> bytes:
+    """Make a link a port of a bridge."""
+    return _link(RTM_SETLINK, [("IFLA_MASTER", bridge)], index=index)
 
 
 def port_up(name: str) -> bytes:
@@ -64,7 +68,9 @@ def port_up(name: str) -> bytes:
     return _link(RTM_NEWLINK, [("IFLA_IFNAME", name), _port([("IFLA_BRPORT_MODE", 1)])], up=True)
 
 
+@lru_cache(maxsize=8)
 def link_up(name: str) -> bytes:
+    """Bring a link up. Kept, for in containers they all have the same name."""
     return _link(RTM_SETLINK, [("IFLA_IFNAME", name)], up=True)
 
 

@@ -33,11 +33,10 @@ INSIDE = {**NO_IPV6, "ipv4/accept_redirects": "0"}
 def write(link: str, settings: Mapping[str, str]) -> None:
     """Write settings of a link, in their order, leaving out those that the kernel lacks. Raises UnfitHost."""
     for name, value in settings.items():
-        family, _, setting = name.partition("/")
-        path = NET / family / "conf" / link / setting
+        path = _path(link, name)
         try:
-            with open(path, "w") as file:  # noqa: PTH123 - on the way of every start
-                file.write(value)
+            with open(path, "wb", buffering=0) as file:  # noqa: PTH123 - on the way of every start
+                file.write(value.encode())
         except FileNotFoundError:  # no IPv6; or no such link, which the next request for it tells
             continue
         except OSError as error:
@@ -47,10 +46,15 @@ def write(link: str, settings: Mapping[str, str]) -> None:
 def differs(link: str, settings: Mapping[str, str]) -> bool:
     """Whether a link has other settings than these; one that is gone has none."""
     for name, value in settings.items():
-        family, _, setting = name.partition("/")
         try:
-            if (NET / family / "conf" / link / setting).read_text().strip() != value:
-                return True
+            with open(_path(link, name)) as file:  # noqa: PTH123 - of every link, in every pass
+                if file.read().strip() != value:
+                    return True
         except OSError:
             continue
     return False
+
+
+def _path(link: str, name: str) -> str:
+    family, _, setting = name.partition("/")
+    return f"{NET}/{family}/conf/{link}/{setting}"

@@ -36,10 +36,13 @@ class MountPoint:
     options: str
 
 
-def mount_points() -> Iterator[MountPoint]:
-    """Every mount in this mount namespace, read at once."""
+def mount_points(*types: str) -> Iterator[MountPoint]:
+    """Every mount in this mount namespace, or those of some types, read at once."""
+    wanted = tuple(f"{each} " for each in types) or ""
     for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         left, _, right = line.partition(" - ")
+        if not right.startswith(wanted):
+            continue
         kind, source, options = right.split(" ", 2)
         yield MountPoint(_unescape(left.split(" ", 5)[4]), kind, _unescape(source), options)
 
@@ -188,6 +191,8 @@ def _call(number: int, *arguments: int | bytes | None) -> int:
 
 
 def _unescape(field: str) -> str:
+    if "\\" not in field:  # as nearly always
+        return field
     for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
         field = field.replace(code, character)
     return field

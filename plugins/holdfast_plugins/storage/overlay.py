@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from holdfast.drivers import Host, Receipt, RootfsWant, remove_tree
@@ -66,14 +65,13 @@ class OverlayRootfs:
         parent = str(self.host.instance("x").parent) + "/"
         mounted = {
             point.path.removeprefix(parent).removesuffix("/rootfs")
-            for point in mount_points()
-            if point.type == "overlay" and point.path.startswith(parent) and point.path.endswith("/rootfs")
+            for point in mount_points("overlay")
+            if point.path.startswith(parent) and point.path.endswith("/rootfs")
         }
-        stored = set(_names_in(self.host.root / "instances"))
-        for instance in sorted(mounted | stored):
-            known = instance in mounted
-            found = self._receipt(instance) if known else Receipt("rootfs", self.name, instance, instance)
-            yield replace(found, root=self.host.id)  # it lies in this root
+        layers = str(self.host.root / "instances")
+        for instance in sorted({*mounted, *_names_in(layers)}):
+            data = _data(f"{parent}{instance}/rootfs", f"{layers}/{instance}/upper") if instance in mounted else {}
+            yield Receipt("rootfs", self.name, instance, instance, data, self.host.id)  # it lies in this root
 
     def remove(self, receipt: Receipt) -> None:
         """Unmount it and delete what was written into it."""
@@ -94,7 +92,11 @@ class OverlayRootfs:
 
     def _receipt(self, instance: str) -> Receipt:
         target, upper, _ = self._places(instance)
-        return Receipt("rootfs", self.name, instance, instance, {"path": str(target), "upper": str(upper)})
+        return Receipt("rootfs", self.name, instance, instance, _data(str(target), str(upper)))
+
+
+def _data(target: str, upper: str) -> dict[str, str]:
+    return {"path": target, "upper": upper}
 
 
 def _limit(layer: Path, want: RootfsWant) -> None:
@@ -104,7 +106,7 @@ def _limit(layer: Path, want: RootfsWant) -> None:
         raise UnfitHost(f"limit writable layer of {want.instance!r}: {error.strerror}") from error
 
 
-def _names_in(folder: Path) -> list[str]:
+def _names_in(folder: str) -> list[str]:
     try:
         return os.listdir(folder)  # noqa: PTH208 - names, not paths, and a thousand of them
     except FileNotFoundError:
