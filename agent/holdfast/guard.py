@@ -12,9 +12,10 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from holdfast.drivers import (
     CgroupWant,
@@ -28,7 +29,7 @@ from holdfast.drivers import (
 )
 from holdfast.errors import HoldfastError, UnfitHost, WrongState
 from holdfast.observed import Finding, Json, Receipt
-from holdfast.workers import Worker
+from holdfast.workers import Answer, NoAnswer, Worker, answer_of
 
 DRIVER_VERBS = ("check", "ensure", "observe", "remove")
 POLICY_VERBS = ("check", "settings")
@@ -44,6 +45,8 @@ READ: Mapping[type, tuple[str, ...]] = {
     FirewallWant: (),
 }
 
+#: The kinds whose drivers observe in every pass; what the others made is known by its receipts.
+OBSERVED = ("rootfs", "volume", "network", "endpoint", "firewall")
 OBSERVE_DEADLINE = 5.0  # seconds that a pass waits for `observe`
 SLOW = 10.0  # seconds after which any other call is shown in `status`
 
@@ -205,17 +208,27 @@ def is_interrupt(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
 
 
+class Look(NamedTuple):
+    """What a driver answers in a pass. Each raises what the driver raised, or NoAnswer."""
+
+    receipts: Answer[list[Receipt]]
+    findings: Answer[list[Finding]]
+
+
 class GuardedDriver(_Guard):
     """A driver of any kind (`drivers.Driver`), with what it does beyond the four verbs.
 
-    observer: calls what passes wait for. last: what `observe` returned when it last returned.
+    observer: calls what passes wait for. last: what `observe` returned when it last returned. tells: whether it has
+    findings. is_asked: whether passes ask it at all.
     """
 
-    __slots__ = ("_observer", "_receipts", "kind", "last")
+    __slots__ = ("_observed", "_observer", "_receipts", "is_asked", "last", "tells")
 
     def __init__(self, driver: Any, kind: str, fault: Fault, observer: Worker) -> None:
         super().__init__(driver, kind, fault)
-        self.kind = kind
+        self.tells = hasattr(driver, "findings")
+        self._observed = kind in OBSERVED
+        self.is_asked = self.tells or self._observed
         self._receipts = "volume" if kind == "mount" else kind
         self._observer = observer
         self.last: list[Receipt] = []
@@ -235,17 +248,14 @@ class GuardedDriver(_Guard):
         )
         return receipt
 
-    def observe(self, seen: Callable[[], list[Receipt]] | None = None) -> list[Receipt]:
-        """What the driver observes. Raises NoAnswer after the deadline.
-
-        seen: returns what the observer got from `look`, or raises what it raised; asked now if it is left out.
-        """
-        self.last = self._call("observe", seen or self._asked_now(self.look), self._strange)
+    def observe(self, seen: Answer[list[Receipt]] | None = None) -> list[Receipt]:
+        """What the driver observes. Raises NoAnswer after the deadline. seen: what a look has got already."""
+        self.last = self._call("observe", (seen or self._ask(self._read)).get, self._strange)
         return self.last
 
-    def look(self) -> list[Receipt]:
-        """For the observer: observe, to the end, so that what a generator raises is raised here."""
-        return list(self.driver.observe())
+    def look(self) -> Look:
+        """For the observer: all that a pass asks of the driver, to the end, so that generators raise here."""
+        return Look(answer_of(self._read) if self._observed else Answer([]), answer_of(self._listen))
 
     def remove(self, receipt: Receipt) -> None:
         self._call("remove", lambda: self.driver.remove(receipt), _not_plain)
@@ -259,28 +269,27 @@ class GuardedDriver(_Guard):
             return lambda: None
         end: Callable[[], object] = self._call(
             "watch",
-            self._asked_now(lambda: self.driver.watch(tell)),
+            lambda: self._ask(lambda: self.driver.watch(tell)).get(),
             lambda end: "" if callable(end) else "returned nothing to call",
         )
 
         def close() -> None:
-            self._call("watch", self._asked_now(end), lambda ended: "")
+            self._call("watch", lambda: self._ask(end).get(), lambda ended: "")
 
         return close
 
-    def findings(self, told: Callable[[], list[Finding]] | None = None) -> list[Finding]:
-        """What the driver has to tell of the host (`drivers.Telling`). Raises NoAnswer after the deadline.
+    def findings(self, told: Answer[list[Finding]] | None = None) -> list[Finding]:
+        """What the driver has to tell of the host (`drivers.Telling`). Raises NoAnswer after the deadline."""
+        return self._call("findings", (told or self._ask(self._listen)).get, _no_findings)
 
-        told: as `seen` of `observe`, from `listen`.
-        """
-        return self._call("findings", told or self._asked_now(self.listen), _no_findings)
+    def _read(self) -> list[Receipt]:
+        return list(self.driver.observe())
 
-    def listen(self) -> list[Finding]:
-        """For the observer: have the driver tell."""
-        return list(self.driver.findings()) if hasattr(self.driver, "findings") else []
+    def _listen(self) -> list[Finding]:
+        return list(self.driver.findings()) if self.tells else []
 
-    def _asked_now(self, work: Callable[[], T]) -> Callable[[], T]:
-        return lambda: self._observer.call(work, self.title)
+    def _ask(self, work: Callable[[], T]) -> Answer[T]:
+        return self._observer.call_all({self.title: work})[self.title]
 
     def _strange(self, found: list[Any]) -> str:
         for each in found:
@@ -305,6 +314,14 @@ class Seen:
     heard: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What drivers observe, by kind and name, and what they have to tell."""
+
+    seen: Mapping[str, Mapping[str, Seen]]
+    findings: tuple[Finding, ...] = ()
+
+
 class GuardedPolicy(_Guard):
     """A cgroup policy (`drivers.CgroupPolicy`)."""
 
@@ -326,23 +343,47 @@ def guarded(driver: Any, kind: str, fault: Fault, observer: Worker) -> GuardedDr
     return GuardedPolicy(driver, kind, fault) if kind == "policy" else GuardedDriver(driver, kind, fault, observer)
 
 
-def found_by(driver: Driver[Any], seen: Callable[[], list[Receipt]] | None = None) -> list[Receipt] | None:
-    """What a driver observes; None when it can't say, which is recorded as its plugin's fault.
-
-    seen: gives what a guarded one has answered already.
-    """
+def found_by(driver: Driver[Any]) -> list[Receipt] | None:
+    """What a driver observes; None when it can't say, which is recorded as its plugin's fault."""
     try:
-        return driver.observe(seen) if isinstance(driver, GuardedDriver) else list(driver.observe())
+        return list(driver.observe())
     except Exception:
         return None
 
 
-def seen_by(driver: Driver[Any], seen: Callable[[], list[Receipt]] | None = None) -> Seen:
-    """What a driver observes, or what it last did."""
-    found = found_by(driver, seen)
-    if found is None:
-        return Seen(driver.last if isinstance(driver, GuardedDriver) else [], heard=False)
-    return Seen(found)
+def observe_all(observer: Worker, drivers: Iterable[tuple[str, Mapping[str, Any]]]) -> Observation:
+    """Have all drivers (kind, and by name) observe and tell, in one thread.
+
+    Handing over to it costs more than most of them do.
+    """
+    everyone = [(kind, name, each) for kind, named in drivers for name, each in named.items()]
+    asked = {each.title: each.look for _, _, each in everyone if isinstance(each, GuardedDriver) and each.is_asked}
+    looks = {title: _looked(answer) for title, answer in observer.call_all(asked).items()}
+    seen: dict[str, dict[str, Seen]] = {kind: {} for kind in OBSERVED}
+    told: list[Finding] = []
+    for kind, name, driver in everyone:
+        look = looks.get(driver.title) if isinstance(driver, GuardedDriver) else None
+        if kind in seen:
+            seen[kind][name] = _seen(driver, look)
+        if look and driver.tells:
+            with suppress(Exception):  # recorded as the plugin's fault, here as in `_seen`
+                told.extend(driver.findings(look.findings))
+    order = sorted(dict.fromkeys(told), key=lambda each: (not each.breaks, each.subject, each.text))
+    return Observation(seen, tuple(order))
+
+
+def _looked(answer: Answer[Look]) -> Look:
+    try:
+        return answer.get()
+    except NoAnswer as error:
+        return Look(Answer(error=error), Answer(error=error))
+
+
+def _seen(driver: Any, look: Look | None) -> Seen:
+    try:
+        return Seen(driver.observe(look.receipts) if look else list(driver.observe()))
+    except Exception:
+        return Seen(driver.last if look else [], heard=False)
 
 
 def _not_plain(result: Any) -> str:

@@ -40,12 +40,12 @@ from holdfast.guard import (
     OBSERVE_DEADLINE,
     GuardedDriver,
     GuardedPolicy,
-    Seen,
+    Observation,
     described,
     found_by,
     guarded,
     is_interrupt,
-    seen_by,
+    observe_all,
 )
 from holdfast.observed import Finding, Json
 from holdfast.workers import BACKLOG, Teller, Worker
@@ -64,7 +64,6 @@ OFFERS: tuple[tuple[str, tuple[DriverKind, ...]], ...] = (
     ("register_cgroup_policies", ("policy",)),
 )
 NAMED: tuple[DriverKind, ...] = ("volume", "network", "policy")  # kinds of which state files choose
-OBSERVED: tuple[DriverKind, ...] = ("rootfs", "volume", "network", "endpoint", "firewall")  # in every pass
 HOOKS = tuple(name for name, item in vars(hookspecs).items() if hasattr(item, "holdfast_spec"))
 
 
@@ -208,29 +207,13 @@ class Plugins:
                 ends.append(driver.watch(tell))
         return ends
 
-    def observe(self) -> dict[DriverKind, dict[str, Seen]]:
-        """What each driver observes, by kind and name. That one can't say is recorded as its plugin's fault.
-
-        One thread asks them all: handing over to it costs more than most of them do.
-        """
-        looks = {each.title: each.look for each in self._guarded() if each.kind in OBSERVED}
-        answers = self._observer.call_all(looks)
-        return {
-            kind: {
-                name: seen_by(each, answers[each.title].result if isinstance(each, GuardedDriver) else None)
-                for name, each in self._kinds()[kind].items()
-            }
-            for kind in OBSERVED
-        }
+    def observe(self) -> Observation:
+        """All that drivers observe and tell. That one can't say is recorded as its plugin's fault."""
+        return observe_all(self._observer, self._kinds().items())
 
     def findings(self) -> tuple[Finding, ...]:
         """What the drivers have to tell of the host (`drivers.Telling`)."""
-        drivers = {driver.title: driver for driver in self._guarded() if hasattr(driver, "findings")}
-        found: list[Finding] = []
-        for title, told in self._observer.call_all({title: each.listen for title, each in drivers.items()}).items():
-            with suppress(Exception):  # recorded as the plugin's fault
-                found.extend(drivers[title].findings(told.result))
-        return tuple(sorted(dict.fromkeys(found), key=lambda each: (not each.breaks, each.subject, each.text)))
+        return self.observe().findings
 
     def _guarded(self) -> list[GuardedDriver]:
         known = (driver for drivers in self._kinds().values() for driver in drivers.values())

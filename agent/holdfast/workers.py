@@ -6,10 +6,10 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar, cast
 
 from holdfast.errors import TryAgain
 
@@ -22,7 +22,38 @@ class NoAnswer(TryAgain):
     """A plugin's code did not return in time; it is left running in a thread of its own."""
 
 
-_Calls = deque[tuple[Callable[[], Any], Future[Any]]]  # what is still to be called
+class Answer(Generic[T]):
+    """What came of a call: what it returned, or what it raised."""
+
+    __slots__ = ("_error", "_result")
+
+    def __init__(self, result: T | None = None, error: BaseException | None = None) -> None:
+        self._result, self._error = result, error
+
+    def get(self) -> T:
+        """Return what the call returned, or raise what it raised."""
+        if self._error is not None:
+            raise self._error
+        return cast(T, self._result)
+
+
+def answer_of(work: Callable[[], T]) -> Answer[T]:
+    """Call work."""
+    try:
+        return Answer(work())
+    except BaseException as error:
+        return Answer(error=error)
+
+
+@dataclass(slots=True)
+class _Calls:
+    """What one thread has to call. now: the key that it is at, and since when (time.monotonic())."""
+
+    todo: deque[tuple[str, Callable[[], Any]]]
+    answers: dict[str, Answer[Any]]
+    over: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
+    now: tuple[str, float] | None = None
+    left: bool = False  # by whoever waited
 
 
 class Worker:
@@ -35,41 +66,45 @@ class Worker:
         self._name, self._deadline = name, deadline
         self._idle: list[queue.SimpleQueue[_Calls]] = []  # of threads that wait for work
         self._overdue: dict[str, str] = {}  # key → since when, as a clock time
+        self._lock = threading.Lock()
 
     def call(self, work: Callable[[], T], key: str = "") -> T:
         """Return what work() returns, or raise what it raises. Raises NoAnswer as `call_all` has it."""
-        return self.call_all({key: work})[key].result()
+        return self.call_all({key: work})[key].get()
 
-    def call_all(self, works: Mapping[str, Callable[[], T]]) -> dict[str, Future[T]]:
-        """Call all, one after the other, and return what came of each: it is done, or NoAnswer.
+    def call_all(self, works: Mapping[str, Callable[[], T]]) -> dict[str, Answer[T]]:
+        """Call all, one after the other, and return what came of each: NoAnswer if it did not return in time.
 
         So it is after the deadline; and at once, while the last function that was called by the same key is overdue.
         """
         late = dict(self._overdue)
-        answers: dict[str, Future[T]] = {key: Future() for key in works}
-        calls = deque((work, answers[key]) for key, work in works.items() if key not in late)
-        self._hand_over(calls)
-        for key, answer in answers.items():
-            if key not in late:
-                asked = time.time()
-                with suppress(TimeoutError):
-                    answer.exception(self._deadline)
-                if answer.done():
-                    continue
-                late[key] = self._give_up(key, answer, asked)
-                self._hand_over(deque(_taken(calls)))
-            answers[key] = Future()
-            answers[key].set_exception(NoAnswer(f"has not answered since {late[key]}"))
+        answers: dict[str, Answer[T]] = {key: _no_answer(late[key]) for key in works if key in late}
+        todo = deque((key, work) for key, work in works.items() if key not in late)
+        while todo:
+            calls = _Calls(todo, answers)
+            self._hand_over(calls)
+            todo = self._wait(calls)
         return answers
 
-    def _give_up(self, key: str, answer: Future[Any], asked: float) -> str:
-        self._overdue[key] = since = time.strftime("%H:%M:%S", time.localtime(asked))
-        answer.add_done_callback(lambda _: self._overdue.pop(key, None))
-        return since
+    def _wait(self, calls: _Calls) -> deque[tuple[str, Callable[[], Any]]]:
+        """Wait until all is done, or one is overdue; return what nobody does then."""
+        rest = self._deadline
+        while True:
+            with suppress(queue.Empty):
+                calls.over.get(timeout=rest)
+                return deque()
+            with self._lock:
+                key, began = calls.now or ("", time.monotonic())
+                rest = max(began + self._deadline - time.monotonic(), 0.0)
+                if not rest and key not in calls.answers:
+                    self._overdue[key] = since = time.strftime(
+                        "%H:%M:%S", time.localtime(time.time() - self._deadline)
+                    )
+                    calls.answers[key] = _no_answer(since)
+                    calls.left = True
+                    return calls.todo
 
     def _hand_over(self, calls: _Calls) -> None:
-        if not calls:
-            return
         try:
             inbox = self._idle.pop()
         except IndexError:
@@ -79,19 +114,24 @@ class Worker:
 
     def _run(self, inbox: queue.SimpleQueue[_Calls]) -> None:
         while True:
-            for work, answer in _taken(inbox.get()):
-                try:
-                    answer.set_result(work())
-                except BaseException as error:
-                    answer.set_exception(error)
+            self._make(inbox.get())
             self._idle.append(inbox)
 
+    def _make(self, calls: _Calls) -> None:
+        while calls.todo:
+            key, work = calls.todo.popleft()
+            calls.now = key, time.monotonic()
+            answer = answer_of(work)
+            with self._lock:
+                if calls.left:
+                    self._overdue.pop(key, None)
+                    return
+                calls.answers[key] = answer
+        calls.over.put(None)
 
-def _taken(calls: _Calls) -> Iterator[tuple[Callable[[], Any], Future[Any]]]:
-    """Take one after the other, until none is left: another thread may take what is left of them meanwhile."""
-    with suppress(IndexError):
-        while True:
-            yield calls.popleft()
+
+def _no_answer(since: str) -> Answer[Any]:
+    return Answer(error=NoAnswer(f"has not answered since {since}"))
 
 
 class Teller:

@@ -124,11 +124,17 @@ class ImageStore:
 
     def get(self, digest: str) -> Image:
         """The image of a manifest digest. Raises NotFound when it, or a layer of it, is not here."""
-        image = self._image(digest)
-        for layer in image.layers:
+        self.base(digest)
+        return self._image(digest)
+
+    def base(self, digest: str) -> tuple[tuple[Path, ...], Mapping[str, Any]]:
+        """The layers of an image, lowest first, and its configuration, whatever it is called. Raises as `get`."""
+        parts = self._parts(digest)
+        layers = tuple(map(self.layers.folder, parts.diff_ids))
+        for layer in layers:
             if not layer.is_dir():
                 raise NotFound(f"find image {digest!r}: its layer {layer.name!r} is gone (pull or load it again)")
-        return image
+        return layers, parts.document.get("config") or {}
 
     def has(self, image: Image) -> bool:
         """Whether all of an image is still here."""
@@ -410,7 +416,7 @@ class ImageStore:
             digest=digest,
             names=names,
             config=parts.document.get("config") or {},
-            layers=tuple(self.layers.folder(diff_id) for diff_id in parts.diff_ids),
+            layers=tuple(map(self.layers.folder, parts.diff_ids)),
             size=parts.size,
             created=parts.created,
             architecture=parts.architecture,

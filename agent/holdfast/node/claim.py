@@ -32,7 +32,7 @@ def check_claim(rig: Rig, known: Record | None) -> None:
         _refuse_new_run_root(host, known)
     elif known is not None and known.id == host.id:
         _refuse_copy(host, known)
-    found = list(everything(rig, deep=True))
+    found = list(everything(rig, rig.plugins.observe().seen, deep=True))
     elsewhere = [each for each in found if each.of_root not in ("", host.id) and not _ours(rig, each, known)]
     if elsewhere:
         raise _belongs(host, elsewhere, known)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 
+from holdfast.guard import Seen
 from holdfast.node import stale
 from holdfast.node.installed import missing_drivers
 from holdfast.node.rig import BARE, Rig
@@ -60,7 +61,8 @@ def observe(
     instances, building = list(rig.store.instances.values()), set(rig.builds)
     if deep:
         stale.look(rig, instances)
-    things: Things = {(each.kind, each.id): each for each in everything(rig, deep=deep)}
+    looked = rig.plugins.observe()
+    things: Things = {(each.kind, each.id): each for each in everything(rig, looked.seen, deep=deep)}
     same_boot, settings = rig.same_boot(), _settings_digests(rig)
     seen = tuple(
         _instance(rig, instance, things, watches, settings, same_boot=same_boot, deep=deep)
@@ -82,17 +84,17 @@ def observe(
         busy=busy,
         missing=missing_drivers(rig, things.values()),
         lacking=dict(_lacking((*wanted, *(each.want for each in instances)))),
-        findings=rig.plugins.findings(),
+        findings=looked.findings,
     )
 
 
-def everything(rig: Rig, *, deep: bool) -> Iterator[Receipt]:
-    """Everything on the host that bears the agent's name, as the drivers find it.
+def everything(rig: Rig, looked: Mapping[str, Mapping[str, Seen]], *, deep: bool) -> Iterator[Receipt]:
+    """Everything on the host that bears the agent's name, as the drivers find it. looked: by kind and driver.
 
     What a driver can't say for now is taken to be as it last said, else as it was made; so is what was made by one
     that no plugin offers any more. An old answer makes nothing missing or an orphan: no action follows from it.
     """
-    for kind, answers in rig.plugins.observe().items():
+    for kind, answers in looked.items():
         silent: dict[str, dict[str, Receipt]] = {}  # driver → id → what it last said
         for driver, seen in answers.items():
             if seen.heard:

@@ -113,8 +113,8 @@ class Rig:
             if not path.is_dir():
                 raise NotFound(f"rootfs '{path}': is not a directory of this host")
             return Base((path,), {})
-        image = self.images.get(digest)
-        return Base(image.layers, {"config": image.config})
+        layers, config = self.images.base(digest)
+        return Base(layers, {"config": config})
 
     def check_bind(self, path: str) -> None:
         """Raise WrongState for a path of the host that leads out of agent.toml's bind_roots, links followed.

@@ -109,9 +109,13 @@ def _stage(
 
 @dataclass
 class _Checks:
-    """Collects failures, so that all of them are reported together."""
+    """Collects failures, so that all of them are reported together.
+
+    views: what containers without mounts of their own find, by image and what the runtime mounts: it is read only.
+    """
 
     failures: list[Exception] = field(default_factory=list)
+    views: dict[tuple[str, tuple[str, ...]], View] = field(default_factory=dict)
 
     @contextmanager
     def of(self, what: str) -> Iterator[None]:
@@ -290,7 +294,7 @@ def _check_container(rig: Rig, app: App, name: str, image: str, volumes: tuple[M
             contents[mount.target] = content_of_mount(rig, base, mount, stored)
     with checks.of(f"{app.name}/{name}"):
         check_free(want.ports)
-    _check_inside(rig, app, name, image, contents, checks)
+    _check_inside(rig, app, name, (image, base), contents, checks)
 
 
 def _check_mount(rig: Rig, app: App, mount: Mount) -> Path | None:
@@ -307,22 +311,28 @@ def _check_mount(rig: Rig, app: App, mount: Mount) -> Path | None:
 
 
 def _check_inside(
-    rig: Rig, app: App, name: str, image: str, contents: Mapping[str, Content], checks: _Checks
+    rig: Rig, app: App, name: str, image: tuple[str, Base], contents: Mapping[str, Content], checks: _Checks
 ) -> None:
     """Go through what the runtime will do inside the container. contents: target → what is mounted there."""
-    want, base, what = app.containers[name], rig.base(image), f"{app.name}/{name}"
+    want, (digest, base), what = app.containers[name], image, f"{app.name}/{name}"
     stand_in = Instance(
-        id=InstanceId("check"), app=app.name, container=name, generation=0, want=want, image=image, files={}
+        id=InstanceId("check"), app=app.name, container=name, generation=0, want=want, image=digest, files={}
     )
     own, theirs = Path("/"), tuple({"destination": target} for target in contents)
     request = replace(
         oci_request(rig, stand_in, base, cgroup_settings(rig, want)),
         hosts=own, resolv_conf=own, hostname_file=own, mounts=theirs,
     )  # fmt: skip
-    view = View(base.layers)
-    for error in mount_all(view, ordered_mounts(request), contents, rig.runtime.binary.name):
-        with checks.of(what):
-            raise error
+    mounts = ordered_mounts(request)
+    alike = digest, tuple(str(mount["destination"]) for mount in mounts)
+    view = checks.views.get(alike) if not contents else None
+    if view is None:
+        view, before = View(base.layers), len(checks.failures)
+        for error in mount_all(view, mounts, contents, rig.runtime.binary.name):
+            with checks.of(what):
+                raise error
+        if not contents and len(checks.failures) == before:
+            checks.views[alike] = view
     with checks.of(what):
         made = oci_config(replace(request, user=user_of(want, base, view)))
         rig.plugins.adjust_oci_config(app.name, name, made.config)

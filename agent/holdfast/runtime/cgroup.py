@@ -26,6 +26,7 @@ ROOT = Path("/sys/fs/cgroup")
 NO_LIMIT = -1
 DEFAULT_SHARES = 1024
 DEFAULT_PERIOD = 100_000  # microseconds
+LINKS_OF_A_LEAF = 2  # its own name and `.`; each cgroup in it adds one
 _mounted: tuple[tuple[str, ...], tuple[Path, ...]] = ((), ())  # the kernel's hierarchies, and where they are
 
 #: What limits touch, as controller → files. Weights have one name or another, depending on the I/O scheduler.
@@ -419,10 +420,12 @@ def remove_if_empty(path: str) -> None:
 
 
 def _with_all_below(place: str) -> list[str]:
-    """A cgroup and all below it, each before those that are in it."""
+    """A cgroup and all below it, each before those that are in it. The kernel counts them in the links of each."""
     found = [place]
     for each in found:
-        found.extend(f"{each}/{name}" for name in children(each))
+        with suppress(FileNotFoundError):
+            if os.stat(each).st_nlink != LINKS_OF_A_LEAF:  # noqa: PTH116 - of a dozen hierarchies, at every removal
+                found.extend(f"{each}/{name}" for name in children(each))
     return found
 
 

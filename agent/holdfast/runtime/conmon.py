@@ -376,10 +376,13 @@ class Runtime:
         """End whatever runs in a container's name: its processes, then conmon and the runtime's own."""
         deadline = time.monotonic() + CONMON_GRACE
         cgroup.thaw(self.cgroup(id))
-        conmons = [pid for pid, program in self._processes(id) if program == str(self.conmon)]
-        kill_each(cgroup.pids(self.cgroup(id)), signal.SIGKILL)
-        for pid in conmons:
-            wait_end(pid, time.monotonic() + 1.0)
+        known, inside = list(self._processes(id)), cgroup.pids(self.cgroup(id))
+        if not known and not inside:
+            return
+        kill_each(inside, signal.SIGKILL)
+        for pid, program in known:
+            if program == str(self.conmon):
+                wait_end(pid, time.monotonic() + 1.0)
         while left := {pid for pid, _ in self._processes(id)} | cgroup.pids(self.cgroup(id)):
             if time.monotonic() > deadline:
                 raise TryAgain(f"end of '{id}': processes {sorted(left)} do not die")

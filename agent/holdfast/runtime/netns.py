@@ -29,7 +29,7 @@ SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1
 
 FOLDER = Path("/run/netns")
 REDIRECTS = tuple(
-    Path("/proc/sys/net", setting, "accept_redirects")
+    f"/proc/sys/net/{setting}/accept_redirects"
     for setting in ("ipv4/conf/all", "ipv4/conf/default", "ipv6/conf/all", "ipv6/conf/default")
 )
 MARK = "netns-shared"
@@ -125,8 +125,11 @@ def _raise_loopback() -> None:
 def _refuse_redirects() -> None:
     """Let no neighbour change the routes of a container, on whichever links a driver gives it."""
     for setting in REDIRECTS:
-        with contextlib.suppress(FileNotFoundError):  # no IPv6
-            setting.write_text("0")
+        try:
+            with open(setting, "wb", buffering=0) as file:  # noqa: PTH123 - on the way of every start
+                file.write(b"0")
+        except FileNotFoundError:  # no IPv6
+            continue
 
 
 def _claim(host: Host, path: Path) -> None:
