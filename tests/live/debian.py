@@ -34,7 +34,8 @@ def _make(tar: Path) -> None:
         raise LookupError("debootstrap is not installed")
     try:
         done = subprocess.run(
-            [program, "--variant=minbase", SUITE, str(folder), MIRROR],
+            # In a mount namespace of its own: it mounts /proc, which would stay, and be swept, when it is killed.
+            ["unshare", "--mount", program, "--variant=minbase", SUITE, str(folder), MIRROR],
             capture_output=True, text=True, check=False, timeout=patient(240), stdin=subprocess.DEVNULL,
         )  # fmt: skip
         if done.returncode != 0:
