@@ -213,6 +213,22 @@ PATHS = ["a", "a.md", "b/a", "b/a.md", "b/c/a", "b/c/d.txt", "README.md", "x[1]"
 
 
 @pytest.mark.parametrize(
+    ("text", "path", "out"),
+    [
+        ("[a-c]x", "bx", True),
+        ("[^a-c]x", "bx", False),
+        ("[a-]x", "-x", True),
+        ("[a&&b]x", "&x", True),
+        ("[a||b~~]x", "~x", True),
+        ("[--0]x", ".x", True),
+        ("[[]x", "[x", True),
+    ],
+)
+def test_a_set_of_an_ignorefile_means_what_it_says(text: str, path: str, out: bool) -> None:
+    assert Ignore(text).leaves_out(path) is out
+
+
+@pytest.mark.parametrize(
     ("text", "left"),
     [
         ("", PATHS),

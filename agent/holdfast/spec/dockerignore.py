@@ -81,8 +81,24 @@ def _expression(pattern: str) -> str:
             end = pattern.index("]", at + 1) if "]" in pattern[at + 1 :] else -1
             if end < 0:
                 raise IndexError(pattern)
-            parts.append(f"[{pattern[at:end].replace('[', chr(92) + '[')}]")
+            parts.append(_set(pattern[at:end]))
             at = end + 1
         else:
             parts.append(re.escape(char))
     return "".join(parts)
+
+
+def _set(inner: str) -> str:
+    """The set between [ and ]: single characters and ranges, what any of them means to Python aside."""
+    negated = inner.startswith("^")
+    characters = re.findall(r"\\(.)|(.)", inner[negated:], re.DOTALL)
+    plain = [escaped or bare for escaped, bare in characters]
+    found, at = "", 0
+    while at < len(plain):
+        if plain[at + 1 : at + 2] == ["-"] and at + 2 < len(plain):
+            found += f"{re.escape(plain[at])}-{re.escape(plain[at + 2])}"
+            at += 3
+        else:
+            found += re.escape(plain[at])
+            at += 1
+    return f"[{'^' * negated}{found}]"
