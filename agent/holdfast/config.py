@@ -20,7 +20,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from holdfast.errors import WrongConfig
-from holdfast.spec.forms import absolute, capability
+from holdfast.grammar import capabilities
+from holdfast.grammar.names import absolute
 from holdfast.spec.model import PRIVATE, AppNetwork, NodeFacts
 from holdfast.spec.policy import RULES
 from holdfast.tables import Checked, Duration, Fault, Short, Size, Table, Text, read_table
@@ -168,7 +169,7 @@ class DefaultsTable(Table):
     """What containers get besides, unless they say otherwise."""
 
     cap_add: Annotated[
-        list[Annotated[str, Checked(capability, {"examples": ["NET_RAW"]})]],
+        list[Annotated[str, Checked(capabilities.canonical, {"examples": ["NET_RAW"]})]],
         Field(description="capabilities that all containers get, unless they drop them"),
     ] = []
     network: Annotated[

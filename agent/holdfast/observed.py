@@ -6,12 +6,12 @@ All of it is frozen and JSON-able. Times are seconds since the epoch.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal, NewType
 
+from holdfast.grammar import signals
 from holdfast.spec.model import App, Container, Mount
 from holdfast.spec.volumes import of_slot
 
@@ -68,20 +68,10 @@ class Exit:
             return "ended unseen"
         if self.oom:
             return f"was killed for want of memory (OOM), exit code {self.code}"
-        if self.signal is not None and (name := signal_name(self.signal)):
+        if self.signal is not None and (name := signals.name_of(self.signal)):
             return f"was ended by {name}, exit code {self.code}"
-        guess = signal_name(self.code - 128)
+        guess = signals.name_of(self.code - 128)
         return f"exited with {self.code}" + (f" ({guess} if a signal)" if guess else "")
-
-
-def signal_name(number: int) -> str:
-    """What a signal is called, "" if there is none of that number."""
-    if signal.SIGRTMIN < number < signal.SIGRTMAX:
-        return f"SIGRTMIN+{number - signal.SIGRTMIN}"
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

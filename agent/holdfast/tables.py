@@ -6,7 +6,6 @@ wrong with it, each with its key path. Called by `spec` and `config`, which own 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
@@ -23,7 +22,8 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from holdfast.toml import LARGEST, KeyPath, suggestion
+from holdfast.grammar import quantities
+from holdfast.toml import KeyPath, suggestion
 
 JsonSchema = dict[str, Any]
 T = TypeVar("T", bound="Table")
@@ -284,54 +284,16 @@ def shown(value: Any) -> str:
     return f"'{value}'" if isinstance(value, str) else str(value) if isinstance(value, int | float) else named(value)
 
 
-LONGEST_DURATION = 3650 * 86400.0  # seconds: clocks and system calls can count them
-LONGEST_NUMBER = 15  # digits: whatever its unit, it stays within 64 bits
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE | re.ASCII)
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_BYTES = {
-    "": 1,
-    "b": 1,
-    **{unit: 1024**power for power, letter in enumerate("kmgt", 1) for unit in (letter, f"{letter}ib")},
-    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
-}
-
-
 def size(value: Any) -> Any:
-    """Bytes of a size: `64MiB` (and `64m`, as Docker has it) is 1024-based, `64MB` 1000-based; a number is bytes."""
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value.strip())
-    factor = _BYTES.get(match[2].lower()) if match else None
-    if match is None or factor is None:
-        raise ValueError(f"'{value}' is not a size (expected a number and one of KiB, MiB, GiB, KB, MB, GB, k, m, g)")
-    if len(match[1]) > LONGEST_NUMBER:
-        raise ValueError(f"a number of {len(match[1])} digits is not a size (expected at most {LONGEST_NUMBER})")
-    found = int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
-    if found > LARGEST:
-        raise ValueError(f"'{value}' is too large for a size (expected less than 8388608TiB)")
-    return found
-
-
-def size_text(number: int) -> str:
-    """A size in the largest unit that gives a whole number: 64MiB."""
-    powers = (power for power in (4, 3, 2, 1) if number and number % 1024**power == 0)
-    power = next(powers, 0)
-    return f"{number // 1024**power}{'KMGT'[power - 1]}iB" if power else f"{number} bytes"
+    """A size as `quantities` reads it; a number is bytes."""
+    return quantities.size(value) if isinstance(value, str) else value
 
 
 def duration(value: Any) -> Any:
-    """Seconds of a duration: `1m30s`, `100ms`; a number is refused, since its unit would be a guess."""
-    if isinstance(value, str) and value == "0":
-        return 0.0
-    if isinstance(value, str) and len(value) <= 2 * LONGEST_NUMBER and _DURATION.sub("", value) == "" and value:
-        seconds = round(sum(float(number) * _SECONDS[unit] for number, unit in _DURATION.findall(value)), 9)
-        if seconds > LONGEST_DURATION:
-            raise ValueError(f"'{value}' is longer than anything is waited for here (expected at most 3650d)")
-        return seconds
-    raise ValueError(
-        f"{shown(value)} is not a duration (expected a number and a unit, ms, s, m, h or d, as in '1m30s')"
-    )
+    """A duration as `quantities` reads it; a number is refused, since its unit would be a guess."""
+    if isinstance(value, str):
+        return quantities.duration(value)
+    raise ValueError(f"{shown(value)} {quantities.NO_DURATION}")
 
 
 def text_of(value: Any) -> Any:

@@ -44,7 +44,7 @@ def test_crun_carries_an_app_from_its_first_start_to_nothing(
         restart = "always"
         read_only = true
         user = "1000:1000"
-        sysctls = {{ "net.ipv4.ip_unprivileged_port_start" = "0" }}
+        sysctls = {{ "net.ipv4.ip_unprivileged_port_start" = "0", "kernel.domainname" = "shop" }}
         [containers.web.resources]
         memory = "32MiB"
         pids = 50

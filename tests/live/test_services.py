@@ -64,6 +64,24 @@ def test_sysctls_of_a_network_of_its_own_are_set(agent: LiveAgent) -> None:
     assert agent.exec("shop/web", "cat", "/proc/sys/net/core/somaxconn").strip() == "1025"
 
 
+def test_what_check_takes_for_a_sysctl_or_a_signal_the_runtime_takes_too(agent: LiveAgent) -> None:
+    agent.write(
+        "shop.toml",
+        """
+        [containers.web]
+        image = "busybox:1"
+        command = ["sh", "-c", "trap 'exit 7' 63; while :; do sleep 0.1; done"]
+        sysctls = { "kernel.domainname" = "shop.example", "kernel.msgmax" = "9000" }
+        stop_signal = "RTMAX-1"
+        """,
+    )
+    agent.converge()
+    settings = agent.exec("shop/web", "cat", "/proc/sys/kernel/domainname", "/proc/sys/kernel/msgmax")
+    assert settings.split() == ["shop.example", "9000"]
+    agent.cli("stop", "shop/web")
+    assert agent.instances("shop/web")[-1]["exit_code"] == 7
+
+
 def test_a_state_that_could_not_be_is_tried_again_when_asked_to(agent: LiveAgent, tmp_path: Path) -> None:
     root = tmp_path / "rootfs"
     shutil.copytree(agent.rootfs.path, root, symlinks=True)

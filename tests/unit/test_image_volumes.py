@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from holdfast.grammar.names import NAME
 from holdfast.spec import load
-from holdfast.spec.forms import NAME
 from holdfast.spec.model import App, Container, Mount, NodeFacts, Spec
 from holdfast.spec.volumes import image_volumes, volume_name
 

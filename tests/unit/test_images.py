@@ -20,11 +20,12 @@ from typing import Any, cast
 import pytest
 
 from holdfast.errors import Conflict, HoldfastError, NotFound, TryAgain, WrongCall, WrongState
+from holdfast.grammar.images import Reference, familiar
 from holdfast.images.disk import Locks
 from holdfast.images.faults import failure
 from holdfast.images.image import Source
 from holdfast.images.pull import Puller
-from holdfast.images.references import Reference, familiar, normalize, parse_changes
+from holdfast.images.references import parse, parse_changes
 from holdfast.images.skopeo import Skopeo
 from holdfast.images.store import Freed, Image, ImageStore, architecture
 from holdfast.images.transfers import Transfer
@@ -574,14 +575,14 @@ def test_a_scratch_folder_goes_with_its_block_and_is_not_swept_before(store: Ima
     ],
 )
 def test_names_are_completed_as_docker_does(reference: str, full: str) -> None:
-    assert normalize(reference) == full
-    assert normalize(familiar(full)) == full
+    assert parse(reference).name == full
+    assert parse(familiar(full)).name == full
 
 
 @pytest.mark.parametrize("reference", ["", "App", "a b", "app:", "/app", "app/", "../x", "a:b:c", "-a"])
 def test_malformed_names_are_refused(reference: str) -> None:
     with pytest.raises(WrongCall, match="image name"):
-        normalize(reference)
+        parse(reference)
 
 
 def test_dockerfile_instructions_become_configuration() -> None:

@@ -101,12 +101,10 @@ def test_capabilities_are_dockers_less_net_raw_unless_asked_otherwise() -> None:
 
     assert len(names()) == 13
     assert "CAP_NET_RAW" not in names()
-    assert "CAP_NET_RAW" in names(cap_add=("NET_RAW",))
-    assert names(cap_drop=("ALL",), cap_add=("net_bind_service",)) == {"CAP_NET_BIND_SERVICE"}
-    assert names(cap_drop=("CHOWN",)) == capabilities.DEFAULT - {"CAP_CHOWN"}
-    assert names(cap_add=("ALL",), cap_drop=("SYS_ADMIN",)) == set(capabilities.ALL) - {"CAP_SYS_ADMIN"}
-    with pytest.raises(WrongState, match="there is no such capability"):
-        names(cap_add=("FLY",))
+    assert "CAP_NET_RAW" in names(cap_add=("CAP_NET_RAW",))
+    assert names(cap_drop=("ALL",), cap_add=("CAP_NET_BIND_SERVICE",)) == {"CAP_NET_BIND_SERVICE"}
+    assert names(cap_drop=("CAP_CHOWN",)) == capabilities.DEFAULT - {"CAP_CHOWN"}
+    assert names(cap_add=("ALL",), cap_drop=("CAP_SYS_ADMIN",)) == set(capabilities.ALL) - {"CAP_SYS_ADMIN"}
 
 
 def test_capability_that_the_agent_lacks_is_refused_by_name_and_left_out_otherwise() -> None:
@@ -115,7 +113,7 @@ def test_capability_that_the_agent_lacks_is_refused_by_name_and_left_out_otherwi
     assert "CAP_SYS_RESOURCE" not in made.config["process"]["capabilities"]["bounding"]
     assert made.warnings == ("capabilities not available here: CAP_SYS_RESOURCE",)
     with pytest.raises(UnfitHost, match="cap_add 'CAP_SYS_RESOURCE'"):
-        make(container(cap_add=("SYS_RESOURCE",)), limits=limits)
+        make(container(cap_add=("CAP_SYS_RESOURCE",)), limits=limits)
 
 
 def test_privileged_has_every_device_no_masks_no_filter_and_a_writable_sysfs() -> None:
@@ -177,10 +175,12 @@ def test_host_namespaces_are_shared_only_when_asked() -> None:
     assert mount_at(shared, "/dev/shm")["type"] == "bind"
 
 
-def test_sysctls_of_the_whole_host_are_refused() -> None:
+def test_sysctls_of_a_namespace_that_is_the_hosts_are_refused() -> None:
     assert make(container(sysctls={"net.core.somaxconn": "9"})).config["linux"]["sysctl"]["net.core.somaxconn"] == "9"
-    with pytest.raises(WrongState, match="whole host"):
-        make(container(sysctls={"vm.swappiness": "1"}))
+    assert (
+        make(container(sysctls={"kernel.domainname": "shop"})).config["linux"]["sysctl"]["kernel.domainname"]
+        == "shop"
+    )
     with pytest.raises(WrongState, match="network is shared"):
         make(container(sysctls={"net.core.somaxconn": "9"}), netns=None)
     with pytest.raises(WrongState, match="ipc is shared"):
@@ -196,8 +196,6 @@ def test_ulimit_beyond_the_agents_own_is_refused() -> None:
         want = container(ulimits={"nofile": Ulimit(soft=10, hard=hard)}, cap_drop=("ALL",))
         with pytest.raises(UnfitHost, match="at most 1000"):
             make(want, limits=limits)
-    with pytest.raises(WrongState, match="no such limit"):
-        make(container(ulimits={"files": Ulimit(soft=1, hard=1)}))
 
 
 def test_oom_score_of_a_policy_is_clamped_with_a_warning_and_one_asked_for_is_refused() -> None:
@@ -390,7 +388,7 @@ def test_signals_have_names_and_numbers(name: str | int, number: int) -> None:
 
 @pytest.mark.parametrize("name", ["SIGNOPE", "0", "99", "9" * 5000, "TERM+x", "TERM+1", ""])
 def test_unknown_signals_are_refused(name: str) -> None:
-    with pytest.raises(WrongState, match="no such signal"):
+    with pytest.raises(WrongState, match="is not a signal"):
         oci.signal_number(name)
 
 

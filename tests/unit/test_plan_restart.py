@@ -183,7 +183,7 @@ def test_a_field_costs_what_the_table_says_and_else_a_new_container(name: str) -
     [
         ("resources", Resources(memory=128 << 20), "resources.memory none → 128MiB"),
         ("resources", Resources(memory_swap=-1), "resources.memory_swap none → unlimited"),
-        ("resources", Resources(memory=1000), "resources.memory none → 1000B"),
+        ("resources", Resources(memory=1000), "resources.memory none → 1000 bytes"),
         ("stop_grace_period", 90.0, "stop_grace_period 10s → 90s"),
         ("ports", (Port(host_port=8080, container_port=80, count=3),), "ports none → [8080-8082:80-82/tcp]"),
         ("init", True, "init false → true"),

@@ -11,12 +11,14 @@ from typing import Any
 import jsonschema
 import pytest
 
-from holdfast.spec import App, Cache, Container, NodeFacts, Spec, json_schema, load, signal_number
+from holdfast.grammar import signals
+from holdfast.grammar.quantities import size_text
+from holdfast.spec import App, Cache, Container, NodeFacts, Spec, json_schema, load
 from holdfast.spec.authored import ContainerTable, StateFile
 from holdfast.spec.model import Attachment, Device, Mount, Network, Port, RestartPolicy, Ulimit, digest_of
 from holdfast.spec.resources import ResourcesTable
 from holdfast.spec.restart import RestartTable
-from holdfast.tables import Table, duration, size, size_text
+from holdfast.tables import Table, duration, size
 
 EXAMPLES = Path(__file__).parents[2] / "examples/state"
 NODE = NodeFacts("edge-1", labels={"region": "eu"}, vars={"domain": "example.org"}, env={"HOME": "/root"})
@@ -412,7 +414,7 @@ def test_a_duration_that_no_clock_counts_is_refused(text: str) -> None:
 )
 def test_signals_have_one_spelling_and_a_number(written: str, name: str, number: int) -> None:
     assert container(f"stop_signal = {written}").stop_signal == name
-    assert signal_number(name) == number
+    assert signals.number_of(name) == number
 
 
 @pytest.mark.parametrize(

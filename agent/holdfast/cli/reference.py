@@ -14,9 +14,10 @@ from typing import Any
 from pydantic_core import core_schema
 
 from holdfast.config import AgentTable
+from holdfast.grammar.quantities import size_text
 from holdfast.spec.authored import StateFile
 from holdfast.spec.schema import AsWritten
-from holdfast.tables import Table, size_text
+from holdfast.tables import Table
 
 Schema = Mapping[str, Any]
 

@@ -23,6 +23,8 @@ from itertools import chain, repeat
 
 import click
 
+from holdfast.grammar.quantities import about
+
 GOOD, BUSY, BAD, QUIET = "green", "yellow", "red", "bright_black"
 
 COLOURS = {
@@ -219,16 +221,8 @@ def span(seconds: float) -> str:
 
 
 def size(count: float | None) -> str:
-    """A number of bytes with a binary unit: 512B, 1.5KiB, 10MiB."""
-    if count is None:
-        return ""
-    if count < 1024:
-        return f"{count:.0f}B"
-    for unit in ("KiB", "MiB", "GiB"):
-        count /= 1024
-        if count < 999.5:  # what rounds to 1,000 would be printed as 1e+03
-            return f"{count:.3g}{unit}"
-    return f"{count / 1024:.3g}TiB" if count < 999.5 * 1024 else f"{count / 1024:.0f}TiB"
+    """A number of bytes, or nothing."""
+    return "" if count is None else about(count)
 
 
 def clock(at: float) -> str:

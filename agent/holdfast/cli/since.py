@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from datetime import datetime
 
 import click
 
-SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-SPAN = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+from holdfast.grammar.quantities import SECONDS, duration
 
 
 class Seconds(click.ParamType[float]):
@@ -28,9 +26,9 @@ class Seconds(click.ParamType[float]):
 
 
 def seconds(text: str) -> float:
-    """Read a duration; raises ValueError. Several parts add up: 1h30m."""
-    if "".join(match.group() for match in SPAN.finditer(text)) == text != "":
-        return sum(float(number) * SECONDS[unit] for number, unit in SPAN.findall(text))
+    """Read a duration, or a number of seconds. Raises ValueError."""
+    if text.endswith(tuple(SECONDS)):
+        return duration(text)
     found = float(text)
     if not 0 <= found < math.inf:
         raise ValueError(text)

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 from holdfast.errors import HoldfastError, NotFound, UnfitHost, WrongState
-from holdfast.images.references import Transport, to_digest
+from holdfast.grammar.images import Transport
+from holdfast.images.references import to_digest
 
 GZIP, BZIP2, XZ, ZSTD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
 INDEXES = (

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from holdfast.errors import HoldfastError, Stopping, TryAgain, UnfitHost, WrongState
+from holdfast.grammar.images import Reference
 from holdfast.images.faults import REFUSED, UNFIT, failure
 from holdfast.images.manifests import Blob
 from holdfast.images.proxy import Proxy, ProxyError
-from holdfast.images.references import Reference
 from holdfast.images.skopeo import Skopeo
 from holdfast.images.store import ImageStore
 from holdfast.images.transfers import Transfer

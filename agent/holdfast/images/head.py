@@ -25,7 +25,7 @@ from urllib.parse import SplitResult, unquote, urlencode, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
 from holdfast.errors import TryAgain
-from holdfast.images.references import DIGEST, Reference
+from holdfast.grammar.images import DIGEST, Reference
 from holdfast.images.skopeo import is_loopback
 
 ACCEPT = ", ".join(

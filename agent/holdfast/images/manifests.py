@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.images.references import DIGEST
+from holdfast.grammar.images import DIGEST
 
 INDEXES = (
     "application/vnd.oci.image.index.v1+json",

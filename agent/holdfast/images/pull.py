@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 from holdfast.config import ImageSettings
 from holdfast.errors import HoldfastError, NotFound, Throttled, TryAgain, UnfitHost, WrongCall, WrongState
+from holdfast.grammar.images import DIGEST, Reference
+from holdfast.grammar.quantities import about
 from holdfast.images.archives import path_of
 from holdfast.images.faults import REFUSED, UNFIT, failure
 from holdfast.images.fetch import Fetch, Flights, Job
@@ -34,7 +36,7 @@ from holdfast.images.manifests import (
     read_document,
     read_manifest,
 )
-from holdfast.images.references import DIGEST, Reference, parse
+from holdfast.images.references import parse
 from holdfast.images.skopeo import Skopeo, is_loopback
 from holdfast.images.store import Image, ImageStore, architecture
 from holdfast.images.transfers import Transfer, Transfers
@@ -338,9 +340,9 @@ class Puller:
         if needed + self.settings.min_free > free:
             raise failure(
                 UnfitHost,
-                f"pull {ref!r}: not enough space in {str(self.store.root)!r}: {_size(free)} free, up to "
-                f"about {_size(needed)} needed for {len(jobs)} layers ({_size(coming)} compressed), and "
-                f"{_size(self.settings.min_free)} are to stay free (min_free in [images] of agent.toml; 'holdfast "
+                f"pull {ref!r}: not enough space in {str(self.store.root)!r}: {about(free)} free, up to "
+                f"about {about(needed)} needed for {len(jobs)} layers ({about(coming)} compressed), and "
+                f"{about(self.settings.min_free)} are to stay free (min_free in [images] of agent.toml; 'holdfast "
                 "system prune' makes room)",
                 REFUSED,
             )
@@ -367,7 +369,7 @@ class _News:
         known = f" ({here} more are here)" if here else ""
         self._last = time.monotonic()
         plural = "layer" if layers == 1 else "layers"
-        self._told("pulling", self._ref, f"{layers} {plural}, {_size(total)}{known}", bytes=0, total=total)
+        self._told("pulling", self._ref, f"{layers} {plural}, {about(total)}{known}", bytes=0, total=total)
 
     def moved(self) -> None:
         """Some bytes have come."""
@@ -380,11 +382,11 @@ class _News:
             if now - self._last < NEWS_EVERY and (quarter == self._quarter or now - self._last < NEWS_AT_LEAST):
                 return
             self._last, self._quarter = now, quarter
-        self._told("pulling", self._ref, f"{_size(done)} of {_size(total)}", bytes=done, total=total)
+        self._told("pulling", self._ref, f"{about(done)} of {about(total)}", bytes=done, total=total)
 
     def end(self, digest: str, took: float) -> None:
         total = self._transfer.total
-        message = f"{_size(total)} in {took:.1f} s: {digest}"
+        message = f"{about(total)} in {took:.1f} s: {digest}"
         self._told("pulled", self._ref, message, bytes=total, took=round(took, 3), digest=digest)
 
 
@@ -404,12 +406,3 @@ def _check(data: bytes, digest: str) -> None:
 
 def _digest(data: bytes) -> str:
     return f"sha256:{sha256(data).hexdigest()}"
-
-
-def _size(count: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

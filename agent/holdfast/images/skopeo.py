@@ -26,9 +26,9 @@ from typing import Any, BinaryIO
 
 from holdfast.config import ImageSettings
 from holdfast.errors import HoldfastError, Stopping, UnfitHost
+from holdfast.grammar.images import Reference
 from holdfast.images.faults import ENDED, explain, message_of
 from holdfast.images.proxy import Proxy, ProxyError
-from holdfast.images.references import Reference
 
 BUSY = "Too many requests to "  # skopeo then waits by itself, for minutes
 DIR_VERSION = "version"  # the first file that a `dir:` destination writes

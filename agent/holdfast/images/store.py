@@ -31,6 +31,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from holdfast.config import ImageSettings
 from holdfast.errors import Conflict, NotFound, TryAgain, WrongCall, WrongState
+from holdfast.grammar.images import DIGEST, Reference, familiar
 from holdfast.images.archives import Archive, Found, open_archive, open_regular, path_of
 from holdfast.images.disk import Locks, spread, write_whole
 from holdfast.images.image import (
@@ -49,7 +50,7 @@ from holdfast.images.image import (
     users_of,
 )
 from holdfast.images.layers import HEX, LayerStore, Progress
-from holdfast.images.references import DIGEST, Reference, familiar, parse, parse_changes, to_digest
+from holdfast.images.references import parse, parse_changes, to_digest
 from holdfast.images.unpack import Expected, Unpacked
 
 __all__ = ["Freed", "Image", "ImageStore", "Name", "architecture"]

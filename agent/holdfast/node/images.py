@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import HoldfastError, WrongCall
+from holdfast.grammar.images import familiar
+from holdfast.grammar.quantities import about
 from holdfast.images.collect import collect
 from holdfast.images.image import Freed, Image, Name
-from holdfast.images.references import familiar, parse
+from holdfast.images.references import parse
 from holdfast.images.transfers import Transfer
 from holdfast.images.write import FORMATS, Sink, save
 from holdfast.node.bundle import load_bundle
@@ -242,7 +244,7 @@ class Collector:
         limit = self.rig.images.settings.high_watermark
         why = f" (the disk was above {limit:g}%)" if freed.images else ""
         more = {"digests": list(freed.images), "freed": freed.size}
-        self.rig.store.event("removed", "images", f"{_what(freed)} went, {_size(freed.size)} are free{why}", **more)
+        self.rig.store.event("removed", "images", f"{_what(freed)} went, {about(freed.size)} are free{why}", **more)
 
 
 def image_users(rig: Rig) -> Mapping[str, set[str]]:
@@ -311,11 +313,3 @@ def _what(freed: Freed) -> str:
         return f"{count} unused {'image' if count == 1 else 'images'}"
     count = len(freed.layers)
     return f"{count} {'layer' if count == 1 else 'layers'} of broken pulls"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} TiB"

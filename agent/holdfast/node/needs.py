@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from holdfast.errors import NotFound
+from holdfast.grammar.images import archive_path, built
 from holdfast.node.rig import Rig
 from holdfast.observed import Json
 from holdfast.plan.actions import Plan, StageGeneration
-from holdfast.spec.forms import archive_path, built
 
 DEADLINE = 3.0  # seconds
 MOST = 16  # registries' answers that are waited for at once

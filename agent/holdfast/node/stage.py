@@ -17,6 +17,7 @@ from pathlib import Path
 
 from holdfast.drivers import MountWant, open_source
 from holdfast.errors import NotFound, Stopping, TryAgain, UnfitHost
+from holdfast.grammar.images import archive_path, built
 from holdfast.images.lookup import Content, View
 from holdfast.images.references import parse
 from holdfast.node.inside import check_devices, check_working_dir, content_of_mount, look, mount_all
@@ -39,7 +40,6 @@ from holdfast.runtime.oci import (
 )
 from holdfast.runtime.ports import check_free
 from holdfast.runtime.sysctls import try_sysctls
-from holdfast.spec.forms import archive_path, built
 from holdfast.spec.model import App, Container, Mount, digest_of, digest_of_file
 
 MOST = 16  # images of one app that are asked for at once

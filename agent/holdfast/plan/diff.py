@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from holdfast.grammar.quantities import size_text
 from holdfast.observed import Generation, Instance
 from holdfast.plan.actions import Change
 from holdfast.spec.model import App, Attachment, Container, Frozen, Mount, digest_of
@@ -27,7 +28,6 @@ EFFECTS: Mapping[str, str] = {
 }
 SIZES = frozenset({"memory", "memory_swap", "memory_reservation", "shm_size", "max_size", "size"})
 DURATIONS = frozenset({"stop_grace_period", "delay", "max_delay", "reset_after"})
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def changes(instance: Instance, want: Container, image: str, files: Mapping[str, str]) -> tuple[Change, ...]:
@@ -83,7 +83,7 @@ def readable(field: str, value: Any) -> str:
         case -1 if field == "pids":
             return "unlimited"
         case int() if field in SIZES and not isinstance(value, bool):
-            return _size(value)
+            return "unlimited" if value < 0 else size_text(value)
         case bool():
             return "true" if value else "false"
         case float():
@@ -100,15 +100,6 @@ def readable(field: str, value: Any) -> str:
 
 def _set_fields(value: Frozen) -> str:
     return ", ".join(f"{key}={item}" for key, item in value.model_dump(exclude_defaults=True).items()) or "defaults"
-
-
-def _size(value: int) -> str:
-    if value < 0:
-        return "unlimited"
-    unit = 0
-    while value and value % 1024 == 0 and unit < len(UNITS) - 1:
-        value, unit = value // 1024, unit + 1
-    return f"{value}{UNITS[unit]}"
 
 
 def _image(instance: Instance, want: Container, image: str) -> Iterator[Change]:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.errors import UnfitHost
+from holdfast.grammar.kernel import ULIMITS
 from holdfast.runtime import capabilities
-from holdfast.runtime.oci import RLIMITS, HostLimits
+from holdfast.runtime.oci import HostLimits
 
 CANDIDATES = ("crun", "runc")
 INITS = ("catatonit", "tini")
@@ -130,7 +131,7 @@ def host_limits() -> HostLimits:
     """Read what this process may hand on to containers."""
     status = Path("/proc/self/status").read_text()
     masks = dict(line.split(":\t", 1) for line in status.splitlines() if line.startswith("Cap"))
-    numbers = {name: getattr(resource, f"RLIMIT_{name.upper()}", None) for name in RLIMITS}
+    numbers = {name: getattr(resource, f"RLIMIT_{name.upper()}", None) for name in ULIMITS}
     return HostLimits(
         capabilities=capabilities.from_mask(int(masks["CapPrm"], 16)),
         rlimits={name: resource.getrlimit(number)[1] for name, number in numbers.items() if number is not None},

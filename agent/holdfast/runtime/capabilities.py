@@ -8,18 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from holdfast.errors import UnfitHost, WrongState
-
-#: In the order of their numbers, so that a bit mask of the kernel can be read.
-ALL = (
-    *("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID"),
-    *("CAP_SETUID", "CAP_SETPCAP", "CAP_LINUX_IMMUTABLE", "CAP_NET_BIND_SERVICE", "CAP_NET_BROADCAST"),
-    *("CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_IPC_LOCK", "CAP_IPC_OWNER", "CAP_SYS_MODULE", "CAP_SYS_RAWIO"),
-    *("CAP_SYS_CHROOT", "CAP_SYS_PTRACE", "CAP_SYS_PACCT", "CAP_SYS_ADMIN", "CAP_SYS_BOOT", "CAP_SYS_NICE"),
-    *("CAP_SYS_RESOURCE", "CAP_SYS_TIME", "CAP_SYS_TTY_CONFIG", "CAP_MKNOD", "CAP_LEASE", "CAP_AUDIT_WRITE"),
-    *("CAP_AUDIT_CONTROL", "CAP_SETFCAP", "CAP_MAC_OVERRIDE", "CAP_MAC_ADMIN", "CAP_SYSLOG", "CAP_WAKE_ALARM"),
-    *("CAP_BLOCK_SUSPEND", "CAP_AUDIT_READ", "CAP_PERFMON", "CAP_BPF", "CAP_CHECKPOINT_RESTORE"),
-)
+from holdfast.errors import UnfitHost
+from holdfast.grammar.capabilities import ALL
 
 #: What a container has that asks for nothing: Docker's set less NET_RAW, with which packets can be forged.
 DEFAULT = frozenset(
@@ -46,10 +36,10 @@ def from_mask(mask: int) -> frozenset[str]:
 def grant(add: Collection[str], drop: Collection[str], *, privileged: bool, available: Collection[str]) -> Granted:
     """Apply add and drop to the default set with Docker's precedence: a name beats ALL, drop beats an added ALL.
 
-    available: what the host can give at all. Raises WrongState for an unknown name and UnfitHost for one that was
-    added by name and can't be given.
+    add, drop: as `grammar.capabilities` spells them. available: what the host can give at all. Raises UnfitHost for
+    one that was added by name and can't be given.
     """
-    added, dropped = {canonical(name) for name in add}, {canonical(name) for name in drop}
+    added, dropped = set(add), set(drop)
     wanted = _wanted(added, dropped, privileged=privileged)
     missing = wanted - set(available)
     if named := sorted(missing & added):
@@ -65,14 +55,3 @@ def _wanted(added: set[str], dropped: set[str], *, privileged: bool) -> set[str]
     if "ALL" in dropped:
         return added
     return (set(DEFAULT) - dropped) | added
-
-
-def canonical(name: str) -> str:
-    """Turn `net_admin`, `NET_ADMIN` or `CAP_NET_ADMIN` into the last, `all` into ALL; WrongState if there is none."""
-    upper = name.upper()
-    if upper == "ALL":
-        return upper
-    full = upper if upper.startswith("CAP_") else f"CAP_{upper}"
-    if full not in ALL:
-        raise WrongState(f"capability '{name}': there is no such capability (see capabilities(7))")
-    return full

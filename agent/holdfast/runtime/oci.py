@@ -6,17 +6,17 @@ config-linux.md). Called by the node when it stages (to hear what is wrong) and 
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from holdfast.errors import UnfitHost, WrongState
+from holdfast.grammar import kernel, signals
+from holdfast.grammar.capabilities import ALL
 from holdfast.runtime import capabilities
 from holdfast.runtime.devices import DeviceNode
 from holdfast.runtime.users import User
-from holdfast.spec import forms
 from holdfast.spec.model import Container
 
 Json = Mapping[str, Any]
@@ -42,19 +42,6 @@ MASKED_PATHS = (
 )
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
-#: getrlimit(2)
-RLIMITS = frozenset(
-    (
-        *("as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss"),
-        *("rtprio", "rttime", "sigpending", "stack"),
-    )
-)
-#: Those of an ipc namespace, beside fs.mqueue.*: ipc_namespaces(7)
-IPC_SYSCTLS = frozenset(
-    f"kernel.{name}"
-    for name in ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced")
-)
-
 #: Character devices of every container: (major, minor, access); None stands for all.
 _DEVICE_RULES: tuple[tuple[str, int | None, int | None, str], ...] = (
     ("c", None, None, "m"),
@@ -74,7 +61,7 @@ _DEVICE_RULES: tuple[tuple[str, int | None, int | None, str], ...] = (
 class HostLimits:
     """What this agent may hand on: its capabilities, hard rlimits (name → value, -1 unlimited), oom_score_adj."""
 
-    capabilities: frozenset[str] = frozenset(capabilities.ALL)
+    capabilities: frozenset[str] = frozenset(ALL)
     rlimits: Mapping[str, int] = field(default_factory=dict)
     oom_score_adj: int = 0
 
@@ -188,16 +175,12 @@ def stop_signal(want: Container, image: Json) -> str:
     return want.stop_signal or (image.get("config") or {}).get("StopSignal") or "SIGTERM"
 
 
-def signal_number(signal_name: int | str) -> int:
-    """Turn 15, "15", "TERM", "SIGTERM" or "SIGRTMIN+3" into a number; WrongState if there is none."""
-    text = str(signal_name).upper().removeprefix("SIG")
+def signal_number(text: int | str) -> int:
+    """The number of a signal, as an image names it, too. Raises WrongState."""
     try:
-        number = int(text) if text.isdecimal() else forms.signal_number(f"SIG{text}")
-    except ValueError:
-        number = 0
-    if not 1 <= number <= signal.SIGRTMAX:
-        raise WrongState(f"signal '{signal_name}': there is no such signal (SIGTERM, SIGQUIT, …)")
-    return number
+        return signals.number_of(text if isinstance(text, int) else text[:40])
+    except ValueError as error:
+        raise WrongState(f"signal {error}") from None
 
 
 def _process(request: OciRequest, names: tuple[str, ...], score: int) -> dict[str, Any]:
@@ -225,10 +208,6 @@ def _process(request: OciRequest, names: tuple[str, ...], score: int) -> dict[st
 
 def _rlimit(name: str, request: OciRequest) -> dict[str, Any]:
     limit, largest = request.want.ulimits[name], request.limits.rlimits.get(name, -1)
-    if name not in RLIMITS:
-        raise WrongState(f"ulimits '{name}': there is no such limit ({', '.join(sorted(RLIMITS))})")
-    if _unsigned(limit.soft) > _unsigned(limit.hard):
-        raise WrongState(f"ulimits '{name}': soft {limit.soft} is above hard {limit.hard}")
     if _unsigned(limit.hard) > _unsigned(largest) and not request.limits.may_exceed:
         raise UnfitHost(f"ulimits '{name}': {limit.hard} is more than this agent may give (at most {largest})")
     return {"type": f"RLIMIT_{name.upper()}", "soft": _unsigned(limit.soft), "hard": _unsigned(limit.hard)}
@@ -351,14 +330,11 @@ def _namespaces(request: OciRequest) -> list[dict[str, str]]:
 def _sysctls(request: OciRequest) -> dict[str, str]:
     """Check that each is of a namespace of the container's own, and add Docker's two defaults of the network's."""
     want = request.want
+    shared = {"net": request.netns is None, "ipc": want.ipc == "host", "uts": False}
     for name in want.sysctls:
-        net, ipc = name.startswith("net."), name in IPC_SYSCTLS or name.startswith("fs.mqueue.")
-        if not net and not ipc:
-            raise WrongState(f"sysctls '{name}': not of a container, but of the whole host (net.*, fs.mqueue.*, …)")
-        if (net and request.netns is None) or (ipc and want.ipc == "host"):
-            raise WrongState(
-                f"sysctls '{name}': would change the host, whose {'network' if net else 'ipc'} is shared"
-            )
+        if shared[namespace := kernel.namespace_of(name)]:
+            what = "network" if namespace == "net" else namespace
+            raise WrongState(f"sysctls '{name}': would change the host, whose {what} is shared")
     if request.netns is None:
         return dict(want.sysctls)
     return {"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.ping_group_range": "0 2147483647", **want.sysctls}

@@ -5,9 +5,8 @@
 `dockerfile` and `dockerignore`), `schema`.
 """
 
-from holdfast.spec.forms import signal_number
 from holdfast.spec.load import Cache, load
 from holdfast.spec.model import App, Container, NodeFacts, Problem, Spec
 from holdfast.spec.schema import json_schema
 
-__all__ = ["App", "Cache", "Container", "NodeFacts", "Problem", "Spec", "json_schema", "load", "signal_number"]
+__all__ = ["App", "Cache", "Container", "NodeFacts", "Problem", "Spec", "json_schema", "load"]

@@ -8,12 +8,12 @@ From these types come both the checks and the JSON Schema. `resolve` turns a che
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, WithJsonSchema
 
+from holdfast.grammar import capabilities, images, kernel, names, network
 from holdfast.spec import forms, model
 from holdfast.spec.resources import STRING, Memory, ResourcesTable
 from holdfast.spec.restart import RestartTable
@@ -25,23 +25,23 @@ TMPFS_FORM = "TARGET[:size=64m,mode=1777]"
 DEVICE_FORM = "/dev/NAME[:/dev/NAME[:rwm]]"
 STRINGS = {"type": "array", "items": STRING}
 
-Name = Annotated[str, Checked(forms.name, {"title": "name", "pattern": f"^{forms.NAME.pattern}$"})]
-Reference = Annotated[str, Checked(forms.reference, {"description": "a name, or app/name for another app's"})]
+Name = Annotated[str, Checked(names.name, {"title": "name", "pattern": f"^{names.NAME.pattern}$"})]
+Reference = Annotated[str, Checked(names.reference, {"description": "a name, or app/name for another app's"})]
 Words = Annotated[list[str], Short(forms.words, ({**STRING, "description": "split as a shell would, run by none"},))]
 Pairs = Annotated[
-    dict[Annotated[str, Checked(forms.variable, {})], Text],
+    dict[Annotated[str, Checked(names.variable, {})], Text],
     Short(forms.pairs, ({**STRINGS, "description": "NAME=VALUE"},)),
 ]
-Absolute = Annotated[str, Checked(forms.absolute, {"title": "absolute path"})]
+Absolute = Annotated[str, Checked(names.absolute, {"title": "absolute path"})]
 Mode = Annotated[int, Short(forms.mode, ()), WithJsonSchema({**STRING, "title": "octal text", "examples": ["0644"]})]
 Signal = Annotated[str, Short(forms.stop_signal, ({"type": "integer"},))]
 OnChange = Annotated[
     str, Checked(forms.on_change, {"description": "restart, none, or a signal as SIGHUP", "examples": ["restart"]})
 ]
-Capability = Annotated[str, Checked(forms.capability, {"examples": ["NET_BIND_SERVICE", "ALL"]})]
-Address = Annotated[str, Checked(forms.address, {"title": "IPv4 address", "examples": ["10.90.1.2"]})]
+Capability = Annotated[str, Checked(capabilities.canonical, {"examples": ["NET_BIND_SERVICE", "ALL"]})]
+Address = Annotated[str, Checked(network.address, {"title": "IPv4 address", "examples": ["10.90.1.2"]})]
 Ports = Annotated[Text, Checked(lambda text: text, {"title": "port or range", "examples": ["8000-8010"]})]
-Id = Annotated[int, Field(ge=0, le=forms.LARGEST_ID)]
+Id = Annotated[int, Field(ge=0, le=names.LARGEST_ID)]
 
 
 def _from(read: Callable[[str], Any], form: str) -> Short:
@@ -85,7 +85,7 @@ class PortTable(Table):
         found: dict[str, range] = {}
         for key, text in (("published", self.published), ("target", self.target)):
             try:
-                found[key] = forms.ports(text, f"'{text}'")
+                found[key] = network.ports(text, f"'{text}'")
             except ValueError as error:
                 yield key, str(error)
         if len(found) == 2 and len(found["published"]) != len(found["target"]):
@@ -93,7 +93,7 @@ class PortTable(Table):
             yield "", f"{host} host ports lead to {inner} container ports (expected as many)"
 
     def port(self) -> model.Port:
-        host, inner = forms.ports(self.published, "published"), forms.ports(self.target, "target")
+        host, inner = network.ports(self.published, "published"), network.ports(self.target, "target")
         host_ip = "" if self.host_ip in (None, "0.0.0.0") else str(self.host_ip)
         return model.Port(
             host_ip=host_ip,
@@ -173,7 +173,7 @@ class MountTable(Table):
                 )
             case "bind":
                 try:
-                    forms.absolute(source)
+                    names.absolute(source)
                 except ValueError as error:
                     yield "source", str(error)
             case "file" if source.startswith("/"):
@@ -182,7 +182,7 @@ class MountTable(Table):
                 yield "source", f"'{source}': '~' stands for nobody's home here (expected /path or ./path)"
             case "volume":
                 try:
-                    forms.reference(source)
+                    names.reference(source)
                 except ValueError as error:
                     yield "source", f"{error}; a path begins with / or ./"
 
@@ -225,11 +225,11 @@ class AttachmentTable(Table):
     not_yet: ClassVar = ("ipv6_address",)
 
     aliases: Annotated[
-        list[Annotated[str, Checked(forms.alias, {})]], Field(description="further names it has in this network")
+        list[Annotated[str, Checked(names.alias, {})]], Field(description="further names it has in this network")
     ] = []
     ipv4_address: Annotated[Address | None, Field(description="a fixed address of the network's subnet")] = None
     mac_address: Annotated[
-        Annotated[str, Checked(forms.mac, {"examples": ["02:42:ac:11:00:02"]})] | None,
+        Annotated[str, Checked(network.mac, {"examples": ["02:42:ac:11:00:02"]})] | None,
         Field(description="a fixed MAC address; absent: one is made"),
     ] = None
 
@@ -341,13 +341,13 @@ class ContainerTable(Table):
     entrypoint: Annotated[Words | None, Field(description="instead of the image's entrypoint")] = None
     working_dir: Annotated[Absolute | None, Field(description="an absolute path; absent: the image's")] = None
     user: Annotated[
-        Annotated[str, Short(text_of, ({"type": "integer"},)), Checked(forms.user, {"examples": ["1000:1000"]})]
+        Annotated[str, Short(text_of, ({"type": "integer"},)), Checked(names.user, {"examples": ["1000:1000"]})]
         | None,
         Field(description="USER[:GROUP], names of the image's or numbers"),
     ] = None
     environment: Annotated[Pairs, Field(description="variables, added to the image's")] = {}
     hostname: Annotated[
-        Annotated[str, Checked(forms.hostname, {})] | None, Field(description="default: the container's name")
+        Annotated[str, Checked(names.hostname, {})] | None, Field(description="default: the container's name")
     ] = None
     labels: Annotated[Pairs, Field(description="marks of your own, shown by inspect")] = {}
     ports: Annotated[
@@ -361,7 +361,7 @@ class ContainerTable(Table):
         list[Annotated[MountTable, _from(forms.volume, VOLUME_FORM)]], Field(description="what is mounted into it")
     ] = []
     volumes_from: Annotated[
-        dict[Annotated[str, Checked(forms.reference, {})], Literal["rw", "ro"]],
+        dict[Annotated[str, Checked(names.reference, {})], Literal["rw", "ro"]],
         Short(forms.volumes_from, ({**STRINGS, "description": "CONTAINER[:ro]"},)),
         Field(description="containers of this file whose mounts it has, too"),
     ] = {}
@@ -387,19 +387,19 @@ class ContainerTable(Table):
         list[Annotated[DeviceTable, _from(forms.device, DEVICE_FORM)]], Field(description="devices of the host")
     ] = []
     sysctls: Annotated[
-        dict[Annotated[str, Checked(forms.sysctl, {})], Text],
+        dict[Annotated[str, Checked(kernel.sysctl, {})], Text],
         Short(forms.pairs, ({**STRINGS, "description": "NAME=VALUE"},)),
         Field(description="kernel settings of its own namespaces: net.*, fs.mqueue.*, and kernel.* of IPC"),
     ] = {}
     ulimits: Annotated[
         dict[
-            Annotated[str, Checked(forms.ulimit, {"enum": sorted(forms.ULIMITS)})],
+            Annotated[str, Checked(kernel.ulimit, {"enum": sorted(kernel.ULIMITS)})],
             Annotated[UlimitTable, Short(forms.both, ({"type": "integer"},))],
         ],
         Field(description="resource limits; one number is both, soft and hard"),
     ] = {}
     group_add: Annotated[
-        list[Annotated[str, Short(text_of, ({"type": "integer"},)), Checked(forms.group, {})]],
+        list[Annotated[str, Short(text_of, ({"type": "integer"},)), Checked(names.group, {})]],
         Field(description="further groups of its user, names of the image's or numbers"),
     ] = []
     init: Annotated[bool, Field(description="a tiny init reaps zombies and passes signals on")] = False
@@ -450,7 +450,7 @@ class ContainerTable(Table):
             return
         if "@" in self.image:
             yield "update_image", "the image is pinned by its digest (expected a tag alone)"
-        elif self.update_image.tag_pattern and not forms.is_version(self.image):
+        elif self.update_image.tag_pattern and not images.is_version(self.image):
             yield "update_image", f"tag_pattern: '{self.image}' has no version as its tag (expected one as :1.27.3)"
 
     def _wrong_networks(self) -> Iterator[tuple[str, str]]:
@@ -490,7 +490,7 @@ class NetworkTable(Table):
 
     driver: Annotated[str, Field(description="bridge, or a plugin's")] = "bridge"
     subnet: Annotated[
-        Annotated[str, Checked(forms.subnet, {"examples": ["10.90.1.0/24"]})] | None,
+        Annotated[str, Checked(network.subnet, {"examples": ["10.90.1.0/24"]})] | None,
         Field(description="absent: taken from the node's pool"),
     ] = None
     gateway: Annotated[Address | None, Field(description="default: the subnet's first address")] = None
@@ -505,7 +505,7 @@ class NetworkTable(Table):
         if self.subnet is None:
             yield "gateway", "needs a subnet (expected subnet beside it)"
             return
-        reason = forms.unusable(self.gateway, ipaddress.IPv4Network(self.subnet))
+        reason = network.unusable(self.gateway, self.subnet)
         if reason:
             yield "gateway", reason
 
@@ -552,7 +552,7 @@ class ImageTable(Table):
     args: Annotated[Pairs, Field(description="values of the Dockerfile's ARGs")] = {}
     target: Annotated[str | None, Field(min_length=1, description="the stage to build; absent: the last")] = None
     platforms: Annotated[
-        list[Annotated[str, Checked(forms.platform, {"examples": ["linux/amd64"]})]],
+        list[Annotated[str, Checked(images.platform, {"examples": ["linux/amd64"]})]],
         Field(description="this node's must be among them; the others are built to be pushed. Absent: this node's"),
     ] = []
     tags: Annotated[

@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 
+from holdfast.grammar.images import built
 from holdfast.spec.dockerfile import Use, images_in
 from holdfast.spec.dockerignore import Ignore
-from holdfast.spec.forms import built
 from holdfast.spec.links import Finding, Neighbours, cycles, place, unknown
 from holdfast.spec.model import App, Build, digest_of
 from holdfast.spec.resolve import Draft, ImageDraft, digest

@@ -10,7 +10,8 @@ import ipaddress
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from holdfast.spec.forms import built, unusable
+from holdfast.grammar.images import built
+from holdfast.grammar.network import unusable
 from holdfast.spec.model import BUILTIN_NETWORKS, App, Network, Port
 from holdfast.spec.resolve import Draft
 from holdfast.tables import Fault

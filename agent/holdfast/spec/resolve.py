@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from holdfast.grammar import images, names
 from holdfast.spec import forms, model
 from holdfast.spec.authored import ConfigUse, ContainerTable, ImageTable, MountTable, StateFile
 from holdfast.spec.policy import broken_build_rules, broken_rules, foreign_subnet, outside_roots
@@ -113,7 +114,7 @@ class _Resolver:
 
     def check_name(self) -> None:
         try:
-            forms.name(self.name)
+            names.name(self.name)
         except ValueError as error:
             self.fault((), f"{error}; the app has the file's name: rename it, or write name in [app]")
         if self.name in self.table.app.depends_on:
@@ -200,7 +201,7 @@ class _Resolver:
         wrong = outside_roots(table.rootfs, self.facts) if table.rootfs else None
         if wrong:
             self.fault((*at, "rootfs"), wrong)
-        archive = forms.archive_path(table.image) if table.image else None
+        archive = images.archive_path(table.image) if table.image else None
         if archive and (wrong := outside_roots(archive, self.facts)):
             self.fault((*at, "image"), wrong)
         for index, policy in enumerate(table.resources.policy):
@@ -235,7 +236,7 @@ class _Resolver:
 
     def image(self, written: str | None) -> str | None:
         """A reference as it is, or `images.app/name` for what the state files build."""
-        ours = None if written is None else forms.built(written)
+        ours = None if written is None else images.built(written)
         return written if ours is None else f"images.{self.qualified(ours)}"
 
     def qualified(self, reference: str) -> str:
@@ -296,7 +297,7 @@ class _Resolver:
             case "file":
                 return self.file(path, mount.source)
             case "bind":
-                source = forms.absolute(mount.source)
+                source = names.absolute(mount.source)
                 wrong = outside_roots(source, self.facts)
                 if wrong:
                     self.fault(path, wrong)

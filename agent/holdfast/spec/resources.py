@@ -9,14 +9,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from holdfast.grammar import names
+from holdfast.grammar.quantities import size_text
 from holdfast.spec import forms, model
-from holdfast.tables import Checked, Short, Size, Table, size_text
+from holdfast.tables import Checked, Short, Size, Table
 
 STRING = {"type": "string"}
 Strings = Annotated[list[str], Short(forms.several, (STRING,))]
 Memory = Annotated[Size, Field(ge=0)]
 Iops = Annotated[int, Field(ge=1, le=2**32 - 1)]
-DevicePath = Annotated[str, Checked(forms.absolute, {})]
+DevicePath = Annotated[str, Checked(names.absolute, {})]
 
 
 class ResourcesTable(Table):

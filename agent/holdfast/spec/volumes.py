@@ -12,7 +12,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 
-from holdfast.spec.forms import NAME, absolute
+from holdfast.grammar.names import NAME, absolute
 from holdfast.spec.model import App, Mount
 
 PLAIN = re.compile(r"(/[a-z0-9_]+)+")  # a target whose name can be nobody else's

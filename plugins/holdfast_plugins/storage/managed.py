@@ -12,7 +12,7 @@ from pathlib import Path
 
 from holdfast.drivers import COMPLETE_CONTENT, Host, Receipt, VolumeWant, remove_tree
 from holdfast.errors import UnfitHost, WrongCall, WrongState
-from holdfast.tables import size
+from holdfast.grammar.quantities import size
 from holdfast_plugins.storage import quota
 
 ID = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}/[a-z0-9][a-z0-9_.-]{0,62}")
@@ -85,7 +85,7 @@ def _size(want: VolumeWant) -> int | None:
     if "size" not in want.driver_opts:
         return None
     try:
-        found = int(size(want.driver_opts["size"]))
+        found = size(want.driver_opts["size"])
     except ValueError as error:
         raise WrongState(f"volume {want.id!r}: driver_opts.size: {error}") from error
     if found < 1:

@@ -1,0 +1,96 @@
+"""Names and paths: of what state files define, of hosts and their neighbours, of users."""
+
+from __future__ import annotations
+
+import re
+
+from holdfast.grammar.quantities import number
+
+LARGEST_ID = 2**32 - 2  # of users and groups; the next one means nobody in chown(2)
+LONGEST_LOGIN = 256  # LOGIN_NAME_MAX of Linux
+NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
+_LABEL = re.compile(r"[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?")
+
+
+def name(value: str) -> str:
+    """The name of an app, container, network, volume or config."""
+    if not NAME.fullmatch(value):
+        raise ValueError(
+            f"'{value}' is not a name (expected a-z, 0-9, '_', '.', '-', at most 63, first a letter or digit)"
+        )
+    return value
+
+
+def reference(value: str) -> str:
+    """A name, or `app/name` for what another app defines."""
+    app, slash, inner = value.rpartition("/")
+    if slash:
+        name(app)
+    name(inner)
+    return value
+
+
+def variable(value: str) -> str:
+    """The name of an environment variable."""
+    if not value or "=" in value or "\0" in value:
+        raise ValueError(f"'{value}' is not the name of a variable (expected no '=' and at least one character)")
+    return value
+
+
+def absolute(value: str) -> str:
+    """An absolute path, normalised."""
+    if not value.startswith("/"):
+        raise ValueError(f"'{value}' is not an absolute path (expected it to begin with /)")
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
+        raise ValueError(f"{value!r} holds control characters (expected a path that can be printed)")
+    return "/" + "/".join(_collapsed(value))
+
+
+def _collapsed(path: str) -> list[str]:
+    """The steps of a path without `.` and `..`; above the top there is the top."""
+    steps: list[str] = []
+    for step in path.split("/"):
+        if step == "..":
+            steps = steps[:-1]
+        elif step not in ("", "."):
+            steps.append(step)
+    return steps
+
+
+def hostname(value: str) -> str:
+    """A host name: RFC 1123 labels, at most 64 characters in all (HOST_NAME_MAX of Linux)."""
+    if len(value) > 64 or not all(map(_LABEL.fullmatch, value.split("."))):
+        raise ValueError(f"'{value}' is not a host name (expected letters, digits, '-' and '.', at most 64)")
+    return value
+
+
+def alias(value: str) -> str:
+    """A further name in a network: one word of a hosts file, which neighbours read."""
+    if not re.fullmatch(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?", value) or value == "localhost":
+        raise ValueError(f"'{value}' is not a name for a network (expected letters, digits, '-', '_' and '.')")
+    return value
+
+
+def user(value: str) -> str:
+    """`USER[:GROUP]`, names or numbers."""
+    if not re.fullmatch(r"[^\s:/]+(:[^\s:/]+)?", value):
+        raise ValueError(f"'{value}' is not a user (expected USER[:GROUP], names or numbers)")
+    for part in value.split(":"):
+        check_id(part)
+    return value
+
+
+def group(value: str) -> str:
+    """A group, name or number."""
+    if not re.fullmatch(r"[^\s:/]+", value):
+        raise ValueError(f"'{value}' is not a group (expected a name or a number)")
+    check_id(value)
+    return value
+
+
+def check_id(text: str) -> None:
+    """Refuse what can be neither the number nor the name of a user or group."""
+    if text.isascii() and text.isdigit() and (not number(text) or int(text) > LARGEST_ID):
+        raise ValueError(f"'{text}' is out of range (expected a number up to {LARGEST_ID})")
+    if len(text) > LONGEST_LOGIN:
+        raise ValueError(f"a name of {len(text)} characters is too long (expected at most {LONGEST_LOGIN})")

@@ -1,0 +1,72 @@
+"""Ports and IPv4 addresses."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+from holdfast.grammar.quantities import number
+
+
+def ports(value: str | int, what: str, form: str = "expected a port or a range as 8000-8010") -> range:
+    """One port or a range of them; what and form go into the error."""
+    first, dash, last = str(value).partition("-")
+    last = last if dash else first
+    if not (number(first) and number(last)):
+        raise ValueError(f"{what} is not a number ({form})")
+    found = range(int(first), int(last) + 1)
+    if not found:
+        raise ValueError(f"{what} range ends before it begins ({form})")
+    if found.start < 1 or found.stop > 65536:
+        raise ValueError(f"{what} is out of range (expected 1 to 65535)")
+    return found
+
+
+def ipv4(value: str, what: str, form: str) -> str:
+    try:
+        return str(ipaddress.IPv4Address(value))
+    except ValueError:
+        raise ValueError(f"{what} is not an IPv4 address ({form})") from None
+
+
+def address(value: str) -> str:
+    """An IPv4 address in canonical form."""
+    return ipv4(value, f"'{value}'", "expected four numbers as 10.90.1.2")
+
+
+def subnet(value: str) -> str:
+    """An IPv4 network in canonical form; /30 is the smallest that holds a gateway and a container."""
+    try:
+        network = ipaddress.IPv4Network(value)
+    except ValueError as error:
+        host_bits = "host bits" in str(error)
+        near = f"expected {ipaddress.IPv4Network(value, strict=False)}" if host_bits else "expected as 10.90.1.0/24"
+        raise ValueError(f"'{value}' is not an IPv4 network ({near})") from None
+    if network.prefixlen > 30:
+        raise ValueError(f"'{value}' has no room for a gateway and a container (expected /30 or larger)")
+    if network.prefixlen < 8 or any(network.overlaps(other) for other in _NOBODYS):
+        raise ValueError(f"'{value}' is not for a network of containers (expected a private range as 10.90.1.0/24)")
+    return str(network)
+
+
+_NOBODYS = tuple(map(ipaddress.IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")))
+"""This host, loopback, link-local (the cloud's metadata), multicast and reserved: RFC 6890."""
+
+
+def mac(value: str) -> str:
+    """A unicast MAC address in lower case."""
+    if not re.fullmatch(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", value):
+        raise ValueError(f"'{value}' is not a MAC address (expected six hexadecimal pairs as 02:42:ac:11:00:02)")
+    if int(value[:2], 16) & 1:
+        raise ValueError(f"'{value}' is a multicast address (expected an even first pair, as 02)")
+    return value.lower()
+
+
+def unusable(address: str, subnet: str | ipaddress.IPv4Network) -> str:
+    """Why an address can't be given to a machine of a subnet; empty if it can."""
+    found, subnet = ipaddress.IPv4Address(address), ipaddress.IPv4Network(subnet)
+    if found not in subnet:
+        return f"'{address}' is outside the subnet (expected an address of {subnet})"
+    if found in (subnet.network_address, subnet.broadcast_address):
+        return f"'{address}' is the subnet's own first or last address (expected one between them)"
+    return ""
