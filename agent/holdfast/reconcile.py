@@ -87,7 +87,7 @@ class Reconciler:
         observed = self.node.observe(deep=deep, spec=spec)
         history = self.node.rig.store.history()
         plan = decide(spec, observed, history, time.time())
-        self.node.apply(plan, observed, spec, self._revision.id if self._revision else "")
+        self.node.apply(plan, observed, spec)
         return self.seen(spec, observed, history, plan)
 
     def preview(self) -> Sequence[Plan]:
@@ -153,7 +153,7 @@ class Reconciler:
         self._spec = self._judged(spec)
 
     def _load(self, revision: Revision, cache: Cache) -> Spec:
-        return load(
+        spec = load(
             revision.files,
             self._facts(),
             cache=cache,
@@ -162,6 +162,7 @@ class Reconciler:
             ignored=revision.ignored,
             in_force=self._in_force(),
         )
+        return replace(spec, revision=revision.id)
 
     def _facts(self) -> NodeFacts:
         return replace(self.config.facts(), drivers=self._drivers)

@@ -44,7 +44,8 @@ from holdfast.observed import (
     Receipt,
     VolumeState,
 )
-from holdfast.plan.actions import Action, Plan, WriteFirewall, WriteNames
+from holdfast.plan.actions import Action, Plan, StageGeneration, WriteFirewall, WriteNames
+from holdfast.plan.decide import decide
 from holdfast.plan.diff import mounted_files
 from holdfast.plan.preview import preview
 from holdfast.spec.model import (
@@ -156,6 +157,13 @@ def test_facts_in_actions_out(path: Path) -> None:
     ):
         if key in facts:
             assert found == facts[key], key
+
+
+def test_what_is_staged_is_of_the_revision_that_asked_for_it() -> None:
+    want = Spec(apps={"shop": app("shop", {})}, blobs={"digest": b"content"}, revision="git:1234")
+    [stage] = decide(want, Observed(at=NOW), History(), NOW).actions
+    assert isinstance(stage, StageGeneration)
+    assert (stage.revision, stage.files) == ("git:1234", {"digest": b"content"})
 
 
 def _wanted(facts: Mapping[str, Any], was: Mapping[str, App]) -> dict[str, App] | None:

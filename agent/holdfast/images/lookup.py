@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
 import stat
@@ -157,7 +158,9 @@ def _merged(folders: Sequence[Path], name: str) -> tuple[list[Path], bool]:
     for folder in folders:
         try:
             found = os.lstat(f"{folder}/{name}")  # a path of its own only for what is there
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+                raise
             continue
         entry = folder / name
         if not stat.S_ISDIR(found.st_mode):

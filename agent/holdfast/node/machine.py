@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import assert_never
 
 import structlog
 
@@ -69,23 +70,6 @@ PATIENCE = 5.0  # seconds that actions have to come to an end when the agent doe
 LAST_WORDS = 2.0  # seconds that plugins have to hear the rest when the agent ends
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 RETRY = RestartPolicy(delay=1.0, factor=2.0, max_delay=300.0, jitter=0.2)
-PAST = {
-    "StageGeneration": "staged",
-    "EnsureNetwork": "made",
-    "EnsureVolume": "updated",
-    "RemoveNetwork": "removed",
-    "StartInstance": "started",
-    "StopInstance": "stopped",
-    "UpdateInstance": "updated",
-    "RemoveInstance": "removed",
-    "RemoveVolume": "deleted",
-    "MarkGood": "good",
-    "ForgetApp": "forgotten",
-    "WriteFirewall": "written",
-    "WriteNames": "written",
-    "RemoveOrphan": "removed",
-}
-QUIET = (WriteNames, MarkGood)  # actions that are no news unless they fail
 LONG = frozenset({"pulling"})  # events that come by the hundred: not in the log
 WARNINGS = frozenset({"failed", "problem", "plugin"})
 SHOWN = ("verb", "took")  # what the log has of an event besides its message
@@ -101,8 +85,7 @@ class Node:
         self.wake: Callable[[str], None] = lambda what: None
         rig.store.listen(_journal)
         rig.plugins.noticed = lambda plugin, error: rig.store.event("plugin", plugin, error)
-        self._spec = Spec()
-        self._revision = ""
+        self._files: Mapping[str, bytes] = {}  # of the newest revision: what may be staged at any time
         self._applied = False
         self.empty = False  # of everything on the host, when it was closed
         self._lanes = Lanes(self._do, lambda action: self.wake(action.subject), starts=starts)
@@ -141,7 +124,7 @@ class Node:
         wanted = [want for app in spec.apps.values() for want in app.containers.values()] if spec else []
         return replace(observe(self.rig, self._exits.watches, busy=busy, deep=deep, wanted=wanted), over=over)
 
-    def apply(self, plan: Plan, observed: Observed, spec: Spec | None, revision: str) -> None:
+    def apply(self, plan: Plan, observed: Observed, spec: Spec | None) -> None:
         """Put what is planned on the lanes and return at once; what is under way already is left to itself."""
         if not self._applied:
             for instance in observed.instances:
@@ -154,7 +137,7 @@ class Node:
             self._watches = self.rig.plugins.watch(self._noticed)
         self._watch_over(observed)
         if spec is not None:
-            self._spec, self._revision = spec, revision
+            self._files = spec.blobs
             for subject in outlived(self.rig.store.history().failures, plan, self._lanes.busy):
                 self.rig.store.clear_failure(subject)
         starting = [action for action in plan.actions if isinstance(action, StartInstance)]
@@ -279,7 +262,7 @@ class Node:
             store.put_intent(action.subject, _intent(action))
             if _makes(action):
                 store.need_room()
-            detail = perform(self.rig, action, self._spec.blobs, self._revision)
+            detail = perform(self.rig, action)
         except BaseException as failure:  # whatever it is, it is remembered and waits for its next try
             if any(isinstance(cause, Stopping) for cause in _leaves(failure)):
                 return  # the intent stays: the next agent goes on with it
@@ -291,6 +274,8 @@ class Node:
         self._settle(outcome, least, code)
         if outcome.ok and isinstance(action, StopInstance | RemoveInstance):
             store.catch_up(give_up=True)
+        if outcome.ok and isinstance(action, MarkGood | ForgetApp):
+            self.rig.prune_content(self._files)
         if isinstance(action, StartInstance) and outcome.ok:
             run = self.rig.run_of(detail["instance"])
             if run is not None:
@@ -312,8 +297,8 @@ class Node:
             if self._newer is not None:
                 self._newer.look()
             self.rig.plugins.tell("after_stage", app=action.app, generation=number, error=outcome.error)
-        if not isinstance(action, QUIET) or not outcome.ok:
-            kind = PAST[action.verb] if outcome.ok else "failed"
+        if action.is_news or not outcome.ok:
+            kind = action.past if outcome.ok else "failed"
             message = action.reason if outcome.ok else outcome.error
             facts = {"verb": action.verb, "reason": action.reason, "took": round(outcome.took, 4), **outcome.detail}
             store.event(kind, action.subject, message, **{**facts, "app": action.app})
@@ -342,11 +327,11 @@ def _journal(event: Json) -> None:
     )
 
 
-def perform(rig: Rig, action: Action, blobs: Mapping[str, bytes], revision: str) -> Json:
+def perform(rig: Rig, action: Action) -> Json:
     """Do one action and return what is worth telling about it."""
     match action:
         case StageGeneration():
-            return stage_generation(rig, action, blobs, revision)
+            return stage_generation(rig, action)
         case EnsureNetwork():
             return ensure_network(rig, action)
         case RemoveNetwork():
@@ -369,11 +354,9 @@ def perform(rig: Rig, action: Action, blobs: Mapping[str, bytes], revision: str)
             remove_volume(rig, volume)
         case MarkGood(generation=number):
             rig.store.mark_generation(action.app, number, "good")
-            rig.prune_content(blobs)
         case ForgetApp(app=app):
             rig.drop_logs(app)
             rig.store.forget_app(app)
-            rig.prune_content(blobs)
         case WriteFirewall():
             return write_firewall(rig, action)
         case WriteNames():
@@ -382,7 +365,7 @@ def perform(rig: Rig, action: Action, blobs: Mapping[str, bytes], revision: str)
             remove_orphan(rig, receipt)
             sweep(rig)
         case _:
-            raise AssertionError(f"nobody performs {action.verb}")
+            assert_never(action)
     return {}
 
 

@@ -46,14 +46,14 @@ MOST = 16  # images of one app that are asked for at once
 EAGERNESS = ("never", "missing", "newer", "always")  # of Container.pull
 
 
-def stage_generation(rig: Rig, action: StageGeneration, blobs: Mapping[str, bytes], revision: str) -> Json:
+def stage_generation(rig: Rig, action: StageGeneration) -> Json:
     """Make a generation of an app. Raises an ExceptionGroup of everything that is wrong; then nothing is kept."""
-    app = action.spec
+    app, blobs = action.spec, action.files
     _store_files(rig, app, blobs)
     checks = _Checks()
     with _told_at_once(rig, app):
         made = build_images(rig, app, blobs, checks)  # which may take an hour: prune works meanwhile
-        return _stage(rig, action, blobs, revision, made, checks)
+        return _stage(rig, action, made, checks)
 
 
 @contextmanager
@@ -68,8 +68,6 @@ def _told_at_once(rig: Rig, app: App) -> Iterator[None]:
 def _stage(
     rig: Rig,
     action: StageGeneration,
-    blobs: Mapping[str, bytes],
-    revision: str,
     made: dict[str, str],
     checks: _Checks,
 ) -> Json:
@@ -96,14 +94,14 @@ def _stage(
                 app=app,
                 number=number,
                 state="staged",
-                revision=revision,
+                revision=action.revision,
                 images=images,
                 newer=action.images,
                 image_volumes=volumes,
                 staged_at=time.time(),
             )
         )
-    _store_files(rig, app, blobs)  # once more: whoever pruned meanwhile did not know of this generation
+    _store_files(rig, app, action.files)  # once more: whoever pruned meanwhile did not know of this generation
     return {"generation": number, "images": images}
 
 

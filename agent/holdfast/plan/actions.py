@@ -1,5 +1,8 @@
 """What a plan is made of: actions, imperative and complete, each with the reason a person reads.
 
+`Action` is the union of them all. Whoever does something for each kind ends its `match` with `assert_never`, so that
+mypy names every place where a new one is missing: here, in the planner, `preview.expect` and `machine.perform`.
+
 Subjects are what two actions must not do at once: an app (`shop`), a container (`shop/web`), a network
 (`network shop/front`), or the node's derived files (`firewall`, `names`).
 """
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from holdfast.observed import FirewallWant, InstanceId, Receipt
 from holdfast.spec.model import App, Network, Volume, digest_of
@@ -28,11 +31,22 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Action:
-    """The common part. app is "" for what belongs to the node; its lane is the node's own."""
+class _Action:
+    """The common part. app is "" for what belongs to the node; its lane is the node's own.
+
+    past: what an event of it is called once it is done. is_news: whether there is an event of it when it went well.
+    """
+
+    past: ClassVar[str]
+    is_news: ClassVar[bool] = True
 
     app: str
     reason: str
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """Verb and object as a person says them; the object leaves out the app."""
+        raise NotImplementedError
 
     @property
     def subject(self) -> str:
@@ -49,24 +63,35 @@ class Action:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageGeneration(Action):
+class StageGeneration(_Action):
     """Resolve images, store mounted files, let every driver check; nothing that runs is touched.
 
     images: container → what a registry has for it by now (name, tag and digest), where that is to be run instead of
-    what is here under the name that is committed.
+    what is here under the name that is committed. revision: that the app is of. files: the contents of that revision
+    (`Spec.blobs`).
     """
+
+    past: ClassVar[str] = "staged"
 
     spec: App
     images: Mapping[str, str] = field(default_factory=dict)
+    revision: str = ""
+    files: Mapping[str, bytes] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def tried(self) -> str:
         return " ".join((self.spec.digest, *(self.images[name] for name in sorted(self.images))))
 
+    @property
+    def words(self) -> tuple[str, str]:
+        return "stage", ""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EnsureNetwork(Action):
+class EnsureNetwork(_Action):
     """Make a network, mend it, or let it grow. hosts: how many containers join it."""
+
+    past: ClassVar[str] = "made"
 
     network: str
     spec: Network
@@ -80,10 +105,16 @@ class EnsureNetwork(Action):
     def subject(self) -> str:
         return f"network {self.network}"
 
+    @property
+    def words(self) -> tuple[str, str]:
+        return "create network", _short(self.network)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RemoveNetwork(Action):
+class RemoveNetwork(_Action):
     """Take away a network that nothing is attached to any more."""
+
+    past: ClassVar[str] = "removed"
 
     network: str
 
@@ -91,13 +122,19 @@ class RemoveNetwork(Action):
     def subject(self) -> str:
         return f"network {self.network}"
 
+    @property
+    def words(self) -> tuple[str, str]:
+        return "remove network", _short(self.network)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StartInstance(Action):
+class StartInstance(_Action):
     """Bring up a container of a staged generation: a new instance, or (instance set) a known one again.
 
     streak: restarts in a row without a stable run, this one included; 0 for a first start.
     """
+
+    past: ClassVar[str] = "started"
 
     container: str
     generation: int
@@ -112,10 +149,16 @@ class StartInstance(Action):
     def tried(self) -> str:
         return f"StartInstance {self.generation}"
 
+    @property
+    def words(self) -> tuple[str, str]:
+        return ("start" if self.instance is None else "restart"), self.container
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StopInstance(Action):
+class StopInstance(_Action):
     """stop_signal, then grace seconds, then SIGKILL; the instance stays, exited."""
+
+    past: ClassVar[str] = "stopped"
 
     container: str
     instance: InstanceId
@@ -130,10 +173,16 @@ class StopInstance(Action):
     def tried(self) -> str:
         return f"StopInstance {self.instance}"
 
+    @property
+    def words(self) -> tuple[str, str]:
+        return "stop", self.container
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateInstance(Action):
+class UpdateInstance(_Action):
     """Bring a running instance to a generation without touching its process (or with a signal at the most)."""
+
+    past: ClassVar[str] = "updated"
 
     container: str
     instance: InstanceId
@@ -148,10 +197,16 @@ class UpdateInstance(Action):
     def tried(self) -> str:
         return f"UpdateInstance {self.generation} {' '.join(map(str, self.changes))}"
 
+    @property
+    def words(self) -> tuple[str, str]:
+        return "update", self.container
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RemoveInstance(Action):
+class RemoveInstance(_Action):
     """Take away an instance that does not run, with everything it has a receipt for."""
+
+    past: ClassVar[str] = "removed"
 
     container: str
     instance: InstanceId
@@ -164,10 +219,16 @@ class RemoveInstance(Action):
     def tried(self) -> str:
         return f"RemoveInstance {self.instance}"
 
+    @property
+    def words(self) -> tuple[str, str]:
+        return "remove", self.container
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EnsureVolume(Action):
+class EnsureVolume(_Action):
     """Have the driver of a volume bring it to what is asked for by now, or mend it."""
+
+    past: ClassVar[str] = "updated"
 
     volume: str
     spec: Volume
@@ -180,10 +241,16 @@ class EnsureVolume(Action):
     def subject(self) -> str:
         return f"volume {self.volume}"
 
+    @property
+    def words(self) -> tuple[str, str]:
+        return "update volume", _short(self.volume)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RemoveVolume(Action):
+class RemoveVolume(_Action):
     """Delete a volume and its data: its app is gone and said on_remove = "delete"."""
+
+    past: ClassVar[str] = "deleted"
 
     volume: str
 
@@ -191,22 +258,41 @@ class RemoveVolume(Action):
     def subject(self) -> str:
         return f"volume {self.volume}"
 
+    @property
+    def words(self) -> tuple[str, str]:
+        return "delete volume", _short(self.volume)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MarkGood(Action):
+class MarkGood(_Action):
     """Note that every container of an app runs as its generation says."""
+
+    past: ClassVar[str] = "good"
+    is_news: ClassVar[bool] = False
 
     generation: int
 
+    @property
+    def words(self) -> tuple[str, str]:
+        return "note as good", f"generation {self.generation}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ForgetApp(Action):
+class ForgetApp(_Action):
     """Drop the generations, holds and failures of an app that is gone."""
 
+    past: ClassVar[str] = "forgotten"
+
+    @property
+    def words(self) -> tuple[str, str]:
+        return "forget", ""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WriteFirewall(Action):
+class WriteFirewall(_Action):
     """Replace the agent's own table in one transaction."""
+
+    past: ClassVar[str] = "written"
 
     want: FirewallWant
 
@@ -218,6 +304,10 @@ class WriteFirewall(Action):
     def tried(self) -> str:
         return digest_of(asdict(self.want))
 
+    @property
+    def words(self) -> tuple[str, str]:
+        return "write firewall", ""
+
 
 @dataclass(frozen=True, slots=True)
 class Names:
@@ -228,8 +318,11 @@ class Names:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WriteNames(Action):
+class WriteNames(_Action):
     """Bring hosts files up to date, in place."""
+
+    past: ClassVar[str] = "written"
+    is_news: ClassVar[bool] = False
 
     hosts: Mapping[InstanceId, Names]
 
@@ -237,10 +330,16 @@ class WriteNames(Action):
     def subject(self) -> str:
         return "names"
 
+    @property
+    def words(self) -> tuple[str, str]:
+        return "write names", ""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RemoveOrphan(Action):
+class RemoveOrphan(_Action):
     """Take away something that carries the root's id and has no receipt."""
+
+    past: ClassVar[str] = "removed"
 
     receipt: Receipt
 
@@ -248,6 +347,32 @@ class RemoveOrphan(Action):
     def subject(self) -> str:
         kind, id = self.receipt.kind, self.receipt.id
         return kind if kind == "firewall" else f"{kind} {id}"
+
+    @property
+    def words(self) -> tuple[str, str]:
+        return f"remove orphan {self.receipt.kind}", self.receipt.id
+
+
+Action = (
+    StageGeneration
+    | EnsureNetwork
+    | RemoveNetwork
+    | StartInstance
+    | StopInstance
+    | UpdateInstance
+    | RemoveInstance
+    | EnsureVolume
+    | RemoveVolume
+    | MarkGood
+    | ForgetApp
+    | WriteFirewall
+    | WriteNames
+    | RemoveOrphan
+)
+
+
+def _short(qualified: str) -> str:
+    return qualified.rpartition("/")[2]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, assert_never
 
 from holdfast.observed import Exit, Generation, History, Instance, InstanceId, NetworkState, Observed, free_slot
 from holdfast.plan.actions import (
@@ -123,7 +123,7 @@ def expect(world: World, action: Action, now: float) -> World:
             orphans = tuple(each for each in observed.orphans if each != receipt)
             return World(replace(observed, orphans=orphans), history)
         case _:
-            raise AssertionError(f"no expected effect for {action.verb}")
+            assert_never(action)
 
 
 def _staged(history: History, app: App, images: Mapping[str, str], now: float) -> History:

@@ -32,9 +32,9 @@ def targets(spec: Spec | None, desk: Desk) -> Iterator[tuple[str, Generation]]:
             if lacking := lacking_mounts(app.containers, desk):
                 desk.waiting[name] = f"waits to be staged: {lacking}"
             else:
-                desk.offer(StageGeneration(app=name, spec=app, images=newer, reason=_stage_reason(found)))
+                desk.offer(_stage(spec, app, newer, _stage_reason(found)))
         elif moved := {key: new for key, new in newer.items() if not new.endswith(found.images.get(key, "none"))}:
-            desk.offer(StageGeneration(app=name, spec=app, images=newer, reason=_moved_reason(found, moved)))
+            desk.offer(_stage(spec, app, newer, _moved_reason(found, moved)))
         if found is None:
             desk.unplaced.add(name)
         else:
@@ -46,6 +46,12 @@ def targets(spec: Spec | None, desk: Desk) -> Iterator[tuple[str, Generation]]:
             yield from _current_of([name], desk)
         else:
             yield name, generation
+
+
+def _stage(spec: Spec, app: App, images: Mapping[str, str], reason: str) -> StageGeneration:
+    return StageGeneration(
+        app=app.name, reason=reason, spec=app, images=images, revision=spec.revision, files=spec.blobs
+    )
 
 
 def _taken_port(app: App, held: Iterable[Generation]) -> str:

@@ -366,7 +366,7 @@ class Spec:
     apps: what loads, by name. broken: state files that do not load → the names that their apps may have
     (those apps stay at their last good generation). problems: all of them, in file and line order.
     blobs: digest (hex, `digest_of_file`) → content of every file that some app mounts, or builds an image from.
-    hints: what is not wrong and yet may not be what somebody meant, a line each.
+    hints: what is not wrong and yet may not be what somebody meant, a line each. revision: its id (`Revision.id`).
     """
 
     apps: Mapping[str, App] = field(default_factory=dict)
@@ -374,6 +374,7 @@ class Spec:
     problems: tuple[Problem, ...] = ()
     blobs: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     hints: tuple[str, ...] = ()
+    revision: str = ""
 
 
 def digest_of_file(content: bytes, *, executable: bool = False) -> str:

@@ -13,16 +13,9 @@ from typing import Any
 from holdfast.observed import Finding, Json
 from holdfast.plan.actions import (
     Action,
-    EnsureNetwork,
-    EnsureVolume,
-    ForgetApp,
     MarkGood,
     Plan,
     RemoveInstance,
-    RemoveNetwork,
-    RemoveOrphan,
-    RemoveVolume,
-    StageGeneration,
     StartInstance,
     StopInstance,
     UpdateInstance,
@@ -95,7 +88,7 @@ def _actions(rounds: Sequence[Plan]) -> Iterator[tuple[int, Action]]:
 
 
 def _extend(step: Step, action: Action, number: int) -> None:
-    verb, name = words(action)
+    verb, name = action.words
     step.verb = _merged(step, action) if step.actions else verb
     step.object = name
     step.round = number
@@ -123,45 +116,6 @@ def _merged(step: Step, action: Action) -> str:
 
 def _effect(effect: str) -> str:
     return {"live": "applied live", "record": "noted", "replace": "replaces it"}.get(effect, effect)
-
-
-def words(action: Action) -> tuple[str, str]:
-    """An action's verb and object as a person says them; the object leaves out the app."""
-    match action:
-        case StageGeneration():
-            return "stage", ""
-        case EnsureNetwork(network=network):
-            return "create network", _short(network)
-        case RemoveNetwork(network=network):
-            return "remove network", _short(network)
-        case StartInstance(container=container, instance=instance):
-            return ("start" if instance is None else "restart"), container
-        case StopInstance(container=container):
-            return "stop", container
-        case UpdateInstance(container=container):
-            return "update", container
-        case RemoveInstance(container=container):
-            return "remove", container
-        case EnsureVolume(volume=volume):
-            return "update volume", _short(volume)
-        case RemoveVolume(volume=volume):
-            return "delete volume", _short(volume)
-        case MarkGood(generation=generation):
-            return "note as good", f"generation {generation}"
-        case ForgetApp():
-            return "forget", ""
-        case WriteFirewall():
-            return "write firewall", ""
-        case WriteNames():
-            return "write names", ""
-        case RemoveOrphan(receipt=receipt):
-            return f"remove orphan {receipt.kind}", receipt.id
-        case _:
-            raise AssertionError(f"no words for {action.verb}")
-
-
-def _short(qualified: str) -> str:
-    return qualified.rpartition("/")[2]
 
 
 def _step_json(step: Step) -> Mapping[str, Any]:
