@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.observed import Exit, Instance, InstanceId
+from holdfast.plan.actions import Replace
 from holdfast.plan.diff import EFFECTS, changes, replaces
 from holdfast.plan.restart import verdict, wait_before
 from holdfast.spec.model import (
@@ -173,7 +174,7 @@ def test_every_field_of_a_container_has_another_value_here() -> None:
 def test_a_field_costs_what_the_table_says_and_else_a_new_container(name: str) -> None:
     instance = ended("running")
     found = changes(instance, instance.want.model_copy(update={name: OTHERWISE[name]}), instance.image, {})
-    assert {change.effect for change in found} == {EFFECTS.get(name, "replace")}
+    assert {change.effect for change in found} == {EFFECTS.get(name, Replace())}
     assert all(change.field.partition(".")[0] == name for change in found)
     assert replaces(found) == (name not in EFFECTS)
 

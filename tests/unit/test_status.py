@@ -12,6 +12,7 @@ from holdfast.observed import Exit, Failure, Finding, History, Hold, InstanceId,
 from holdfast.plan import decide
 from holdfast.plan.actions import (
     Change,
+    Live,
     Plan,
     RemoveInstance,
     RemoveOrphan,
@@ -291,7 +292,7 @@ def test_stop_remove_and_start_of_a_container_are_one_step_named_replace() -> No
 
 
 def test_a_live_change_shows_its_fields() -> None:
-    change = Change("memory", "64MiB", "128MiB", "live")
+    change = Change("memory", "64MiB", "128MiB", Live())
     update = UpdateInstance(
         app="shop", container="web", instance=InstanceId("x"), generation=2, changes=(change,), reason="memory"
     )

@@ -11,7 +11,15 @@ from holdfast.node.rig import Rig, network_of
 from holdfast.node.rig import limits as host_limits
 from holdfast.node.start import attach_again, cgroup_settings, content_of, hosts_text, network_want
 from holdfast.observed import Instance, InstanceId, Json, Receipt
-from holdfast.plan.actions import EnsureNetwork, RemoveNetwork, UpdateInstance, WriteFirewall, WriteNames
+from holdfast.plan.actions import (
+    EnsureNetwork,
+    Live,
+    RemoveNetwork,
+    Signal,
+    UpdateInstance,
+    WriteFirewall,
+    WriteNames,
+)
 from holdfast.plan.diff import mounted_files
 from holdfast.runtime import bounded, cgroup, names, netns
 from holdfast.runtime.oci import oom_score_adj
@@ -25,7 +33,7 @@ def update_instance(rig: Rig, action: UpdateInstance) -> Json:
         raise TryAgain(f"update '{action.subject}': instance {action.instance} is gone")
     generation = rig.store.generation(action.app, action.generation)
     want = generation.app.containers[action.container]
-    limits = not action.changes or any(change.effect == "live" for change in action.changes)
+    limits = not action.changes or any(isinstance(change.effect, Live) for change in action.changes)
     settings: cgroup.Settings | None = None
     if instance.phase == "running":
         settings = apply_limits(rig, replace(instance, want=want)) if limits else None
@@ -71,7 +79,7 @@ def _mend_network(rig: Rig, instance: Instance) -> None:
 def _refresh_files(rig: Rig, instance: Instance, action: UpdateInstance) -> None:
     """Put new content in place of old, then send each signal that was asked for once."""
     app = rig.store.generation(action.app, action.generation).app
-    changed = {change.field.removeprefix("content of "): change.effect for change in action.changes}
+    changed = {change.target for change in action.changes}
     for mount in app.containers[action.container].mounts:
         if mount.kind == "file" and mount.target in changed:
             receipt = rig.store.receipt("volume", f"{instance.id}:{mount.target}")
@@ -80,7 +88,8 @@ def _refresh_files(rig: Rig, instance: Instance, action: UpdateInstance) -> None
                 _doubt(rig, instance.id, mount.target)
                 bounded.make_room(rig.host.files(instance.id), *_size(content))
                 rig.plugins.driver("mount", "file").refresh(receipt, content)
-    for signal in dict.fromkeys(effect.split()[-1] for effect in changed.values() if effect.startswith("signal ")):
+    effects = (change.effect for change in action.changes)
+    for signal in dict.fromkeys(effect.name for effect in effects if isinstance(effect, Signal)):
         rig.runtime.kill(instance.id, signal)
 
 

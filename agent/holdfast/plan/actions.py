@@ -18,13 +18,42 @@ from holdfast.spec.model import App, Network, Volume, digest_of
 
 
 @dataclass(frozen=True, slots=True)
+class Live:
+    """Done to the container while it runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Noted: only the agent reads it, the process knows nothing of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """Put in place while it runs; then the process is told by a signal."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """It takes a new container."""
+
+
+Effect = Live | Record | Signal | Replace
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
-    """One field that differs: its key path, both values as a person reads them, and what changing it takes."""
+    """One field that differs: its key path, both values as a person reads them, and what changing it takes.
+
+    target: where a file is mounted whose content differs, "" for all else.
+    """
 
     field: str
     old: str
     new: str
-    effect: str  # replace | live | record | signal NAME
+    effect: Effect
+    target: str = ""
 
     def __str__(self) -> str:
         return f"{self.field} {self.old} → {self.new}"

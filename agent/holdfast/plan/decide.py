@@ -40,6 +40,7 @@ from holdfast.plan.actions import (
     RemoveNetwork,
     RemoveOrphan,
     RemoveVolume,
+    Replace,
     StartInstance,
     StopInstance,
     UpdateInstance,
@@ -462,7 +463,7 @@ def _outdated_network(network: str, desk: Desk) -> bool:
 def _network_changes(instance: Instance, generation: Generation, desk: Desk) -> tuple[Change, ...]:
     """A network that is defined otherwise than it stands is made anew, and so is all that is attached to it."""
     return tuple(
-        Change(f"network {network}", "as it stands", "as defined now", "replace")
+        Change(f"network {network}", "as it stands", "as defined now", Replace())
         for network in instance.want.networks
         if network in generation.app.containers[instance.container].networks and _outdated_network(network, desk)
     )

@@ -10,21 +10,21 @@ from typing import Any
 
 from holdfast.grammar.quantities import size_text
 from holdfast.observed import Generation, Instance
-from holdfast.plan.actions import Change
+from holdfast.plan.actions import Change, Effect, Live, Record, Replace, Signal
 from holdfast.spec.model import App, Attachment, Container, Frozen, Mount, digest_of
 
-EFFECTS: Mapping[str, str] = {
-    "resources": "live",  # written into the running container's cgroup
-    "restart_policy": "record",  # what only the agent reads: noted, the process knows nothing of it
-    "labels": "record",
-    "volumes_from": "record",  # what it brings are mounts
-    "pull": "record",
-    "update_image": "record",
-    "ports": "record",  # the firewall follows in a plan of its own
-    "stop_signal": "record",
-    "stop_grace_period": "record",
-    "depends_on": "record",
-    "logging": "record",
+EFFECTS: Mapping[str, Effect] = {
+    "resources": Live(),  # written into the running container's cgroup
+    "restart_policy": Record(),  # what only the agent reads: noted, the process knows nothing of it
+    "labels": Record(),
+    "volumes_from": Record(),  # what it brings are mounts
+    "pull": Record(),
+    "update_image": Record(),
+    "ports": Record(),  # the firewall follows in a plan of its own
+    "stop_signal": Record(),
+    "stop_grace_period": Record(),
+    "depends_on": Record(),
+    "logging": Record(),
 }
 SIZES = frozenset({"memory", "memory_swap", "memory_reservation", "shm_size", "max_size", "size"})
 DURATIONS = frozenset({"stop_grace_period", "delay", "max_delay", "reset_after"})
@@ -39,7 +39,7 @@ def changes(instance: Instance, want: Container, image: str, files: Mapping[str,
     for name in Container.model_fields:
         old, new = getattr(instance.want, name), getattr(want, name)
         if name != "image" and old != new:
-            found.extend(_field(name, old, new, EFFECTS.get(name, "replace")))
+            found.extend(_field(name, old, new, EFFECTS.get(name, Replace())))
     return tuple(found)
 
 
@@ -52,12 +52,12 @@ def volume_changes(instance: Instance, generation: Generation) -> tuple[Change, 
     if old is None or new is None or old == new:
         return ()
     before, after = (readable("volumes", tuple(mount.target for mount in each)) for each in (old, new))
-    return (Change("volumes of the image", before, after, "replace"),)
+    return (Change("volumes of the image", before, after, Replace()),)
 
 
 def replaces(found: tuple[Change, ...]) -> bool:
     """Whether any of these changes takes a new container."""
-    return any(change.effect == "replace" for change in found)
+    return any(isinstance(change.effect, Replace) for change in found)
 
 
 def mounted_files(app: App, container: Container) -> dict[str, str]:
@@ -107,9 +107,9 @@ def _image(instance: Instance, want: Container, image: str) -> Iterator[Change]:
     if instance.image != image:
         if old == new:
             old, new = f"{old} ({_short(instance.image)})", f"({_short(image)})"
-        yield Change("image", old, new, "replace")
+        yield Change("image", old, new, Replace())
     elif instance.want.image != want.image:
-        yield Change("image", old, new, "record")
+        yield Change("image", old, new, Record())
 
 
 def _short(digest: str) -> str:
@@ -120,11 +120,22 @@ def _files(instance: Instance, want: Container, files: Mapping[str, str]) -> Ite
     for mount in want.mounts:
         old, new = instance.files.get(mount.target), files.get(mount.target)
         if old and new and old != new:
-            effect = {"restart": "replace", "none": "record"}.get(mount.on_change, f"signal {mount.on_change}")
-            yield Change(f"content of {mount.target}", _short(old), _short(new), effect)
+            yield Change(
+                f"content of {mount.target}", _short(old), _short(new), _when_changed(mount), target=mount.target
+            )
 
 
-def _field(name: str, old: Any, new: Any, effect: str) -> Iterator[Change]:
+def _when_changed(mount: Mount) -> Effect:
+    match mount.on_change:
+        case "restart":
+            return Replace()
+        case "none":
+            return Record()
+        case signal:
+            return Signal(signal)
+
+
+def _field(name: str, old: Any, new: Any, effect: Effect) -> Iterator[Change]:
     """One change for a plain field; one per key for a table, so that the reason names just what differs."""
     match old, new:
         case Frozen(), Frozen():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import assert_never
 
 from holdfast.observed import FirewallWant, Hold, Instance, Observed
-from holdfast.plan.actions import Change
+from holdfast.plan.actions import Change, Effect, Live, Record, Replace, Signal
 
 
 def in_hand(key: str, hold: Hold) -> str:
@@ -46,9 +47,22 @@ def _worded(change: Change) -> str:
 
 def update_words(found: tuple[Change, ...], instance: Instance) -> Iterator[str]:
     """Each change to a running container with what it means for the process."""
-    tails = {"live": "applied live", "record": "noted, nothing restarts"}
     for change in found:
-        yield f"{_worded(change)}; {tails.get(change.effect) or f'{instance.key} gets {change.effect.split()[-1]}'}"
+        yield f"{_worded(change)}; {_what_follows(change.effect, instance)}"
+
+
+def _what_follows(effect: Effect, instance: Instance) -> str:
+    match effect:
+        case Live():
+            return "applied live"
+        case Record():
+            return "noted, nothing restarts"
+        case Signal(name=name):
+            return f"{instance.key} gets {name}"
+        case Replace():
+            return "it is replaced"
+        case _:
+            assert_never(effect)
 
 
 def option_words(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, assert_never
 
 from holdfast.observed import Finding, Json
 from holdfast.plan.actions import (
     Action,
+    Effect,
+    Live,
     MarkGood,
     Plan,
+    Record,
     RemoveInstance,
+    Replace,
+    Signal,
     StartInstance,
     StopInstance,
     UpdateInstance,
@@ -114,8 +119,18 @@ def _merged(step: Step, action: Action) -> str:
             return step.verb
 
 
-def _effect(effect: str) -> str:
-    return {"live": "applied live", "record": "noted", "replace": "replaces it"}.get(effect, effect)
+def _effect(effect: Effect) -> str:
+    match effect:
+        case Live():
+            return "applied live"
+        case Record():
+            return "noted"
+        case Signal(name=name):
+            return f"signal {name}"
+        case Replace():
+            return "replaces it"
+        case _:
+            assert_never(effect)
 
 
 def _step_json(step: Step) -> Mapping[str, Any]:
