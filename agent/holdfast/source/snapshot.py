@@ -12,7 +12,7 @@ from holdfast.errors import TryAgain, WrongState
 from holdfast.source.gitcommand import Git
 from holdfast.source.revision import MAX_DEPTH, NO_LFS, Revision, check_size, check_visits, is_lfs_pointer, is_noise
 
-LINK, SUBMODULE, PROGRAM = "120000", "160000", "100755"
+LINK, PROGRAM = "120000", "100755"
 MOST_LINKS = 40
 LONGEST_LINK = 4096  # PATH_MAX: what is longer leads nowhere, and is not worth the memory
 LONGEST_LISTING = 16 << 20  # bytes of git-ls-tree(1): a few trees that name each other often list without end
