@@ -158,7 +158,9 @@ def test_a_first_start_that_fails_leaves_no_cgroup(agent: LiveAgent) -> None:
     agent.cli("sync")
     status = agent.wait_until(
         lambda now: (
-            now["apps"].get("bad", {}).get("state") in ("failed", "degraded") and not agent.instances("bad/one")
+            now["apps"].get("bad", {}).get("state") in ("failed", "degraded")
+            and not agent.instances("bad/one")
+            and "app" not in now["apps"]  # which may have begun before it was taken back
         )
     )
     assert cgroups(agent.host) == [], json.dumps(status["apps"]["bad"])

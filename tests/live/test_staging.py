@@ -118,7 +118,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "argument-too-long": (f'command = ["sleep", "{"x" * 131_072}"]', "", "131072 bytes"),
     "user-unknown": ('user = "nobody-here"', "", "does not know it"),
     "user-hidden": ('user = "nobody"\nvolumes = ["HOST/file:/etc/passwd"]', "", "does not know it"),
-    "signal-of-the-image": ('image = "banana:1"', "", "signal 'banana': there is is not a signal"),
+    "signal-of-the-image": ('image = "banana:1"', "", "signal 'banana' is not a signal"),
     "device-missing": ('devices = ["HOST/file:/dev/x"]', "", "no such device"),
     "device-on-file": ('devices = ["/dev/null:/etc/passwd"]', "", "is there already"),
     "device-below-file": ('devices = ["/dev/null:/etc/passwd/x"]', "", "is not a directory"),
