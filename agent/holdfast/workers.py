@@ -1,4 +1,4 @@
-"""Threads that call what may not return, such as a plugin's code: who asks waits until a deadline, or not."""
+"""Threads that call functions which may not return, such as those of plugins; callers wait until a deadline."""
 
 from __future__ import annotations
 

@@ -263,6 +263,8 @@ class Node:
             if _makes(action):
                 store.need_room()
             detail = perform(self.rig, action)
+            if isinstance(action, MarkGood | ForgetApp):
+                self.rig.prune_content(self._files)
         except BaseException as failure:  # whatever it is, it is remembered and waits for its next try
             if any(isinstance(cause, Stopping) for cause in _leaves(failure)):
                 return  # the intent stays: the next agent goes on with it
@@ -274,8 +276,6 @@ class Node:
         self._settle(outcome, least, code)
         if outcome.ok and isinstance(action, StopInstance | RemoveInstance):
             store.catch_up(give_up=True)
-        if outcome.ok and isinstance(action, MarkGood | ForgetApp):
-            self.rig.prune_content(self._files)
         if isinstance(action, StartInstance) and outcome.ok:
             run = self.rig.run_of(detail["instance"])
             if run is not None:

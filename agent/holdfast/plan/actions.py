@@ -64,6 +64,7 @@ class _Action:
     """The common part. app is "" for what belongs to the node; its lane is the node's own.
 
     past: what an event of it is called once it is done. is_news: whether there is an event of it when it went well.
+    Each has `words` besides: verb and object as a person says them; the object leaves out the app.
     """
 
     past: ClassVar[str]
@@ -71,11 +72,6 @@ class _Action:
 
     app: str
     reason: str
-
-    @property
-    def words(self) -> tuple[str, str]:
-        """Verb and object as a person says them; the object leaves out the app."""
-        raise NotImplementedError
 
     @property
     def subject(self) -> str:
