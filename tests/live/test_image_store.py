@@ -23,7 +23,7 @@ from holdfast.images.store import ImageStore
 from holdfast.images.write import FORMATS, save
 from holdfast.runtime import cgroup
 from layouts import Layout, make_layout
-from live.agent import HOLDFAST, LiveAgent
+from live.agent import HOLDFAST, LiveAgent, Status
 from live.faulty import Answer, FaultyRegistry
 from live.registry import Registry
 from tars import entry, tar_of
@@ -292,8 +292,15 @@ def test_a_full_disk_costs_unused_images_and_never_those_that_run_or_may_come_ba
     agent.configure(more="images.high_watermark = 0.001\nimages.low_watermark = 0.001")
     agent.start()
     agent.wait(lambda: len(images.digests()) == 2, "unused images are gone")
-    told = [event for event in agent.events() if event["subject"] == "images"]
-    assert [event["kind"] for event in told] == ["removed", "full"]
-    assert len(told[0]["digests"]) == 2 and told[0]["freed"] > 0
+    agent.wait(
+        lambda: [kind for kind, _ in told(agent)] == ["removed", "full"], "both are told, once all files are gone"
+    )
+    removed = told(agent)[0][1]
+    assert len(removed["digests"]) == 2 and removed["freed"] > 0
     assert [image.names for image in images.list(dangling=True)] == [(f"{app}:1",), (f"{app}:2",)]
     assert agent.exec("shop/web", "ls", "/v2") == "/v2\n"
+
+
+def told(agent: LiveAgent) -> list[tuple[str, Status]]:
+    """The events of the image store, by kind."""
+    return [(event["kind"], event) for event in agent.events() if event["subject"] == "images"]
