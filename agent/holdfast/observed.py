@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import count
 from typing import Any, Literal, NewType
 
@@ -20,6 +21,56 @@ Json = Mapping[str, Any]
 
 Kind = Literal["rootfs", "volume", "network", "endpoint", "netns", "firewall", "run"]
 Phase = Literal["creating", "running", "exited", "lost"]
+
+
+class Subject(str):
+    """What two actions must not do at once, as people write it: `shop`, `shop/web`, `network shop/front`, `firewall`.
+
+    It knows its parts, so that nobody takes it apart. kind: app, container, network, volume, image, or what the
+    node's own things are called. app: "" for what belongs to the node. name: below the app; of the node's things, all
+    that follows the kind.
+    """
+
+    kind: str
+    app: str
+    name: str
+
+    def __new__(cls, kind: str, app: str = "", name: str = "") -> Subject:
+        """Put it together from its parts."""
+        within = "/".join(filter(None, (app, name)))
+        self = super().__new__(cls, within if kind in ("app", "container") else f"{kind} {within}".strip())
+        self.kind, self.app, self.name = kind, app, name
+        return self
+
+    def __getnewargs__(self) -> tuple[str, str, str]:  # type: ignore[override]
+        return self.kind, self.app, self.name
+
+    @classmethod
+    def of(cls, kind: str, id: str) -> Subject:
+        """A thing by its id, as `app/name`; without a slash it belongs to the node."""
+        app, slash, name = id.partition("/")
+        return cls(kind, app, name) if slash and kind in OF_APPS else cls(kind, "", id)
+
+    @classmethod
+    def parse(cls, text: str) -> Subject:
+        """Read what was written down, or what a driver tells of."""
+        kind, space, id = text.partition(" ")
+        if space:
+            return cls.of(kind, id)
+        app, slash, name = text.partition("/")
+        if text in OF_THE_NODE:
+            return cls(text)
+        return cls("container" if slash else "app", app, name)
+
+
+OF_APPS = ("network", "volume", "image")  # kinds whose things are called after an app
+OF_THE_NODE = ("firewall", "names")
+
+
+@lru_cache(maxsize=65_536)
+def container_of(app: str, name: str) -> Subject:
+    """A container as a subject; asked for in every pass, for each of them, several times."""
+    return Subject("container", app, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +164,8 @@ class Instance:
     slot: int = 1
 
     @property
-    def key(self) -> str:
-        return f"{self.app}/{self.container}"
+    def key(self) -> Subject:
+        return container_of(self.app, self.container)
 
     @property
     def lease(self) -> str:
@@ -248,7 +299,7 @@ class Observed:
     firewall: FirewallWant | None = None
     orphans: tuple[Receipt, ...] = ()
     foreign: tuple[Receipt, ...] = ()
-    busy: frozenset[str] = frozenset()
+    busy: frozenset[Subject] = frozenset()
     lacking: Mapping[str, str] = field(default_factory=dict)
     over: int = 0
     missing: tuple[MissingDriver, ...] = ()
@@ -346,5 +397,5 @@ class History:
 
     generations: Mapping[str, tuple[Generation, ...]] = field(default_factory=dict)
     holds: Mapping[str, Hold] = field(default_factory=dict)
-    failures: Mapping[str, Failure] = field(default_factory=dict)
+    failures: Mapping[Subject, Failure] = field(default_factory=dict)
     newer: Mapping[str, NewerImage] = field(default_factory=dict)

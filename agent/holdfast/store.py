@@ -49,6 +49,7 @@ from holdfast.observed import (
     InstanceId,
     NewerImage,
     Receipt,
+    Subject,
 )
 
 Event = dict[str, Any]
@@ -114,7 +115,8 @@ class Store:
             self._generations[app] = (*self._generations.get(app, ()), _generation.validate_json(value))
         self._holds = {key: _hold.validate_json(value) for key, value in self._rows("key, value", "holds")}
         self._failures = {
-            key: _failure.validate_json(value) for key, value in self._rows("subject, value", "failures")
+            Subject.parse(key): _failure.validate_json(value)
+            for key, value in self._rows("subject, value", "failures")
         }
         self._facts = {name: json.loads(value) for name, value in self._rows("name, value", "facts")}
         self._newer = {key: NewerImage(**value) for key, value in (self._facts.get("newer") or {}).items()}
@@ -364,7 +366,7 @@ class Store:
         with self._lock:
             for key in [key for key in self._holds if key.startswith(f"{app}/")]:
                 self.release(key)
-            for subject in [each for each in self._failures if each == app or each.startswith(f"{app}/")]:
+            for subject in [each for each in self._failures if each.app == app]:
                 self.clear_failure(subject)
             for key in [key for key in self._newer if key.startswith(f"{app}/")]:
                 self.put_newer(key, None)
@@ -394,17 +396,17 @@ class Store:
             self._drop("holds", "key", key)
             return self._holds.pop(key, None) is not None
 
-    def put_failure(self, subject: str, failure: Failure) -> None:
+    def put_failure(self, subject: Subject, failure: Failure) -> None:
         """Remember that an action on a subject failed."""
         with self._lock:
             self._put("failures", subject, _failure.dump_json(failure))
             self._failures[subject] = failure
 
-    def failure(self, subject: str) -> Failure | None:
+    def failure(self, subject: Subject) -> Failure | None:
         """The failure that a subject is remembered by."""
         return self._failures.get(subject)
 
-    def clear_failure(self, subject: str) -> None:
+    def clear_failure(self, subject: Subject) -> None:
         """Forget it: the action went well, or what was tried is no longer wanted."""
         with self._lock:
             if subject in self._failures:
@@ -427,10 +429,11 @@ class Store:
         with self._lock:
             self._drop("intents", "subject", subject)
 
-    def intents(self) -> dict[str, Any]:
+    def intents(self) -> dict[Subject, Any]:
         """Subject → what was under way. Right after a start: what a crash cut short."""
         with self._lock:
-            return {subject: json.loads(value) for subject, value in self._rows("subject, value", "intents")}
+            rows = self._rows("subject, value", "intents")
+            return {Subject.parse(subject): json.loads(value) for subject, value in rows}
 
     def put_newer(self, key: str, newer: NewerImage | None) -> None:
         """Note what a registry has for `app/container` by now; None: nothing newer than what it runs."""
@@ -460,9 +463,10 @@ class Store:
         Keys: seq, at, kind, subject, app, container, message, and what else is given. subject: `app`,
         `app/container`, `network app/name`, or a thing of the node's own.
         """
-        app, _, name = subject.rpartition(" ")[2].partition("/")
-        value = {"at": time.time(), "kind": kind, "subject": subject, "message": message, "app": app if name else ""}
-        value |= {"container": "" if " " in subject else name, **more}
+        about = Subject.parse(subject)
+        value = {"at": time.time(), "kind": kind, "subject": subject, "message": message}
+        value["app"] = about.app if about.name else ""
+        value |= {"container": about.name if about.kind == "container" else "", **more}
         with self._lock:
             try:
                 seq = self._append(json.dumps(value, default=str))

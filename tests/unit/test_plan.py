@@ -42,6 +42,7 @@ from holdfast.observed import (
     Observed,
     PublishedPort,
     Receipt,
+    Subject,
     VolumeState,
 )
 from holdfast.plan.actions import Action, Plan, StageGeneration, WriteFirewall, WriteNames
@@ -115,7 +116,7 @@ def read_case(facts: Mapping[str, Any]) -> Case:
     history = History(
         generations={name: each for name, each in generations.items() if name not in facts.get("forgotten", ())},
         holds={key: Hold(**each) for key, each in facts.get("hold", {}).items()},
-        failures={key: _failure(each, want or {}) for key, each in facts.get("failure", {}).items()},
+        failures={Subject.parse(key): _failure(each, want or {}) for key, each in facts.get("failure", {}).items()},
         newer={key: NewerImage(**each, at=NOW) for key, each in facts.get("newer", {}).items()},
     )
     observed = Observed(

@@ -24,6 +24,7 @@ from holdfast.observed import (
     NetworkState,
     Observed,
     Receipt,
+    Subject,
     VolumeState,
 )
 from holdfast.plan.actions import Action, Plan, RemoveInstance, StartInstance, StopInstance
@@ -207,13 +208,16 @@ def draw_networks(pick: Pick[T], variants: dict[str, list[App]]) -> Iterator[tup
             yield key, NetworkState(key, "bridge", made.digest, data, pick(((), (), ("its bridge is gone",))))
 
 
-def draw_failures(pick: Pick[T], wanted: dict[str, App], keys: list[str]) -> Iterator[tuple[str, Failure]]:
+def draw_failures(pick: Pick[T], wanted: dict[str, App], keys: list[str]) -> Iterator[tuple[Subject, Failure]]:
     tried = {name: (app.digest, "another digest") for name, app in wanted.items()}
     tried |= dict.fromkeys(keys, ("StartInstance 1", "StartInstance 2", "another"))
     tried |= {f"network {name}/front": (Network().digest, "another") for name in APPS}
     for subject, digests in tried.items():
         if pick((False, False, False, False, False, True)):
-            yield subject, Failure(pick(digests), "it failed", pick((1, 4)), 990.0, pick((None, 999.0, 1030.0)))
+            yield (
+                Subject.parse(subject),
+                Failure(pick(digests), "it failed", pick((1, 4)), 990.0, pick((None, 999.0, 1030.0))),
+            )
 
 
 def road(drawn: Drawn) -> list[Step]:

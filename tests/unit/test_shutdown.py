@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from holdfast.observed import Exit, Failure, Generation, History, Instance, InstanceId, Observed
+from holdfast.observed import Exit, Failure, Generation, History, Instance, InstanceId, Observed, Subject
 from holdfast.plan.restart import verdict
 from holdfast.plan.shutdown import count_waves, next_stops
 from holdfast.spec import NodeFacts, load
@@ -56,7 +56,9 @@ def test_a_shutdown_does_not_wait_for_the_next_try_of_a_stop_that_failed() -> No
     observed, history = world(running("a", "x"))
     (action,) = next_stops(observed, history, NOW)
     failed = Failure(action.tried, "it outlives SIGKILL", 3, NOW, NOW + 300, 75)
-    assert next_stops(observed, History(history.generations, failures={"a/x": failed}), NOW) == (action,)
+    assert next_stops(observed, History(history.generations, failures={Subject.parse("a/x"): failed}), NOW) == (
+        action,
+    )
 
 
 @pytest.mark.parametrize(("once", "kind"), [(False, "again"), (True, "failed")])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from holdfast.observed import Exit, Failure, Finding, History, Hold, InstanceId, Observed, Receipt
+from holdfast.observed import Exit, Failure, Finding, History, Hold, InstanceId, Observed, Receipt, Subject
 from holdfast.plan import decide
 from holdfast.plan.actions import (
     Change,
@@ -22,7 +22,7 @@ from holdfast.plan.actions import (
     UpdateInstance,
 )
 from holdfast.spec.model import Problem, Spec
-from holdfast.status import Status, app_of, make_status, plan_json
+from holdfast.status import Status, make_status, plan_json
 from paper import BACK, NOW, SHOP, SOURCE, app, container, ended, good, history, instance, spec
 
 
@@ -117,7 +117,7 @@ def test_a_planned_start_makes_an_app_change_and_its_container_start() -> None:
 
 @pytest.mark.parametrize("subject", ["shop/web", "shop", "volume shop/data", "firewall"])
 def test_a_node_whose_action_is_still_under_way_is_not_converged(subject: str) -> None:
-    for busy in (frozenset({subject}), frozenset[str]()):
+    for busy in (frozenset({Subject.parse(subject)}), frozenset[Subject]()):
         seen = Observed(at=NOW, instances=shop(), busy=busy)
         found = make_status(spec=spec(SHOP), observed=seen, history=history(good(SHOP)), plan=Plan(), source=SOURCE)
         assert found.converged == (not busy), found.blockers
@@ -126,7 +126,7 @@ def test_a_node_whose_action_is_still_under_way_is_not_converged(subject: str) -
 def test_a_container_in_back_off_degrades_its_app_and_says_when_it_is_tried_again() -> None:
     web, api = shop(**ended(1), streak=4)
     web = replace(web, started_at=NOW - 2)
-    found = status(web, api, plan=Plan(waiting={"shop/web": "back-off: it exited with 1"}))
+    found = status(web, api, plan=Plan(waiting={Subject.parse("shop/web"): "back-off: it exited with 1"}))
     shown = found.apps["shop"].containers["web"]
     assert (found.apps["shop"].state, shown.state) == ("degraded", "restarting")
     assert "exited with 1" in shown.reason
@@ -169,7 +169,7 @@ def test_a_container_stopped_by_hand_is_held_against_the_commit() -> None:
 
 
 def test_a_container_that_waits_for_another_app_names_it() -> None:
-    found = status(instance(SHOP, "api"), plan=Plan(waiting={"shop/web": "waits for app databases"}))
+    found = status(instance(SHOP, "api"), plan=Plan(waiting={Subject.parse("shop/web"): "waits for app databases"}))
     assert found.apps["shop"].state == "waiting"
     assert found.apps["shop"].containers["web"].state == "waiting"
     assert "databases" in found.apps["shop"].containers["web"].reason
@@ -177,21 +177,23 @@ def test_a_container_that_waits_for_another_app_names_it() -> None:
 
 def test_an_app_that_cannot_be_staged_is_failed_while_its_containers_run_on() -> None:
     failure = Failure("d", "image 'shop/web:9': not in the store", 1, NOW, None)
-    past = history(good(SHOP), failures={"shop": failure})
-    found = status(*shop(), past=past, plan=Plan(waiting={"shop": f"{failure.error} (waits for a change)"}))
+    past = history(good(SHOP), failures={Subject.parse("shop"): failure})
+    found = status(
+        *shop(), past=past, plan=Plan(waiting={Subject.parse("shop"): f"{failure.error} (waits for a change)"})
+    )
     assert found.apps["shop"].state == "failed"
     assert "not in the store" in found.apps["shop"].reason
     assert found.apps["shop"].containers["web"].state == "running"
 
 
 def test_a_failure_that_was_overcome_is_not_shown() -> None:
-    past = history(good(SHOP), failures={"shop": Failure("d", "image missing", 1, NOW, None)})
+    past = history(good(SHOP), failures={Subject.parse("shop"): Failure("d", "image missing", 1, NOW, None)})
     assert status(*shop(), past=past).apps["shop"].state == "converged"
 
 
 def test_an_app_that_is_staged_again_stays_failed_and_its_containers_wait() -> None:
     stage = StageGeneration(app="shop", spec=SHOP, reason="the app is new")
-    past = History(failures={"shop": Failure(stage.tried, "image missing", 2, NOW, NOW - 1)})
+    past = History(failures={Subject.parse("shop"): Failure(stage.tried, "image missing", 2, NOW, NOW - 1)})
     shown = status(past=past, plan=Plan(actions=(stage,))).apps["shop"]
     assert (shown.state, shown.reason) == ("failed", "image missing")
     assert shown.containers["web"].state == "waiting"
@@ -199,8 +201,8 @@ def test_an_app_that_is_staged_again_stays_failed_and_its_containers_wait() -> N
 
 def test_a_start_that_failed_is_tried_again_or_given_up() -> None:
     def with_retry(at: float | None) -> str:
-        past = history(good(SHOP), failures={"shop/web": Failure("d", "port 80 is taken", 2, NOW, at)})
-        plan = Plan(waiting={"shop/web": "port 80 is taken (tried 2 times)"})
+        past = history(good(SHOP), failures={Subject.parse("shop/web"): Failure("d", "port 80 is taken", 2, NOW, at)})
+        plan = Plan(waiting={Subject.parse("shop/web"): "port 80 is taken (tried 2 times)"})
         return status(instance(SHOP, "api"), past=past, plan=plan).apps["shop"].containers["web"].state
 
     assert with_retry(NOW + 5) == "restarting"
@@ -245,11 +247,14 @@ def test_an_orphan_to_remove_unsets_converged() -> None:
         ("volume shop/data", "shop"),
         ("network bridge", ""),
         ("firewall", ""),
-        ("orphan netns x/y", ""),
+        ("netns x/y", ""),
+        ("endpoint x/shop/front", ""),
+        ("volume driver 'nfs'", ""),
     ],
 )
 def test_a_subject_belongs_to_its_app_or_to_the_node(subject: str, owner: str) -> None:
-    assert app_of(subject) == owner
+    assert Subject.parse(subject).app == owner
+    assert Subject.parse(subject) == subject
 
 
 def test_a_preview_of_nothing_is_empty() -> None:
@@ -281,8 +286,8 @@ def test_stop_remove_and_start_of_a_container_are_one_step_named_replace() -> No
         Plan(actions=(StageGeneration(app="shop", spec=SHOP, reason="changed"),)),
         Plan(actions=(StopInstance(app="shop", container="web", instance=old, signal="TERM", grace=1, reason=why),)),
         Plan(actions=(RemoveInstance(app="shop", container="web", instance=old, reason="it ended"),)),
-        Plan(actions=(start(),), waiting={"shop/api": "waits for web"}),
-        Plan(waiting={"shop/api": "waits for a person"}),
+        Plan(actions=(start(),), waiting={Subject.parse("shop/api"): "waits for web"}),
+        Plan(waiting={Subject.parse("shop/api"): "waits for a person"}),
     )
     found = plan_json(rounds)
     assert [(step["verb"], step["object"]) for step in found["apps"]["shop"]] == [("stage", ""), ("replace", "web")]
@@ -313,12 +318,12 @@ def test_apps_with_equal_container_names_are_told_apart() -> None:
 
 def test_a_container_that_waits_after_a_reboot_says_for_what_as_the_plan_does() -> None:
     web, api = shop(phase="lost", pid=None)
-    found = status(web, api, plan=Plan(waiting={"shop/web": "waits for network shop/front"}))
+    found = status(web, api, plan=Plan(waiting={Subject.parse("shop/web"): "waits for network shop/front"}))
     shown = found.apps["shop"].containers["web"]
     assert (shown.state, shown.reason) == ("waiting", "waits for network shop/front")
 
 
 def test_a_start_that_is_under_way_is_not_called_interrupted() -> None:
-    begun = Observed(instances=shop(phase="creating", pid=None), busy=frozenset({"shop/web"}))
+    begun = Observed(instances=shop(phase="creating", pid=None), busy=frozenset({Subject.parse("shop/web")}))
     plan = decide(spec(SHOP), begun, history(good(SHOP)), NOW)
     assert not [action for action in plan.actions if action.subject == "shop/web"]

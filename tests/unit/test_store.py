@@ -15,7 +15,7 @@ import pytest
 
 from holdfast.errors import NotPermitted, UnfitHost
 from holdfast.identity import make_id, read_id
-from holdfast.observed import Failure, Generation, Hold, Instance, InstanceId, Receipt
+from holdfast.observed import Failure, Generation, Hold, Instance, InstanceId, Receipt, Subject
 from holdfast.spec.model import App, Container
 from holdfast.store import KEPT_GENERATIONS, RESERVE, Store
 
@@ -66,7 +66,7 @@ def test_everything_is_there_again_after_a_restart(tmp_path: Path) -> None:
         store.put_receipt(receipt)
         store.put_generation(generation)
         store.hold("shop/web", Hold("stopped", 1.0, "me"))
-        store.put_failure("shop/web", failure)
+        store.put_failure(Subject.parse("shop/web"), failure)
         store.put_intent("shop/web", {"verb": "StartInstance"})
         store.put_fact("boot", "b")
         store.event("started", "shop/web", "it is not there")
@@ -168,7 +168,7 @@ def test_the_reserve_goes_only_when_it_is_asked_for_and_comes_back(tmp_path: Pat
 def test_a_failure_is_backed_off_even_on_a_full_disk(store: Store) -> None:
     failure = Failure("StartInstance 1", _big(), 1, 10.0, 20.0)
     with _full_disk(store):
-        store.put_failure("shop/web", failure)
+        store.put_failure(Subject.parse("shop/web"), failure)
         assert store.history().failures == {"shop/web": failure}
 
 
@@ -228,7 +228,7 @@ def test_a_forgotten_app_leaves_nothing_and_others_alone(store: Store) -> None:
     for app in ("shop", "shopping"):
         store.put_generation(Generation(app=APP.model_copy(update={"name": app}), number=1, state="good"))
         store.hold(f"{app}/web", Hold("stopped", 1.0))
-        store.put_failure(app, Failure("d", "e", 1, 0.0, None))
+        store.put_failure(Subject.parse(app), Failure("d", "e", 1, 0.0, None))
     store.forget_app("shop")
     history = store.history()
     assert [set(each) for each in (history.generations, history.holds, history.failures)] == [

@@ -16,7 +16,7 @@ from holdfast.node.images import ImageAnswers
 from holdfast.node.recover import remove_volume
 from holdfast.node.usage import prune_build_cache, prune_logs, usage
 from holdfast.node.volumes import DEFINED_AS
-from holdfast.observed import Instance, Json, Receipt
+from holdfast.observed import Instance, Json, Receipt, Subject
 from holdfast.runtime import cgroup, users
 from holdfast.runtime.execs import ExecWant, exec_process, path_of, user_of
 from holdfast.runtime.inside import inside
@@ -40,10 +40,10 @@ class Answers(ImageAnswers):
     def inspect(self, target: str) -> Json:
         """Everything known of a container."""
         instances = self.instances_of(target)
-        app = target.partition("/")[0]
-        generations = self.rig.store.history().generations.get(app, ())
+        subject = Subject.parse(target)
+        generations = self.rig.store.history().generations.get(subject.app, ())
         hold = self.rig.store.history().holds.get(target)
-        failure = self.rig.store.failure(target)
+        failure = self.rig.store.failure(subject)
         return {
             "target": target,
             "generation": generations[-1].number if generations else None,

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from holdfast.observed import Subject
 from holdfast.plan.actions import Action, StageGeneration, StartInstance
 
 MANY = 128
@@ -37,7 +38,7 @@ class _Gate:
 
     limit: int
     patience: float = math.inf
-    running: dict[str, float] = field(default_factory=dict)
+    running: dict[Subject, float] = field(default_factory=dict)
     lanes: dict[str, deque[Action]] = field(default_factory=dict)
 
     def take(self) -> Action | None:
@@ -81,9 +82,9 @@ class Lanes:
         self._work, self._over = work, over
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)  # told when an action is over
-        self._subjects: set[str] = set()
+        self._subjects: set[Subject] = set()
         self._count = 0  # actions that are over
-        self._done: dict[str, int] = {}  # subject → that count right after it, for what the last plan may not know
+        self._done: dict[Subject, int] = {}  # → that count right after it, for what the last plan may not know
         self._closed = False
         self._gates = {
             "start": _Gate(starts or 2 * (os.cpu_count() or 2), STUCK),
@@ -92,7 +93,7 @@ class Lanes:
         }
         self._threads = ThreadPoolExecutor(sum(gate.limit + MANY for gate in self._gates.values()), "lane")
 
-    def look(self) -> tuple[frozenset[str], int]:
+    def look(self) -> tuple[frozenset[Subject], int]:
         """The subjects of what is queued or runs, and how many actions are over; ask before reading the host."""
         with self._lock:
             return frozenset(self._subjects), self._count
@@ -116,7 +117,7 @@ class Lanes:
             self._dispatch()
 
     @property
-    def busy(self) -> frozenset[str]:
+    def busy(self) -> frozenset[Subject]:
         """The subjects of everything that is queued or runs."""
         with self._lock:
             return frozenset(self._subjects)

@@ -38,7 +38,7 @@ from holdfast.node.stop import remove_instance, remove_orphan, stop_instance, sw
 from holdfast.node.update import ensure_network, remove_network, update_instance, write_firewall, write_names
 from holdfast.node.volumes import change_volume, save_volumes
 from holdfast.node.watch import ExitWatch
-from holdfast.observed import Failure, Instance, InstanceId, Json, Observed
+from holdfast.observed import Failure, Instance, InstanceId, Json, Observed, Subject
 from holdfast.plan.actions import (
     Action,
     EnsureNetwork,
@@ -191,7 +191,7 @@ class Node:
         return shut_down(self.rig, total, beat)
 
     @property
-    def busy(self) -> frozenset[str]:
+    def busy(self) -> frozenset[Subject]:
         """The subjects that are being worked on."""
         return self._lanes.busy
 
@@ -388,7 +388,7 @@ def _makes(action: Action) -> bool:
             return False
 
 
-def outlived(failures: Iterable[str], plan: Plan, busy: frozenset[str]) -> set[str]:
+def outlived(failures: Iterable[Subject], plan: Plan, busy: frozenset[Subject]) -> set[Subject]:
     """The subjects of failures that nothing is tried for any more: no plan means or awaits them, no lane has them."""
     return set(failures) - {action.subject for action in plan.actions} - plan.waiting.keys() - busy
 

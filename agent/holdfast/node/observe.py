@@ -30,6 +30,7 @@ from holdfast.observed import (
     Observed,
     PublishedPort,
     Receipt,
+    Subject,
     VolumeState,
     lack_key,
 )
@@ -47,7 +48,7 @@ def observe(
     rig: Rig,
     watches: Watches,
     *,
-    busy: frozenset[str] = frozenset(),
+    busy: frozenset[Subject] = frozenset(),
     deep: bool = False,
     wanted: Iterable[Container] = (),
 ) -> Observed:

@@ -14,7 +14,7 @@ from holdfast.node.rig import Rig
 from holdfast.node.start import attach_again
 from holdfast.node.stop import release_mount, remove_instance, remove_thing, sweep
 from holdfast.node.volumes import save_volumes
-from holdfast.observed import InstanceId, Json, Receipt
+from holdfast.observed import InstanceId, Json, Receipt, Subject
 from holdfast.runtime import cgroup
 
 
@@ -51,7 +51,7 @@ def _lease_addresses(rig: Rig) -> None:
     rig.store.put_fact("leases", "app/container/slot")
 
 
-def settle(rig: Rig, subject: str, intent: Json) -> None:
+def settle(rig: Rig, subject: Subject, intent: Json) -> None:
     """Undo or finish one action."""
     match intent["verb"]:
         case "StartInstance":
@@ -65,7 +65,7 @@ def settle(rig: Rig, subject: str, intent: Json) -> None:
                 remove_instance(rig, instance)
                 sweep(rig)
         case "RemoveVolume":
-            _finish_removal(rig, subject.removeprefix("volume "))
+            _finish_removal(rig, f"{subject.app}/{subject.name}")
 
 
 def _undo_restart(rig: Rig, key: str) -> None:

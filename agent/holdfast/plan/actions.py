@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from holdfast.observed import FirewallWant, InstanceId, Receipt
+from holdfast.observed import FirewallWant, InstanceId, Receipt, Subject, container_of
 from holdfast.spec.model import App, Network, Volume, digest_of
 
 
@@ -74,8 +74,8 @@ class _Action:
     reason: str
 
     @property
-    def subject(self) -> str:
-        return self.app
+    def subject(self) -> Subject:
+        return Subject("app", self.app)
 
     @property
     def verb(self) -> str:
@@ -127,8 +127,8 @@ class EnsureNetwork(_Action):
         return f"{self.spec.digest} for {self.hosts}"
 
     @property
-    def subject(self) -> str:
-        return f"network {self.network}"
+    def subject(self) -> Subject:
+        return Subject.of("network", self.network)
 
     @property
     def words(self) -> tuple[str, str]:
@@ -144,8 +144,8 @@ class RemoveNetwork(_Action):
     network: str
 
     @property
-    def subject(self) -> str:
-        return f"network {self.network}"
+    def subject(self) -> Subject:
+        return Subject.of("network", self.network)
 
     @property
     def words(self) -> tuple[str, str]:
@@ -167,8 +167,8 @@ class StartInstance(_Action):
     streak: int = 0
 
     @property
-    def subject(self) -> str:
-        return f"{self.app}/{self.container}"
+    def subject(self) -> Subject:
+        return container_of(self.app, self.container)
 
     @property
     def tried(self) -> str:
@@ -191,8 +191,8 @@ class StopInstance(_Action):
     grace: float
 
     @property
-    def subject(self) -> str:
-        return f"{self.app}/{self.container}"
+    def subject(self) -> Subject:
+        return container_of(self.app, self.container)
 
     @property
     def tried(self) -> str:
@@ -215,8 +215,8 @@ class UpdateInstance(_Action):
     changes: tuple[Change, ...] = ()
 
     @property
-    def subject(self) -> str:
-        return f"{self.app}/{self.container}"
+    def subject(self) -> Subject:
+        return container_of(self.app, self.container)
 
     @property
     def tried(self) -> str:
@@ -237,8 +237,8 @@ class RemoveInstance(_Action):
     instance: InstanceId
 
     @property
-    def subject(self) -> str:
-        return f"{self.app}/{self.container}"
+    def subject(self) -> Subject:
+        return container_of(self.app, self.container)
 
     @property
     def tried(self) -> str:
@@ -263,8 +263,8 @@ class EnsureVolume(_Action):
         return f"EnsureVolume {digest_of(self.spec.driver_opts)}"
 
     @property
-    def subject(self) -> str:
-        return f"volume {self.volume}"
+    def subject(self) -> Subject:
+        return Subject.of("volume", self.volume)
 
     @property
     def words(self) -> tuple[str, str]:
@@ -280,8 +280,8 @@ class RemoveVolume(_Action):
     volume: str
 
     @property
-    def subject(self) -> str:
-        return f"volume {self.volume}"
+    def subject(self) -> Subject:
+        return Subject.of("volume", self.volume)
 
     @property
     def words(self) -> tuple[str, str]:
@@ -322,8 +322,8 @@ class WriteFirewall(_Action):
     want: FirewallWant
 
     @property
-    def subject(self) -> str:
-        return "firewall"
+    def subject(self) -> Subject:
+        return Subject("firewall")
 
     @property
     def tried(self) -> str:
@@ -352,8 +352,8 @@ class WriteNames(_Action):
     hosts: Mapping[InstanceId, Names]
 
     @property
-    def subject(self) -> str:
-        return "names"
+    def subject(self) -> Subject:
+        return Subject("names")
 
     @property
     def words(self) -> tuple[str, str]:
@@ -369,9 +369,9 @@ class RemoveOrphan(_Action):
     receipt: Receipt
 
     @property
-    def subject(self) -> str:
+    def subject(self) -> Subject:
         kind, id = self.receipt.kind, self.receipt.id
-        return kind if kind == "firewall" else f"{kind} {id}"
+        return Subject(kind) if kind == "firewall" else Subject.of(kind, id)
 
     @property
     def words(self) -> tuple[str, str]:
@@ -409,7 +409,7 @@ class Plan:
     """
 
     actions: tuple[Action, ...] = ()
-    waiting: Mapping[str, str] = field(default_factory=dict)
+    waiting: Mapping[Subject, str] = field(default_factory=dict)
     drift: Mapping[str, str] = field(default_factory=dict)
     wake_at: float | None = None
 

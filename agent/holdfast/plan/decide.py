@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
-from holdfast.observed import Generation, History, Hold, Instance, Observed, Receipt
+from holdfast.observed import Generation, History, Hold, Instance, Observed, Receipt, Subject, container_of
 from holdfast.plan.actions import (
     Change,
     EnsureNetwork,
@@ -74,7 +74,7 @@ def decide(spec: Spec | None, observed: Observed, history: History, now: float) 
         _remove_app(app, desk)
     _networks(desk)
     _derived(desk)
-    desk.waiting.update({each.title: str(each) for each in observed.missing})
+    desk.waiting.update({Subject(each.title): str(each) for each in observed.missing})
     return desk.plan()
 
 
@@ -198,7 +198,7 @@ def _start(
     if again is None or again.host_went_down:
         obstacle = obstacle or _unreached(generation.app, name, desk)
     if obstacle:
-        desk.waiting[f"{app}/{name}"] = obstacle
+        desk.waiting[container_of(app, name)] = obstacle
         return
     instance = again.id if again else None
     desk.offer(
@@ -283,7 +283,7 @@ def _remove_app(app: str, desk: Desk) -> None:
 def _retire(app: str, name: str, reason: str, desk: Desk) -> None:
     dependents = {*desk.stays_for.get(f"{app}/{name}", ()), *desk.stays_for.get(app, ())}
     if dependents:
-        desk.waiting[f"{app}/{name}"] = f"stops after {', '.join(sorted(dependents))}"
+        desk.waiting[container_of(app, name)] = f"stops after {', '.join(sorted(dependents))}"
         return
     for instance in desk.by_app[app][name]:
         _take_away(instance, reason, desk)
@@ -332,7 +332,7 @@ def _drop_volumes(app: str, keep: App | None, desk: Desk) -> bool:
     used = {mount.source for each in desk.observed.instances for mount in each.mounts if mount.kind == "volume"}
     for volume in doomed:
         if volume in used:
-            desk.waiting[f"volume {volume}"] = "still mounted by a container of another app"
+            desk.waiting[Subject.of("volume", volume)] = "still mounted by a container of another app"
         else:
             desk.offer(
                 RemoveVolume(app=app, volume=volume, reason='the state no longer names it, on_remove = "delete"')
@@ -414,7 +414,7 @@ def _networks(desk: Desk) -> None:
             reason = "; ".join(state.faults) if state else "it is not there"
             defined = _defined(network, desk)
             if defined is None:
-                desk.waiting[f"network {network}"] = f"{reason}, and no app in force defines it"
+                desk.waiting[Subject.of("network", network)] = f"{reason}, and no app in force defines it"
             else:
                 desk.offer(EnsureNetwork(app=owner, network=network, spec=defined, hosts=joining, reason=reason))
         elif reason := _outgrown(network, desk):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from holdfast.observed import Exit, Failure, Generation, History, Hold, Instance, Observed, VolumeState
+from holdfast.observed import Exit, Failure, Generation, History, Hold, Instance, Observed, Subject, VolumeState
 from holdfast.plan.actions import Action, Plan
 from holdfast.plan.restart import Verdict
 
@@ -20,8 +20,8 @@ class Desk:
     targets: dict[str, Generation] = field(default_factory=dict)
     unplaced: set[str] = field(default_factory=set)  # apps that have no generation yet: neither held nor removed
     actions: list[Action] = field(default_factory=list)
-    subjects: set[str] = field(default_factory=set)  # of these actions
-    waiting: dict[str, str] = field(default_factory=dict)
+    subjects: set[Subject] = field(default_factory=set)  # of these actions
+    waiting: dict[Subject, str] = field(default_factory=dict)
     drift: dict[str, str] = field(default_factory=dict)
     wakes: list[float] = field(default_factory=list)
     stays_for: Mapping[str, list[str]] = field(default_factory=dict)

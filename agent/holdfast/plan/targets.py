@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from holdfast.observed import Generation, History
+from holdfast.observed import Generation, History, Subject
 from holdfast.plan.actions import StageGeneration
 from holdfast.plan.builds import missing_network
 from holdfast.plan.desk import Desk
@@ -22,15 +22,15 @@ def targets(spec: Spec | None, desk: Desk) -> Iterator[tuple[str, Generation]]:
     stuck = set(spec.broken.values()) - spec.apps.keys()
     held, fresh = dict(_current_of(stuck, desk)), dict[str, Generation]()
     for name in stuck:
-        desk.waiting[name] = "its state file does not load; it stays as it is"
+        desk.waiting[Subject("app", name)] = "its state file does not load; it stays as it is"
     for name, app in spec.apps.items():
         found = _staged(app, history) or current(history.generations.get(name, ()))
         newer = _newer_images(app, history)
         if obstacle := missing_network(app, desk):
-            desk.waiting[name] = obstacle
+            desk.waiting[Subject("app", name)] = obstacle
         elif found is None or found.app.digest != app.digest:
             if lacking := lacking_mounts(app.containers, desk):
-                desk.waiting[name] = f"waits to be staged: {lacking}"
+                desk.waiting[Subject("app", name)] = f"waits to be staged: {lacking}"
             else:
                 desk.offer(_stage(spec, app, newer, _stage_reason(found)))
         elif moved := {key: new for key, new in newer.items() if not new.endswith(found.images.get(key, "none"))}:
@@ -42,7 +42,7 @@ def targets(spec: Spec | None, desk: Desk) -> Iterator[tuple[str, Generation]]:
     yield from held.items()
     for name, generation in fresh.items():
         if taken := _taken_port(generation.app, held.values()):
-            desk.waiting[name] = taken
+            desk.waiting[Subject("app", name)] = taken
             yield from _current_of([name], desk)
         else:
             yield name, generation

@@ -1,6 +1,6 @@
 """(Spec, Observed, History, Plan) → Status, and the preview of a plan as steps that a person reads. Pure."""
 
 from holdfast.status.road import plan_json
-from holdfast.status.standing import AppStatus, ContainerStatus, InstanceStatus, Status, app_of, make_status
+from holdfast.status.standing import AppStatus, ContainerStatus, InstanceStatus, Status, make_status
 
-__all__ = ["AppStatus", "ContainerStatus", "InstanceStatus", "Status", "app_of", "make_status", "plan_json"]
+__all__ = ["AppStatus", "ContainerStatus", "InstanceStatus", "Status", "make_status", "plan_json"]

@@ -34,7 +34,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from holdfast.observed import Exit, Failure, Finding, Generation, History, Hold, Instance, Json, Observed
+from holdfast.observed import (
+    Exit,
+    Failure,
+    Finding,
+    Generation,
+    History,
+    Hold,
+    Instance,
+    Json,
+    Observed,
+    Subject,
+    container_of,
+)
 from holdfast.plan.actions import Action, MarkGood, Plan, StartInstance
 from holdfast.plan.reasons import left_alone
 from holdfast.plan.restart import verdict
@@ -181,7 +193,7 @@ def make_status(
         problems=tuple(str(problem) for problem in spec.problems) if spec else (),
         plugins=tuple(plugins),
         apps=apps,
-        waiting=dict(plan.waiting),
+        waiting={str(subject): why for subject, why in plan.waiting.items()},
         drift=dict(plan.drift),
         foreign=left_alone(observed),
         findings=observed.findings,
@@ -197,14 +209,6 @@ def _commit(source: Json) -> dict[str, Any]:
     return told | {"at": source.get("committed_at")}
 
 
-def app_of(subject: str) -> str:
-    """The app that a plan's subject belongs to: `shop/web` and `network shop/front` are shop's; "" is the node's."""
-    kind, _, rest = subject.rpartition(" ")
-    if kind.startswith("orphan") or (not kind and rest in ("firewall", "names")):
-        return ""
-    return rest.split("/")[0] if not kind or "/" in rest else ""
-
-
 def _names(spec: Spec | None, there: Iterable[str], history: History) -> list[str]:
     names = {*history.generations, *there}
     if spec:
@@ -213,7 +217,7 @@ def _names(spec: Spec | None, there: Iterable[str], history: History) -> list[st
 
 
 def _blockers(
-    spec: Spec | None, source: Json, apps: Mapping[str, AppStatus], plan: Plan, busy: frozenset[str]
+    spec: Spec | None, source: Json, apps: Mapping[str, AppStatus], plan: Plan, busy: frozenset[Subject]
 ) -> Iterator[str]:
     if spec is None:
         yield f"no revision was read yet: {source.get('error') or 'the source was not asked so far'}"
@@ -225,14 +229,14 @@ def _blockers(
         if app.state not in ("converged", "invalid"):
             yield f"{name}: {app.state}" + (f": {app.reason}" if app.reason else "")
     for subject, why in plan.waiting.items():
-        if app_of(subject) not in apps:
+        if subject.app not in apps:
             yield f"{subject}: {why}"
     for action in plan.actions:
         if action.app not in apps:
             yield f"{action.subject}: {action.reason}"
     known = {action.subject for action in plan.actions} | plan.waiting.keys()
     for subject in sorted(busy - known):
-        if app_of(subject) not in apps:
+        if subject.app not in apps:
             yield f"{subject} is being worked on"
 
 
@@ -242,18 +246,18 @@ def _app(
     there: Mapping[str, list[Instance]],
     history: History,
     plan: Plan,
-    busy: frozenset[str],
+    busy: frozenset[Subject],
 ) -> AppStatus:
     generations = history.generations.get(name, ())
     wanted = spec.apps.get(name) if spec else None
     shown = wanted or (generations[-1].app if generations else None)
     containers = {
-        container: _container(f"{name}/{container}", shown, there.get(container, []), history, plan)
+        container: _container(container_of(name, container), shown, there.get(container, []), history, plan)
         for container in _containers(shown, there)
     }
     state, reason = _app_state(name, spec, containers, history, plan, busy)
     current = _current(generations)
-    failure = _failure(name, history, plan) if state == "failed" else None
+    failure = _failure(Subject("app", name), history, plan) if state == "failed" else None
     return AppStatus(
         state=state,
         reason=reason,
@@ -282,17 +286,17 @@ def _app_state(
     containers: Mapping[str, ContainerStatus],
     history: History,
     plan: Plan,
-    busy: frozenset[str],
+    busy: frozenset[Subject],
 ) -> tuple[AppState, str]:
     broken = name in spec.broken.values() if spec else False
     wanted = spec.apps.get(name) if spec else None
     actions = [action for action in plan.actions if action.app == name]
-    waiting = [f"{subject}: {why}" for subject, why in plan.waiting.items() if app_of(subject) == name]
+    waiting = [f"{subject}: {why}" for subject, why in plan.waiting.items() if subject.app == name]
     if broken and not wanted:
         return "invalid", _broken_reason(name, spec)
     if spec and not wanted:
         return "removing", waiting[0] if waiting else "it is not in the revision any more"
-    if failure := _failure(name, history, plan):
+    if failure := _failure(Subject("app", name), history, plan):
         return "failed", failure.error
     for container, status in containers.items():
         if status.state in DEGRADING:
@@ -302,7 +306,7 @@ def _app_state(
             return "degraded", f"{container}: {faults[0]}"
     if actions:
         return "changing", next((a.reason for a in actions if not isinstance(a, MarkGood)), actions[0].reason)
-    if in_hand := sorted(subject for subject in busy if app_of(subject) == name):
+    if in_hand := sorted(subject for subject in busy if subject.app == name):
         return "changing", f"{in_hand[0]} is being worked on"
     if waiting:
         return "waiting", waiting[0]
@@ -318,7 +322,7 @@ def _broken_reason(name: str, spec: Spec | None) -> str:
     return problems[0] + more if problems else f"{', '.join(sorted(paths))}: does not load"
 
 
-def _failure(subject: str, history: History, plan: Plan) -> Failure | None:
+def _failure(subject: Subject, history: History, plan: Plan) -> Failure | None:
     """The failure that a subject waits after, or that is being tried again; one of something else is outdated."""
     failure = history.failures.get(subject)
     if failure is None or subject in plan.waiting:
@@ -336,9 +340,9 @@ def _by_app(observed: Observed) -> dict[str, dict[str, list[Instance]]]:
 
 
 def _container(
-    subject: str, app: App | None, instances: Sequence[Instance], history: History, plan: Plan
+    subject: Subject, app: App | None, instances: Sequence[Instance], history: History, plan: Plan
 ) -> ContainerStatus:
-    want = app.containers.get(subject.split("/")[1]) if app else None
+    want = app.containers.get(subject.name) if app else None
     hold = history.holds.get(subject)
     failure = _failure(subject, history, plan)
     actions = [action for action in plan.actions if action.subject == subject]
@@ -360,19 +364,18 @@ def _container(
     )
 
 
-def _digest(subject: str, shown: Container, history: History) -> str:
+def _digest(subject: Subject, shown: Container, history: History) -> str:
     """What the newest generation that has the container as it is shown runs."""
-    app, _, name = subject.partition("/")
-    for generation in reversed(history.generations.get(app, ())):
-        staged = generation.app.containers.get(name)
+    for generation in reversed(history.generations.get(subject.app, ())):
+        staged = generation.app.containers.get(subject.name)
         if staged is not None and (staged.image, staged.rootfs) == (shown.image, shown.rootfs):
-            return generation.images.get(name, "")
+            return generation.images.get(subject.name, "")
     return ""
 
 
-def _waits_for(subject: str, plan: Plan) -> str:
+def _waits_for(subject: Subject, plan: Plan) -> str:
     """Why nothing is done about a container now: its own reason, its app's, or that its app is staged first."""
-    app = app_of(subject)
+    app = Subject("app", subject.app)
     staging = next((action.reason for action in plan.actions if action.subject == app), "")
     return plan.waiting.get(subject) or plan.waiting.get(app) or staging
 
