@@ -45,7 +45,7 @@ from holdfast.images.outside import Outside
 from holdfast.images.pull import Puller
 from holdfast.images.store import ImageStore
 from holdfast.images.transfers import Transfers, moving, stranded
-from holdfast.node import Node, Rig
+from holdfast.node import Context, Node
 from holdfast.node.answers import Answers
 from holdfast.node.builds import BuildServices
 from holdfast.node.claim import record_of
@@ -105,7 +105,7 @@ def apply_once(
         source = _source_of(config, node)
         with contextlib.suppress(HoldfastError):  # the status says why; what is here is converged to
             source.refresh()
-        reconciler = Reconciler(node, source, config, node.rig.plugins.names(), node.in_force)
+        reconciler = Reconciler(node, source, config, node.context.plugins.names(), node.in_force)
         while True:
             slot.clear()
             made = reconciler.run(deep=True)
@@ -115,7 +115,7 @@ def apply_once(
             waits = any(app.state == "waiting" for app in made.status.apps.values())  # for the end of a job, say
             hopeless = until >= left and not waits
             lasting = any(app.exit_code not in (None, TryAgain.exit_code) for app in made.status.apps.values())
-            coming = _coming(node.rig)
+            coming = _coming(node.context)
             if (
                 left <= 0
                 or (at_rest and (made.status.converged or hopeless or (lasting and not waits)))
@@ -124,7 +124,7 @@ def apply_once(
                 return {**made.status.json(), **coming}
             rest = max(min(until, left), 0.001)
             while not slot.wait(min(rest, BEAT)) and rest > 0 and not stranded(coming, began, patience):
-                coming = _coming(node.rig)
+                coming = _coming(node.context)
                 show({**coming, "blockers": made.status.blockers})
                 rest -= BEAT
                 deadline += BEAT if moving(coming) else 0.0
@@ -132,17 +132,17 @@ def apply_once(
 
 def _source_of(config: Config, node: Node) -> Source:
     """Where the state comes from, with what is remembered of it."""
-    store = node.rig.store
+    store = node.context.store
     known = store.fact(SOURCE_FACT) or (EARLIER if store.fact("revision") and store.used else None)
     return make_source(config.state, config.root, debounce=config.debounce, known=known)
 
 
-def _coming(rig: Rig) -> dict[str, list[Json]]:
+def _coming(context: Context) -> dict[str, list[Json]]:
     """The part of a status that changes between passes: the images on their way."""
     return {
-        "transfers": rig.transfers.look(),
-        "builds": rig.builder.look(),
-        "unanswered": rig.transfers.unanswered(),
+        "transfers": context.transfers.look(),
+        "builds": context.builder.look(),
+        "unanswered": context.transfers.unanswered(),
     }
 
 
@@ -175,7 +175,7 @@ def open_node(config: Config, *, makes: bool = False) -> Iterator[Offline]:
             empty = stack.enter_context(TemporaryDirectory(prefix="holdfast-"))
             used = replace(config, root=Path(empty))
         node = stack.enter_context(_node_of(used))
-        node.rig.notes = False
+        node.context.records_exits = False
         yield Offline(used, node, why)
 
 
@@ -199,10 +199,10 @@ class Offline(Answers):
 
     def __init__(self, config: Config, node: Node, refused: str = "") -> None:
         """refused: why an agent would not start."""
-        super().__init__(node.rig)
+        super().__init__(node.context)
         self._refused = refused
         source = _source_of(config, node)
-        self._reconciler = Reconciler(node, source, config, node.rig.plugins.names(), node.in_force)
+        self._reconciler = Reconciler(node, source, config, node.context.plugins.names(), node.in_force)
         self._node = node
 
     def status(self) -> Json:
@@ -210,7 +210,7 @@ class Offline(Answers):
         spec = self._reconciler.wanted()
         observed = self._node.observe(deep=True, spec=spec)
         plans = self._reconciler.preview()
-        made = self._reconciler.seen(spec, observed, self.rig.store.history(), plans[0])
+        made = self._reconciler.seen(spec, observed, self.context.store.history(), plans[0])
         note = "the agent does not run: nothing is being put right"
         return {**made.status.json(), "agent": {"note": f"{note}; {self._refused}" if self._refused else note}}
 
@@ -222,7 +222,7 @@ class Offline(Answers):
 
     def events(self, after: int, limit: int) -> Sequence[Json]:
         """What happened while an agent ran."""
-        return self.rig.store.events(after, limit)
+        return self.context.store.events(after, limit)
 
 
 def _raise_file_limit() -> None:
@@ -306,7 +306,7 @@ def _node_of(config: Config) -> Iterator[Node]:
         images = ImageStore(config.root / "images", config.images)
         told = partial(store.event, app="", container="")  # a reference is the name of neither
         puller = Puller(images, config.images, transfers, told)
-        rig = Rig(
+        context = Context(
             host=host,
             store=store,
             plugins=load_plugins(host),
@@ -320,11 +320,11 @@ def _node_of(config: Config) -> Iterator[Node]:
             policies=config.cgroup_policy,
             bind_roots=config.bind_roots,
         )
-        rig.builder.outside = BuildServices(rig)
+        context.builder.outside = BuildServices(context)
     except PermissionError as error:
         raise NotPermitted(f"open '{config.root}': {error.strerror} (needs root)") from error
-    expect(rig)
-    node = Node(rig, starts=config.start_concurrency)
+    expect(context)
+    node = Node(context, starts=config.start_concurrency)
     try:
         yield node
     finally:
@@ -339,10 +339,10 @@ class Daemon(Answers):
     """A running agent: the loop, and the answers that need it (`holdfast.api.Agent`)."""
 
     def __init__(self, config: Config, path: Path | None, node: Node) -> None:
-        super().__init__(node.rig)
+        super().__init__(node.context)
         self._config, self._path, self._node = config, path, node
         source = _source_of(config, node)
-        self._reconciler = Reconciler(node, source, config, node.rig.plugins.names(), node.in_force)
+        self._reconciler = Reconciler(node, source, config, node.context.plugins.names(), node.in_force)
         self._last: Pass | None = None
         self._begun = self._done = 0  # passes
         self._passer = ThreadPoolExecutor(1, "pass")  # of its own: answers that block must not hold up a pass
@@ -359,11 +359,11 @@ class Daemon(Answers):
             self._loop.add_signal_handler(number, self._end)
         self._loop.add_signal_handler(signal.SIGHUP, lambda: self._loop.create_task(self._reload()))
         self._node.wake = self._wake
-        self.rig.store.listen(lambda _: self._from_thread(self._tell))
+        self.context.store.listen(lambda _: self._from_thread(self._tell))
         self._watch = await asyncio.to_thread(self._watch_source, self._reconciler.source)
         try:
             async with serving(self, self._config.socket, root=self._config.root, group=self._config.group):
-                self.rig.store.event("agent", "node", f"holdfast {__version__} runs as process {os.getpid()}")
+                self.context.store.event("agent", "node", f"holdfast {__version__} runs as process {os.getpid()}")
                 collecting = self._loop.create_task(self._collect())
                 await self._passes()
                 collecting.cancel()  # what it does in its thread is safe to be cut off
@@ -380,7 +380,7 @@ class Daemon(Answers):
             began = time.monotonic()
             if began >= full_at or self._deep:
                 self._deep, full_at = True, began + self._config.full_pass_interval
-            if began >= rotate_at or self.rig.store.late:
+            if began >= rotate_at or self.context.store.late:
                 await self._tidy(self._node.catch_up)
             if began >= rotate_at:
                 rotate_at = began + HOUSEKEEPING
@@ -390,7 +390,7 @@ class Daemon(Answers):
             await asyncio.sleep(min(max(REST * (took - SHORT), 0.0), LONGEST_REST))
             wake_at = self._last.plan.wake_at if self._last else None
             timer = min(full_at, rotate_at) - time.monotonic()
-            if self.rig.store.late:
+            if self.context.store.late:
                 timer = min(timer, NO_ROOM)
             if self._last and self._last.source["error"] and self._last.source["kind"] == "directory":
                 timer = min(timer, NO_SOURCE)
@@ -415,7 +415,7 @@ class Daemon(Answers):
     def _report(self, what: str, error: Exception) -> None:
         """Tell of a bug; what broke off is done again later."""
         log.error("bug", what=what, exc_info=error)
-        self.rig.store.event("failed", "node", f"{what} failed: {described(error)}")
+        self.context.store.event("failed", "node", f"{what} failed: {described(error)}")
 
     async def _pass(self) -> None:
         """One pass, in a thread. What it raises is a bug: reported, and the next pass tries again."""
@@ -434,10 +434,10 @@ class Daemon(Answers):
 
     def _published(self, made: Pass) -> None:
         before, self._last = self._last, made
-        if self.rig.plugins.hears("after_pass"):
+        if self.context.plugins.hears("after_pass"):
             now = made.status.json()
             if before is None or {**before.status.json(), "at": 0} != {**now, "at": 0}:
-                self.rig.plugins.tell("after_pass", status=now)
+                self.context.plugins.tell("after_pass", status=now)
 
     async def _wait(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -454,7 +454,7 @@ class Daemon(Answers):
         try:
             return source.watch(self._wake)
         except HoldfastError as error:
-            self.rig.store.event("failed", "node", f"{error}: changes are seen by the slow pass only")
+            self.context.store.event("failed", "node", f"{error}: changes are seen by the slow pass only")
             return Unwatched()
 
     def _from_thread(self, call: Callable[[], object]) -> None:
@@ -472,7 +472,7 @@ class Daemon(Answers):
             try:
                 await self._take_over(await asyncio.to_thread(load_config, self._path))
             except HoldfastError as error:
-                self.rig.store.event("agent", "node", f"agent.toml is not taken over: {error}")
+                self.context.store.event("agent", "node", f"agent.toml is not taken over: {error}")
         _notify("READY=1")
 
     async def _take_over(self, config: Config) -> None:
@@ -484,12 +484,12 @@ class Daemon(Answers):
             await asyncio.to_thread(self._watch.close)
             self._watch = await asyncio.to_thread(self._watch_source, source)
         self._config, self._deep = config, True
-        self.rig.policies, self.rig.bind_roots = config.cgroup_policy, config.bind_roots
-        self.rig.images.settings = self.rig.puller.settings = self.rig.builder.settings = config.images
-        self.rig.builder.builds = config.builds
+        self.context.policies, self.context.bind_roots = config.cgroup_policy, config.bind_roots
+        self.context.images.settings = self.context.puller.settings = self.context.builder.settings = config.images
+        self.context.builder.builds = config.builds
         await asyncio.to_thread(self._reconciler.reload, source, config)
         left = f"; {', '.join(fixed)} need a restart of the agent" if fixed else ""
-        self.rig.store.event("agent", "node", f"agent.toml is read again{left}")
+        self.context.store.event("agent", "node", f"agent.toml is read again{left}")
         self._slot.set()
 
     def _tell(self) -> None:
@@ -510,7 +510,7 @@ class Daemon(Answers):
             "pid": os.getpid(),
             "connect_timeout": self._config.images.connect_timeout,
         }
-        return {**self._last.status.json(), "agent": agent, **_coming(self.rig)}
+        return {**self._last.status.json(), "agent": agent, **_coming(self.context)}
 
     def plan(self) -> Json:
         """A preview, made now."""
@@ -520,7 +520,7 @@ class Daemon(Answers):
         """Ask the source, try at once what waits for its next try, and return the status of the pass that follows."""
         with contextlib.suppress(TryAgain):  # the status says so
             await self._refresh(accept_rewrite)
-        await asyncio.to_thread(self.rig.store.retry_now)
+        await asyncio.to_thread(self.context.store.retry_now)
         self._deep = True
         before = self._begun
         self._slot.set()
@@ -543,25 +543,25 @@ class Daemon(Answers):
 
     def events(self, after: int, limit: int) -> Sequence[Json]:
         """What happened."""
-        return self.rig.store.events(after, limit)
+        return self.context.store.events(after, limit)
 
     async def wait_events(self, after: int) -> None:
         """Return when there is an event above `after`."""
         async with self._change:
-            await self._change.wait_for(lambda: bool(self.rig.store.events(after, 1)))
+            await self._change.wait_for(lambda: bool(self.context.store.events(after, 1)))
 
     def hold(self, target: str, kind: Literal["stopped", "started", "restarted"], by: str) -> None:
         """Record what a person asks for."""
         self.instances_of(target)
-        self.rig.store.hold(target, Hold(kind, time.time(), by))
-        self.rig.store.event("held", target, f"{kind} by hand", by=by)
+        self.context.store.hold(target, Hold(kind, time.time(), by))
+        self.context.store.event("held", target, f"{kind} by hand", by=by)
         self._wake(target)
 
     def release(self, target: str) -> None:
         """End a hold."""
-        if not self.rig.store.release(target):
+        if not self.context.store.release(target):
             raise NotFound(f"release '{target}': nobody holds it")
-        self.rig.store.event("released", target, "given back to the commit")
+        self.context.store.event("released", target, "given back to the commit")
         self._wake(target)
 
 

@@ -85,7 +85,7 @@ class Reconciler:
         self._announce()
         self._announce_error()
         observed = self.node.observe(deep=deep, spec=spec)
-        history = self.node.rig.store.history()
+        history = self.node.context.store.history()
         plan = decide(spec, observed, history, time.time())
         self.node.apply(plan, observed, spec)
         return self.seen(spec, observed, history, plan)
@@ -100,13 +100,13 @@ class Reconciler:
         spec = self._newest()
         observed = self.node.observe(deep=True, spec=spec)
         plans = self._preview(spec, observed)
-        images = images_needed(self.node.rig, plans, spec.blobs if spec else {})
+        images = images_needed(self.node.context, plans, spec.blobs if spec else {})
         problems = (*(spec.problems if spec else ()), *([self._error] if self._error else []))
         hints = spec.hints if spec else ()
         return plan_json(plans, problems, left_alone(observed), observed.findings, images, hints)
 
     def _preview(self, spec: Spec | None, observed: Observed) -> Sequence[Plan]:
-        return preview(spec, observed, self.node.rig.store.history(), time.time())
+        return preview(spec, observed, self.node.context.store.history(), time.time())
 
     def wanted(self) -> Spec | None:
         """What the newest readable revision asks for. A source that can't be read leaves the last answer in force."""
@@ -142,9 +142,11 @@ class Reconciler:
         """A pass's account of itself."""
         state = asdict(self.source.state())
         state["error"] = state["error"] or self._error
-        plugins = installed.states(self.node.rig, observed.missing)
+        plugins = installed.states(self.node.context, observed.missing)
         failed = tuple(asdict(each) for each in plugins if each.state != "ok")
-        return Pass(spec, observed, history, plan, state, self.config.node_name, failed, self.node.rig.store.lacks)
+        return Pass(
+            spec, observed, history, plan, state, self.config.node_name, failed, self.node.context.store.lacks
+        )
 
     def _accept(self, revision: Revision) -> None:
         """Read a new revision's files; a refused one (on_invalid) changes nothing but the status."""
@@ -175,7 +177,7 @@ class Reconciler:
 
     def _announce(self) -> None:
         """Tell of a revision once, when a pass acts on it: a preview leaves no trace."""
-        revision, store = self._revision, self.node.rig.store
+        revision, store = self._revision, self.node.context.store
         if revision is not None:
             store.put_fact(SOURCE_FACT, known_of(revision))
         if revision is None or store.fact("revision") == revision.id:
@@ -195,9 +197,9 @@ class Reconciler:
             return
         self._told = error
         if error:
-            self.node.rig.store.event("failed", "source", error)
+            self.node.context.store.event("failed", "source", error)
         else:
-            self.node.rig.store.event("source", "source", "it can be read again")
+            self.node.context.store.event("source", "source", "it can be read again")
 
 
 def _nothing_of(spec: Spec) -> Spec:

@@ -132,9 +132,11 @@ def test_each_of_two_instances_side_by_side_has_a_volume_of_its_own(agent: LiveA
     agent.exec("shop/db", "sh", "-c", "echo first > /data/file")
     agent.stop()
     with _acting_node(load_config(agent.config)) as node:
-        start_instance(node.rig, StartInstance(app="shop", container="db", generation=1, reason="a second side"))
-        start_instance(node.rig, StartInstance(app="shop", container="backup", generation=1, reason="a second side"))
-        pids = {(each.container, each.slot): each.pid for each in node.rig.store.instances.values()}
+        start_instance(node.context, StartInstance(app="shop", container="db", generation=1, reason="a second side"))
+        start_instance(
+            node.context, StartInstance(app="shop", container="backup", generation=1, reason="a second side")
+        )
+        pids = {(each.container, each.slot): each.pid for each in node.context.store.instances.values()}
 
     def files(container: str, slot: int) -> list[str]:
         return [each.name for each in Path(f"/proc/{pids[container, slot]}/root/data").iterdir()]

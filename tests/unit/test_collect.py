@@ -16,8 +16,8 @@ from holdfast.config import ImageSettings
 from holdfast.errors import NotFound
 from holdfast.images.collect import GRACE, ORPHANS, Disk, Stored, choose, collect
 from holdfast.images.store import Image, ImageStore
+from holdfast.node.context import Context
 from holdfast.node.images import Collector
-from holdfast.node.rig import Rig
 from holdfast.store import Store
 from tars import entry, tar_of
 
@@ -228,7 +228,7 @@ def test_images_that_are_put_to_use_beside_collections_never_lose_a_layer(world:
 def test_a_disk_that_stays_full_is_told_of_once(tmp_path: Path) -> None:
     images = ImageStore(tmp_path / "images", ImageSettings(high_watermark=0.0001, low_watermark=0.0001))
     store = Store(tmp_path / "state.db")
-    collector = Collector(cast(Rig, SimpleNamespace(images=images, store=store)))
+    collector = Collector(cast(Context, SimpleNamespace(images=images, store=store)))
     for _ in range(3):
         collector.collect()
     images.settings = ImageSettings(high_watermark=100, low_watermark=100)

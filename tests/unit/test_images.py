@@ -30,8 +30,8 @@ from holdfast.images.skopeo import Skopeo
 from holdfast.images.store import Freed, Image, ImageStore, architecture
 from holdfast.images.transfers import Transfer
 from holdfast.images.unpack import Expected
+from holdfast.node.context import Context
 from holdfast.node.images import ImageAnswers
-from holdfast.node.rig import Rig
 from holdfast.runtime.content import ContentStore
 from tars import entry, tar_of
 
@@ -473,7 +473,7 @@ def answers_of(store: ImageStore, puller: Any) -> tuple[ImageAnswers, list[tuple
     """What answers for a store and a puller, and the events that are told meanwhile."""
     told: list[tuple[str, str, str]] = []
     events = SimpleNamespace(event=lambda *words, **_: told.append(words), retry_now=lambda: None)
-    return ImageAnswers(cast(Rig, SimpleNamespace(images=store, puller=puller, store=events))), told
+    return ImageAnswers(cast(Context, SimpleNamespace(images=store, puller=puller, store=events))), told
 
 
 def test_a_pull_by_hand_that_fails_is_told_as_an_event(store: ImageStore) -> None:

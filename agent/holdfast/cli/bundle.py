@@ -312,7 +312,7 @@ def load_images(node: Any, file: Path) -> Sequence[Mapping[str, Any]]:
 
     def coming() -> Sequence[Mapping[str, Any]]:
         with suppress(HoldfastError):
-            found = node.status()["transfers"] if isinstance(node, Client) else node.rig.transfers.look()
+            found = node.status()["transfers"] if isinstance(node, Client) else node.context.transfers.look()
             return [each for each in found if each["ref"] == file.name]
         return []
 

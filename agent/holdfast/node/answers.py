@@ -30,7 +30,7 @@ class Answers(ImageAnswers):
     def instances_of(self, target: str) -> list[Instance]:
         """The instances of `app/container`, oldest first; NotFound if nothing is called that."""
         found = sorted(
-            (each for each in self.rig.store.instances.values() if each.key == target),
+            (each for each in self.context.store.instances.values() if each.key == target),
             key=lambda each: each.created_at,
         )
         if not found and not self._wanted(target):
@@ -41,9 +41,9 @@ class Answers(ImageAnswers):
         """Everything known of a container."""
         instances = self.instances_of(target)
         subject = Subject.parse(target)
-        generations = self.rig.store.history().generations.get(subject.app, ())
-        hold = self.rig.store.history().holds.get(target)
-        failure = self.rig.store.failure(subject)
+        generations = self.context.store.history().generations.get(subject.app, ())
+        hold = self.context.store.history().holds.get(target)
+        failure = self.context.store.failure(subject)
         return {
             "target": target,
             "generation": generations[-1].number if generations else None,
@@ -56,9 +56,9 @@ class Answers(ImageAnswers):
         """Where the output of a container is."""
         instances = self.instances_of(target)
         if instances:
-            return {"paths": [str(self.rig.log_path(instances[-1]))]}
+            return {"paths": [str(self.context.log_path(instances[-1]))]}
         app, _, name = target.partition("/")
-        return {"paths": [str(self.rig.host.root / "logs" / app / f"{name}.log")]}
+        return {"paths": [str(self.context.host.root / "logs" / app / f"{name}.log")]}
 
     def exec_of(self, target: str, want: ExecWant) -> Sequence[str]:
         """The argument list that runs a command inside a container.
@@ -69,20 +69,20 @@ class Answers(ImageAnswers):
             raise WrongCall(f"exec in '{target}': no command (holdfast exec {target} COMMAND …)")
         running = [each for each in self.instances_of(target) if each.phase == "running"]
         instance = running[-1] if running else None
-        run = self.rig.run_of(instance.id) if instance else None
-        if instance is None or run is None or not self.rig.runtime.alive(run):
+        run = self.context.run_of(instance.id) if instance else None
+        if instance is None or run is None or not self.context.runtime.alive(run):
             raise Conflict(f"exec in '{target}': it does not run (see 'holdfast status')")
         with inside(run.pid) as look:
-            first = self.rig.runtime.process(instance.id)
+            first = self.context.runtime.process(instance.id)
             user = users.resolve(want.user, instance.want.group_add, look.read_file) if want.user else None
             process = exec_process(first, want, user, home_is_set=self._sets_home(instance))
             look.check_program(want.argv[0], path_of(process), process["cwd"], user or user_of(process))
-        return self.rig.runtime.exec_argv(instance.id, process, detach=want.detach)
+        return self.context.runtime.exec_argv(instance.id, process, detach=want.detach)
 
     def _sets_home(self, instance: Instance) -> bool:
         """Whether the image or the state file says what HOME is."""
         try:
-            image = self.rig.base(instance.image).config.get("config") or {}
+            image = self.context.base(instance.image).config.get("config") or {}
         except (HoldfastError, OSError):  # it may be gone by now
             image = {}
         return "HOME" in instance.want.environment or any(each.startswith("HOME=") for each in image.get("Env") or ())
@@ -94,9 +94,9 @@ class Answers(ImageAnswers):
                 "target": each.key,
                 "instance": each.id,
                 "memory_limit": each.want.resources.memory,
-                **asdict(cgroup.usage(self.rig.runtime.cgroup(each.id))),
+                **asdict(cgroup.usage(self.context.runtime.cgroup(each.id))),
             }
-            for each in sorted(self.rig.store.instances.values(), key=lambda each: each.key)
+            for each in sorted(self.context.store.instances.values(), key=lambda each: each.key)
             if each.phase == "running"
         ]
 
@@ -105,14 +105,14 @@ class Answers(ImageAnswers):
         return {
             **value,
             "want": instance.want.model_dump(mode="json", exclude_defaults=True),
-            "bundle": str(self.rig.host.instance(instance.id)),
-            "cgroup": self.rig.runtime.cgroup(instance.id),
-            "receipts": [asdict(receipt) for receipt in self.rig.store.owned(instance.id)],
+            "bundle": str(self.context.host.instance(instance.id)),
+            "cgroup": self.context.runtime.cgroup(instance.id),
+            "receipts": [asdict(receipt) for receipt in self.context.store.owned(instance.id)],
         }
 
     def _wanted(self, target: str) -> bool:
         app, _, name = target.partition("/")
-        known = self.rig.store.history().generations.get(app, ())
+        known = self.context.store.history().generations.get(app, ())
         return bool(known) and name in known[-1].app.containers
 
     # -- volumes --
@@ -153,8 +153,8 @@ class Answers(ImageAnswers):
             if not found["orphan"] and not force:
                 raise Conflict(f"remove volume '{id}': its app declares it (--force deletes the data all the same)")
 
-        remove_volume(self.rig, id, check=check)
-        self.rig.store.event("removed", f"volume {id}", "removed by hand, with its data")
+        remove_volume(self.context, id, check=check)
+        self.context.store.event("removed", f"volume {id}", "removed by hand, with its data")
 
     def prune_volumes(self) -> Sequence[str]:
         """Delete every orphan that nothing mounts."""
@@ -165,8 +165,8 @@ class Answers(ImageAnswers):
 
     def _volumes(self) -> dict[str, Receipt]:
         """What the drivers find, and what was made by one that can't say or that no plugin offers any more."""
-        made = {each.id: each for each in self.rig.store.receipts("volume") if not each.owner}
-        for name, driver in self.rig.plugins.volumes.items():
+        made = {each.id: each for each in self.context.store.receipts("volume") if not each.owner}
+        for name, driver in self.context.plugins.volumes.items():
             found = found_by(driver)
             if found is not None:
                 made = {id: each for id, each in made.items() if each.driver != name}
@@ -175,26 +175,28 @@ class Answers(ImageAnswers):
 
     def _declared(self) -> set[str]:
         found = set()
-        for app, known in self.rig.store.history().generations.items():
+        for app, known in self.context.store.history().generations.items():
             for newest in known[-1:]:
                 found |= {f"{app}/{name}" for name in newest.app.volumes}
                 found |= {mount.source for each in (newest.image_volumes or {}).values() for mount in each}
         return found
 
     def _defined_as(self, volume: str) -> str:
-        kept = self.rig.store.receipt("volume", volume)
+        kept = self.context.store.receipt("volume", volume)
         return str(kept.data.get(DEFINED_AS, "")) if kept else ""
 
     def _running(self, containers: Sequence[str]) -> list[str]:
         """Those of some containers that run, or are being started."""
-        begun = {subject for subject, intent in self.rig.store.intents().items() if intent["verb"] == "StartInstance"}
-        live = {each.key for each in self.rig.store.instances.values() if each.phase in ("running", "creating")}
+        begun = {
+            subject for subject, intent in self.context.store.intents().items() if intent["verb"] == "StartInstance"
+        }
+        live = {each.key for each in self.context.store.instances.values() if each.phase in ("running", "creating")}
         return [each for each in containers if each in live | begun]
 
     def _mounted_by(self, volume: str) -> list[str]:
         return sorted(
             each.key
-            for each in self.rig.store.instances.values()
+            for each in self.context.store.instances.values()
             if any(mount.kind == "volume" and mount.source == volume for mount in each.mounts)
         )
 
@@ -209,7 +211,7 @@ class Answers(ImageAnswers):
                 **{key: value for key, value in receipt.data.items() if key not in ("want", "joined")},
                 "endpoints": list(self._endpoints(receipt.id)),
             }
-            for receipt in sorted(self.rig.store.receipts("network"), key=lambda each: each.id)
+            for receipt in sorted(self.context.store.receipts("network"), key=lambda each: each.id)
         ]
 
     def network(self, id: str) -> Json:
@@ -220,29 +222,29 @@ class Answers(ImageAnswers):
         return found
 
     def _endpoints(self, network: str) -> Iterator[Json]:
-        for receipt in self.rig.store.receipts("endpoint"):
+        for receipt in self.context.store.receipts("endpoint"):
             instance, _, attached = receipt.id.partition("/")
             if attached == network:
-                owner = self.rig.store.instances.get(cast(Any, instance))
+                owner = self.context.store.instances.get(cast(Any, instance))
                 yield {"container": owner.key if owner else instance, **receipt.data}
 
     # -- the disk --
 
     def usage(self) -> Json:
         """What takes up the disk, and what of it could go."""
-        return usage(self.rig, self.volumes())
+        return usage(self.context, self.volumes())
 
     def prune(self, all: bool = False, volumes: bool = False) -> Json:
         """Delete what nobody needs, named images and volumes only if that is asked for."""
         found = self._volume_sizes() if volumes else {}
         gone = list(self.prune_volumes()) if volumes else []
-        logs = prune_logs(self.rig)  # these at once, by what is known now: images may have to wait for a lock
+        logs = prune_logs(self.context)  # these at once, by what is known now: images may have to wait for a lock
         images = self.prune_images(all)
         freed = {
             "images": images["freed"],
             "volumes": sum(found.get(id, 0) for id in gone),
             "logs": logs,
-            "build cache": prune_build_cache(self.rig),
+            "build cache": prune_build_cache(self.context),
         }
         return {"images": images["images"], "volumes": gone, "freed": sum(freed.values()), "kinds": freed}
 
@@ -253,10 +255,10 @@ class Answers(ImageAnswers):
 
     def plugins(self) -> Sequence[Json]:
         """Every plugin that was found, and how it fares."""
-        missing = installed.missing_drivers(self.rig, installed.made(self.rig))
-        return [asdict(state) for state in installed.states(self.rig, missing)]
+        missing = installed.missing_drivers(self.context, installed.made(self.context))
+        return [asdict(state) for state in installed.states(self.context, missing)]
 
     def forget_plugin(self, name: str) -> None:
         """Start containers without a plugin that adjusted them and is gone."""
-        installed.forget(self.rig, name)
-        self.rig.store.event("removed", f"plugin {name}", "containers are started without it from now on")
+        installed.forget(self.context, name)
+        self.context.store.event("removed", f"plugin {name}", "containers are started without it from now on")

@@ -18,7 +18,7 @@ from holdfast.drivers import EndpointWant, Host
 from holdfast.errors import HoldfastError, TryAgain
 from holdfast.images.image import Image
 from holdfast.images.outside import Cage, Outside, Pull
-from holdfast.node.rig import Rig
+from holdfast.node.context import Context
 from holdfast.node.stage import resolve_image
 from holdfast.runtime import cgroup, delegation, device_access, names
 from holdfast.runtime.conmon import kill_each, wait_end
@@ -44,25 +44,25 @@ class BuildServices(Outside):
 
     own_network = True
 
-    def __init__(self, rig: Rig) -> None:
-        super().__init__(rig.images, rig.puller)
-        self.rig = rig
+    def __init__(self, context: Context) -> None:
+        super().__init__(context.images, context.puller)
+        self.context = context
 
     def image(self, reference: str, pull: Pull) -> Image:
         """As for a container: policy.json, bind_roots, offline and `pull` mean what they mean there."""
-        return self.rig.images.get(resolve_image(self.rig, Container(image=reference, pull=pull)))
+        return self.context.images.get(resolve_image(self.context, Container(image=reference, pull=pull)))
 
     @contextmanager
     def cgroup(self, id: str) -> Iterator[Cage]:
         path = f"{self._parent}/{id}"
         self._clear(path)
-        limit = self.rig.builder.builds.memory or int(
+        limit = self.context.builder.builds.memory or int(
             os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * SHARE
         )
-        folders = _make(self.rig.host, path)
+        folders = _make(self.context.host, path)
         try:
             memory = {"limit": limit, "swap": limit}  # no swap: what a build fills of it, others miss
-            cgroup.apply(path, {"memory": memory, "pids": {"limit": self.rig.builder.builds.pids}})
+            cgroup.apply(path, {"memory": memory, "pids": {"limit": self.context.builder.builds.pids}})
             device_access.allow_only(path, DEVICES)
             yield Cage(folders, lambda: self._exceeded(path, limit))
         finally:
@@ -73,19 +73,19 @@ class BuildServices(Outside):
         if cgroup.oom_kills(path):
             return f"it needs more than the {limit >> 20} MiB of memory that a build may use (memory in {TABLE})"
         if cgroup.pids_refused(path):
-            return f"it needs more than the {self.rig.builder.builds.pids} processes of a build (pids in {TABLE})"
+            return f"it needs more than the {self.context.builder.builds.pids} processes of a build (pids in {TABLE})"
         return ""
 
     @contextmanager
     def network(self, id: str, pid: int) -> Iterator[None]:
-        rig = self.rig
-        network = rig.store.receipt("network", BUILD_NETWORK)
+        context = self.context
+        network = context.store.receipt("network", BUILD_NETWORK)
         if network is None:
             raise TryAgain(f"network '{BUILD_NETWORK}' does not stand yet")
-        driver = rig.plugins.driver("endpoint", network.driver)
+        driver = context.plugins.driver("endpoint", network.driver)
         space = Path(f"/proc/{pid}/ns/net")
         want = EndpointWant(instance=id, network=network, netns=space, interface="eth0", default_route=True)
-        rig.builds.add(id)
+        context.builds.add(id)
         try:
             endpoint = driver.ensure(want)
             try:
@@ -93,7 +93,7 @@ class BuildServices(Outside):
             finally:
                 driver.remove(endpoint)
         finally:
-            rig.builds.discard(id)
+            context.builds.discard(id)
 
     def resolv_conf(self) -> str:
         return names.read_resolv_conf()
@@ -107,7 +107,7 @@ class BuildServices(Outside):
 
     @property
     def _parent(self) -> str:
-        return f"{self.rig.host.cgroup}-build"
+        return f"{self.context.host.cgroup}-build"
 
     def _clear(self, path: str) -> None:
         """End all that is in a cgroup, and remove it."""

@@ -17,30 +17,32 @@ from holdfast.images.pull import GROWTH
 from holdfast.images.store import ImageStore
 from holdfast.images.transfers import Transfer
 from holdfast.images.unpack import Expected
-from holdfast.node.rig import Rig
+from holdfast.node.context import Context
 from holdfast.observed import Json
 
 SIDE_BY_SIDE = 4  # layers: each has a process that unpacks it
 
 
-def load_bundle(rig: Rig, path: Path) -> Sequence[Json]:
+def load_bundle(context: Context, path: Path) -> Sequence[Json]:
     """Take in the images of a bundle; a damaged one changes no name. Blocks; doing it again costs next to nothing.
 
     Returns {"ref", "digest", "new": whether it was not here just so} of each. Raises WrongState for what is damaged
     or for another architecture, UnfitHost where the disk is full.
     """
-    with open_bundle(path) as bundle, rig.transfers.transfer(path.name) as transfer, rig.images.keep():
-        here = {image.reference: _is_here(rig.images, image) for image in bundle.images}
-        _add_layers(rig.images, bundle, transfer)
+    with open_bundle(path) as bundle, context.transfers.transfer(path.name) as transfer, context.images.keep():
+        here = {image.reference: _is_here(context.images, image) for image in bundle.images}
+        _add_layers(context.images, bundle, transfer)
         for image in bundle.images:
             if not here[image.reference]:
-                _add_image(rig.images, image)
-        rig.images.touch([image.digest for image in bundle.images])  # nobody uses them yet, and somebody will soon
+                _add_image(context.images, image)
+        context.images.touch(
+            [image.digest for image in bundle.images]
+        )  # nobody uses them yet, and somebody will soon
     new = [each for each in bundle.images if not here[each.reference]]
     if new:
         told = f"loaded from '{path}': {', '.join(each.reference for each in new)}"
-        rig.store.event("images", "node", told)
-    rig.store.retry_now()
+        context.store.event("images", "node", told)
+    context.store.retry_now()
     return [{"ref": each.reference, "digest": each.digest, "new": each in new} for each in bundle.images]
 
 

@@ -15,7 +15,7 @@ from holdfast.images.image import Image
 from holdfast.images.pack import pack_changes, pack_merged
 from holdfast.images.references import parse, parse_changes
 from holdfast.images.write import Sink
-from holdfast.node.rig import ROOTFS, Rig
+from holdfast.node.context import ROOTFS, Context
 from holdfast.observed import Instance
 from holdfast.runtime import cgroup
 from holdfast.spec.model import Container
@@ -24,7 +24,7 @@ PAUSED = "Pause"  # the verb of the intent that a crash leaves: `recover` lets t
 
 
 def commit_container(
-    rig: Rig, target: str, name: str, changes: Sequence[str], *, message: str, author: str, pause: bool
+    context: Context, target: str, name: str, changes: Sequence[str], *, message: str, author: str, pause: bool
 ) -> Image:
     """Make an image of a container's image and what it has written since, and give it a name.
 
@@ -35,46 +35,46 @@ def commit_container(
     full = parse(name)
     if full.transport != "docker" or full.digest:
         raise WrongCall(f"commit '{target}': {name!r} is not a name to give (expected [HOST/]NAME[:TAG])")
-    instance, upper = _writable(rig, target, "commit")
+    instance, upper = _writable(context, target, "commit")
     if instance.image.startswith(ROOTFS):
         raise WrongCall(
             f"commit '{target}': its root file system is a directory of this host, and no image "
             "('holdfast export' writes it as a tar archive, 'holdfast image import' makes an image of that)"
         )
     additions = parse_changes(changes)
-    base = rig.images.get(instance.image)
+    base = context.images.get(instance.image)
     config = changed(_config(base.config, instance.want), additions)
 
     def write(out: Sink) -> None:
-        with paused(rig, instance) if pause else nullcontext():
-            pack_changes(upper, out, _mount_points(rig, instance))
+        with paused(context, instance) if pause else nullcontext():
+            pack_changes(upper, out, _mount_points(context, instance))
 
     note = Note(f"holdfast commit {target}", message, author, time.time())
-    return commit_image(rig.images, base, write, full.name, config, note)
+    return commit_image(context.images, base, write, full.name, config, note)
 
 
-def export_container(rig: Rig, target: str, out: Sink, *, pause: bool) -> None:
+def export_container(context: Context, target: str, out: Sink, *, pause: bool) -> None:
     """Write the root file system of a container as a tar archive, as `docker export` does: without what is mounted.
 
     Raises Conflict when it has none just now.
     """
-    instance, upper = _writable(rig, target, "export")
-    with rig.images.keep():
-        layers = (*rig.base(instance.image).layers, upper)
-        with paused(rig, instance) if pause else nullcontext():
-            pack_merged(layers, out, _mount_points(rig, instance))
+    instance, upper = _writable(context, target, "export")
+    with context.images.keep():
+        layers = (*context.base(instance.image).layers, upper)
+        with paused(context, instance) if pause else nullcontext():
+            pack_merged(layers, out, _mount_points(context, instance))
 
 
-def export_image(rig: Rig, ref: str, out: Sink) -> Image:
+def export_image(context: Context, ref: str, out: Sink) -> Image:
     """Write the root file system of an image as a tar archive."""
-    with rig.images.keep():
-        image = rig.images.resolve(ref)
+    with context.images.keep():
+        image = context.images.resolve(ref)
         pack_merged(image.layers, out)
     return image
 
 
 @contextmanager
-def paused(rig: Rig, instance: Instance) -> Iterator[None]:
+def paused(context: Context, instance: Instance) -> Iterator[None]:
     """Have the processes of an instance stand still while the block runs, if it runs. One such block at a time.
 
     They go on whatever happens: an agent that is killed meanwhile leaves an intent, and the next one sees to it.
@@ -82,26 +82,26 @@ def paused(rig: Rig, instance: Instance) -> Iterator[None]:
     if instance.phase != "running":
         yield
         return
-    path, subject = rig.runtime.cgroup(instance.id), f"pause {instance.id}"
-    with rig.images.locks.hold(f"pause-{instance.id}"):
-        rig.store.put_intent(subject, {"verb": PAUSED, "reason": "its files are read", "instance": instance.id})
+    path, subject = context.runtime.cgroup(instance.id), f"pause {instance.id}"
+    with context.images.locks.hold(f"pause-{instance.id}"):
+        context.store.put_intent(subject, {"verb": PAUSED, "reason": "its files are read", "instance": instance.id})
         try:
             cgroup.freeze(path)
             yield
         finally:
             cgroup.thaw(path)
-            rig.store.drop_intent(subject)
+            context.store.drop_intent(subject)
 
 
-def _writable(rig: Rig, target: str, verb: str) -> tuple[Instance, Path]:
+def _writable(context: Context, target: str, verb: str) -> tuple[Instance, Path]:
     """The newest instance of a container that has a writable layer, and where that is."""
     found = sorted(
-        (each for each in rig.store.instances.values() if each.key == target),
+        (each for each in context.store.instances.values() if each.key == target),
         key=lambda each: (each.phase == "running", each.created_at),
     )
     if not found:
         raise NotFound(f"{verb} '{target}': it has no instance (see 'holdfast status')")
-    receipts = [each for each in rig.store.owned(found[-1].id) if each.kind == "rootfs"]
+    receipts = [each for each in context.store.owned(found[-1].id) if each.kind == "rootfs"]
     upper = next((Path(each.data["upper"]) for each in receipts if each.data.get("upper")), None)
     if upper is None:
         told = f"driver '{receipts[0].driver}' keeps no writable layer" if receipts else "it has none just now"
@@ -109,10 +109,10 @@ def _writable(rig: Rig, target: str, verb: str) -> tuple[Instance, Path]:
     return found[-1], upper
 
 
-def _mount_points(rig: Rig, instance: Instance) -> list[str]:
+def _mount_points(context: Context, instance: Instance) -> list[str]:
     """Where something is mounted in the container: what the runtime made there to mount on is no content."""
     try:
-        bundle = json.loads((rig.host.instance(instance.id) / "config.json").read_text())
+        bundle = json.loads((context.host.instance(instance.id) / "config.json").read_text())
         return [str(each["destination"]) for each in bundle["mounts"]]
     except (FileNotFoundError, ValueError, KeyError):
         return [mount.target for mount in instance.mounts]

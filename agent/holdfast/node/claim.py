@@ -15,8 +15,8 @@ from pathlib import Path
 from holdfast.drivers import Host
 from holdfast.errors import Conflict
 from holdfast.identity import FILE, Record, drop, look_up, names_of
+from holdfast.node.context import Context
 from holdfast.node.observe import everything
-from holdfast.node.rig import Rig
 from holdfast.observed import Receipt
 from holdfast.runtime import cgroup
 from holdfast.runtime.delegation import place_of
@@ -24,20 +24,20 @@ from holdfast.runtime.delegation import place_of
 SHOWN = 3  # things that a message names
 
 
-def check_claim(rig: Rig, known: Record | None) -> None:
+def check_claim(context: Context, known: Record | None) -> None:
     """Raise Conflict where the name, or the root, belongs to another. known: whose the name was so far."""
-    host = rig.host
+    host = context.host
     refuse_new_name(host)
     if known is not None and known.is_of(host.root):
         _refuse_new_run_root(host, known)
     elif known is not None and known.id == host.id:
         _refuse_copy(host, known)
-    found = list(everything(rig, rig.plugins.observe().seen, deep=True))
-    elsewhere = [each for each in found if each.of_root not in ("", host.id) and not _ours(rig, each, known)]
+    found = list(everything(context, context.plugins.observe().seen, deep=True))
+    elsewhere = [each for each in found if each.of_root not in ("", host.id) and not _ours(context, each, known)]
     if elsewhere:
         raise _belongs(host, elsewhere, known)
     unmarked = [each for each in found if not each.of_root and each.kind != "volume"]
-    if unmarked and not rig.store.used:
+    if unmarked and not context.store.used:
         raise Conflict(
             f"run the agent '{host.name}' on '{host.root}': another root uses the name: {_listed(unmarked)} "
             "(another name in agent.toml)"
@@ -54,10 +54,10 @@ def traces(host: Host) -> list[str]:
     ]
 
 
-def _ours(rig: Rig, thing: Receipt, known: Record | None) -> bool:
+def _ours(context: Context, thing: Receipt, known: Record | None) -> bool:
     """Whether a thing that carries another id is ours by its receipt: the root's id was changed since."""
-    other = known is not None and not known.is_of(rig.host.root) and known.id == thing.of_root
-    return rig.store.receipt(thing.kind, thing.id) is not None and not other
+    other = known is not None and not known.is_of(context.host.root) and known.id == thing.of_root
+    return context.store.receipt(thing.kind, thing.id) is not None and not other
 
 
 def _belongs(host: Host, found: list[Receipt], known: Record | None) -> Conflict:

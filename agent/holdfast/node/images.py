@@ -23,8 +23,8 @@ from holdfast.images.transfers import Transfer
 from holdfast.images.write import FORMATS, Sink, save
 from holdfast.node.bundle import load_bundle
 from holdfast.node.capture import commit_container, export_container, export_image
+from holdfast.node.context import Context
 from holdfast.node.newer import outdated
-from holdfast.node.rig import Rig
 from holdfast.observed import Json
 
 BEAT = 0.1  # seconds between looks at a transfer
@@ -33,24 +33,24 @@ BEAT = 0.1  # seconds between looks at a transfer
 class ImageAnswers:
     """The questions of `holdfast.api.agent.ImageAgent`. Raises NotFound for what is not there."""
 
-    def __init__(self, rig: Rig) -> None:
-        self.rig = rig
+    def __init__(self, context: Context) -> None:
+        self.context = context
 
     # -- looking --
 
     def images(self) -> Sequence[Json]:
         """Every image, a line for each of its names; one without a name has the ref ""."""
-        users = image_users(self.rig)
-        names = self.rig.images.names()
+        users = image_users(self.context)
+        names = self.context.images.names()
         return [
             {**image_json(image, names.get(full)), "ref": short, "used_by": sorted(users.get(image.digest, ()))}
-            for image in self.rig.images.list(dangling=True)
+            for image in self.context.images.list(dangling=True)
             for short, full in ([(name, parse(name).name) for name in image.names] or [("", "")])
         ]
 
     def image(self, ref: str) -> Json:
         """One image, in the words of `docker image inspect`."""
-        store = self.rig.images
+        store = self.context.images
         image = store.resolve(ref)
         names = [each for each in store.names().values() if each.digest == image.digest]
         tops = [(parse(each.name), each.top) for each in names if each.source == "registry"]
@@ -73,18 +73,18 @@ class ImageAnswers:
             "ManifestType": str(image.manifest.get("mediaType") or ""),
             "Annotations": dict(image.manifest.get("annotations") or {}),
             "Names": [_name_json(each) for each in names],
-            "UsedBy": sorted(image_users(self.rig).get(image.digest, ())),
+            "UsedBy": sorted(image_users(self.context).get(image.digest, ())),
             "LastUsed": store.used_at(image.digest),
         }
 
     def image_history(self, ref: str) -> Sequence[Json]:
         """How an image was made, the newest step first: {"layer", "created", "created_by", "size", "comment"}."""
-        image = self.rig.images.resolve(ref)
-        return history_of(image, lambda diff_id: self.rig.images.layers.facts(diff_id).size)
+        image = self.context.images.resolve(ref)
+        return history_of(image, lambda diff_id: self.context.images.layers.facts(diff_id).size)
 
     def outdated(self) -> Sequence[Json]:
         """Ask the registries what they have by now."""
-        return outdated(self.rig)
+        return outdated(self.context)
 
     # -- taking in --
 
@@ -98,7 +98,7 @@ class ImageAnswers:
         mine: list[Transfer] = []
 
         def pull() -> Json:
-            image = self.rig.puller.load(ref) if local else self.rig.puller.pull(ref, watch=mine.append)
+            image = self.context.puller.load(ref) if local else self.context.puller.pull(ref, watch=mine.append)
             self._images_changed()
             return {"image": {**image_json(image), "ref": ref}}
 
@@ -108,30 +108,30 @@ class ImageAnswers:
         """Send an image to a registry, under its own name or another: {"pushed": {"ref", "digest"}} at the end."""
 
         def push() -> Json:
-            image = self.rig.images.resolve(ref)
-            return {"pushed": {"ref": to or ref, "digest": self.rig.puller.push(image, to or ref)}}
+            image = self.context.images.resolve(ref)
+            return {"pushed": {"ref": to or ref, "digest": self.context.puller.push(image, to or ref)}}
 
         return self._watched(to or ref, push, ())
 
     def import_image(self, path: str, ref: str, changes: Sequence[str] = ()) -> Json:
         """Make an image of a root file system's tar archive."""
-        image = self.rig.images.import_rootfs(Path(path), ref, changes)
+        image = self.context.images.import_rootfs(Path(path), ref, changes)
         self._images_changed()
         return {**image_json(image), "ref": ref}
 
     def load_image(self, path: str) -> Sequence[Json]:
         """Take in the images of an archive or layout."""
-        images = self.rig.puller.load_all(Path(path))
+        images = self.context.puller.load_all(Path(path))
         self._images_changed()
         return [{**image_json(image), "ref": image.names[0] if image.names else image.digest} for image in images]
 
     def load_bundle(self, path: str) -> Sequence[Json]:
         """Take in the images of a bundle."""
-        return load_bundle(self.rig, Path(path))
+        return load_bundle(self.context, Path(path))
 
     def tag_image(self, ref: str, name: str) -> Json:
         """Give an image one more name."""
-        image = self.rig.images.tag(ref, name)
+        image = self.context.images.tag(ref, name)
         self._images_changed()
         return {**image_json(image), "ref": name}
 
@@ -146,8 +146,8 @@ class ImageAnswers:
         pause: bool = True,
     ) -> Json:
         """Make an image of what a container has become."""
-        image = commit_container(self.rig, target, name, changes, message=message, author=author, pause=pause)
-        self.rig.store.event("committed", target, f"to image {name}", digest=image.digest)
+        image = commit_container(self.context, target, name, changes, message=message, author=author, pause=pause)
+        self.context.store.event("committed", target, f"to image {name}", digest=image.digest)
         self._images_changed()
         return {**image_json(image), "ref": name}
 
@@ -158,28 +158,28 @@ class ImageAnswers:
         if format not in FORMATS:
             raise WrongCall(f"save images: format {format!r} is not known (expected {' or '.join(FORMATS)})")
         chosen = next(each for each in FORMATS if each == format)
-        return {"images": [image_json(image) for image in save(self.rig.images, refs, out, chosen)]}
+        return {"images": [image_json(image) for image in save(self.context.images, refs, out, chosen)]}
 
     def export_image(self, ref: str, out: Sink) -> Json:
         """Write the root file system of an image as a tar archive."""
-        return image_json(export_image(self.rig, ref, out))
+        return image_json(export_image(self.context, ref, out))
 
     def export(self, target: str, out: Sink, pause: bool = True) -> Json:
         """Write the root file system of a container as a tar archive."""
-        export_container(self.rig, target, out, pause=pause)
+        export_container(self.context, target, out, pause=pause)
         return {"target": target}
 
     # -- taking away --
 
     def remove_image(self, ref: str) -> Json:
         """Forget a reference; Conflict if a container, or a generation that may come back, needs it."""
-        return {"ref": ref, **freed_json(self.rig.images.remove(ref, lambda: image_users(self.rig)))}
+        return {"ref": ref, **freed_json(self.context.images.remove(ref, lambda: image_users(self.context)))}
 
     def prune_images(self, all: bool = False) -> Json:
         """Delete what has no name, with all also what has one, if nobody uses it, and layers of broken pulls."""
-        freed = self.rig.images.prune(lambda: image_users(self.rig), all=all)
+        freed = self.context.images.prune(lambda: image_users(self.context), all=all)
         if freed.images or freed.layers:
-            self.rig.store.event("removed", "images", f"{_what(freed)}, by hand", freed=freed.size)
+            self.context.store.event("removed", "images", f"{_what(freed)}, by hand", freed=freed.size)
         return freed_json(freed)
 
     def _watched(self, ref: str, work: Callable[[], Json], mine: Sequence[Transfer]) -> Iterator[Json]:
@@ -196,7 +196,7 @@ class ImageAnswers:
             except BaseException as error:
                 failures.append(error)
                 if isinstance(error, HoldfastError) and type(error) is not WrongCall:
-                    self.rig.store.event("failed", ref, str(error))
+                    self.context.store.event("failed", ref, str(error))
 
         thread = threading.Thread(target=run, name="transfer", daemon=True)
         thread.start()
@@ -209,30 +209,30 @@ class ImageAnswers:
 
     def _images_changed(self) -> None:
         """What could not be staged for want of an image can be tried at once."""
-        self.rig.store.retry_now()
+        self.context.store.retry_now()
 
 
 class Collector:
     """Frees what nobody uses when the disk is full, and says so: once, however long it stays full."""
 
-    def __init__(self, rig: Rig) -> None:
-        self.rig = rig
+    def __init__(self, context: Context) -> None:
+        self.context = context
         self._full = False
 
     def collect(self) -> None:
         """Look how full the disk is, and do what is to be done. What fails is told, and tried the next time."""
         try:
-            done = collect(self.rig.images, lambda: image_users(self.rig))
+            done = collect(self.context.images, lambda: image_users(self.context))
         except (HoldfastError, OSError) as error:
             if not self._full:
-                self.rig.store.event("failed", "images", f"collect unused images: {error}")
+                self.context.store.event("failed", "images", f"collect unused images: {error}")
             self._full = True
             return
         if done.freed.images or done.freed.layers:
             self._tell(done.freed)
         if done.full and not self._full:
-            limit = self.rig.images.settings.high_watermark
-            self.rig.store.event(
+            limit = self.context.images.settings.high_watermark
+            self.context.store.event(
                 "full",
                 "images",
                 f"the disk is {done.percent:.0f}% full, above {limit:g}%, and every image is in use or new "
@@ -241,16 +241,18 @@ class Collector:
         self._full = done.full
 
     def _tell(self, freed: Freed) -> None:
-        limit = self.rig.images.settings.high_watermark
+        limit = self.context.images.settings.high_watermark
         why = f" (the disk was above {limit:g}%)" if freed.images else ""
         more = {"digests": list(freed.images), "freed": freed.size}
-        self.rig.store.event("removed", "images", f"{_what(freed)} went, {about(freed.size)} are free{why}", **more)
+        self.context.store.event(
+            "removed", "images", f"{_what(freed)} went, {about(freed.size)} are free{why}", **more
+        )
 
 
-def image_users(rig: Rig) -> Mapping[str, set[str]]:
+def image_users(context: Context) -> Mapping[str, set[str]]:
     """digest → APP/NAME of whoever needs it: instances, ended ones too, and all generations that are kept."""
     found: dict[str, set[str]] = {}
-    for user, digest in rig.store.images():
+    for user, digest in context.store.images():
         found.setdefault(digest, set()).add(user)
     return found
 

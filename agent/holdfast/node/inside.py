@@ -15,7 +15,7 @@ from typing import Any
 
 from holdfast.errors import HoldfastError, UnfitHost, WrongState
 from holdfast.images.lookup import Content, Found, View, read_small
-from holdfast.node.rig import Base, Rig
+from holdfast.node.context import Base, Context
 from holdfast.observed import Json
 from holdfast.runtime.devices import DeviceNode
 from holdfast.runtime.executables import HEAD, Candidate
@@ -34,7 +34,7 @@ RUNC_PROC = frozenset(
 )
 
 
-def content_of_mount(rig: Rig, base: Base, mount: Mount, stored: Path | None) -> Content:
+def content_of_mount(context: Context, base: Base, mount: Mount, stored: Path | None) -> Content:
     """What a mount of a state file will show. stored: where the content of a file of the revision lies."""
     match mount.kind:
         case "tmpfs":
@@ -45,7 +45,7 @@ def content_of_mount(rig: Rig, base: Base, mount: Mount, stored: Path | None) ->
         case "bind":
             return _on_host(f"'{mount.source}' of this host", Path(mount.source), mount)
         case "volume":
-            receipt = rig.store.receipt("volume", mount.source)
+            receipt = context.store.receipt("volume", mount.source)
             path = str(receipt.data.get("path") or "") if receipt else ""
             what = f"volume '{mount.source}'"
             if path and Path(path).is_dir():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from holdfast.errors import Conflict, NotFound
-from holdfast.node.rig import BARE, Rig
+from holdfast.node.context import BARE, Context
 from holdfast.observed import MissingDriver, Receipt
 from holdfast.plugins import PluginState
 
@@ -17,40 +17,40 @@ FACT = "plugins"
 KINDS = ("rootfs", "volume", "mount", "network", "endpoint", "firewall")
 
 
-def remember(rig: Rig) -> None:
+def remember(context: Context) -> None:
     """Write down what the plugins that are loaded now offer, beside what others offered before them."""
-    known = rig.store.fact(FACT) or {}
-    loaded = rig.plugins.loaded()
+    known = context.store.fact(FACT) or {}
+    loaded = context.plugins.loaded()
     adjusting = {name: origin for name, origin in known.get("adjusting", {}).items() if name not in loaded}
     fresh = {
-        "drivers": {**known.get("drivers", {}), **rig.plugins.origins()},
-        "adjusting": {**adjusting, **rig.plugins.adjusting()},
+        "drivers": {**known.get("drivers", {}), **context.plugins.origins()},
+        "adjusting": {**adjusting, **context.plugins.adjusting()},
     }
     if fresh != known:
-        rig.store.put_fact(FACT, fresh)
-    expect(rig)
+        context.store.put_fact(FACT, fresh)
+    expect(context)
 
 
-def expect(rig: Rig) -> None:
+def expect(context: Context) -> None:
     """Have no container started without the plugins that adjust every one of them."""
-    adjusting = (rig.store.fact(FACT) or {}).get("adjusting", {})
-    loaded = rig.plugins.loaded()
-    rig.plugins.expected = {name: origin for name, origin in adjusting.items() if name not in loaded}
+    adjusting = (context.store.fact(FACT) or {}).get("adjusting", {})
+    loaded = context.plugins.loaded()
+    context.plugins.expected = {name: origin for name, origin in adjusting.items() if name not in loaded}
 
 
-def forget(rig: Rig, name: str) -> None:
+def forget(context: Context, name: str) -> None:
     """Expect a plugin that is gone no more. Raises NotFound, or Conflict for one that is installed."""
-    known = rig.store.fact(FACT) or {}
+    known = context.store.fact(FACT) or {}
     if name not in known.get("adjusting", {}):
         raise NotFound(f"plugin '{name}': containers do not depend on one of that name (see 'holdfast plugin list')")
-    if name in rig.plugins.loaded():
+    if name in context.plugins.loaded():
         raise Conflict(f"plugin '{name}': it is installed (uninstall it, restart the agent, then forget it)")
     left = {each: origin for each, origin in known["adjusting"].items() if each != name}
-    rig.store.put_fact(FACT, {**known, "adjusting": left})
-    expect(rig)
+    context.store.put_fact(FACT, {**known, "adjusting": left})
+    expect(context)
 
 
-def missing_drivers(rig: Rig, made: Iterable[Receipt]) -> tuple[MissingDriver, ...]:
+def missing_drivers(context: Context, made: Iterable[Receipt]) -> tuple[MissingDriver, ...]:
     """The drivers that no plugin offers now, of what was made and is in use.
 
     A volume that nobody mounts is not in use: nothing suffers while its driver is gone.
@@ -58,32 +58,32 @@ def missing_drivers(rig: Rig, made: Iterable[Receipt]) -> tuple[MissingDriver, .
     used: dict[tuple[str, str], list[str]] = {}
     for receipt in made:
         kind = "mount" if receipt.kind == "volume" and receipt.owner else receipt.kind
-        if kind in KINDS and receipt.driver not in BARE and not rig.plugins.offers(kind, receipt.driver):
+        if kind in KINDS and receipt.driver not in BARE and not context.plugins.offers(kind, receipt.driver):
             used.setdefault((kind, receipt.driver), []).append(receipt.id)
     if any(kind == "volume" for kind, _ in used):
-        mounted = _mounted(rig)
+        mounted = _mounted(context)
         for key in [key for key in used if key[0] == "volume"]:
             used[key] = [id for id in used[key] if id in mounted]
     used = {key: things for key, things in used.items() if things}
-    origins = (rig.store.fact(FACT) or {}).get("drivers", {}) if used else {}
+    origins = (context.store.fact(FACT) or {}).get("drivers", {}) if used else {}
     return tuple(
         MissingDriver(kind, driver, tuple(sorted(things)), origins.get(f"{kind} {driver}", ""))
         for (kind, driver), things in sorted(used.items())
     )
 
 
-def states(rig: Rig, missing: Iterable[MissingDriver]) -> tuple[PluginState, ...]:
+def states(context: Context, missing: Iterable[MissingDriver]) -> tuple[PluginState, ...]:
     """Every plugin that was found, and every driver that is missing."""
     gone = (PluginState(each.title, each.distribution, "", "missing", str(each)) for each in missing)
-    return (*rig.plugins.states, *gone)
+    return (*context.plugins.states, *gone)
 
 
-def made(rig: Rig) -> Iterator[Receipt]:
+def made(context: Context) -> Iterator[Receipt]:
     """Every receipt that a driver could have been asked for."""
     for kind in ("rootfs", "volume", "network", "endpoint", "firewall"):
-        yield from rig.store.receipts(kind)
+        yield from context.store.receipts(kind)
 
 
-def _mounted(rig: Rig) -> set[str]:
-    instances = list(rig.store.instances.values())
+def _mounted(context: Context) -> set[str]:
+    instances = list(context.store.instances.values())
     return {mount.source for each in instances for mount in each.want.mounts if mount.kind == "volume"}

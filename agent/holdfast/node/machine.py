@@ -22,6 +22,7 @@ from holdfast.errors import HoldfastError, Stopping, TryAgain, UnfitHost, WrongC
 from holdfast.guard import described
 from holdfast.identity import Record
 from holdfast.node.claim import check_claim
+from holdfast.node.context import Context
 from holdfast.node.images import Collector
 from holdfast.node.installed import remember
 from holdfast.node.lanes import Lanes
@@ -30,7 +31,6 @@ from holdfast.node.newer import NewerWatch
 from holdfast.node.observe import observe
 from holdfast.node.oom import OomWatch
 from holdfast.node.recover import recover, remove_volume
-from holdfast.node.rig import Rig
 from holdfast.node.shutdown import shut_down
 from holdfast.node.stage import stage_generation
 from holdfast.node.start import start_instance
@@ -58,7 +58,7 @@ from holdfast.plan.actions import (
     WriteFirewall,
     WriteNames,
 )
-from holdfast.plan.derived import pages
+from holdfast.plan.derived import name_table
 from holdfast.plan.reasons import counted
 from holdfast.plan.restart import wait_before
 from holdfast.plan.targets import current
@@ -80,49 +80,49 @@ log = structlog.get_logger("holdfast")
 class Node:
     """One host as one agent sees it. wake(what) is called, from any thread, when it is time for another look."""
 
-    def __init__(self, rig: Rig, *, starts: int | None = None) -> None:
-        self.rig = rig
+    def __init__(self, context: Context, *, starts: int | None = None) -> None:
+        self.context = context
         self.wake: Callable[[str], None] = lambda what: None
-        rig.store.listen(_journal)
-        rig.plugins.noticed = lambda plugin, error: rig.store.event("plugin", plugin, error)
+        context.store.listen(_journal)
+        context.plugins.noticed = lambda plugin, error: context.store.event("plugin", plugin, error)
         self._files: Mapping[str, bytes] = {}  # of the newest revision: what may be staged at any time
         self._applied = False
         self.empty = False  # of everything on the host, when it was closed
         self._lanes = Lanes(self._do, lambda action: self.wake(action.subject), starts=starts)
-        self._collector = Collector(rig)
+        self._collector = Collector(context)
         self._exits = ExitWatch(lambda instance: self.wake(instance))
         self._newer: NewerWatch | None = None
         self._logs = LogKeeper(self._max_log_files)
         self._watches: list[Callable[[], None]] | None = None  # what ends those of drivers
-        self._ooms = OomWatch(rig.runtime, rig.run_of, self._tell_oom)
+        self._ooms = OomWatch(context.runtime, context.run_of, self._tell_oom)
 
     def check_claim(self, known: Record | None) -> None:
         """Raise Conflict where the name or the root belongs to another. known: whose the name was so far."""
-        check_claim(self.rig, known)
+        check_claim(self.context, known)
 
     def recover(self) -> None:
         """Make the places that the runtime needs, and note what a crash cut short: the first pass puts it right.
 
         What failed gets another try, for the agent, its settings or its host may have been mended meanwhile.
         """
-        self.rig.runtime.prepare()
+        self.context.runtime.prepare()
         try:
-            self.rig.runtime.settle()
+            self.context.runtime.settle()
         except (HoldfastError, OSError) as error:  # every start tries it again
-            self.rig.store.event("failed", "node", f"{error}")
+            self.context.store.event("failed", "node", f"{error}")
         try:
-            self.rig.builder.sweep()
+            self.context.builder.sweep()
         except (HoldfastError, OSError) as error:  # it is tried again before the next build
-            self.rig.store.event("failed", "node", f"clear up after builds: {error}")
-        self.rig.store.retry_now()
-        remember(self.rig)
-        recover(self.rig)
+            self.context.store.event("failed", "node", f"clear up after builds: {error}")
+        self.context.store.retry_now()
+        remember(self.context)
+        recover(self.context)
 
     def observe(self, *, deep: bool = False, spec: Spec | None = None) -> Observed:
         """Read the host, and what the containers of spec lack. deep: every cgroup, too. Changes nothing on it."""
         busy, over = self._lanes.look()
         wanted = [want for app in spec.apps.values() for want in app.containers.values()] if spec else []
-        return replace(observe(self.rig, self._exits.watches, busy=busy, deep=deep, wanted=wanted), over=over)
+        return replace(observe(self.context, self._exits.watches, busy=busy, deep=deep, wanted=wanted), over=over)
 
     def apply(self, plan: Plan, observed: Observed, spec: Spec | None) -> None:
         """Put what is planned on the lanes and return at once; what is under way already is left to itself."""
@@ -131,18 +131,18 @@ class Node:
                 if instance.phase == "running":
                     self._watch_files(instance)
         self._applied = True
-        self.rig.mark_boot()
-        self._newer = self._newer or NewerWatch(self.rig, lambda what: self.wake(what))
+        self.context.mark_boot()
+        self._newer = self._newer or NewerWatch(self.context, lambda what: self.wake(what))
         if self._watches is None:
-            self._watches = self.rig.plugins.watch(self._noticed)
+            self._watches = self.context.plugins.watch(self._noticed)
         self._watch_over(observed)
         if spec is not None:
             self._files = spec.blobs
-            for subject in outlived(self.rig.store.history().failures, plan, self._lanes.busy):
-                self.rig.store.clear_failure(subject)
+            for subject in outlived(self.context.store.history().failures, plan, self._lanes.busy):
+                self.context.store.clear_failure(subject)
         starting = [action for action in plan.actions if isinstance(action, StartInstance)]
         if starting:
-            self.rig.pages = pages(observed.instances, self._readers(starting))
+            self.context.name_table = name_table(observed.instances, self._readers(starting))
         self._forget_stops(plan, observed)
         self._lanes.put(plan.actions, observed.over)
 
@@ -152,13 +152,13 @@ class Node:
         for instance in observed.instances:
             begun = instance.phase == "running" and instance.exit is not None and instance.exit.asked
             if begun and instance.id not in wanted and instance.key not in {*observed.busy, *plan.waiting}:
-                known = self.rig.store.instances.get(instance.id)
+                known = self.context.store.instances.get(instance.id)
                 if known is not None and known.exit == instance.exit:
-                    self.rig.store.exchange_instance(known, replace(known, exit=None))
+                    self.context.store.exchange_instance(known, replace(known, exit=None))
 
     def catch_up(self) -> None:
         """Write down what the disk had no room for. Once that is possible, what failed meanwhile is tried at once."""
-        store = self.rig.store
+        store = self.context.store
         late = store.late
         if late and store.catch_up():
             store.event("agent", "node", f"the disk has room again: {counted(late, 'change')} written down")
@@ -168,17 +168,17 @@ class Node:
 
     def in_force(self) -> dict[str, App]:
         """Each app as it is on this node now, or is about to be for the first time."""
-        generations = self.rig.store.history().generations
+        generations = self.context.store.history().generations
         return {name: (current(known) or known[-1]).app for name, known in generations.items()}
 
     def rotate_logs(self) -> None:
         """See to logs that nobody was told of: while no agent ran, and those of conmons without a limit."""
-        for instance in list(self.rig.store.instances.values()):
+        for instance in list(self.context.store.instances.values()):
             if instance.phase == "running":
                 kept = instance.want.logging
-                bundle = self.rig.host.instance(instance.id)
+                bundle = self.context.host.instance(instance.id)
                 try:
-                    keep(self.rig.log_path(instance), kept.max_size, kept.max_files, partial(reopen_log, bundle))
+                    keep(self.context.log_path(instance), kept.max_size, kept.max_files, partial(reopen_log, bundle))
                 except OSError as error:  # conmon goes on writing where it writes; the next look tries again
                     log.warning("log not rotated", container=instance.key, error=str(error))
 
@@ -188,7 +188,7 @@ class Node:
 
     def shut_down(self, total: float, beat: Callable[[float], None]) -> list[str]:
         """Stop every container because the host goes down; see `node.shutdown`."""
-        return shut_down(self.rig, total, beat)
+        return shut_down(self.context, total, beat)
 
     @property
     def busy(self) -> frozenset[Subject]:
@@ -202,45 +202,45 @@ class Node:
         for end in self._watches or ():
             with suppress(Exception):  # a driver's; the process ends anyhow
                 end()
-        self.rig.ending.set()
-        self.rig.puller.close()
-        self.rig.builder.close()
+        self.context.ending.set()
+        self.context.puller.close()
+        self.context.builder.close()
         self._lanes.close(PATIENCE)
         self._exits.close()
         self._logs.close()
         self._ooms.close()
-        self.rig.plugins.wait_told(LAST_WORDS)
-        self.rig.plugins.noticed = lambda plugin, error: None
-        self.empty = self.rig.empty
+        self.context.plugins.wait_told(LAST_WORDS)
+        self.context.plugins.noticed = lambda plugin, error: None
+        self.empty = self.context.empty
         if self._applied:  # else the token is not ours: a command may end beside an agent that has just begun
-            self.rig.leave()
+            self.context.leave()
 
     def _noticed(self, subject: str, what: str) -> None:
         """A driver saw that something was altered."""
         if what:
-            self.rig.store.event("host", subject, what)
+            self.context.store.event("host", subject, what)
         self.wake(subject)
 
     def _watch_over(self, observed: Observed) -> None:
         for instance in observed.instances:
-            run = self.rig.run_of(instance.id) if instance.phase == "running" else None
+            run = self.context.run_of(instance.id) if instance.phase == "running" else None
             if run is not None:
                 self._exits.add(instance.id, run)
 
     def _watch_files(self, instance: Instance) -> None:
-        self._logs.add(self.rig.log_path(instance).parent)
+        self._logs.add(self.context.log_path(instance).parent)
         self._ooms.add(instance.id)
 
     def _tell_oom(self, id: str, kills: int) -> None:
-        instance = self.rig.store.instances.get(InstanceId(id))
+        instance = self.context.store.instances.get(InstanceId(id))
         if instance is not None:
             what = "a process in it was" if kills == 1 else f"{kills} processes in it were"
             told = f"{what} killed for want of memory (OOM); it runs on"
-            self.rig.store.event("oom", instance.key, told, instance=id, kills=kills)
+            self.context.store.event("oom", instance.key, told, instance=id, kills=kills)
 
     def _max_log_files(self, path: Path) -> int | None:
-        for instance in list(self.rig.store.instances.values()):
-            if self.rig.log_path(instance) == path:
+        for instance in list(self.context.store.instances.values()):
+            if self.context.log_path(instance) == path:
                 return instance.want.logging.max_files
         return None
 
@@ -248,23 +248,23 @@ class Node:
         return {
             (network, action.app)
             for action in starting
-            for network in self.rig.store.generation(action.app, action.generation)
+            for network in self.context.store.generation(action.app, action.generation)
             .app.containers[action.container]
             .networks
         }
 
     def _do(self, action: Action) -> None:
         """Intent, effect, outcome: in the thread of a lane."""
-        store, began = self.rig.store, time.monotonic()
+        store, began = self.context.store, time.monotonic()
         detail: Json = {}
         error, retry, least, code = "", True, 0.0, 0
         try:
             store.put_intent(action.subject, _intent(action))
             if _makes(action):
                 store.need_room()
-            detail = perform(self.rig, action)
+            detail = perform(self.context, action)
             if isinstance(action, MarkGood | ForgetApp):
-                self.rig.prune_content(self._files)
+                self.context.prune_content(self._files)
         except BaseException as failure:  # whatever it is, it is remembered and waits for its next try
             if any(isinstance(cause, Stopping) for cause in _leaves(failure)):
                 return  # the intent stays: the next agent goes on with it
@@ -277,15 +277,15 @@ class Node:
         if outcome.ok and isinstance(action, StopInstance | RemoveInstance):
             store.catch_up(give_up=True)
         if isinstance(action, StartInstance) and outcome.ok:
-            run = self.rig.run_of(detail["instance"])
+            run = self.context.run_of(detail["instance"])
             if run is not None:
                 self._exits.add(detail["instance"], run)
-            if (instance := self.rig.store.instances.get(detail["instance"])) is not None:
+            if (instance := self.context.store.instances.get(detail["instance"])) is not None:
                 self._watch_files(instance)
 
     def _settle(self, outcome: Outcome, least: float, code: int) -> None:
         """Write down what came of an action, and tell of it."""
-        store, action = self.rig.store, outcome.action
+        store, action = self.context.store, outcome.action
         if outcome.ok:
             failure = store.failure(action.subject)
             if failure is not None and failure.digest == action.tried:
@@ -296,7 +296,7 @@ class Node:
             number = int(outcome.detail.get("generation", 0))
             if self._newer is not None:
                 self._newer.look()
-            self.rig.plugins.tell("after_stage", app=action.app, generation=number, error=outcome.error)
+            self.context.plugins.tell("after_stage", app=action.app, generation=number, error=outcome.error)
         if action.is_news or not outcome.ok:
             kind = action.past if outcome.ok else "failed"
             message = action.reason if outcome.ok else outcome.error
@@ -304,11 +304,11 @@ class Node:
             store.event(kind, action.subject, message, **{**facts, "app": action.app})
         came: dict[str, object] = {"action": action.verb, "subject": action.subject, "reason": action.reason}
         came |= {"ok": outcome.ok, "error": outcome.error, "took": outcome.took}
-        self.rig.plugins.tell("after_outcome", outcome=came)
+        self.context.plugins.tell("after_outcome", outcome=came)
         store.drop_intent(action.subject)
 
     def _remember(self, outcome: Outcome, least: float, code: int) -> None:
-        store, action = self.rig.store, outcome.action
+        store, action = self.context.store, outcome.action
         earlier = store.failure(action.subject)
         count = earlier.count + 1 if earlier and earlier.digest == action.tried else 1
         wait = max(wait_before(RETRY, count + 1, action.subject), least)
@@ -327,43 +327,43 @@ def _journal(event: Json) -> None:
     )
 
 
-def perform(rig: Rig, action: Action) -> Json:
+def perform(context: Context, action: Action) -> Json:
     """Do one action and return what is worth telling about it."""
     match action:
         case StageGeneration():
-            return stage_generation(rig, action)
+            return stage_generation(context, action)
         case EnsureNetwork():
-            return ensure_network(rig, action)
+            return ensure_network(context, action)
         case RemoveNetwork():
-            return remove_network(rig, action)
+            return remove_network(context, action)
         case StartInstance():
-            return start_instance(rig, action)
+            return start_instance(context, action)
         case StopInstance():
-            return stop_instance(rig, action)
+            return stop_instance(context, action)
         case UpdateInstance():
-            return update_instance(rig, action)
+            return update_instance(context, action)
         case RemoveInstance(instance=id):
-            instance = rig.store.instances.get(id)
+            instance = context.store.instances.get(id)
             if instance is not None:
-                save_volumes(rig, instance)
-                remove_instance(rig, instance)
-            sweep(rig)
+                save_volumes(context, instance)
+                remove_instance(context, instance)
+            sweep(context)
         case EnsureVolume():
-            return change_volume(rig, action)
+            return change_volume(context, action)
         case RemoveVolume(volume=volume):
-            remove_volume(rig, volume)
+            remove_volume(context, volume)
         case MarkGood(generation=number):
-            rig.store.mark_generation(action.app, number, "good")
+            context.store.mark_generation(action.app, number, "good")
         case ForgetApp(app=app):
-            rig.drop_logs(app)
-            rig.store.forget_app(app)
+            context.drop_logs(app)
+            context.store.forget_app(app)
         case WriteFirewall():
-            return write_firewall(rig, action)
+            return write_firewall(context, action)
         case WriteNames():
-            return write_names(rig, action)
+            return write_names(context, action)
         case RemoveOrphan(receipt=receipt):
-            remove_orphan(rig, receipt)
-            sweep(rig)
+            remove_orphan(context, receipt)
+            sweep(context)
         case _:
             assert_never(action)
     return {}

@@ -14,7 +14,7 @@ from typing import Literal
 
 from holdfast.errors import NotFound
 from holdfast.grammar.images import archive_path, built
-from holdfast.node.rig import Rig
+from holdfast.node.context import Context
 from holdfast.observed import Json
 from holdfast.plan.actions import Plan, StageGeneration
 
@@ -31,19 +31,19 @@ class Need:
     why: str = ""
 
 
-def images_needed(rig: Rig, rounds: Sequence[Plan], blobs: Mapping[str, bytes]) -> dict[str, list[Json]]:
+def images_needed(context: Context, rounds: Sequence[Plan], blobs: Mapping[str, bytes]) -> dict[str, list[Json]]:
     """App → the images it needs that are not here: {"image", "verb", "size", "error"} of each.
 
     size: bytes that have to come, None where that is not known (`error` says why, if anything does).
     """
     staged = {action.app: action for plan in rounds for action in plan.actions if isinstance(action, StageGeneration)}
-    needs = {app: list(dict.fromkeys(_needs(rig, action, blobs))) for app, action in staged.items()}
+    needs = {app: list(dict.fromkeys(_needs(context, action, blobs))) for app, action in staged.items()}
     asked = [need.image for found in needs.values() for need in found if need.verb == "pull" and not need.why]
-    sizes = _ask(rig, list(dict.fromkeys(asked)))
+    sizes = _ask(context, list(dict.fromkeys(asked)))
     return {app: [_json(need, sizes) for need in found] for app, found in needs.items() if found}
 
 
-def _needs(rig: Rig, action: StageGeneration, blobs: Mapping[str, bytes]) -> Iterator[Need]:
+def _needs(context: Context, action: StageGeneration, blobs: Mapping[str, bytes]) -> Iterator[Need]:
     app = action.spec
     images = [name for name, build in app.images.items() if build.push and name.startswith(f"{app.name}/")]
     for name, want in app.containers.items():
@@ -52,36 +52,36 @@ def _needs(rig: Rig, action: StageGeneration, blobs: Mapping[str, bytes]) -> Ite
             continue
         if (image := built(reference)) is not None:
             images.append(image)
-        elif not _is_here(rig, reference):
-            yield _pull(rig, reference, never=want.pull == "never")
+        elif not _is_here(context, reference):
+            yield _pull(context, reference, never=want.pull == "never")
     for image in dict.fromkeys(images):
-        for kind, name in rig.builder.missing(image, app.images, blobs):
+        for kind, name in context.builder.missing(image, app.images, blobs):
             if kind == "build":
                 yield Need(f"images.{name}", "build")
-            elif not archive_path(name) and not _is_here(rig, name):
-                yield _pull(rig, name, never=app.images[image].pull == "never")
+            elif not archive_path(name) and not _is_here(context, name):
+                yield _pull(context, name, never=app.images[image].pull == "never")
 
 
-def _pull(rig: Rig, reference: str, *, never: bool) -> Need:
-    why = "this node is offline" if rig.images.settings.offline else "pull is never" if never else ""
+def _pull(context: Context, reference: str, *, never: bool) -> Need:
+    why = "this node is offline" if context.images.settings.offline else "pull is never" if never else ""
     return Need(reference, "pull", f"it is not here, and {why}" if why else "")
 
 
-def _is_here(rig: Rig, reference: str) -> bool:
+def _is_here(context: Context, reference: str) -> bool:
     try:
-        rig.images.resolve(reference)
+        context.images.resolve(reference)
     except NotFound:
         return False
     return True
 
 
-def _ask(rig: Rig, references: Sequence[str]) -> dict[str, int | str]:
+def _ask(context: Context, references: Sequence[str]) -> dict[str, int | str]:
     """Reference → how many bytes would have to come, or why that is not known."""
     if not references:
         return {}
     deadline = time.monotonic() + DEADLINE
     threads = ThreadPoolExecutor(min(len(references), MOST), "size")
-    asked: dict[str, Future[int]] = {each: threads.submit(rig.puller.size, each, deadline) for each in references}
+    asked: dict[str, Future[int]] = {each: threads.submit(context.puller.size, each, deadline) for each in references}
     wait(asked.values(), DEADLINE)
     threads.shutdown(wait=False, cancel_futures=True)
     return {each: _answer(each, future) for each, future in asked.items()}

@@ -18,7 +18,7 @@ from holdfast.errors import HoldfastError, Stopping
 from holdfast.images.image import Name
 from holdfast.images.references import parse
 from holdfast.images.versions import newest
-from holdfast.node.rig import ROOTFS, Rig
+from holdfast.node.context import ROOTFS, Context
 from holdfast.observed import Json, NewerImage
 from holdfast.spec.forms import not_of_a_registry
 from holdfast.spec.model import Container
@@ -44,46 +44,46 @@ class Held:
         return bool(image) and not not_of_a_registry(image or "") and not self.digest.startswith(ROOTFS)
 
 
-def held(rig: Rig) -> Iterator[Held]:
+def held(context: Context) -> Iterator[Held]:
     """Every container that the node is brought to, or is about to be."""
-    for app, known in sorted(rig.store.history().generations.items()):
+    for app, known in sorted(context.store.history().generations.items()):
         for name, want in known[-1].app.containers.items():
             yield Held(f"{app}/{name}", want, known[-1].images.get(name, ""))
 
 
-def ask(rig: Rig, each: Held) -> NewerImage:
+def ask(context: Context, each: Held) -> NewerImage:
     """What the registry has for a container by now, newer or not. Raises as `Puller.resolve`."""
     image = each.want.image or ""
     update = each.want.update_image
     asked = image
     if update and update.tag_pattern:
         name, _, tag = image.rpartition(":")
-        asked = f"{name}:{newest(tag, rig.puller.tags(image), update.tag_pattern)}"
-    digest = _known(rig, asked).get(rig.puller.head(asked), "")
+        asked = f"{name}:{newest(tag, context.puller.tags(image), update.tag_pattern)}"
+    digest = _known(context, asked).get(context.puller.head(asked), "")
     if not digest:
-        remote = rig.puller.resolve(asked)
+        remote = context.puller.resolve(asked)
         digest = remote.digest
-        rig.resolved[asked] = (remote.top_digest, digest)
+        context.resolved[asked] = (remote.top_digest, digest)
     return NewerImage(image, f"{asked}@{digest}", digest, time.time())
 
 
-def _known(rig: Rig, asked: str) -> dict[str, str]:
+def _known(context: Context, asked: str) -> dict[str, str]:
     """What a reference was seen to lead to: the digest that a registry tells → that of the image for this host."""
-    found = dict([rig.resolved[asked]]) if asked in rig.resolved else {}
-    name = rig.images.names().get(parse(asked).name)
+    found = dict([context.resolved[asked]]) if asked in context.resolved else {}
+    name = context.images.names().get(parse(asked).name)
     if name is not None and name.source == "registry":
         found[name.top or name.digest] = name.digest
     return found
 
 
-def outdated(rig: Rig) -> Sequence[Json]:
+def outdated(context: Context) -> Sequence[Json]:
     """Ask for every container at once.
 
     {"target", "image", "digest" (of what was staged), "newer", "newer_digest", "policy", "error"} of each; newer is
     "" where there is nothing newer, error says why a registry could not tell. What none can have is left out.
     """
-    names = rig.images.names()
-    return [_answer(rig, each) for each in held(rig) if each.of_a_registry and not _brought(each, names)]
+    names = context.images.names()
+    return [_answer(context, each) for each in held(context) if each.of_a_registry and not _brought(each, names)]
 
 
 def _brought(each: Held, names: Mapping[str, Name]) -> bool:
@@ -92,7 +92,7 @@ def _brought(each: Held, names: Mapping[str, Name]) -> bool:
     return each.want.update_image is None and known is not None and known.source not in ("registry", "tag")
 
 
-def _answer(rig: Rig, each: Held) -> Json:
+def _answer(context: Context, each: Held) -> Json:
     answer = {
         "target": each.key,
         "image": each.want.image,
@@ -105,35 +105,35 @@ def _answer(rig: Rig, each: Held) -> Json:
     if "@" in (each.want.image or ""):
         return answer
     try:
-        found = ask(rig, each)
+        found = ask(context, each)
     except HoldfastError as error:
         return answer | {"error": str(error)}
     if each.want.update_image:
-        note(rig, each, found)
+        note(context, each, found)
     if found.digest == each.digest:
         return answer
     return answer | {"newer": found.reference.partition("@")[0], "newer_digest": found.digest}
 
 
-def note(rig: Rig, each: Held, found: NewerImage) -> bool:
+def note(context: Context, each: Held, found: NewerImage) -> bool:
     """Keep what was found, and tell of it once where it is news. Returns whether it is."""
-    known = rig.store.history().newer.get(each.key)
+    known = context.store.history().newer.get(each.key)
     if known and (known.image, known.digest) == (found.image, found.digest):
         return False
-    rig.store.put_newer(each.key, found)
+    context.store.put_newer(each.key, found)
     if found.digest == each.digest:
         return False
     follows = "it is staged" if each.want.update_image and each.want.update_image.policy == "apply" else "told only"
     message = f"the registry has {found.reference}, newer than {each.digest[7:19]} ({follows})"
-    rig.store.event("outdated", each.key, message, image=found.image, reference=found.reference)
+    context.store.event("outdated", each.key, message, image=found.image, reference=found.reference)
     return True
 
 
 class NewerWatch:
     """The thread that asks, while the agent runs. wake(what) is called when there is something newer."""
 
-    def __init__(self, rig: Rig, wake: Callable[[str], None]) -> None:
-        self._rig, self._wake = rig, wake
+    def __init__(self, context: Context, wake: Callable[[str], None]) -> None:
+        self._context, self._wake = context, wake
         self._due: dict[str, tuple[Container, float]] = {}  # container → what it was asked for, when it is next
         self._failed: dict[str, int] = {}  # the kind of what went wrong the last time
         self._look = threading.Event()
@@ -163,11 +163,11 @@ class NewerWatch:
 
     def _round(self, now: float) -> float:
         """Ask for everything whose time has come; return the seconds until the next."""
-        offline = self._rig.images.settings.offline
-        every = () if offline else held(self._rig)
+        offline = self._context.images.settings.offline
+        every = () if offline else held(self._context)
         asked = {each.key: each for each in every if each.want.update_image and each.of_a_registry}
-        for key in self._rig.store.history().newer.keys() - asked.keys():
-            self._rig.store.put_newer(key, None)
+        for key in self._context.store.history().newer.keys() - asked.keys():
+            self._context.store.put_newer(key, None)
         self._due = {key: value for key, value in self._due.items() if key in asked}
         together: dict[tuple[str, str], list[Held]] = {}  # what is asked for several containers is asked once
         for key, each in asked.items():
@@ -191,18 +191,18 @@ class NewerWatch:
     def _ask(self, alike: Sequence[Held]) -> float:
         """Ask once for containers of one image; return the seconds until that may be done again, at the least."""
         try:
-            found = ask(self._rig, alike[0])
+            found = ask(self._context, alike[0])
         except Stopping:
             return 0.0
         except HoldfastError as error:
             for each in alike:
                 if self._failed.get(each.key) != error.exit_code:
                     self._failed[each.key] = error.exit_code
-                    self._rig.store.event("failed", each.key, f"{error} (asked for a newer image)")
+                    self._context.store.event("failed", each.key, f"{error} (asked for a newer image)")
             return error.wait
         for each in alike:
             self._failed.pop(each.key, None)
-            if note(self._rig, each, found):
+            if note(self._context, each, found):
                 self._wake(each.key)
         return 0.0
 

@@ -14,8 +14,8 @@ from dataclasses import replace
 
 from holdfast.guard import Seen
 from holdfast.node import stale
+from holdfast.node.context import BARE, Context
 from holdfast.node.installed import missing_drivers
-from holdfast.node.rig import BARE, Rig
 from holdfast.node.start import cgroup_settings
 from holdfast.node.stop import tell_exit
 from holdfast.node.volumes import DEFINED_AS, altered
@@ -45,7 +45,7 @@ Settings = Callable[[Instance], str]
 
 
 def observe(
-    rig: Rig,
+    context: Context,
     watches: Watches,
     *,
     busy: frozenset[Subject] = frozenset(),
@@ -59,37 +59,37 @@ def observe(
     mounts lack.
     """
     at = time.time()
-    instances, building = list(rig.store.instances.values()), set(rig.builds)
+    instances, building = list(context.store.instances.values()), set(context.builds)
     if deep:
-        stale.look(rig, instances)
-    looked = rig.plugins.observe()
-    things: Things = {(each.kind, each.id): each for each in everything(rig, looked.seen, deep=deep)}
-    same_boot, settings = rig.same_boot(), _settings_digests(rig)
+        stale.look(context, instances)
+    looked = context.plugins.observe()
+    things: Things = {(each.kind, each.id): each for each in everything(context, looked.seen, deep=deep)}
+    same_boot, settings = context.same_boot(), _settings_digests(context)
     seen = tuple(
-        _instance(rig, instance, things, watches, settings, same_boot=same_boot, deep=deep)
+        _instance(context, instance, things, watches, settings, same_boot=same_boot, deep=deep)
         if instance.key not in busy
         else instance
         for instance in instances
     )
-    known = {instance.id for instance in instances} | {InstanceId(each) for each in building | rig.builds}
-    firewall = _firewall(rig, things)
-    orphans, foreign = _unclaimed(rig, things, known)
+    known = {instance.id for instance in instances} | {InstanceId(each) for each in building | context.builds}
+    firewall = _firewall(context, things)
+    orphans, foreign = _unclaimed(context, things, known)
     return Observed(
         at=at,
-        instances=tuple(each for each in seen if each.id in rig.store.instances),
-        networks=_networks(rig, things),
-        volumes=_volumes(rig, things),
+        instances=tuple(each for each in seen if each.id in context.store.instances),
+        networks=_networks(context, things),
+        volumes=_volumes(context, things),
         firewall=firewall,
         orphans=tuple(each for each in orphans if each.kind != "firewall" or firewall is None),
         foreign=foreign,
         busy=busy,
-        missing=missing_drivers(rig, things.values()),
+        missing=missing_drivers(context, things.values()),
         lacking=dict(_lacking((*wanted, *(each.want for each in instances)))),
         findings=looked.findings,
     )
 
 
-def everything(rig: Rig, looked: Mapping[str, Mapping[str, Seen]], *, deep: bool) -> Iterator[Receipt]:
+def everything(context: Context, looked: Mapping[str, Mapping[str, Seen]], *, deep: bool) -> Iterator[Receipt]:
     """Everything on the host that bears the agent's name, as the drivers find it. looked: by kind and driver.
 
     What a driver can't say for now is taken to be as it last said, else as it was made; so is what was made by one
@@ -102,13 +102,13 @@ def everything(rig: Rig, looked: Mapping[str, Mapping[str, Seen]], *, deep: bool
                 yield from seen.receipts
             else:
                 silent[driver] = {each.id: each for each in seen.receipts if each.data}
-        for made in rig.store.receipts(kind):
+        for made in context.store.receipts(kind):
             if made.driver not in answers or made.driver in silent:
                 # What a volume was an hour ago would look like drift.
                 yield made if kind == "volume" else silent.get(made.driver, {}).get(made.id, made)
-    yield from netns.observe(rig.host)
-    for id in rig.runtime.state() | (rig.runtime.cgroups() if deep else frozenset()):
-        yield Receipt("run", rig.runtime.binary.name, id, id)
+    yield from netns.observe(context.host)
+    for id in context.runtime.state() | (context.runtime.cgroups() if deep else frozenset()):
+        yield Receipt("run", context.runtime.binary.name, id, id)
 
 
 def _lacking(wants: Iterable[Container]) -> Iterator[tuple[str, str]]:
@@ -123,7 +123,7 @@ def _lacking(wants: Iterable[Container]) -> Iterator[tuple[str, str]]:
 
 
 def _instance(
-    rig: Rig,
+    context: Context,
     instance: Instance,
     things: Things,
     watches: Watches,
@@ -133,73 +133,77 @@ def _instance(
     deep: bool,
 ) -> Instance:
     if not same_boot and instance.phase in ("running", "creating"):
-        return rig.store.change_instance(instance.id, phase="lost") if rig.notes else replace(instance, phase="lost")
+        return (
+            context.store.change_instance(instance.id, phase="lost")
+            if context.records_exits
+            else replace(instance, phase="lost")
+        )
     if instance.phase != "running":
         return instance
-    receipt = rig.store.receipt("run", instance.id)
-    run = rig.run_of(instance.id)
+    receipt = context.store.receipt("run", instance.id)
+    run = context.run_of(instance.id)
     if run is None or receipt is None:
-        return _ended(rig, instance)
+        return _ended(context, instance)
     watched = watches(instance.id, run)
-    if not watched and not rig.runtime.alive(run):
-        return _ended(rig, instance)
-    faults, drifted = list(_faults(rig, instance, things)), list(_altered(rig, instance, things))
+    if not watched and not context.runtime.alive(run):
+        return _ended(context, instance)
+    faults, drifted = list(_faults(context, instance, things)), list(_altered(context, instance, things))
     if "limits" in receipt.data and receipt.data["limits"] is None:
         drifted.append("writing its limits was cut short or refused")
     elif deep:
-        drifted.extend(_limits_altered(rig, instance, receipt.data))
+        drifted.extend(_limits_altered(context, instance, receipt.data))
         drifted.extend(_policy_changed(instance, receipt.data, settings))
     warnings = instance.warnings
-    if not watched and not rig.runtime.supervised(run):
+    if not watched and not context.runtime.supervised(run):
         warnings = (*warnings, "its conmon is gone: output is lost and its exit status will not be known")
-    warnings = (*warnings, *rig.stale.get(instance.id, ()))
+    warnings = (*warnings, *context.stale.get(instance.id, ()))
     if not faults and not drifted and warnings == instance.warnings:
         return instance
     return replace(instance, faults=tuple(faults), drifted=tuple(drifted), warnings=warnings)
 
 
-def _ended(rig: Rig, instance: Instance) -> Instance:
+def _ended(context: Context, instance: Instance) -> Instance:
     """Note the end of a process; while conmon still writes it down, the instance counts as running."""
-    ended = rig.runtime.exit_of(instance.id)
-    run = rig.run_of(instance.id)
+    ended = context.runtime.exit_of(instance.id)
+    run = context.run_of(instance.id)
     if ended is None:
-        if run is not None and rig.runtime.supervised(run):
+        if run is not None and context.runtime.supervised(run):
             return instance
         ended = Exit(code=None, at=time.time())
     if instance.exit is not None and instance.exit.asked:  # its stop was cut short, or gave up waiting
         ended = replace(ended, asked=True)
     changed = replace(instance, phase="exited", exit=ended, pid=None)
-    if not rig.notes:
+    if not context.records_exits:
         return changed
-    if not rig.store.exchange_instance(instance, changed):
+    if not context.store.exchange_instance(instance, changed):
         return instance  # somebody else has it in hand; the next look will tell
-    tell_exit(rig, instance, ended)
+    tell_exit(context, instance, ended)
     return changed
 
 
-def _faults(rig: Rig, instance: Instance, things: Things) -> Iterator[str]:
+def _faults(context: Context, instance: Instance, things: Things) -> Iterator[str]:
     """What only a new start puts right."""
-    rootfs = rig.store.receipt("rootfs", instance.id)
+    rootfs = context.store.receipt("rootfs", instance.id)
     if rootfs is not None and not _healthy(rootfs, things):
         yield "its root file system is not mounted any more"
     for mount in instance.mounts:
         if mount.kind == "volume" and ("volume", mount.source) not in things:
             yield f"volume {mount.source} is gone"
-    if instance.patched is not None and (lacking := rig.plugins.lacking(instance.patched)):
+    if instance.patched is not None and (lacking := context.plugins.lacking(instance.patched)):
         with suppress(OSError, ValueError):  # without its configuration, nothing can be tried
-            config = json.loads((rig.host.instance(instance.id) / "config.json").read_text())
-            if rig.plugins.would_adjust(instance.app, instance.container, config):
+            config = json.loads((context.host.instance(instance.id) / "config.json").read_text())
+            if context.plugins.would_adjust(instance.app, instance.container, config):
                 yield f"plugin '{', '.join(lacking)}' has not adjusted its configuration"
 
 
-def _altered(rig: Rig, instance: Instance, things: Things) -> Iterator[str]:
+def _altered(context: Context, instance: Instance, things: Things) -> Iterator[str]:
     """What can be put right while it runs."""
-    for receipt in rig.store.owned(instance.id):
+    for receipt in context.store.owned(instance.id):
         if receipt.kind == "netns" and not _healthy(receipt, things):
             yield "its network namespace was unbound"
         elif receipt.kind == "endpoint" and receipt.driver not in BARE:
             id = receipt.id.partition("/")[2]
-            network = rig.store.receipt("network", id)
+            network = context.store.receipt("network", id)
             if not _healthy(receipt, things):
                 yield f"its link to network {id} was removed or altered"
             elif network and receipt.data.get("subnet", network.data.get("subnet")) != network.data.get("subnet"):
@@ -211,10 +215,10 @@ def _healthy(receipt: Receipt, things: Things) -> bool:
     return found is not None and bool(found.data)
 
 
-def _limits_altered(rig: Rig, instance: Instance, kept: Json) -> Iterator[str]:
+def _limits_altered(context: Context, instance: Instance, kept: Json) -> Iterator[str]:
     """Compare the cgroup with what it was right after we wrote it."""
     wrote = kept.get("limits") or {}
-    now = cgroup.snapshot(rig.runtime.cgroup(instance.id))
+    now = cgroup.snapshot(context.runtime.cgroup(instance.id))
     for name, value in wrote.items():
         if name in now and now[name] != value:
             yield f"cgroup {name} was altered: {value} → {now[name]}"
@@ -227,7 +231,7 @@ def _policy_changed(instance: Instance, kept: Json, settings: Settings) -> Itera
         yield "its cgroup policies ask for other limits than they did"
 
 
-def _settings_digests(rig: Rig) -> Settings:
+def _settings_digests(context: Context) -> Settings:
     """What the policies make of an instance's resources, as a digest, once for equal ones; "" if they fail."""
     known: dict[str, str] = {}
 
@@ -235,7 +239,7 @@ def _settings_digests(rig: Rig) -> Settings:
         resources = instance.want.resources.text
         if resources not in known:
             try:
-                known[resources] = cgroup_settings(rig, instance.want).digest
+                known[resources] = cgroup_settings(context, instance.want).digest
             except Exception:  # the guard has recorded whose fault it is
                 known[resources] = ""
         return known[resources]
@@ -246,9 +250,9 @@ def _settings_digests(rig: Rig) -> Settings:
 # -- what instances share ------------------------------------------------------------------------------------
 
 
-def _networks(rig: Rig, things: Things) -> dict[str, NetworkState]:
+def _networks(context: Context, things: Things) -> dict[str, NetworkState]:
     found = {}
-    for receipt in rig.store.receipts("network"):
+    for receipt in context.store.receipts("network"):
         seen = things.get(("network", receipt.id))
         faults = () if seen and seen.data else ("it was removed or altered",)
         if receipt.driver in BARE:
@@ -258,11 +262,11 @@ def _networks(rig: Rig, things: Things) -> dict[str, NetworkState]:
     return found
 
 
-def _volumes(rig: Rig, things: Things) -> dict[str, VolumeState]:
+def _volumes(context: Context, things: Things) -> dict[str, VolumeState]:
     found = {}
     for seen in things.values():
         if seen.kind == "volume" and not seen.owner:
-            kept = rig.store.receipt("volume", seen.id)
+            kept = context.store.receipt("volume", seen.id)
             asked = kept.data.get("asked", {}) if kept and kept.driver == seen.driver else None
             faults = altered(kept, seen) if kept and asked is not None else ()
             defined = str(kept.data.get(DEFINED_AS, "")) if kept else ""
@@ -270,10 +274,10 @@ def _volumes(rig: Rig, things: Things) -> dict[str, VolumeState]:
     return found
 
 
-def _firewall(rig: Rig, things: Things) -> FirewallWant | None:
+def _firewall(context: Context, things: Things) -> FirewallWant | None:
     """What the table holds, if it is what we wrote last."""
-    kept = rig.store.fact("firewall")
-    seen = things.get(("firewall", rig.host.name))
+    kept = context.store.fact("firewall")
+    seen = things.get(("firewall", context.host.name))
     if kept is None or seen is None or seen.data.get("digest") != digest_of(kept):
         return None
     return FirewallWant(
@@ -282,7 +286,9 @@ def _firewall(rig: Rig, things: Things) -> FirewallWant | None:
     )
 
 
-def _unclaimed(rig: Rig, things: Things, known: set[InstanceId]) -> tuple[tuple[Receipt, ...], tuple[Receipt, ...]]:
+def _unclaimed(
+    context: Context, things: Things, known: set[InstanceId]
+) -> tuple[tuple[Receipt, ...], tuple[Receipt, ...]]:
     """What nobody has a receipt for: what carries the id of this root, and the rest. What is being made is neither.
 
     Nor are volumes, which are data. A table is an orphan when it is not as we wrote it last, receipt or none.
@@ -290,10 +296,10 @@ def _unclaimed(rig: Rig, things: Things, known: set[InstanceId]) -> tuple[tuple[
     orphans: list[Receipt] = []
     foreign: list[Receipt] = []
     for (kind, id), thing in things.items():
-        if kind == "volume" or InstanceId(thing.owner) in known or InstanceId(thing.owner) in rig.store.instances:
+        if kind == "volume" or InstanceId(thing.owner) in known or InstanceId(thing.owner) in context.store.instances:
             continue
-        kept = rig.store.receipt(kind, id) is not None
-        ours = bool(rig.host.id) and thing.of_root == rig.host.id
+        kept = context.store.receipt(kind, id) is not None
+        ours = bool(context.host.id) and thing.of_root == context.host.id
         if kind == "firewall" and (kept or ours):
             orphans.append(thing)
         elif not kept:

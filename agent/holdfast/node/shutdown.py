@@ -9,8 +9,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
 from holdfast.errors import HoldfastError
+from holdfast.node.context import Context
 from holdfast.node.observe import observe
-from holdfast.node.rig import Rig
 from holdfast.node.stop import stop_instance
 from holdfast.observed import Exit, InstanceId, Observed
 from holdfast.plan.actions import StopInstance
@@ -21,7 +21,7 @@ MANY = 128  # stops at a time
 SIGKILLED = 2.0  # seconds that a process has to be gone after SIGKILL
 
 
-def shut_down(rig: Rig, total: float, beat: Callable[[float], None] = lambda left: None) -> list[str]:
+def shut_down(context: Context, total: float, beat: Callable[[float], None] = lambda left: None) -> list[str]:
     """Stop every container, dependents first, each by its own signal and grace; return a line for each that failed.
 
     What can't be stopped keeps nothing else running.
@@ -31,29 +31,29 @@ def shut_down(rig: Rig, total: float, beat: Callable[[float], None] = lambda lef
     much of the time is left.
     """
     deadline = time.monotonic() + total
-    observe(rig, lambda id, run: False)  # notes what has ended by itself since an agent looked
-    history, failed = rig.store.history(), dict[str, str]()
+    observe(context, lambda id, run: False)  # notes what has ended by itself since an agent looked
+    history, failed = context.store.history(), dict[str, str]()
     in_hand: dict[Future[None], StopInstance] = {}
     begun: dict[str, float] = {}  # instance → when its stop began, monotonic
     with ThreadPoolExecutor(MANY, "stop") as pool:
         while True:
             taken = {action.instance for action in in_hand.values()} | failed.keys()
             stuck = {action.instance for action in in_hand.values() if _is_stuck(action, begun)}
-            observed = _seen(rig, stuck | failed.keys())
+            observed = _seen(context, stuck | failed.keys())
             waves, now = count_waves(observed, history, time.time()), time.time()
             left = max(deadline - time.monotonic(), 0.0)
             beat(left)
             for action in next_stops(observed, history, now):
                 if action.instance not in taken:
                     share = replace(action, grace=min(action.grace, left / max(waves, 1)))
-                    in_hand[pool.submit(_stop, rig, share, begun)] = share
+                    in_hand[pool.submit(_stop, context, share, begun)] = share
             if not in_hand:
                 return list(failed.values())
             for done in wait(in_hand, 1.0, FIRST_COMPLETED).done:
                 action = in_hand.pop(done)
                 if (error := done.exception()) is not None:
                     failed[action.instance] = f"{action.subject}: {error}"
-                    rig.store.event("failed", action.subject, str(error), verb=action.verb, reason=REASON)
+                    context.store.event("failed", action.subject, str(error), verb=action.verb, reason=REASON)
 
 
 def _is_stuck(action: StopInstance, begun: Mapping[str, float]) -> bool:
@@ -61,33 +61,33 @@ def _is_stuck(action: StopInstance, begun: Mapping[str, float]) -> bool:
     return time.monotonic() > begun.get(action.instance, math.inf) + action.grace + SIGKILLED
 
 
-def _seen(rig: Rig, lost: Collection[str]) -> Observed:
+def _seen(context: Context, lost: Collection[str]) -> Observed:
     """The containers alone: what else is on the host goes with it. lost: those that can't be stopped."""
     return Observed(
-        at=time.time(), instances=tuple(each for each in rig.store.instances.values() if each.id not in lost)
+        at=time.time(), instances=tuple(each for each in context.store.instances.values() if each.id not in lost)
     )
 
 
-def _stop(rig: Rig, action: StopInstance, begun: dict[str, float]) -> None:
+def _stop(context: Context, action: StopInstance, begun: dict[str, float]) -> None:
     began = begun[action.instance] = time.monotonic()
-    run = rig.run_of(action.instance)
-    if run is None or not rig.runtime.alive(run):  # by itself, just now
-        observe(rig, lambda id, run: False)
-        if not _runs(rig, action.instance):
+    run = context.run_of(action.instance)
+    if run is None or not context.runtime.alive(run):  # by itself, just now
+        observe(context, lambda id, run: False)
+        if not _runs(context, action.instance):
             return
     try:
-        cgroup.thaw(rig.runtime.cgroup(action.instance))
+        cgroup.thaw(context.runtime.cgroup(action.instance))
     except HoldfastError as error:
-        rig.store.event("failed", action.subject, str(error), verb=action.verb, reason=REASON)
-    detail = stop_instance(rig, action)
-    instance = rig.store.instances.get(action.instance)
+        context.store.event("failed", action.subject, str(error), verb=action.verb, reason=REASON)
+    detail = stop_instance(context, action)
+    instance = context.store.instances.get(action.instance)
     if instance is not None and instance.phase != "running":
         ended = replace(instance.exit or Exit(None, asked=True), host_went_down=True)
-        rig.store.change_instance(instance.id, exit=ended)
+        context.store.change_instance(instance.id, exit=ended)
     took = round(time.monotonic() - began, 4)
-    rig.store.event("stopped", action.subject, REASON, verb=action.verb, reason=REASON, took=took, **detail)
+    context.store.event("stopped", action.subject, REASON, verb=action.verb, reason=REASON, took=took, **detail)
 
 
-def _runs(rig: Rig, id: InstanceId) -> bool:
-    instance = rig.store.instances.get(id)
+def _runs(context: Context, id: InstanceId) -> bool:
+    instance = context.store.instances.get(id)
     return instance is not None and instance.phase == "running"

@@ -20,8 +20,8 @@ from holdfast.errors import NotFound, Stopping, TryAgain, UnfitHost
 from holdfast.grammar.images import archive_path, built
 from holdfast.images.lookup import Content, View
 from holdfast.images.references import parse
+from holdfast.node.context import BARE, ROOTFS, Base, Context, network_of, volume_of
 from holdfast.node.inside import check_devices, check_working_dir, content_of_mount, look, mount_all
-from holdfast.node.rig import BARE, ROOTFS, Base, Rig, network_of, volume_of
 from holdfast.node.start import cgroup_settings, content_of, network_want, oci_request, rootfs_want, user_of
 from holdfast.node.volumes import declared_volumes, volume_want
 from holdfast.observed import Generation, Instance, InstanceId, Json
@@ -46,50 +46,50 @@ MOST = 16  # images of one app that are asked for at once
 EAGERNESS = ("never", "missing", "newer", "always")  # of Container.pull
 
 
-def stage_generation(rig: Rig, action: StageGeneration) -> Json:
+def stage_generation(context: Context, action: StageGeneration) -> Json:
     """Make a generation of an app. Raises an ExceptionGroup of everything that is wrong; then nothing is kept."""
     app, blobs = action.spec, action.files
-    _store_files(rig, app, blobs)
+    _store_files(context, app, blobs)
     checks = _Checks()
-    with _told_at_once(rig, app):
-        made = build_images(rig, app, blobs, checks)  # which may take an hour: prune works meanwhile
-        return _stage(rig, action, made, checks)
+    with _told_at_once(context, app):
+        made = build_images(context, app, blobs, checks)  # which may take an hour: prune works meanwhile
+        return _stage(context, action, made, checks)
 
 
 @contextmanager
-def _told_at_once(rig: Rig, app: App) -> Iterator[None]:
+def _told_at_once(context: Context, app: App) -> Iterator[None]:
     """Images of the app that can't be built are told by the builder until the app itself tells of them."""
     try:
         yield
     finally:
-        rig.builder.forget(app.images)
+        context.builder.forget(app.images)
 
 
 def _stage(
-    rig: Rig,
+    context: Context,
     action: StageGeneration,
     made: dict[str, str],
     checks: _Checks,
 ) -> Json:
     """Have all that the app needs besides the images that were made, check it and write the generation down."""
     app = action.spec
-    with rig.images.keep():  # what is fetched here counts as used by nobody until the generation is written down
-        images = {name: _still_here(rig, name, digest) for name, digest in made.items()}
-        images |= fetch_images(rig, app, action.images, checks)
-        volumes = declared_volumes(rig, app, images)
-        known = rig.store.history().generations.get(app.name, ())
+    with context.images.keep():  # what is fetched here counts as used by nobody until the generation is written down
+        images = {name: _still_here(context, name, digest) for name, digest in made.items()}
+        images |= fetch_images(context, app, action.images, checks)
+        volumes = declared_volumes(context, app, images)
+        known = context.store.history().generations.get(app.name, ())
         for name in images:
             if known and _is_as_in(known[-1], app, name, images[name], volumes.get(name, ())):
                 continue
             with checks.of(f"{app.name}/{name}"):
-                _check_container(rig, app, name, images[name], volumes.get(name, ()), checks)
-        _check_unused_volumes(rig, app, checks)
+                _check_container(context, app, name, images[name], volumes.get(name, ()), checks)
+        _check_unused_volumes(context, app, checks)
         for network in sorted({net for want in app.containers.values() for net in want.networks} - BARE):
             with checks.of(f"network {network}"):
-                _check_network(rig, app, network)
+                _check_network(context, app, network)
         checks.report(f"stage '{app.name}'")
         number = known[-1].number + 1 if known else 1
-        rig.store.put_generation(
+        context.store.put_generation(
             Generation(
                 app=app,
                 number=number,
@@ -101,7 +101,7 @@ def _stage(
                 staged_at=time.time(),
             )
         )
-    _store_files(rig, app, action.files)  # once more: whoever pruned meanwhile did not know of this generation
+    _store_files(context, app, action.files)  # once more: whoever pruned meanwhile did not know of this generation
     return {"generation": number, "images": images}
 
 
@@ -128,23 +128,23 @@ class _Checks:
             raise ExceptionGroup(what, self.failures)
 
 
-def _store_files(rig: Rig, app: App, blobs: Mapping[str, bytes]) -> None:
+def _store_files(context: Context, app: App, blobs: Mapping[str, bytes]) -> None:
     for path, digest in app.files.items():
         if digest in blobs:
             content = blobs[digest]
-            rig.content.store_file(content, executable=digest != digest_of_file(content))
+            context.content.store_file(content, executable=digest != digest_of_file(content))
         else:  # staged from an older generation: it must be there already
             try:
-                rig.content.path(digest)
+                context.content.path(digest)
             except NotFound as error:
                 raise TryAgain(f"store '{path}': {error}") from error
     for want in app.containers.values():
         for mount in want.mounts:
             if mount.kind == "file" and mount.source not in app.files:
-                rig.content.store_tree(folder_files(app, mount))
+                context.content.store_tree(folder_files(app, mount))
 
 
-def build_images(rig: Rig, app: App, blobs: Mapping[str, bytes], checks: _Checks) -> dict[str, str]:
+def build_images(context: Context, app: App, blobs: Mapping[str, bytes], checks: _Checks) -> dict[str, str]:
     """Container → digest of the image that the state files build for it. What the app only pushes is built, too.
 
     What can't be built, or pushed, is a failure, and its containers are left out.
@@ -158,19 +158,19 @@ def build_images(rig: Rig, app: App, blobs: Mapping[str, bytes], checks: _Checks
     images: dict[str, str] = {}
     for image, names in sorted(users.items()):
         with checks.of(""):  # what is raised names the image
-            images.update(dict.fromkeys(names, rig.builder.build(image, app.images, blobs).digest))
+            images.update(dict.fromkeys(names, context.builder.build(image, app.images, blobs).digest))
     return images
 
 
-def _still_here(rig: Rig, container: str, digest: str) -> str:
+def _still_here(context: Context, container: str, digest: str) -> str:
     """The digest, unless somebody has taken the image away since it was built."""
     try:
-        return rig.images.get(digest).digest
+        return context.images.get(digest).digest
     except NotFound as error:
         raise TryAgain(f"the image of '{container}' was built, and removed meanwhile") from error
 
 
-def fetch_images(rig: Rig, app: App, newer: Mapping[str, str], checks: _Checks) -> dict[str, str]:
+def fetch_images(context: Context, app: App, newer: Mapping[str, str], checks: _Checks) -> dict[str, str]:
     """Container → digest of its image, which is then wholly here; different images come side by side.
 
     newer: container → what its registry is known to have by now.
@@ -185,7 +185,7 @@ def fetch_images(rig: Rig, app: App, newer: Mapping[str, str], checks: _Checks) 
         """One reference is one digest in the whole app: it is asked for as the most eager of its containers says."""
         with checks.of(f"{app.name}/{', '.join(names)}"):
             eager = max((app.containers[name] for name in names), key=lambda want: EAGERNESS.index(want.pull))
-            digest = resolve_image(rig, eager, newer.get(names[0], ""))
+            digest = resolve_image(context, eager, newer.get(names[0], ""))
             images.update(dict.fromkeys(names, digest))
 
     with ThreadPoolExecutor(min(max(len(wanted), 1), MOST), "image") as threads:
@@ -193,7 +193,7 @@ def fetch_images(rig: Rig, app: App, newer: Mapping[str, str], checks: _Checks) 
     return {name: images[name] for name in app.containers if name in images}
 
 
-def resolve_image(rig: Rig, want: Container, newer: str = "") -> str:
+def resolve_image(context: Context, want: Container, newer: str = "") -> str:
     """The digest of what a container is to run, fetched where its `pull` says so.
 
     newer: the reference to run instead of the committed one. Raises TryAgain, NotFound, WrongState as `Puller.pull`.
@@ -204,62 +204,62 @@ def resolve_image(rig: Rig, want: Container, newer: str = "") -> str:
         return f"{ROOTFS}{want.rootfs}"
     reference = newer or want.image or ""
     if archive_path(reference):
-        return _from_archive(rig, reference)
-    here = _here(rig, reference)
-    known = rig.images.names().get(parse(reference).name)
+        return _from_archive(context, reference)
+    here = _here(context, reference)
+    known = context.images.names().get(parse(reference).name)
     # A bundle is there for want of a registry, and what a digest pins can't be newer anywhere.
     settled = here is not None and bool(parse(reference).digest or (known and known.source == "bundle"))
-    match "never" if rig.images.settings.offline or settled else "missing" if newer else want.pull:
+    match "never" if context.images.settings.offline or settled else "missing" if newer else want.pull:
         case "never" if here is None:
             why = "pull is never" if want.pull == "never" else "this node is offline"
             raise TryAgain(f"image '{reference}': is not here, and {why} (expected it to be loaded or imported)")
         case "never" | "missing" if here is not None:
             return here
         case "newer" if here is not None:
-            return _newer(rig, reference, here)
+            return _newer(context, reference, here)
         case _ if newer:
-            return _pull_newer(rig, newer)
+            return _pull_newer(context, newer)
         case _:
-            return rig.puller.pull(reference).digest
+            return context.puller.pull(reference).digest
 
 
-def _pull_newer(rig: Rig, newer: str) -> str:
+def _pull_newer(context: Context, newer: str) -> str:
     """What was found to be newer, under its tag while that still leads there."""
     name, _, digest = newer.partition("@")
-    remote = rig.puller.resolve(name)
+    remote = context.puller.resolve(name)
     if remote.digest != digest:  # the tag has moved on meanwhile: the next question finds that
-        return rig.puller.pull(newer).digest
-    return rig.puller.pull(name, remote).digest
+        return context.puller.pull(newer).digest
+    return context.puller.pull(name, remote).digest
 
 
-def _here(rig: Rig, reference: str) -> str | None:
+def _here(context: Context, reference: str) -> str | None:
     try:
-        return rig.images.resolve(reference).digest
+        return context.images.resolve(reference).digest
     except NotFound:
         return None
 
 
-def _newer(rig: Rig, reference: str, here: str) -> str:
+def _newer(context: Context, reference: str, here: str) -> str:
     """What the registry has, or, as long as it can't be reached, what is here."""
     try:
-        return rig.puller.pull(reference, needed=False).digest
+        return context.puller.pull(reference, needed=False).digest
     except Stopping:
         raise
     except (TryAgain, UnfitHost, NotFound) as error:  # what is damaged or not to be trusted is another matter
         message = f'{error}; what is here will do (pull = "newer")'
-        rig.store.event("pull", reference, message, digest=here, app="", container="")
+        context.store.event("pull", reference, message, digest=here, app="", container="")
         return here
 
 
-def _from_archive(rig: Rig, reference: str) -> str:
+def _from_archive(context: Context, reference: str) -> str:
     """The image of an archive of this host, read each time: the archive may be another by now."""
     path = archive_path(reference) or ""
     try:
-        handle = open_source(path, rig.bind_roots)
+        handle = open_source(path, context.bind_roots)
     except FileNotFoundError as error:
         raise TryAgain(f"load '{path}': no such file or directory") from error
     try:
-        return rig.puller.load(reference, handle).digest
+        return context.puller.load(reference, handle).digest
     except NotFound as error:
         raise TryAgain(str(error)) from error
     finally:
@@ -281,35 +281,37 @@ def _is_as_in(earlier: Generation, app: App, name: str, image: str, volumes: tup
     )
 
 
-def _check_container(rig: Rig, app: App, name: str, image: str, volumes: tuple[Mount, ...], checks: _Checks) -> None:
-    want, base = app.containers[name], rig.base(image)
-    for driver in list(rig.plugins.rootfs.values())[:1]:
+def _check_container(
+    context: Context, app: App, name: str, image: str, volumes: tuple[Mount, ...], checks: _Checks
+) -> None:
+    want, base = app.containers[name], context.base(image)
+    for driver in list(context.plugins.rootfs.values())[:1]:
         driver.check(rootfs_want("check", base.layers, want))
     contents: dict[str, Content] = {}
     for mount in (*want.mounts, *volumes):
         with checks.of(f"{app.name}/{name}"):
-            stored = _check_mount(rig, app, mount)
-            contents[mount.target] = content_of_mount(rig, base, mount, stored)
+            stored = _check_mount(context, app, mount)
+            contents[mount.target] = content_of_mount(context, base, mount, stored)
     with checks.of(f"{app.name}/{name}"):
         check_free(want.ports)
-    _check_inside(rig, app, name, (image, base), contents, checks)
+    _check_inside(context, app, name, (image, base), contents, checks)
 
 
-def _check_mount(rig: Rig, app: App, mount: Mount) -> Path | None:
+def _check_mount(context: Context, app: App, mount: Mount) -> Path | None:
     """Have the driver check a mount; return where the content of a file of the revision is stored."""
     if mount.kind == "volume":
-        spec = volume_of(rig, app, mount.source)
-        rig.plugins.check_volume(spec.driver, volume_want(mount.source, spec))
+        spec = volume_of(context, app, mount.source)
+        context.plugins.check_volume(spec.driver, volume_want(mount.source, spec))
         return None
-    rig.check_mounted(mount)
-    stored = content_of(rig, app, mount)
-    asked = MountWant(instance="check", mount=mount, content=stored, roots=rig.bind_roots)
-    rig.plugins.driver("mount", mount.kind).check(asked)
+    context.check_mounted(mount)
+    stored = content_of(context, app, mount)
+    asked = MountWant(instance="check", mount=mount, content=stored, roots=context.bind_roots)
+    context.plugins.driver("mount", mount.kind).check(asked)
     return stored
 
 
 def _check_inside(
-    rig: Rig, app: App, name: str, image: tuple[str, Base], contents: Mapping[str, Content], checks: _Checks
+    context: Context, app: App, name: str, image: tuple[str, Base], contents: Mapping[str, Content], checks: _Checks
 ) -> None:
     """Go through what the runtime will do inside the container. contents: target → what is mounted there."""
     want, (digest, base), what = app.containers[name], image, f"{app.name}/{name}"
@@ -318,7 +320,7 @@ def _check_inside(
     )
     own, theirs = Path("/"), tuple({"destination": target} for target in contents)
     request = replace(
-        oci_request(rig, stand_in, base, cgroup_settings(rig, want)),
+        oci_request(context, stand_in, base, cgroup_settings(context, want)),
         hosts=own, resolv_conf=own, hostname_file=own, mounts=theirs,
     )  # fmt: skip
     mounts = ordered_mounts(request)
@@ -326,14 +328,14 @@ def _check_inside(
     view = checks.views.get(alike) if not contents else None
     if view is None:
         view, before = View(base.layers), len(checks.failures)
-        for error in mount_all(view, mounts, contents, rig.runtime.binary.name):
+        for error in mount_all(view, mounts, contents, context.runtime.binary.name):
             with checks.of(what):
                 raise error
         if not contents and len(checks.failures) == before:
             checks.views[alike] = view
     with checks.of(what):
         made = oci_config(replace(request, user=user_of(want, base, view)))
-        rig.plugins.adjust_oci_config(app.name, name, made.config)
+        context.plugins.adjust_oci_config(app.name, name, made.config)
     with checks.of(what):
         signal_number(stop_signal(want, base.config))
     with checks.of(what):
@@ -355,20 +357,20 @@ def _check_program(app: App, want: Container, base: Base, view: View) -> None:
     find_executable(words[0], variables.get("PATH", ""), cwd, at, any_format=want.init or foreign_formats())
 
 
-def _check_unused_volumes(rig: Rig, app: App, checks: _Checks) -> None:
+def _check_unused_volumes(context: Context, app: App, checks: _Checks) -> None:
     """Let drivers check the volumes of the app that only other apps, or nobody, mounts."""
     mounted = {mount.source for want in app.containers.values() for mount in want.mounts}
     for name, spec in app.volumes.items():
         if (volume := f"{app.name}/{name}") not in mounted:
             with checks.of(f"volume {volume}"):
-                rig.plugins.check_volume(spec.driver, volume_want(volume, spec))
+                context.plugins.check_volume(spec.driver, volume_want(volume, spec))
 
 
-def _check_network(rig: Rig, app: App, network: str) -> None:
+def _check_network(context: Context, app: App, network: str) -> None:
     """Let the driver check a network that is new or defined otherwise than it stands."""
     owner, _, name = network.rpartition("/")
-    spec = app.networks[name] if owner == app.name else network_of(rig, network)
-    standing = rig.store.receipt("network", network)
+    spec = app.networks[name] if owner == app.name else network_of(context, network)
+    standing = context.store.receipt("network", network)
     joining = sum(network in want.networks for want in app.containers.values())
     if standing is None or standing.data.get("want") != digest_of(spec.model_dump(mode="json")):
-        rig.plugins.driver("network", spec.driver).check(network_want(network, spec, joining))
+        context.plugins.driver("network", spec.driver).check(network_want(network, spec, joining))

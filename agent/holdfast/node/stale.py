@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from holdfast.node.rig import Rig
+from holdfast.node.context import Context
 from holdfast.observed import Instance, Receipt
 from holdfast.runtime.mountpoints import AUTOMOUNT, Mounted, MountedAt, mount_point, mounts_of
 
@@ -27,19 +27,19 @@ def where(source: str) -> dict[str, str]:
         return {}
 
 
-def look(rig: Rig, instances: Iterable[Instance]) -> None:
+def look(context: Context, instances: Iterable[Instance]) -> None:
     """Find what running containers have mounted that is outdated; tell of what is new."""
     mounted = Mounted.now()
-    found = {each.id: tuple(_outdated(rig, each, mounted)) for each in instances if each.phase == "running"}
-    before, rig.stale = rig.stale, {id: words for id, words in found.items() if words}
-    for instance in instances if rig.notes else ():
-        for words in set(rig.stale.get(instance.id, ())).difference(before.get(instance.id, ())):
-            rig.store.event("unmounted", instance.key, words, instance=instance.id)
+    found = {each.id: tuple(_outdated(context, each, mounted)) for each in instances if each.phase == "running"}
+    before, context.stale = context.stale, {id: words for id, words in found.items() if words}
+    for instance in instances if context.records_exits else ():
+        for words in set(context.stale.get(instance.id, ())).difference(before.get(instance.id, ())):
+            context.store.event("unmounted", instance.key, words, instance=instance.id)
 
 
-def _outdated(rig: Rig, instance: Instance, mounted: Mounted) -> Iterator[str]:
+def _outdated(context: Context, instance: Instance, mounted: Mounted) -> Iterator[str]:
     sources = {mount.target: mount.source for mount in instance.mounts if mount.kind == "bind"}
-    for receipt in rig.store.owned(instance.id) if sources else ():
+    for receipt in context.store.owned(instance.id) if sources else ():
         source = sources.get(receipt.id.partition(":")[2], "") if receipt.kind == "volume" else ""
         if source and (change := _change(receipt, instance.pid, mounted)):
             yield f"{change}, which '{source}' lies on: it still has what was there when it started (restart it)"

@@ -18,8 +18,8 @@ from typing import Any
 from holdfast.drivers import CgroupWant, EndpointWant, MountWant, NetworkWant, RootfsWant, open_source
 from holdfast.errors import TryAgain
 from holdfast.images.lookup import View, find
+from holdfast.node.context import BARE, ROOTFS, Base, Context, init_program, limits, volume_of
 from holdfast.node.inside import mounted, read_file
-from holdfast.node.rig import BARE, ROOTFS, Base, Rig, init_program, limits, volume_of
 from holdfast.node.stale import where
 from holdfast.node.stop import release_mount, remove_instance, sweep
 from holdfast.node.volumes import ensure_volume
@@ -38,22 +38,22 @@ from holdfast.spec.volumes import defined_as
 HOST_NETNS = Path("/proc/1/ns/net")
 
 
-def start_instance(rig: Rig, action: StartInstance) -> Json:
+def start_instance(context: Context, action: StartInstance) -> Json:
     """Bring an instance up. Raises what the drivers and the runtime raise, after undoing what it began."""
-    generation = rig.store.generation(action.app, action.generation)
-    instance = _admit(rig, action, generation)
+    generation = context.store.generation(action.app, action.generation)
+    instance = _admit(context, action, generation)
     try:
-        ground = _lay_ground(rig, instance, generation.app)
-        bundle = _write_bundle(rig, instance, ground)
-        _run(rig, instance, bundle)
+        ground = _lay_ground(context, instance, generation.app)
+        bundle = _write_bundle(context, instance, ground)
+        _run(context, instance, bundle)
     except Exception as failure:
-        _undo(rig, instance, failure, first=action.instance is None)
+        _undo(context, instance, failure, first=action.instance is None)
         raise
     finally:
-        _release(rig, instance)
-    rig.store.mark_generation(action.app, action.generation, "active")
-    run = rig.run_of(instance.id)
-    running = rig.store.change_instance(
+        _release(context, instance)
+    context.store.mark_generation(action.app, action.generation, "active")
+    run = context.run_of(instance.id)
+    running = context.store.change_instance(
         instance.id,
         want=instance.want,
         image=instance.image,
@@ -70,36 +70,36 @@ def start_instance(rig: Rig, action: StartInstance) -> Json:
         streak=action.streak,
         restarts=instance.restarts + 1 if action.instance else 0,
     )
-    _end_request(rig, instance.key, running.started_at or 0.0)
-    rig.plugins.tell(
+    _end_request(context, instance.key, running.started_at or 0.0)
+    context.plugins.tell(
         "after_start", app=action.app, container=action.container, instance=running.id, pid=run.pid if run else 0
     )
     return {"instance": running.id, "pid": run.pid if run else None}
 
 
-def _release(rig: Rig, instance: Instance) -> None:
+def _release(context: Context, instance: Instance) -> None:
     """Have drivers let go of what only the start needed; what fails is tried again when the instance goes."""
     for mount in instance.want.mounts:
-        receipt = rig.store.receipt("volume", f"{instance.id}:{mount.target}")
+        receipt = context.store.receipt("volume", f"{instance.id}:{mount.target}")
         if receipt is not None and mount.kind != "volume":
-            release_mount(rig, receipt)
+            release_mount(context, receipt)
 
 
-def _end_request(rig: Rig, key: str, started_at: float) -> None:
+def _end_request(context: Context, key: str, started_at: float) -> None:
     """Forget that a person asked for a start or restart: this was it. Only a stop holds on."""
-    hold = rig.store.history().holds.get(key)
+    hold = context.store.history().holds.get(key)
     if hold is not None and hold.kind != "stopped" and hold.at <= started_at:
-        rig.store.release(key)
+        context.store.release(key)
 
 
-def _undo(rig: Rig, instance: Instance, failure: Exception, *, first: bool) -> None:
+def _undo(context: Context, instance: Instance, failure: Exception, *, first: bool) -> None:
     """Leave nothing of a first start, nothing running of a restart; what goes wrong then is told beside failure."""
     try:
         if first:
-            remove_instance(rig, instance)
-            sweep(rig)
+            remove_instance(context, instance)
+            sweep(context)
         else:
-            _end_run(rig, instance.id)
+            _end_run(context, instance.id)
     except Exception as error:
         raise ExceptionGroup(f"start '{instance.key}'", [failure, error]) from failure
 
@@ -116,18 +116,18 @@ class Ground:
     names: str
 
 
-def _admit(rig: Rig, action: StartInstance, generation: Generation) -> Instance:
+def _admit(context: Context, action: StartInstance, generation: Generation) -> Instance:
     """The instance that is to run: the known one brought to the generation, or a new one, written down first."""
     want = generation.app.containers[action.container]
     image, files = generation.images[action.container], mounted_files(generation.app, want)
     if action.instance is not None:
-        known = rig.store.instances.get(action.instance)
+        known = context.store.instances.get(action.instance)
         if known is None:
             raise TryAgain(f"start '{action.subject}': instance {action.instance} is gone")
         return replace(known, want=want, image=image, files=files)
-    slot = free_slot(rig.store.instances.values(), action.app, action.container)
+    slot = free_slot(context.store.instances.values(), action.app, action.container)
     instance = Instance(
-        id=rig.host.new_instance(),
+        id=context.host.new_instance(),
         app=action.app,
         container=action.container,
         generation=generation.number,
@@ -138,48 +138,48 @@ def _admit(rig: Rig, action: StartInstance, generation: Generation) -> Instance:
         created_at=time.time(),
         slot=slot,
     )
-    rig.store.put_instance(instance)
+    context.store.put_instance(instance)
     return instance
 
 
 # -- what it stands on ---------------------------------------------------------------------------------------
 
 
-def _lay_ground(rig: Rig, instance: Instance, app: App) -> Ground:
-    place = rig.host.instance(instance.id)
+def _lay_ground(context: Context, instance: Instance, app: App) -> Ground:
+    place = context.host.instance(instance.id)
     for folder in (place.parent, place):  # environments are in there
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    bounded.renew(rig.host.files(instance.id))
-    base = rig.base(instance.image)
-    rootfs = _rootfs(rig, instance, base)
-    space = None if "host" in instance.want.networks else _keep(rig, netns.ensure(rig.host, instance.id))
-    attached = _endpoints(rig, instance, Path(space.data["path"]) if space else HOST_NETNS)
+    bounded.renew(context.host.files(instance.id))
+    base = context.base(instance.image)
+    rootfs = _rootfs(context, instance, base)
+    space = None if "host" in instance.want.networks else _keep(context, netns.ensure(context.host, instance.id))
+    attached = _endpoints(context, instance, Path(space.data["path"]) if space else HOST_NETNS)
     addresses = {network: address for network, address in attached if address}
-    mounts = tuple(_mount(rig, instance, app, mount, rootfs) for mount in instance.mounts)
-    named = _write_names(rig, replace(instance, addresses=addresses))
-    bounded.bound(rig.host.files(instance.id))
+    mounts = tuple(_mount(context, instance, app, mount, rootfs) for mount in instance.mounts)
+    named = _write_names(context, replace(instance, addresses=addresses))
+    bounded.bound(context.host.files(instance.id))
     return Ground(base, rootfs, Path(space.data["path"]) if space else None, addresses, mounts, named)
 
 
-def _keep(rig: Rig, receipt: Receipt) -> Receipt:
-    rig.store.put_receipt(receipt)
+def _keep(context: Context, receipt: Receipt) -> Receipt:
+    context.store.put_receipt(receipt)
     return receipt
 
 
-def _rootfs(rig: Rig, instance: Instance, base: Base) -> Path:
-    driver = next(iter(rig.plugins.rootfs.values()))
-    with _layers(rig, instance, base) as layers:
-        receipt = _keep(rig, driver.ensure(rootfs_want(instance.id, layers, instance.want)))
+def _rootfs(context: Context, instance: Instance, base: Base) -> Path:
+    driver = next(iter(context.plugins.rootfs.values()))
+    with _layers(context, instance, base) as layers:
+        receipt = _keep(context, driver.ensure(rootfs_want(instance.id, layers, instance.want)))
     return Path(str(receipt.data["path"]))
 
 
 @contextmanager
-def _layers(rig: Rig, instance: Instance, base: Base) -> Iterator[tuple[Path, ...]]:
+def _layers(context: Context, instance: Instance, base: Base) -> Iterator[tuple[Path, ...]]:
     """The layers of a root file system; a directory of the host, by what was opened and checked."""
-    if rig.bind_roots is None or not instance.image.startswith(ROOTFS):
+    if context.bind_roots is None or not instance.image.startswith(ROOTFS):
         yield base.layers
         return
-    handle = open_source(instance.image.removeprefix(ROOTFS), rig.bind_roots)
+    handle = open_source(instance.image.removeprefix(ROOTFS), context.bind_roots)
     try:
         yield (Path(f"/proc/self/fd/{handle}"),)
     finally:
@@ -191,18 +191,18 @@ def rootfs_want(instance: str, layers: tuple[Path, ...], want: Container) -> Roo
     return RootfsWant(instance=instance, layers=layers, size=want.storage_opt.size)
 
 
-def _endpoints(rig: Rig, instance: Instance, space: Path) -> Iterator[tuple[str, str]]:
+def _endpoints(context: Context, instance: Instance, space: Path) -> Iterator[tuple[str, str]]:
     """Attach to each network in turn; the first that leads out of the host has the default route."""
     routed = False
     for index, network in enumerate(instance.want.networks):
         bare = Receipt("network", network, network) if network in BARE else None
-        receipt = bare or rig.store.receipt("network", network)
+        receipt = bare or context.store.receipt("network", network)
         if receipt is None:
             raise TryAgain(f"attach '{instance.key}' to network '{network}': it does not stand")
         routes = not routed and not receipt.data.get("internal")
         routed |= routes
         attachment = instance.want.networks[network]
-        made = rig.plugins.driver("endpoint", receipt.driver).ensure(
+        made = context.plugins.driver("endpoint", receipt.driver).ensure(
             EndpointWant(
                 instance=instance.id,
                 network=receipt,
@@ -214,43 +214,43 @@ def _endpoints(rig: Rig, instance: Instance, space: Path) -> Iterator[tuple[str,
                 lease=instance.lease,
             )
         )
-        yield network, str(_keep(rig, made).data.get("address") or "")
+        yield network, str(_keep(context, made).data.get("address") or "")
 
 
-def attach_again(rig: Rig, instance: Instance) -> None:
+def attach_again(context: Context, instance: Instance) -> None:
     """Put a running instance's endpoints right after somebody took them apart."""
-    space = rig.store.receipt("netns", instance.id)
+    space = context.store.receipt("netns", instance.id)
     if space is not None:
-        list(_endpoints(rig, instance, Path(space.data["path"])))
+        list(_endpoints(context, instance, Path(space.data["path"])))
 
 
-def _mount(rig: Rig, instance: Instance, app: App, mount: Mount, rootfs: Path) -> Json:
+def _mount(context: Context, instance: Instance, app: App, mount: Mount, rootfs: Path) -> Json:
     """Have one mount's source ready and say how to mount it, as the OCI runtime spec does."""
     if mount.kind == "volume":
         seed = find((rootfs,), mount.target)  # never through the image's links to the host's own folders
         fills = seed is not None and seed.is_dir() and not mount.nocopy
         defined = defined_as(instance.app, instance.container, mount, instance.slot)
-        spec = volume_of(rig, app, defined)
-        made = ensure_volume(rig, mount.source, spec, seed=seed if fills else None, defined=defined)
+        spec = volume_of(context, app, defined)
+        made = ensure_volume(context, mount.source, spec, seed=seed if fills else None, defined=defined)
         options = ["rbind", "rprivate", "ro" if mount.read_only else "rw"]
         return {"destination": mount.target, "type": "bind", "source": made.data["path"], "options": options}
-    rig.check_mounted(mount)
+    context.check_mounted(mount)
     want_mount = MountWant(
-        instance=instance.id, mount=mount, content=content_of(rig, app, mount), roots=rig.bind_roots
+        instance=instance.id, mount=mount, content=content_of(context, app, mount), roots=context.bind_roots
     )
-    made = rig.plugins.driver("mount", mount.kind).ensure(want_mount)
+    made = context.plugins.driver("mount", mount.kind).ensure(want_mount)
     if mount.kind == "bind":
         made = replace(made, data={**made.data, **where(mount.source)})
-    _keep(rig, made)
+    _keep(context, made)
     return {**{key: made.data[key] for key in ("type", "source", "options")}, "destination": mount.target}
 
 
-def content_of(rig: Rig, app: App, mount: Mount) -> Path | None:
+def content_of(context: Context, app: App, mount: Mount) -> Path | None:
     """Where the content of a file mount is stored; None for the other kinds."""
     if mount.kind != "file":
         return None
-    digest = app.files.get(mount.source) or rig.content.store_tree(folder_files(app, mount))
-    return rig.content.path(digest)
+    digest = app.files.get(mount.source) or context.content.store_tree(folder_files(app, mount))
+    return context.content.path(digest)
 
 
 def network_want(network: str, spec: Network, hosts: int) -> NetworkWant:
@@ -265,10 +265,10 @@ def network_want(network: str, spec: Network, hosts: int) -> NetworkWant:
     )
 
 
-def _write_names(rig: Rig, instance: Instance) -> str:
+def _write_names(context: Context, instance: Instance) -> str:
     """Write hosts, resolv.conf and hostname; return the digest of what hosts says of the neighbours."""
-    place = rig.host.files(instance.id)
-    known = names_of(instance, rig.pages)
+    place = context.host.files(instance.id)
+    known = names_of(instance, context.name_table)
     names.write_in_place(place / "hosts", hosts_text(instance, known.lines))
     names.write_in_place(place / "resolv.conf", names.read_resolv_conf())
     names.write_in_place(place / "hostname", hostname(instance) + "\n")
@@ -300,12 +300,12 @@ class Bundle:
     warnings: tuple[str, ...]
 
 
-def _write_bundle(rig: Rig, instance: Instance, ground: Ground) -> Bundle:
+def _write_bundle(context: Context, instance: Instance, ground: Ground) -> Bundle:
     """Write config.json, adjusted by every plugin that does so."""
-    settings = cgroup_settings(rig, instance.want)
-    request = oci_request(rig, instance, ground.base, settings)
-    files = rig.host.files(instance.id)
-    profile, unconfined = _apparmor(rig, instance.want)
+    settings = cgroup_settings(context, instance.want)
+    request = oci_request(context, instance, ground.base, settings)
+    files = context.host.files(instance.id)
+    profile, unconfined = _apparmor(context, instance.want)
     made = oci_config(
         replace(
             request,
@@ -319,20 +319,20 @@ def _write_bundle(rig: Rig, instance: Instance, ground: Ground) -> Bundle:
             hostname_file=files / "hostname",
         )
     )
-    adjusted = rig.plugins.adjust_oci_config(instance.app, instance.container, made.config)
-    rig.filters.annotate(adjusted.config)
-    (rig.host.instance(instance.id) / "config.json").write_text(rig.filters.dumps(adjusted.config))
+    adjusted = context.plugins.adjust_oci_config(instance.app, instance.container, made.config)
+    context.filters.annotate(adjusted.config)
+    (context.host.instance(instance.id) / "config.json").write_text(context.filters.dumps(adjusted.config))
     return Bundle(
         adjusted, settings, (*made.warnings, *settings.warnings, *filter(None, (unconfined,)), *adjusted.warnings)
     )
 
 
-def _apparmor(rig: Rig, want: Container) -> tuple[str, str]:
+def _apparmor(context: Context, want: Container) -> tuple[str, str]:
     """The AppArmor profile of a container, "" for none, and what is less than meant; the agent's own gets loaded."""
     if want.privileged or want.apparmor == "unconfined":
         return "", ""
     if want.apparmor == "default":
-        return apparmor.ensure(rig.apparmor_profile)
+        return apparmor.ensure(context.apparmor_profile)
     return apparmor.require(want.apparmor), ""
 
 
@@ -342,7 +342,7 @@ def user_of(want: Container, base: Base, view: View) -> users.User:
     return users.resolve(name, want.group_add, partial(read_file, view))
 
 
-def oci_request(rig: Rig, instance: Instance, base: Base, settings: cgroup.Settings) -> OciRequest:
+def oci_request(context: Context, instance: Instance, base: Base, settings: cgroup.Settings) -> OciRequest:
     """Everything of a config.json that can be said before anything is mounted; staging checks it, too.
 
     The root file system and the network namespace are stand-ins, and the user is root.
@@ -357,7 +357,7 @@ def oci_request(rig: Rig, instance: Instance, base: Base, settings: cgroup.Setti
         rootfs=Path("/"),
         netns=None if "host" in want.networks else Path("/"),
         hostname=hostname(instance),
-        cgroup=rig.runtime.next_cgroup(instance.id),
+        cgroup=context.runtime.next_cgroup(instance.id),
         resources=settings.resources,
         oom_score_adj=settings.oom_score_adj,
         seccomp=seccomp.profile(want.seccomp, granted.names, privileged=want.privileged),
@@ -367,20 +367,20 @@ def oci_request(rig: Rig, instance: Instance, base: Base, settings: cgroup.Setti
     )
 
 
-def cgroup_settings(rig: Rig, want: Container) -> cgroup.Settings:
+def cgroup_settings(context: Context, want: Container) -> cgroup.Settings:
     """What the policies of a container make of its resources on this host."""
-    chosen = [rig.plugins.driver("policy", name) for name in policies_of(rig, want)]
+    chosen = [context.plugins.driver("policy", name) for name in policies_of(context, want)]
     asked = cgroup_want(want)
     for policy in chosen:
         policy.check(asked)
-    return cgroup.compose(chosen, asked, cgroup.features(rig.runtime.binary.name))
+    return cgroup.compose(chosen, asked, cgroup.features(context.runtime.binary.name))
 
 
-def policies_of(rig: Rig, want: Container) -> tuple[str, ...]:
+def policies_of(context: Context, want: Container) -> tuple[str, ...]:
     """The policies that a container names, else those of agent.toml; a service class takes `qos` along."""
     if want.resources.policy or want.resources.service_class:
         return cgroup.policy_names(want.resources)
-    return rig.policies
+    return context.policies
 
 
 @lru_cache(maxsize=1)
@@ -394,37 +394,37 @@ def cgroup_want(want: Container) -> CgroupWant:
     return CgroupWant(resources=want.resources, version=cgroup.version(), memory_total=memory, cpus=cpus)
 
 
-def _run(rig: Rig, instance: Instance, bundle: Bundle) -> None:
+def _run(context: Context, instance: Instance, bundle: Bundle) -> None:
     """Create the container anew and let it run; what an earlier run left of it goes first.
 
     An error names the plugins that have adjusted config.json: it may be their doing.
     """
     try:
-        _create(rig, instance, bundle)
+        _create(context, instance, bundle)
     except Exception as error:
         if bundle.adjusted.by:
             error.add_note(f"with a config.json that was adjusted by plugin {', '.join(bundle.adjusted.by)}")
         raise
 
 
-def _create(rig: Rig, instance: Instance, bundle: Bundle) -> None:
+def _create(context: Context, instance: Instance, bundle: Bundle) -> None:
     id, key = instance.id, instance.key
-    earlier = rig.store.receipt("run", id)
-    if earlier is not None or id in rig.runtime.state():
-        _end_run(rig, id)
-    log, kept = rig.log_path(instance), instance.want.logging
+    earlier = context.store.receipt("run", id)
+    if earlier is not None or id in context.runtime.state():
+        _end_run(context, id)
+    log, kept = context.log_path(instance), instance.want.logging
     log_size = begin(log, kept.max_size, kept.max_files)
-    run = rig.runtime.create(id, rig.host.instance(id), log, name=key, log_size=log_size)
-    limits = cgroup.snapshot(rig.runtime.cgroup(id))
+    run = context.runtime.create(id, context.host.instance(id), log, name=key, log_size=log_size)
+    limits = cgroup.snapshot(context.runtime.cgroup(id))
     data: dict[str, Any] = {"run": asdict(run), "limits": limits, "settings": bundle.settings.digest}
-    rig.store.put_receipt(Receipt("run", rig.runtime.binary.name, id, id, data))
+    context.store.put_receipt(Receipt("run", context.runtime.binary.name, id, id, data))
     if not device_access.asked_for(bundle.adjusted.config):
-        device_access.deny(rig.runtime.cgroup(id))
-    rig.runtime.start(id, name=key)
-    rig.filters.learn(bundle.adjusted.config, rig.runtime.root / id)
+        device_access.deny(context.runtime.cgroup(id))
+    context.runtime.start(id, name=key)
+    context.filters.learn(bundle.adjusted.config, context.runtime.root / id)
 
 
-def _end_run(rig: Rig, id: InstanceId) -> None:
+def _end_run(context: Context, id: InstanceId) -> None:
     """End whatever runs of an instance, and forget the run."""
-    rig.runtime.delete(id, force=True)
-    rig.store.drop_receipt(Receipt("run", rig.runtime.binary.name, id, id))
+    context.runtime.delete(id, force=True)
+    context.store.drop_receipt(Receipt("run", context.runtime.binary.name, id, id))

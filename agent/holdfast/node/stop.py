@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 
 from holdfast.errors import HoldfastError, Stopping, TryAgain
-from holdfast.node.rig import Rig, fallback_receipts
+from holdfast.node.context import Context, fallback_receipts
 from holdfast.observed import Exit, Instance, InstanceId, Json, Receipt
 from holdfast.plan.actions import StopInstance
 from holdfast.runtime import apparmor, bounded, netns
@@ -16,41 +16,45 @@ from holdfast.runtime.oci import signal_number, stop_signal
 AFTER_KILL = 30.0  # seconds: a process in uninterruptible sleep can outlive SIGKILL for a while
 
 
-def stop_instance(rig: Rig, action: StopInstance) -> Json:
+def stop_instance(context: Context, action: StopInstance) -> Json:
     """Send the stop signal, wait out the grace period, then SIGKILL. Raises TryAgain if even that does not end it.
 
     Raises Stopping when the agent ends meanwhile. The next one then waits for what is left of the grace period,
     and sends no second signal: to some programs that means to end at once.
     """
-    instance = rig.store.instances.get(action.instance)
-    run = rig.run_of(action.instance)
+    instance = context.store.instances.get(action.instance)
+    run = context.run_of(action.instance)
     if instance is None or instance.phase != "running":
         return {}
     if run is None:
-        rig.store.change_instance(instance.id, phase="exited", pid=None, exit=Exit(None, at=time.time(), asked=True))
+        context.store.change_instance(
+            instance.id, phase="exited", pid=None, exit=Exit(None, at=time.time(), asked=True)
+        )
         return {}
     asked = instance.exit.at if instance.exit and instance.exit.asked else 0.0
-    signal = action.signal or _image_signal(rig, instance)
-    kills = rig.runtime.oom_kills(instance.id)
+    signal = action.signal or _image_signal(context, instance)
+    kills = context.runtime.oom_kills(instance.id)
     if not asked:
-        rig.store.change_instance(instance.id, exit=Exit(None, asked=True))  # whoever sees the end, it is our doing
-        rig.runtime.kill(instance.id, signal)
+        context.store.change_instance(
+            instance.id, exit=Exit(None, asked=True)
+        )  # whoever sees the end, it is our doing
+        context.runtime.kill(instance.id, signal)
         asked = time.time()
-        rig.store.change_instance(instance.id, exit=Exit(None, asked=True, at=asked))
+        context.store.change_instance(instance.id, exit=Exit(None, asked=True, at=asked))
     left = min(max(asked + action.grace - time.time(), 0.0), action.grace)
-    ended = rig.runtime.wait_exit(instance.id, run, left, unless=rig.ending.fd)
-    killed = ended is None and not rig.ending.is_set
+    ended = context.runtime.wait_exit(instance.id, run, left, unless=context.ending.fd)
+    killed = ended is None and not context.ending.is_set
     if killed:
-        rig.runtime.kill(instance.id, "SIGKILL", all=True)
-        ended = rig.runtime.wait_exit(instance.id, run, AFTER_KILL, unless=rig.ending.fd)
-    if ended is None and rig.ending.is_set:
+        context.runtime.kill(instance.id, "SIGKILL", all=True)
+        ended = context.runtime.wait_exit(instance.id, run, AFTER_KILL, unless=context.ending.fd)
+    if ended is None and context.ending.is_set:
         raise Stopping(f"stop '{action.subject}': the agent ends")
     if ended is None:
         raise TryAgain(f"stop '{action.subject}': process {run.pid} outlives SIGKILL")
-    ended = _stopped(ended, "SIGKILL" if killed else signal, oom=rig.runtime.oom_kills(instance.id) > kills)
-    rig.store.change_instance(instance.id, phase="exited", pid=None, exit=ended)
-    tell_exit(rig, instance, ended)
-    rig.runtime.leave_root(instance.id)
+    ended = _stopped(ended, "SIGKILL" if killed else signal, oom=context.runtime.oom_kills(instance.id) > kills)
+    context.store.change_instance(instance.id, phase="exited", pid=None, exit=ended)
+    tell_exit(context, instance, ended)
+    context.runtime.leave_root(instance.id)
     return {"instance": instance.id, "exit_code": ended.code, "killed": killed}
 
 
@@ -62,91 +66,95 @@ def _stopped(ended: Exit, sent: str, *, oom: bool) -> Exit:
     return replace(ended, asked=True, oom=False, signal=number)
 
 
-def tell_exit(rig: Rig, instance: Instance, ended: Exit) -> None:
+def tell_exit(context: Context, instance: Instance, ended: Exit) -> None:
     """Report the end of a process to whoever listens."""
     fields = {"code": ended.code, "signal": ended.signal, "oom": ended.oom, "asked": ended.asked, "at": ended.at}
-    rig.store.event("exited", instance.key, f"it {ended}", instance=instance.id, **{**fields, "at_exit": ended.at})
-    rig.plugins.tell("after_exit", app=instance.app, container=instance.container, instance=instance.id, exit=fields)
+    context.store.event(
+        "exited", instance.key, f"it {ended}", instance=instance.id, **{**fields, "at_exit": ended.at}
+    )
+    context.plugins.tell(
+        "after_exit", app=instance.app, container=instance.container, instance=instance.id, exit=fields
+    )
 
 
-def _image_signal(rig: Rig, instance: Instance) -> str:
+def _image_signal(context: Context, instance: Instance) -> str:
     """What asks it to end. The image may be gone by now, or name no signal: the process must end all the same."""
     try:
-        config = rig.base(instance.image).config
+        config = context.base(instance.image).config
         signal_number(stop_signal(instance.want, config))
     except (HoldfastError, OSError):
         config = {}
     return stop_signal(instance.want, config)
 
 
-def remove_instance(rig: Rig, instance: Instance) -> None:
+def remove_instance(context: Context, instance: Instance) -> None:
     """Take away an instance and all that was made for it, last thing first; the record goes last.
 
     Every failure is reported and none keeps the rest from being removed; the record then stays for another try.
     """
-    rig.runtime.delete(instance.id, force=True)
-    bounded.remove(rig.host.files(instance.id))
-    known = rig.store.owned(instance.id)
+    context.runtime.delete(instance.id, force=True)
+    bounded.remove(context.host.files(instance.id))
+    known = context.store.owned(instance.id)
     seen = {(receipt.kind, receipt.id) for receipt in known}
-    left = [each for each in fallback_receipts(rig, instance) if (each.kind, each.id) not in seen]
+    left = [each for each in fallback_receipts(context, instance) if (each.kind, each.id) not in seen]
     failures: list[Exception] = []
     for receipt in reversed([*left, *known]):
         try:
             if receipt.kind != "run":
-                remove_thing(rig, receipt)
-            rig.store.drop_receipt(receipt)
+                remove_thing(context, receipt)
+            context.store.drop_receipt(receipt)
         except Exception as error:
             failures.append(error)
     if failures:
         raise ExceptionGroup(f"remove '{instance.key}'", failures)
-    shutil.rmtree(rig.host.instance(instance.id), ignore_errors=True)
-    rig.store.drop_instance(instance.id)
+    shutil.rmtree(context.host.instance(instance.id), ignore_errors=True)
+    context.store.drop_instance(instance.id)
 
 
-def remove_thing(rig: Rig, receipt: Receipt) -> None:
+def remove_thing(context: Context, receipt: Receipt) -> None:
     """Let the driver that made a thing take it away."""
     match receipt.kind:
         case "netns":
-            netns.remove(rig.host, receipt)
+            netns.remove(context.host, receipt)
         case "run":
-            rig.runtime.delete(receipt.id, force=True)
+            context.runtime.delete(receipt.id, force=True)
         case "rootfs":
-            rig.plugins.driver("rootfs", receipt.driver).remove(receipt)
+            context.plugins.driver("rootfs", receipt.driver).remove(receipt)
         case "endpoint":
-            rig.plugins.driver("endpoint", receipt.driver).remove(receipt)
+            context.plugins.driver("endpoint", receipt.driver).remove(receipt)
         case "network":
-            rig.plugins.driver("network", receipt.driver).remove(receipt)
+            context.plugins.driver("network", receipt.driver).remove(receipt)
         case "volume":
-            rig.plugins.driver("mount" if receipt.owner else "volume", receipt.driver).remove(receipt)
+            context.plugins.driver("mount" if receipt.owner else "volume", receipt.driver).remove(receipt)
         case "firewall":
-            rig.plugins.driver("firewall", receipt.driver).remove(receipt)
+            context.plugins.driver("firewall", receipt.driver).remove(receipt)
 
 
-def release_mount(rig: Rig, receipt: Receipt) -> None:
+def release_mount(context: Context, receipt: Receipt) -> None:
     """Have the driver of a mount let go of what only the start needed."""
-    driver = rig.plugins.mounts.get(receipt.driver)
+    driver = context.plugins.mounts.get(receipt.driver)
     if driver is None or not hasattr(driver, "release"):
         return
     try:
         driver.release(receipt)
     except Exception as error:  # it is tried again when the instance goes
-        rig.store.event("failed", receipt.owner, f"let go of mount '{receipt.id}': {error}")
+        context.store.event("failed", receipt.owner, f"let go of mount '{receipt.id}': {error}")
 
 
-def remove_orphan(rig: Rig, receipt: Receipt) -> None:
+def remove_orphan(context: Context, receipt: Receipt) -> None:
     """Remove what nobody has a receipt for, unless somebody has one by now; a table is known by its content alone."""
-    known = rig.store.receipt(receipt.kind, receipt.id) or InstanceId(receipt.owner) in rig.store.instances
+    known = context.store.receipt(receipt.kind, receipt.id) or InstanceId(receipt.owner) in context.store.instances
     if known and receipt.kind != "firewall":
         return
     if receipt.kind == "rootfs":  # it goes last: until then somebody can tell that something is left
-        bounded.remove(rig.host.files(receipt.owner))
-    remove_thing(rig, receipt)
+        bounded.remove(context.host.files(receipt.owner))
+    remove_thing(context, receipt)
     if receipt.kind == "rootfs":  # nothing is mounted in its run folder any more
-        shutil.rmtree(rig.host.instance(receipt.owner), ignore_errors=True)
+        shutil.rmtree(context.host.instance(receipt.owner), ignore_errors=True)
 
 
-def sweep(rig: Rig) -> None:
+def sweep(context: Context) -> None:
     """Take the agent's own cgroup and AppArmor profile off the host once no container is left."""
-    if not rig.store.instances:
-        rig.runtime.remove_parent_cgroup()
-        apparmor.remove(rig.apparmor_profile)
+    if not context.store.instances:
+        context.runtime.remove_parent_cgroup()
+        apparmor.remove(context.apparmor_profile)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from holdfast.drivers import Host
 from holdfast.errors import TryAgain, UnfitHost
-from holdfast.node.rig import Rig, network_of
-from holdfast.node.rig import limits as host_limits
+from holdfast.node.context import Context, network_of
+from holdfast.node.context import limits as host_limits
 from holdfast.node.start import attach_again, cgroup_settings, content_of, hosts_text, network_want
 from holdfast.observed import Instance, InstanceId, Json, Receipt
 from holdfast.plan.actions import (
@@ -26,22 +26,22 @@ from holdfast.runtime.oci import oom_score_adj
 from holdfast.spec.model import digest_of
 
 
-def update_instance(rig: Rig, action: UpdateInstance) -> Json:
+def update_instance(context: Context, action: UpdateInstance) -> Json:
     """Bring an instance to its generation without a new process, and put right what was altered by hand."""
-    instance = rig.store.instances.get(action.instance)
+    instance = context.store.instances.get(action.instance)
     if instance is None:
         raise TryAgain(f"update '{action.subject}': instance {action.instance} is gone")
-    generation = rig.store.generation(action.app, action.generation)
+    generation = context.store.generation(action.app, action.generation)
     want = generation.app.containers[action.container]
     limits = not action.changes or any(isinstance(change.effect, Live) for change in action.changes)
     settings: cgroup.Settings | None = None
     if instance.phase == "running":
-        settings = apply_limits(rig, replace(instance, want=want)) if limits else None
+        settings = apply_limits(context, replace(instance, want=want)) if limits else None
         if not action.changes:
-            _mend_network(rig, instance)
-        _refresh_files(rig, instance, action)
-    rig.store.mark_generation(action.app, action.generation, "active")
-    rig.store.change_instance(
+            _mend_network(context, instance)
+        _refresh_files(context, instance, action)
+    context.store.mark_generation(action.app, action.generation, "active")
+    context.store.change_instance(
         instance.id,
         want=want,
         image=generation.images[action.container],
@@ -49,48 +49,48 @@ def update_instance(rig: Rig, action: UpdateInstance) -> Json:
         generation=action.generation,
     )
     if instance.phase == "running" and settings is not None:
-        _keep_limits(rig, instance.id, cgroup.snapshot(rig.runtime.cgroup(instance.id)), settings.digest)
+        _keep_limits(context, instance.id, cgroup.snapshot(context.runtime.cgroup(instance.id)), settings.digest)
     return {"instance": instance.id, "fields": [change.field for change in action.changes]}
 
 
-def apply_limits(rig: Rig, instance: Instance) -> cgroup.Settings:
+def apply_limits(context: Context, instance: Instance) -> cgroup.Settings:
     """Write a container's resources into its cgroup; they are in doubt until what the kernel made of them is kept."""
-    settings = cgroup_settings(rig, instance.want)
-    _keep_limits(rig, instance.id, None)
-    rig.runtime.update(instance.id, settings.resources)
+    settings = cgroup_settings(context, instance.want)
+    _keep_limits(context, instance.id, None)
+    context.runtime.update(instance.id, settings.resources)
     score, _ = oom_score_adj(instance.want, settings.oom_score_adj, host_limits())
-    rig.runtime.set_oom_score_adj(instance.id, score)
+    context.runtime.set_oom_score_adj(instance.id, score)
     return settings
 
 
-def _keep_limits(rig: Rig, id: InstanceId, limits: Json | None, settings: str = "") -> None:
-    receipt = rig.store.receipt("run", id)
+def _keep_limits(context: Context, id: InstanceId, limits: Json | None, settings: str = "") -> None:
+    receipt = context.store.receipt("run", id)
     if receipt is not None:
-        rig.store.put_receipt(replace(receipt, data={**receipt.data, "limits": limits, "settings": settings}))
+        context.store.put_receipt(replace(receipt, data={**receipt.data, "limits": limits, "settings": settings}))
 
 
-def _mend_network(rig: Rig, instance: Instance) -> None:
-    run = rig.run_of(instance.id)
+def _mend_network(context: Context, instance: Instance) -> None:
+    run = context.run_of(instance.id)
     if "host" not in instance.want.networks and run is not None:
-        netns.ensure(rig.host, instance.id, run.pid)
-        attach_again(rig, instance)
+        netns.ensure(context.host, instance.id, run.pid)
+        attach_again(context, instance)
 
 
-def _refresh_files(rig: Rig, instance: Instance, action: UpdateInstance) -> None:
+def _refresh_files(context: Context, instance: Instance, action: UpdateInstance) -> None:
     """Put new content in place of old, then send each signal that was asked for once."""
-    app = rig.store.generation(action.app, action.generation).app
+    app = context.store.generation(action.app, action.generation).app
     changed = {change.target for change in action.changes}
     for mount in app.containers[action.container].mounts:
         if mount.kind == "file" and mount.target in changed:
-            receipt = rig.store.receipt("volume", f"{instance.id}:{mount.target}")
-            content = content_of(rig, app, mount)
+            receipt = context.store.receipt("volume", f"{instance.id}:{mount.target}")
+            content = content_of(context, app, mount)
             if receipt is not None and content is not None:
-                _doubt(rig, instance.id, mount.target)
-                bounded.make_room(rig.host.files(instance.id), *_size(content))
-                rig.plugins.driver("mount", "file").refresh(receipt, content)
+                _doubt(context, instance.id, mount.target)
+                bounded.make_room(context.host.files(instance.id), *_size(content))
+                context.plugins.driver("mount", "file").refresh(receipt, content)
     effects = (change.effect for change in action.changes)
     for signal in dict.fromkeys(effect.name for effect in effects if isinstance(effect, Signal)):
-        rig.runtime.kill(instance.id, signal)
+        context.runtime.kill(instance.id, signal)
 
 
 def _size(content: Path) -> tuple[int, int]:
@@ -99,78 +99,80 @@ def _size(content: Path) -> tuple[int, int]:
     return sum(file.stat().st_size for file in files), len(files)
 
 
-def _doubt(rig: Rig, id: InstanceId, target: str) -> None:
+def _doubt(context: Context, id: InstanceId, target: str) -> None:
     """Note that what is mounted there may be neither old nor new, until the record says again which it is."""
-    files = {**rig.store.instances[id].files, target: "in doubt"}
-    rig.store.change_instance(id, files=files)
+    files = {**context.store.instances[id].files, target: "in doubt"}
+    context.store.change_instance(id, files=files)
 
 
 # -- networks ------------------------------------------------------------------------------------------------
 
 
-def ensure_network(rig: Rig, action: EnsureNetwork) -> Json:
+def ensure_network(context: Context, action: EnsureNetwork) -> Json:
     """Make or mend a network, or let it grow.
 
     Kept beside its receipt: what it was made from (want), and for how many containers (joined).
     """
-    known = rig.store.receipt("network", action.network)
+    known = context.store.receipt("network", action.network)
     if known is not None and "joined" not in known.data:
-        _say_subnet(rig, known)
-    driver = rig.plugins.driver("network", action.spec.driver)
+        _say_subnet(context, known)
+    driver = context.plugins.driver("network", action.spec.driver)
     receipt = driver.ensure(network_want(action.network, action.spec, action.hosts))
     want = digest_of(action.spec.model_dump(mode="json"))
-    rig.store.put_receipt(replace(receipt, data={**receipt.data, "want": want, "joined": action.hosts}))
+    context.store.put_receipt(replace(receipt, data={**receipt.data, "want": want, "joined": action.hosts}))
     enabled = receipt.data.get("enabled")
     if enabled:
-        rig.store.event("host", action.subject, f"turned on {enabled}, which {action.network} needs to lead outside")
+        context.store.event(
+            "host", action.subject, f"turned on {enabled}, which {action.network} needs to lead outside"
+        )
     return dict(receipt.data)
 
 
-def _say_subnet(rig: Rig, network: Receipt) -> None:
+def _say_subnet(context: Context, network: Receipt) -> None:
     """Note with endpoints of an earlier version which subnet they have, before it may grow: they grow with it."""
-    for each in rig.store.receipts("endpoint"):
+    for each in context.store.receipts("endpoint"):
         if each.id.partition("/")[2] == network.id and "subnet" in network.data:
-            rig.store.put_receipt(replace(each, data={"subnet": network.data["subnet"], **each.data}))
+            context.store.put_receipt(replace(each, data={"subnet": network.data["subnet"], **each.data}))
 
 
-def remove_network(rig: Rig, action: RemoveNetwork) -> Json:
+def remove_network(context: Context, action: RemoveNetwork) -> Json:
     """Take a network away."""
-    receipt = rig.store.receipt("network", action.network)
+    receipt = context.store.receipt("network", action.network)
     if receipt is None:
-        receipt = Receipt("network", network_of(rig, action.network).driver, action.network)
-    rig.plugins.driver("network", receipt.driver).remove(receipt)
-    rig.store.drop_receipt(receipt)
+        receipt = Receipt("network", network_of(context, action.network).driver, action.network)
+    context.plugins.driver("network", receipt.driver).remove(receipt)
+    context.store.drop_receipt(receipt)
     return {}
 
 
 # -- derived files -------------------------------------------------------------------------------------------
 
 
-def write_firewall(rig: Rig, action: WriteFirewall) -> Json:
+def write_firewall(context: Context, action: WriteFirewall) -> Json:
     """Replace the table, or take it away when it has nothing to say; remember what it says."""
-    driver = rig.plugins.driver("firewall", rig.firewall)
+    driver = context.plugins.driver("firewall", context.firewall)
     if action.want.empty:
-        receipt = Receipt("firewall", rig.firewall, rig.host.name)
+        receipt = Receipt("firewall", context.firewall, context.host.name)
         driver.remove(receipt)
-        rig.store.put_fact("firewall", None)
-        rig.store.drop_receipt(receipt)
+        context.store.put_fact("firewall", None)
+        context.store.drop_receipt(receipt)
         return {}
     receipt = driver.ensure(action.want)
-    rig.store.put_fact("firewall", asdict(action.want))
-    rig.store.put_receipt(receipt)
+    context.store.put_fact("firewall", asdict(action.want))
+    context.store.put_receipt(receipt)
     return {"ports": len(action.want.ports), "networks": len(action.want.networks)}
 
 
-def write_names(rig: Rig, action: WriteNames) -> Json:
+def write_names(context: Context, action: WriteNames) -> Json:
     """Bring hosts files up to date. One that does not run needs none: its start writes it, perhaps just now."""
     for id, found in action.hosts.items():
-        instance = rig.store.instances.get(id)
-        if instance is not None and instance.phase == "running" and rig.host.instance(id).is_dir():
+        instance = context.store.instances.get(id)
+        if instance is not None and instance.phase == "running" and context.host.instance(id).is_dir():
             try:
-                _write_hosts(rig.host, instance, hosts_text(instance, found.lines))
+                _write_hosts(context.host, instance, hosts_text(instance, found.lines))
             except (OSError, UnfitHost) as error:  # it fills its files faster than we do: nobody else waits for that
-                rig.store.event("failed", instance.key, f"write its hosts file: {error}")
-            rig.store.note_names(id, found.digest)
+                context.store.event("failed", instance.key, f"write its hosts file: {error}")
+            context.store.note_names(id, found.digest)
     return {"files": len(action.hosts)}
 
 

@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.images.image import Image
+from holdfast.node.context import Context
 from holdfast.node.images import image_users
-from holdfast.node.rig import Rig
 from holdfast.observed import Json
 
 Row = dict[str, Any]
 
 
-def usage(rig: Rig, volumes: Sequence[Json]) -> Json:
+def usage(context: Context, volumes: Sequence[Json]) -> Json:
     """{"kinds": [{"kind", "count", "active", "size", "reclaimable"}, …], "images", "containers", "volumes": details}
 
     volumes: as `Answers.volumes` has them. reclaimable is what `prune` could free, of everything.
     """
-    store, users = rig.images, image_users(rig)
+    store, users = context.images, image_users(context)
     images = store.list(dangling=True)
     sizes = {diff_id: store.layers.facts(diff_id).size for diff_id in store.layers.all()}
     of_all = {diff_id for image in images for diff_id in image.diff_ids}
@@ -36,11 +36,13 @@ def usage(rig: Rig, volumes: Sequence[Json]) -> Json:
     def total(diff_ids: Iterable[str]) -> int:
         return sum(sizes.get(each, 0) for each in diff_ids)
 
-    containers = [_container(rig, each.id, each.key, each.phase) for each in list(rig.store.instances.values())]
+    containers = [
+        _container(context, each.id, each.key, each.phase) for each in list(context.store.instances.values())
+    ]
     kept = [_volume(each) for each in volumes]
-    logs = [_log(rig, path) for path in _folders(rig.host.root / "logs")]
+    logs = [_log(context, path) for path in _folders(context.host.root / "logs")]
     used = [image for image in images if image.digest in users]
-    cache = rig.builder.caches
+    cache = context.builder.caches
     kinds = [
         _kind("images", len(images), len(used), total(of_all), total(of_all - of_used)),
         _kind("layers", len(sizes), len(of_used & sizes.keys()), total(sizes), total(sizes.keys() - of_used)),
@@ -59,20 +61,22 @@ def usage(rig: Rig, volumes: Sequence[Json]) -> Json:
     }
 
 
-def prune_logs(rig: Rig) -> int:
+def prune_logs(context: Context) -> int:
     """Delete the output of apps that are gone; returns the bytes that are free then."""
-    doomed = [each for each in (_log(rig, path) for path in _folders(rig.host.root / "logs")) if each["orphan"]]
+    doomed = [
+        each for each in (_log(context, path) for path in _folders(context.host.root / "logs")) if each["orphan"]
+    ]
     for each in doomed:
         shutil.rmtree(each["path"], ignore_errors=True)
     return _sum(doomed)
 
 
-def prune_build_cache(rig: Rig) -> int:
+def prune_build_cache(context: Context) -> int:
     """Empty the layer caches of all apps but those whose images are being built; returns what is free then."""
     freed = 0
-    for app in rig.builder.apps():
-        size = allocated(rig.builder.caches / app)
-        freed += size if rig.builder.wipe(app) else 0
+    for app in context.builder.apps():
+        size = allocated(context.builder.caches / app)
+        freed += size if context.builder.wipe(app) else 0
     return freed
 
 
@@ -110,8 +114,10 @@ def _folders(path: Path) -> list[Path]:
     return []
 
 
-def _container(rig: Rig, id: str, key: str, phase: str) -> Row:
-    places = [each.data["upper"] for each in rig.store.owned(id) if each.kind == "rootfs" and each.data.get("upper")]
+def _container(context: Context, id: str, key: str, phase: str) -> Row:
+    places = [
+        each.data["upper"] for each in context.store.owned(id) if each.kind == "rootfs" and each.data.get("upper")
+    ]
     size = sum(allocated(Path(place)) for place in places)
     return {"container": key, "instance": id, "state": phase, "size": size}
 
@@ -126,9 +132,9 @@ def _volume(volume: Json) -> Row:
     }
 
 
-def _log(rig: Rig, path: Path) -> Row:
-    apps: Collection[str] = {each.app for each in list(rig.store.instances.values())}
-    gone = path.name not in apps and path.name not in rig.store.history().generations
+def _log(context: Context, path: Path) -> Row:
+    apps: Collection[str] = {each.app for each in list(context.store.instances.values())}
+    gone = path.name not in apps and path.name not in context.store.history().generations
     return {"path": str(path), "size": allocated(path), "orphan": gone}
 
 

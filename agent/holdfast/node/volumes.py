@@ -20,7 +20,7 @@ from holdfast.drivers import COMPLETE_CONTENT, RootfsWant, VolumeWant
 from holdfast.errors import NotFound, UnfitHost, WrongState
 from holdfast.guard import found_by
 from holdfast.images.lookup import find
-from holdfast.node.rig import Rig, volume_of
+from holdfast.node.context import Context, volume_of
 from holdfast.observed import Instance, Json, Receipt
 from holdfast.plan.actions import EnsureVolume
 from holdfast.runtime import filling
@@ -48,34 +48,36 @@ def altered(kept: Receipt, seen: Receipt) -> tuple[str, ...]:
     )
 
 
-def change_volume(rig: Rig, action: EnsureVolume) -> Json:
+def change_volume(context: Context, action: EnsureVolume) -> Json:
     """Bring a volume to what is asked for by now. Raises UnfitHost for a driver that finds another than it made."""
-    made = ensure_volume(rig, action.volume, action.spec)
-    driver = rig.plugins.driver("volume", action.spec.driver)
+    made = ensure_volume(context, action.volume, action.spec)
+    driver = context.plugins.driver("volume", action.spec.driver)
     for seen in found_by(driver) or ():
         if seen.id == action.volume and (wrong := altered(made, seen)):
             raise UnfitHost(f"volume driver {driver.name!r}: observe: right after ensure, {'; '.join(wrong)}")
     return {"volume": action.volume}
 
 
-def ensure_volume(rig: Rig, volume: str, spec: Volume, *, seed: Path | None = None, defined: str = "") -> Receipt:
+def ensure_volume(
+    context: Context, volume: str, spec: Volume, *, seed: Path | None = None, defined: str = ""
+) -> Receipt:
     """Have a volume there, as it is defined now, and filled from seed (a directory of an image) if it is new.
 
     defined: the volume that is defined so, where that is another.
     Whoever else starts on it waits until that is done. A volume that is empty but was in use, or is somebody's by its
     owner or mode, is left alone.
     """
-    with rig.volume_locks.of(volume):
-        known = rig.store.receipt("volume", volume)
+    with context.volume_locks.of(volume):
+        known = context.store.receipt("volume", volume)
         if known is not None and not Path(str(known.data.get("path", ""))).is_dir():
             known = None  # it was deleted behind our back, and is a new one now
-        made = rig.plugins.driver("volume", spec.driver).ensure(volume_want(volume, spec))
+        made = context.plugins.driver("volume", spec.driver).ensure(volume_want(volume, spec))
         try:
-            content = _settle(rig, made, known, spec, seed)
+            content = _settle(context, made, known, spec, seed)
         except OSError as error:
             raise UnfitHost(f"fill volume '{volume}' from '{seed}': {error}") from error
         made = replace(made, data={**made.data, **_defined(known, volume, defined)})
-        return _keep(rig, made, content, spec)
+        return _keep(context, made, content, spec)
 
 
 def _defined(known: Receipt | None, volume: str, defined: str) -> Json:
@@ -84,7 +86,7 @@ def _defined(known: Receipt | None, volume: str, defined: str) -> Json:
     return {} if name == volume else {DEFINED_AS: name}
 
 
-def _settle(rig: Rig, made: Receipt, known: Receipt | None, spec: Volume, seed: Path | None) -> object:
+def _settle(context: Context, made: Receipt, known: Receipt | None, spec: Volume, seed: Path | None) -> object:
     """Fill a volume that is new; return what is known of its content then."""
     path = Path(str(made.data["path"]))
     content = known.data.get("content") if known else filling.owner_and_mode(path)
@@ -99,25 +101,25 @@ def _settle(rig: Rig, made: Receipt, known: Receipt | None, spec: Volume, seed: 
         return SETTLED
     if seed is None:
         return content
-    _keep(rig, made, content, spec)  # first: a crash from here on finds a volume that is new
+    _keep(context, made, content, spec)  # first: a crash from here on finds a volume that is new
     filling.fill(path, seed)
     return SETTLED
 
 
-def _keep(rig: Rig, made: Receipt, content: object, spec: Volume) -> Receipt:
+def _keep(context: Context, made: Receipt, content: object, spec: Volume) -> Receipt:
     kept = replace(made, data={**made.data, "content": content, "asked": dict(spec.driver_opts)})
-    rig.store.put_receipt(kept)
+    context.store.put_receipt(kept)
     return kept
 
 
 # -- volumes that images declare -----------------------------------------------------------------------------
 
 
-def declared_volumes(rig: Rig, app: App, images: Mapping[str, str]) -> dict[str, tuple[Mount, ...]]:
+def declared_volumes(context: Context, app: App, images: Mapping[str, str]) -> dict[str, tuple[Mount, ...]]:
     """Container → what it has mounted because its image declares volumes. images: container → digest."""
     declared = {}
     for name, image in images.items():
-        found = (rig.base(image).config.get("config") or {}).get("Volumes")
+        found = (context.base(image).config.get("config") or {}).get("Volumes")
         declared[name] = [str(target) for target in found] if isinstance(found, Mapping) else []
     try:
         return image_volumes(app, declared)
@@ -125,29 +127,29 @@ def declared_volumes(rig: Rig, app: App, images: Mapping[str, str]) -> dict[str,
         raise WrongState(f"volumes of the images of '{app.name}': {error}") from error
 
 
-def save_volumes(rig: Rig, instance: Instance) -> None:
+def save_volumes(context: Context, instance: Instance) -> None:
     """Before a container of an earlier version goes: bring what its image declares as volumes into such volumes.
 
     There it lies in the writable layer, which goes with the container.
     """
     if instance.image_volumes is not None or instance.phase == "creating":
         return
-    known = rig.store.history().generations.get(instance.app, ())
+    known = context.store.history().generations.get(instance.app, ())
     lone = App(name=instance.app, path="", containers={instance.container: instance.want})
     try:
-        found = declared_volumes(rig, lone, {instance.container: instance.image})[instance.container]
+        found = declared_volumes(context, lone, {instance.container: instance.image})[instance.container]
     except (NotFound, WrongState):  # its image can't be asked any more
         return
     mounts = of_slot(instance.app, instance.container, found, instance.slot)
     if not mounts:
         return
     app = known[-1].app if known else lone
-    driver = next(iter(rig.plugins.rootfs.values()))
-    made = driver.ensure(RootfsWant(instance=instance.id, layers=rig.base(instance.image).layers))
+    driver = next(iter(context.plugins.rootfs.values()))
+    made = driver.ensure(RootfsWant(instance=instance.id, layers=context.base(instance.image).layers))
     for mount in mounts:
         held = find((Path(str(made.data["path"])),), mount.target)
         if held is not None and held.is_dir():
             defined = defined_as(instance.app, instance.container, mount, instance.slot)
-            ensure_volume(rig, mount.source, volume_of(rig, app, defined), seed=held, defined=defined)
+            ensure_volume(context, mount.source, volume_of(context, app, defined), seed=held, defined=defined)
             message = f"what it wrote to {mount.target} is in volume {mount.source} now"
-            rig.store.event("volume", instance.key, message)
+            context.store.event("volume", instance.key, message)

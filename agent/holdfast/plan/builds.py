@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from holdfast.plan.desk import Desk
+from holdfast.plan.draft import PlanDraft
 from holdfast.spec.model import BUILD_NETWORK, App
 
 
-def missing_network(app: App, desk: Desk) -> str:
+def missing_network(app: App, draft: PlanDraft) -> str:
     """Why an app can't be built yet; "" if nothing is in the way. What is noted here keeps the network standing."""
     if not joins_network(app):
         return ""
-    desk.builds = True
-    if BUILD_NETWORK not in desk.observed.networks:
+    draft.builds = True
+    if BUILD_NETWORK not in draft.observed.networks:
         return f"waits for network {BUILD_NETWORK}"
-    if desk.observed.networks[BUILD_NETWORK].faults:
+    if draft.observed.networks[BUILD_NETWORK].faults:
         return f"waits for network {BUILD_NETWORK} to be mended"
-    firewall = desk.observed.firewall
+    firewall = draft.observed.firewall
     if firewall is None or all(each.id != BUILD_NETWORK for each in firewall.networks):
         return f"waits for the firewall to let network {BUILD_NETWORK} out"
     return ""

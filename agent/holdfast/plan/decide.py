@@ -48,9 +48,9 @@ from holdfast.plan.actions import (
     WriteNames,
 )
 from holdfast.plan.builds import joins_network
-from holdfast.plan.derived import firewall_want, names_of, pages
-from holdfast.plan.desk import Desk
+from holdfast.plan.derived import firewall_want, name_table, names_of
 from holdfast.plan.diff import changes, mounted_files, replaces, volume_changes
+from holdfast.plan.draft import PlanDraft
 from holdfast.plan.reasons import by_hand, counted, firewall_reason, in_hand, listed, option_words, update_words
 from holdfast.plan.restart import verdict
 from holdfast.plan.targets import current, lacking_mounts, targets
@@ -63,145 +63,151 @@ DEFAULT_VOLUME = Volume()
 
 def decide(spec: Spec | None, observed: Observed, history: History, now: float) -> Plan:
     """Say what to do next. spec None: the source can't be read, so every app stays at its generation."""
-    desk = Desk(observed, history, now)
-    desk.targets = dict(targets(spec, desk))
-    desk.stays_for = _stays_for(desk)
-    desk.joining = Counter(_joined(desk))
-    _orphans(desk)
-    for app in _in_order({name: target.app.depends_on for name, target in desk.targets.items()}):
-        _hold_app(app, desk)
-    for app in sorted(desk.known_apps - desk.targets.keys() - desk.unplaced):
-        _remove_app(app, desk)
-    _networks(desk)
-    _derived(desk)
-    desk.waiting.update({Subject(each.title): str(each) for each in observed.missing})
-    return desk.plan()
+    draft = PlanDraft(observed, history, now)
+    draft.targets = dict(targets(spec, draft))
+    draft.stays_for = _stays_for(draft)
+    draft.joining = Counter(_joined(draft))
+    _orphans(draft)
+    for app in _in_order({name: target.app.depends_on for name, target in draft.targets.items()}):
+        _hold_app(app, draft)
+    for app in sorted(draft.known_apps - draft.targets.keys() - draft.without_generation):
+        _remove_app(app, draft)
+    _networks(draft)
+    _derived(draft)
+    draft.waiting.update({Subject(each.title): str(each) for each in observed.missing})
+    return draft.plan()
 
 
 # -- an app that is wanted -----------------------------------------------------------------------------------
 
 
-def _hold_app(app: str, desk: Desk) -> None:
-    generation = desk.targets[app]
-    before = len(desk.actions)
+def _hold_app(app: str, draft: PlanDraft) -> None:
+    generation = draft.targets[app]
+    before = len(draft.actions)
     settled = True
     for name in _in_order({name: each.depends_on for name, each in generation.app.containers.items()}):
-        settled &= _hold_container(generation, name, desk)
-    for name in list(desk.by_app.get(app, {})):
+        settled &= _hold_container(generation, name, draft)
+    for name in list(draft.by_app.get(app, {})):
         if name not in generation.app.containers:
             settled = False
-            _retire(app, name, "the state no longer names it", desk)
-    _hold_volumes(generation, desk)
-    settled &= len(desk.actions) == before
+            _retire(app, name, "the state no longer names it", draft)
+    _hold_volumes(generation, draft)
+    settled &= len(draft.actions) == before
     if settled:
-        _drop_volumes(app, generation.app, desk)
+        _drop_volumes(app, generation.app, draft)
         if generation.state != "good":
-            desk.offer(MarkGood(app=app, generation=generation.number, reason="every container runs as committed"))
+            draft.offer(MarkGood(app=app, generation=generation.number, reason="every container runs as committed"))
 
 
-def _hold_volumes(generation: Generation, desk: Desk) -> None:
+def _hold_volumes(generation: Generation, draft: PlanDraft) -> None:
     """Bring the volumes of an app that are there to what it asks for. Those that are not are made by a start."""
     app = generation.app.name
     mounts = (mount for mounts in (generation.image_volumes or {}).values() for mount in mounts)
     defined = {mount.source: DEFAULT_VOLUME for mount in mounts}
     defined |= {f"{app}/{name}": spec for name, spec in generation.app.volumes.items()}
-    for state in desk.volumes.get(app, ()):
+    for state in draft.volumes.get(app, ()):
         spec = defined.get(state.id) or defined.get(state.defined_as)
         if spec is None or state.asked is None or state.driver != spec.driver:
             continue
         if reasons := [*option_words(state.asked, spec.driver_opts), *state.faults]:
-            desk.offer(EnsureVolume(app=app, volume=state.id, spec=spec, reason="; ".join(reasons)))
+            draft.offer(EnsureVolume(app=app, volume=state.id, spec=spec, reason="; ".join(reasons)))
 
 
-def _hold_container(generation: Generation, name: str, desk: Desk) -> bool:
+def _hold_container(generation: Generation, name: str, draft: PlanDraft) -> bool:
     """Decide about one container; True when it is as it should be."""
     app, want = generation.app.name, generation.app.containers[name]
-    key, instance = f"{app}/{name}", desk.newest(app, name)
-    hold = desk.history.holds.get(key)
-    if hold is not None and (hold.kind == "stopped" or instance is None or _asked_since(instance, hold, desk)):
-        desk.drift[key] = in_hand(key, hold)
-    for older in desk.by_app.get(app, {}).get(name, ())[:-1]:
-        _take_away(older, "a newer instance stands in its place", desk)
+    key, instance = f"{app}/{name}", draft.newest(app, name)
+    hold = draft.history.holds.get(key)
+    if hold is not None and (hold.kind == "stopped" or instance is None or _asked_since(instance, hold, draft)):
+        draft.drift[key] = in_hand(key, hold)
+    for older in draft.by_app.get(app, {}).get(name, ())[:-1]:
+        _take_away(older, "a newer instance stands in its place", draft)
     if instance is None:
         if hold is None or hold.kind != "stopped":
-            _start(generation, name, "it is not there", desk)
+            _start(generation, name, "it is not there", draft)
         return False
-    if instance.phase == "creating" and key in desk.observed.busy:
+    if instance.phase == "creating" and key in draft.observed.busy:
         return False  # it is being started right now
     if instance.phase == "creating":
-        desk.offer(
+        draft.offer(
             RemoveInstance(app=app, container=name, instance=instance.id, reason="its start was interrupted half way")
         )
         return False
     found = changes(instance, want, generation.images.get(name, ""), mounted_files(generation.app, want))
     found += volume_changes(instance, generation)
-    found += _network_changes(instance, generation, desk)
+    found += _network_changes(instance, generation, draft)
     if replaces(found):
-        desk.outdated.add(key)
-        _replace(instance, generation, found, hold, desk)
+        draft.outdated.add(key)
+        _replace(instance, generation, found, hold, draft)
         return False
     if instance.phase == "running":
-        settled = _hold_running(instance, hold, desk)
+        settled = _hold_running(instance, hold, draft)
     else:
-        settled = _hold_exited(instance, generation, hold, desk)
+        settled = _hold_exited(instance, generation, hold, draft)
     # Offered after what stops or starts it: that is more urgent, and a start brings these changes along.
     if found or (instance.phase == "running" and instance.drifted):
-        _update(instance, generation.number, found, desk)
+        _update(instance, generation.number, found, draft)
         return False
     return settled
 
 
-def _hold_running(instance: Instance, hold: Hold | None, desk: Desk) -> bool:
-    overdue = hold is not None and hold.kind == "restarted" and _asked_since(instance, hold, desk)
+def _hold_running(instance: Instance, hold: Hold | None, draft: PlanDraft) -> bool:
+    overdue = hold is not None and hold.kind == "restarted" and _asked_since(instance, hold, draft)
     if hold is not None and (overdue or hold.kind == "stopped"):
-        _stop(instance, by_hand(hold), desk)
+        _stop(instance, by_hand(hold), draft)
     elif instance.faults:
-        _stop(instance, "; ".join(instance.faults), desk)
+        _stop(instance, "; ".join(instance.faults), draft)
     else:
         return True
     return False
 
 
-def _asked_since(instance: Instance, hold: Hold, desk: Desk) -> bool:
+def _asked_since(instance: Instance, hold: Hold, draft: PlanDraft) -> bool:
     """Whether a person has asked for a start since the last one."""
-    return (instance.started_at or 0.0) < hold.at and not desk.ahead(hold)
+    return (instance.started_at or 0.0) < hold.at and not draft.ahead(hold)
 
 
-def _hold_exited(instance: Instance, generation: Generation, hold: Hold | None, desk: Desk) -> bool:
+def _hold_exited(instance: Instance, generation: Generation, hold: Hold | None, draft: PlanDraft) -> bool:
     key = instance.key
     if hold is not None and hold.kind == "stopped":
         return False
-    if hold is not None and _asked_since(instance, hold, desk):
-        _start(generation, instance.container, by_hand(hold), desk, again=instance)
+    if hold is not None and _asked_since(instance, hold, draft):
+        _start(generation, instance.container, by_hand(hold), draft, again=instance)
         return False
     answer = verdict(instance, generation.app.containers[instance.container].restart_policy)
-    desk.verdicts[instance.id] = answer
+    draft.verdicts[instance.id] = answer
     match answer.kind:
         case "done":
             return True
         case "failed":
-            desk.waiting[key] = answer.reason
-        case "again" if answer.at > desk.now and not desk.ahead(instance.exit):
-            desk.waiting[key] = f"back-off: {answer.reason}"
-            desk.wakes.append(answer.at)
+            draft.waiting[key] = answer.reason
+        case "again" if answer.at > draft.now and not draft.ahead(instance.exit):
+            draft.waiting[key] = f"back-off: {answer.reason}"
+            draft.wakes.append(answer.at)
         case "again":
-            _start(generation, instance.container, answer.reason, desk, again=instance, streak=answer.streak)
+            _start(generation, instance.container, answer.reason, draft, again=instance, streak=answer.streak)
     return False
 
 
 def _start(
-    generation: Generation, name: str, reason: str, desk: Desk, *, again: Instance | None = None, streak: int = 0
+    generation: Generation,
+    name: str,
+    reason: str,
+    draft: PlanDraft,
+    *,
+    again: Instance | None = None,
+    streak: int = 0,
 ) -> None:
     app = generation.app.name
-    obstacle = _missing_network(generation.app.containers[name], desk)
-    obstacle = obstacle or lacking_mounts({name: generation.app.containers[name]}, desk)
+    obstacle = _missing_network(generation.app.containers[name], draft)
+    obstacle = obstacle or lacking_mounts({name: generation.app.containers[name]}, draft)
     if again is None or again.host_went_down:
-        obstacle = obstacle or _unreached(generation.app, name, desk)
+        obstacle = obstacle or _unreached(generation.app, name, draft)
     if obstacle:
-        desk.waiting[container_of(app, name)] = obstacle
+        draft.waiting[container_of(app, name)] = obstacle
         return
     instance = again.id if again else None
-    desk.offer(
+    draft.offer(
         StartInstance(
             app=app, container=name, generation=generation.number, instance=instance, streak=streak, reason=reason
         )
@@ -209,29 +215,29 @@ def _start(
 
 
 def _replace(
-    instance: Instance, generation: Generation, found: tuple[Change, ...], hold: Hold | None, desk: Desk
+    instance: Instance, generation: Generation, found: tuple[Change, ...], hold: Hold | None, draft: PlanDraft
 ) -> None:
     """Make room for a successor, once that could start (rule 5). One stopped by hand is left as it lies, unless
     that keeps others from a network that has to be made anew."""
-    in_the_way = any(_outdated_network(network, desk) for network in instance.want.networks)
+    in_the_way = any(_outdated_network(network, draft) for network in instance.want.networks)
     if hold is not None and hold.kind == "stopped":
         if instance.phase == "running":
-            _stop(instance, by_hand(hold), desk)
+            _stop(instance, by_hand(hold), draft)
         elif in_the_way:
-            _take_away(instance, listed(found), desk)
+            _take_away(instance, listed(found), draft)
         return
     want = generation.app.containers[instance.container]
-    obstacle = _missing_network(want, desk, instance) or lacking_mounts({instance.container: want}, desk)
+    obstacle = _missing_network(want, draft, instance) or lacking_mounts({instance.container: want}, draft)
     if not in_the_way:  # else what it depends on may itself wait for the network that this one is attached to
-        obstacle = obstacle or _unreached(generation.app, instance.container, desk)
+        obstacle = obstacle or _unreached(generation.app, instance.container, draft)
     if obstacle:
-        desk.waiting[instance.key] = f"replaced when it can be: {obstacle}"
+        draft.waiting[instance.key] = f"replaced when it can be: {obstacle}"
         return
-    _take_away(instance, f"{listed(found)}; restarts {instance.key}", desk)
+    _take_away(instance, f"{listed(found)}; restarts {instance.key}", draft)
 
 
-def _update(instance: Instance, generation: int, found: tuple[Change, ...], desk: Desk) -> None:
-    desk.offer(
+def _update(instance: Instance, generation: int, found: tuple[Change, ...], draft: PlanDraft) -> None:
+    draft.offer(
         UpdateInstance(
             app=instance.app,
             container=instance.container,
@@ -243,9 +249,9 @@ def _update(instance: Instance, generation: int, found: tuple[Change, ...], desk
     )
 
 
-def _stop(instance: Instance, reason: str, desk: Desk) -> None:
+def _stop(instance: Instance, reason: str, draft: PlanDraft) -> None:
     want = instance.want
-    desk.offer(
+    draft.offer(
         StopInstance(
             app=instance.app,
             container=instance.container,
@@ -257,12 +263,12 @@ def _stop(instance: Instance, reason: str, desk: Desk) -> None:
     )
 
 
-def _take_away(instance: Instance, reason: str, desk: Desk) -> None:
+def _take_away(instance: Instance, reason: str, draft: PlanDraft) -> None:
     """Stop, and on the next look remove."""
     if instance.phase == "running":
-        _stop(instance, reason, desk)
+        _stop(instance, reason, draft)
     else:
-        desk.offer(
+        draft.offer(
             RemoveInstance(app=instance.app, container=instance.container, instance=instance.id, reason=reason)
         )
 
@@ -270,71 +276,71 @@ def _take_away(instance: Instance, reason: str, desk: Desk) -> None:
 # -- an app, or a container, that is no longer wanted (rule 3) -----------------------------------------------
 
 
-def _remove_app(app: str, desk: Desk) -> None:
-    for name in list(desk.by_app.get(app, {})):
-        _retire(app, name, "the state no longer names the app", desk)
-    if app in desk.by_app:
+def _remove_app(app: str, draft: PlanDraft) -> None:
+    for name in list(draft.by_app.get(app, {})):
+        _retire(app, name, "the state no longer names the app", draft)
+    if app in draft.by_app:
         return
-    known = desk.history.generations.get(app, ())
-    if _drop_volumes(app, None, desk) and known:
-        desk.offer(ForgetApp(app=app, reason="nothing of it is left"))
+    known = draft.history.generations.get(app, ())
+    if _drop_volumes(app, None, draft) and known:
+        draft.offer(ForgetApp(app=app, reason="nothing of it is left"))
 
 
-def _retire(app: str, name: str, reason: str, desk: Desk) -> None:
-    dependents = {*desk.stays_for.get(f"{app}/{name}", ()), *desk.stays_for.get(app, ())}
+def _retire(app: str, name: str, reason: str, draft: PlanDraft) -> None:
+    dependents = {*draft.stays_for.get(f"{app}/{name}", ()), *draft.stays_for.get(app, ())}
     if dependents:
-        desk.waiting[container_of(app, name)] = f"stops after {', '.join(sorted(dependents))}"
+        draft.waiting[container_of(app, name)] = f"stops after {', '.join(sorted(dependents))}"
         return
-    for instance in desk.by_app[app][name]:
-        _take_away(instance, reason, desk)
+    for instance in draft.by_app[app][name]:
+        _take_away(instance, reason, draft)
 
 
-def _stays_for(desk: Desk) -> Mapping[str, list[str]]:
+def _stays_for(draft: PlanDraft) -> Mapping[str, list[str]]:
     """Container or app → the running containers that have to leave before it."""
-    leaving = [each for each in desk.observed.instances if each.phase == "running" and _leaves(each, desk)]
+    leaving = [each for each in draft.observed.instances if each.phase == "running" and _leaves(each, draft)]
     before: dict[str, list[str]] = {}
     for each in leaving:
         for name in each.want.depends_on:
             before.setdefault(f"{each.app}/{name}", []).append(each.key)
-        if each.app not in desk.targets:
-            for app in _depends_on(each.app, desk):
+        if each.app not in draft.targets:
+            for app in _depends_on(each.app, draft):
                 before.setdefault(app, []).append(each.key)
     if all(each.key in before or each.app in before for each in leaving):
         return {}  # a ring, as containers of several commits can make: all of it at once
     return before
 
 
-def _leaves(instance: Instance, desk: Desk) -> bool:
-    if instance.app in desk.unplaced:
+def _leaves(instance: Instance, draft: PlanDraft) -> bool:
+    if instance.app in draft.without_generation:
         return False
-    target = desk.targets.get(instance.app)
+    target = draft.targets.get(instance.app)
     return target is None or instance.container not in target.app.containers
 
 
-def _depends_on(app: str, desk: Desk) -> tuple[str, ...]:
-    known = desk.history.generations.get(app, ())
+def _depends_on(app: str, draft: PlanDraft) -> tuple[str, ...]:
+    known = draft.history.generations.get(app, ())
     return known[-1].app.depends_on if known else ()
 
 
-def _drop_volumes(app: str, keep: App | None, desk: Desk) -> bool:
+def _drop_volumes(app: str, keep: App | None, draft: PlanDraft) -> bool:
     """Delete what the app no longer has and last defined with on_remove = "delete"; True when none is left."""
     kept = keep.volumes.keys() if keep else frozenset()
     last = {
         f"{app}/{name}": volume
-        for generation in desk.history.generations.get(app, ())
+        for generation in draft.history.generations.get(app, ())
         for name, volume in generation.app.volumes.items()
         if name not in kept
     }
     going = {key for key, volume in last.items() if volume.on_remove == "delete"}
-    doomed = sorted(each.id for each in desk.volumes.get(app, ()) if {each.id, each.defined_as} & going)
+    doomed = sorted(each.id for each in draft.volumes.get(app, ()) if {each.id, each.defined_as} & going)
     if not doomed:
         return True
-    used = {mount.source for each in desk.observed.instances for mount in each.mounts if mount.kind == "volume"}
+    used = {mount.source for each in draft.observed.instances for mount in each.mounts if mount.kind == "volume"}
     for volume in doomed:
         if volume in used:
-            desk.waiting[Subject.of("volume", volume)] = "still mounted by a container of another app"
+            draft.waiting[Subject.of("volume", volume)] = "still mounted by a container of another app"
         else:
-            desk.offer(
+            draft.offer(
                 RemoveVolume(app=app, volume=volume, reason='the state no longer names it, on_remove = "delete"')
             )
     return False
@@ -343,51 +349,51 @@ def _drop_volumes(app: str, keep: App | None, desk: Desk) -> bool:
 # -- what a start waits for (rule 4) -------------------------------------------------------------------------
 
 
-def _unreached(app: App, name: str, desk: Desk) -> str:
+def _unreached(app: App, name: str, draft: PlanDraft) -> str:
     """Why a container of an app may not start yet, "" if it may."""
     for other, condition in app.containers[name].depends_on.items():
-        if not _reached(app, other, condition, desk):
-            return f"waits until {app.name}/{other} has {condition}{_so_far(app.name, other, desk)}"
+        if not _reached(app, other, condition, draft):
+            return f"waits until {app.name}/{other} has {condition}{_so_far(app.name, other, draft)}"
     for needed in app.depends_on:
-        target = desk.targets.get(needed)
-        if needed in desk.unplaced:
+        target = draft.targets.get(needed)
+        if needed in draft.without_generation:
             return f"waits for app {needed}"
         if target is not None:
             for other in target.app.containers:
-                if not _reached(target.app, other, "started", desk):
-                    return f"waits until {needed}/{other} has started{_so_far(needed, other, desk)}"
+                if not _reached(target.app, other, "started", draft):
+                    return f"waits until {needed}/{other} has started{_so_far(needed, other, draft)}"
     return ""
 
 
-def _so_far(app: str, name: str, desk: Desk) -> str:
+def _so_far(app: str, name: str, draft: PlanDraft) -> str:
     """How the one that is waited for ended, if it did by itself."""
-    instance = desk.newest(app, name)
+    instance = draft.newest(app, name)
     ended = instance.exit if instance is not None and instance.phase == "exited" else None
     return f" (it {ended})" if ended is not None and not ended.asked else ""
 
 
-def _reached(app: App, name: str, condition: str, desk: Desk) -> bool:
-    instance = desk.newest(app.name, name)
-    if instance is None or f"{app.name}/{name}" in desk.outdated:
+def _reached(app: App, name: str, condition: str, draft: PlanDraft) -> bool:
+    instance = draft.newest(app.name, name)
+    if instance is None or f"{app.name}/{name}" in draft.outdated:
         return False
     ended = instance.exit if instance.phase == "exited" else None
     completed = ended is not None and ended.code == 0 and not ended.asked
     return completed or (condition == "started" and instance.phase == "running")
 
 
-def _missing_network(want: Container, desk: Desk, instance: Instance | None = None) -> str:
+def _missing_network(want: Container, draft: PlanDraft, instance: Instance | None = None) -> str:
     """The first network that does not stand as wanted, "" if all do. One that is only outdated is no obstacle to
     replacing an instance that is attached to it."""
     for network in want.networks:
         if network in UNMANAGED:
             continue
-        if network not in desk.observed.networks:
+        if network not in draft.observed.networks:
             return f"waits for network {network}"
-        if _outdated_network(network, desk) and (instance is None or network not in instance.want.networks):
+        if _outdated_network(network, draft) and (instance is None or network not in instance.want.networks):
             return f"waits for network {network} to be made anew"
-        if desk.observed.networks[network].faults:
+        if draft.observed.networks[network].faults:
             return f"waits for network {network} to be mended"
-        if _too_small(network, desk) and f"network {network}" not in desk.history.failures:
+        if _too_small(network, draft) and f"network {network}" not in draft.history.failures:
             return f"waits for network {network} to grow"
     return ""
 
@@ -395,77 +401,77 @@ def _missing_network(want: Container, desk: Desk, instance: Instance | None = No
 # -- networks ------------------------------------------------------------------------------------------------
 
 
-def _joined(desk: Desk) -> Iterator[str]:
+def _joined(draft: PlanDraft) -> Iterator[str]:
     """The networks of all containers that are wanted, each as often as one joins it; that of builds, if needed."""
-    if desk.builds or any(joins_network(each.app) for each in desk.targets.values()):
+    if draft.builds or any(joins_network(each.app) for each in draft.targets.values()):
         yield BUILD_NETWORK
-    for generation in desk.targets.values():
+    for generation in draft.targets.values():
         for container in generation.app.containers.values():
             yield from (network for network in container.networks if network not in UNMANAGED)
 
 
-def _networks(desk: Desk) -> None:
-    for network, joining in sorted(desk.joining.items()):
-        owner, state = _owner(network), desk.observed.networks.get(network)
-        if state is not None and _outdated_network(network, desk):
-            if not desk.users.get(network):
-                desk.offer(RemoveNetwork(app=owner, network=network, reason="its definition changed"))
+def _networks(draft: PlanDraft) -> None:
+    for network, joining in sorted(draft.joining.items()):
+        owner, state = _owner(network), draft.observed.networks.get(network)
+        if state is not None and _outdated_network(network, draft):
+            if not draft.users.get(network):
+                draft.offer(RemoveNetwork(app=owner, network=network, reason="its definition changed"))
         elif state is None or state.faults:
             reason = "; ".join(state.faults) if state else "it is not there"
-            defined = _defined(network, desk)
+            defined = _defined(network, draft)
             if defined is None:
-                desk.waiting[Subject.of("network", network)] = f"{reason}, and no app in force defines it"
+                draft.waiting[Subject.of("network", network)] = f"{reason}, and no app in force defines it"
             else:
-                desk.offer(EnsureNetwork(app=owner, network=network, spec=defined, hosts=joining, reason=reason))
-        elif reason := _outgrown(network, desk):
-            defined = _defined(network, desk)
+                draft.offer(EnsureNetwork(app=owner, network=network, spec=defined, hosts=joining, reason=reason))
+        elif reason := _outgrown(network, draft):
+            defined = _defined(network, draft)
             if defined is not None:
-                desk.offer(EnsureNetwork(app=owner, network=network, spec=defined, hosts=joining, reason=reason))
-    for network in sorted(desk.observed.networks.keys() - desk.joining.keys()):
-        if not desk.users.get(network):
-            desk.offer(RemoveNetwork(app=_owner(network), network=network, reason="nothing uses it"))
+                draft.offer(EnsureNetwork(app=owner, network=network, spec=defined, hosts=joining, reason=reason))
+    for network in sorted(draft.observed.networks.keys() - draft.joining.keys()):
+        if not draft.users.get(network):
+            draft.offer(RemoveNetwork(app=_owner(network), network=network, reason="nothing uses it"))
 
 
-def _outgrown(network: str, desk: Desk) -> str:
+def _outgrown(network: str, draft: PlanDraft) -> str:
     """Why a network is to be ensured again for more containers; "" if it need not."""
-    data, joining = desk.observed.networks[network].data, desk.joining[network]
+    data, joining = draft.observed.networks[network].data, draft.joining[network]
     if "joined" not in data:
         return "an earlier version made it"
     return (
         f"it has room for {counted(data['hosts'], 'container')}, and {joining} join it"
-        if _too_small(network, desk)
+        if _too_small(network, draft)
         else ""
     )
 
 
-def _too_small(network: str, desk: Desk) -> bool:
+def _too_small(network: str, draft: PlanDraft) -> bool:
     """Whether more containers are to join a network than it has room for, and it can grow."""
-    state = desk.observed.networks.get(network)
+    state = draft.observed.networks.get(network)
     room = state.data.get("hosts") if state else None
-    return isinstance(room, int) and room < desk.joining.get(network, 0)
+    return isinstance(room, int) and room < draft.joining.get(network, 0)
 
 
-def _defined(network: str, desk: Desk) -> Network | None:
+def _defined(network: str, draft: PlanDraft) -> Network | None:
     """How a network is defined now. None for one whose app is gone, which thereby stays as it stands."""
     owner, _, name = network.rpartition("/")
     if not owner:
         return DEFAULT_NETWORK
-    target = desk.targets.get(owner) or current(desk.history.generations.get(owner, ()))
+    target = draft.targets.get(owner) or current(draft.history.generations.get(owner, ()))
     return target.app.networks.get(name) if target else None
 
 
-def _outdated_network(network: str, desk: Desk) -> bool:
+def _outdated_network(network: str, draft: PlanDraft) -> bool:
     """Whether a network stands, but otherwise than it is defined now."""
-    state, defined = desk.observed.networks.get(network), _defined(network, desk)
+    state, defined = draft.observed.networks.get(network), _defined(network, draft)
     return state is not None and defined is not None and state.want != defined.digest
 
 
-def _network_changes(instance: Instance, generation: Generation, desk: Desk) -> tuple[Change, ...]:
+def _network_changes(instance: Instance, generation: Generation, draft: PlanDraft) -> tuple[Change, ...]:
     """A network that is defined otherwise than it stands is made anew, and so is all that is attached to it."""
     return tuple(
         Change(f"network {network}", "as it stands", "as defined now", Replace())
         for network in instance.want.networks
-        if network in generation.app.containers[instance.container].networks and _outdated_network(network, desk)
+        if network in generation.app.containers[instance.container].networks and _outdated_network(network, draft)
     )
 
 
@@ -476,43 +482,43 @@ def _owner(network: str) -> str:
 # -- what follows from what is there (rule 9) ----------------------------------------------------------------
 
 
-def _orphans(desk: Desk) -> None:
+def _orphans(draft: PlanDraft) -> None:
     """First of all, so that a network that was left half made goes before it is made again. A table that was left is
     another matter: it is overwritten as long as there is anything to write (see `_derived`)."""
-    for orphan in desk.observed.orphans:
+    for orphan in draft.observed.orphans:
         if orphan.kind != "firewall":
-            _remove_orphan(orphan, desk)
+            _remove_orphan(orphan, draft)
 
 
-def _remove_orphan(orphan: Receipt, desk: Desk) -> None:
-    desk.offer(
+def _remove_orphan(orphan: Receipt, draft: PlanDraft) -> None:
+    draft.offer(
         RemoveOrphan(
             app="", receipt=orphan, reason=f"{orphan.kind} {orphan.id} carries our id and belongs to nothing"
         )
     )
 
 
-def _derived(desk: Desk) -> None:
-    want = firewall_want(desk.observed, lambda instance: _published(instance, desk))
-    if want != desk.observed.firewall and not (want.empty and desk.observed.firewall is None):
-        desk.offer(WriteFirewall(app="", want=want, reason=firewall_reason(want, desk.observed)))
-    for orphan in desk.observed.orphans:
+def _derived(draft: PlanDraft) -> None:
+    want = firewall_want(draft.observed, lambda instance: _published(instance, draft))
+    if want != draft.observed.firewall and not (want.empty and draft.observed.firewall is None):
+        draft.offer(WriteFirewall(app="", want=want, reason=firewall_reason(want, draft.observed)))
+    for orphan in draft.observed.orphans:
         if orphan.kind == "firewall" and want.empty:
-            _remove_orphan(orphan, desk)
-    known = pages(desk.observed.instances)
+            _remove_orphan(orphan, draft)
+    known = name_table(draft.observed.instances)
     stale = {
         each.id: names
-        for each in desk.observed.instances
+        for each in draft.observed.instances
         if each.phase == "running" and any(each.addresses.values())
         if (names := names_of(each, known)).digest != each.names
     }
     if stale:
         reason = f"the neighbours of {counted(len(stale), 'container')} changed"
-        desk.offer(WriteNames(app="", hosts=stale, reason=reason))
+        draft.offer(WriteNames(app="", hosts=stale, reason=reason))
 
 
-def _published(instance: Instance, desk: Desk) -> bool:
-    answer = desk.verdicts.get(instance.id)
+def _published(instance: Instance, draft: PlanDraft) -> bool:
+    answer = draft.verdicts.get(instance.id)
     return instance.phase == "running" or (answer is not None and answer.kind == "again")
 
 

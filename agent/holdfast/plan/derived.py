@@ -15,7 +15,7 @@ from holdfast.observed import (
 from holdfast.plan.actions import Names
 from holdfast.spec.model import digest_of
 
-Pages = Mapping[tuple[str, str], Names]
+NameTable = Mapping[tuple[str, str], Names]
 NOBODY = Names("", ())
 
 
@@ -48,12 +48,12 @@ def published_address(instance: Instance, networks: Mapping[str, NetworkState]) 
     return next(iter(outward or [address for _, address in known]), "")
 
 
-def pages(instances: Iterable[Instance], also: Iterable[tuple[str, str]] = ()) -> Pages:
+def name_table(instances: Iterable[Instance], also: Iterable[tuple[str, str]] = ()) -> NameTable:
     """Who is called what on each network, as each app sees it: (network, app) → lines.
 
     `web` and its aliases name a container to its own app; `web.shop` names it to every app of the network.
     Made once per network and app, so that a thousand containers of one network cost a thousand lines.
-    also: more (network, app) pairs to make a page for.
+    also: more (network, app) pairs to make an entry for.
     """
     members: dict[str, list[Instance]] = {}
     for instance in instances:
@@ -62,10 +62,10 @@ def pages(instances: Iterable[Instance], also: Iterable[tuple[str, str]] = ()) -
     readers = {(network, each.app) for network, there in members.items() for each in there} | set(also)
     for there in members.values():
         there.sort(key=lambda each: (each.key, each.id))
-    return {(network, app): _page(network, app, members.get(network, ())) for network, app in readers}
+    return {(network, app): _names_on(network, app, members.get(network, ())) for network, app in readers}
 
 
-def names_of(instance: Instance, known: Pages) -> Names:
+def names_of(instance: Instance, known: NameTable) -> Names:
     """What the hosts file of an instance says of its neighbours."""
     own = [known.get((network, instance.app), NOBODY) for network in instance.want.networks]
     if len(own) == 1:
@@ -73,7 +73,7 @@ def names_of(instance: Instance, known: Pages) -> Names:
     return Names(digest_of([page.digest for page in own]), tuple(line for page in own for line in page.lines))
 
 
-def _page(network: str, app: str, members: Iterable[Instance]) -> Names:
+def _names_on(network: str, app: str, members: Iterable[Instance]) -> Names:
     lines = tuple(
         (each.addresses[network], _names(each, network, app)) for each in members if each.addresses[network]
     )

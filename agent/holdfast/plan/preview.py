@@ -29,7 +29,7 @@ from holdfast.plan.actions import (
     WriteNames,
 )
 from holdfast.plan.decide import decide
-from holdfast.plan.derived import names_of, pages
+from holdfast.plan.derived import name_table, names_of
 from holdfast.plan.diff import mounted_files
 from holdfast.spec.model import App, Container, Network, Spec
 
@@ -79,7 +79,7 @@ def expect(world: World, action: Action, now: float) -> World:
         case StartInstance():
             instance, active = _started(world, action, now)
             others = tuple(each for each in observed.instances if each.id != instance.id)
-            told = names_of(instance, pages((*others, instance)))
+            told = names_of(instance, name_table((*others, instance)))
             instance = replace(instance, names=told.digest)
             return World(replace(observed, instances=(*others, instance)), _marked(history, active, "active"))
         case StopInstance(instance=id):

@@ -7,43 +7,43 @@ from collections.abc import Iterable, Iterator, Mapping
 from holdfast.observed import Generation, History, Subject
 from holdfast.plan.actions import StageGeneration
 from holdfast.plan.builds import missing_network
-from holdfast.plan.desk import Desk
+from holdfast.plan.draft import PlanDraft
 from holdfast.spec.model import App, Container, Spec
 
 MOUNT_LOOK = 2.0  # seconds until mounts that a container waits for are looked for again
 
 
-def targets(spec: Spec | None, desk: Desk) -> Iterator[tuple[str, Generation]]:
+def targets(spec: Spec | None, draft: PlanDraft) -> Iterator[tuple[str, Generation]]:
     """Each app that is to be held, with the generation; what has to be staged first is offered."""
-    history = desk.history
+    history = draft.history
     if spec is None:
-        yield from _current_of(desk.known_apps, desk)
+        yield from _current_of(draft.known_apps, draft)
         return
     stuck = set(spec.broken.values()) - spec.apps.keys()
-    held, fresh = dict(_current_of(stuck, desk)), dict[str, Generation]()
+    held, fresh = dict(_current_of(stuck, draft)), dict[str, Generation]()
     for name in stuck:
-        desk.waiting[Subject("app", name)] = "its state file does not load; it stays as it is"
+        draft.waiting[Subject("app", name)] = "its state file does not load; it stays as it is"
     for name, app in spec.apps.items():
         found = _staged(app, history) or current(history.generations.get(name, ()))
         newer = _newer_images(app, history)
-        if obstacle := missing_network(app, desk):
-            desk.waiting[Subject("app", name)] = obstacle
+        if obstacle := missing_network(app, draft):
+            draft.waiting[Subject("app", name)] = obstacle
         elif found is None or found.app.digest != app.digest:
-            if lacking := lacking_mounts(app.containers, desk):
-                desk.waiting[Subject("app", name)] = f"waits to be staged: {lacking}"
+            if lacking := lacking_mounts(app.containers, draft):
+                draft.waiting[Subject("app", name)] = f"waits to be staged: {lacking}"
             else:
-                desk.offer(_stage(spec, app, newer, _stage_reason(found)))
+                draft.offer(_stage(spec, app, newer, _stage_reason(found)))
         elif moved := {key: new for key, new in newer.items() if not new.endswith(found.images.get(key, "none"))}:
-            desk.offer(_stage(spec, app, newer, _moved_reason(found, moved)))
+            draft.offer(_stage(spec, app, newer, _moved_reason(found, moved)))
         if found is None:
-            desk.unplaced.add(name)
+            draft.without_generation.add(name)
         else:
             (fresh if found.state == "staged" else held)[name] = found
     yield from held.items()
     for name, generation in fresh.items():
         if taken := _taken_port(generation.app, held.values()):
-            desk.waiting[Subject("app", name)] = taken
-            yield from _current_of([name], desk)
+            draft.waiting[Subject("app", name)] = taken
+            yield from _current_of([name], draft)
         else:
             yield name, generation
 
@@ -70,11 +70,11 @@ def _taken_port(app: App, held: Iterable[Generation]) -> str:
     return ""
 
 
-def _current_of(names: Iterable[str], desk: Desk) -> Iterator[tuple[str, Generation]]:
+def _current_of(names: Iterable[str], draft: PlanDraft) -> Iterator[tuple[str, Generation]]:
     for name in sorted(names):
-        found = current(desk.history.generations.get(name, ()))
+        found = current(draft.history.generations.get(name, ()))
         if found is None:
-            desk.unplaced.add(name)
+            draft.without_generation.add(name)
         else:
             yield name, found
 
@@ -114,11 +114,11 @@ def _stage_reason(current: Generation | None) -> str:
     return "the app is new" if current is None else f"its state differs from generation {current.number}"
 
 
-def lacking_mounts(containers: Mapping[str, Container], desk: Desk) -> str:
+def lacking_mounts(containers: Mapping[str, Container], draft: PlanDraft) -> str:
     """What some container has to mount and can't by now, "" if nothing. Nobody tells of a mount: it is looked for."""
     for name, want in containers.items():
         for mount in want.mounts:
-            if reason := desk.observed.lacks(mount):
-                desk.wakes.append(desk.now + MOUNT_LOOK)
+            if reason := draft.observed.lacks(mount):
+                draft.wakes.append(draft.now + MOUNT_LOOK)
                 return f"{name}: {reason}"
     return ""

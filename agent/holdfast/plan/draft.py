@@ -1,4 +1,4 @@
-"""The world on the desk while one plan is made. Used by `decide` alone."""
+"""The world on the draft while one plan is made. Used by `decide` alone."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from holdfast.plan.restart import Verdict
 
 
 @dataclass
-class Desk:
+class PlanDraft:
     """Indexes over the world, and what has been decided so far."""
 
     observed: Observed
     history: History
     now: float
     targets: dict[str, Generation] = field(default_factory=dict)
-    unplaced: set[str] = field(default_factory=set)  # apps that have no generation yet: neither held nor removed
+    without_generation: set[str] = field(
+        default_factory=set
+    )  # apps that have no generation yet: neither held nor removed
     actions: list[Action] = field(default_factory=list)
     subjects: set[Subject] = field(default_factory=set)  # of these actions
     waiting: dict[Subject, str] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from holdfast.images.pull import Puller
 from holdfast.images.store import ImageStore
 from holdfast.images.transfers import Transfers
 from holdfast.observed import Instance, InstanceId, Json, Receipt
-from holdfast.plan.derived import Pages
+from holdfast.plan.derived import NameTable
 from holdfast.plan.diff import folder_files
 from holdfast.plugins import Plugins
 from holdfast.runtime.binaries import find_init, host_limits
@@ -75,13 +75,15 @@ class Locks:
 
 
 @dataclass(slots=True)
-class Rig:
-    """One per agent; shared by its threads. pages: who is called what on each network, as the last pass saw it.
+class Context:
+    """All that the code of `node` works with: one per agent, shared by its threads.
 
-    resolved: reference → what its registry said last: the digest that it leads to, that of the image for this host.
-    builds: what has our name on behalf of a build that is under way, by its owner.
-    notes: whether the end of a process is written down when it is found. A command without an agent only looks: an
-    agent that starts meanwhile would find its own memory overwritten.
+    name_table: who is called what on each network, as of the last pass.
+    resolved: image reference → what its registry said last: the digest it leads to,
+    and that of the image for this host.
+    builds: the owners of builds under way, whose resources on this host carry the agent's name.
+    records_exits: whether the end of a process is stored when it is found. False in a command that runs without an
+    agent: it only looks, and an agent that starts meanwhile must not find its own record overwritten.
     """
 
     host: Host
@@ -95,10 +97,10 @@ class Rig:
     firewall: str = "nftables"
     policies: tuple[str, ...] = ("limits",)
     bind_roots: tuple[str, ...] | None = None
-    pages: Pages = field(default_factory=dict)
+    name_table: NameTable = field(default_factory=dict)
     filters: Filters = field(default_factory=Filters)
     transfers: Transfers = field(default_factory=Transfers)
-    notes: bool = True
+    records_exits: bool = True
     ending: Ending = field(default_factory=Ending)
     volume_locks: Locks = field(default_factory=Locks)
     builds: set[str] = field(default_factory=set)
@@ -233,31 +235,31 @@ def init_program() -> Path | None:
     return find_init()
 
 
-def network_of(rig: Rig, network: str) -> Network:
+def network_of(context: Context, network: str) -> Network:
     """How a network is defined by the newest generation of its app that names it."""
     app, _, name = network.rpartition("/")
-    newest = _newest(rig, app)
+    newest = _newest(context, app)
     return newest.networks.get(name, Network()) if newest else Network()
 
 
-def volume_of(rig: Rig, app: App, volume: str) -> Volume:
+def volume_of(context: Context, app: App, volume: str) -> Volume:
     """How a volume is defined: by the app itself, or by the newest generation of the app that it belongs to."""
     owner, _, name = volume.partition("/")
-    definer = app if owner == app.name else _newest(rig, owner)
+    definer = app if owner == app.name else _newest(context, owner)
     return definer.volumes.get(name, Volume()) if definer else Volume()
 
 
-def _newest(rig: Rig, app: str) -> App | None:
-    known = rig.store.history().generations.get(app, ())
+def _newest(context: Context, app: str) -> App | None:
+    known = context.store.history().generations.get(app, ())
     return known[-1].app if known else None
 
 
-def fallback_receipts(rig: Rig, instance: Instance) -> list[Receipt]:
+def fallback_receipts(context: Context, instance: Instance) -> list[Receipt]:
     """What an instance may have left without a receipt, in the order in which it is made."""
-    left = [Receipt("rootfs", name, instance.id, instance.id) for name in rig.plugins.rootfs]
+    left = [Receipt("rootfs", name, instance.id, instance.id) for name in context.plugins.rootfs]
     left.append(Receipt("netns", "kernel", instance.id, instance.id))
     for network in instance.want.networks:
-        driver = network_of(rig, network).driver
-        if network not in BARE and driver in rig.plugins.endpoints:
+        driver = network_of(context, network).driver
+        if network not in BARE and driver in context.plugins.endpoints:
             left.append(Receipt("endpoint", driver, f"{instance.id}/{network}", instance.id))
     return left
