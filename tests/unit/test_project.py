@@ -174,7 +174,7 @@ def test_prose_has_lines_of_at_most_120_columns(document: str) -> None:
 
 
 def test_readme_says_what_every_dependency_is_for() -> None:
-    section = (TOP / "README.md").read_text().partition("## What it stands on")[2].partition("\n## ")[0]
+    section = (TOP / "README.md").read_text().partition("## Dependencies")[2].partition("\n## ")[0]
     named = re.findall(r"^\| `([\w-]+)` \| ..", section, re.MULTILINE)
     assert named == [re.match(r"[\w-]+", each)[0] for each in PROJECT["project"]["dependencies"]]  # type: ignore[index]
 
