@@ -14,8 +14,8 @@ import pytest
 
 from ground import Rootfs
 from holdfast.config import ImageSettings
-from holdfast.drivers import open_source
 from holdfast.errors import HoldfastError, WrongState
+from holdfast.files import open_source
 from holdfast.images.image import Image
 from holdfast.images.outside import Outside
 from holdfast.images.pull import Puller

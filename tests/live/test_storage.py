@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.drivers import Host, MountWant, RootfsWant, VolumeWant, open_source
+from holdfast.drivers import Host, MountWant, RootfsWant, VolumeWant
 from holdfast.errors import UnfitHost, WrongCall, WrongState
+from holdfast.files import open_source
 from holdfast.observed import Receipt
 from holdfast.plugins import load_plugins
 from holdfast.runtime.content import ContentStore

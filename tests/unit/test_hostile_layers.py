@@ -23,8 +23,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.drivers import remove_tree
 from holdfast.errors import TryAgain, WrongState
+from holdfast.files import remove_tree
 from holdfast.images.tarstream import Damaged
 from holdfast.images.unpack import Expected, Limits, unpack_stream
 from holdfast.testing import host_fingerprint

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.drivers import remove_tree
 from holdfast.errors import WrongState
+from holdfast.files import remove_tree
 from holdfast.images.recipe import rebuild
 from holdfast.images.tarstream import Damaged
 from tars import END, entry, header, layer, padded, pax, raw, tar_of, unpack, unpack_here

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.drivers import remove_tree
 from holdfast.errors import HoldfastError, WrongState
+from holdfast.files import remove_tree
 from holdfast.images.archives import open_archive
 from holdfast.images.store import ImageStore
 from holdfast.runtime import seccomp

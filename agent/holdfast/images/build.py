@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from holdfast.config import BuildSettings, ImageSettings
-from holdfast.drivers import Host, remove_tree
+from holdfast.drivers import Host
 from holdfast.errors import HoldfastError, NotFound, Stopping, TryAgain, UnfitHost, WrongState
+from holdfast.files import remove_tree
 from holdfast.images.buildah import Buildah, Failed, find, give, read_plain
 from holdfast.images.buildlog import RETRY, Log, failed, hint_of
 from holdfast.images.faults import failure

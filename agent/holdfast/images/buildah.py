@@ -31,8 +31,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from holdfast.drivers import Host, remove_tree
+from holdfast.drivers import Host
 from holdfast.errors import Stopping, TryAgain, UnfitHost, WrongState
+from holdfast.files import remove_tree
 from holdfast.images import fence
 from holdfast.images.disk import is_at, lock
 from holdfast.images.outside import Cage, Outside

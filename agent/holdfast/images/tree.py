@@ -392,7 +392,7 @@ class Tree:
         os.unlink(base, dir_fd=folder)
 
     def _remove_tree(self, folder: int, base: bytes, path: bytes) -> None:
-        """As `drivers.remove_tree`: however deep, inner directories are moved up and taken in turn."""
+        """As `files.remove_tree`: however deep, inner directories are moved up and taken in turn."""
         top = os.open(base, FOLDER, dir_fd=folder)
         left = [(b"", path)]  # name in top, and the path that it had
         mark, number = os.urandom(8).hex().encode(), 0

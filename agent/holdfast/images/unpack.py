@@ -22,8 +22,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.drivers import remove_tree
 from holdfast.errors import HoldfastError, NotPermitted, TryAgain, UnfitHost, WrongState
+from holdfast.files import remove_tree
 from holdfast.images.tree import MAX_LINKS, OPAQUE_XATTR, is_whiteout
 from holdfast.images.worker import COMMAND
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from holdfast.drivers import Host, open_source
+from holdfast.drivers import Host
 from holdfast.errors import NotFound, TryAgain
+from holdfast.files import open_source
 from holdfast.images import lookup
 from holdfast.images.build import Builder
 from holdfast.images.pull import Puller

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from holdfast.drivers import MountWant, open_source
+from holdfast.drivers import MountWant
 from holdfast.errors import NotFound, Stopping, TryAgain, UnfitHost
+from holdfast.files import open_source
 from holdfast.grammar.images import archive_path, built
 from holdfast.images.lookup import Content, View
 from holdfast.images.references import parse

@@ -15,8 +15,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from holdfast.drivers import CgroupWant, EndpointWant, MountWant, NetworkWant, RootfsWant, open_source
+from holdfast.drivers import CgroupWant, EndpointWant, MountWant, NetworkWant, RootfsWant
 from holdfast.errors import TryAgain
+from holdfast.files import open_source
 from holdfast.images.lookup import View, find
 from holdfast.node.context import BARE, ROOTFS, Base, Context, init_program, limits, volume_of
 from holdfast.node.inside import mounted, read_file

@@ -14,17 +14,14 @@ import ctypes
 import errno
 import os
 import stat
-import struct
 from pathlib import Path
 
 from holdfast.drivers import COMPLETE_CONTENT as COMPLETE
-from holdfast.drivers import remove_tree
+from holdfast.files import BENEATH, NO_MAGICLINKS, NO_SYMLINKS, openat2, remove_tree
 
 PARTIAL = ".holdfast-partial"
 LOST_FOUND = "lost+found"  # what mkfs leaves in a file system of its own
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-OPENAT2 = 437  # asm-generic/unistd.h; alike on every architecture
-BENEATH = 0x08 | 0x04 | 0x02  # linux/openat2.h: RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_MAGICLINKS
 CHUNK = 1 << 30
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -184,12 +181,7 @@ def _set_attribute(made: str, name: str, value: bytes) -> None:
 
 def _open_below(target: int, path: str, flags: int) -> int:
     """Open a path below a directory, through no link (openat2(2))."""
-    how = struct.pack("QQQ", flags, 0, BENEATH)
-    arguments = ctypes.c_int(target), os.fsencode(path), how, ctypes.c_size_t(len(how))
-    descriptor: int = _libc.syscall(ctypes.c_long(OPENAT2), *arguments)
-    if descriptor < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
-    return descriptor
+    return openat2(path, flags, BENEATH | NO_SYMLINKS | NO_MAGICLINKS, dir_fd=target)
 
 
 def _exists(folder: int, name: str) -> bool:

@@ -6,7 +6,6 @@ nothing but a regular file is opened. Called by the node for `exec`.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import posixpath
@@ -16,14 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from holdfast.errors import NoProgram, NotExecutable, WrongState
+from holdfast.files import IN_ROOT, NO_MAGICLINKS, openat2
 from holdfast.runtime.users import User
 
 LARGEST_READ = 8 << 20  # bytes of a file that the agent itself looks into
 
-_OPENAT2 = 437  # asm-generic/unistd.h; alike on every architecture
-_IN_ROOT, _NO_MAGICLINKS = 0x10, 0x02  # linux/openat2.h
 _ELF_INTERPRETER = 3  # elf(5): PT_INTERP
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Inside:
@@ -99,12 +96,12 @@ class Inside:
     @contextmanager
     def _open(self, path: str) -> Iterator[int]:
         """A handle of what a path leads to (O_PATH); FileNotFoundError where it leads nowhere."""
-        how = struct.pack("QQQ", os.O_PATH | os.O_CLOEXEC, 0, _IN_ROOT | _NO_MAGICLINKS)
-        handle = _libc.syscall(_OPENAT2, self._root, os.fsencode(path) or b".", how, ctypes.c_size_t(len(how)))
-        if handle < 0:
-            code = ctypes.get_errno()
-            lost = (errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.ENAMETOOLONG)
-            raise OSError(errno.ENOENT if code in lost else code, os.strerror(code), path)
+        try:
+            handle = openat2(path or ".", os.O_PATH | os.O_CLOEXEC, IN_ROOT | NO_MAGICLINKS, dir_fd=self._root)
+        except OSError as error:
+            if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.ENAMETOOLONG):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
+            raise
         try:
             yield handle
         finally:

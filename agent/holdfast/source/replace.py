@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from holdfast.drivers import remove_tree
 from holdfast.errors import Conflict, HoldfastError, NotPermitted, UnfitHost
+from holdfast.files import remove_tree
 from holdfast.source.directory import REPLACING, DirectorySource
 
 NEXT, PREVIOUS = "..next", "..previous"  # inside a mount point; such names are no part of any revision

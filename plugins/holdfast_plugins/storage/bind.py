@@ -16,8 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from holdfast.drivers import Host, MountWant, Receipt, open_source, roots_above
+from holdfast.drivers import Host, MountWant, Receipt
 from holdfast.errors import UnfitHost, WrongState
+from holdfast.files import open_source, roots_above
 from holdfast_plugins.storage.mounts import bind_descriptor, unmount
 
 LONGEST_TARGET = 200  # bytes of a quoted target in a file's name

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from holdfast.drivers import Host, MountWant, Receipt, remove_tree
+from holdfast.drivers import Host, MountWant, Receipt
 from holdfast.errors import WrongCall, WrongState
+from holdfast.files import remove_tree
 from holdfast_plugins.storage.bind import bind_receipt
 
 LONGEST_NAME = 255  # NAME_MAX

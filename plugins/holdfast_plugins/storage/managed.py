@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from holdfast.drivers import COMPLETE_CONTENT, Host, Receipt, VolumeWant, remove_tree
+from holdfast.drivers import COMPLETE_CONTENT, Host, Receipt, VolumeWant
 from holdfast.errors import UnfitHost, WrongCall, WrongState
+from holdfast.files import remove_tree
 from holdfast.grammar.quantities import size
 from holdfast_plugins.storage import quota
 

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from holdfast.drivers import Host, Receipt, RootfsWant, remove_tree
+from holdfast.drivers import Host, Receipt, RootfsWant
 from holdfast.errors import NotPermitted, UnfitHost, WrongCall, WrongState
+from holdfast.files import remove_tree
 from holdfast_plugins.storage import quota
 from holdfast_plugins.storage.mounts import is_mounted, mount_overlay, mount_points, unmount
 
