@@ -16,9 +16,9 @@ from holdfast.guard import Seen
 from holdfast.node import stale
 from holdfast.node.context import BARE, Context
 from holdfast.node.installed import missing_drivers
-from holdfast.node.start import cgroup_settings
 from holdfast.node.stop import tell_exit
 from holdfast.node.volumes import DEFINED_AS, altered
+from holdfast.node.wants import cgroup_settings
 from holdfast.observed import (
     Exit,
     FirewallNetwork,

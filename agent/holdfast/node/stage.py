@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from holdfast.drivers import MountWant
 from holdfast.errors import NotFound, Stopping, TryAgain, UnfitHost
 from holdfast.files import open_source
 from holdfast.grammar.images import archive_path, built
@@ -23,8 +22,16 @@ from holdfast.images.lookup import Content, View
 from holdfast.images.references import parse
 from holdfast.node.context import BARE, ROOTFS, Base, Context, network_of, volume_of
 from holdfast.node.inside import check_devices, check_working_dir, content_of_mount, look, mount_all
-from holdfast.node.start import cgroup_settings, content_of, network_want, oci_request, rootfs_want, user_of
-from holdfast.node.volumes import declared_volumes, volume_want
+from holdfast.node.volumes import declared_volumes
+from holdfast.node.wants import (
+    cgroup_settings,
+    mount_want,
+    network_want,
+    oci_request,
+    rootfs_want,
+    user_of,
+    volume_want,
+)
 from holdfast.observed import Generation, Instance, InstanceId, Json
 from holdfast.plan.actions import StageGeneration
 from holdfast.plan.diff import folder_files
@@ -304,11 +311,9 @@ def _check_mount(context: Context, app: App, mount: Mount) -> Path | None:
         spec = volume_of(context, app, mount.source)
         context.plugins.check_volume(spec.driver, volume_want(mount.source, spec))
         return None
-    context.check_mounted(mount)
-    stored = content_of(context, app, mount)
-    asked = MountWant(instance="check", mount=mount, content=stored, roots=context.bind_roots)
-    context.plugins.driver("mount", mount.kind).check(asked)
-    return stored
+    want = mount_want(context, "check", app, mount)
+    context.plugins.driver("mount", mount.kind).check(want)
+    return want.content
 
 
 def _check_inside(

@@ -11,29 +11,36 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from holdfast.drivers import CgroupWant, EndpointWant, MountWant, NetworkWant, RootfsWant
 from holdfast.errors import TryAgain
 from holdfast.files import open_source
-from holdfast.images.lookup import View, find
-from holdfast.node.context import BARE, ROOTFS, Base, Context, init_program, limits, volume_of
-from holdfast.node.inside import mounted, read_file
+from holdfast.images.lookup import find
+from holdfast.node.context import BARE, ROOTFS, Base, Context, volume_of
+from holdfast.node.inside import mounted
 from holdfast.node.stale import where
 from holdfast.node.stop import release_mount, remove_instance, sweep
 from holdfast.node.volumes import ensure_volume
+from holdfast.node.wants import (
+    cgroup_settings,
+    endpoint_want,
+    hostname,
+    hosts_text,
+    mount_want,
+    oci_request,
+    rootfs_want,
+    user_of,
+)
 from holdfast.observed import Generation, Instance, InstanceId, Json, Receipt, free_slot
 from holdfast.plan.actions import StartInstance
 from holdfast.plan.derived import names_of
-from holdfast.plan.diff import folder_files, mounted_files
+from holdfast.plan.diff import mounted_files
 from holdfast.plugins import Adjusted
-from holdfast.runtime import apparmor, bounded, cgroup, device_access, names, netns, seccomp, users
-from holdfast.runtime.devices import device_nodes
+from holdfast.runtime import apparmor, bounded, cgroup, device_access, names, netns
 from holdfast.runtime.logs import begin
-from holdfast.runtime.oci import OciRequest, granted_capabilities, oci_config
-from holdfast.spec.model import App, Container, Mount, Network
+from holdfast.runtime.oci import oci_config
+from holdfast.spec.model import App, Container, Mount
 from holdfast.spec.volumes import defined_as
 
 HOST_NETNS = Path("/proc/1/ns/net")
@@ -187,11 +194,6 @@ def _layers(context: Context, instance: Instance, base: Base) -> Iterator[tuple[
         os.close(handle)
 
 
-def rootfs_want(instance: str, layers: tuple[Path, ...], want: Container) -> RootfsWant:
-    """What a driver of root file systems is asked for."""
-    return RootfsWant(instance=instance, layers=layers, size=want.storage_opt.size)
-
-
 def _endpoints(context: Context, instance: Instance, space: Path) -> Iterator[tuple[str, str]]:
     """Attach to each network in turn; the first that leads out of the host has the default route."""
     routed = False
@@ -202,19 +204,8 @@ def _endpoints(context: Context, instance: Instance, space: Path) -> Iterator[tu
             raise TryAgain(f"attach '{instance.key}' to network '{network}': it does not stand")
         routes = not routed and not receipt.data.get("internal")
         routed |= routes
-        attachment = instance.want.networks[network]
-        made = context.plugins.driver("endpoint", receipt.driver).ensure(
-            EndpointWant(
-                instance=instance.id,
-                network=receipt,
-                netns=space,
-                interface=f"eth{index}",
-                default_route=routes,
-                ipv4_address=attachment.ipv4_address,
-                mac_address=attachment.mac_address,
-                lease=instance.lease,
-            )
-        )
+        want = endpoint_want(instance, receipt, space, index=index, routes=routes)
+        made = context.plugins.driver("endpoint", receipt.driver).ensure(want)
         yield network, str(_keep(context, made).data.get("address") or "")
 
 
@@ -235,35 +226,11 @@ def _mount(context: Context, instance: Instance, app: App, mount: Mount, rootfs:
         made = ensure_volume(context, mount.source, spec, seed=seed if fills else None, defined=defined)
         options = ["rbind", "rprivate", "ro" if mount.read_only else "rw"]
         return {"destination": mount.target, "type": "bind", "source": made.data["path"], "options": options}
-    context.check_mounted(mount)
-    want_mount = MountWant(
-        instance=instance.id, mount=mount, content=content_of(context, app, mount), roots=context.bind_roots
-    )
-    made = context.plugins.driver("mount", mount.kind).ensure(want_mount)
+    made = context.plugins.driver("mount", mount.kind).ensure(mount_want(context, instance.id, app, mount))
     if mount.kind == "bind":
         made = replace(made, data={**made.data, **where(mount.source)})
     _keep(context, made)
     return {**{key: made.data[key] for key in ("type", "source", "options")}, "destination": mount.target}
-
-
-def content_of(context: Context, app: App, mount: Mount) -> Path | None:
-    """Where the content of a file mount is stored; None for the other kinds."""
-    if mount.kind != "file":
-        return None
-    digest = app.files.get(mount.source) or context.content.store_tree(folder_files(app, mount))
-    return context.content.path(digest)
-
-
-def network_want(network: str, spec: Network, hosts: int) -> NetworkWant:
-    """What a network driver is asked for. hosts: how many containers join the network."""
-    return NetworkWant(
-        id=network,
-        subnet=spec.subnet,
-        gateway=spec.gateway,
-        internal=spec.internal,
-        driver_opts=spec.driver_opts,
-        hosts=hosts,
-    )
 
 
 def _write_names(context: Context, instance: Instance) -> str:
@@ -274,19 +241,6 @@ def _write_names(context: Context, instance: Instance) -> str:
     names.write_in_place(place / "resolv.conf", names.read_resolv_conf())
     names.write_in_place(place / "hostname", hostname(instance) + "\n")
     return known.digest
-
-
-def hosts_text(instance: Instance, lines: tuple[tuple[str, tuple[str, ...]], ...]) -> str:
-    """What the hosts file of an instance says; lines: of its neighbours."""
-    own = [(address, (instance.container,)) for address in instance.addresses.values() if address]
-    return names.hosts_text(hostname(instance), own, lines)
-
-
-def hostname(instance: Instance) -> str:
-    """What a container calls itself: its name unless the state file says otherwise."""
-    if "host" in instance.want.networks and not instance.want.hostname:
-        return os.uname().nodename
-    return instance.want.hostname or instance.container
 
 
 # -- the bundle, and the process -----------------------------------------------------------------------------
@@ -335,64 +289,6 @@ def _apparmor(context: Context, want: Container) -> tuple[str, str]:
     if want.apparmor == "default":
         return apparmor.ensure(context.apparmor_profile)
     return apparmor.require(want.apparmor), ""
-
-
-def user_of(want: Container, base: Base, view: View) -> users.User:
-    """Whom a container runs as, by the passwd and group files that it will see."""
-    name = want.user if want.user is not None else base.user
-    return users.resolve(name, want.group_add, partial(read_file, view))
-
-
-def oci_request(context: Context, instance: Instance, base: Base, settings: cgroup.Settings) -> OciRequest:
-    """Everything of a config.json that can be said before anything is mounted; staging checks it, too.
-
-    The root file system and the network namespace are stand-ins, and the user is root.
-    """
-    want = instance.want
-    granted = granted_capabilities(want, limits())
-    if want.apparmor not in ("default", "unconfined"):
-        apparmor.require(want.apparmor)
-    return OciRequest(
-        want=want,
-        image=base.config,
-        rootfs=Path("/"),
-        netns=None if "host" in want.networks else Path("/"),
-        hostname=hostname(instance),
-        cgroup=context.runtime.next_cgroup(instance.id),
-        resources=settings.resources,
-        oom_score_adj=settings.oom_score_adj,
-        seccomp=seccomp.profile(want.seccomp, granted.names, privileged=want.privileged),
-        init=init_program() if want.init else None,
-        devices=device_nodes(want),
-        limits=limits(),
-    )
-
-
-def cgroup_settings(context: Context, want: Container) -> cgroup.Settings:
-    """What the policies of a container make of its resources on this host."""
-    chosen = [context.plugins.driver("policy", name) for name in policies_of(context, want)]
-    asked = cgroup_want(want)
-    for policy in chosen:
-        policy.check(asked)
-    return cgroup.compose(chosen, asked, cgroup.features(context.runtime.binary.name))
-
-
-def policies_of(context: Context, want: Container) -> tuple[str, ...]:
-    """The policies that a container names, else those of agent.toml; a service class takes `qos` along."""
-    if want.resources.policy or want.resources.service_class:
-        return cgroup.policy_names(want.resources)
-    return context.policies
-
-
-@lru_cache(maxsize=1)
-def _size_of_host() -> tuple[int, int]:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), os.cpu_count() or 1
-
-
-def cgroup_want(want: Container) -> CgroupWant:
-    """What a cgroup policy is asked for."""
-    memory, cpus = _size_of_host()
-    return CgroupWant(resources=want.resources, version=cgroup.version(), memory_total=memory, cpus=cpus)
 
 
 def _run(context: Context, instance: Instance, bundle: Bundle) -> None:

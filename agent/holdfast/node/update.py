@@ -9,7 +9,8 @@ from holdfast.drivers import Host
 from holdfast.errors import TryAgain, UnfitHost
 from holdfast.node.context import Context, network_of
 from holdfast.node.context import limits as host_limits
-from holdfast.node.start import attach_again, cgroup_settings, content_of, hosts_text, network_want
+from holdfast.node.start import attach_again
+from holdfast.node.wants import cgroup_settings, content_of, hosts_text, network_want
 from holdfast.observed import Instance, InstanceId, Json, Receipt
 from holdfast.plan.actions import (
     EnsureNetwork,

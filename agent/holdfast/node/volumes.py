@@ -16,11 +16,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from holdfast.drivers import COMPLETE_CONTENT, RootfsWant, VolumeWant
+from holdfast.drivers import COMPLETE_CONTENT
 from holdfast.errors import NotFound, UnfitHost, WrongState
 from holdfast.guard import found_by
 from holdfast.images.lookup import find
 from holdfast.node.context import Context, volume_of
+from holdfast.node.wants import rootfs_want, volume_want
 from holdfast.observed import Instance, Json, Receipt
 from holdfast.plan.actions import EnsureVolume
 from holdfast.runtime import filling
@@ -29,11 +30,6 @@ from holdfast.spec.volumes import defined_as, image_volumes, of_slot
 
 SETTLED = "settled"
 DEFINED_AS = "defined_as"
-
-
-def volume_want(volume: str, spec: Volume) -> VolumeWant:
-    """What a volume driver is asked for."""
-    return VolumeWant(id=volume, driver_opts=spec.driver_opts)
 
 
 def altered(kept: Receipt, seen: Receipt) -> tuple[str, ...]:
@@ -145,7 +141,7 @@ def save_volumes(context: Context, instance: Instance) -> None:
         return
     app = known[-1].app if known else lone
     driver = next(iter(context.plugins.rootfs.values()))
-    made = driver.ensure(RootfsWant(instance=instance.id, layers=context.base(instance.image).layers))
+    made = driver.ensure(rootfs_want(instance.id, context.base(instance.image).layers, instance.want))
     for mount in mounts:
         held = find((Path(str(made.data["path"])),), mount.target)
         if held is not None and held.is_dir():

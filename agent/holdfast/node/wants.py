@@ -1,0 +1,156 @@
+"""Build what drivers, policies and the runtime are asked for, from a state file's own words.
+
+A start, a staging and an update ask the same; so it is written once. Nothing here changes the host.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache, partial
+from pathlib import Path
+
+from holdfast.drivers import CgroupWant, EndpointWant, MountWant, NetworkWant, RootfsWant, VolumeWant
+from holdfast.images.lookup import View
+from holdfast.node.context import Base, Context, init_program, limits
+from holdfast.node.inside import read_file
+from holdfast.observed import Instance, Receipt
+from holdfast.plan.diff import folder_files
+from holdfast.runtime import apparmor, cgroup, names, seccomp, users
+from holdfast.runtime.devices import device_nodes
+from holdfast.runtime.oci import OciRequest, granted_capabilities
+from holdfast.spec.model import App, Container, Mount, Network, Volume
+
+# -- of drivers ----------------------------------------------------------------------------------------------
+
+
+def rootfs_want(instance: str, layers: tuple[Path, ...], want: Container) -> RootfsWant:
+    """What a driver of root file systems is asked for."""
+    return RootfsWant(instance=instance, layers=layers, size=want.storage_opt.size)
+
+
+def volume_want(volume: str, spec: Volume) -> VolumeWant:
+    """What a volume driver is asked for."""
+    return VolumeWant(id=volume, driver_opts=spec.driver_opts)
+
+
+def mount_want(context: Context, instance: str, app: App, mount: Mount) -> MountWant:
+    """What a mount driver is asked for. Raises TryAgain while the source's own file system is not mounted."""
+    context.check_mounted(mount)
+    return MountWant(
+        instance=instance, mount=mount, content=content_of(context, app, mount), roots=context.bind_roots
+    )
+
+
+def content_of(context: Context, app: App, mount: Mount) -> Path | None:
+    """Where the content of a file mount is stored; None for the other kinds."""
+    if mount.kind != "file":
+        return None
+    digest = app.files.get(mount.source) or context.content.store_tree(folder_files(app, mount))
+    return context.content.path(digest)
+
+
+def network_want(network: str, spec: Network, hosts: int) -> NetworkWant:
+    """What a network driver is asked for. hosts: how many containers join the network."""
+    return NetworkWant(
+        id=network,
+        subnet=spec.subnet,
+        gateway=spec.gateway,
+        internal=spec.internal,
+        driver_opts=spec.driver_opts,
+        hosts=hosts,
+    )
+
+
+def endpoint_want(instance: Instance, network: Receipt, space: Path, *, index: int, routes: bool) -> EndpointWant:
+    """What an endpoint driver is asked for.
+
+    index: which of the container's networks it is. routes: whether it is the way out.
+    """
+    attachment = instance.want.networks[network.id]
+    return EndpointWant(
+        instance=instance.id,
+        network=network,
+        netns=space,
+        interface=f"eth{index}",
+        default_route=routes,
+        ipv4_address=attachment.ipv4_address,
+        mac_address=attachment.mac_address,
+        lease=instance.lease,
+    )
+
+
+# -- of policies and the runtime ------------------------------------------------------------------------------
+
+
+def cgroup_settings(context: Context, want: Container) -> cgroup.Settings:
+    """What the policies of a container make of its resources on this host."""
+    chosen = [context.plugins.driver("policy", name) for name in policies_of(context, want)]
+    asked = cgroup_want(want)
+    for policy in chosen:
+        policy.check(asked)
+    return cgroup.compose(chosen, asked, cgroup.features(context.runtime.binary.name))
+
+
+def policies_of(context: Context, want: Container) -> tuple[str, ...]:
+    """The policies that a container names, else those of agent.toml; a service class takes `qos` along."""
+    if want.resources.policy or want.resources.service_class:
+        return cgroup.policy_names(want.resources)
+    return context.policies
+
+
+def cgroup_want(want: Container) -> CgroupWant:
+    """What a cgroup policy is asked for."""
+    memory, cpus = _size_of_host()
+    return CgroupWant(resources=want.resources, version=cgroup.version(), memory_total=memory, cpus=cpus)
+
+
+@lru_cache(maxsize=1)
+def _size_of_host() -> tuple[int, int]:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), os.cpu_count() or 1
+
+
+def oci_request(context: Context, instance: Instance, base: Base, settings: cgroup.Settings) -> OciRequest:
+    """Everything of a config.json that can be said before anything is mounted; staging checks it, too.
+
+    The root file system and the network namespace are stand-ins, and the user is root.
+    """
+    want = instance.want
+    granted = granted_capabilities(want, limits())
+    if want.apparmor not in ("default", "unconfined"):
+        apparmor.require(want.apparmor)
+    return OciRequest(
+        want=want,
+        image=base.config,
+        rootfs=Path("/"),
+        netns=None if "host" in want.networks else Path("/"),
+        hostname=hostname(instance),
+        cgroup=context.runtime.next_cgroup(instance.id),
+        resources=settings.resources,
+        oom_score_adj=settings.oom_score_adj,
+        seccomp=seccomp.profile(want.seccomp, granted.names, privileged=want.privileged),
+        init=init_program() if want.init else None,
+        devices=device_nodes(want),
+        limits=limits(),
+    )
+
+
+def user_of(want: Container, base: Base, view: View) -> users.User:
+    """Whom a container runs as, by the passwd and group files that it will see."""
+    name = want.user if want.user is not None else base.user
+    return users.resolve(name, want.group_add, partial(read_file, view))
+
+
+# -- of the files that every container has ---------------------------------------------------------------------
+
+
+def hosts_text(instance: Instance, lines: tuple[tuple[str, tuple[str, ...]], ...]) -> str:
+    """What the hosts file of an instance says; lines: of its neighbours."""
+    own = [(address, (instance.container,)) for address in instance.addresses.values() if address]
+    return names.hosts_text(hostname(instance), own, lines)
+
+
+def hostname(instance: Instance) -> str:
+    """What a container calls itself: its name unless the state file says otherwise."""
+    if "host" in instance.want.networks and not instance.want.hostname:
+        return os.uname().nodename
+    return instance.want.hostname or instance.container
