@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Turns Debian's busybox-static into the tar of a small root file system: an image without a registry.
+"""Make a tar of a small root file system from Debian's busybox-static: an image without a registry.
 
     examples/busybox_image.py busybox.tar && holdfast image import busybox.tar busybox:1
 
-The demo, the tests and the bench use it, too. Needs no privilege: owners and modes are written into the tar.
+Also used by the demo, the tests and the bench. Needs no privilege: owners and modes are written into the tar.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FILES = {
 
 
 def write_busybox_tar(target: Path) -> None:
-    """Write the tar; the same busybox gives the same bytes. Raises SystemExit where busybox-static is missing."""
+    """Write the tar. The same busybox gives the same bytes. Raises SystemExit if busybox-static is missing."""
     busybox = shutil.which("busybox", path="/usr/bin:/bin")
     if busybox is None:
         raise SystemExit("busybox_image: no busybox (apt-get install busybox-static)")
@@ -48,7 +48,7 @@ def write_busybox_tar(target: Path) -> None:
 
 
 def unpack_tar(tar: Path, folder: Path) -> None:
-    """Unpack a trusted tar with its owners and modes, by every Python 3.11: the first ones have no filters."""
+    """Unpack a trusted tar with its owners and modes. Works with every Python 3.11, also without filters."""
     with tarfile.open(tar) as archive:
         archive.extraction_filter = getattr(tarfile, "fully_trusted_filter", None)
         archive.extractall(folder)

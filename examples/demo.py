@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Shows holdfast at work on this very host, in six steps, and takes everything away again: `make demo`.
+"""Show holdfast at work on this host in six steps, and remove everything afterwards: `make demo`.
 
-Each step says what it does, shows what really came out, and is checked: the exit code is 0 only if all of it was
-observed. Ctrl-C and failures clean up, too. `make run` (--keep) holds examples/state with an agent in the foreground
-until Ctrl-C instead.
+Each step says what it does, shows the real output, and is checked: the exit code is 0 only if everything was
+observed. Ctrl-C and failures clean up, too. `make run` (--keep) runs an agent in the foreground on a copy of
+examples/state until Ctrl-C.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from busybox_image import write_busybox_tar
 from footprint import leftovers, sweep
 from holdfast.drivers import Host
 
-NAME = "hfdemo"  # not "demo": processes are told by it, and `make demo` is one, too
+NAME = "hfdemo"  # not "demo": processes are found by it, and `make demo` is a process, too
 POOL = "10.211.0.0/20"
 HOLDFAST = Path(sys.executable).with_name("holdfast")
 STATE = Path(__file__).with_name("state")
@@ -48,11 +48,11 @@ os.environ["PATH"] += os.pathsep + "/usr/local/sbin:/usr/sbin:/sbin"
 
 
 class NotSeen(Exception):
-    """What a step should have shown did not show."""
+    """A step did not show what it should."""
 
 
 class Stage:
-    """The demo's own corner of the host: a folder, a git repository, agent.toml, and an agent."""
+    """What the demo has on the host: a folder, a git repository, agent.toml, and an agent."""
 
     def __init__(self, home: Path, *, from_git: bool) -> None:
         self.home = home
@@ -130,7 +130,9 @@ class Stage:
             if self.agent and self.agent.poll() is not None:
                 raise NotSeen(f"the agent ended with {self.agent.returncode}; its log: {self.log_tail()}")
             if time.monotonic() > deadline:
-                raise NotSeen(f"waited {timeout:.0f} s in vain until {what}; the agent's log: {self.log_tail()}")
+                raise NotSeen(
+                    f"waited {timeout:.0f} s until {what}, without success; the agent's log: {self.log_tail()}"
+                )
             time.sleep(0.01)
 
     def log_tail(self) -> str:
@@ -138,7 +140,7 @@ class Stage:
         return "\n" + "\n".join(log.read_text(errors="replace").splitlines()[-20:]) if log.exists() else "(none)"
 
     def held(self) -> list[str]:
-        """What bears our name on the host, besides the agent and its own files under run_root."""
+        """List what carries our name on the host, without the agent and its files in run_root."""
         agent = f"process {self.agent.pid if self.agent else '-'}:"
         return [line for line in leftovers(self.host) if not line.startswith((agent, "file "))]
 
@@ -150,7 +152,7 @@ class Stage:
             self.agent = None
 
     def clear(self) -> None:
-        """Bring the host back whatever state it is in: politely by an empty commit, then by force."""
+        """Restore the host from any state: first with an empty commit, then by force."""
         if self.agent and self.agent.poll() is None and self.held():
             with contextlib.suppress(NotSeen, subprocess.SubprocessError, OSError):
                 for path in self.repository.glob("*.toml"):
@@ -196,7 +198,7 @@ def answer(stage: Stage) -> None:
 
 
 def edit(stage: Stage) -> None:
-    step("A commit changes it", "A new page and more memory for the server. First the plan, which touches nothing:")
+    step("A commit changes it", "A new page and more memory for the server. First the plan, which changes nothing:")
     before = stage.pids()
     replace(stage.repository / "site.toml", 'memory = "64MiB"', 'memory = "96MiB"')
     stage.commit("More memory for the server", "site.toml")
@@ -236,7 +238,10 @@ def kill_container(stage: Stage) -> None:
 def kill_agent(stage: Stage) -> None:
     before = stage.pids()
     assert stage.agent
-    step("The agent is killed", "Containers do not hang on it: they run on, and the next agent finds them.")
+    step(
+        "The agent is killed",
+        "Containers do not depend on it: they keep running, and the next agent takes them over.",
+    )
     say(f"$ kill -9 {stage.agent.pid}")
     stage.agent.kill()
     stage.agent.wait()
@@ -260,18 +265,18 @@ def remove(stage: Stage, before: set[str] | None) -> None:
     run("volume", "prune", "--force")
     stage.stop_agent()
     left = leftovers(stage.host)
-    expect(not left, f"nothing on this host bears the name {NAME} any more", lambda: "left: " + ", ".join(left))
+    expect(not left, f"nothing on this host has the name {NAME} any more", lambda: "left: " + ", ".join(left))
     if before is not None:
         same = "mounts, links, network namespaces, cgroups and nft tables are those from before"
         expect(not (host_objects() ^ before), same, lambda: different(before))
-    say(f"gone in {took:.2f} s; this host is as it was")
+    say(f"removed in {took:.2f} s; this host is as before")
 
 
 def different(before: set[str]) -> str:
-    """What has come and gone since, for whoever must find out whose it is."""
+    """Say what appeared and disappeared since then."""
     now = host_objects()
     lines = [*(f"+ {each}" for each in sorted(now - before)), *(f"- {each}" for each in sorted(before - now))]
-    return "\n  ".join(["of others who work on this host? then: make demo DEMO=--shared", *lines])
+    return "\n  ".join(["if other programs change this host: make demo DEMO=--shared", *lines])
 
 
 def host_objects() -> set[str]:
@@ -351,7 +356,7 @@ def free_port(first: int) -> int:
 
 @contextlib.contextmanager
 def staged(*, from_git: bool) -> Iterator[Stage]:
-    """A stage that is cleared whatever happens; one at a time on a host."""
+    """Make a stage that is cleared in any case; only one at a time on a host."""
     lock = Path("/run/lock/holdfast-demo")
     with lock.open("w") as held:
         try:
@@ -365,7 +370,7 @@ def staged(*, from_git: bool) -> Iterator[Stage]:
             sweep(stage.host)  # what a demo that was killed may have left
             yield stage
         finally:
-            for ending in ENDINGS:  # whoever is impatient now would keep the host from being as it was
+            for ending in ENDINGS:  # a second Ctrl-C must not interrupt the cleaning up
                 signal.signal(ending, signal.SIG_IGN)
             stage.clear()
             if IP_FORWARD.read_text() != forwarding:
@@ -380,22 +385,22 @@ def demonstrate(*, shared: bool) -> None:
         for part in (come_up, answer, edit, kill_container, kill_agent):
             part(stage)
         remove(stage, before)
-    print(f"\n{bold('All of it was observed')}, in {time.monotonic() - begun:.0f} s.")
-    print("Next: `make run` keeps an agent in the foreground, with files for you to edit.")
+    print(f"\n{bold('Everything was observed')}, in {time.monotonic() - begun:.0f} s.")
+    print("Next: `make run` runs an agent in the foreground, with files that you can edit.")
 
 
 def keep() -> None:
-    """Hold a copy of examples/state until Ctrl-C."""
+    """Run an agent on a copy of examples/state until Ctrl-C."""
     with staged(from_git=False) as stage:
         stage.start_agent()
         stage.import_image(show=False)
         shutil.copytree(STATE, stage.repository, dirs_exist_ok=True)
         stage.converge()
         run("status")
-        print(f"\n{bold('The agent holds')} {stage.repository} and http://127.0.0.1:{stage.port}/ answers.")
+        print(f"\n{bold('The agent follows')} {stage.repository}, and http://127.0.0.1:{stage.port}/ answers.")
         print("In another terminal, edit a file there and watch:\n")
         print(f"   export HOLDFAST_CONFIG={stage.config}\n   {HOLDFAST} status --watch\n")
-        print("Ctrl-C ends it and takes everything away. The agent's log follows.\n", flush=True)
+        print("Ctrl-C ends it and removes everything. The agent's log follows.\n", flush=True)
         assert stage.agent
         with (stage.home / "agent.log").open() as log:
             while stage.agent.poll() is None:
@@ -410,8 +415,8 @@ def interrupt(number: int, frame: object) -> NoReturn:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--keep", action="store_true", help="hold examples/state until Ctrl-C")
-    parser.add_argument("--shared", action="store_true", help="others change this host meanwhile, too")
+    parser.add_argument("--keep", action="store_true", help="run an agent on a copy of examples/state until Ctrl-C")
+    parser.add_argument("--shared", action="store_true", help="other programs change this host at the same time")
     arguments = parser.parse_args()
     if os.geteuid() != 0:
         raise SystemExit("demo: must be root (it makes namespaces, mounts and links)")

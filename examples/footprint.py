@@ -1,9 +1,9 @@
-"""Reads what on this host bears an agent's name, and sweeps it away by force when asked to.
+"""Find everything on this host that carries an agent's name, and remove it by force on request.
 
-The demo shows with it that nothing is left, and every live test is held to it. ip_forward does not count: it belongs
-to the whole host, and others may rely on it by then.
+The demo and every live test check with it that nothing is left. ip_forward does not count: it belongs to the whole
+host, and other programs may depend on it by then.
 
-The name must be one that nothing else on the host happens to contain: processes are known by it, too.
+The name must not occur elsewhere on the host, because processes are found by it, too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from holdfast.runtime.delegation import dissolve, unit_file
 
 
 def leftovers(host: Host) -> list[str]:
-    """Everything that bears the name, one line each; nothing is touched."""
+    """List everything that carries the name, one line each. Changes nothing."""
     return [
         *(f"process {pid}: {line}" for pid, line in processes(host)),
         *(f"mount {point}" for point in mounts(host)),
@@ -40,7 +40,7 @@ def leftovers(host: Host) -> list[str]:
 
 
 def wait_clean(host: Host, timeout: float = 3.0) -> list[str]:
-    """What is left once nothing is left, or once the time is up: the kernel takes a moment for some of it."""
+    """Wait until nothing is left, at most timeout seconds, and return what is left: the kernel removes some later."""
     deadline = time.monotonic() + timeout
     while (left := leftovers(host)) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -48,7 +48,7 @@ def wait_clean(host: Host, timeout: float = 3.0) -> list[str]:
 
 
 def sweep(host: Host) -> None:
-    """Take away by force all that bears the name, whether an agent runs or not."""
+    """Remove everything that carries the name by force, whether an agent runs or not."""
     for pid, _ in processes(host):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -72,7 +72,7 @@ def sweep(host: Host) -> None:
 
 
 def processes(host: Host) -> Iterator[tuple[int, str]]:
-    """Processes that bear the name in their command line or live in a cgroup of that name."""
+    """Find processes with the name in their command line or in a cgroup of that name."""
     for folder in Path("/proc").glob("[0-9]*"):
         pid = int(folder.name)
         with contextlib.suppress(OSError):
@@ -84,7 +84,7 @@ def processes(host: Host) -> Iterator[tuple[int, str]]:
 
 
 def mounts(host: Host) -> Iterator[str]:
-    """Mount points that lie in the agent's places or bear its name, in the order in which they were mounted."""
+    """Find mount points in the agent's folders or with its name, in the order in which they were mounted."""
     marks = (str(host.root), f"{host.run_root}/", f"/{host.name}-")
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         if any(mark in line for mark in marks):
@@ -100,32 +100,32 @@ def links(host: Host) -> list[Path]:
 
 
 def cgroups(host: Host) -> list[Path]:
-    """The agent's cgroup, and that of what it builds, in every hierarchy."""
+    """Find the cgroups of the agent and of its builds, in every hierarchy."""
     hierarchies = Path("/sys/fs/cgroup")
     names = {name for top in host.cgroups for name in (top[1:], f"{top[1:]}-build")}
     return [path for name in names for path in (hierarchies / name, *hierarchies.glob(f"*/{name}")) if path.is_dir()]
 
 
 def delegations(host: Host) -> list[Path]:
-    """The cgroup that systemd has delegated to the agent, where there is one."""
+    """Find the cgroup that systemd has delegated to the agent."""
     top = Path("/sys/fs/cgroup") / host.cgroup_root[1:]
     return [top] if host.cgroup_root and top.is_dir() else []
 
 
 def tables(host: Host) -> list[tuple[str, str]]:
-    """Tables of nftables that bear the name, as (family, name)."""
+    """Find nftables tables that carry the name, as (family, name)."""
     listing = subprocess.run(["nft", "list", "tables"], check=True, capture_output=True, text=True).stdout
     words = [line.split() for line in listing.splitlines()]
     return [(family, name) for _, family, name in words if host.name in name]
 
 
 def profiles(host: Host) -> list[str]:
-    """Profiles that the kernel's AppArmor has for the agent's containers."""
+    """Find AppArmor profiles in the kernel for the agent's containers."""
     return sorted(name for name in apparmor.loaded() if name.startswith(f"{host.name}-"))
 
 
 def loops(host: Host) -> list[str]:
-    """Loop devices that are backed by a file in the agent's places."""
+    """Find loop devices backed by a file in the agent's folders."""
     found = []
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):

@@ -1,17 +1,17 @@
 #!/bin/bash
-# Installs what holdfast needs of Debian. Idempotent; does nothing, quickly, when nothing is missing.
+# Installs the Debian packages that holdfast needs. Does nothing, quickly, if nothing is missing.
 #
 #   packaging/setup.sh              the packages that the agent needs
-#   packaging/setup.sh --develop    these, and .venv with what tests and checks need (`make setup`)
-#   packaging/setup.sh --list       print the packages that the agent needs, and do nothing
-#   packaging/setup.sh PACKAGE…     install these only
+#   packaging/setup.sh --develop    the same, and .venv with the packages for tests and checks (`make setup`)
+#   packaging/setup.sh --list       print these packages, install nothing
+#   packaging/setup.sh PACKAGE…     install these packages only
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
 
 packages=(
-    crun runc conmon                          # what runs and watches a container
-    nftables libnftables1 iproute2            # published ports, and tools to look at networks with
+    crun runc conmon                          # run and watch containers
+    nftables libnftables1 iproute2            # published ports, and tools to inspect networks
     golang-github-containers-common           # the default seccomp profile
     catatonit                                 # `init = true`
     git ca-certificates                       # the source of the state
@@ -24,7 +24,7 @@ packages=(
 install() {
     local missing=() package
     for package in "$@"; do
-        # ${Status} would have to be asked of dpkg-query; the file list is there exactly when the package is.
+        # The file list exists if the package is installed; asking dpkg-query would be slower.
         compgen -G "/var/lib/dpkg/info/${package}.list" >/dev/null \
             || compgen -G "/var/lib/dpkg/info/${package}:*.list" >/dev/null || missing+=("$package")
     done
@@ -55,7 +55,7 @@ find_python() {
     return 1
 }
 
-# Debian starts a service as soon as it is installed, unless this file says no. What the bench measures, it starts itself.
+# Debian starts a service when it is installed, unless this file forbids it. The bench starts what it measures.
 forbid_starting() {
     local policy=/usr/sbin/policy-rc.d
     [[ -e $policy ]] && return

@@ -1,3 +1,3 @@
-"""holdfast holds one Linux host fast to the state committed in git."""
+"""holdfast keeps a Linux host in the state that is committed in git."""
 
 __version__ = "0.1.0"

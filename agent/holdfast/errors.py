@@ -1,11 +1,11 @@
-"""Every deliberate error, as one tree, split by what the reader has to do about it.
+"""All errors that holdfast raises on purpose, as one tree, divided by what the reader has to do.
 
     HoldfastError
-    ├── WrongCall        call it differently       (exit 64, EX_USAGE)
-    │   └── NotFound     name something that is there
+    ├── WrongCall        correct the command       (exit 64, EX_USAGE)
+    │   └── NotFound     name something that exists
     ├── WrongState       commit a correction       (exit 65, EX_DATAERR)
     ├── WrongConfig      correct agent.toml        (exit 78, EX_CONFIG)
-    ├── UnfitHost        mend this host            (exit 69, EX_UNAVAILABLE)
+    ├── UnfitHost        repair this host          (exit 69, EX_UNAVAILABLE)
     │   └── NotPermitted become root, or a member  (exit 77, EX_NOPERM)
     ├── Conflict         free what is taken        (exit 73, EX_CANTCREAT)
     ├── NoAgent          start the agent           (exit 69, EX_UNAVAILABLE)
@@ -15,9 +15,9 @@
         ├── Throttled    nothing
         └── Stopping     nothing: the next agent does it
 
-The class owns its exit code (sysexits.h). `retry` says whether trying the same thing later can help without
-anybody changing anything in git: a lane backs off where it can, and quarantines where it can't. `wait`, where an
-error carries one, is the least time before that: a registry that refuses us is not asked again every second.
+The class has the exit code (sysexits.h). `retry` says whether trying the same thing later can help without a change
+in git: if so, a lane tries again after a delay, otherwise at the next change. `wait` is the shortest delay in
+seconds: a registry that refuses us is not asked again every second.
 
 Messages are lower case, without a full stop: operation 'operand': cause (what would be right).
 """
@@ -28,7 +28,7 @@ from typing import ClassVar
 
 
 class HoldfastError(Exception):
-    """The root of all errors that holdfast raises on purpose; printed as one line, never as a traceback."""
+    """The base of all these errors. Printed as one line, never with a traceback."""
 
     exit_code: ClassVar[int] = 1
     retry: bool = False
@@ -36,7 +36,7 @@ class HoldfastError(Exception):
 
 
 class WrongCall(HoldfastError):
-    """The command or API call can't be carried out as it was written."""
+    """The command or API call is wrong."""
 
     exit_code = 64
 
@@ -46,7 +46,7 @@ class NotFound(WrongCall):
 
 
 class WrongState(HoldfastError):
-    """The committed state asks for something that can't be; only another commit helps."""
+    """The committed state asks for something impossible; only another commit helps."""
 
     exit_code = 65
 
@@ -72,7 +72,7 @@ class NotPermitted(UnfitHost):
 
 
 class Conflict(HoldfastError):
-    """Something that is asked for (port, address, name) is taken by something else."""
+    """A port, address or name that is asked for is taken."""
 
     exit_code = 73
     retry = True
@@ -85,26 +85,26 @@ class NoAgent(HoldfastError):
 
 
 class OlderAgent(NoAgent):
-    """The agent that runs is of an earlier version than the command, and can't do what it needs."""
+    """The running agent is older than the command and lacks what the command needs."""
 
 
 class TryAgain(HoldfastError):
-    """A passing fault: remote down, lock held, resource busy."""
+    """A temporary failure: remote down, lock held, resource busy."""
 
     exit_code = 75
     retry = True
 
 
 class Unreachable(TryAgain):
-    """A host that is asked does not answer: no name, no route, nobody listens, or silence."""
+    """A remote host does not answer: no name, no route, no listener, or a timeout."""
 
 
 class Throttled(TryAgain):
-    """A host that is asked wants to be left alone for a while (HTTP 429)."""
+    """A remote host asks for a pause (HTTP 429)."""
 
 
 class Stopping(TryAgain):
-    """The agent ends: what it was doing is cut short, and has not failed."""
+    """The agent is ending: the work was interrupted and has not failed."""
 
 
 class NotExecutable(HoldfastError):
@@ -114,6 +114,6 @@ class NotExecutable(HoldfastError):
 
 
 class NoProgram(HoldfastError):
-    """A program is not there inside a container."""
+    """A program does not exist inside the container."""
 
     exit_code = 127
