@@ -9,10 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from holdfast.images.recipe import Writer
-from holdfast.images.tarstream import TarStream
-from holdfast.images.tree import Tree
-from holdfast.images.unpack import Expected, Limits, Unpacked, unpack_stream
+from holdfast.images.unpacking.recipe import Writer
+from holdfast.images.unpacking.tarstream import TarStream
+from holdfast.images.unpacking.tree import Tree
+from holdfast.images.unpacking.unpack import Expected, Limits, Unpacked, unpack_stream
 
 END = bytes(1024)
 LIMITS = Limits(size=1 << 30, files=20_000)

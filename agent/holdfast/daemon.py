@@ -40,11 +40,11 @@ from holdfast.drivers import Host
 from holdfast.errors import Conflict, HoldfastError, NotFound, NotPermitted, TryAgain
 from holdfast.guard import described
 from holdfast.identity import hold_name, make_id, read_id, same_root
-from holdfast.images.build import Builder
-from holdfast.images.outside import Outside
-from holdfast.images.pull import Puller
-from holdfast.images.store import ImageStore
-from holdfast.images.transfers import Transfers, moving, stranded
+from holdfast.images.builds.build import Builder
+from holdfast.images.builds.outside import Outside
+from holdfast.images.incoming.pull import Puller
+from holdfast.images.incoming.transfers import Transfers, moving, stranded
+from holdfast.images.kept.store import ImageStore
 from holdfast.node import Context, Node
 from holdfast.node.answers import Answers
 from holdfast.node.builds import BuildServices

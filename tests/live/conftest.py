@@ -15,8 +15,8 @@ from footprint import sweep, wait_clean
 from ground import Rootfs, patient
 from holdfast.config import ImageSettings
 from holdfast.drivers import Host
-from holdfast.images.pull import Puller
-from holdfast.images.store import ImageStore
+from holdfast.images.incoming.pull import Puller
+from holdfast.images.kept.store import ImageStore
 from live.agent import LiveAgent
 from live.mounts import Mounts
 from live.registry import Registry

@@ -23,14 +23,15 @@ from ground import Rootfs, patient
 from holdfast.config import BuildSettings, ImageSettings
 from holdfast.drivers import Host
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
-from holdfast.images import buildlog, fence, hazards
-from holdfast.images.build import Builder
-from holdfast.images.buildah import Buildah, check_plain
-from holdfast.images.hazards import buildah_version, is_safe
-from holdfast.images.image import Image, architecture
-from holdfast.images.outside import Outside
-from holdfast.images.pull import Puller
-from holdfast.images.store import ImageStore
+from holdfast.images.builds import buildlog, fence, hazards
+from holdfast.images.builds.build import Builder
+from holdfast.images.builds.buildah import Buildah, check_plain
+from holdfast.images.builds.hazards import buildah_version, is_safe
+from holdfast.images.builds.outside import Outside
+from holdfast.images.incoming.load import import_rootfs, load_archive
+from holdfast.images.incoming.pull import Puller
+from holdfast.images.kept.image import Image, architecture
+from holdfast.images.kept.store import ImageStore
 from holdfast.runtime import cgroup, delegation
 from holdfast.spec import NodeFacts, Spec, load
 from layouts import Layout, make_layout
@@ -213,7 +214,7 @@ def test_what_a_build_starts_from_is_fetched_once(workshop: Workshop, registry: 
 
 
 def test_a_build_may_start_from_what_was_imported_here(workshop: Workshop, busybox_rootfs: Rootfs) -> None:
-    base = workshop.store.import_rootfs(busybox_rootfs.tar, "ground:1", ["ENV A=b"])
+    base = import_rootfs(workshop.store, busybox_rootfs.tar, "ground:1", ["ENV A=b"])
     image = workshop.build(
         shop("FROM ground:1 AS one\nRUN echo more > /more\nFROM one\nCOPY --from=ground:1 /etc /x\n")
     )
@@ -624,7 +625,7 @@ def test_what_an_image_makes_of_each_dockerfile_is_checked_and_done(workshop: Wo
         ("bad", "RUN --mount=type=bind,from=good:1,source=../x,target=/p true"),
     ):
         layout.tag(layout.image(files, config={"OnBuild": [trigger]}, history=[{"created_by": "tar"}]), f"{name}:1")
-    workshop.store.load(layout.path)
+    load_archive(workshop.store, layout.path)
     assert workshop.build(shop("FROM good:1\n")).lookup("/made") is not None
     with pytest.raises(WrongState, match=r"ONBUILD of 'bad:1': RUN --mount: source '\.\./x' leads out of its place"):
         workshop.build(shop("FROM bad:1\n"))

@@ -20,7 +20,7 @@ import pytest
 from ground import Rootfs
 from holdfast.config import ImageSettings
 from holdfast.errors import TryAgain
-from holdfast.images.pull import Puller
+from holdfast.images.incoming.pull import Puller
 from layouts import Layout
 from live.agent import LiveAgent
 from live.registry import Authority, NewRegistry, Registry

@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 
 from ground import Rootfs, patient
-from holdfast.images.store import ImageStore
-from holdfast.images.write import FORMATS, save
+from holdfast.images.incoming.load import load_archive
+from holdfast.images.kept.store import ImageStore
+from holdfast.images.outgoing.write import FORMATS, save
 from holdfast.runtime import cgroup
 from layouts import Layout, make_layout
 from live.agent import HOLDFAST, LiveAgent, Status
@@ -30,7 +31,12 @@ from tars import entry, tar_of
 
 pytestmark = pytest.mark.live
 
-LOAD = "import sys; from pathlib import Path; from holdfast.images.store import ImageStore as S; S(Path(sys.argv[1]))"
+LOAD = """
+import sys
+from holdfast.images.incoming.load import ImageStore, Path, load_archive
+
+load_archive(ImageStore(Path(sys.argv[1])), Path(sys.argv[2]), "x:1")
+"""
 RUN = 'networks = ["none"]\nstop_signal = "SIGKILL"'
 LOOP = "touch /made; rm /etc/passwd; while :; do echo tick >> /log; sleep 0.01; done"
 
@@ -80,7 +86,7 @@ def test_a_kill_at_any_moment_leaves_whole_layers_only(tmp_path: Path, layout: L
     root = tmp_path / "images"
     seen = set()
     for number in range(10):
-        load = [sys.executable, "-c", f"{LOAD}.load(Path(sys.argv[2]), 'x:1')", str(root), str(layout.path)]
+        load = [sys.executable, "-c", LOAD, str(root), str(layout.path)]
         before = directories(root)
         child = subprocess.Popen(load, stderr=subprocess.DEVNULL)
         wait(lambda: child.poll() is not None or directories(root) != before, "it unpacks")  # noqa: B023
@@ -108,7 +114,7 @@ def test_what_is_saved_is_read_by_skopeo_and_podman(tmp_path: Path, layout: Layo
     layers = [tar_of(entry("bin/a", b"a", uid=0, gid=0)), tar_of(entry("bin/.wh.a", uid=0, gid=0), entry("b", b"b"))]
     layout.tag(layout.image(layers, config={"Cmd": ["/b"]}), "1")
     store = ImageStore(tmp_path / "images")
-    image = store.load(layout.path, "shop/web:1")[0]
+    image = load_archive(store, layout.path, "shop/web:1")[0]
     with (tmp_path / "x.tar").open("wb") as out:
         save(store, ["shop/web:1"], out, format)
     source = f"{format}:{tmp_path}/x.tar"

@@ -10,7 +10,7 @@ import pytest
 
 from holdfast.config import ImageSettings, load_config
 from holdfast.daemon import _acting_node
-from holdfast.images.store import ImageStore
+from holdfast.images.kept.store import ImageStore
 from holdfast.node.start import start_instance
 from holdfast.observed import Instance
 from holdfast.plan.actions import StartInstance

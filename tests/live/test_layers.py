@@ -19,9 +19,9 @@ import pytest
 
 from holdfast.drivers import Host, RootfsWant
 from holdfast.errors import UnfitHost
-from holdfast.images.lookup import find
-from holdfast.images.store import ImageStore
-from holdfast.images.unpack import Expected, unpack_stream
+from holdfast.images.kept.lookup import find
+from holdfast.images.kept.store import ImageStore
+from holdfast.images.unpacking.unpack import Expected, unpack_stream
 from holdfast_plugins.storage import OverlayRootfs
 from tars import END, LIMITS, entry, header, layer, padded, pax, raw, tar_of, unpack
 
@@ -244,8 +244,8 @@ def test_the_worker_is_locked_into_the_layers_folder(site: Host) -> None:
 UNPACK = """
 import sys
 from pathlib import Path
-from holdfast.images.unpack import Expected
-from holdfast.images.store import ImageStore
+from holdfast.images.unpacking.unpack import Expected
+from holdfast.images.kept.store import ImageStore
 store = ImageStore(Path(sys.argv[1]))
 print("ready", flush=True)
 store.add_layer(0, Expected(diff_id=sys.argv[2] or None))

@@ -20,9 +20,10 @@ import pytest
 
 from ground import Rootfs, patient
 from holdfast.errors import HoldfastError, Stopping, TryAgain, UnfitHost, WrongCall, WrongState
-from holdfast.images.pull import Puller
-from holdfast.images.store import ImageStore
-from holdfast.images.transfers import Transfers
+from holdfast.images.incoming.pull import Puller
+from holdfast.images.incoming.transfers import Transfers
+from holdfast.images.kept.store import ImageStore
+from holdfast.images.outgoing.push import push
 from layouts import Layout, make_layout
 from live.agent import LiveAgent
 from live.conftest import QUICK
@@ -189,8 +190,8 @@ PULLS = """
 import sys
 from pathlib import Path
 from holdfast.config import ImageSettings
-from holdfast.images.pull import Puller
-from holdfast.images.store import ImageStore
+from holdfast.images.incoming.pull import Puller
+from holdfast.images.kept.store import ImageStore
 Puller(ImageStore(Path(sys.argv[1])), ImageSettings(min_free=0)).pull(sys.argv[2])
 """
 
@@ -362,21 +363,21 @@ def test_what_is_pushed_can_be_pulled_and_is_not_sent_twice(
     registry.push(tmp_path / "layout", "app:1")
     puller = new_puller()
     image = puller.pull(f"{registry.address}/app:1")
-    digest = puller.push(image, f"{registry.address}/copies/app:2")
+    digest = push(puller.store, puller.skopeo, image, f"{registry.address}/copies/app:2", puller.told)
     other = new_puller(root=tmp_path / "other")
     copy = other.pull(f"{registry.address}/copies/app:2")
     assert (copy.digest, copy.config, copy.config_digest) == (digest, image.config, image.config_digest)
     assert [path.name for path in copy.layers] == [path.name for path in image.layers]
     uploads = len(registry.requests("/blobs/uploads/"))
-    assert puller.push(image, f"{registry.address}/copies/app:3") == digest
+    assert push(puller.store, puller.skopeo, image, f"{registry.address}/copies/app:3", puller.told) == digest
     assert len(registry.requests("/blobs/uploads/")) == uploads
     assert sorted(puller.tags(f"{registry.address}/copies/app")) == ["2", "3"]
     assert {path.suffix for path in puller.store.partial.iterdir()} <= {".lock"}
-    with pytest.raises(WrongCall, match="a digest is not for us to choose"):
-        puller.push(image, f"{registry.address}/app@{digest}")
+    with pytest.raises(WrongCall, match="the digest of a push can't be chosen"):
+        push(puller.store, puller.skopeo, image, f"{registry.address}/app@{digest}", puller.told)
     registry.stop()
     with pytest.raises(TryAgain, match=r"^push '.*/app:4': nobody listens there"):
-        puller.push(image, f"{registry.address}/app:4")
+        push(puller.store, puller.skopeo, image, f"{registry.address}/app:4", puller.told)
 
 
 def test_the_store_of_an_older_pull_is_enough_when_the_registry_is_gone(

@@ -16,11 +16,12 @@ from ground import Rootfs
 from holdfast.config import ImageSettings
 from holdfast.errors import HoldfastError, WrongState
 from holdfast.files import open_source
-from holdfast.images.image import Image
-from holdfast.images.outside import Outside
-from holdfast.images.pull import Puller
-from holdfast.images.store import ImageStore
-from holdfast.images.write import save
+from holdfast.images.builds.outside import Outside
+from holdfast.images.incoming.load import load_archive
+from holdfast.images.incoming.pull import Puller
+from holdfast.images.kept.image import Image
+from holdfast.images.kept.store import ImageStore
+from holdfast.images.outgoing.write import save
 from layouts import Layout
 from live.agent import LiveAgent
 from live.faulty import Answer, FaultyRegistry
@@ -396,7 +397,7 @@ def test_every_image_of_a_file_is_loaded_that_policy_json_admits(
     place = layout.path
     if form == "docker-archive":
         store, place = ImageStore(tmp_path / "first"), tmp_path / "app.tar"
-        store.load(layout.path)
+        load_archive(store, layout.path)
         with place.open("wb") as out:
             save(store, ["app:one", "app:two"], out, "docker-archive")
     policy = tmp_path / "policy.json"

@@ -15,7 +15,7 @@ import pytest
 
 from holdfast.drivers import Host
 from holdfast.errors import HoldfastError, NotFound, Throttled, TryAgain, UnfitHost, Unreachable, WrongState
-from holdfast.images.pull import Puller
+from holdfast.images.incoming.pull import Puller
 from layouts import INDEX, MANIFEST, Layout, digest_of, make_layout
 from live.conftest import QUICK
 from live.faulty import Answer, FaultyRegistry, error

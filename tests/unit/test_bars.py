@@ -13,7 +13,7 @@ import pytest
 
 from holdfast.cli.bars import bars
 from holdfast.errors import NotFound, Unreachable
-from holdfast.images.transfers import Transfers, overdue
+from holdfast.images.incoming.transfers import Transfers, overdue
 
 MIB = 1 << 20
 

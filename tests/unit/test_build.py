@@ -15,17 +15,17 @@ from holdfast.cli.checkup import programs
 from holdfast.config import ImageSettings
 from holdfast.drivers import Host
 from holdfast.errors import NotFound, UnfitHost, Unreachable, WrongState
-from holdfast.images import build as rooms
-from holdfast.images import buildlog
-from holdfast.images.build import Builder, built_name, check_platforms, lay_out
-from holdfast.images.buildah import Failed
-from holdfast.images.buildlog import Log, failed
-from holdfast.images.hazards import check_mounts, is_safe, parse_version
-from holdfast.images.image import architecture
-from holdfast.images.outside import Outside
-from holdfast.images.pull import Puller
-from holdfast.images.references import parse
-from holdfast.images.store import ImageStore
+from holdfast.images.builds import build as rooms
+from holdfast.images.builds import buildlog
+from holdfast.images.builds.build import Builder, built_name, check_platforms, lay_out
+from holdfast.images.builds.buildah import Failed
+from holdfast.images.builds.buildlog import Log, failed
+from holdfast.images.builds.hazards import check_mounts, is_safe, parse_version
+from holdfast.images.builds.outside import Outside
+from holdfast.images.formats.references import parse
+from holdfast.images.incoming.pull import Puller
+from holdfast.images.kept.image import architecture
+from holdfast.images.kept.store import ImageStore
 from holdfast.runtime import binaries
 from holdfast.runtime.binaries import version_in
 from holdfast.spec.model import Build

@@ -13,9 +13,17 @@ from typing import Any
 import pytest
 
 from holdfast.errors import NotFound, WrongState
-from holdfast.images.archives import open_archive
-from holdfast.images.bundle import Gathered, Tree, digest_of, open_bundle, pack_files, unpack_files, write_bundle
-from holdfast.images.gather import Unread, Wanted, wanted_images
+from holdfast.images.builds.gather import Unread, Wanted, wanted_images
+from holdfast.images.formats.archives import open_archive
+from holdfast.images.formats.bundle import (
+    Gathered,
+    Tree,
+    digest_of,
+    open_bundle,
+    pack_files,
+    unpack_files,
+    write_bundle,
+)
 from holdfast.spec import NodeFacts
 from layouts import Layout
 from tars import entry, tar_of

@@ -14,8 +14,9 @@ import pytest
 
 from holdfast.config import ImageSettings
 from holdfast.errors import NotFound
-from holdfast.images.collect import GRACE, ORPHANS, Disk, Stored, choose, collect
-from holdfast.images.store import Image, ImageStore
+from holdfast.images.incoming.load import import_rootfs
+from holdfast.images.kept.collect import GRACE, ORPHANS, Disk, Stored, choose, collect
+from holdfast.images.kept.store import Image, ImageStore
 from holdfast.node.context import Context
 from holdfast.node.images import Collector
 from holdfast.store import Store
@@ -71,7 +72,7 @@ def test_what_nobody_could_bring_back_stays() -> None:
 
 def fetch(store: ImageStore, tar: Path, name: str) -> Image:
     """An image as if a registry had it."""
-    image = store.import_rootfs(tar, name)
+    image = import_rootfs(store, tar, name)
     return store.add_image(
         store.read_blob(image.digest), store.read_blob(image.config_digest), [name], source="registry"
     )
@@ -116,7 +117,7 @@ def test_above_the_high_watermark_images_go_until_the_low_one(world: World) -> N
 
 def test_what_was_imported_by_hand_stays_and_goes_by_hand(world: World) -> None:
     for name in "abcde":
-        world.store.import_rootfs(_tar(world.root / f"{name}.tar", name), name)
+        import_rootfs(world.store, _tar(world.root / f"{name}.tar", name), name)
     assert collect(world.store, (), look=world.look, now=time.time() + 2 * GRACE).full
     assert world.here() == set("abcde")
     world.store.tag("a", "z")

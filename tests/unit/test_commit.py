@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from holdfast.errors import UnfitHost
-from holdfast.images.commit import Note, changed, commit_image
-from holdfast.images.image import Image, whole_history
-from holdfast.images.store import ImageStore
+from holdfast.images.incoming.load import load_archive
+from holdfast.images.kept.image import Image, whole_history
+from holdfast.images.kept.store import ImageStore
+from holdfast.images.outgoing.commit import Note, changed, commit_image
 from holdfast.node.images import history_of
 from holdfast.node.usage import allocated
 from layouts import make_layout
@@ -30,7 +31,7 @@ def base(store: ImageStore, tmp_path: Path) -> Image:
     make_layout(
         tmp_path / "base", [{"a": b"1"}, {"b": b"2"}], config={"Cmd": ["/a"], "Env": ["A=1", "B=2"]}, docker=True
     )
-    return store.load(tmp_path / "base", "base:1")[0]
+    return load_archive(store, tmp_path / "base", "base:1")[0]
 
 
 def test_a_committed_image_is_the_base_with_one_more_layer(store: ImageStore, base: Image) -> None:

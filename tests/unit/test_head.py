@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from holdfast.images.head import Limits, Place, places, waiting
-from holdfast.images.references import parse
+from holdfast.images.formats.references import parse
+from holdfast.images.registry.head import Limits, Place, places, waiting
 
 NOW = 1_700_000_000.0
 

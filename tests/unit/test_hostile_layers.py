@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 
 from holdfast.errors import TryAgain, WrongState
 from holdfast.files import remove_tree
-from holdfast.images.tarstream import Damaged
-from holdfast.images.unpack import Expected, Limits, unpack_stream
+from holdfast.images.unpacking.tarstream import Damaged
+from holdfast.images.unpacking.unpack import Expected, Limits, unpack_stream
 from holdfast.testing import host_fingerprint
 from tars import END, LIMITS, entry, header, padded, pax, raw, tar_of, unpack, unpack_here
 
@@ -319,7 +319,7 @@ def test_a_million_names_take_no_memory(tmp_path: Path) -> None:
     script = """
 import os, resource, sys
 from pathlib import Path
-from holdfast.images.unpack import Limits, unpack_stream
+from holdfast.images.unpacking.unpack import Limits, unpack_stream
 unpack_stream(0, Path(sys.argv[1]), Path(sys.argv[1] + ".recipe"), limits=Limits())
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
@@ -410,7 +410,7 @@ def workers() -> list[int]:
     for task in Path("/proc/self/task").iterdir():
         for child in (task / "children").read_text().split():
             command = Path("/proc", child, "cmdline").read_text()
-            found += [int(child)] if "holdfast.images.worker" in command else []
+            found += [int(child)] if "holdfast.images.unpacking.worker" in command else []
     return found
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import NotFound, WrongState
-from holdfast.images.store import ImageStore
-from holdfast.images.write import FORMATS, Format, save, write_layout
+from holdfast.images.incoming.load import import_rootfs, load_archive
+from holdfast.images.kept.store import ImageStore
+from holdfast.images.outgoing.write import FORMATS, Format, save, write_layout
 from layouts import make_layout
 from tars import entry, tar_of
 
@@ -30,7 +31,7 @@ UPPER = tar_of(entry("etc/.wh.passwd"), entry("srv/.wh..wh..opq"), entry("pipe",
 def store(tmp_path: Path) -> ImageStore:
     store = ImageStore(tmp_path / "images")
     make_layout(tmp_path / "shop", [LOWER, UPPER, LOWER], config={"Cmd": ["/bin/sh"]})
-    store.load(tmp_path / "shop", "shop/web:1")
+    load_archive(store, tmp_path / "shop", "shop/web:1")
     return store
 
 
@@ -47,7 +48,7 @@ def test_what_is_saved_loads_into_an_empty_store_as_the_same_image(
     image = store.resolve("shop/web:1")
     store.tag("shop/web:1", "other:2")
     archive = saved(store, tmp_path / "x.tar", format, "shop/web:1", "other:2")
-    loaded = ImageStore(tmp_path / "empty").load(archive)
+    loaded = load_archive(ImageStore(tmp_path / "empty"), archive)
     assert {each.config_digest for each in loaded} == {image.config_digest}
     assert {each.diff_ids for each in loaded} == {image.diff_ids}
     assert loaded[-1].names == ("other:2", "shop/web:1")
@@ -66,8 +67,8 @@ def test_an_archive_holds_each_layer_once_and_is_the_same_every_time(store: Imag
 
 def test_an_image_of_plain_layers_keeps_its_digest(store: ImageStore, tmp_path: Path) -> None:
     (tmp_path / "root.tar").write_bytes(LOWER)
-    image = store.import_rootfs(tmp_path / "root.tar", "app:1")
-    (loaded,) = ImageStore(tmp_path / "empty").load(saved(store, tmp_path / "x.tar", "oci-archive", "app:1"))
+    image = import_rootfs(store, tmp_path / "root.tar", "app:1")
+    (loaded,) = load_archive(ImageStore(tmp_path / "empty"), saved(store, tmp_path / "x.tar", "oci-archive", "app:1"))
     assert (loaded.digest, loaded.names) == (image.digest, ("app:1",))
 
 
@@ -76,7 +77,7 @@ def test_a_layout_is_written_with_gzipped_layers(store: ImageStore, tmp_path: Pa
     manifest = json.loads((tmp_path / "layout/blobs" / digest.replace(":", "/")).read_bytes())
     first = (tmp_path / "layout/blobs" / manifest["layers"][0]["digest"].replace(":", "/")).read_bytes()
     assert (gzip.decompress(first), len(first)) == (LOWER, manifest["layers"][0]["size"])
-    (loaded,) = ImageStore(tmp_path / "empty").load(tmp_path / "layout")
+    (loaded,) = load_archive(ImageStore(tmp_path / "empty"), tmp_path / "layout")
     assert (loaded.digest, loaded.names) == (digest, ("layout:1",))
 
 

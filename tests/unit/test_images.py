@@ -22,14 +22,15 @@ import pytest
 from holdfast.errors import Conflict, HoldfastError, NotFound, TryAgain, WrongCall, WrongState
 from holdfast.grammar.images import Reference, familiar
 from holdfast.images.disk import Locks
-from holdfast.images.faults import failure
-from holdfast.images.image import Source
-from holdfast.images.pull import Puller
-from holdfast.images.references import parse, parse_changes
-from holdfast.images.skopeo import Skopeo
-from holdfast.images.store import Freed, Image, ImageStore, architecture
-from holdfast.images.transfers import Transfer
-from holdfast.images.unpack import Expected
+from holdfast.images.formats.references import parse, parse_changes
+from holdfast.images.incoming.load import import_rootfs, load_archive
+from holdfast.images.incoming.pull import Puller
+from holdfast.images.incoming.transfers import Transfer
+from holdfast.images.kept.image import Source
+from holdfast.images.kept.store import Freed, Image, ImageStore, architecture
+from holdfast.images.registry.faults import failure
+from holdfast.images.registry.skopeo import Skopeo
+from holdfast.images.unpacking.unpack import Expected
 from holdfast.node.context import Context
 from holdfast.node.images import ImageAnswers
 from holdfast.runtime.content import ContentStore
@@ -124,7 +125,7 @@ def files_below(folder: Path) -> list[str]:
 
 
 def test_an_imported_root_file_system_is_an_image(store: ImageStore, rootfs: Path) -> None:
-    image = store.import_rootfs(rootfs, "app:1", CHANGES)
+    image = import_rootfs(store, rootfs, "app:1", CHANGES)
     assert image.config == {"Cmd": ["/bin/sh", "-l"], "Env": ["A=1"], "User": "nobody"}
     assert (image.names, image.size, image.architecture) == (("app:1",), len(ROOTFS), architecture())
     assert image.created == 1_000_000_000
@@ -134,7 +135,7 @@ def test_an_imported_root_file_system_is_an_image(store: ImageStore, rootfs: Pat
 
 
 def test_files_are_looked_up_without_mounting(store: ImageStore, rootfs: Path) -> None:
-    image = store.import_rootfs(rootfs, "app")
+    image = import_rootfs(store, rootfs, "app")
     mode = image.lookup("/bin/ash")
     assert mode is not None
     assert stat.S_ISREG(mode) and mode & 0o111
@@ -147,16 +148,16 @@ def test_files_are_looked_up_without_mounting(store: ImageStore, rootfs: Path) -
 def test_compression_does_not_change_the_image(
     store: ImageStore, tmp_path: Path, rootfs: Path, compress: Any
 ) -> None:
-    expected = store.import_rootfs(rootfs, "plain").digest
+    expected = import_rootfs(store, rootfs, "plain").digest
     (tmp_path / "other").write_bytes(compress(ROOTFS))
-    assert store.import_rootfs(tmp_path / "other", "other").digest == expected
+    assert import_rootfs(store, tmp_path / "other", "other").digest == expected
     assert store.get(expected).names == ("other:latest", "plain:latest")
 
 
 def test_an_oci_layout_keeps_its_digest(store: ImageStore, layout: Layout) -> None:
     upper = tar_of(entry("etc/.wh.passwd"), entry("top", b"1"))
     descriptor = layout.image(ROOTFS, upper, name="1.0")
-    (image,) = store.load(layout.index(descriptor))
+    (image,) = load_archive(store, layout.index(descriptor))
     assert image.digest == descriptor["digest"]
     assert image.names == ("shop:1.0",)
     assert [layer.name for layer in image.layers] == [hashlib.sha256(layer).hexdigest() for layer in (ROOTFS, upper)]
@@ -175,12 +176,12 @@ def test_archives_are_loaded_compressed_or_not(
     archive.write_bytes(compress(archive.read_bytes()))
     docker = docker_archive(tmp_path / "docker.tar")
     docker.write_bytes(compress(docker.read_bytes()))
-    assert [image.digest for image in store.load(archive)] == [descriptor["digest"]]
-    (image,) = store.load(docker)
+    assert [image.digest for image in load_archive(store, archive)] == [descriptor["digest"]]
+    (image,) = load_archive(store, docker)
     assert image.names == ("shop/web:2",)
     assert len(image.layers) == 2
     assert store.resolve("registry.example:5000/a/b:1").layers[0] == image.layers[0]
-    assert store.load(docker, "other:3")[0].names == ("other:3", "shop/web:2")
+    assert load_archive(store, docker, "other:3")[0].names == ("other:3", "shop/web:2")
 
 
 def test_of_an_index_the_image_for_this_host_is_taken(store: ImageStore, layout: Layout) -> None:
@@ -192,46 +193,46 @@ def test_of_an_index_the_image_for_this_host_is_taken(store: ImageStore, layout:
         mediaType="application/vnd.oci.image.index.v1+json",
         annotations={"io.containerd.image.name": "docker.io/library/both:1"},
     )
-    (image,) = store.load(layout.index(nested))
+    (image,) = load_archive(store, layout.index(nested))
     assert (image.digest, image.names) == (ours["digest"], ("both:1",))
     with pytest.raises(WrongState, match=r"no image for linux/.*it has: linux/vax"):
-        store.load(layout.index(theirs))
+        load_archive(store, layout.index(theirs))
 
 
 def test_another_architecture_is_refused(store: ImageStore, layout: Layout) -> None:
     with pytest.raises(WrongState, match=rf"is for linux/vax \(this host is linux/{architecture()}\)"):
-        store.load(layout.index(layout.image(ROOTFS, name="x:1", machine="vax")))
+        load_archive(store, layout.index(layout.image(ROOTFS, name="x:1", machine="vax")))
     assert store.list() == []
 
 
 def test_damage_is_noticed_and_leaves_nothing(store: ImageStore, layout: Layout, tmp_path: Path) -> None:
     with pytest.raises(WrongState, match=r"load '.*shop': unpack layer '.*0000"):
-        store.load(layout.index(layout.image(ROOTFS, name="x:1", diff_ids=["sha256:" + "0" * 64])))
+        load_archive(store, layout.index(layout.image(ROOTFS, name="x:1", diff_ids=["sha256:" + "0" * 64])))
     descriptor = layout.image(ROOTFS, name="y:1")
     (layout.path / "blobs" / descriptor["digest"].replace(":", "/")).write_bytes(b"{}")
     with pytest.raises(WrongState, match="is damaged"):
-        store.load(layout.index(descriptor))
+        load_archive(store, layout.index(descriptor))
     (tmp_path / "cut.gz").write_bytes(gzip.compress(ROOTFS)[:100])
     with pytest.raises(WrongState):
-        store.import_rootfs(tmp_path / "cut.gz", "z")
+        import_rootfs(store, tmp_path / "cut.gz", "z")
     for name, content in (("text", b"hello" * 1000), ("tar", ROOTFS)):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(WrongState, match=r"expected a directory or a tar|neither an OCI layout nor"):
-            store.load(tmp_path / name)
+            load_archive(store, tmp_path / name)
     assert files_below(store.root) == []
 
 
 def test_a_missing_file_and_a_missing_name_are_wrong_calls(store: ImageStore, layout: Layout, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no such file"):
-        store.import_rootfs(tmp_path / "no", "x")
+        import_rootfs(store, tmp_path / "no", "x")
     with pytest.raises(NotFound, match="no such file"):
-        store.load(tmp_path / "no")
+        load_archive(store, tmp_path / "no")
     with pytest.raises(WrongCall, match="has no name"):
-        store.load(layout.index(layout.image(ROOTFS)))
+        load_archive(store, layout.index(layout.image(ROOTFS)))
 
 
 def test_an_unknown_name_says_what_is_near_and_how_to_get_it(store: ImageStore, rootfs: Path) -> None:
-    store.import_rootfs(rootfs, "shop/web:1.27")
+    import_rootfs(store, rootfs, "shop/web:1.27")
     with pytest.raises(NotFound, match=r"did you mean 'shop/web:1.27'\? \(.*`holdfast image pull`"):
         store.resolve("shop/web:1.26")
 
@@ -250,16 +251,16 @@ def test_a_name_is_offered_for_its_repository_or_the_end_of_it(
     store: ImageStore, rootfs: Path, wanted: str, offered: str
 ) -> None:
     for name in ("shop/web:1.27", "shop/db:9"):
-        store.import_rootfs(rootfs, name)
+        import_rootfs(store, rootfs, name)
     with pytest.raises(NotFound) as raised:
         store.resolve(wanted)
     assert str(raised.value).partition("did you mean ")[2].partition("?")[0] == (repr(offered) if offered else "")
 
 
 def test_removal_keeps_what_others_need(store: ImageStore, rootfs: Path, layout: Layout) -> None:
-    store.import_rootfs(rootfs, "one")
-    store.import_rootfs(rootfs, "same")
-    two = store.load(layout.index(layout.image(ROOTFS, tar_of(entry("x", b"1")), name="two:1")))[0]
+    import_rootfs(store, rootfs, "one")
+    import_rootfs(store, rootfs, "same")
+    two = load_archive(store, layout.index(layout.image(ROOTFS, tar_of(entry("x", b"1")), name="two:1")))[0]
     store.remove("one")
     assert [image.names for image in store.list()] == [("same:latest",), ("two:1",)]
     store.remove("two:1")
@@ -271,8 +272,8 @@ def test_removal_keeps_what_others_need(store: ImageStore, rootfs: Path, layout:
 
 
 def test_an_image_in_use_is_not_removed_but_may_lose_a_name(store: ImageStore, rootfs: Path) -> None:
-    image = store.import_rootfs(rootfs, "one")
-    store.import_rootfs(rootfs, "two")
+    image = import_rootfs(store, rootfs, "one")
+    import_rootfs(store, rootfs, "two")
     store.remove("one", {image.digest: ["shop/web"]})
     with pytest.raises(Conflict, match=r"remove image 'two': in use by shop/web"):
         store.remove("two", {image.digest: ["shop/web"]})
@@ -282,10 +283,10 @@ def test_an_image_in_use_is_not_removed_but_may_lose_a_name(store: ImageStore, r
 
 
 def test_a_used_image_outlives_the_name_that_moved_on(store: ImageStore, rootfs: Path, tmp_path: Path) -> None:
-    old = store.import_rootfs(rootfs, "app")
+    old = import_rootfs(store, rootfs, "app")
     (tmp_path / "new.tar").write_bytes(tar_of(entry("new", b"1")))
-    store.import_rootfs(tmp_path / "new.tar", "app")
-    store.import_rootfs(tmp_path / "new.tar", "other")
+    import_rootfs(store, tmp_path / "new.tar", "app")
+    import_rootfs(store, tmp_path / "new.tar", "other")
     store.remove("other", {old.digest})
     assert store.get(old.digest).layers == old.layers
     assert store.prune({old.digest}) == Freed()
@@ -302,7 +303,7 @@ def test_what_a_killed_load_left_is_swept_and_counts_for_nothing(store: ImageSto
     half.with_name(f"{half.name}.lock").touch()
     again = ImageStore(store.root)
     assert [path.name for path in (store.root / "partial").iterdir()] == []
-    assert again.import_rootfs(rootfs, "app").read_file("/bin/sh") == b"shell"
+    assert import_rootfs(again, rootfs, "app").read_file("/bin/sh") == b"shell"
 
 
 def test_what_another_process_is_unpacking_is_not_swept(store: ImageStore) -> None:
@@ -317,7 +318,7 @@ def test_several_loads_of_the_same_layers_at_once_agree(tmp_path: Path, layout: 
     path = layout.index(layout.image(*layers, name="x:1"))
 
     def load(_: int) -> Image:
-        return ImageStore(tmp_path / "images").load(path)[0]
+        return load_archive(ImageStore(tmp_path / "images"), path)[0]
 
     with ThreadPoolExecutor(8) as threads:
         images = list(threads.map(load, range(8)))
@@ -327,12 +328,12 @@ def test_several_loads_of_the_same_layers_at_once_agree(tmp_path: Path, layout: 
 
 
 def test_a_lost_layer_is_named_and_comes_back_with_the_next_load(store: ImageStore, rootfs: Path) -> None:
-    image = store.import_rootfs(rootfs, "app")
+    image = import_rootfs(store, rootfs, "app")
     image.layers[0].rename(rootfs.with_name("lost"))
     with pytest.raises(NotFound, match="is gone"):
         store.resolve("app")
     assert store.list()[0].digest == image.digest
-    assert store.import_rootfs(rootfs, "app") == store.resolve("app")
+    assert import_rootfs(store, rootfs, "app") == store.resolve("app")
 
 
 def pulled(store: ImageStore, layout: Layout, *names: str, source: Source = "registry") -> tuple[Image, str]:
@@ -350,7 +351,7 @@ def pulled(store: ImageStore, layout: Layout, *names: str, source: Source = "reg
 
 def test_an_image_is_found_by_every_digest_that_leads_to_it(store: ImageStore, layout: Layout, rootfs: Path) -> None:
     image, top = pulled(store, layout, "registry.example/app:1")
-    other = store.import_rootfs(rootfs, "other")
+    other = import_rootfs(store, rootfs, "other")
     for reference in (
         image.digest,
         image.config_digest,
@@ -397,7 +398,7 @@ def test_a_configuration_that_is_not_the_manifests_is_refused(store: ImageStore,
 
 
 def test_names_remember_where_they_came_from(store: ImageStore, layout: Layout, rootfs: Path) -> None:
-    store.import_rootfs(rootfs, "a")
+    import_rootfs(store, rootfs, "a")
     image, top = pulled(store, layout, "b")
     store.tag("b", "registry.example/c:2")
     found = {name.rpartition("/")[2]: (each.source, each.top) for name, each in store.names().items()}
@@ -414,7 +415,7 @@ def test_names_remember_where_they_came_from(store: ImageStore, layout: Layout, 
 
 
 def test_a_store_of_old_is_read(store: ImageStore, rootfs: Path) -> None:
-    image = store.import_rootfs(rootfs, "app")
+    image = import_rootfs(store, rootfs, "app")
     (store.root / "index.json").write_text(json.dumps({"docker.io/library/app:latest": image.digest}))
     layer = image.layers[0]
     layer.with_suffix(".json").unlink()
@@ -449,8 +450,8 @@ def test_of_two_who_bring_a_layer_one_works_and_the_other_waits_for_it(store: Im
 def test_what_loses_its_name_while_something_is_put_in_goes_later(
     store: ImageStore, rootfs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("holdfast.images.store.PATIENCE", 0.1)
-    image = store.import_rootfs(rootfs, "app")
+    monkeypatch.setattr("holdfast.images.kept.store.PATIENCE", 0.1)
+    image = import_rootfs(store, rootfs, "app")
     with store.keep():
         assert store.remove("app") == Freed()
         assert store.get(image.digest).names == ()
@@ -460,7 +461,7 @@ def test_what_loses_its_name_while_something_is_put_in_goes_later(
 
 
 def test_prune_by_hand_takes_what_a_pull_that_broke_off_has_left(store: ImageStore, rootfs: Path) -> None:
-    kept = store.import_rootfs(rootfs, "app")
+    kept = import_rootfs(store, rootfs, "app")
     with store.keep():
         left = store.add_layer(io.BytesIO(tar_of(entry("left", b"1"))))
     freed = store.prune()
@@ -491,7 +492,7 @@ def test_a_pull_by_hand_that_fails_is_told_as_an_event(store: ImageStore) -> Non
 
 
 def test_what_no_registry_has_is_not_asked_for(store: ImageStore, rootfs: Path) -> None:
-    image = store.import_rootfs(rootfs, "app")
+    image = import_rootfs(store, rootfs, "app")
     answers, told = answers_of(store, Puller(store))
     for ref, expected in {
         "images.web": "is built, not pulled",
@@ -525,7 +526,7 @@ def test_a_name_without_a_tag_says_which_one_was_asked_for(
 
 
 def test_an_image_whose_configuration_is_lost_can_be_taken_away(store: ImageStore, rootfs: Path) -> None:
-    image = store.import_rootfs(rootfs, "app")
+    image = import_rootfs(store, rootfs, "app")
     (store.root / "blobs/sha256" / image.config_digest[7:]).unlink()
     again = ImageStore(store.root)
     with pytest.raises(NotFound):
@@ -545,7 +546,7 @@ def test_what_a_crash_left_of_the_index_goes(store: ImageStore) -> None:
 
 
 def test_a_layer_that_others_need_is_not_freed(store: ImageStore, layout: Layout, rootfs: Path) -> None:
-    plain = store.import_rootfs(rootfs, "plain")
+    plain = import_rootfs(store, rootfs, "plain")
     image, _ = pulled(store, layout, "app")
     freed = store.remove("app")
     assert (freed.images, freed.layers) == ((image.digest,), (image.diff_ids[1],))

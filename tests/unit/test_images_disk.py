@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.images.disk import lock
-from holdfast.images.store import ImageStore
+from holdfast.images.kept.store import ImageStore
 
 
 def _attributes(folder: Path) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import WrongState
-from holdfast.images.lookup import find
+from holdfast.images.kept.lookup import find
 from holdfast.testing import host_fingerprint
 from tars import Entry, entry, layer, tar_of, unpack
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from holdfast.errors import WrongState
-from holdfast.images.pack import pack_changes, pack_merged
-from holdfast.images.store import ImageStore
+from holdfast.images.kept.store import ImageStore
+from holdfast.images.outgoing.pack import pack_changes, pack_merged
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="whiteouts and attributes of overlayfs need root")
 OPAQUE = "trusted.overlay.opaque"

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from holdfast.errors import WrongState
 from holdfast.files import remove_tree
-from holdfast.images.recipe import rebuild
-from holdfast.images.tarstream import Damaged
+from holdfast.images.unpacking.recipe import rebuild
+from holdfast.images.unpacking.tarstream import Damaged
 from tars import END, entry, header, layer, padded, pax, raw, tar_of, unpack, unpack_here
 
 

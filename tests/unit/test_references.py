@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from holdfast.errors import WrongCall
 from holdfast.grammar.images import Reference, familiar
-from holdfast.images.references import parse
+from holdfast.images.formats.references import parse
 
 HEX = "0123456789abcdef" * 4
 PINNED = f"sha256:{HEX}"

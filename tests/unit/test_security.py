@@ -17,8 +17,9 @@ import pytest
 
 from holdfast.errors import HoldfastError, WrongState
 from holdfast.files import remove_tree
-from holdfast.images.archives import open_archive
-from holdfast.images.store import ImageStore
+from holdfast.images.formats.archives import open_archive
+from holdfast.images.incoming.load import import_rootfs, load_archive
+from holdfast.images.kept.store import ImageStore
 from holdfast.runtime import seccomp
 from holdfast.source.directory import DirectorySource, Torn, read_file
 from holdfast.source.git import GitSource
@@ -334,6 +335,6 @@ def test_a_file_that_never_ends_is_no_archive(tmp_path: Path) -> None:
 
     for path in (tmp_path / "fifo", Path("/dev/zero")):
         with pytest.raises(HoldfastError, match="no regular file"):
-            store.import_rootfs(path, "a:1")
+            import_rootfs(store, path, "a:1")
         with pytest.raises(HoldfastError, match="no regular file"):
-            store.load(path)
+            load_archive(store, path)

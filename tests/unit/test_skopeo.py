@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from holdfast.config import ImageSettings
 from holdfast.errors import HoldfastError, NotFound, Throttled, TryAgain, UnfitHost, Unreachable, WrongState
-from holdfast.images.faults import explain, message_of
-from holdfast.images.manifests import Unfit, choose, read_diff_ids, read_document, read_manifest
-from holdfast.images.references import parse
-from holdfast.images.skopeo import Skopeo, configured, is_loopback, noise
+from holdfast.images.formats.manifests import Unfit, choose, read_diff_ids, read_document, read_manifest
+from holdfast.images.formats.references import parse
+from holdfast.images.registry.faults import explain, message_of
+from holdfast.images.registry.skopeo import Skopeo, configured, is_loopback, noise
 
 REF = "reg.example:5000/shop/web:1"
 AT = "reg.example:5000/shop/web"

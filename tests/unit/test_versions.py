@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from holdfast.images.versions import newest, parse_version
+from holdfast.images.formats.versions import newest, parse_version
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol
 
-from holdfast.images.write import Sink
+from holdfast.images.outgoing.write import Sink
 from holdfast.observed import Json
 from holdfast.runtime.execs import ExecWant
 

@@ -27,7 +27,7 @@ from aiohttp import web
 from holdfast.api.agent import Agent
 from holdfast.api.wire import AGENT, Handler, answer, asked, body, error_json, flag, target_of, text, words, yes
 from holdfast.errors import HoldfastError, UnfitHost, WrongCall
-from holdfast.images.write import Sink
+from holdfast.images.outgoing.write import Sink
 from holdfast.observed import Json
 
 STALLED = 60.0  # seconds until a reader who takes nothing is given up: a container may stand still meanwhile

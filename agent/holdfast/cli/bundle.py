@@ -25,10 +25,10 @@ from holdfast.errors import HoldfastError, NotPermitted, UnfitHost, WrongCall, W
 
 if TYPE_CHECKING:
     from holdfast.config import Config
-    from holdfast.images.build import Builder
-    from holdfast.images.bundle import Bundle, Tree
-    from holdfast.images.gather import Coming, Wanted
-    from holdfast.images.store import ImageStore
+    from holdfast.images.builds.build import Builder
+    from holdfast.images.builds.gather import Coming, Wanted
+    from holdfast.images.formats.bundle import Bundle, Tree
+    from holdfast.images.kept.store import ImageStore
     from holdfast.source import Revision
     from holdfast.spec import Spec
 
@@ -65,8 +65,8 @@ def create(
     Needs skopeo, and neither an agent nor root. Variables get the values that agent.toml of this host gives them (see
     --config). The file is an OCI image layout: `skopeo inspect oci-archive:FILE:IMAGE` shows what is in it.
     """
-    from holdfast.images.bundle import write_bundle
-    from holdfast.images.gather import Gatherer
+    from holdfast.images.builds.gather import Gatherer
+    from holdfast.images.formats.bundle import write_bundle
     from holdfast.source.directory import DirectorySource
 
     config = settings()
@@ -121,7 +121,7 @@ def images_of(
     state_dir: Path, revision: Revision, node_name: str | None, labels: Sequence[str]
 ) -> tuple[list[Wanted], Spec]:
     """Every image that the files name; raises what is wrong with them, all at once."""
-    from holdfast.images.gather import Unread, wanted_images
+    from holdfast.images.builds.gather import Unread, wanted_images
 
     facts = settings().facts()
     if node_name is not None:
@@ -143,7 +143,7 @@ def images_of(
 
 def store_here(root: Path) -> ImageStore | None:
     """This host's image store; None where there is none, or not for this user."""
-    from holdfast.images.store import ImageStore
+    from holdfast.images.kept.store import ImageStore
 
     place = root / "images"
     return ImageStore(place) if os.access(place / "index.json", os.R_OK | os.W_OK) else None
@@ -156,10 +156,10 @@ def is_root() -> bool:
 def builder_in(stack: ExitStack, config: Config) -> Builder:
     """What builds images that state files define, in the agent's place or in a scratch one; it ends with stack."""
     from holdfast.drivers import Host
-    from holdfast.images.build import Builder
-    from holdfast.images.outside import Outside
-    from holdfast.images.pull import Puller
-    from holdfast.images.store import ImageStore
+    from holdfast.images.builds.build import Builder
+    from holdfast.images.builds.outside import Outside
+    from holdfast.images.incoming.pull import Puller
+    from holdfast.images.kept.store import ImageStore
 
     def told(_: str, subject: str, message: str, **__: object) -> None:
         render.echo(f"{subject}: {message}", err=True)
@@ -186,7 +186,7 @@ def pair(label: str) -> tuple[str, str]:
 
 def platform_of(text: str | None) -> str:
     """`OS/ARCH[/VARIANT]` as images name platforms; for None, this host's."""
-    from holdfast.images.store import architecture
+    from holdfast.images.kept.store import architecture
 
     if text is None:
         return f"linux/{architecture()}"
@@ -210,7 +210,7 @@ def coming(image: Coming) -> None:
 
 def tree_of(state_dir: Path, revision: Revision) -> Tree:
     """The files, with the commit and author that git knows them by, if they are just as they were committed."""
-    from holdfast.images.bundle import Tree
+    from holdfast.images.formats.bundle import Tree
 
     created = float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
     commit, _, author = git(state_dir, "log", "-1", "--format=%H%n%an <%ae>").partition("\n")
@@ -241,7 +241,7 @@ def git(folder: Path, *words: str) -> str:
 @json_option()
 def inspect(file: Path, json_: bool) -> None:
     """Show what is in a bundle. Its layers are not read: load verifies them."""
-    from holdfast.images.bundle import open_bundle
+    from holdfast.images.formats.bundle import open_bundle
 
     with open_bundle(file) as found:
         told = found.json()
@@ -280,7 +280,7 @@ def load(file: Path, state: Path | None, images_only: bool, wait: bool, timeout:
     The directory that agent.toml names is replaced as a whole, and what was in it is kept beside it. An agent that
     runs converges by itself.
     """
-    from holdfast.images.bundle import open_bundle
+    from holdfast.images.formats.bundle import open_bundle
     from holdfast.source.replace import check_replaceable, holds, replace_tree
 
     if images_only and state:
@@ -353,7 +353,7 @@ def state_directory() -> Path:
 
 def check_platform(found: Bundle) -> None:
     """Raise WrongState for a bundle that is for other machines than this."""
-    from holdfast.images.store import architecture
+    from holdfast.images.kept.store import architecture
 
     here = f"linux/{architecture()}"
     if "/".join(found.platform.split("/")[:2]) != here:

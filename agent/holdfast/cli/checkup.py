@@ -183,7 +183,7 @@ def programs() -> Iterator[Check]:
 
 def builds() -> Iterator[Check]:
     """Whether the fence of builds can stand here, and what this buildah is not trusted with."""
-    from holdfast.images.hazards import KNOWN, SAFE, buildah_version, is_safe
+    from holdfast.images.builds.hazards import KNOWN, SAFE, buildah_version, is_safe
 
     path = binaries.find_program("buildah")
     if path is None:

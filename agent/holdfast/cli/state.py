@@ -208,7 +208,7 @@ def converge(agent: Client, timeout: float, show: Show, began: float, patience: 
 
     While an image is on its way or built the time stands still: a transfer that stalls is given up by itself.
     """
-    from holdfast.images.transfers import moving, stranded  # loads what most commands do without
+    from holdfast.images.incoming.transfers import moving, stranded  # loads what most commands do without
 
     looked, left = time.monotonic(), timeout
     status: Json = agent.status()

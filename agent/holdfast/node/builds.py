@@ -16,8 +16,8 @@ from pathlib import Path
 
 from holdfast.drivers import EndpointWant, Host
 from holdfast.errors import HoldfastError, TryAgain
-from holdfast.images.image import Image
-from holdfast.images.outside import Cage, Outside, Pull
+from holdfast.images.builds.outside import Cage, Outside, Pull
+from holdfast.images.kept.image import Image
 from holdfast.node.context import Context
 from holdfast.node.stage import resolve_image
 from holdfast.runtime import cgroup, delegation, device_access, names

@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from holdfast.errors import HoldfastError, NotFound, UnfitHost, WrongState
-from holdfast.images.bundle import Blob, Bundle, Packed, open_bundle
-from holdfast.images.pull import GROWTH
-from holdfast.images.store import ImageStore
-from holdfast.images.transfers import Transfer
-from holdfast.images.unpack import Expected
+from holdfast.images.formats.bundle import Blob, Bundle, Packed, open_bundle
+from holdfast.images.incoming.pull import GROWTH
+from holdfast.images.incoming.transfers import Transfer
+from holdfast.images.kept.store import ImageStore
+from holdfast.images.unpacking.unpack import Expected
 from holdfast.node.context import Context
 from holdfast.observed import Json
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from holdfast.drivers import Host
 from holdfast.errors import NotFound, TryAgain
 from holdfast.files import open_source
-from holdfast.images import lookup
-from holdfast.images.build import Builder
-from holdfast.images.pull import Puller
-from holdfast.images.store import ImageStore
-from holdfast.images.transfers import Transfers
+from holdfast.images.builds.build import Builder
+from holdfast.images.incoming.pull import Puller
+from holdfast.images.incoming.transfers import Transfers
+from holdfast.images.kept import lookup
+from holdfast.images.kept.store import ImageStore
 from holdfast.observed import Instance, InstanceId, Json, Receipt
 from holdfast.plan.derived import NameTable
 from holdfast.plan.diff import folder_files

@@ -16,11 +16,13 @@ from typing import Any
 from holdfast.errors import HoldfastError, WrongCall
 from holdfast.grammar.images import familiar
 from holdfast.grammar.quantities import about
-from holdfast.images.collect import collect
-from holdfast.images.image import Freed, Image, Name
-from holdfast.images.references import parse
-from holdfast.images.transfers import Transfer
-from holdfast.images.write import FORMATS, Sink, save
+from holdfast.images.formats.references import parse
+from holdfast.images.incoming.load import import_rootfs
+from holdfast.images.incoming.transfers import Transfer
+from holdfast.images.kept.collect import collect
+from holdfast.images.kept.image import Freed, Image, Name
+from holdfast.images.outgoing.push import push
+from holdfast.images.outgoing.write import FORMATS, Sink, save
 from holdfast.node.bundle import load_bundle
 from holdfast.node.capture import commit_container, export_container, export_image
 from holdfast.node.context import Context
@@ -107,15 +109,17 @@ class ImageAnswers:
     def push_image(self, ref: str, to: str = "") -> Iterator[Json]:
         """Send an image to a registry, under its own name or another: {"pushed": {"ref", "digest"}} at the end."""
 
-        def push() -> Json:
-            image = self.context.images.resolve(ref)
-            return {"pushed": {"ref": to or ref, "digest": self.context.puller.push(image, to or ref)}}
+        def send() -> Json:
+            context = self.context
+            image = context.images.resolve(ref)
+            digest = push(context.images, context.puller.skopeo, image, to or ref, context.store.event)
+            return {"pushed": {"ref": to or ref, "digest": digest}}
 
-        return self._watched(to or ref, push, ())
+        return self._watched(to or ref, send, ())
 
     def import_image(self, path: str, ref: str, changes: Sequence[str] = ()) -> Json:
         """Make an image of a root file system's tar archive."""
-        image = self.context.images.import_rootfs(Path(path), ref, changes)
+        image = import_rootfs(self.context.images, Path(path), ref, changes)
         self._images_changed()
         return {**image_json(image), "ref": ref}
 

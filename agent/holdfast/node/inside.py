@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import HoldfastError, UnfitHost, WrongState
-from holdfast.images.lookup import Content, Found, View, read_small
+from holdfast.images.kept.lookup import Content, Found, View, read_small
 from holdfast.node.context import Base, Context
 from holdfast.observed import Json
 from holdfast.runtime.devices import DeviceNode

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import structlog
 
 from holdfast.errors import HoldfastError, Stopping
-from holdfast.images.image import Name
-from holdfast.images.references import parse
-from holdfast.images.versions import newest
+from holdfast.images.formats.references import parse
+from holdfast.images.formats.versions import newest
+from holdfast.images.kept.image import Name
 from holdfast.node.context import ROOTFS, Context
 from holdfast.observed import Json, NewerImage
 from holdfast.spec.forms import not_of_a_registry

@@ -18,8 +18,8 @@ from pathlib import Path
 from holdfast.errors import NotFound, Stopping, TryAgain, UnfitHost
 from holdfast.files import open_source
 from holdfast.grammar.images import archive_path, built
-from holdfast.images.lookup import Content, View
-from holdfast.images.references import parse
+from holdfast.images.formats.references import parse
+from holdfast.images.kept.lookup import Content, View
 from holdfast.node.context import BARE, ROOTFS, Base, Context, network_of, volume_of
 from holdfast.node.inside import check_devices, check_working_dir, content_of_mount, look, mount_all
 from holdfast.node.volumes import declared_volumes

@@ -16,7 +16,7 @@ from typing import Any
 
 from holdfast.errors import TryAgain
 from holdfast.files import open_source
-from holdfast.images.lookup import find
+from holdfast.images.kept.lookup import find
 from holdfast.node.context import BARE, ROOTFS, Base, Context, volume_of
 from holdfast.node.inside import mounted
 from holdfast.node.stale import where

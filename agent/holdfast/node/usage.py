@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from holdfast.images.image import Image
+from holdfast.images.kept.image import Image
 from holdfast.node.context import Context
 from holdfast.node.images import image_users
 from holdfast.observed import Json

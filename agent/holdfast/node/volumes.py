@@ -19,7 +19,7 @@ from pathlib import Path
 from holdfast.drivers import COMPLETE_CONTENT
 from holdfast.errors import NotFound, UnfitHost, WrongState
 from holdfast.guard import found_by
-from holdfast.images.lookup import find
+from holdfast.images.kept.lookup import find
 from holdfast.node.context import Context, volume_of
 from holdfast.node.wants import rootfs_want, volume_want
 from holdfast.observed import Instance, Json, Receipt

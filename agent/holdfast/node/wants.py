@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from holdfast.drivers import CgroupWant, EndpointWant, MountWant, NetworkWant, RootfsWant, VolumeWant
-from holdfast.images.lookup import View
+from holdfast.images.kept.lookup import View
 from holdfast.node.context import Base, Context, init_program, limits
 from holdfast.node.inside import read_file
 from holdfast.observed import Instance, Receipt

@@ -15,8 +15,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.images.image import Freed, InUse, users_of
-from holdfast.images.store import ImageStore
+from holdfast.images.kept.image import Freed, InUse, users_of
+from holdfast.images.kept.store import ImageStore
 
 GRACE = 600.0  # seconds: ten minutes
 REPLACEABLE = ("registry", "build")  # where a name comes from whose image can be had again

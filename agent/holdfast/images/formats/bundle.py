@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from holdfast.errors import HoldfastError, NotFound, UnfitHost, WrongCall, WrongState
-from holdfast.images.archives import open_regular
 from holdfast.images.disk import sync_folder
-from holdfast.images.references import parse, to_digest
+from holdfast.images.formats.archives import open_regular
+from holdfast.images.formats.references import parse, to_digest
 from holdfast.observed import Json
 
 VERSION = 1

@@ -26,7 +26,7 @@ from urllib.request import getproxies_environment, proxy_bypass
 
 from holdfast.errors import TryAgain
 from holdfast.grammar.images import DIGEST, Reference
-from holdfast.images.skopeo import is_loopback
+from holdfast.images.registry.skopeo import is_loopback
 
 ACCEPT = ", ".join(
     (

@@ -21,9 +21,9 @@ import zlib
 from _hashlib import openssl_sha256 as sha256  # hashlib would load all that there is
 from _queue import SimpleQueue
 
-from holdfast.images.recipe import Writer
-from holdfast.images.tarstream import Damaged, TarStream, shown
-from holdfast.images.tree import HOST, Tree
+from holdfast.images.unpacking.recipe import Writer
+from holdfast.images.unpacking.tarstream import Damaged, TarStream, shown
+from holdfast.images.unpacking.tree import HOST, Tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ if TYPE_CHECKING:
         def decompress(self, data: bytes, max_length: int = -1) -> bytes: ...
 
 
-COMMAND = "import sys; sys.path[:] = sys.argv[1].split(':'); from holdfast.images.worker import main; main()"
+COMMAND = (
+    "import sys; sys.path[:] = sys.argv[1].split(':'); from holdfast.images.unpacking.worker import main; main()"
+)
 GZIP, BZIP2, XZ, ZSTD, ZSTD_SKIPPED = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x2a\x4d\x18"
 READ = 1 << 20
 CHUNK = 1 << 18  # bytes of the plain archive that are handed over at once: they stay in the processor's cache

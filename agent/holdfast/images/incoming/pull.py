@@ -22,10 +22,8 @@ from holdfast.config import ImageSettings
 from holdfast.errors import HoldfastError, NotFound, Throttled, TryAgain, UnfitHost, WrongCall, WrongState
 from holdfast.grammar.images import DIGEST, Reference
 from holdfast.grammar.quantities import about
-from holdfast.images.archives import path_of
-from holdfast.images.faults import REFUSED, UNFIT, failure
-from holdfast.images.fetch import Fetch, Flights, Job
-from holdfast.images.manifests import (
+from holdfast.images.formats.archives import path_of
+from holdfast.images.formats.manifests import (
     DEEPEST_INDEX,
     Blob,
     Manifest,
@@ -36,13 +34,16 @@ from holdfast.images.manifests import (
     read_document,
     read_manifest,
 )
-from holdfast.images.references import parse
-from holdfast.images.skopeo import Skopeo, is_loopback
-from holdfast.images.store import Image, ImageStore, architecture
-from holdfast.images.transfers import Transfer, Transfers
+from holdfast.images.formats.references import parse
+from holdfast.images.incoming.fetch import Fetch, Flights, Job
+from holdfast.images.incoming.load import list_archive, load_archive, load_reference
+from holdfast.images.incoming.transfers import Transfer, Transfers
+from holdfast.images.kept.store import Image, ImageStore, architecture
+from holdfast.images.registry.faults import REFUSED, UNFIT, failure
+from holdfast.images.registry.skopeo import Skopeo, is_loopback
 
 if TYPE_CHECKING:
-    from holdfast.images.head import Limits, Place
+    from holdfast.images.registry.head import Limits, Place
 
 Told = Callable[..., None]  # (kind, subject, message, **more), as `store.event`
 
@@ -84,18 +85,18 @@ class Puller:
         self.store = store
         self.transfers = transfers or Transfers()
         self.told = told
-        self._skopeo = Skopeo(settings)
+        self.skopeo = Skopeo(settings)
         self._flights = Flights(settings.concurrent_downloads)
         self._limits: Limits | None = None
 
     @property
     def settings(self) -> ImageSettings:
         """May be set at any time, for what begins from then on."""
-        return self._skopeo.settings
+        return self.skopeo.settings
 
     @settings.setter
     def settings(self, settings: ImageSettings) -> None:
-        self._skopeo.settings = settings
+        self.skopeo.settings = settings
         self._flights.turn_to(settings.concurrent_downloads)
 
     def size(self, ref: str, deadline: float) -> int:
@@ -112,9 +113,9 @@ class Puller:
 
         deadline: until when (monotonic), if that is sooner than stall_timeout says.
         """
-        reference = self._reference(ref, "pull")
+        reference = self._reference(ref)
         try:
-            top = manifest = self._skopeo.manifest(reference, reference.remote, ref, deadline)
+            top = manifest = self.skopeo.manifest(reference, reference.remote, ref, deadline)
         except NotFound as error:
             if reference.digest or ref.endswith(f":{reference.tag}"):
                 raise
@@ -149,11 +150,11 @@ class Puller:
         beside. needed: False where something is here that will do. A layer under way for another image or caller is
         waited for.
         """
-        reference = self._reference(ref, "pull")
+        reference = self._reference(ref)
         with self.transfers.transfer(ref) as transfer, self.store.keep():
             watch(transfer)
             news = _News(self.told, ref, transfer)
-            fetch = Fetch(self.store, self._skopeo, self._flights, reference, ref, transfer, news.moved)
+            fetch = Fetch(self.store, self.skopeo, self._flights, reference, ref, transfer, news.moved)
             try:
                 if not self._here(ref):
                     fetch.warm_up()
@@ -177,9 +178,9 @@ class Puller:
 
         Raises TryAgain, with the time to wait, for a registry that wants to be left alone.
         """
-        from holdfast.images import head  # its modules are needed once in a while
+        from holdfast.images.registry import head  # its modules are needed once in a while
 
-        reference = self._reference(ref, "pull")
+        reference = self._reference(ref)
         self._limits = self._limits or head.Limits()
         return head.ask(reference, self._places(reference), self.settings.authfile, self._limits)
 
@@ -192,9 +193,9 @@ class Puller:
         return float(max((ceil(limits.left(each.host, now)) for each in where), default=0)) if limits else 0.0
 
     def _places(self, reference: Reference) -> list[Place]:
-        from holdfast.images import head
+        from holdfast.images.registry import head
 
-        return head.places(reference, self._skopeo.registries(), loopback=is_loopback(reference.host))
+        return head.places(reference, self.skopeo.registries(), loopback=is_loopback(reference.host))
 
     def load(self, ref: str, opened: int | None = None) -> Image:
         """The image that `oci:/path[:REF]`, `oci-archive:` or `docker-archive:` means, if policy.json allows it.
@@ -205,77 +206,50 @@ class Puller:
         reference = parse(ref)
         place = reference.path if opened is None else path_of(opened)
         try:
-            if self._skopeo.policy_is_open():
-                return self.store.load_reference(ref, opened)
+            if self.skopeo.policy_is_open():
+                return load_reference(self.store, ref, opened)
             if not os.path.exists(place):  # noqa: PTH110
                 raise NotFound(f"load {reference.path!r}: no such file or directory")
             with self.store.keep(), self.store.scratch() as folder:
                 layout = folder / "admitted"
-                self._skopeo.admit(replace(reference, path=place), ref, layout)
-                return self.store.load_reference(f"oci:{layout}")
+                self.skopeo.admit(replace(reference, path=place), ref, layout)
+                return load_reference(self.store, f"oci:{layout}")
         except HoldfastError as error:
             error.args = (str(error).replace(place, reference.path),)
             raise
 
     def load_all(self, path: Path) -> list[Image]:
         """Every image of an archive, under the names that it has there, if policy.json allows all of them."""
-        if self._skopeo.policy_is_open():
-            return self.store.load(path)
+        if self.skopeo.policy_is_open():
+            return load_archive(self.store, path)
         with self.store.keep(), self.store.scratch() as folder:
             admitted: list[tuple[Path, tuple[str, ...]]] = []
-            for reference, names in self.store.archived(path):
+            for reference, names in list_archive(self.store, path):
                 layout = folder / str(len(admitted))
-                self._skopeo.admit(reference, reference.name, layout)
+                self.skopeo.admit(reference, reference.name, layout)
                 admitted.append((layout, names))
             for layout, names in admitted:
                 for name in names:
-                    self.store.load(layout, name)
+                    load_archive(self.store, layout, name)
             return [self.store.resolve(names[0]) for _, names in admitted]
-
-    def push(self, image: Image, ref: str) -> str:
-        """Send an image to a registry; blobs that are there are not sent again. The manifest's digest there."""
-        from holdfast.images.write import write_layout
-
-        reference = self._reference(ref, "push")
-        if reference.digest:
-            raise WrongCall(f"push {ref!r}: a digest is not for us to choose (expected [HOST/]NAME[:TAG])")
-        with self.store.keep(), self.store.scratch() as folder:
-            digest = write_layout(self.store, image, folder)
-            self._skopeo.send(folder, "latest", reference, ref)
-        self.told("pushed", ref, f"{image.digest} is there as {digest}", digest=digest)
-        return digest
-
-    def push_index(self, layout: Path, ref: str) -> None:
-        """Send the index of a layout (tag `latest`) to a registry, with all images in it."""
-        self._skopeo.send(layout, "latest", self._reference(ref, "push"), ref, every=True)
 
     def fetch_for(self, ref: str, platform: str, layout: Path) -> None:
         """Fetch an image for another platform (`linux/arm64`) into a new OCI layout, under the tag `image`."""
-        self._skopeo.fetch_for(self._reference(ref, "pull"), platform, ref, layout)
+        self.skopeo.fetch_for(self._reference(ref), platform, ref, layout)
 
     def tags(self, ref: str) -> list[str]:
         """Every tag of the reference's repository. Raises as `resolve`."""
-        return self._skopeo.tags(self._reference(ref, "list tags of"), ref)
+        return self.skopeo.tags(self._reference(ref, "list tags of"), ref)
 
     def close(self) -> None:
         """End what is under way, quickly: it raises Stopping. Nothing can be asked for afterwards."""
         self._flights.close()
-        self._skopeo.close()
+        self.skopeo.close()
 
-    def _reference(self, ref: str, operation: str) -> Reference:
-        if DIGEST.fullmatch(ref):
-            here = ", and the image is here already" if self._here(ref) else ""
-            raise WrongCall(f"{operation} {ref!r}: a digest alone names no registry{here} (expected NAME@{ref})")
-        reference = parse(ref)
-        if reference.transport != "docker":
-            raise WrongCall(f"{operation} {ref!r}: an archive of this host (expected an image of a registry)")
-        if self.settings.offline:
-            raise failure(
-                UnfitHost,
-                f"{operation} {ref!r}: this node is offline (expected the image in a bundle or an archive that is "
-                "loaded here, or offline = false in [images] of agent.toml)",
-            )
-        return reference
+    def _reference(self, ref: str, operation: str = "pull") -> Reference:
+        if DIGEST.fullmatch(ref) and self._here(ref):
+            raise WrongCall(f"{operation} {ref!r}: a digest alone names no registry, and the image is here already")
+        return self.skopeo.reference(ref, operation)
 
     def _here(self, ref: str) -> bool:
         with suppress(NotFound):
@@ -286,7 +260,7 @@ class Puller:
         """A manifest, or an index in an index: from the store where it is here."""
         with suppress(NotFound):
             return self.store.read_blob(blob.digest)
-        data = self._skopeo.manifest(reference, reference.at(blob.digest), ref, deadline)
+        data = self.skopeo.manifest(reference, reference.at(blob.digest), ref, deadline)
         _check(data, blob.digest)
         return data
 
@@ -299,7 +273,7 @@ class Puller:
         began = time.monotonic()
         if jobs:
             self._check_room(ref, jobs)
-        if not self._skopeo.policy_is_open():
+        if not self.skopeo.policy_is_open():
             self._check_policy(ref, remote, manifest)
         if jobs:
             news.begin(len(jobs))
@@ -350,7 +324,7 @@ class Puller:
     def _check_policy(self, ref: str, remote: Remote, manifest: Manifest) -> None:
         layers = [layer.digest for layer in manifest.layers]
         with self.store.scratch() as scratch:
-            checked = self._skopeo.check_policy(remote.reference, layers, ref, scratch)
+            checked = self.skopeo.check_policy(remote.reference, layers, ref, scratch)
         if _digest(checked) != remote.digest:
             raise TryAgain(f"pull {ref!r}: the tag has moved to {_digest(checked)} meanwhile")
 

@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
 
-from holdfast.images.image import CONFIG, LAYER, MANIFEST, Image, whole_history
-from holdfast.images.store import ImageStore
-from holdfast.images.unpack import Unpacked
-from holdfast.images.write import Sink
+from holdfast.images.kept.image import CONFIG, LAYER, MANIFEST, Image, whole_history
+from holdfast.images.kept.store import ImageStore
+from holdfast.images.outgoing.write import Sink
+from holdfast.images.unpacking.unpack import Unpacked
 
 APPENDED = ("Env", "Labels", "ExposedPorts", "Volumes")  # of a configuration: what is added to, not replaced
 

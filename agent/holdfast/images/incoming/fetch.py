@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 
 from holdfast.errors import HoldfastError, Stopping, TryAgain, UnfitHost, WrongState
 from holdfast.grammar.images import Reference
-from holdfast.images.faults import REFUSED, UNFIT, failure
-from holdfast.images.manifests import Blob
-from holdfast.images.proxy import Proxy, ProxyError
-from holdfast.images.skopeo import Skopeo
-from holdfast.images.store import ImageStore
-from holdfast.images.transfers import Transfer
-from holdfast.images.unpack import Expected
+from holdfast.images.formats.manifests import Blob
+from holdfast.images.incoming.transfers import Transfer
+from holdfast.images.kept.store import ImageStore
+from holdfast.images.registry.faults import REFUSED, UNFIT, failure
+from holdfast.images.registry.proxy import Proxy, ProxyError
+from holdfast.images.registry.skopeo import Skopeo
+from holdfast.images.unpacking.unpack import Expected
 
 PAUSES = (0.2, 1.0)  # seconds before a layer is tried again after a passing fault
 

@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from holdfast.errors import HoldfastError, WrongState
-from holdfast.images.buildah import STEP, Failed
-from holdfast.images.faults import explain, failure, message_of
+from holdfast.images.builds.buildah import STEP, Failed
+from holdfast.images.registry.faults import explain, failure, message_of
 
 RETRY = 60.0  # seconds; a build that failed is not tried again before, unless something else is committed
 NOISE = re.compile(

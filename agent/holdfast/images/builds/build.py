@@ -28,16 +28,16 @@ from holdfast.config import BuildSettings, ImageSettings
 from holdfast.drivers import Host
 from holdfast.errors import HoldfastError, NotFound, Stopping, TryAgain, UnfitHost, WrongState
 from holdfast.files import remove_tree
-from holdfast.images.buildah import Buildah, Failed, find, give, read_plain
-from holdfast.images.buildlog import RETRY, Log, failed, hint_of
-from holdfast.images.faults import failure
-from holdfast.images.hazards import buildah_version, check_mounts, check_triggers
-from holdfast.images.image import Image, architecture, whole_history
-from holdfast.images.outside import Outside
-from holdfast.images.references import to_digest
-from holdfast.images.store import ImageStore
-from holdfast.images.unpack import Expected
-from holdfast.images.write import write_layout
+from holdfast.images.builds.buildah import Buildah, Failed, find, give, read_plain
+from holdfast.images.builds.buildlog import RETRY, Log, failed, hint_of
+from holdfast.images.builds.hazards import buildah_version, check_mounts, check_triggers
+from holdfast.images.builds.outside import Outside
+from holdfast.images.formats.references import to_digest
+from holdfast.images.kept.image import Image, architecture, whole_history
+from holdfast.images.kept.store import ImageStore
+from holdfast.images.outgoing.write import write_layout
+from holdfast.images.registry.faults import failure
+from holdfast.images.unpacking.unpack import Expected
 from holdfast.observed import Json
 from holdfast.spec.dockerfile import images_in, keyed
 from holdfast.spec.model import Build
@@ -364,7 +364,7 @@ class Builder:
 
     def _named(self, image: Image, build: Build) -> Image:
         """The image with all names that its tags give it."""
-        from holdfast.images.references import parse
+        from holdfast.images.formats.references import parse
 
         known = self.store.names()
         for tag in build.tags:

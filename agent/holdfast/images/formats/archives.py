@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from holdfast.errors import HoldfastError, NotFound, UnfitHost, WrongState
 from holdfast.grammar.images import Transport
-from holdfast.images.references import to_digest
+from holdfast.images.formats.references import to_digest
 
 GZIP, BZIP2, XZ, ZSTD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"
 INDEXES = (

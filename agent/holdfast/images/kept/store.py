@@ -23,18 +23,17 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from holdfast.config import ImageSettings
-from holdfast.errors import Conflict, NotFound, TryAgain, WrongCall, WrongState
-from holdfast.grammar.images import DIGEST, Reference, familiar
-from holdfast.images.archives import Archive, Found, open_archive, open_regular, path_of
+from holdfast.errors import Conflict, NotFound, TryAgain, WrongCall
+from holdfast.grammar.images import DIGEST, familiar
 from holdfast.images.disk import Locks, spread, write_whole
-from holdfast.images.image import (
+from holdfast.images.formats.references import parse, to_digest
+from holdfast.images.kept.image import (
     Freed,
     Image,
     InUse,
@@ -44,14 +43,12 @@ from holdfast.images.image import (
     check_manifest,
     listing,
     moment,
-    plain_manifest,
     read_diff_ids,
     read_name,
     users_of,
 )
-from holdfast.images.layers import HEX, LayerStore, Progress
-from holdfast.images.references import parse, parse_changes, to_digest
-from holdfast.images.unpack import Expected, Unpacked
+from holdfast.images.kept.layers import HEX, LayerStore, Progress
+from holdfast.images.unpacking.unpack import Expected, Unpacked
 
 __all__ = ["Freed", "Image", "ImageStore", "Name", "architecture"]
 
@@ -230,70 +227,6 @@ class ImageStore:
             self._set_names([full.name], image.digest, tops[0] if tops else image.digest, "tag")
             return self.get(image.digest)
 
-    def import_rootfs(self, tar: Path | int, name: str, changes: Sequence[str] = ()) -> Image:
-        """Make an image of one layer from the tar of a root file system (plain, gzip, xz, bzip2 or zstd).
-
-        tar: a file, or a descriptor to read it from. changes: as `docker import --change` has them: CMD, ENTRYPOINT,
-        ENV, WORKDIR, USER, EXPOSE, LABEL, VOLUME, STOPSIGNAL. The same archive and changes make the same digest, so
-        that nothing restarts for it.
-        """
-        parsed = parse(name)
-        config = parse_changes(changes)
-        with self.keep():
-            if isinstance(tar, int):
-                layer = self.add_layer(tar)
-            else:
-                with _open(tar) as stream:
-                    layer = self.add_layer(stream)
-            created = datetime.fromtimestamp(layer.newest, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            document = {
-                "architecture": architecture(),
-                "config": config,
-                "created": created,
-                "history": [{"created": created, "created_by": "holdfast image import"}],
-                "os": "linux",
-                "rootfs": {"type": "layers", "diff_ids": [layer.diff_id]},
-            }
-            data = json.dumps(document, sort_keys=True).encode()
-            return self.add_image(plain_manifest(data, [layer]), data, [parsed.name], source="import")
-
-    def load(self, path: Path, name: str | None = None) -> list[Image]:
-        """Load the images of an OCI layout (directory or archive) or of a docker-archive.
-
-        name: instead of what the archive calls its image. Raises WrongState for what is damaged, or made for
-        another architecture than this host's.
-        """
-        with self.keep(), open_archive(path, self.partial, architecture()) as archive:
-            found = archive.images()
-            if name is not None and len(found) != 1:
-                raise WrongCall(f"load {str(path)!r}: holds {len(found)} images (one name can't be given to all)")
-            if not name:
-                _check_named(found, path)
-            return [self._load(archive, image, path, [name] if name else image.names) for image in found]
-
-    def archived(self, path: Path) -> list[tuple[Reference, tuple[str, ...]]]:
-        """The reference and the names of each image that `load` would take from an archive. Raises as `load`."""
-        with open_archive(path, self.partial, architecture()) as archive:
-            found = archive.images()
-            _check_named(found, path)
-            return [(Reference(archive.transport, "", str(path), each.part, ""), each.names) for each in found]
-
-    def load_reference(self, reference: str, opened: int | None = None) -> Image:
-        """The image that `oci:/path[:REF]`, `oci-archive:` or `docker-archive:` means; it gets no name here.
-
-        opened: a descriptor of what is at the path. Costs the reading of a manifest when all of it is here already.
-        Raises NotFound, and WrongState as `load`.
-        """
-        wanted = parse(reference)
-        path = Path(wanted.path if opened is None else path_of(opened))
-        with self.keep(), open_archive(path, self.partial, architecture()) as archive:
-            there = archive.images()
-            found = [each for each in there if not wanted.tag or any(_means(wanted.tag, name) for name in each.names)]
-            if len(found) != 1:
-                names = ", ".join(name for each in there for name in each.names) or "no names"
-                raise NotFound(f"load {reference!r}: leads to {len(found)} images, not to one (it holds {names})")
-            return self._load(archive, found[0], path, ())
-
     # -- taking images out --
 
     def keep(self) -> AbstractContextManager[bool]:
@@ -463,23 +396,6 @@ class ImageStore:
         except NotFound:
             return ""
 
-    def _load(self, archive: Archive, found: Found, path: Path, names: Sequence[str]) -> Image:
-        diff_ids = read_diff_ids(found.config, str(path))
-        if len(diff_ids) != len(found.layers):
-            raise WrongState(f"load {str(path)!r}: {len(found.layers)} layers with {len(diff_ids)} diff ids")
-        layers = [self._load_layer(archive, *each) for each in zip(diff_ids, found.layers, strict=True)]
-        manifest = found.manifest or plain_manifest(found.config, layers)
-        return self.add_image(manifest, found.config, names, source="load")
-
-    def _load_layer(self, archive: Archive, diff_id: str, member: str) -> Unpacked:
-        if self.has_layer(diff_id):
-            return self.layers.facts(diff_id)
-        try:
-            with archive.open(member) as stream:
-                return self.add_layer(stream, Expected(diff_id))
-        except WrongState as error:
-            raise WrongState(f"load {str(archive.files.path)!r}: {error}") from error
-
     def _needed(self) -> set[str]:
         """All blobs and layers of all images, and the indexes that lead to one of them or have a name."""
         here = self.digests()
@@ -581,20 +497,3 @@ def _nearest(reference: str, names: Sequence[str]) -> str:
         closest = get_close_matches(wanted.path.rpartition("/")[2], set(lasts.values()), n=1, cutoff=0.65)
         near = [name for name, last in lasts.items() if last in closest]
     return next(iter(get_close_matches(wanted.name, near, n=1, cutoff=0.0)), "")
-
-
-def _means(ref: str, name: str) -> bool:
-    """Whether an image that an archive calls name is what REF means: its whole name, or its tag."""
-    return name == ref or name.rpartition(":")[2] == ref
-
-
-def _check_named(found: Sequence[Found], path: Path) -> None:
-    if not all(image.names for image in found):
-        raise WrongCall(f"load {str(path)!r}: the image in it has no name (give one)")
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return open_regular(path)
-    except FileNotFoundError as error:
-        raise NotFound(f"open {str(path)!r}: no such file") from error

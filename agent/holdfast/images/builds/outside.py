@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from holdfast.errors import NotFound, TryAgain
-from holdfast.images.image import Image
-from holdfast.images.pull import Puller
-from holdfast.images.references import parse
-from holdfast.images.store import ImageStore
+from holdfast.images.formats.references import parse
+from holdfast.images.incoming.pull import Puller
+from holdfast.images.kept.image import Image
+from holdfast.images.kept.store import ImageStore
+from holdfast.images.outgoing.push import push, push_index
 
 Pull = Literal["missing", "newer", "always", "never"]
 RESOLV_CONF = Path("/etc/resolv.conf")
@@ -64,11 +65,11 @@ class Outside:
 
     def push(self, image: Image, name: str) -> None:
         """Send an image of our store to a registry."""
-        self.puller.push(image, name)
+        push(self.store, self.puller.skopeo, image, name, self.puller.told)
 
     def push_index(self, layout: Path, name: str) -> None:
         """Send the index of an OCI layout (tag `latest`) to a registry, with all images in it."""
-        self.puller.push_index(layout, name)
+        push_index(self.puller.skopeo, layout, name)
 
     @contextmanager
     def cgroup(self, id: str) -> Iterator[Cage]:

@@ -24,8 +24,8 @@ from typing import BinaryIO, cast
 from holdfast.config import ImageSettings
 from holdfast.errors import UnfitHost
 from holdfast.images.disk import Locks, sync_folder, write_whole
-from holdfast.images.references import to_digest
-from holdfast.images.unpack import Expected, Limits, Unpacked, discard, unpack_stream
+from holdfast.images.formats.references import to_digest
+from holdfast.images.unpacking.unpack import Expected, Limits, Unpacked, discard, unpack_stream
 
 HEX = re.compile("[0-9a-f]{64}")
 Progress = Callable[[int], None]

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from holdfast.errors import WrongState
-from holdfast.images.lookup import find, read_small
-from holdfast.images.references import to_digest
-from holdfast.images.unpack import Unpacked
+from holdfast.images.formats.references import to_digest
+from holdfast.images.kept.lookup import find, read_small
+from holdfast.images.unpacking.unpack import Unpacked
 
 ARCHITECTURES = {
     "x86_64": "amd64",

@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from holdfast.config import ImageSettings
-from holdfast.errors import HoldfastError, Stopping, UnfitHost
-from holdfast.grammar.images import Reference
-from holdfast.images.faults import ENDED, explain, message_of
-from holdfast.images.proxy import Proxy, ProxyError
+from holdfast.errors import HoldfastError, Stopping, UnfitHost, WrongCall
+from holdfast.grammar.images import DIGEST, Reference
+from holdfast.images.formats.references import parse
+from holdfast.images.registry.faults import ENDED, explain, failure, message_of
+from holdfast.images.registry.proxy import Proxy, ProxyError
 
 BUSY = "Too many requests to "  # skopeo then waits by itself, for minutes
 DIR_VERSION = "version"  # the first file that a `dir:` destination writes
@@ -57,6 +58,21 @@ class Skopeo:
         for process in running:
             process.kill()
         self._starter.shutdown(wait=False)
+
+    def reference(self, ref: str, operation: str) -> Reference:
+        """Read a reference that a registry is to be asked for. Raises WrongCall, and UnfitHost on an offline node."""
+        if DIGEST.fullmatch(ref):
+            raise WrongCall(f"{operation} {ref!r}: a digest alone names no registry (expected NAME@{ref})")
+        reference = parse(ref)
+        if reference.transport != "docker":
+            raise WrongCall(f"{operation} {ref!r}: an archive of this host (expected an image of a registry)")
+        if self.settings.offline:
+            raise failure(
+                UnfitHost,
+                f"{operation} {ref!r}: this node is offline (expected the image in a bundle or an archive that is "
+                "loaded here, or offline = false in [images] of agent.toml)",
+            )
+        return reference
 
     def manifest(self, reference: Reference, name: str, as_written: str, deadline: float | None = None) -> bytes:
         """The very bytes of the manifest or index that name (tag or digest) leads to. deadline: as `_run`."""

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, cast
 
 from holdfast.errors import WrongCall, WrongState
-from holdfast.images.image import CONFIG, LAYER, MANIFEST, Image
-from holdfast.images.recipe import rebuild
-from holdfast.images.references import parse
-from holdfast.images.store import ImageStore
+from holdfast.images.formats.references import parse
+from holdfast.images.kept.image import CONFIG, LAYER, MANIFEST, Image
+from holdfast.images.kept.store import ImageStore
+from holdfast.images.unpacking.recipe import rebuild
 
 Format = Literal["oci-archive", "docker-archive"]
 FORMATS: tuple[Format, ...] = ("oci-archive", "docker-archive")

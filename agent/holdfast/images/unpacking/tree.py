@@ -14,7 +14,7 @@ import stat
 import zlib
 from struct import Struct
 
-from holdfast.images.tarstream import (
+from holdfast.images.unpacking.tarstream import (
     BLOCKDEV,
     CHAR,
     DIRECTORY,
@@ -32,7 +32,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from holdfast.images.recipe import Writer
+    from holdfast.images.unpacking.recipe import Writer
 
 WHITEOUT = b".wh."
 AUFS = b".wh..wh."

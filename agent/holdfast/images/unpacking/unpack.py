@@ -24,8 +24,8 @@ from pathlib import Path
 
 from holdfast.errors import HoldfastError, NotPermitted, TryAgain, UnfitHost, WrongState
 from holdfast.files import remove_tree
-from holdfast.images.tree import MAX_LINKS, OPAQUE_XATTR, is_whiteout
-from holdfast.images.worker import COMMAND
+from holdfast.images.unpacking.tree import MAX_LINKS, OPAQUE_XATTR, is_whiteout
+from holdfast.images.unpacking.worker import COMMAND
 
 __all__ = ["MAX_LINKS", "OPAQUE_XATTR", "Expected", "Limits", "Unpacked", "discard", "is_whiteout", "unpack_stream"]
 

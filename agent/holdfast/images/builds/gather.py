@@ -17,14 +17,14 @@ from types import MappingProxyType
 from holdfast.config import ImageSettings
 from holdfast.errors import HoldfastError, NotFound, TryAgain, WrongState
 from holdfast.grammar.images import Reference, built
-from holdfast.images.build import Builder, built_name
-from holdfast.images.bundle import MANIFEST, Gathered, digest_of, media_type_of
-from holdfast.images.image import Image, architecture
-from holdfast.images.manifests import Unfit, choose, is_index, read_diff_ids, read_document, read_manifest
-from holdfast.images.references import parse
-from holdfast.images.skopeo import Skopeo
-from holdfast.images.store import ImageStore
-from holdfast.images.write import write_layout
+from holdfast.images.builds.build import Builder, built_name
+from holdfast.images.formats.bundle import MANIFEST, Gathered, digest_of, media_type_of
+from holdfast.images.formats.manifests import Unfit, choose, is_index, read_diff_ids, read_document, read_manifest
+from holdfast.images.formats.references import parse
+from holdfast.images.kept.image import Image, architecture
+from holdfast.images.kept.store import ImageStore
+from holdfast.images.outgoing.write import write_layout
+from holdfast.images.registry.skopeo import Skopeo
 from holdfast.spec import Cache, NodeFacts, Problem, Spec, load
 
 #: OCI's names of architectures (with variant) → uname(2)'s, by which `manifests.choose` knows what a host runs.

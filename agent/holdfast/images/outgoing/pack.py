@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.errors import UnfitHost, WrongState
-from holdfast.images.unpack import OPAQUE_XATTR, is_whiteout
-from holdfast.images.write import BLOCK, Sink
+from holdfast.images.outgoing.write import BLOCK, Sink
+from holdfast.images.unpacking.unpack import OPAQUE_XATTR, is_whiteout
 
 WHITEOUT, OPAQUE = b".wh.", b".wh..wh..opq"
 OVERLAY_XATTRS = ("trusted.overlay.", "user.overlay.")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-from holdfast.images.faults import ENDED, message_of
+from holdfast.images.registry.faults import ENDED, message_of
 
 LARGEST_REPLY = 64 << 10
 TICK = 0.25  # seconds between looks at what can end a wait from outside

@@ -34,9 +34,9 @@ from typing import IO, Any, Literal, cast
 from holdfast.drivers import Host
 from holdfast.errors import Stopping, TryAgain, UnfitHost, WrongState
 from holdfast.files import remove_tree
-from holdfast.images import fence
+from holdfast.images.builds import fence
+from holdfast.images.builds.outside import Cage, Outside
 from holdfast.images.disk import is_at, lock
-from holdfast.images.outside import Cage, Outside
 
 QUIET = 3600.0  # seconds without a word after which a build is given up
 KEPT_LINES = 20_000  # of what a program says, for who asked; the longest answer is an image's configuration

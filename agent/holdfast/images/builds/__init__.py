@@ -1,0 +1,1 @@
+"""Build images with buildah, and collect the images of a bundle."""

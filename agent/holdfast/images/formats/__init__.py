@@ -1,0 +1,1 @@
+"""Read and write files that hold images. Nothing here knows the store."""

@@ -1,0 +1,1 @@
+"""Bring images into the store."""

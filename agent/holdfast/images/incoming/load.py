@@ -1,0 +1,124 @@
+"""Load images from files of this host into the store: OCI layouts, docker-archives and tars of root file systems."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from holdfast.errors import NotFound, WrongCall, WrongState
+from holdfast.grammar.images import Reference
+from holdfast.images.formats.archives import Archive, Found, open_archive, open_regular, path_of
+from holdfast.images.formats.references import parse, parse_changes
+from holdfast.images.kept.image import Image, architecture, plain_manifest, read_diff_ids
+from holdfast.images.kept.store import ImageStore
+from holdfast.images.unpacking.unpack import Expected, Unpacked
+
+
+def import_rootfs(store: ImageStore, tar: Path | int, name: str, changes: Sequence[str] = ()) -> Image:
+    """Make an image of one layer from the tar of a root file system (plain, gzip, xz, bzip2 or zstd).
+
+    tar: a file, or a descriptor to read it from. changes: as `docker import --change` has them: CMD, ENTRYPOINT, ENV,
+    WORKDIR, USER, EXPOSE, LABEL, VOLUME, STOPSIGNAL. The same archive and changes make the same digest, so nothing
+    restarts for it.
+    """
+    parsed = parse(name)
+    config = parse_changes(changes)
+    with store.keep():
+        if isinstance(tar, int):
+            layer = store.add_layer(tar)
+        else:
+            try:
+                stream = open_regular(tar)
+            except FileNotFoundError as error:
+                raise NotFound(f"open {str(tar)!r}: no such file") from error
+            with stream:
+                layer = store.add_layer(stream)
+        created = datetime.fromtimestamp(layer.newest, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        document = {
+            "architecture": architecture(),
+            "config": config,
+            "created": created,
+            "history": [{"created": created, "created_by": "holdfast image import"}],
+            "os": "linux",
+            "rootfs": {"type": "layers", "diff_ids": [layer.diff_id]},
+        }
+        data = json.dumps(document, sort_keys=True).encode()
+        return store.add_image(plain_manifest(data, [layer]), data, [parsed.name], source="import")
+
+
+def load_archive(store: ImageStore, path: Path, name: str | None = None) -> list[Image]:
+    """Load the images of an OCI layout (directory or archive) or of a docker-archive.
+
+    name: use it instead of the name in the archive. Raises WrongState for what is damaged, or made for another
+    architecture than this host's.
+    """
+    with _opened(store, path) as archive:
+        found = archive.images()
+        if name is not None and len(found) != 1:
+            raise WrongCall(f"load {str(path)!r}: holds {len(found)} images (one name can't be given to all)")
+        if not name:
+            _check_named(found, path)
+        return [_add(store, archive, image, path, [name] if name else image.names) for image in found]
+
+
+def list_archive(store: ImageStore, path: Path) -> list[tuple[Reference, tuple[str, ...]]]:
+    """List the reference and the names of each image that `load_archive` would take. Raises the same."""
+    with _opened(store, path) as archive:
+        found = archive.images()
+        _check_named(found, path)
+        return [(Reference(archive.transport, "", str(path), each.part, ""), each.names) for each in found]
+
+
+def load_reference(store: ImageStore, reference: str, opened: int | None = None) -> Image:
+    """Load the image that `oci:/path[:REF]`, `oci-archive:` or `docker-archive:` means; it gets no name.
+
+    opened: a descriptor of what is at the path, read instead of the path. If the image is in the store already, this
+    only reads its manifest. Raises NotFound, and WrongState as `load_archive`.
+    """
+    wanted = parse(reference)
+    path = Path(wanted.path if opened is None else path_of(opened))
+    with _opened(store, path) as archive:
+        there = archive.images()
+        found = [each for each in there if not wanted.tag or any(_means(wanted.tag, name) for name in each.names)]
+        if len(found) != 1:
+            names = ", ".join(name for each in there for name in each.names) or "no names"
+            raise NotFound(f"load {reference!r}: leads to {len(found)} images, not to one (it holds {names})")
+        return _add(store, archive, found[0], path, ())
+
+
+@contextmanager
+def _opened(store: ImageStore, path: Path) -> Iterator[Archive]:
+    with store.keep(), open_archive(path, store.partial, architecture()) as archive:
+        yield archive
+
+
+def _add(store: ImageStore, archive: Archive, found: Found, path: Path, names: Sequence[str]) -> Image:
+    diff_ids = read_diff_ids(found.config, str(path))
+    if len(diff_ids) != len(found.layers):
+        raise WrongState(f"load {str(path)!r}: {len(found.layers)} layers with {len(diff_ids)} diff ids")
+    layers = [_add_layer(store, archive, *each) for each in zip(diff_ids, found.layers, strict=True)]
+    manifest = found.manifest or plain_manifest(found.config, layers)
+    return store.add_image(manifest, found.config, names, source="load")
+
+
+def _add_layer(store: ImageStore, archive: Archive, diff_id: str, member: str) -> Unpacked:
+    if store.has_layer(diff_id):
+        return store.layers.facts(diff_id)
+    try:
+        with archive.open(member) as stream:
+            return store.add_layer(stream, Expected(diff_id))
+    except WrongState as error:
+        raise WrongState(f"load {str(archive.files.path)!r}: {error}") from error
+
+
+def _means(ref: str, name: str) -> bool:
+    """Check whether REF means the image that an archive calls name: by its whole name, or by its tag."""
+    return name == ref or name.rpartition(":")[2] == ref
+
+
+def _check_named(found: Sequence[Found], path: Path) -> None:
+    if not all(image.names for image in found):
+        raise WrongCall(f"load {str(path)!r}: the image in it has no name (give one)")

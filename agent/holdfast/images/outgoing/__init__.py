@@ -1,0 +1,1 @@
+"""Hand images of the store out."""

@@ -1,0 +1,1 @@
+"""Turn the archive of a layer into a directory, and back again."""
