@@ -19,27 +19,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import EntryPoint
 from importlib.metadata import entry_points as installed_entry_points
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, TypeVar, cast
 
 import pluggy
 
 from holdfast import hookspecs
-from holdfast.drivers import (
-    CgroupPolicy,
-    Driver,
-    EndpointWant,
-    FirewallWant,
-    Host,
-    MountWant,
-    NetworkWant,
-    RootfsWant,
-    VolumeWant,
-)
+from holdfast.drivers import Host, VolumeWant
 from holdfast.errors import TryAgain, UnfitHost, WrongState
 from holdfast.guard import (
     OBSERVE_DEADLINE,
-    GuardedDriver,
-    GuardedPolicy,
+    Guarded,
     Observation,
     described,
     found_by,
@@ -47,30 +36,16 @@ from holdfast.guard import (
     is_interrupt,
     observe_all,
 )
+from holdfast.kinds import KINDS, VOLUME, DriverKind, offers
 from holdfast.observed import Finding, Json
 from holdfast.workers import BACKLOG, Teller, Worker
+
+D = TypeVar("D")
 
 GROUP = "holdfast"
 LOAD_DEADLINE = 30.0  # seconds that a plugin may take to be imported, and to offer its drivers
 
-DriverKind = Literal["rootfs", "volume", "mount", "network", "endpoint", "firewall", "policy"]
-
-OFFERS: tuple[tuple[str, tuple[DriverKind, ...]], ...] = (
-    ("register_rootfs_drivers", ("rootfs",)),
-    ("register_volume_drivers", ("volume",)),
-    ("register_mount_drivers", ("mount",)),
-    ("register_network_drivers", ("network", "endpoint")),
-    ("register_firewall_drivers", ("firewall",)),
-    ("register_cgroup_policies", ("policy",)),
-)
-NAMED: tuple[DriverKind, ...] = ("volume", "network", "policy")  # kinds of which state files choose
 HOOKS = tuple(name for name, item in vars(hookspecs).items() if hasattr(item, "holdfast_spec"))
-
-
-class Named(Protocol):
-    """What every driver and policy is, whatever else it does."""
-
-    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +88,7 @@ class Plugins:
     no container may start, and that are not loaded → their distribution.
     """
 
-    rootfs: dict[str, Driver[RootfsWant]] = field(default_factory=dict)
-    volumes: dict[str, Driver[VolumeWant]] = field(default_factory=dict)
-    mounts: dict[str, Driver[MountWant]] = field(default_factory=dict)
-    networks: dict[str, Driver[NetworkWant]] = field(default_factory=dict)
-    endpoints: dict[str, Driver[EndpointWant]] = field(default_factory=dict)
-    firewalls: dict[str, Driver[FirewallWant]] = field(default_factory=dict)
-    policies: dict[str, CgroupPolicy] = field(default_factory=dict)
+    _drivers: dict[DriverKind[Any], dict[str, Guarded]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
     _manager: pluggy.PluginManager = field(default_factory=lambda: _new_manager())
     noticed: Callable[[str, str], None] = lambda plugin, error: None
     expected: Mapping[str, str] = field(default_factory=dict)
@@ -128,7 +97,7 @@ class Plugins:
     _optional: set[str] = field(default_factory=set)  # plugins whose adjust_oci_config may fail
     _states: dict[str, PluginState] = field(default_factory=dict)
     _faults: dict[str, dict[str, str]] = field(default_factory=dict)  # plugin → of what → error
-    _guards: dict[str, list[GuardedDriver | GuardedPolicy]] = field(default_factory=dict)
+    _guards: dict[str, list[Guarded]] = field(default_factory=dict)
     _tellers: dict[str, Teller] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -150,11 +119,7 @@ class Plugins:
 
     def names(self) -> dict[str, frozenset[str]]:
         """The drivers that state files may name, by kind."""
-        return {kind: frozenset(self._kinds()[kind]) for kind in NAMED}
-
-    def offers(self, kind: str, driver: str) -> bool:
-        """Whether some plugin offers a driver."""
-        return driver in self._kinds().get(cast(DriverKind, kind), ())
+        return {kind.name: frozenset(self._drivers[kind]) for kind in KINDS if kind.chosen}
 
     def adjusting(self) -> dict[str, str]:
         """The plugins without whose adjust_oci_config no container may run → their distribution."""
@@ -177,21 +142,25 @@ class Plugins:
             and "adjust_oci_config" not in self._faults.get(name, ())
         ]
 
-    def driver(self, kind: DriverKind, name: str) -> Any:
+    def of_kind(self, kind: DriverKind[D]) -> Mapping[str, D]:
+        """Every driver of a kind, by name, in the order of loading."""
+        return cast(Mapping[str, D], self._drivers[kind])
+
+    def driver(self, kind: DriverKind[D], name: str) -> D:
         """The driver of that kind and name. Raises WrongState that names the known ones."""
-        known = self._kinds()[kind]
+        known = self.of_kind(kind)
         if name not in known:
             broken = [state.name for state in self.states if state.state == "failed"]
             hint = f"; failed plugins: {', '.join(broken)}" if broken else ""
             raise WrongState(
-                f"{kind} driver {name!r}: no plugin offers it (known: {', '.join(known) or 'none'}{hint})"
+                f"{kind.name} driver {name!r}: no plugin offers it (known: {', '.join(known) or 'none'}{hint})"
             )
         return known[name]
 
     def check_volume(self, driver: str, want: VolumeWant) -> None:
         """Let the driver check, after making sure that no other driver has made a volume of that name."""
-        chosen: Driver[VolumeWant] = self.driver("volume", driver)
-        for name, other in self.volumes.items():
+        chosen = self.driver(VOLUME, driver)
+        for name, other in self.of_kind(VOLUME).items():
             if name != driver and any(receipt.id == want.id for receipt in found_by(other) or ()):
                 raise WrongState(
                     f"volume {want.id!r}: driver {name!r} made it, and now driver {driver!r} is asked for "
@@ -202,22 +171,21 @@ class Plugins:
     def watch(self, tell: Callable[[str, str], None]) -> list[Callable[[], None]]:
         """Have every driver that can look after what it made (`drivers.Watching`); returns what ends that."""
         ends = []
-        for driver in self._guarded():
+        for driver in self._all():
             with suppress(Exception):  # recorded as the plugin's fault; passes see what changes
                 ends.append(driver.watch(tell))
         return ends
 
     def observe(self) -> Observation:
         """All that drivers observe and tell. That one can't say is recorded as its plugin's fault."""
-        return observe_all(self._observer, self._kinds().items())
+        return observe_all(self._observer, self._all())
 
     def findings(self) -> tuple[Finding, ...]:
         """What the drivers have to tell of the host (`drivers.Telling`)."""
         return self.observe().findings
 
-    def _guarded(self) -> list[GuardedDriver]:
-        known = (driver for drivers in self._kinds().values() for driver in drivers.values())
-        return [driver for driver in known if isinstance(driver, GuardedDriver)]
+    def _all(self) -> list[Guarded]:
+        return [driver for named in self._drivers.values() for driver in named.values()]
 
     def hears(self, hook: str) -> bool:
         """Whether any plugin implements a hook: what nobody hears need not be made."""
@@ -281,17 +249,6 @@ class Plugins:
     def _why_not(self, name: str) -> str:
         """Why a plugin that is installed is not loaded, "" for one that is not installed."""
         return f"could not be loaded: {self._states[name].error}" if name in self._states else ""
-
-    def _kinds(self) -> dict[DriverKind, dict[str, Any]]:
-        return {
-            "rootfs": self.rootfs,
-            "volume": self.volumes,
-            "mount": self.mounts,
-            "network": self.networks,
-            "endpoint": self.endpoints,
-            "firewall": self.firewalls,
-            "policy": self.policies,
-        }
 
     def _implementations(self, hook: str) -> Iterator[tuple[str, pluggy.HookImpl]]:
         """In the order of loading; pluggy's own order is the reverse, but no plugin could rely on either."""
@@ -376,7 +333,7 @@ class Plugins:
             state = replace(state, hooks=self._hooks_of(name))
             if _is_optional(module):
                 self._optional.add(name)
-            offers = worker.call(partial(self._offers, name, host))
+            offered = worker.call(partial(self._offers, name, host))
         except BaseException as error:  # the edge at which a plugin's exceptions end
             if is_interrupt(error):
                 raise
@@ -384,8 +341,8 @@ class Plugins:
                 self._manager.unregister(name=name)
             self._states[name] = replace(state, state="failed", error=described(error))
             return
-        self._guards[name] = [driver for _, driver in offers]
-        accepted, refused = self._accept(offers)
+        self._guards[name] = offered
+        accepted, refused = self._accept(offered)
         self._states[name] = replace(
             state, state="refused" if refused else "ok", drivers=accepted, error="; ".join(refused)
         )
@@ -400,22 +357,20 @@ class Plugins:
                     _refuse_unusual(hook, implementation)
         return tuple(found)
 
-    def _offers(self, name: str, host: Host) -> list[tuple[DriverKind, GuardedDriver | GuardedPolicy]]:
+    def _offers(self, name: str, host: Host) -> list[Guarded]:
         """All that a plugin registers; nothing of it counts when one of its hooks raises."""
-        offers: list[tuple[DriverKind, Named]] = []
-        for hook, kinds in OFFERS:
+        found: list[tuple[DriverKind[Any], Any]] = []
+        for hook, kinds in offers():
             for plugin, implementation in self._implementations(hook):
                 if plugin == name:
-                    arguments = {"register": _collector(kinds, offers), "host": host}
+                    arguments = {"register": _collector(kinds, found), "host": host}
                     _plain_result(implementation, arguments)
-        return [(kind, guarded(driver, kind, partial(self._record, name), self._observer)) for kind, driver in offers]
+        return [guarded(driver, kind, partial(self._record, name), self._observer) for kind, driver in found]
 
-    def _accept(
-        self, offers: Iterable[tuple[DriverKind, GuardedDriver | GuardedPolicy]]
-    ) -> tuple[tuple[str, ...], list[str]]:
+    def _accept(self, offered: Iterable[Guarded]) -> tuple[tuple[str, ...], list[str]]:
         accepted, refused = [], []
-        for kind, driver in offers:
-            known = self._kinds()[kind]
+        for driver in offered:
+            known, kind = self._drivers[driver.kind], driver.kind.name
             if driver.name in known:
                 refused.append(f"{kind} driver {driver.name!r}: refused, an earlier plugin offers one of that name")
             else:
@@ -463,11 +418,12 @@ def _own_first(entry_point: EntryPoint) -> tuple[bool, str, str]:
     return distribution != "holdfast", distribution, entry_point.name
 
 
-def _collector(kinds: tuple[DriverKind, ...], offers: list[tuple[DriverKind, Named]]) -> Callable[..., None]:
-    def register(*drivers: Named) -> None:
+def _collector(kinds: tuple[DriverKind[Any], ...], found: list[tuple[DriverKind[Any], Any]]) -> Callable[..., None]:
+    def register(*drivers: Any) -> None:
         if len(drivers) != len(kinds):
-            raise TypeError(f"register() takes {len(kinds)} drivers ({', '.join(kinds)}), not {len(drivers)}")
-        offers.extend(zip(kinds, drivers, strict=True))
+            names = ", ".join(kind.name for kind in kinds)
+            raise TypeError(f"register() takes {len(kinds)} drivers ({names}), not {len(drivers)}")
+        found.extend(zip(kinds, drivers, strict=True))
 
     return register
 

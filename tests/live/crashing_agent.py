@@ -196,14 +196,16 @@ def _drivers(config: Path) -> dict[str, type]:
     import holdfast_plugins.network.messages  # noqa: F401 - imported here once, not by each child
     from holdfast.config import load_config
     from holdfast.drivers import Host
+    from holdfast.kinds import KINDS
 
     loaded = load_config(config)
     plugins = holdfast.daemon.load_plugins(Host(loaded.name, loaded.root, loaded.run_root, loaded.pool))
-    kinds = {
-        "rootfs": plugins.rootfs, "volume": plugins.volumes, "mount": plugins.mounts, "network": plugins.networks,
-        "endpoint": plugins.endpoints, "firewall": plugins.firewalls,
-    }  # fmt: skip
-    return {f"{kind} {name}": type(each.driver) for kind, known in kinds.items() for name, each in known.items()}
+    return {
+        f"{kind.name} {name}": type(each.driver)
+        for kind in KINDS
+        if kind.receipt
+        for name, each in plugins.of_kind(kind).items()
+    }
 
 
 def _converge(config: Path, drivers: Mapping[str, type], request: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ USE = """
 import json, sys
 from pathlib import Path
 from holdfast.drivers import Host, VolumeWant
+from holdfast.kinds import VOLUME
 from holdfast.plugins import load_plugins
 
 host = Host(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
@@ -30,11 +31,11 @@ plugins = load_plugins(host)
 state = next(state for state in plugins.states if state.name == "ext4")
 want = VolumeWant(id="shop/data", driver_opts={"size": "4MiB"})
 plugins.check_volume("ext4", want)
-receipt = plugins.driver("volume", "ext4").ensure(want)
+receipt = plugins.driver(VOLUME, "ext4").ensure(want)
 (Path(receipt.data["path"]) / "file").write_text("content")
-found = [each.id for each in plugins.driver("volume", "ext4").observe()]
+found = [each.id for each in plugins.driver(VOLUME, "ext4").observe()]
 mounted = Path(receipt.data["path"]).is_mount()
-plugins.driver("volume", "ext4").remove(receipt)
+plugins.driver(VOLUME, "ext4").remove(receipt)
 print(json.dumps([state.distribution, state.version, state.state, state.drivers, found, mounted]))
 """
 

@@ -13,11 +13,14 @@ import pytest
 from holdfast.drivers import Host, MountWant, RootfsWant, VolumeWant
 from holdfast.errors import UnfitHost, WrongCall, WrongState
 from holdfast.files import open_source
+from holdfast.guard import guarded
+from holdfast.kinds import VOLUME
 from holdfast.observed import Receipt
 from holdfast.plugins import load_plugins
 from holdfast.runtime.content import ContentStore
 from holdfast.spec.model import Mount
 from holdfast.testing import DriverConformance, host_fingerprint
+from holdfast.workers import Worker
 from holdfast_plugins.storage import BindMount, FileMount, ManagedVolume, OverlayRootfs, TmpfsMount
 from holdfast_plugins.storage.mounts import _by_descriptor, _mount_by_page, is_mounted, unmount
 
@@ -227,7 +230,7 @@ def test_volume_options_and_names_are_checked(host: Host) -> None:
 
 def test_a_volume_of_another_driver_is_refused_with_both_names(host: Host) -> None:
     plugins = load_plugins(host)
-    plugins.driver("volume", "managed").ensure(VolumeWant(id="a/v"))
+    plugins.driver(VOLUME, "managed").ensure(VolumeWant(id="a/v"))
 
     class Other(ManagedVolume):
         name = "other"
@@ -235,7 +238,7 @@ def test_a_volume_of_another_driver_is_refused_with_both_names(host: Host) -> No
         def observe(self) -> list[Receipt]:
             return []
 
-    plugins.volumes["other"] = Other(host)
+    plugins._accept([guarded(Other(host), VOLUME, lambda what, error: None, Worker("observe", 5.0))])
     with pytest.raises(WrongState, match=r"'a/v': driver 'managed' made it.*'other' is asked for"):
         plugins.check_volume("other", VolumeWant(id="a/v"))
     plugins.check_volume("other", VolumeWant(id="a/w"))

@@ -21,8 +21,9 @@ import pytest
 from holdfast import hookspecs
 from holdfast.drivers import CgroupWant, Driver, EndpointWant, Host, NetworkWant, VolumeWant
 from holdfast.errors import UnfitHost, WrongState
-from holdfast.guard import GuardedDriver, breach, found_by
+from holdfast.guard import Guarded, breach, found_by
 from holdfast.hookspecs import hookimpl
+from holdfast.kinds import KINDS, MOUNT, POLICY, VOLUME, DriverKind, kind_of, kind_of_want
 from holdfast.observed import Finding, Receipt
 from holdfast.plugins import HOOKS, Plugins, PluginState, load_plugins, merge_patch
 from holdfast.spec.model import Resources
@@ -93,13 +94,26 @@ def test_the_manual_lists_every_hook_in_call_order_with_its_exact_signature() ->
     assert listed == exact
 
 
-def test_the_manual_names_every_field_of_every_want() -> None:
-    from holdfast import drivers
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_the_manual_names_every_field_of_a_want_and_all_that_its_receipt_must_have(kind: DriverKind[Any]) -> None:
+    fields = ", ".join(kind.want.__dataclass_fields__)
+    (row,) = [line for line in MANUAL.read_text().splitlines() if f"`{kind.want.__name__}({fields})`" in line]
+    assert kind.receipt is None or f"| `{kind.receipt}` |" in row
+    assert [key for key in kind.required if f"`{key}`" not in row] == []
 
-    for name in drivers.__all__:
-        if name.endswith("Want") and name != "CgroupWant":
-            fields = ", ".join(getattr(drivers, name).__dataclass_fields__)
-            assert f"`{name}({fields})`" in MANUAL.read_text()
+
+def test_a_new_kind_of_driver_is_an_entry_that_leaves_nothing_open() -> None:
+    from holdfast import testing
+
+    assert [kind.name for kind in KINDS if kind.conformance and not hasattr(testing, kind.conformance)] == []
+    assert [kind_of_want(object.__new__(kind.want)) for kind in KINDS] == [*KINDS]
+    made = [kind for kind in KINDS if kind.receipt]
+    owners = [("instance" if kind.owned else "") for kind in made]
+    assert [
+        kind_of(Receipt(kind.receipt, "d", "id", owner)) for kind, owner in zip(made, owners, strict=True)
+    ] == made
+    offered = [name for name in HOOKS if name.startswith("register_")]
+    assert offered == [*dict.fromkeys(kind.hook.__name__ for kind in KINDS)]
 
 
 def test_a_plugin_that_can_not_be_imported_stops_no_other(load: Callable[..., Plugins]) -> None:
@@ -119,7 +133,7 @@ def test_a_plugin_that_raises_while_it_offers_offers_nothing(load: Callable[...,
     plugins = load(half=[offering("half"), register_mount_drivers], good=[offering("good")])
     assert state(plugins, "half").error == "RuntimeError: no such luck"
     assert state(plugins, "half").drivers == ()
-    assert list(plugins.volumes) == ["good"]
+    assert list(plugins.of_kind(VOLUME)) == ["good"]
 
 
 def test_unknown_hooks_and_wrong_parameters_are_named(load: Callable[..., Plugins]) -> None:
@@ -169,8 +183,8 @@ def test_two_plugins_of_one_name_are_both_listed(load: Callable[..., Plugins], h
 def test_an_unknown_driver_names_the_known_ones(load: Callable[..., Plugins]) -> None:
     plugins = load(good=[offering("good")], broken=None)
     with pytest.raises(WrongState, match=r"volume driver 'gold'.*\(known: good; failed plugins: broken\)"):
-        plugins.driver("volume", "gold")
-    assert plugins.driver("volume", "good").name == "good"
+        plugins.driver(VOLUME, "gold")
+    assert plugins.driver(VOLUME, "good").name == "good"
 
 
 def test_a_hook_that_raises_is_recorded_and_the_others_are_told(load: Callable[..., Plugins]) -> None:
@@ -410,7 +424,7 @@ def test_what_is_no_driver_is_refused(offer: Callable[..., Plugins], verbs: dict
     plugins = offer(**verbs)
     assert state(plugins, "mine").state == "failed"
     assert error in state(plugins, "mine").error
-    assert list(plugins.volumes) == ["good"]
+    assert list(plugins.of_kind(VOLUME)) == ["good"]
 
 
 def volume_receipt(**fields: Any) -> Receipt:
@@ -433,7 +447,7 @@ def volume_receipt(**fields: Any) -> Receipt:
 def test_what_ensure_returns_is_looked_at(offer: Callable[..., Plugins], made: Any, error: str) -> None:
     plugins = offer(ensure=lambda want: made)
     with pytest.raises(UnfitHost, match="volume driver 'plain': ensure: returned") as raised:
-        plugins.driver("volume", "plain").ensure(VolumeWant(id="a/v"))
+        plugins.driver(VOLUME, "plain").ensure(VolumeWant(id="a/v"))
     assert error in str(raised.value)
     assert error in state(plugins, "mine").error
 
@@ -463,7 +477,7 @@ def test_what_a_driver_raises_by_mistake_bears_its_name_until_it_works_again(
         return volume_receipt() if verb == "ensure" else None
 
     plugins = offer(**{verb: raising})
-    call = getattr(plugins.driver("volume", "plain"), verb)
+    call = getattr(plugins.driver(VOLUME, "plain"), verb)
     with pytest.raises(KeyError) as raised:
         call(VolumeWant(id="a/v"))
     assert raised.value.__notes__ == [f"volume driver 'plain': {verb}"]
@@ -485,7 +499,7 @@ def test_what_ends_programs_ends_no_agent(offer: Callable[..., Plugins], verb: s
         raise raised
 
     plugins = offer(**{verb: raising})
-    call = getattr(plugins.driver("volume", "plain"), verb)
+    call = getattr(plugins.driver(VOLUME, "plain"), verb)
     argument = () if verb == "observe" else (VolumeWant(id="a/v"),)
     with ThreadPoolExecutor(1) as lane, pytest.raises(UnfitHost, match=f"{verb}: raised {type(raised).__name__}"):
         lane.submit(call, *argument).result()
@@ -497,7 +511,7 @@ def test_an_exception_that_can_not_be_printed_is_named_by_its_class(offer: Calla
         raise Unspeakable
 
     plugins = offer(observe=observe)
-    assert found_by(plugins.driver("volume", "plain")) is None
+    assert found_by(plugins.driver(VOLUME, "plain")) is None
     assert state(plugins, "mine").error == "volume driver 'plain': observe: Unspeakable"
 
 
@@ -527,7 +541,7 @@ def test_a_driver_that_does_not_answer_is_waited_for_once(host: Host) -> None:
             assert answer.wait(60)
         return [volume_receipt()]
 
-    driver = GuardedDriver(Loose(host, observe=observe), "volume", faults.__setitem__, Worker("observe", 0.2))
+    driver = Guarded(Loose(host, observe=observe), VOLUME, faults.__setitem__, Worker("observe", 0.2))
     assert found_by(driver) == [volume_receipt()]
     hanging[0] = True
     assert found_by(driver) is None
@@ -557,7 +571,7 @@ def test_a_call_that_takes_long_is_shown_while_it_lasts(
 
     plugins = offer(check=check)
     with ThreadPoolExecutor(1) as lane:
-        call = lane.submit(plugins.driver("volume", "plain").check, VolumeWant(id="a/v"))
+        call = lane.submit(plugins.driver(VOLUME, "plain").check, VolumeWant(id="a/v"))
         assert begun.wait(10)
         shown = state(plugins, "mine")
         over.set()
@@ -580,7 +594,7 @@ def test_a_plugin_that_hangs_while_it_is_loaded_hinders_no_other(
     plugins = load(hangs=[register_mount_drivers], good=[offering("good")])
     over.set()
     assert "has not answered since" in state(plugins, "hangs").error
-    assert list(plugins.volumes) == ["good"]
+    assert list(plugins.of_kind(VOLUME)) == ["good"]
 
 
 def test_what_a_driver_raises_on_purpose_is_no_fault_of_its_plugin(offer: Callable[..., Plugins]) -> None:
@@ -589,7 +603,7 @@ def test_what_a_driver_raises_on_purpose_is_no_fault_of_its_plugin(offer: Callab
 
     plugins = offer(check=check)
     with pytest.raises(WrongState):
-        plugins.driver("volume", "plain").check(VolumeWant(id="a/v"))
+        plugins.driver(VOLUME, "plain").check(VolumeWant(id="a/v"))
     assert state(plugins, "mine").state == "ok"
 
 
@@ -601,7 +615,7 @@ def test_a_driver_that_can_not_observe_says_so_and_hinders_no_other(
     offer: Callable[..., Plugins], observe: Callable[[], Any]
 ) -> None:
     plugins = offer(observe=observe)
-    assert found_by(plugins.driver("volume", "plain")) is None
+    assert found_by(plugins.driver(VOLUME, "plain")) is None
     assert "volume driver 'plain': observe: " in state(plugins, "mine").error
     plugins.check_volume("good", VolumeWant(id="a/v"))
 
@@ -623,7 +637,7 @@ def test_what_observe_yields_is_looked_at_before_every_pass_reads_it(
     offer: Callable[..., Plugins], fields: dict[str, Any]
 ) -> None:
     plugins = offer(observe=lambda: [replace(Receipt("volume", "plain", "a/v"), **fields)])
-    assert found_by(plugins.driver("volume", "plain")) is None
+    assert found_by(plugins.driver(VOLUME, "plain")) is None
     assert "volume driver 'plain': observe: yielded " in state(plugins, "mine").error
 
 
@@ -636,23 +650,22 @@ def test_what_a_driver_tells_of_the_host_is_looked_at(offer: Callable[..., Plugi
 
 
 @pytest.mark.parametrize("raised", [SystemExit(1), RuntimeError("x")])
-def test_what_a_driver_does_beyond_the_four_verbs_ends_no_agent(
-    offer: Callable[..., Plugins], raised: BaseException
-) -> None:
+def test_what_a_driver_does_beyond_the_four_verbs_ends_no_agent(host: Host, raised: BaseException) -> None:
     def raising(*_: Any) -> Any:
         raise raised
 
-    plugins = offer(release=raising, refresh=raising, watch=lambda tell: raising)
-    driver = plugins.driver("volume", "plain")
-    end = plugins.watch(lambda subject, what: None)[0]
+    loose = Loose(host, release=raising, refresh=raising, watch=lambda tell: raising)
+    faults: dict[str, str] = {}
+    driver = Guarded(loose, MOUNT, faults.__setitem__, Worker("observe", 5.0))
+    end = driver.watch(lambda subject, what: None)
     for call, arguments in ((driver.release, ("receipt",)), (driver.refresh, ("receipt", Path())), (end, ())):
         with ThreadPoolExecutor(1) as lane, pytest.raises(Exception, match=r"raised|x"):
             lane.submit(call, *arguments).result()
-    assert {"release", "refresh"} <= set(re.findall(r"'plain': (\w+): ", state(plugins, "mine").error))
+    assert {*faults} == {f"mount driver 'plain': {verb}" for verb in ("release", "refresh", "watch")}
 
 
-def test_a_driver_without_the_verbs_beyond_the_four_has_none(offer: Callable[..., Plugins]) -> None:
-    driver = offer().driver("volume", "plain")
+def test_a_driver_without_the_verbs_beyond_the_four_has_none(host: Host) -> None:
+    driver = Guarded(Loose(host), MOUNT, lambda what, error: None, Worker("observe", 5.0))
     assert not hasattr(driver, "release")
     assert not hasattr(driver, "refresh")
 
@@ -661,7 +674,7 @@ def test_a_watch_that_hangs_is_not_waited_for(host: Host) -> None:
     released = threading.Event()
     faults: list[str] = []
     loose = Loose(host, watch=lambda tell: released.wait(60))
-    driver = GuardedDriver(loose, "volume", lambda what, error: faults.append(error), Worker("observe", 0.05))
+    driver = Guarded(loose, VOLUME, lambda what, error: faults.append(error), Worker("observe", 0.05))
     with pytest.raises(NoAnswer):
         driver.watch(lambda subject, what: None)
     released.set()
@@ -687,7 +700,7 @@ def test_what_a_policy_returns_is_looked_at(load: Callable[..., Plugins], made: 
     plugins = load(mine=[register_cgroup_policies])
     want = CgroupWant(resources=Resources(), version=1, memory_total=1, cpus=1)
     with pytest.raises(UnfitHost, match="cgroup policy 'odd': settings: returned"):
-        plugins.driver("policy", "odd").settings(want)
+        plugins.driver(POLICY, "odd").settings(want)
 
 
 @pytest.mark.parametrize(  # RFC 7396, appendix A

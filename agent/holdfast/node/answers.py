@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
+from holdfast import kinds
 from holdfast.errors import Conflict, HoldfastError, NotFound, WrongCall
 from holdfast.guard import found_by
 from holdfast.node import installed
@@ -166,7 +167,7 @@ class Answers(ImageAnswers):
     def _volumes(self) -> dict[str, Receipt]:
         """What the drivers find, and what was made by one that can't say or that no plugin offers any more."""
         made = {each.id: each for each in self.context.store.receipts("volume") if not each.owner}
-        for name, driver in self.context.plugins.volumes.items():
+        for name, driver in self.context.plugins.of_kind(kinds.VOLUME).items():
             found = found_by(driver)
             if found is not None:
                 made = {id: each for id, each in made.items() if each.driver != name}

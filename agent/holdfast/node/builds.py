@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from holdfast import kinds
 from holdfast.drivers import EndpointWant, Host
 from holdfast.errors import HoldfastError, TryAgain
 from holdfast.images.builds.outside import Cage, Outside, Pull
@@ -82,7 +83,7 @@ class BuildServices(Outside):
         network = context.store.receipt("network", BUILD_NETWORK)
         if network is None:
             raise TryAgain(f"network '{BUILD_NETWORK}' does not stand yet")
-        driver = context.plugins.driver("endpoint", network.driver)
+        driver = context.plugins.driver(kinds.ENDPOINT, network.driver)
         space = Path(f"/proc/{pid}/ns/net")
         want = EndpointWant(instance=id, network=network, netns=space, interface="eth0", default_route=True)
         context.builds.add(id)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from holdfast import kinds
 from holdfast.drivers import Host
 from holdfast.errors import NotFound, TryAgain
 from holdfast.files import open_source
@@ -257,10 +258,10 @@ def _newest(context: Context, app: str) -> App | None:
 
 def fallback_receipts(context: Context, instance: Instance) -> list[Receipt]:
     """What an instance may have left without a receipt, in the order in which it is made."""
-    left = [Receipt("rootfs", name, instance.id, instance.id) for name in context.plugins.rootfs]
+    left = [Receipt("rootfs", name, instance.id, instance.id) for name in context.plugins.of_kind(kinds.ROOTFS)]
     left.append(Receipt("netns", "kernel", instance.id, instance.id))
     for network in instance.want.networks:
         driver = network_of(context, network).driver
-        if network not in BARE and driver in context.plugins.endpoints:
+        if network not in BARE and driver in context.plugins.of_kind(kinds.ENDPOINT):
             left.append(Receipt("endpoint", driver, f"{instance.id}/{network}", instance.id))
     return left

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from holdfast.errors import Conflict, NotFound
+from holdfast.kinds import KINDS, kind_of
 from holdfast.node.context import BARE, Context
 from holdfast.observed import MissingDriver, Receipt
 from holdfast.plugins import PluginState
 
 FACT = "plugins"
-KINDS = ("rootfs", "volume", "mount", "network", "endpoint", "firewall")
 
 
 def remember(context: Context) -> None:
@@ -57,9 +57,9 @@ def missing_drivers(context: Context, made: Iterable[Receipt]) -> tuple[MissingD
     """
     used: dict[tuple[str, str], list[str]] = {}
     for receipt in made:
-        kind = "mount" if receipt.kind == "volume" and receipt.owner else receipt.kind
-        if kind in KINDS and receipt.driver not in BARE and not context.plugins.offers(kind, receipt.driver):
-            used.setdefault((kind, receipt.driver), []).append(receipt.id)
+        kind = kind_of(receipt)
+        if kind and receipt.driver not in BARE and receipt.driver not in context.plugins.of_kind(kind):
+            used.setdefault((kind.name, receipt.driver), []).append(receipt.id)
     if any(kind == "volume" for kind, _ in used):
         mounted = _mounted(context)
         for key in [key for key in used if key[0] == "volume"]:
@@ -80,7 +80,7 @@ def states(context: Context, missing: Iterable[MissingDriver]) -> tuple[PluginSt
 
 def made(context: Context) -> Iterator[Receipt]:
     """Every receipt that a driver could have been asked for."""
-    for kind in ("rootfs", "volume", "network", "endpoint", "firewall"):
+    for kind in dict.fromkeys(each.receipt for each in KINDS if each.receipt):
         yield from context.store.receipts(kind)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from holdfast import kinds
 from holdfast.errors import HoldfastError, UnfitHost
 from holdfast.guard import described, found_by
 from holdfast.node.context import Context
@@ -30,7 +31,7 @@ def recover(context: Context) -> None:
         context.store.event("interrupted", subject, f"{intent['verb']} was cut short; it {what}")
         context.store.drop_intent(subject)
     _lease_addresses(context)
-    for driver in context.plugins.mounts.values():
+    for driver in context.plugins.of_kind(kinds.MOUNT).values():
         if hasattr(driver, "release"):  # no start is under way
             for receipt in found_by(driver) or ():
                 release_mount(context, receipt)
@@ -80,7 +81,7 @@ def _finish_removal(context: Context, volume: str) -> None:
     receipt = context.store.receipt("volume", volume)
     if receipt is None:
         return
-    driver = context.plugins.driver("volume", receipt.driver)
+    driver = context.plugins.driver(kinds.VOLUME, receipt.driver)
     if volume not in {each.id for each in driver.observe()}:
         remove_volume(context, volume)
 
@@ -99,7 +100,7 @@ def remove_volume(context: Context, volume: str, *, check: Callable[[], None] = 
         drivers = (
             [receipt.driver]
             if receipt
-            else [name for name in context.plugins.volumes if _shows(context, name, volume)]
+            else [name for name in context.plugins.of_kind(kinds.VOLUME) if _shows(context, name, volume)]
         )
         try:
             for name in drivers:
@@ -125,5 +126,5 @@ def _remove(context: Context, receipt: Receipt) -> None:
 
 
 def _shows(context: Context, driver: str, volume: str) -> bool:
-    known = context.plugins.volumes.get(driver)
+    known = context.plugins.of_kind(kinds.VOLUME).get(driver)
     return known is not None and any(each.id == volume for each in found_by(known) or ())

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from holdfast import kinds
 from holdfast.errors import NotFound, Stopping, TryAgain, UnfitHost
 from holdfast.files import open_source
 from holdfast.grammar.images import archive_path, built
@@ -293,7 +294,7 @@ def _check_container(
     context: Context, app: App, name: str, image: str, volumes: tuple[Mount, ...], checks: _Checks
 ) -> None:
     want, base = app.containers[name], context.base(image)
-    for driver in list(context.plugins.rootfs.values())[:1]:
+    for driver in list(context.plugins.of_kind(kinds.ROOTFS).values())[:1]:
         driver.check(rootfs_want("check", base.layers, want))
     contents: dict[str, Content] = {}
     for mount in (*want.mounts, *volumes):
@@ -312,7 +313,7 @@ def _check_mount(context: Context, app: App, mount: Mount) -> Path | None:
         context.plugins.check_volume(spec.driver, volume_want(mount.source, spec))
         return None
     want = mount_want(context, "check", app, mount)
-    context.plugins.driver("mount", mount.kind).check(want)
+    context.plugins.driver(kinds.MOUNT, mount.kind).check(want)
     return want.content
 
 
@@ -379,4 +380,4 @@ def _check_network(context: Context, app: App, network: str) -> None:
     standing = context.store.receipt("network", network)
     joining = sum(network in want.networks for want in app.containers.values())
     if standing is None or standing.data.get("want") != digest_of(spec.model_dump(mode="json")):
-        context.plugins.driver("network", spec.driver).check(network_want(network, spec, joining))
+        context.plugins.driver(kinds.NETWORK, spec.driver).check(network_want(network, spec, joining))

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from holdfast import kinds
 from holdfast.errors import TryAgain
 from holdfast.files import open_source
 from holdfast.images.kept.lookup import find
@@ -175,7 +176,7 @@ def _keep(context: Context, receipt: Receipt) -> Receipt:
 
 
 def _rootfs(context: Context, instance: Instance, base: Base) -> Path:
-    driver = next(iter(context.plugins.rootfs.values()))
+    driver = next(iter(context.plugins.of_kind(kinds.ROOTFS).values()))
     with _layers(context, instance, base) as layers:
         receipt = _keep(context, driver.ensure(rootfs_want(instance.id, layers, instance.want)))
     return Path(str(receipt.data["path"]))
@@ -205,7 +206,7 @@ def _endpoints(context: Context, instance: Instance, space: Path) -> Iterator[tu
         routes = not routed and not receipt.data.get("internal")
         routed |= routes
         want = endpoint_want(instance, receipt, space, index=index, routes=routes)
-        made = context.plugins.driver("endpoint", receipt.driver).ensure(want)
+        made = context.plugins.driver(kinds.ENDPOINT, receipt.driver).ensure(want)
         yield network, str(_keep(context, made).data.get("address") or "")
 
 
@@ -226,7 +227,7 @@ def _mount(context: Context, instance: Instance, app: App, mount: Mount, rootfs:
         made = ensure_volume(context, mount.source, spec, seed=seed if fills else None, defined=defined)
         options = ["rbind", "rprivate", "ro" if mount.read_only else "rw"]
         return {"destination": mount.target, "type": "bind", "source": made.data["path"], "options": options}
-    made = context.plugins.driver("mount", mount.kind).ensure(mount_want(context, instance.id, app, mount))
+    made = context.plugins.driver(kinds.MOUNT, mount.kind).ensure(mount_want(context, instance.id, app, mount))
     if mount.kind == "bind":
         made = replace(made, data={**made.data, **where(mount.source)})
     _keep(context, made)

@@ -6,6 +6,7 @@ import shutil
 import time
 from dataclasses import replace
 
+from holdfast import kinds
 from holdfast.errors import HoldfastError, Stopping, TryAgain
 from holdfast.node.context import Context, fallback_receipts
 from holdfast.observed import Exit, Instance, InstanceId, Json, Receipt
@@ -118,21 +119,13 @@ def remove_thing(context: Context, receipt: Receipt) -> None:
             netns.remove(context.host, receipt)
         case "run":
             context.runtime.delete(receipt.id, force=True)
-        case "rootfs":
-            context.plugins.driver("rootfs", receipt.driver).remove(receipt)
-        case "endpoint":
-            context.plugins.driver("endpoint", receipt.driver).remove(receipt)
-        case "network":
-            context.plugins.driver("network", receipt.driver).remove(receipt)
-        case "volume":
-            context.plugins.driver("mount" if receipt.owner else "volume", receipt.driver).remove(receipt)
-        case "firewall":
-            context.plugins.driver("firewall", receipt.driver).remove(receipt)
+        case _ if kind := kinds.kind_of(receipt):
+            context.plugins.driver(kind, receipt.driver).remove(receipt)
 
 
 def release_mount(context: Context, receipt: Receipt) -> None:
     """Have the driver of a mount let go of what only the start needed."""
-    driver = context.plugins.mounts.get(receipt.driver)
+    driver = context.plugins.of_kind(kinds.MOUNT).get(receipt.driver)
     if driver is None or not hasattr(driver, "release"):
         return
     try:

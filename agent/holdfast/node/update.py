@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from holdfast import kinds
 from holdfast.drivers import Host
 from holdfast.errors import TryAgain, UnfitHost
 from holdfast.node.context import Context, network_of
@@ -88,7 +89,9 @@ def _refresh_files(context: Context, instance: Instance, action: UpdateInstance)
             if receipt is not None and content is not None:
                 _doubt(context, instance.id, mount.target)
                 bounded.make_room(context.host.files(instance.id), *_size(content))
-                context.plugins.driver("mount", "file").refresh(receipt, content)
+                driver = context.plugins.driver(kinds.MOUNT, "file")
+                assert hasattr(driver, "refresh")
+                driver.refresh(receipt, content)
     effects = (change.effect for change in action.changes)
     for signal in dict.fromkeys(effect.name for effect in effects if isinstance(effect, Signal)):
         context.runtime.kill(instance.id, signal)
@@ -117,7 +120,7 @@ def ensure_network(context: Context, action: EnsureNetwork) -> Json:
     known = context.store.receipt("network", action.network)
     if known is not None and "joined" not in known.data:
         _say_subnet(context, known)
-    driver = context.plugins.driver("network", action.spec.driver)
+    driver = context.plugins.driver(kinds.NETWORK, action.spec.driver)
     receipt = driver.ensure(network_want(action.network, action.spec, action.hosts))
     want = digest_of(action.spec.model_dump(mode="json"))
     context.store.put_receipt(replace(receipt, data={**receipt.data, "want": want, "joined": action.hosts}))
@@ -141,7 +144,7 @@ def remove_network(context: Context, action: RemoveNetwork) -> Json:
     receipt = context.store.receipt("network", action.network)
     if receipt is None:
         receipt = Receipt("network", network_of(context, action.network).driver, action.network)
-    context.plugins.driver("network", receipt.driver).remove(receipt)
+    context.plugins.driver(kinds.NETWORK, receipt.driver).remove(receipt)
     context.store.drop_receipt(receipt)
     return {}
 
@@ -151,7 +154,7 @@ def remove_network(context: Context, action: RemoveNetwork) -> Json:
 
 def write_firewall(context: Context, action: WriteFirewall) -> Json:
     """Replace the table, or take it away when it has nothing to say; remember what it says."""
-    driver = context.plugins.driver("firewall", context.firewall)
+    driver = context.plugins.driver(kinds.FIREWALL, context.firewall)
     if action.want.empty:
         receipt = Receipt("firewall", context.firewall, context.host.name)
         driver.remove(receipt)

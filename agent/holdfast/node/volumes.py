@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from holdfast import kinds
 from holdfast.drivers import COMPLETE_CONTENT
 from holdfast.errors import NotFound, UnfitHost, WrongState
 from holdfast.guard import found_by
@@ -47,7 +48,7 @@ def altered(kept: Receipt, seen: Receipt) -> tuple[str, ...]:
 def change_volume(context: Context, action: EnsureVolume) -> Json:
     """Bring a volume to what is asked for by now. Raises UnfitHost for a driver that finds another than it made."""
     made = ensure_volume(context, action.volume, action.spec)
-    driver = context.plugins.driver("volume", action.spec.driver)
+    driver = context.plugins.driver(kinds.VOLUME, action.spec.driver)
     for seen in found_by(driver) or ():
         if seen.id == action.volume and (wrong := altered(made, seen)):
             raise UnfitHost(f"volume driver {driver.name!r}: observe: right after ensure, {'; '.join(wrong)}")
@@ -67,7 +68,7 @@ def ensure_volume(
         known = context.store.receipt("volume", volume)
         if known is not None and not Path(str(known.data.get("path", ""))).is_dir():
             known = None  # it was deleted behind our back, and is a new one now
-        made = context.plugins.driver("volume", spec.driver).ensure(volume_want(volume, spec))
+        made = context.plugins.driver(kinds.VOLUME, spec.driver).ensure(volume_want(volume, spec))
         try:
             content = _settle(context, made, known, spec, seed)
         except OSError as error:
@@ -140,7 +141,7 @@ def save_volumes(context: Context, instance: Instance) -> None:
     if not mounts:
         return
     app = known[-1].app if known else lone
-    driver = next(iter(context.plugins.rootfs.values()))
+    driver = next(iter(context.plugins.of_kind(kinds.ROOTFS).values()))
     made = driver.ensure(rootfs_want(instance.id, context.base(instance.image).layers, instance.want))
     for mount in mounts:
         held = find((Path(str(made.data["path"])),), mount.target)

@@ -9,6 +9,7 @@ import os
 from functools import lru_cache, partial
 from pathlib import Path
 
+from holdfast import kinds
 from holdfast.drivers import CgroupWant, EndpointWant, MountWant, NetworkWant, RootfsWant, VolumeWant
 from holdfast.images.kept.lookup import View
 from holdfast.node.context import Base, Context, init_program, limits
@@ -84,7 +85,7 @@ def endpoint_want(instance: Instance, network: Receipt, space: Path, *, index: i
 
 def cgroup_settings(context: Context, want: Container) -> cgroup.Settings:
     """What the policies of a container make of its resources on this host."""
-    chosen = [context.plugins.driver("policy", name) for name in policies_of(context, want)]
+    chosen = [context.plugins.driver(kinds.POLICY, name) for name in policies_of(context, want)]
     asked = cgroup_want(want)
     for policy in chosen:
         policy.check(asked)
