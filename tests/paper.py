@@ -19,6 +19,7 @@ from holdfast.spec.model import App, Container, Port, RestartPolicy, Spec
 from holdfast.status import make_status, plan_json
 
 NOW = 1_000_000.0
+LIMITS = {"memory": None, "memory_swap": None, "cpus": None, "pids": 2048}
 
 
 def container(image: str = "app:1", *, restart: str = "no", **fields: Any) -> Container:
@@ -154,7 +155,15 @@ class PaperAgent:
 
     def stats(self) -> Sequence[dict[str, Any]]:
         return [
-            {"target": "shop/web", "instance": "x", "memory": 1 << 20, "memory_limit": None, "cpu": 1.0, "pids": 2}
+            {
+                "target": "shop/web",
+                "instance": "x",
+                "memory": 1 << 20,
+                "memory_limit": 8 << 20,
+                "limits": {"asked": {**LIMITS, "memory": 16 << 20}, "observed": {**LIMITS, "memory": 8 << 20}},
+                "cpu": 1.0,
+                "pids": 2,
+            }
         ]
 
     def volumes(self) -> Sequence[dict[str, Any]]:

@@ -13,7 +13,8 @@ from itertools import count
 from typing import Any, Literal, NewType
 
 from holdfast.grammar import signals
-from holdfast.spec.model import App, Container, Mount
+from holdfast.grammar.network import port_text
+from holdfast.spec.model import App, Container, Mount, Resources
 from holdfast.spec.volumes import of_slot
 
 InstanceId = NewType("InstanceId", str)
@@ -123,6 +124,22 @@ class Exit:
             return f"was ended by {name}, exit code {self.code}"
         guess = signals.name_of(self.code - 128)
         return f"exited with {self.code}" + (f" ({guess} if a signal)" if guess else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much a container may use. None: no limit. memory_swap: memory and swap together. pids: processes."""
+
+    memory: int | None = None
+    memory_swap: int | None = None
+    cpus: float | None = None
+    pids: int | None = None
+
+    @classmethod
+    def asked(cls, resources: Resources) -> Limits:
+        """The limits that a state file asks for, before a cgroup policy adds any."""
+        memory, swap, pids = resources.memory, resources.memory_swap, resources.pids
+        return cls(memory, None if swap == -1 else swap, resources.cpus, None if pids == -1 else pids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +257,9 @@ class PublishedPort:
     container_port: int
     count: int = 1
 
+    def __str__(self) -> str:
+        return port_text(self.host_ip, self.host_port, self.container_port, self.protocol, self.count)
+
 
 @dataclass(frozen=True, slots=True)
 class FirewallNetwork:
@@ -284,7 +304,9 @@ class Finding:
 class Observed:
     """The host as it was read at `at`.
 
-    firewall: what the table holds; None when it is not there or was altered.
+    firewall: what the table holds; None when it is not there or was altered. published: the ports that it publishes,
+    altered or not; None when its driver does not say. limits: what the cgroups of running instances were last seen
+    to hold.
     orphans: what carries this root's id and has no receipt. foreign: what bears the agent's name, has no receipt and
     carries another root's id or none: it is left alone. busy: subjects that were being worked on meanwhile, of
     which this therefore says nothing certain. lacking: bind mounts (`lack_key`) → why they can't be made, for what
@@ -297,6 +319,8 @@ class Observed:
     networks: Mapping[str, NetworkState] = field(default_factory=dict)
     volumes: Mapping[str, VolumeState] = field(default_factory=dict)
     firewall: FirewallWant | None = None
+    published: tuple[PublishedPort, ...] | None = None
+    limits: Mapping[InstanceId, Limits] = field(default_factory=dict)
     orphans: tuple[Receipt, ...] = ()
     foreign: tuple[Receipt, ...] = ()
     busy: frozenset[Subject] = frozenset()

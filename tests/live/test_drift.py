@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,11 +67,7 @@ def test_what_can_be_mended_under_a_running_container_is(shop: LiveAgent) -> Non
     assert "was altered" in reasons(shop, mark)
 
     mark = shop.events()[-1]["seq"]
-    version_1 = Path(f"/sys/fs/cgroup/memory/{shop.host.name}").is_dir()
-    group = f"{shop.host.cgroup}/{shop.instances('shop/web')[0]['id']}"
-    v1, v2 = Path(f"/sys/fs/cgroup/memory{group}/memory.limit_in_bytes"), Path(f"/sys/fs/cgroup{group}/memory.max")
-    limit = v1 if version_1 else v2
-    limit.write_text(str(48 << 20))
+    _limit(shop, "memory.limit_in_bytes", "memory.max").write_text(str(48 << 20))
     shop.converge()
     assert memory_limit(pid) == 64 << 20
     assert "was altered" in reasons(shop, mark)
@@ -126,6 +124,70 @@ def test_what_only_a_new_start_mends_is_started_anew(shop: LiveAgent) -> None:
     assert "its root file system is not mounted any more" in reasons(shop, mark)
     assert shop.exec("shop/web", "cat", "/etc/hostname").strip() == "web"
     assert shop.pid("shop/other") == other
+
+
+TRUTH = """
+[containers.web]
+image = "busybox:1"
+init = true
+command = "sleep 1000"
+ports = ["127.0.0.1:{port}:80", "{other}:81/udp"]
+resources.memory = "64MiB"
+resources.cpus = 0.5
+resources.pids = 100
+"""
+
+
+def test_limits_and_ports_are_shown_as_the_kernel_has_them_with_and_without_an_agent(
+    agent: LiveAgent, free_port: Callable[[], int]
+) -> None:
+    agent.stop()
+    agent.configure(more='full_pass_interval = "1h"')  # nothing is mended meanwhile
+    agent.start()
+    port, other = free_port(), free_port()
+    agent.write("shop.toml", TRUTH.format(port=port, other=other))
+    agent.converge()
+    asked = [f"127.0.0.1:{port}:80/tcp", f"{other}:81/udp"]
+
+    def seen(*command: str) -> Any:
+        return json.loads(agent.cli(*command, "--json").stdout)
+
+    def web() -> Any:
+        return seen("status")["apps"]["shop"]["containers"]["web"]
+
+    def words(*command: str) -> str:
+        return " ".join(agent.cli(*command).stdout.split())
+
+    limits = {"memory": 64 << 20, "memory_swap": None, "cpus": 0.5, "pids": 100}
+    shown = web()["instances"][0]["limits"]
+    assert (web()["ports"], web()["published"]) == (asked, asked)
+    assert shown["asked"] == limits
+    assert shown["observed"] | {"memory_swap": None} == limits  # whether swap is counted is the kernel's matter
+
+    _limit(agent, "memory.limit_in_bytes", "memory.max").write_text(str(48 << 20))
+    for found in (seen("stats")[0], seen("inspect", "shop/web")["instances"][0]):
+        assert found["limits"]["asked"] == limits
+        assert found["limits"]["observed"]["memory"] == 48 << 20
+    assert "/ 48MiB (asked 64MiB)" in words("stats")
+
+    agent.stop()
+    run("nft", "delete", "element", "inet", agent.host.name, "bound", f"{{ tcp . 127.0.0.1 . {port} }}")
+    assert (web()["ports"], web()["published"]) == (asked, asked[1:])
+    assert seen("inspect", "shop/web")["instances"][0]["published"] == asked[1:]
+    assert f"{other}:81/udp (asked 127.0.0.1:{port}:80) 48MiB (asked 64MiB), 0.5 CPUs" in words("status")
+
+    agent.start()
+    agent.converge()
+    assert web()["published"] == asked
+    assert web()["instances"][0]["limits"]["observed"]["memory"] == 64 << 20
+
+
+def _limit(agent: LiveAgent, version_1: str, version_2: str) -> Path:
+    """A file of the memory controller of shop/web."""
+    group = f"{agent.host.cgroup}/{agent.instances('shop/web')[0]['id']}"
+    if Path(f"/sys/fs/cgroup/memory/{agent.host.name}").is_dir():
+        return Path(f"/sys/fs/cgroup/memory{group}/{version_1}")
+    return Path(f"/sys/fs/cgroup{group}/{version_2}")
 
 
 def test_a_stray_of_our_name_is_taken_away(agent: LiveAgent) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from ctypes import CDLL
+from dataclasses import asdict
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -351,6 +352,33 @@ def test_table_altered_by_hand_is_seen_and_put_right(
     assert lab.firewall.ensure(want) == receipt
     assert lab.firewall.applied() == want
     assert tcp(inside(lab, "web"), 80, None, "127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("damage", "left"),
+    [
+        ("delete element inet {} wildcard {{ tcp . {} }}", "others"),
+        ("flush chain inet {} publish", "none"),
+        ("delete chain inet {} prerouting", "none"),
+        ("add table inet {} {{ flags dormant; }}", "none"),
+        ("add rule inet {} forward counter", "all"),
+        ("delete table inet {}", "no table"),
+    ],
+)
+def test_what_an_altered_table_publishes_is_told_until_it_is_put_right(
+    lab: Lab, front: Receipt, web: str, free_port: Callable[[], int], damage: str, left: str
+) -> None:
+    gone, kept = (
+        PublishedPort("tcp", "", free_port(), web, 80),
+        PublishedPort("udp", "127.0.0.1", free_port(), web, 53, 2),
+    )
+    lab.firewall.ensure(lab.rules([front], gone, kept))
+    nft(damage.format(lab.host.name, gone.host_port))
+    published = {"others": [kept], "none": [], "all": [gone, kept]}
+    for firewall in (lab.firewall, NftablesFirewall(lab.host)):  # and one that has just been started
+        told = [receipt.data for receipt in firewall.observe()]
+        assert told == ([{"ports": [asdict(port) for port in published[left]]}] if left in published else [])
+    assert lab.firewall.ensure(lab.rules([front], gone, kept)).data.keys() == {"digest"}
 
 
 def test_change_of_another_table_leaves_ours_intact_across_a_restart_of_the_agent(lab: Lab, front: Receipt) -> None:

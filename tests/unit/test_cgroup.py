@@ -9,6 +9,7 @@ import pytest
 
 from holdfast.drivers import CgroupWant
 from holdfast.errors import WrongState
+from holdfast.observed import Limits
 from holdfast.runtime import cgroup
 from holdfast.spec.model import Resources
 from holdfast_plugins.cgroup import LimitsPolicy, QosPolicy, service_class
@@ -92,6 +93,27 @@ def test_memory_limit_alone_allows_as_much_swap_again() -> None:
 def test_limits_that_can_not_be_are_refused(fields: dict[str, Any], cause: str) -> None:
     with pytest.raises(WrongState, match=cause):
         LIMITS.check(want(**fields))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    ("fields", "limits"),
+    [
+        ({}, Limits(pids=2048)),
+        ({"memory": 64 * MIB, "cpus": 1.5, "pids": 10}, Limits(64 * MIB, 128 * MIB, 1.5, 10)),
+        ({"memory": 64 * MIB, "memory_swap": -1, "pids": -1}, Limits(64 * MIB)),
+        ({"memory": 64 * MIB, "memory_swap": 64 * MIB, "cpus": 0.25}, Limits(64 * MIB, 64 * MIB, 0.25, 2048)),
+    ],
+)
+def test_what_is_written_to_a_cgroup_reads_as_the_limits_that_it_sets(
+    version: int, fields: dict[str, Any], limits: Limits
+) -> None:
+    resources = LIMITS.settings(want(**fields))["resources"]
+    assert cgroup.limits_of(cgroup.values(resources, version)) == limits
+
+
+def test_the_largest_number_of_pages_is_no_limit() -> None:
+    assert cgroup.limits_of({"memory.limit_in_bytes": "9223372036854771712", "cpu.cfs_quota_us": "-1"}) == Limits()
 
 
 def test_unknown_device_is_refused() -> None:

@@ -22,12 +22,12 @@ from holdfast.cli.checkup import overlay
 from holdfast.cli.command import places
 from holdfast.cli.render import ago, pairs, size, span
 from holdfast.cli.since import moment, seconds
-from holdfast.cli.state import app_reason, hopeless, kind_of, show_apps, show_status
+from holdfast.cli.state import app_reason, hopeless, kind_of, limits, ports, show_apps, show_status
 from holdfast.config import load_config
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
 from holdfast.plan.actions import Plan, StartInstance
 from holdfast.testing import temporary_host
-from paper import PaperAgent, served
+from paper import LIMITS, PaperAgent, served
 
 Run = Callable[..., int]
 
@@ -231,7 +231,7 @@ def test_lists_and_details_of_every_kind_print(agent: PaperAgent, run: Run, said
         ("events",): "started",
         ("events", "--json"): '"seq": 1',
         ("inspect", "shop/api"): "init: no",
-        ("stats",): "1MiB",
+        ("stats",): "1MiB / 8MiB (asked 16MiB)",
         ("sync",): "edge-1: converged",
         ("apply",): "edge-1: converged",
     }.items():
@@ -478,6 +478,7 @@ def test_a_reason_that_an_app_tells_is_not_told_by_its_containers_as_well(said: 
         "next_at": None,
         "instances": [],
         "ports": [],
+        "published": [],
         "image": "app:1",
         "digest": "",
         "newer": "",
@@ -485,6 +486,43 @@ def test_a_reason_that_an_app_tells_is_not_told_by_its_containers_as_well(said: 
     app = {"state": "failed", "reason": "no such image", "generation": None, "containers": {"web": container}}
     show_apps({"at": 0.0, "apps": {"shop": app}})
     assert said().count("no such image") == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "published", "state", "shown"),
+    [
+        (["8080:80/tcp", "53:53/udp"], ["8080:80/tcp", "53:53/udp"], "running", "8080:80 53:53/udp"),
+        (["8080:80/tcp", "53:53/udp"], ["53:53/udp"], "running", "53:53/udp (asked 8080:80)"),
+        (["8080:80/tcp"], [], "running", "none (asked 8080:80)"),
+        (["8080:80/tcp"], ["8080:81/tcp"], "running", "8080:81 (asked 8080:80)"),
+        (["8080:80/tcp"], [], "failed", ""),
+        (["8080:80/tcp"], None, "running", "8080:80"),
+    ],
+)
+def test_ports_are_shown_as_the_kernel_publishes_them_beside_what_is_missing(
+    asked: list[str], published: list[str] | None, state: str, shown: str
+) -> None:
+    assert ports({"ports": asked, "published": published, "state": state}) == shown
+
+
+@pytest.mark.parametrize(
+    ("asked", "observed", "shown"),
+    [
+        ({"memory": 1 << 30}, {"memory": 1 << 30, "memory_swap": 2 << 30}, "1GiB"),
+        ({"memory": 1 << 30, "cpus": 0.5}, {"memory": 512 << 20, "cpus": 0.5}, "512MiB (asked 1GiB), 0.5 CPUs"),
+        ({"memory": 1 << 30}, {}, "no memory limit (asked 1GiB)"),
+        ({}, {"cpus": 0.25}, "0.25 CPUs (asked no CPU limit)"),
+        ({}, {"pids": 10}, "10 processes (asked 2048 processes)"),
+        ({"memory": 1000}, {"memory": 1000, "memory_swap": 4000}, "1000B"),
+        ({}, {}, ""),
+        ({"memory": 1 << 30}, None, ""),
+    ],
+)
+def test_limits_are_shown_as_the_kernel_has_them_beside_what_was_asked_where_that_differs(
+    asked: dict[str, Any], observed: dict[str, Any] | None, shown: str
+) -> None:
+    whole = {"asked": {**LIMITS, **asked}, "observed": None if observed is None else {**LIMITS, **observed}}
+    assert limits({"limits": whole}) == shown
 
 
 def app_status(state: str, code: int | None = None, at: float | None = None) -> dict[str, Any]:

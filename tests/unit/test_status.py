@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
-from holdfast.observed import Exit, Failure, Finding, History, Hold, InstanceId, Observed, Receipt, Subject
+from holdfast.observed import (
+    Exit,
+    Failure,
+    Finding,
+    History,
+    Hold,
+    InstanceId,
+    Limits,
+    Observed,
+    PublishedPort,
+    Receipt,
+    Subject,
+)
 from holdfast.plan import decide
 from holdfast.plan.actions import (
     Change,
@@ -21,7 +33,7 @@ from holdfast.plan.actions import (
     StopInstance,
     UpdateInstance,
 )
-from holdfast.spec.model import Problem, Spec
+from holdfast.spec.model import Problem, Resources, Spec
 from holdfast.status import Status, make_status, plan_json
 from paper import BACK, NOW, SHOP, SOURCE, app, container, ended, good, history, instance, spec
 
@@ -78,6 +90,36 @@ def test_the_json_holds_what_the_api_promises() -> None:
         "warnings",
         "faults",
     } <= run.keys()
+
+
+def test_limits_and_published_ports_are_those_of_the_kernel_beside_what_is_asked() -> None:
+    want = SHOP.model_copy(
+        update={
+            "containers": {"web": SHOP.containers["web"].model_copy(update={"resources": Resources(memory=1 << 30)})}
+        }
+    )
+    web = instance(want, "web", addresses={"shop/default": "10.209.0.3"})
+    other = PublishedPort("tcp", "", 9090, "10.209.0.4", 80)
+    for held, port, expected in (
+        (Limits(1 << 30, 2 << 30, None, 2048), PublishedPort("tcp", "", 8080, "10.209.0.3", 80), ["8080:80/tcp"]),
+        (Limits(512 << 20), PublishedPort("tcp", "127.0.0.1", 8080, "10.209.0.3", 81), ["127.0.0.1:8080:81/tcp"]),
+        (Limits(), other, []),
+    ):
+        seen = Observed(at=NOW, instances=(web,), published=(port, other), limits={web.id: held})
+        found = make_status(spec=spec(want), observed=seen, history=history(good(want)), plan=Plan(), source=SOURCE)
+        shown = json.loads(json.dumps(found.json()))["apps"]["shop"]["containers"]["web"]
+        assert (shown["ports"], shown["published"]) == (["8080:80/tcp"], expected)
+        limits = shown["instances"][0]["limits"]
+        assert limits["asked"] == {"memory": 1 << 30, "memory_swap": None, "cpus": None, "pids": 2048}
+        assert limits["observed"] == asdict(held)
+
+
+def test_what_does_not_run_has_no_limits_and_what_nobody_says_of_ports_is_not_made_up() -> None:
+    web = instance(SHOP, "web", **ended(0))
+    seen = Observed(at=NOW, instances=(web,), limits={web.id: Limits(1)})
+    found = make_status(spec=spec(SHOP), observed=seen, history=history(good(SHOP)), plan=Plan(), source=SOURCE)
+    shown = found.apps["shop"].containers["web"]
+    assert (shown.published, shown.instances[0].limits.observed) == (None, None)
 
 
 def test_an_unreachable_source_is_shown_and_leaves_the_node_converged() -> None:

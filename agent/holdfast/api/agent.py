@@ -148,7 +148,8 @@ class Agent(ImageAgent, Protocol):
         ...
 
     def stats(self) -> Sequence[Json]:
-        """{"target", "instance", "memory", "memory_limit", "cpu" (seconds), "pids"} of every running instance."""
+        """{"target", "instance", "memory", "memory_limit", "limits" (`status.actual.LimitsStatus`), "cpu" (seconds),
+        "pids"} of every running instance."""
         ...
 
     def volumes(self) -> Sequence[Json]:

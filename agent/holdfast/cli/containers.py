@@ -213,7 +213,7 @@ def inspect(target: str, json_: bool) -> None:
 def stats(json_: bool) -> None:
     """Show what each running container uses.
 
-    CPU over half a second, memory, processes.
+    CPU over half a second, memory and processes, each with the limit that the kernel has for it.
     """
     with reach() as node:
         before = {each["instance"]: each for each in node.stats()}
@@ -228,18 +228,24 @@ def stats(json_: bool) -> None:
         render.echo("nothing runs")
     else:
         render.table(
-            ["CONTAINER", "CPU", "MEMORY", "LIMIT", "PROCESSES"],
+            ["CONTAINER", "CPU / LIMIT", "MEMORY / LIMIT", "PROCESSES / LIMIT"],
             [
                 [
                     row["target"],
-                    f"{row['cpu_percent']:.1f}%",
-                    render.size(row["memory"]),
-                    render.size(row["memory_limit"]) or "-",
-                    str(row["pids"]),
+                    f"{row['cpu_percent']:.1f}% / {limit(row, 'cpus', lambda cpus: f'{cpus:.4g} CPUs')}",
+                    f"{render.size(row['memory'])} / {limit(row, 'memory', render.size)}",
+                    f"{row['pids']} / {limit(row, 'pids', str)}",
                 ]
                 for row in rows
             ],
         )
+
+
+def limit(row: Json, name: str, text: Callable[[Any], str]) -> str:
+    """A limit as the kernel has it, beside what was asked for where that reads otherwise."""
+    limits = row["limits"]
+    now, asked = ("-" if each[name] is None else text(each[name]) for each in (limits["observed"], limits["asked"]))
+    return now if now == asked else f"{now} (asked {asked})"
 
 
 @command("commit")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import click
@@ -305,10 +305,10 @@ def show_apps(status: Json) -> None:
         generation = "" if app["generation"] is None else str(app["generation"])
         reason = app_reason(name, app)
         head = [render.paint(name, None, bold=True), render.state(app["state"]), generation]
-        rows.append(([*head, "", "", "", "", ""], [reason]))
+        rows.append(([*head, "", "", "", "", "", ""], [reason]))
         for container, value in app["containers"].items():
             rows.extend(container_rows(container, value, status["at"], above=reason))
-    head = ["NAME", "STATE", "GEN", "SINCE", "RESTARTS", "ADDRESS", "PORTS", "IMAGE"]
+    head = ["NAME", "STATE", "GEN", "SINCE", "RESTARTS", "ADDRESS", "PORTS", "LIMITS", "IMAGE"]
     render.table(head, [row for row, _ in rows], notes=[notes for _, notes in rows])
 
 
@@ -333,15 +333,48 @@ def container_rows(name: str, container: Json, at: float, *, above: str) -> Iter
                 f"  {name}" if number == 0 else "",
                 render.state(word),
                 *instance_cells(instance, at),
-                ports(container, newest),
+                ports(container) if newest else "",
+                limits(instance) if instance else "",
                 image(container, instance) if newest else "",
             ],
             list(dict.fromkeys([*notes, *(instance_notes(instance) if instance else ())])),
         )
 
 
-def ports(container: Json, newest: bool) -> str:
-    return " ".join(port.removesuffix("/tcp") for port in container["ports"]) if newest else ""
+def ports(container: Json) -> str:
+    """The published ports as the kernel has them, and what is asked for and missing while the container runs."""
+    asked, published = container["ports"], container["published"]
+    if published is None:  # the firewall's driver does not say
+        published = asked
+    shown = " ".join(port.removesuffix("/tcp") for port in published)
+    missing = " ".join(port.removesuffix("/tcp") for port in asked if port not in published)
+    if not missing or container["state"] != "running":
+        return shown
+    return f"{shown or 'none'} (asked {missing})"
+
+
+def limits(instance: Json) -> str:
+    """The limits of an instance as the kernel has them: memory and CPUs, and whatever is not as it was asked for."""
+    asked, observed = instance["limits"]["asked"], instance["limits"]["observed"]
+    if observed is None:
+        return ""
+    shown = []
+    for name, (text, none, usual) in LIMITS.items():
+        now, wanted = (none if each[name] is None else text(each[name]) for each in (observed, asked))
+        if now != wanted and not (name == "memory_swap" and asked[name] is None):
+            shown.append(f"{now} (asked {wanted})")
+        elif usual and observed[name] is not None:
+            shown.append(now)
+    return ", ".join(shown)
+
+
+#: A limit → how it reads, how its absence reads, and whether it is shown where it is as it was asked for.
+LIMITS: Mapping[str, tuple[Callable[[Any], str], str, bool]] = {
+    "memory": (render.size, "no memory limit", True),
+    "memory_swap": (lambda both: f"{render.size(both)} with swap", "no limit with swap", False),
+    "cpus": (lambda cpus: f"{cpus:.4g} CPUs", "no CPU limit", True),
+    "pids": (lambda pids: f"{pids} processes", "no limit of processes", False),
+}
 
 
 def image(container: Json, instance: Json | None) -> str:

@@ -22,6 +22,14 @@ def ports(value: str | int, what: str, form: str = "expected a port or a range a
     return found
 
 
+def port_text(host_ip: str, host_port: int, container_port: int, protocol: str, count: int = 1) -> str:
+    """A published port, or a range of count ports, as state files write it: [HOST_IP:]HOST:CONTAINER/PROTOCOL."""
+    host, inner = (
+        f"{first}-{first + count - 1}" if count > 1 else str(first) for first in (host_port, container_port)
+    )
+    return f"{host_ip + ':' if host_ip else ''}{host}:{inner}/{protocol}"
+
+
 def ipv4(value: str, what: str, form: str) -> str:
     try:
         return str(ipaddress.IPv4Address(value))

@@ -14,6 +14,7 @@ from holdfast.errors import Conflict, HoldfastError, NotFound, WrongCall
 from holdfast.guard import found_by
 from holdfast.node import installed
 from holdfast.node.images import ImageAnswers
+from holdfast.node.observe import published_now
 from holdfast.node.recover import remove_volume
 from holdfast.node.usage import prune_build_cache, prune_logs, usage
 from holdfast.node.volumes import DEFINED_AS
@@ -21,6 +22,7 @@ from holdfast.observed import Instance, Json, Receipt, Subject
 from holdfast.runtime import cgroup, users
 from holdfast.runtime.execs import ExecWant, exec_process, path_of, user_of
 from holdfast.runtime.inside import inside
+from holdfast.status.actual import LimitsStatus, Published, by_address, limits_status, published_ports
 
 
 class Answers(ImageAnswers):
@@ -39,8 +41,8 @@ class Answers(ImageAnswers):
         return found
 
     def inspect(self, target: str) -> Json:
-        """Everything known of a container."""
-        instances = self.instances_of(target)
+        """Everything known of a container; its limits and published ports as the kernel has them now."""
+        instances, published = self.instances_of(target), by_address(published_now(self.context))
         subject = Subject.parse(target)
         generations = self.context.store.history().generations.get(subject.app, ())
         hold = self.context.store.history().holds.get(target)
@@ -50,7 +52,7 @@ class Answers(ImageAnswers):
             "generation": generations[-1].number if generations else None,
             "hold": asdict(hold) if hold else None,
             "failure": asdict(failure) if failure else None,
-            "instances": [self._inspected(each) for each in instances],
+            "instances": [self._inspected(each, published) for each in instances],
         }
 
     def logs_of(self, target: str) -> Json:
@@ -89,22 +91,30 @@ class Answers(ImageAnswers):
         return "HOME" in instance.want.environment or any(each.startswith("HOME=") for each in image.get("Env") or ())
 
     def stats(self) -> Sequence[Json]:
-        """What every running container uses."""
-        return [
-            {
-                "target": each.key,
-                "instance": each.id,
-                "memory_limit": each.want.resources.memory,
-                **asdict(cgroup.usage(self.context.runtime.cgroup(each.id))),
-            }
-            for each in sorted(self.context.store.instances.values(), key=lambda each: each.key)
-            if each.phase == "running"
-        ]
+        """What every running container uses, and may use."""
+        running = (each for each in self.context.store.instances.values() if each.phase == "running")
+        return [self._stats_of(each) for each in sorted(running, key=lambda each: each.key)]
 
-    def _inspected(self, instance: Instance) -> Json:
+    def _stats_of(self, instance: Instance) -> Json:
+        limits = self._limits_now(instance)
+        return {
+            "target": instance.key,
+            "instance": instance.id,
+            "memory_limit": limits.observed.memory if limits.observed else None,
+            "limits": asdict(limits),
+            **asdict(cgroup.usage(self.context.runtime.cgroup(instance.id))),
+        }
+
+    def _limits_now(self, instance: Instance) -> LimitsStatus:
+        return limits_status(instance, cgroup.limits(self.context.runtime.cgroup(instance.id)))
+
+    def _inspected(self, instance: Instance, published: Published) -> Json:
         value = {key: item for key, item in asdict(instance).items() if key != "want"}
         return {
             **value,
+            "limits": asdict(self._limits_now(instance)),
+            "ports": [str(port) for port in instance.want.ports],
+            "published": published_ports((instance,), published),
             "want": instance.want.model_dump(mode="json", exclude_defaults=True),
             "bundle": str(self.context.host.instance(instance.id)),
             "cgroup": self.context.runtime.cgroup(instance.id),

@@ -21,7 +21,7 @@ from holdfast.images.incoming.pull import Puller
 from holdfast.images.incoming.transfers import Transfers
 from holdfast.images.kept import lookup
 from holdfast.images.kept.store import ImageStore
-from holdfast.observed import Instance, InstanceId, Json, Receipt
+from holdfast.observed import Instance, InstanceId, Json, Limits, Receipt
 from holdfast.plan.derived import NameTable
 from holdfast.plan.diff import folder_files
 from holdfast.plugins import Plugins
@@ -83,6 +83,7 @@ class Context:
     name_table: who is called what on each network, as of the last pass.
     resolved: image reference → what its registry said last: the digest it leads to,
     and that of the image for this host.
+    limits: what the cgroup of each running instance held when it was last written or read.
     builds: the owners of builds under way, whose resources on this host carry the agent's name.
     records_exits: whether the end of a process is stored when it is found. False in a command that runs without an
     agent: it only looks, and an agent that starts meanwhile must not find its own record overwritten.
@@ -106,6 +107,7 @@ class Context:
     ending: Ending = field(default_factory=Ending)
     volume_locks: Locks = field(default_factory=Locks)
     builds: set[str] = field(default_factory=set)
+    limits: dict[InstanceId, Limits] = field(default_factory=dict)
     stale: dict[InstanceId, tuple[str, ...]] = field(default_factory=dict)  # see node.stale
     resolved: dict[str, tuple[str, str]] = field(default_factory=dict)
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 
-from holdfast.guard import Seen
+from holdfast.guard import Seen, found_by
+from holdfast.kinds import FIREWALL
 from holdfast.node import stale
 from holdfast.node.context import BARE, Context
 from holdfast.node.installed import missing_drivers
@@ -73,6 +74,7 @@ def observe(
     )
     known = {instance.id for instance in instances} | {InstanceId(each) for each in building | context.builds}
     firewall = _firewall(context, things)
+    table = things.get(("firewall", context.host.name))
     orphans, foreign = _unclaimed(context, things, known)
     return Observed(
         at=at,
@@ -80,6 +82,8 @@ def observe(
         networks=_networks(context, things),
         volumes=_volumes(context, things),
         firewall=firewall,
+        published=firewall.ports if firewall else published_by(table),
+        limits={each.id: context.limits[each.id] for each in seen if each.id in context.limits},
         orphans=tuple(each for each in orphans if each.kind != "firewall" or firewall is None),
         foreign=foreign,
         busy=busy,
@@ -219,6 +223,7 @@ def _limits_altered(context: Context, instance: Instance, kept: Json) -> Iterato
     """Compare the cgroup with what it was right after we wrote it."""
     wrote = kept.get("limits") or {}
     now = cgroup.snapshot(context.runtime.cgroup(instance.id))
+    context.limits[instance.id] = cgroup.limits_of(now)
     for name, value in wrote.items():
         if name in now and now[name] != value:
             yield f"cgroup {name} was altered: {value} → {now[name]}"
@@ -284,6 +289,25 @@ def _firewall(context: Context, things: Things) -> FirewallWant | None:
         tuple(FirewallNetwork(**network) for network in kept["networks"]),
         tuple(PublishedPort(**port) for port in kept["ports"]),
     )
+
+
+def published_by(table: Receipt | None) -> tuple[PublishedPort, ...] | None:
+    """The ports that a table publishes which is not as it was written last; None when its driver does not say."""
+    if table is None:
+        return ()
+    ports = table.data.get("ports")
+    return None if ports is None else tuple(PublishedPort(**port) for port in ports)
+
+
+def published_now(context: Context) -> tuple[PublishedPort, ...] | None:
+    """The ports that the firewall publishes at this moment; None when its driver does not say."""
+    driver = context.plugins.of_kind(FIREWALL).get(context.firewall)
+    found = found_by(driver) if driver else None
+    if found is None:
+        return None
+    things: Things = {(each.kind, each.id): each for each in found}
+    firewall = _firewall(context, things)
+    return firewall.ports if firewall else published_by(things.get(("firewall", context.host.name)))
 
 
 def _unclaimed(

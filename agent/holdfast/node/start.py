@@ -314,6 +314,7 @@ def _create(context: Context, instance: Instance, bundle: Bundle) -> None:
     log_size = begin(log, kept.max_size, kept.max_files)
     run = context.runtime.create(id, context.host.instance(id), log, name=key, log_size=log_size)
     limits = cgroup.snapshot(context.runtime.cgroup(id))
+    context.limits[id] = cgroup.limits_of(limits)
     data: dict[str, Any] = {"run": asdict(run), "limits": limits, "settings": bundle.settings.digest}
     context.store.put_receipt(Receipt("run", context.runtime.binary.name, id, id, data))
     if not device_access.asked_for(bundle.adjusted.config):

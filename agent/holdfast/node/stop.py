@@ -110,6 +110,7 @@ def remove_instance(context: Context, instance: Instance) -> None:
         raise ExceptionGroup(f"remove '{instance.key}'", failures)
     shutil.rmtree(context.host.instance(instance.id), ignore_errors=True)
     context.store.drop_instance(instance.id)
+    context.limits.pop(instance.id, None)
 
 
 def remove_thing(context: Context, receipt: Receipt) -> None:

@@ -51,7 +51,9 @@ def update_instance(context: Context, action: UpdateInstance) -> Json:
         generation=action.generation,
     )
     if instance.phase == "running" and settings is not None:
-        _keep_limits(context, instance.id, cgroup.snapshot(context.runtime.cgroup(instance.id)), settings.digest)
+        limits_now = cgroup.snapshot(context.runtime.cgroup(instance.id))
+        context.limits[instance.id] = cgroup.limits_of(limits_now)
+        _keep_limits(context, instance.id, limits_now, settings.digest)
     return {"instance": instance.id, "fields": [change.field for change in action.changes]}
 
 

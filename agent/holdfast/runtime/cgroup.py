@@ -18,7 +18,7 @@ from typing import Any
 
 from holdfast.drivers import CgroupPolicy, CgroupWant
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost
-from holdfast.observed import Json
+from holdfast.observed import Json, Limits
 from holdfast.runtime.mountpoints import unescaped
 from holdfast.spec.model import Resources, digest_of
 
@@ -26,6 +26,7 @@ ROOT = Path("/sys/fs/cgroup")
 NO_LIMIT = -1
 DEFAULT_SHARES = 1024
 DEFAULT_PERIOD = 100_000  # microseconds
+LARGEST_MEMORY = 2**62  # bytes; v1 says "no limit" as the largest multiple of a page below 2**63
 LINKS_OF_A_LEAF = 2  # its own name and `.`; each cgroup in it adds one
 _mounted: tuple[tuple[str, ...], tuple[Path, ...]] = ((), ())  # the kernel's hierarchies, and where they are
 
@@ -52,6 +53,17 @@ _FILES: Mapping[int, Mapping[str, tuple[str, ...]]] = {
         "pids": ("pids.max",),
         "io": ("io.weight", "io.bfq.weight", "io.max"),
     },
+}
+#: The files that `limits` reads, with their controllers.
+_LIMITS: Mapping[int, tuple[tuple[str, str], ...]] = {
+    1: (
+        ("memory", "memory.limit_in_bytes"),
+        ("memory", "memory.memsw.limit_in_bytes"),
+        ("cpu", "cpu.cfs_quota_us"),
+        ("cpu", "cpu.cfs_period_us"),
+        ("pids", "pids.max"),
+    ),
+    2: (("memory", "memory.max"), ("memory", "memory.swap.max"), ("cpu", "cpu.max"), ("pids", "pids.max")),
 }
 #: OCI throttle lists → v1 file, v2 key in io.max.
 _THROTTLES = {
@@ -263,6 +275,34 @@ def values(resources: Json, version: int) -> dict[str, str]:
         "io.bfq.weight": f"default {weight or 100}",
         **resources.get("unified", {}),
     }
+
+
+def limits(path: str) -> Limits:
+    """Read the limits that a container has now."""
+    tree = version()
+    found = ((name, _read(f"{_place(controller, path, tree)}/{name}")) for controller, name in _LIMITS[tree])
+    return limits_of({name: content for name, content in found if content is not None})
+
+
+def limits_of(held: Mapping[str, str]) -> Limits:
+    """The limits that a cgroup's files say (see `snapshot`), of either version; pure."""
+    pids = _number(held.get("pids.max"))
+    if "cpu.max" in held or "memory.max" in held:
+        memory, swap = _number(held.get("memory.max")), _number(held.get("memory.swap.max"))
+        quota, _, period = held.get("cpu.max", "max").partition(" ")
+        both = None if memory is None or swap is None else memory + swap
+    else:
+        memory, both = _number(held.get("memory.limit_in_bytes")), _number(held.get("memory.memsw.limit_in_bytes"))
+        quota, period = held.get("cpu.cfs_quota_us", "-1"), held.get("cpu.cfs_period_us", "")
+    share = _number(quota)
+    return Limits(memory, both, None if share is None else share / int(period or DEFAULT_PERIOD), pids)
+
+
+def _number(text: str | None) -> int | None:
+    """A limit as a cgroup's file says it; None for no limit, which v1 writes as the largest number of pages."""
+    if text is None or not text.isdecimal() or int(text) > LARGEST_MEMORY:
+        return None
+    return int(text)
 
 
 def _or_max(limit: int) -> str:

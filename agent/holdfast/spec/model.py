@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from holdfast.grammar.network import port_text
 from holdfast.toml import one_line
 
 BUILTIN_NETWORKS = ("none", "host", "bridge")
@@ -54,10 +55,7 @@ class Port(Frozen):
     count: int = 1
 
     def __str__(self) -> str:
-        last = self.count - 1
-        host = f"{self.host_port}-{self.host_port + last}" if last else str(self.host_port)
-        inner = f"{self.container_port}-{self.container_port + last}" if last else str(self.container_port)
-        return f"{self.host_ip + ':' if self.host_ip else ''}{host}:{inner}/{self.protocol}"
+        return port_text(self.host_ip, self.host_port, self.container_port, self.protocol, self.count)
 
     def overlaps(self, other: Port) -> bool:
         """Say whether both can't be published at once."""

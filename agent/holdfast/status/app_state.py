@@ -43,6 +43,7 @@ from holdfast.observed import (
     Hold,
     Instance,
     Json,
+    Limits,
     Observed,
     Subject,
     container_of,
@@ -51,6 +52,7 @@ from holdfast.plan.actions import Action, MarkGood, Plan, StartInstance
 from holdfast.plan.reasons import left_alone
 from holdfast.plan.restart import verdict
 from holdfast.spec.model import DEFAULT_NETWORK, App, Container, Spec
+from holdfast.status.actual import LimitsStatus, Published, by_address, limits_status, published_ports
 
 AppState = Literal["removing", "invalid", "failed", "degraded", "changing", "waiting", "held", "converged"]
 ContainerState = Literal[
@@ -78,6 +80,7 @@ class InstanceStatus:
     signal: int | None
     oom: bool
     addresses: Mapping[str, str]
+    limits: LimitsStatus
     started_at: float | None
     exited_at: float | None
     warnings: tuple[str, ...]
@@ -90,6 +93,7 @@ class ContainerStatus:
 
     image: as it is committed. digest: of what was staged for that, "" as long as nothing is. newer: what a registry
     has by now, by name, tag and digest; "" for nothing newer, and where it is not asked (update_image).
+    ports: as they are asked for. published: as the firewall publishes them; None when it does not say.
     """
 
     state: ContainerState
@@ -98,6 +102,7 @@ class ContainerStatus:
     digest: str
     newer: str
     ports: tuple[str, ...]
+    published: tuple[str, ...] | None
     next_at: float | None
     held: Hold | None
     instances: tuple[InstanceStatus, ...]
@@ -172,9 +177,9 @@ def make_status(
     spec: None when no revision was read yet. source: its state as JSON (`source.SourceState`). plugins: those that
     failed, each with name and error. agent: version, pid and the like. trouble: what is wrong with the disk.
     """
-    there = _by_app(observed)
+    there, published = _by_app(observed), by_address(observed.published)
     apps = {
-        name: _app(name, spec, there.get(name, {}), history, plan, observed.busy)
+        name: _app(name, spec, there.get(name, {}), history, plan, observed, published)
         for name in _names(spec, there, history)
     }
     blockers = (
@@ -246,16 +251,19 @@ def _app(
     there: Mapping[str, list[Instance]],
     history: History,
     plan: Plan,
-    busy: frozenset[Subject],
+    observed: Observed,
+    published: Published,
 ) -> AppStatus:
     generations = history.generations.get(name, ())
     wanted = spec.apps.get(name) if spec else None
     shown = wanted or (generations[-1].app if generations else None)
     containers = {
-        container: _container(container_of(name, container), shown, there.get(container, []), history, plan)
+        container: _container(
+            container_of(name, container), shown, there.get(container, []), history, plan, observed, published
+        )
         for container in _containers(shown, there)
     }
-    state, reason = _app_state(name, spec, containers, history, plan, busy)
+    state, reason = _app_state(name, spec, containers, history, plan, observed.busy)
     current = _current(generations)
     failure = _failure(Subject("app", name), history, plan) if state == "failed" else None
     return AppStatus(
@@ -340,7 +348,13 @@ def _by_app(observed: Observed) -> dict[str, dict[str, list[Instance]]]:
 
 
 def _container(
-    subject: Subject, app: App | None, instances: Sequence[Instance], history: History, plan: Plan
+    subject: Subject,
+    app: App | None,
+    instances: Sequence[Instance],
+    history: History,
+    plan: Plan,
+    observed: Observed,
+    published: Published,
 ) -> ContainerStatus:
     want = app.containers.get(subject.name) if app else None
     hold = history.holds.get(subject)
@@ -358,9 +372,10 @@ def _container(
         digest=digest,
         newer=newer.reference if newer and newer.image == shown.image and newer.digest != digest else "",
         ports=tuple(str(port) for port in shown.ports),
+        published=published_ports(instances, published),
         next_at=next_at,
         held=hold,
-        instances=tuple(_instance(instance, history) for instance in instances),
+        instances=tuple(_instance(each, history, observed.limits.get(each.id)) for each in instances),
     )
 
 
@@ -421,7 +436,7 @@ def _after_exit(want: Container, instance: Instance, held_up: str) -> tuple[Cont
             return ("exited" if want.restart_policy.policy == "no" else "failed"), follows.reason, None
 
 
-def _instance(instance: Instance, history: History) -> InstanceStatus:
+def _instance(instance: Instance, history: History, limits: Limits | None) -> InstanceStatus:
     ended = instance.exit if instance.phase != "running" else None
     newer = [
         each.newer.get(instance.container, "")
@@ -440,6 +455,7 @@ def _instance(instance: Instance, history: History) -> InstanceStatus:
         signal=ended.signal if ended else None,
         oom=ended.oom if ended else False,
         addresses=_addresses(instance),
+        limits=limits_status(instance, limits),
         started_at=instance.started_at,
         exited_at=ended.at if ended else None,
         warnings=instance.warnings,

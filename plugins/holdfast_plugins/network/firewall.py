@@ -11,7 +11,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from ipaddress import AddressValueError, IPv4Address
 from typing import Any
 
@@ -24,16 +24,18 @@ from holdfast_plugins.network.conntrack import Conntrack
 from holdfast_plugins.network.loopback import Loopback
 from holdfast_plugins.network.monitor import Monitor
 from holdfast_plugins.network.nftables import Nft, NftError, RuleSet, open_nft
+from holdfast_plugins.network.published import published
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What we wrote last, the generation that it made, and the fingerprint of the table that came of it."""
+    """What we wrote last, the generation that it made, and what came of it: the table's fingerprint and its frame."""
 
     want: FirewallWant
     digest: str
     fingerprint: str
     generation: int
+    frame: frozenset[str]
 
 
 class NftablesFirewall:
@@ -52,6 +54,8 @@ class NftablesFirewall:
         self._loopback = Loopback()
         self._found: tuple[Finding, ...] = ()
         self._found_at = -1  # the rule set's generation then
+        self._listed: tuple[PublishedPort, ...] = ()
+        self._listed_at = -1
         self._layout = digest_of(rules.script(host.name, FirewallWant()))
 
     def check(self, want: FirewallWant) -> None:
@@ -79,7 +83,20 @@ class NftablesFirewall:
         with self._lock:
             if self._intact() and self._snapshot is not None:
                 return [self._receipt(self._snapshot.digest)]
-            return [self._receipt("", self._mark() or "")] if self._fingerprint() else []
+            if not self._fingerprint():
+                return []
+            receipt = self._receipt("", self._mark() or "")
+            return [replace(receipt, data={"ports": [asdict(port) for port in self._published()]})]
+
+    def _published(self) -> tuple[PublishedPort, ...]:
+        """What the altered table publishes: nothing while one of our rules is missing, else what its maps hold."""
+        now, table = self._rules.generation(), self._host.name
+        if now != self._listed_at:
+            wrote = self._snapshot or self._load(of_any_version=True)
+            whole = wrote is not None and wrote.frame <= set(self._rules.frame(table))
+            bound, wildcard = (self._rules.elements(table, map) if whole else () for map in ("bound", "wildcard"))
+            self._listed, self._listed_at = published(bound, wildcard, wrote.want.ports if wrote else ()), now
+        return self._listed
 
     def applied(self) -> FirewallWant | None:
         """What the table holds; None when it is not there or was altered."""
@@ -207,7 +224,8 @@ class NftablesFirewall:
             after = self._rules.generation()
         self._settle(want, altered=old is None)
         self._loopback.ensure(want)
-        self._keep(Snapshot(want, digest_of(_plain(want)), fingerprint, after))
+        frame = self._snapshot.frame if self._snapshot and old else frozenset(self._rules.frame(self._host.name))
+        self._keep(Snapshot(want, digest_of(_plain(want)), fingerprint, after, frame))
 
     def _settle(self, want: FirewallWant, *, altered: bool) -> None:
         """Cut the flows that go elsewhere than the table says, which holds want by now."""
@@ -234,18 +252,22 @@ class NftablesFirewall:
         self._snapshot = snapshot
         self._file.parent.mkdir(parents=True, exist_ok=True)
         fresh = self._file.with_suffix(".new")
-        kept = [_plain(snapshot.want), snapshot.fingerprint, snapshot.generation, self._layout]
+        frame = sorted(snapshot.frame)
+        kept = [_plain(snapshot.want), snapshot.fingerprint, snapshot.generation, self._layout, frame]
         fresh.write_text(json.dumps(kept))
         fresh.replace(self._file)
 
     def _load(self, *, of_any_version: bool = False) -> Snapshot | None:
         """Read what `_keep` wrote; None if it is not there, not whole, or of a version that writes another table."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            want, fingerprint, generation, *layout = json.loads(self._file.read_text())
-            if of_any_version or layout == [self._layout]:
+            want, fingerprint, generation, *more = json.loads(self._file.read_text())
+            layout, frame = more if len(more) == 2 else ("", ())  # an earlier version wrote no frame
+            if of_any_version or layout == self._layout:
                 networks = tuple(FirewallNetwork(**network) for network in want["networks"])
                 ports = tuple(PublishedPort(**port) for port in want["ports"])
-                return Snapshot(FirewallWant(networks, ports), digest_of(want), fingerprint, generation)
+                return Snapshot(
+                    FirewallWant(networks, ports), digest_of(want), fingerprint, generation, frozenset(frame)
+                )
         return None
 
 
@@ -268,9 +290,7 @@ def _refuse_bad_addresses(want: FirewallWant) -> None:
             try:
                 IPv4Address(address)
             except AddressValueError as error:
-                raise WrongState(
-                    f"publish '{_named(port)}': address '{address}': {error} (an IPv4 address)"
-                ) from error
+                raise WrongState(f"publish '{port}': address '{address}': {error} (an IPv4 address)") from error
 
 
 def _refuse_doubles(want: FirewallWant) -> None:
@@ -282,10 +302,6 @@ def _refuse_doubles(want: FirewallWant) -> None:
             other = seen.setdefault((port.protocol, host_ip, port.host_port + step), port)
             if other is not port:
                 raise Conflict(
-                    f"publish '{_named(port)}': port {port.host_port + step}/{port.protocol} leads to"
+                    f"publish '{port}': port {port.host_port + step}/{port.protocol} leads to"
                     f" {other.address} already (another port)"
                 )
-
-
-def _named(port: PublishedPort) -> str:
-    return f"{port.host_ip + ':' if port.host_ip else ''}{port.host_port}:{port.container_port}/{port.protocol}"

@@ -24,11 +24,13 @@ NFT_MSG_GETTABLE, NFT_MSG_GETCHAIN, NFT_MSG_GETRULE = 1, 4, 7
 NFT_MSG_GETSET, NFT_MSG_GETSETELEM, NFT_MSG_GETGEN = 10, 13, 16
 NLM_F_REQUEST, NLM_F_DUMP = 0x1, 0x300
 NLMSG_ERROR, NLMSG_DONE = 2, 3
-NFTA_TABLE_USERDATA, NFTNL_UDATA_TABLE_COMMENT = 6, 0
+NFTA_TABLE_FLAGS, NFTA_TABLE_USERDATA, NFTNL_UDATA_TABLE_COMMENT = 2, 6, 0
 NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_POLICY, NFTA_HOOK_HOOKNUM = 3, 4, 5, 1
 FORWARDING = (1, 2, 7)  # NFPROTO_INET, NFPROTO_IPV4, NFPROTO_BRIDGE
 FORWARD_HOOK, DROPS = (2).to_bytes(4, "big"), bytes(4)  # NF_INET_FORWARD and NF_BR_FORWARD; NF_DROP
 NFTA_TABLE, NFTA_SET, NFTA_SET_ELEMENTS, NFTA_GEN_ID = 1, 2, 3, 1
+NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS = 2, 4
+NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_DATA, NFTA_DATA_VALUE = 1, 2, 1
 
 
 class NftError(Exception):
@@ -145,6 +147,31 @@ class RuleSet:
                     found.append((family, _name(chain[NFTA_TABLE]), _name(chain[NFTA_CHAIN_NAME])))
         return found
 
+    def frame(self, table: str) -> list[str]:
+        """A digest of each part of a table of family inet but for its sets: its flags, its chains, its rules.
+
+        Handles are left out: what is deleted and made again as it was has the same digest.
+        """
+        name = _attribute(NFTA_TABLE, table.encode() + b"\0")
+        kinds = {
+            NFT_MSG_GETTABLE: (NFTA_TABLE_FLAGS,),
+            NFT_MSG_GETCHAIN: (NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_POLICY),
+            NFT_MSG_GETRULE: (NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS),
+        }
+        return [
+            _digest(body, *attributes)
+            for kind, attributes in kinds.items()
+            for body in self._ask(kind, NLM_F_DUMP, name if kind == NFT_MSG_GETRULE else b"")
+            if body.startswith(name)
+        ]
+
+    def elements(self, table: str, map: str) -> list[tuple[bytes, bytes]]:
+        """Key and value of each element of a map of family inet, as the kernel keeps them."""
+        which = _attribute(NFTA_TABLE, table.encode() + b"\0") + _attribute(NFTA_SET, map.encode() + b"\0")
+        answers = self._ask(NFT_MSG_GETSETELEM, NLM_F_DUMP, which)
+        elements = (dict(_attributes(each)) for part in answers for each in _elements(part))
+        return [(_value(each[NFTA_SET_ELEM_KEY]), _value(each[NFTA_SET_ELEM_DATA])) for each in elements]
+
     def rules(self, family: int, table: str) -> list[bytes]:
         """The rules of a table, and the elements of its sets, as the kernel tells them."""
         name = _attribute(NFTA_TABLE, table.encode() + b"\0")
@@ -187,6 +214,17 @@ class RuleSet:
 def _elements(body: bytes) -> list[bytes]:
     listed = dict(_attributes(body)).get(NFTA_SET_ELEMENTS, b"")
     return [element for _, element in _attributes(listed)]
+
+
+def _value(data: bytes) -> bytes:
+    return dict(_attributes(data))[NFTA_DATA_VALUE]
+
+
+def _digest(body: bytes, *kinds: int) -> str:
+    """A digest of some of the attributes of an answer."""
+    attributes = dict(_attributes(body))
+    text = b"".join(_attribute(kind, attributes.get(kind, b"")) for kind in kinds)
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def _comment(userdata: bytes) -> str:
