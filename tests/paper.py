@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from holdfast.api import serving
+from holdfast.api import Agent, serving
 from holdfast.errors import Conflict, NotFound
+from holdfast.node.answers import Answers
 from holdfast.observed import Exit, Generation, History, Hold, Instance, InstanceId, Observed
 from holdfast.plan.actions import Plan
-from holdfast.runtime.execs import ExecWant
+from holdfast.questions import NOBODY, Caller, Json, Lines, Question, Sink, Steps
 from holdfast.spec.model import App, Container, Port, RestartPolicy, Spec
 from holdfast.status import make_status, plan_json
 
@@ -85,20 +86,50 @@ SOURCE = {
 }
 
 
-class PaperAgent:
-    """Answers what the API asks from values that a test sets; a hold changes them as the agent would."""
+class Echo(Agent):
+    """Answers every question with its name and arguments, in the shape that the question promises."""
+
+    def ask(self, question: Question, given: dict[str, Any]) -> Any:
+        out = given.pop("out", None)
+        told = {"asked": question.name, **given}
+        match question.hints()["return"]:
+            case _ if out is not None:
+                out.write(question.name.encode())
+                return told
+            case result if result == Steps:
+                return iter([{"transfers": []}, told])
+            case result if result == Lines:
+                return iter([{"seq": 1, **told}])
+            case result if result is type(None):
+                self.told = told
+                return None
+            case result if result == Json:
+                return told
+        return [told]
+
+    async def wait_sync(self, accept_rewrite: bool) -> Json:
+        return self.sync(accept_rewrite)
+
+    async def wait_events(self, after: int) -> None:
+        for _ in range(6000):
+            if any(True for _ in self.events(after, 1)):
+                return
+            await asyncio.sleep(0.01)
+
+
+class PaperAgent(Echo):
+    """Answers from values that a test sets; a hold changes them as the agent would."""
 
     def __init__(self, logs: Path | None = None) -> None:
         self.holds: dict[str, Hold] = {}
         self.log = [{"seq": 1, "at": NOW, "kind": "start", "subject": "shop/web", "message": "started"}]
-        self.logs = logs
+        self.log_path = logs
         self.plan_now = (Plan(),)
         self.problems: tuple[str, ...] = ()
         self.hints: tuple[str, ...] = ()
-        self.accepted_rewrite = False
         self.forgotten: list[str] = []
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> Json:
         running = [
             instance(SHOP, "web", addresses={"bridge": "10.209.0.2"}),
             instance(BACK, "db"),
@@ -117,43 +148,34 @@ class PaperAgent:
         )
         return {**status.json(), "agent": {"version": "0", "pid": 1, "connect_timeout": 60.0}}
 
-    def plan(self) -> dict[str, Any]:
+    def plan(self) -> Json:
         return plan_json(self.plan_now, self.problems, hints=self.hints)
 
-    async def sync(self, accept_rewrite: bool) -> dict[str, Any]:
-        self.accepted_rewrite = accept_rewrite
+    def sync(self, accept_rewrite: bool = False) -> Json:
         return self.status()
 
-    def events(self, after: int, limit: int) -> Sequence[dict[str, Any]]:
-        return [event for event in self.log if int(str(event["seq"])) > after][-limit:]
+    def events(self, after: int = 0, limit: int = 1000, follow: bool = False, beat: float = 1.0) -> Lines:
+        return iter([event for event in self.log if int(str(event["seq"])) > after][-limit:])
 
-    async def wait_events(self, after: int) -> None:
-        for _ in range(6000):
-            if self.events(after, 1):
-                return
-            await asyncio.sleep(0.01)
-
-    def hold(self, target: str, kind: Literal["stopped", "started", "restarted"], by: str) -> None:
+    def stop(self, target: str, by: Caller = NOBODY) -> None:
         self._known(target)
-        self.holds[target] = Hold(kind, NOW, by)
+        self.holds[target] = Hold("stopped", NOW, by)
 
     def release(self, target: str) -> None:
         self._known(target)
         self.holds.pop(target, None)
 
-    def inspect(self, target: str) -> dict[str, Any]:
+    def inspect(self, target: str) -> Json:
         self._known(target)
         return {"target": target, "want": {"image": "shop/web:1.27", "init": False}, "instances": [{"id": "x"}]}
 
-    def logs_of(self, target: str) -> dict[str, Any]:
+    def logs_of(self, target: str) -> Json:
         self._known(target)
-        return {"paths": [str(self.logs)]}
+        return {"paths": [str(self.log_path)]}
 
-    def exec_of(self, target: str, want: ExecWant) -> Sequence[str]:
-        self._known(target)
-        return ["/usr/bin/env", *(f"{name}={value}" for name, value in want.environment.items()), *want.argv]
+    logs = Answers.logs
 
-    def stats(self) -> Sequence[dict[str, Any]]:
+    def stats(self) -> Sequence[Json]:
         return [
             {
                 "target": "shop/web",
@@ -166,13 +188,13 @@ class PaperAgent:
             }
         ]
 
-    def volumes(self) -> Sequence[dict[str, Any]]:
+    def volumes(self) -> Sequence[Json]:
         return [
             {"id": "shop/data", "driver": "managed", "path": "/v/shop/data", "used_by": ["shop/web"], "orphan": False}
         ]
 
-    def volume(self, id: str) -> dict[str, Any]:
-        return dict(self.volumes()[0])
+    def volume(self, id: str) -> Json:
+        return self.volumes()[0]
 
     def remove_volume(self, id: str, force: bool = False) -> None:
         if id not in {each["id"] for each in self.volumes()}:
@@ -180,80 +202,71 @@ class PaperAgent:
         if not force:
             raise Conflict(f"remove volume '{id}': shop/web has it mounted (stop that first)")
 
-    def prune_volumes(self) -> Sequence[str]:
-        return []
-
-    def networks(self) -> Sequence[dict[str, Any]]:
+    def networks(self) -> Sequence[Json]:
         return [{"id": "bridge", "driver": "bridge", "subnet": "10.209.0.0/24", "gateway": "10.209.0.1"}]
 
-    def network(self, id: str) -> dict[str, Any]:
-        return dict(self.networks()[0]) | {"id": id}
+    def network(self, id: str) -> Json:
+        return {**self.networks()[0], "id": id}
 
-    def images(self) -> Sequence[dict[str, Any]]:
+    def images(self) -> Sequence[Json]:
         return []
 
-    def import_image(self, path: str, ref: str, changes: Sequence[str] = ()) -> dict[str, Any]:
+    def import_image(self, path: str, ref: str, changes: Sequence[str] = ()) -> Json:
         return {"ref": ref, "digest": "sha256:abc"}
 
-    def load_image(self, path: str) -> Sequence[dict[str, Any]]:
-        return [{"ref": "loaded:1", "digest": "sha256:abc"}]
-
-    def remove_image(self, ref: str) -> dict[str, Any]:
+    def remove_image(self, ref: str) -> Json:
         raise NotFound(f"image '{ref}': no such image")
 
-    def image(self, ref: str) -> dict[str, Any]:
+    def image(self, ref: str) -> Json:
         return {"Id": "sha256:abc", "RepoTags": [ref]}
 
-    def image_history(self, ref: str) -> Sequence[dict[str, Any]]:
+    def image_history(self, ref: str) -> Sequence[Json]:
         return [{"layer": "", "created": NOW, "created_by": "CMD", "size": 0, "comment": ref}]
 
-    def outdated(self) -> Sequence[dict[str, Any]]:
+    def outdated(self) -> Sequence[Json]:
         return []
 
-    def pull_image(self, ref: str) -> Iterator[dict[str, Any]]:
+    def pull_image(self, ref: str) -> Steps:
         yield {"transfers": []}
         if ref == "gone:1":
             raise NotFound(f"pull '{ref}': the registry has no such image")
         yield {"image": {"ref": ref, "digest": "sha256:abc"}}
 
-    def push_image(self, ref: str, to: str = "") -> Iterator[dict[str, Any]]:
+    def push_image(self, ref: str, to: str = "") -> Steps:
         yield {"pushed": {"ref": to or ref, "digest": "sha256:abc"}}
 
-    def load_bundle(self, path: str) -> Sequence[dict[str, Any]]:
-        return []
-
-    def tag_image(self, ref: str, name: str) -> dict[str, Any]:
-        return {"ref": name}
-
-    def prune_images(self, all: bool = False) -> dict[str, Any]:
+    def prune_images(self, all: bool = False) -> Json:
         return {"images": ["sha256:abc"] * all, "layers": [], "freed": 0}
 
-    def save_images(self, refs: Sequence[str], format: str, out: Any) -> dict[str, Any]:
+    def save_images(self, ref: Sequence[str], format: str, out: Sink) -> Json:
         out.write(b"tar" * 1_000_000)
-        if "gone:1" in refs:
+        if "gone:1" in ref:
             raise NotFound("find image 'gone:1': no such image here")
         out.write(format.encode())
-        return {"images": list(refs)}
+        return {"images": list(ref)}
 
-    def export_image(self, ref: str, out: Any) -> dict[str, Any]:
-        out.write(ref.encode())
-        return {"ref": ref}
-
-    def commit(self, target: str, name: str, **options: Any) -> dict[str, Any]:
-        self._known(target)
-        return {"ref": name, "digest": "sha256:abc", **options}
-
-    def export(self, target: str, out: Any, pause: bool = True) -> dict[str, Any]:
+    def export(self, target: str, out: Sink, pause: bool = True) -> Json:
         out.write(target.encode())
         return {"target": target, "pause": pause}
 
-    def usage(self) -> dict[str, Any]:
+    def commit(
+        self,
+        target: str,
+        name: str,
+        changes: Sequence[str] = (),
+        message: str = "",
+        author: str = "",
+        pause: bool = True,
+    ) -> Json:
+        return {"ref": name, "digest": "sha256:abc"}
+
+    def usage(self) -> Json:
         return {"kinds": [], "images": [], "containers": [], "volumes": []}
 
-    def prune(self, all: bool = False, volumes: bool = False) -> dict[str, Any]:
+    def prune(self, all: bool = False, volumes: bool = False) -> Json:
         return {"images": [], "volumes": ["shop/old"] * volumes, "freed": int(all), "kinds": {}}
 
-    def plugins(self) -> Sequence[dict[str, Any]]:
+    def plugins(self) -> Sequence[Json]:
         return [{"name": "odd", "version": "1", "state": "failed", "error": "no module named 'odd'", "drivers": []}]
 
     def forget_plugin(self, name: str) -> None:
@@ -267,7 +280,7 @@ class PaperAgent:
 
 
 @contextmanager
-def served(agent: PaperAgent, path: Path) -> Iterator[None]:
+def served(agent: Agent, path: Path) -> Iterator[None]:
     """Serve an agent on a socket, on a loop in a thread of its own."""
     ready, loop = threading.Event(), asyncio.new_event_loop()
     over = asyncio.Event()

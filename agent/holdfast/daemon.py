@@ -29,15 +29,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import structlog
 
 from holdfast import __version__
-from holdfast.api import serving
+from holdfast.api import Agent, serving
 from holdfast.config import Config, load_config
 from holdfast.drivers import Host
-from holdfast.errors import Conflict, HoldfastError, NotFound, NotPermitted, TryAgain
+from holdfast.errors import Conflict, HoldfastError, NoAgent, NotFound, NotPermitted, TryAgain
 from holdfast.guard import described
 from holdfast.identity import hold_name, make_id, read_id, same_root
 from holdfast.images.builds.build import Builder
@@ -50,8 +50,9 @@ from holdfast.node.answers import Answers
 from holdfast.node.builds import BuildServices
 from holdfast.node.claim import record_of
 from holdfast.node.installed import expect
-from holdfast.observed import Hold, Json
+from holdfast.observed import Hold
 from holdfast.plugins import load_plugins
+from holdfast.questions import NOBODY, Caller, Json, Question
 from holdfast.reconcile import SOURCE_FACT, Pass, Reconciler
 from holdfast.runtime.binaries import find_conmon, find_runtime
 from holdfast.runtime.conmon import Runtime, become_subreaper
@@ -140,10 +141,20 @@ def _source_of(config: Config, node: Node) -> Source:
 def _coming(context: Context) -> dict[str, list[Json]]:
     """The part of a status that changes between passes: the images on their way."""
     return {
-        "transfers": context.transfers.look(),
+        "transfers": one_each(context.transfers.look()),
         "builds": context.builder.look(),
         "unanswered": context.transfers.unanswered(),
     }
+
+
+def one_each(transfers: Sequence[Json]) -> list[Json]:
+    """Of several transfers of one reference, which share their layers, the one that has come farthest."""
+    found: dict[str, Json] = {}
+    for each in transfers:
+        best = found.get(each["ref"])
+        if best is None or (each["state"] == "pulling", each["done"]) > (best["state"] == "pulling", best["done"]):
+            found[each["ref"]] = each
+    return list(found.values())
 
 
 def shut_down(config: Config) -> list[str]:
@@ -195,7 +206,7 @@ def refused(config: Config) -> str:
 
 
 class Offline(Answers):
-    """What can be asked without an agent (`holdfast.api.Agent`, as far as it needs no loop)."""
+    """Answers what can be asked without an agent."""
 
     def __init__(self, config: Config, node: Node, refused: str = "") -> None:
         """refused: why an agent would not start."""
@@ -204,6 +215,10 @@ class Offline(Answers):
         source = _source_of(config, node)
         self._reconciler = Reconciler(node, source, config, node.context.plugins.names(), node.in_force)
         self._node = node
+
+    def ask(self, question: Question, given: dict[str, Any]) -> Any:
+        """Refuse what only an agent can do."""
+        raise NoAgent(f"{question.name}: no agent runs (start it with 'holdfast agent')")
 
     def status(self) -> Json:
         """How the node stands, read now."""
@@ -219,10 +234,6 @@ class Offline(Answers):
         if self._refused:
             raise Conflict(f"plan: {self._refused} (another name in agent.toml)")
         return self._reconciler.preview_json()
-
-    def events(self, after: int, limit: int) -> Sequence[Json]:
-        """What happened while an agent ran."""
-        return self.context.store.events(after, limit)
 
 
 def _raise_file_limit() -> None:
@@ -335,8 +346,8 @@ def _node_of(config: Config) -> Iterator[Node]:
 # -- the agent -----------------------------------------------------------------------------------------------
 
 
-class Daemon(Answers):
-    """A running agent: the loop, and the answers that need it (`holdfast.api.Agent`)."""
+class Daemon(Answers, Agent):
+    """A running agent: the loop, and the answers that need it."""
 
     def __init__(self, config: Config, path: Path | None, node: Node) -> None:
         super().__init__(node.context)
@@ -516,7 +527,7 @@ class Daemon(Answers):
         """A preview, made now."""
         return self._reconciler.preview_json()
 
-    async def sync(self, accept_rewrite: bool) -> Json:
+    async def wait_sync(self, accept_rewrite: bool) -> Json:
         """Ask the source, try at once what waits for its next try, and return the status of the pass that follows."""
         with contextlib.suppress(TryAgain):  # the status says so
             await self._refresh(accept_rewrite)
@@ -541,16 +552,21 @@ class Daemon(Answers):
             if failed:
                 self._watch.poke()  # it waits out a back-off that has no cause any more
 
-    def events(self, after: int, limit: int) -> Sequence[Json]:
-        """What happened."""
-        return self.context.store.events(after, limit)
-
     async def wait_events(self, after: int) -> None:
         """Return when there is an event above `after`."""
         async with self._change:
             await self._change.wait_for(lambda: bool(self.context.store.events(after, 1)))
 
-    def hold(self, target: str, kind: Literal["stopped", "started", "restarted"], by: str) -> None:
+    def stop(self, target: str, by: Caller = NOBODY) -> None:
+        self._hold(target, "stopped", by)
+
+    def start(self, target: str, by: Caller = NOBODY) -> None:
+        self._hold(target, "started", by)
+
+    def restart(self, target: str, by: Caller = NOBODY) -> None:
+        self._hold(target, "restarted", by)
+
+    def _hold(self, target: str, kind: Literal["stopped", "started", "restarted"], by: Caller) -> None:
         """Record what a person asks for."""
         self.instances_of(target)
         self.context.store.hold(target, Hold(kind, time.time(), by))

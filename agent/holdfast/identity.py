@@ -27,9 +27,6 @@ from holdfast.errors import Conflict, NotPermitted, UnfitHost
 PLACE = Path("/run/holdfast-names")
 FILE = "id"
 ID = re.compile("[0-9a-f]{8}")
-ROOT_HEADER = "Holdfast-Root"  # of a request to an agent: the root of the one that is meant, percent-encoded
-API_HEADER = "Holdfast-Api"  # of an answer of an agent: the number of what it can be asked; absent: 1
-API = 2  # counts up with each request, or part of one, that an older agent does not know
 LARGEST = 65_536  # bytes of a record
 
 

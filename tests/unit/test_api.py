@@ -8,7 +8,7 @@ import pwd
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 from holdfast.api import PER_USER, answers, listen
-from holdfast.cli.client import Client, one_each
+from holdfast.cli.client import Client
+from holdfast.daemon import Daemon, Offline, one_each
 from holdfast.errors import Conflict, NoAgent, NotFound, TryAgain, WrongCall, WrongConfig
-from holdfast.runtime.execs import ExecWant
-from paper import PaperAgent, served, until
+from holdfast.questions import QUESTIONS, Question, Questions, Sink
+from paper import Echo, PaperAgent, served, until
 
 
 @pytest.fixture
@@ -55,48 +56,55 @@ def test_an_error_arrives_as_the_class_that_was_raised(client: Client) -> None:
 
 
 def test_a_hold_bears_the_name_of_whoever_asked(client: Client, agent: PaperAgent) -> None:
-    client.act("shop/web", "stop")
+    client.stop("shop/web")
     assert agent.holds["shop/web"].kind == "stopped"
     assert agent.holds["shop/web"].by == pwd.getpwuid(os.getuid()).pw_name
-    client.act("shop/web", "release")
+    client.release("shop/web")
     assert agent.holds == {}
 
 
-def test_every_call_of_the_client_has_a_route(client: Client, agent: PaperAgent) -> None:
-    client.sync(accept_rewrite=True)
-    assert agent.accepted_rewrite
-    assert client.plan()["empty"]
-    assert client.volumes()[0]["id"] == client.volume("shop/data")["id"]
-    client.remove_volume("shop/data", force=True)
-    assert client.prune_volumes() == client.images() == []
-    assert client.networks()[0]["id"] == "bridge"
-    assert client.network("shop/front")["id"] == "shop/front"
-    assert client.import_image("/x.tar", "app:1")["ref"] == "app:1"
-    assert client.load_image("/x")[0]["ref"] == "loaded:1"
-    with pytest.raises(NotFound, match="'registry:5000/a:1'"):
-        client.remove_image("registry:5000/a:1")
-    assert client.plugins()[0]["state"] == "failed"
-    assert client.stats()[0]["pids"] == 2
-    assert client.exec_of("shop/web", ExecWant(argv=["true"], environment={"A": "b=c"})) == [
-        *("/usr/bin/env", "A=b=c", "true")
-    ]
-    assert client.logs_of("shop/web")["paths"] == [str(agent.logs)]
+ARGUMENTS: dict[Any, Any] = {
+    str: "a b/ü%",
+    bool: True,
+    int | None: 3,
+    int: 3,
+    float | None: 1.5,
+    float: 1.5,
+    Sequence[str]: ["a=1", "b ü"],
+}
 
 
-def test_every_call_about_images_has_a_route(client: Client) -> None:
-    assert client.image("app:1")["RepoTags"] == ["app:1"]
-    assert client.image_history("app:1")[0]["comment"] == "app:1"
-    assert client.tag_image("app:1", "app:2") == {"ref": "app:2"}
-    assert client.prune_images(all=True)["images"] == ["sha256:abc"]
-    assert list(client.pull_image("app:1"))[-1]["image"]["ref"] == "app:1"
-    assert list(client.push_image("app:1", "r.test/a:1")) == [
-        {"pushed": {"ref": "r.test/a:1", "digest": "sha256:abc"}}
-    ]
-    made = client.commit("shop/web", "app:3", changes=["USER 1"], message="m", author="a", pause=False)
-    options = {"changes": ["USER 1"], "message": "m", "author": "a", "pause": False}
-    assert made == {"ref": "app:3", "digest": "sha256:abc", **options}
-    assert (client.usage()["kinds"], client.outdated(), client.load_bundle("/x")) == ([], [], [])
-    assert client.prune(all=True, volumes=True)["volumes"] == ["shop/old"]
+@pytest.mark.parametrize("question", QUESTIONS, ids=[each.name for each in QUESTIONS])
+def test_every_question_arrives_with_all_that_was_said(question: Question, tmp_path: Path) -> None:
+    echo, client, out = Echo(), Client(tmp_path / "agent.sock"), io.BytesIO()
+    hints = question.hints()
+    shown = {**ARGUMENTS, Sink: out}
+    given: dict[str, Any] = {name: shown[hints[name]] for name in question.names if name not in ("by", "follow")}
+    if hints.get("target") is str:
+        given["target"] = "shop/web"
+    expected = {"asked": question.name, **given}
+    with served(echo, tmp_path / "agent.sock"):
+        told = getattr(client, question.name)(**given)
+        told = list(told)[-1] if isinstance(told, Iterator) else told[0] if isinstance(told, list) else told
+    if "out" in expected:
+        assert expected.pop("out").getvalue() == question.name.encode()
+    if "by" in question.names:
+        expected["by"] = pwd.getpwuid(os.getuid()).pw_name
+    told = echo.told if told is None else dict(told)
+    expected |= {name: told[name] for name in told if name == "seq"}
+    expected.pop("beat", None)  # what the agent's own loop sees to
+    assert told == expected
+
+
+def test_an_agent_answers_every_question_and_without_one_all_but_few() -> None:
+    def left(answers: type[Questions]) -> set[str]:
+        return {each.name for each in QUESTIONS if hasattr(getattr(answers, each.name), "question")}
+
+    assert left(Daemon) == {"sync"}, "which waits in the loop"
+    assert left(Offline) == {"sync", "stop", "start", "restart", "release"}
+    offline = Offline.__new__(Offline)
+    with pytest.raises(NoAgent, match="stop: no agent runs"):
+        offline.stop("shop/web")
 
 
 def test_archives_come_whole_through_the_agent_or_not_at_all(client: Client) -> None:
@@ -108,8 +116,8 @@ def test_archives_come_whole_through_the_agent_or_not_at_all(client: Client) -> 
     out = io.BytesIO()
     assert client.export("shop/web", out, pause=False) == {"target": "shop/web", "pause": False}
     client.export_image("app:1", out)
-    assert out.getvalue() == b"shop/webapp:1"
-    with pytest.raises(WrongCall, match="no image is named"):
+    assert out.getvalue() == b"shop/webexport_image"
+    with pytest.raises(WrongCall, match="'ref' is missing"):
         client.export_image("", io.BytesIO())
 
 
@@ -126,7 +134,7 @@ def test_a_reader_who_stops_reading_is_given_up(
             ended.set()
 
     monkeypatch.setattr(agent, "export", export)
-    monkeypatch.setattr("holdfast.api.images.STALLED", 0.2)
+    monkeypatch.setattr("holdfast.api.routes.STALLED", 0.2)
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(tmp_path / "agent.sock"))
         connection.sendall(b"GET /v1/containers/shop/web/export HTTP/1.0\r\n\r\n")
@@ -158,19 +166,19 @@ def test_a_pull_that_ends_in_a_bug_is_no_result(
 
 
 def test_events_are_read_from_where_the_reader_was(client: Client) -> None:
-    assert [event["message"] for event in client.events()] == ["started"]
-    assert client.events(after=1) == []
+    assert [event["message"] for event in client.events() if event] == ["started"]
+    assert list(client.events(after=1)) == []
 
 
 def test_a_follower_hears_of_events_as_they_happen(client: Client, agent: PaperAgent) -> None:
-    heard = client.follow()
+    heard = client.events(follow=True)
     assert next(heard)["seq"] == 1
     agent.log.append({"seq": 2, "at": 1.0, "kind": "exit", "subject": "shop/web", "message": "ended"})
     assert next(event for event in heard if event)["seq"] == 2
 
 
 def test_a_follower_knows_while_nothing_happens_that_the_agent_lives(client: Client) -> None:
-    heard = client.follow(after=1)
+    heard = client.events(after=1, follow=True)
     assert [next(heard), next(heard)] == [None, None]
 
 
@@ -191,17 +199,17 @@ def test_a_reader_that_has_gone_ends_the_reading(client: Client, log: Path) -> N
     lines = client.logs(["shop/web"])
     assert next(lines)["text"] == "one"
     lines.close()
-    until(lambda: not any(thread.name == "log reader" for thread in threading.enumerate()), 2)
+    until(lambda: not any(thread.name == "line reader" for thread in threading.enumerate()), 2)
 
 
 def test_a_followed_log_goes_on_and_its_reader_thread_ends_with_the_caller(client: Client, log: Path) -> None:
-    lines = client.logs(["shop/web"], tail=1, follow=1)
+    lines = client.logs(["shop/web"], tail=1, follow=True)
     assert next(lines)["text"] == "two"
     with log.open("a") as file:
         file.write("2026-11-21T07:00:02.1+00:00 stdout F three\n")
     assert next(line for line in lines if line)["text"] == "three"
     lines.close()
-    until(lambda: not any(thread.name == "log reader" for thread in threading.enumerate()))
+    until(lambda: not any(thread.name == "line reader" for thread in threading.enumerate()))
 
 
 def test_a_wrong_path_or_body_is_one_line(client: Client, tmp_path: Path) -> None:
@@ -250,7 +258,7 @@ def test_a_socket_that_a_dead_agent_left_is_replaced(tmp_path: Path) -> None:
 def test_no_agent_is_said_as_such(tmp_path: Path) -> None:
     with pytest.raises(NoAgent, match="nobody answers"):
         Client(tmp_path / "agent.sock").status()
-    assert not Client(tmp_path / "agent.sock").answers()
+    assert not Client(tmp_path / "agent.sock").listens()
 
 
 def test_one_user_may_open_so_many_connections_and_no_more(client: Client, agent: PaperAgent) -> None:
@@ -294,16 +302,16 @@ def answer_to(path: Path, method: str, target: str, body: bytes = b"") -> bytes:
     [
         ("POST", "/v1/images/pull", b"\xff\xfe\xfd", b"body is not JSON"),
         ("POST", "/v1/images/pull", b'{"ref": 5}', b"body 'ref': not a string"),
-        ("POST", "/v1/images/pull", b'{"ref": ""}', b"body 'ref': a string is needed"),
+        ("POST", "/v1/images/pull", b'{"ref": ""}', b"'ref' is missing"),
         ("POST", "/v1/containers/shop/web/exec", b'{"command": "ls"}', b"body 'command': not a list of strings"),
         ("POST", "/v1/containers/shop/web/exec", b'{"command": ["a"], "env": 5}', b"body 'env': not a list"),
         ("POST", "/v1/containers/shop/web/exec", b'{"command": ["a"], "tty": "no"}', b"body 'tty': neither true"),
         ("POST", "/v1/containers/shop/web/commit", b'{"name": "a:1", "changes": [5]}', b"body 'changes': not a list"),
         ("POST", "/v1/images/prune", b'{"all": "false"}', b"body 'all': neither true nor false"),
         ("POST", "/v1/prune", b'{"volumes": 1}', b"body 'volumes': neither true nor false"),
-        ("DELETE", "/v1/volumes/shop/data?force=no", b"", b"query 'force=no': neither yes nor no"),
-        ("GET", "/v1/containers/shop/web/logs?tail=-5", b"", b"query 'tail=-5': not a whole number"),
-        ("GET", "/v1/containers/shop/web/logs?tail=1.5", b"", b"query 'tail=1.5': not a whole number"),
+        ("DELETE", "/v1/volumes/shop/data?force=no", b"", b"query 'force=no' (1 or 0): neither true nor false"),
+        ("GET", "/v1/logs?target=shop/web&tail=-5", b"", b"query 'tail=-5': not a whole number"),
+        ("GET", "/v1/logs?target=shop/web&tail=1.5", b"", b"query 'tail=1.5': not a whole number"),
         ("GET", "/v1/events?limit=-1", b"", b"query 'limit=-1': not a whole number"),
         ("GET", "/v1/events?follow=1&beat=soon", b"", b"query 'beat=soon': not a number"),
     ],
@@ -323,7 +331,7 @@ def test_a_volume_that_is_mounted_is_kept_from_who_says_that_it_is_not_to_be_for
 
 def test_a_caller_who_means_the_agent_of_another_root_is_refused(client: Client, tmp_path: Path) -> None:
     other = Client(client.path, tmp_path / "elsewhere")
-    for call in (other.status, other.plan, lambda: other.act("shop/web", "stop")):
+    for call in (other.status, other.plan, lambda: other.stop("shop/web")):
         with pytest.raises(Conflict, match=f"holds '{tmp_path}'.*'{tmp_path}/elsewhere'"):
             call()
     assert Client(client.path, tmp_path).status()["converged"]

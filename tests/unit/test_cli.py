@@ -211,9 +211,9 @@ def test_logs_keep_stdout_and_stderr_apart(agent: PaperAgent, run: Run, capsys: 
 def test_logs_are_printed_byte_for_byte(
     agent: PaperAgent, run: Run, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    assert agent.logs
+    assert agent.log_path
     start = b"2026-11-21T07:00:00.1+00:00 stdout"
-    agent.logs.write_bytes(start + b" F \x1b[31mred\xff\n" + start + b" P no end\n")
+    agent.log_path.write_bytes(start + b" F \x1b[31mred\xff\n" + start + b" P no end\n")
     assert run("logs", "shop/web") == 0
     assert capfdbinary.readouterr().out == b"\x1b[31mred\xff\nno end"
 
@@ -584,7 +584,7 @@ def test_an_empty_name_is_a_wrong_call(run: Run, capsys: pytest.CaptureFixture[s
 def test_who_stops_watching_a_pull_hears_that_it_goes_on(
     agent: PaperAgent, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(steps: Iterator[Any], _quiet: bool) -> None:
+    def interrupted(steps: Iterator[Any], *, quiet: bool) -> None:
         list(steps)
         raise KeyboardInterrupt
 

@@ -18,6 +18,8 @@ from holdfast.cli import render
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from holdfast.questions import Steps
+
 Json = Mapping[str, Any]
 Show = Callable[[Json], None]
 
@@ -37,6 +39,16 @@ def bars(*, quiet: bool = False) -> Iterator[Show]:
             yield show
     else:
         yield _Lines().show
+
+
+def followed(steps: Steps, *, quiet: bool) -> Json:
+    """Draw transfers as they come, and return what comes last."""
+    last: Json = {}
+    with bars(quiet=quiet) as show:
+        for last in steps:
+            if "transfers" in last:
+                show(last)
+    return last
 
 
 class _Lines:

@@ -5,23 +5,23 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from holdfast.cli import render
-from holdfast.cli.bars import bars
+from holdfast.cli.bars import bars, followed
 from holdfast.cli.check import counted
 from holdfast.cli.client import Client
 from holdfast.cli.command import Group, agent_client, client, json_option, reach, settings
 from holdfast.cli.since import Seconds
-from holdfast.cli.state import BEAT, PATIENCE, converge, headline, kind_of
-from holdfast.errors import HoldfastError, NotPermitted, UnfitHost, WrongCall, WrongState
+from holdfast.cli.state import PATIENCE, converge, headline, kind_of
+from holdfast.errors import NotPermitted, UnfitHost, WrongCall, WrongState
 
 if TYPE_CHECKING:
     from holdfast.config import Config
@@ -292,7 +292,7 @@ def load(file: Path, state: Path | None, images_only: bool, wait: bool, timeout:
         if folder is not None:
             check_replaceable(folder)
         with reach(makes=True) as node:
-            images = load_images(node, file)
+            images = followed(node.load_bundle(str(file.absolute())), quiet=not sys.stderr.isatty())["images"]
         for each in images:
             render.echo(f"{each['ref']}  {each['digest']}" + ("" if each["new"] else "  (here already)"))
         if folder is None:
@@ -306,28 +306,10 @@ def load(file: Path, state: Path | None, images_only: bool, wait: bool, timeout:
     follow(agent, timeout)
 
 
-def load_images(node: Any, file: Path) -> Sequence[Mapping[str, Any]]:
-    """Have the node take in the images, and show how far it has come."""
-    from concurrent.futures import ThreadPoolExecutor, wait
-
-    def coming() -> Sequence[Mapping[str, Any]]:
-        with suppress(HoldfastError):
-            found = node.status()["transfers"] if isinstance(node, Client) else node.context.transfers.look()
-            return [each for each in found if each["ref"] == file.name]
-        return []
-
-    with bars(quiet=not sys.stderr.isatty()) as show, ThreadPoolExecutor(1) as thread:
-        under_way = thread.submit(node.load_bundle, str(file.absolute()))
-        while wait([under_way], BEAT).not_done:
-            show({"transfers": coming()})
-        images: Sequence[Mapping[str, Any]] = under_way.result()
-    return images
-
-
 def follow(agent: Client | None, timeout: float) -> None:
     """Wait for the agent, if that is asked for; say so where nobody would converge."""
     if agent is None:
-        if not agent_client().answers():
+        if not agent_client().listens():
             render.echo("no agent runs: 'holdfast apply' converges once, 'holdfast agent' from now on")
         return
     began = time.time()

@@ -20,6 +20,7 @@ import click
 from holdfast.cli import render
 from holdfast.cli.client import Client
 from holdfast.errors import HoldfastError, NoAgent, NotFound, WrongCall
+from holdfast.questions import Questions
 
 if TYPE_CHECKING:
     from holdfast.config import Config
@@ -121,19 +122,19 @@ def agent_client() -> Client:
 def client() -> Client:
     """The agent that agent.toml leads to; raises NoAgent if it does not run."""
     found = agent_client()
-    if not found.answers():
+    if not found.listens():
         raise NoAgent(f"ask the agent on '{found.path}': nobody answers (start it with 'holdfast agent')")
     return found
 
 
 @contextmanager
-def reach(*, makes: bool = False) -> Iterator[Any]:
-    """The running agent, or without one the node itself, which answers the same questions (`holdfast.api.Agent`).
+def reach(*, makes: bool = False) -> Iterator[Questions]:
+    """The running agent, or without one the node itself, which answers most of the same questions.
 
     makes: whether it is asked to put something into a root that no agent has used yet; else nothing is made there.
     """
     found = agent_client()
-    if found.answers():
+    if found.listens():
         yield found
         return
     from holdfast.daemon import open_node

@@ -26,6 +26,7 @@ from holdfast.cli.command import (
 )
 from holdfast.cli.since import Moment, Seconds
 from holdfast.errors import NotPermitted, TryAgain, WrongCall
+from holdfast.questions import Questions
 
 Json = Mapping[str, Any]
 
@@ -58,9 +59,8 @@ def logs(
 
     with reach() as node:
         known = resolve_all(node.status(), targets)
-        if os.geteuid() != 0:
-            asked = {"tail": tail, "since": since, "until": until, "follow": 1 if follow else None}
-            told = node.logs(known, **asked)
+        if os.geteuid() != 0:  # the log files are root's
+            told = node.logs(known, tail, since, until, follow)
             lines: Iterator[LogLine | None] = (line_of(line) if line else None for line in told)
         else:
             several = len(known) > 1
@@ -96,8 +96,6 @@ def exec_(
 
     Exits with the command's own exit code; with 127 if there is no such command, 126 if it can't be run.
     """
-    from holdfast.runtime.execs import ExecWant
-
     if os.geteuid() != 0:
         raise NotPermitted("exec: only root may enter a container (sudo holdfast exec …)")
     if detach and (interactive or tty):
@@ -108,9 +106,9 @@ def exec_(
         raise WrongCall(f"exec --workdir '{workdir}': not an absolute path (/{workdir})")
     argv = words[1:] if words[0] == "--" else words
     environment = environment_of(env, tty=tty)
-    want = ExecWant(argv=argv, user=user, environment=environment, workdir=workdir, tty=tty, detach=detach)
     with reach() as node:
-        command_line = list(node.exec_of(resolve(node.status(), target), want))
+        known = resolve(node.status(), target)
+        command_line = node.exec_of(known, argv, user, environment, workdir, tty, detach)["argv"]
     if detach:
         begin(command_line)
         return
@@ -119,7 +117,7 @@ def exec_(
     os.execvp(command_line[0], command_line)
 
 
-def environment_of(entries: Iterable[str], *, tty: bool) -> dict[str, str]:
+def environment_of(entries: Iterable[str], *, tty: bool) -> list[str]:
     """What is handed on of this process's environment: the terminal's kind, and what is named without a value."""
     found = {"TERM": os.environ["TERM"]} if tty and os.environ.get("TERM") else {}
     for entry in entries:
@@ -128,7 +126,7 @@ def environment_of(entries: Iterable[str], *, tty: bool) -> dict[str, str]:
             raise WrongCall(f"exec --env '{entry}': no name (expected KEY=VALUE, or KEY to hand on one's own)")
         if equals or name in os.environ:
             found[name] = value if equals else os.environ[name]
-    return found
+    return [f"{name}={value}" for name, value in found.items()]
 
 
 def begin(command_line: Sequence[str]) -> None:
@@ -141,10 +139,11 @@ def begin(command_line: Sequence[str]) -> None:
         raise TryAgain(f"exec --detach: the runtime exits with {done.returncode} (without --detach it says why)")
 
 
-def holding(verb: str, text: str, reached: Callable[[Json, frozenset[str]], bool]) -> click.Command:
+def holding(ask: Callable[[Questions, str], None], reached: Callable[[Json, frozenset[str]], bool]) -> click.Command:
     """A command that asks the agent for something by hand and waits until that is so."""
+    verb = ask.__name__
 
-    @command(verb, help=text)
+    @command(verb, help=ask.__doc__)
     @target_argument()
     @click.option("--timeout", type=Seconds(), default=60.0, show_default="60s", help="How long to wait at most.")
     @click.option("--no-wait", is_flag=True, help="Only ask.")
@@ -153,7 +152,7 @@ def holding(verb: str, text: str, reached: Callable[[Json, frozenset[str]], bool
         status = agent.status()
         known = resolve(status, target)
         before = running(container(status, known))
-        agent.act(known, verb)
+        ask(agent, known)
         if not no_wait:
             wait(agent, known, verb, timeout, lambda now: reached(now, before))
 
@@ -174,7 +173,7 @@ def running(container: Json) -> frozenset[str]:
 
 def wait(agent: Client, target: str, verb: str, timeout: float, reached: Callable[[Json], bool]) -> None:
     deadline = time.monotonic() + timeout
-    for _ in agent.follow(limit=1, beat=0.1):
+    for _ in agent.events(limit=1, follow=True, beat=0.1):
         now = container(agent.status(), target)
         if reached(now):
             return
@@ -183,12 +182,10 @@ def wait(agent: Client, target: str, verb: str, timeout: float, reached: Callabl
             raise TryAgain(f"{verb} '{target}': it is {now.get('state', 'gone')} after {render.span(timeout)}{told}")
 
 
-stop = holding("stop", "Stop a container and keep it stopped until it is released.", lambda now, _: not running(now))
-start = holding("start", "Start a container that does not run.", lambda now, _: bool(running(now)))
-restart = holding("restart", "Stop a container and start it again.", lambda now, before: bool(running(now) - before))
-release = holding(
-    "release", "End what was asked for by hand: the commit decides again.", lambda now, _: not now["held"]
-)
+stop = holding(Questions.stop, lambda now, _: not running(now))
+start = holding(Questions.start, lambda now, _: bool(running(now)))
+restart = holding(Questions.restart, lambda now, before: bool(running(now) - before))
+release = holding(Questions.release, lambda now, _: not now["held"])
 
 
 @command("inspect")
@@ -264,7 +261,7 @@ def commit(target: str, name: str, changes: tuple[str, ...], message: str, autho
     """
     with reach() as node:
         known = resolve(node.status(), target)
-        made = node.commit(known, name, changes=list(changes), message=message, author=author, pause=pause)
+        made = node.commit(known, name, changes=changes, message=message, author=author, pause=pause)
     render.echo(f"{made['ref']}  {made['digest']}")
 
 

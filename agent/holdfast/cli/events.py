@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -28,11 +29,8 @@ def events(follow: bool, tail: int, since: float | None, json_: bool) -> None:
 
 
 def happened(follow: bool, tail: int) -> Iterator[Mapping[str, Any]]:
-    if follow:
-        yield from (event for event in client().follow(limit=tail) if event)
-    else:
-        with reach() as node:
-            yield from node.events(0, tail)
+    with nullcontext(client()) if follow else reach() as node:
+        yield from (event for event in node.events(limit=tail, follow=follow) if event)
 
 
 def after(since: float | None, found: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

@@ -13,7 +13,7 @@ from typing import IO, Any, cast
 import click
 
 from holdfast.cli import render
-from holdfast.cli.bars import bars
+from holdfast.cli.bars import followed
 from holdfast.cli.client import Client
 from holdfast.cli.command import Group, agreed, json_option, reach
 from holdfast.errors import HoldfastError, UnfitHost, WrongCall
@@ -174,7 +174,7 @@ def pull(refs: tuple[str, ...], quiet: bool) -> None:
     with reach(makes=True) as node:
         for ref in refs:
             try:
-                told(followed(node.pull_image(ref), quiet)["image"])
+                told(followed(node.pull_image(ref), quiet=quiet)["image"])
             except KeyboardInterrupt:
                 if isinstance(node, Client):
                     after = "\n" if sys.stderr.isatty() else ""  # the terminal has written ^C
@@ -190,17 +190,7 @@ def pull(refs: tuple[str, ...], quiet: bool) -> None:
 def push(ref: str, to: str, quiet: bool) -> None:
     """Send an image to a registry, under its own name or another."""
     with reach() as node:
-        told(followed(node.push_image(ref, to), quiet)["pushed"])
-
-
-def followed(steps: Iterator[Json], quiet: bool) -> Json:
-    """Draw transfers as they come, and return what comes last."""
-    last: Json = {}
-    with bars(quiet=quiet) as show:
-        for last in steps:
-            if "transfers" in last:
-                show(last)
-    return last
+        told(followed(node.push_image(ref, to), quiet=quiet)["pushed"])
 
 
 @image.command("import")

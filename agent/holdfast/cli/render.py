@@ -16,7 +16,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
 from itertools import chain, repeat
@@ -236,7 +236,7 @@ def as_json(value: object) -> None:
     echo(json_text(value, indent=2))
 
 
-def pairs(values: dict[str, object], indent: int = 0) -> Iterator[str]:
+def pairs(values: Mapping[str, object], indent: int = 0) -> Iterator[str]:
     """Nested JSON as indented `key: value` lines; empty values are left out."""
     pad = " " * indent
     for name, value in values.items():

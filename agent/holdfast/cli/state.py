@@ -141,7 +141,7 @@ def apply(timeout: float, connect_timeout: float | None, json_: bool) -> None:
     """
     agent, began = agent_client(), time.time()
     with bars() as show:
-        if agent.answers():
+        if agent.listens():
             agent.sync(False)
             status = converge(agent, timeout, show, began, connect_timeout)
         else:
@@ -212,7 +212,7 @@ def converge(agent: Client, timeout: float, show: Show, began: float, patience: 
 
     looked, left = time.monotonic(), timeout
     status: Json = agent.status()
-    for _ in agent.follow(limit=1, beat=BEAT):
+    for _ in agent.events(limit=1, follow=True, beat=BEAT):
         show(status)
         looked, passed = time.monotonic(), time.monotonic() - looked
         left -= 0.0 if moving(status) else passed
@@ -233,7 +233,7 @@ def status(json_: bool, watch: bool) -> None:
     show = render.as_json if json_ else show_status
     if watch:
         agent = client()
-        for _ in agent.follow(limit=1):
+        for _ in agent.events(limit=1, follow=True):
             now = agent.status()
             with render.screen():
                 show(now)

@@ -1,16 +1,18 @@
-"""What a person may ask of a node, and do to what it keeps: volumes, networks, images, one container's particulars.
+"""Answer the questions that need no loop: about containers, volumes, networks, the disk and plugins.
 
-Called by the API in threads, and by the CLI itself when no agent runs. Everything returned is JSON-able.
+Called by the API in threads, and by the CLI itself when no agent runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
+from threading import Event
 from typing import Any, cast
 
 from holdfast import kinds
-from holdfast.errors import Conflict, HoldfastError, NotFound, WrongCall
+from holdfast.errors import Conflict, HoldfastError, NotFound
 from holdfast.guard import found_by
 from holdfast.node import installed
 from holdfast.node.images import ImageAnswers
@@ -18,15 +20,18 @@ from holdfast.node.observe import published_now
 from holdfast.node.recover import remove_volume
 from holdfast.node.usage import prune_build_cache, prune_logs, usage
 from holdfast.node.volumes import DEFINED_AS
-from holdfast.observed import Instance, Json, Receipt, Subject
+from holdfast.observed import Instance, Receipt, Subject
+from holdfast.questions import Json, Lines, Questions
 from holdfast.runtime import cgroup, users
 from holdfast.runtime.execs import ExecWant, exec_process, path_of, user_of
 from holdfast.runtime.inside import inside
+from holdfast.runtime.logs import Wanted
+from holdfast.runtime.output import output
 from holdfast.status.actual import LimitsStatus, Published, by_address, limits_status, published_ports
 
 
-class Answers(ImageAnswers):
-    """The questions of `holdfast.api.Agent` that need no loop. Raises NotFound for what is not there."""
+class Answers(ImageAnswers, Questions):
+    """The answers that need no loop."""
 
     # -- containers --
 
@@ -63,13 +68,40 @@ class Answers(ImageAnswers):
         app, _, name = target.partition("/")
         return {"paths": [str(self.context.host.root / "logs" / app / f"{name}.log")]}
 
-    def exec_of(self, target: str, want: ExecWant) -> Sequence[str]:
-        """The argument list that runs a command inside a container.
+    def logs(
+        self,
+        target: Sequence[str],
+        tail: int | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        follow: bool = False,
+    ) -> Lines:
+        """The output of containers; where there are several, each line with the name of its container."""
+        paths = [(each, Path(path)) for each in target for path in self.logs_of(each)["paths"]]
+        sources = [(each if len(target) > 1 else "", path) for each, path in paths]
+        lines = output(sources, Wanted(tail, since, until), Event() if follow else None)
+        return (line.json() if line else None for line in lines)
+
+    def events(self, after: int = 0, limit: int = 1000, follow: bool = False, beat: float = 1.0) -> Lines:
+        """What happened so far; `api` follows what happens from now on."""
+        return iter(self.context.store.events(after, limit))
+
+    def exec_of(
+        self,
+        target: str,
+        command: Sequence[str],
+        user: str = "",
+        env: Sequence[str] = (),
+        workdir: str = "",
+        tty: bool = False,
+        detach: bool = False,
+    ) -> Json:
+        """What runs a command inside a container.
 
         Raises Conflict if it does not run, NoProgram and NotExecutable where the command can't.
         """
-        if not want.argv:
-            raise WrongCall(f"exec in '{target}': no command (holdfast exec {target} COMMAND …)")
+        environment = dict(each.partition("=")[::2] for each in env)
+        want = ExecWant(argv=command, user=user, environment=environment, workdir=workdir, tty=tty)
         running = [each for each in self.instances_of(target) if each.phase == "running"]
         instance = running[-1] if running else None
         run = self.context.run_of(instance.id) if instance else None
@@ -77,10 +109,10 @@ class Answers(ImageAnswers):
             raise Conflict(f"exec in '{target}': it does not run (see 'holdfast status')")
         with inside(run.pid) as look:
             first = self.context.runtime.process(instance.id)
-            user = users.resolve(want.user, instance.want.group_add, look.read_file) if want.user else None
-            process = exec_process(first, want, user, home_is_set=self._sets_home(instance))
-            look.check_program(want.argv[0], path_of(process), process["cwd"], user or user_of(process))
-        return self.context.runtime.exec_argv(instance.id, process, detach=want.detach)
+            runs_as = users.resolve(user, instance.want.group_add, look.read_file) if user else None
+            process = exec_process(first, want, runs_as, home_is_set=self._sets_home(instance))
+            look.check_program(command[0], path_of(process), process["cwd"], runs_as or user_of(process))
+        return {"argv": self.context.runtime.exec_argv(instance.id, process, detach=detach)}
 
     def _sets_home(self, instance: Instance) -> bool:
         """Whether the image or the state file says what HOME is."""

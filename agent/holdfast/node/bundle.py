@@ -7,7 +7,7 @@ writes the files, with rights of his own.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,13 +23,14 @@ from holdfast.observed import Json
 SIDE_BY_SIDE = 4  # layers: each has a process that unpacks it
 
 
-def load_bundle(context: Context, path: Path) -> Sequence[Json]:
+def load_bundle(context: Context, path: Path, watch: Callable[[Transfer], object] = lambda _: None) -> Sequence[Json]:
     """Take in the images of a bundle; a damaged one changes no name. Blocks; doing it again costs next to nothing.
 
     Returns {"ref", "digest", "new": whether it was not here just so} of each. Raises WrongState for what is damaged
     or for another architecture, UnfitHost where the disk is full.
     """
     with open_bundle(path) as bundle, context.transfers.transfer(path.name) as transfer, context.images.keep():
+        watch(transfer)
         here = {image.reference: _is_here(context.images, image) for image in bundle.images}
         _add_layers(context.images, bundle, transfer)
         for image in bundle.images:

@@ -7,7 +7,7 @@ iterator that tells how far it is.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,18 +22,18 @@ from holdfast.images.incoming.transfers import Transfer
 from holdfast.images.kept.collect import collect
 from holdfast.images.kept.image import Freed, Image, Name
 from holdfast.images.outgoing.push import push
-from holdfast.images.outgoing.write import FORMATS, Sink, save
+from holdfast.images.outgoing.write import FORMATS, save
 from holdfast.node.bundle import load_bundle
 from holdfast.node.capture import commit_container, export_container, export_image
 from holdfast.node.context import Context
 from holdfast.node.newer import outdated
-from holdfast.observed import Json
+from holdfast.questions import ImageQuestions, Json, Sink, Steps
 
 BEAT = 0.1  # seconds between looks at a transfer
 
 
-class ImageAnswers:
-    """The questions of `holdfast.api.agent.ImageAgent`. Raises NotFound for what is not there."""
+class ImageAnswers(ImageQuestions):
+    """The answers about images."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -90,7 +90,7 @@ class ImageAnswers:
 
     # -- taking in --
 
-    def pull_image(self, ref: str) -> Iterator[Json]:
+    def pull_image(self, ref: str) -> Steps:
         """Fetch an image: {"transfers": […]} now and then, {"image": …} at the end."""
         if ref.startswith("images.") and "/" not in ref:
             raise WrongCall(
@@ -106,7 +106,7 @@ class ImageAnswers:
 
         return self._watched(ref, pull, mine)
 
-    def push_image(self, ref: str, to: str = "") -> Iterator[Json]:
+    def push_image(self, ref: str, to: str = "") -> Steps:
         """Send an image to a registry, under its own name or another: {"pushed": {"ref", "digest"}} at the end."""
 
         def send() -> Json:
@@ -129,9 +129,10 @@ class ImageAnswers:
         self._images_changed()
         return [{**image_json(image), "ref": image.names[0] if image.names else image.digest} for image in images]
 
-    def load_bundle(self, path: str) -> Sequence[Json]:
-        """Take in the images of a bundle."""
-        return load_bundle(self.context, Path(path))
+    def load_bundle(self, path: str) -> Steps:
+        """Load the images of a bundle."""
+        file, mine = Path(path), list[Transfer]()
+        return self._watched(file.name, lambda: {"images": load_bundle(self.context, file, watch=mine.append)}, mine)
 
     def tag_image(self, ref: str, name: str) -> Json:
         """Give an image one more name."""
@@ -143,7 +144,6 @@ class ImageAnswers:
         self,
         target: str,
         name: str,
-        *,
         changes: Sequence[str] = (),
         message: str = "",
         author: str = "",
@@ -157,12 +157,12 @@ class ImageAnswers:
 
     # -- handing out --
 
-    def save_images(self, refs: Sequence[str], format: str, out: Sink) -> Json:
+    def save_images(self, ref: Sequence[str], format: str, out: Sink) -> Json:
         """Write images as one archive."""
         if format not in FORMATS:
             raise WrongCall(f"save images: format {format!r} is not known (expected {' or '.join(FORMATS)})")
         chosen = next(each for each in FORMATS if each == format)
-        return {"images": [image_json(image) for image in save(self.context.images, refs, out, chosen)]}
+        return {"images": [image_json(image) for image in save(self.context.images, ref, out, chosen)]}
 
     def export_image(self, ref: str, out: Sink) -> Json:
         """Write the root file system of an image as a tar archive."""
@@ -186,7 +186,7 @@ class ImageAnswers:
             self.context.store.event("removed", "images", f"{_what(freed)}, by hand", freed=freed.size)
         return freed_json(freed)
 
-    def _watched(self, ref: str, work: Callable[[], Json], mine: Sequence[Transfer]) -> Iterator[Json]:
+    def _watched(self, ref: str, work: Callable[[], Json], mine: Sequence[Transfer]) -> Steps:
         """Do the work in a thread, and tell how its transfers fare meanwhile: mine, to which the work may add.
 
         It goes on when nobody listens any more; what comes of it is told as an event then, too.

@@ -24,7 +24,6 @@ class ExecWant:
     environment: Mapping[str, str] = field(default_factory=dict)
     workdir: str = ""
     tty: bool = False
-    detach: bool = False
 
 
 def exec_process(first: Json, want: ExecWant, user: User | None, *, home_is_set: bool) -> dict[str, Any]:
