@@ -18,7 +18,8 @@ from ground import patient
 from holdfast.drivers import EndpointWant, Host, NetworkWant
 from holdfast.observed import FirewallNetwork, FirewallWant, PublishedPort, Receipt
 from holdfast.runtime import netns
-from holdfast_plugins.network.bridge import BridgeEndpoint, BridgeNetwork
+from holdfast_plugins.network.bridge import BridgeNetwork
+from holdfast_plugins.network.endpoint import BridgeEndpoint
 from holdfast_plugins.network.firewall import NftablesFirewall
 
 T = TypeVar("T")

@@ -12,8 +12,9 @@ import pytest
 from holdfast.drivers import Host
 from holdfast.observed import PublishedPort, Receipt
 from holdfast_plugins.network.addresses import Ledger
-from holdfast_plugins.network.bridge import BridgeEndpoint, BridgeNetwork
+from holdfast_plugins.network.bridge import BridgeNetwork
 from holdfast_plugins.network.conntrack import LACKING, Conntrack
+from holdfast_plugins.network.endpoint import BridgeEndpoint
 from holdfast_plugins.network.firewall import NftablesFirewall
 from live.netlab import BRIEFLY, Lab, in_namespace, wait_until
 

@@ -17,7 +17,8 @@ from holdfast.errors import Conflict, TryAgain, WrongState
 from holdfast.observed import Receipt
 from holdfast.runtime import netns
 from holdfast.testing import DriverConformance
-from holdfast_plugins.network.bridge import BridgeEndpoint, BridgeNetwork
+from holdfast_plugins.network.bridge import BridgeNetwork
+from holdfast_plugins.network.endpoint import BridgeEndpoint
 from holdfast_plugins.network.none_host import BareNetwork
 from live.netlab import BRIEFLY, PATIENCE, Lab, Seen, in_namespace, tcp, wait_until
 
@@ -174,7 +175,7 @@ def test_mtu_of_the_network_is_that_of_its_endpoints(lab: Lab) -> None:
 def test_link_of_that_name_which_is_not_ours_is_left_alone(lab: Lab) -> None:
     name = lab.host.link("bridge", "shop/front")
     lab.ip("link", "add", name, "type", "bridge")
-    with pytest.raises(Conflict, match=f"link '{name}' is there for something unknown"):
+    with pytest.raises(Conflict, match=f"link '{name}' belongs to something unknown"):
         lab.make("shop/front")
     lab.ip("link", "del", name)
 

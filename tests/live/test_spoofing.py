@@ -15,7 +15,8 @@ import pytest
 from holdfast.drivers import Host, NetworkWant
 from holdfast.errors import WrongState
 from holdfast.observed import Receipt
-from holdfast_plugins.network.bridge import BridgeEndpoint, BridgeNetwork
+from holdfast_plugins.network.bridge import BridgeNetwork
+from holdfast_plugins.network.endpoint import BridgeEndpoint
 from live.netlab import PATIENCE, Lab, in_namespace
 
 pytestmark = pytest.mark.live

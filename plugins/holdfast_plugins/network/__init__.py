@@ -14,7 +14,8 @@ from holdfast.hookspecs import RegisterNetwork, hookimpl
 @hookimpl
 def register_network_drivers(register: RegisterNetwork, host: Host) -> None:
     """Offer none, host and bridge."""
-    from holdfast_plugins.network.bridge import BridgeEndpoint, BridgeNetwork
+    from holdfast_plugins.network.bridge import BridgeNetwork
+    from holdfast_plugins.network.endpoint import BridgeEndpoint
     from holdfast_plugins.network.none_host import BareEndpoint, BareNetwork
 
     register(BareNetwork("none"), BareEndpoint("none"))

@@ -7,9 +7,6 @@ them lies in a range of ours, nothing is looked at.
 
 from __future__ import annotations
 
-import errno
-import os
-import select
 import socket
 import threading
 import time
@@ -18,11 +15,11 @@ from ipaddress import IPv4Network
 
 from holdfast.drivers import Host
 from holdfast.observed import Finding
+from holdfast_plugins.network import wire
 from holdfast_plugins.network.addresses import Ledger
 from holdfast_plugins.network.netlink import Route, Sockets, route_news
 
-RTMGRP_IPV4_ROUTE = 0x40
-BUFFER = 1 << 20
+RTNLGRP_IPV4_ROUTE = 7
 RTN_LOCAL = 2
 WIDE = 8  # prefix lengths below are ways to everywhere, not to a network that somebody looks for
 AGAIN = 1.0  # seconds between two looks, while there is something to tell or routes come and go
@@ -54,33 +51,22 @@ class Collisions:
 
     def watch(self, tell: Callable[[str, str], None]) -> Callable[[], None]:
         """Listen to what changes about routes; tell(subject, what) of new collisions, and of some that are over."""
-        news = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-        news.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
-        news.bind((0, RTMGRP_IPV4_ROUTE))
-        news.setblocking(False)
-        end = os.eventfd(0, os.EFD_CLOEXEC)
+        news = wire.News(socket.NETLINK_ROUTE, RTNLGRP_IPV4_ROUTE)
         self._watched = True
-        thread = threading.Thread(target=self._run, args=(news, end, tell), name="watch routes", daemon=True)
-        thread.start()
+        news.start(lambda: self._run(news, tell), "watch routes")
 
         def close() -> None:
-            os.eventfd_write(end, 1)
-            thread.join()
             news.close()
-            os.close(end)
             self._watched = False
 
         return close
 
-    def _run(self, news: socket.socket, end: int, tell: Callable[[str, str], None]) -> None:
-        poll = select.poll()
-        poll.register(news, select.POLLIN)
-        poll.register(end, select.POLLIN)
+    def _run(self, news: wire.News, tell: Callable[[str, str], None]) -> None:
         told: tuple[Finding, ...] = ()
         pending = False
         while True:
             rest = max(self._looked + AGAIN - time.monotonic(), 0.0) if pending else None
-            if any(ready == end for ready, _ in poll.poll(None if rest is None else rest * 1000)):
+            if not news.wait(rest):
                 return
             pending |= self._hear(news)
             if not pending or time.monotonic() < self._looked + AGAIN:
@@ -93,19 +79,12 @@ class Collisions:
                 tell(each.subject, "")
             told = found
 
-    def _hear(self, news: socket.socket) -> bool:
-        """Read what has come; whether a route of others in our ranges was in it."""
-        heard: list[Route] = []
-        ours = False
-        while True:
-            try:
-                heard.extend(route_news(news.recv(1 << 16)))
-            except BlockingIOError:
-                break
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-                ours = True  # more than there was room for
+    def _hear(self, news: wire.News) -> bool:
+        """Read what has come; whether a route of others in our ranges was in it, or may have been."""
+        heard, ours = list[Route](), False
+        for datagram in news.read():
+            heard.extend(route_news(datagram))
+            ours = ours or not datagram
         near = [route for route in heard if route.subnet.prefixlen >= WIDE]
         ours = ours or bool(near and self._concerned(near))
         self._heard = self._heard or ours

@@ -14,23 +14,22 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from holdfast.errors import NotPermitted, UnfitHost
 from holdfast.observed import Finding
+from holdfast_plugins.network.wire import NESTED, NETLINK_NETFILTER, Socket, attribute, attributes, message, nested
 
-NETLINK_NETFILTER, CTNETLINK = 12, 1
+CTNETLINK = 1
 IPCTNL_MSG_CT_GET, IPCTNL_MSG_CT_DELETE, IPCTNL_MSG_CT_GET_STATS = 1, 2, 5
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
-NLMSG_ERROR, NLMSG_DONE = 2, 3
 CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_ID, CTA_ZONE, CTA_FILTER = 1, 2, 12, 18, 25
 CTA_TUPLE_IP, CTA_TUPLE_PROTO = 1, 2
 CTA_IP_SRC, CTA_IP_DST = 1, 2
 CTA_PROTO_NUM, CTA_PROTO_SRC_PORT, CTA_PROTO_DST_PORT = 1, 2, 3
 CTA_FILTER_ORIG_FLAGS, CTA_FILTER_REPLY_FLAGS = 1, 2
 BY_SOURCE, BY_PROTOCOL, BY_DESTINATION_PORT = 1 << 0, 1 << 3, 1 << 5
-NESTED = 0x8000
+FAMILY = struct.pack("=BBH", socket.AF_INET, 0, 0)  # struct nfgenmsg
 BATCH = 256  # deletions in one datagram
 AGAIN = 60.0  # seconds after which a kernel that can't is asked again: a module may have come
 UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT)
@@ -77,12 +76,7 @@ class Conntrack:
         self._able: bool | None = None
         self._asked_at = 0.0
         self._lock = threading.Lock()
-        self._socket: socket.socket | None = None
-        self._sequence = 0
-
-    def __del__(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
+        self._socket: Socket | None = None
 
     def findings(self) -> list[Finding]:
         """Tell what this kernel lacks. It is asked once, and where it lacks something, now and then again."""
@@ -91,20 +85,20 @@ class Conntrack:
 
     def to_port(self, protocol: str, port: int | None) -> list[Flow]:
         """The flows of a protocol, to one port or to any. Raises UnfitHost."""
-        inner = _attribute(CTA_PROTO_NUM, bytes((NUMBERS[protocol],)))
+        inner = attribute(CTA_PROTO_NUM, bytes((NUMBERS[protocol],)))
         flags = BY_PROTOCOL
         if port is not None:
-            inner += _attribute(CTA_PROTO_DST_PORT, struct.pack(">H", port))
+            inner += attribute(CTA_PROTO_DST_PORT, struct.pack(">H", port))
             flags |= BY_DESTINATION_PORT
-        body = _nested(CTA_TUPLE_ORIG, _nested(CTA_TUPLE_PROTO, inner)) + _filter(original=flags)
+        body = nested(CTA_TUPLE_ORIG, nested(CTA_TUPLE_PROTO, inner)) + _filter(original=flags)
         flows = self._dump(body)
         return [each for each in flows if each.protocol == protocol and port in (None, each.port)]
 
     def of_address(self, address: str) -> list[Flow]:
         """The flows that an address began or answers. Raises UnfitHost."""
-        source = _nested(CTA_TUPLE_IP, _attribute(CTA_IP_SRC, socket.inet_aton(address)))
-        began = self._dump(_nested(CTA_TUPLE_ORIG, source) + _filter(original=BY_SOURCE))
-        answers = self._dump(_nested(CTA_TUPLE_REPLY, source) + _filter(reply=BY_SOURCE))
+        source = nested(CTA_TUPLE_IP, attribute(CTA_IP_SRC, socket.inet_aton(address)))
+        began = self._dump(nested(CTA_TUPLE_ORIG, source) + _filter(original=BY_SOURCE))
+        answers = self._dump(nested(CTA_TUPLE_REPLY, source) + _filter(reply=BY_SOURCE))
         return [each for each in (*began, *answers) if address in (each.source, each.answered_by)]
 
     def all(self) -> list[Flow]:
@@ -116,12 +110,9 @@ class Conntrack:
         keys = [each.key for each in flows]
         with self._lock:
             for start in range(0, len(keys), BATCH):
-                batch = keys[start : start + BATCH]
-                flags = NLM_F_REQUEST | NLM_F_ACK
-                self._send(b"".join(self._message(IPCTNL_MSG_CT_DELETE, flags, key) for key in batch))
-                refused = [code for code in self._acknowledgements(len(batch)) if code not in (0, errno.ENOENT)]
+                refused = self._do(IPCTNL_MSG_CT_DELETE, keys[start : start + BATCH]) - {0, errno.ENOENT}
                 if refused:
-                    raise _unfit("delete a flow", OSError(refused[0], os.strerror(refused[0])))
+                    raise _unfit("delete a flow", min(refused))
 
     def _can(self) -> bool:
         """Whether the kernel answers: asked for a number, since a list may be refused for other reasons."""
@@ -129,10 +120,9 @@ class Conntrack:
         if self._able is None or (not self._able and now > self._asked_at + AGAIN):
             self._asked_at = now
             try:
-                self._open().send(self._message(IPCTNL_MSG_CT_GET_STATS, NLM_F_REQUEST | NLM_F_ACK, b""))
-                (code,) = self._acknowledgements(1)
-            except OSError as error:
-                code = error.errno or 0
+                (code,) = self._do(IPCTNL_MSG_CT_GET_STATS, [b""])
+            except UnfitHost as error:
+                code = getattr(error.__cause__, "errno", None) or 0
             self._able = code not in UNSUPPORTED
         return self._able
 
@@ -140,75 +130,41 @@ class Conntrack:
         with self._lock:
             if not self._can():
                 return []
-            self._send(self._message(IPCTNL_MSG_CT_GET, NLM_F_REQUEST | NLM_F_DUMP, body))
-            return [flow for answer in self._answers() if (flow := _flow(answer)) is not None]
+            kind, asked = self._subsystem << 8 | IPCTNL_MSG_CT_GET, FAMILY + body
+            try:
+                answers = list(self._open().ask(kind, asked))
+            except OSError as error:
+                raise _unfit("list flows", error.errno or 0) from error
+            return [flow for answer in answers if (flow := _flow(answer[4:])) is not None]
 
-    def _message(self, kind: int, flags: int, body: bytes) -> bytes:
-        self._sequence += 1
-        head = struct.pack("=IHHII", 20 + len(body), self._subsystem << 8 | kind, flags, self._sequence, 0)
-        return head + struct.pack("=BBH", socket.AF_INET, 0, 0) + body
-
-    def _send(self, data: bytes) -> None:
+    def _do(self, kind: int, bodies: Iterable[bytes]) -> set[int]:
+        """Send requests; return the numbers of the errors that they met, and 0 for those that were done."""
         try:
-            self._open().send(data)
+            return set(self._open().do(*(message(self._subsystem << 8 | kind, FAMILY + body) for body in bodies)))
         except OSError as error:
-            raise _unfit("ask for flows", error) from error
+            raise _unfit("ask for flows", error.errno or 0) from error
 
-    def _open(self) -> socket.socket:
-        if self._socket is None:
-            opened = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
-            opened.bind((0, 0))
-            self._socket = opened
+    def _open(self) -> Socket:
+        self._socket = self._socket or Socket(NETLINK_NETFILTER)
         return self._socket
 
-    def _receive(self) -> Iterator[tuple[int, int, bytes]]:
-        """Read one datagram: (type, sequence number, body) of each message in it."""
-        assert self._socket is not None
-        data = self._socket.recv(1 << 17)
-        at = 0
-        while at < len(data):
-            length, kind, _, number, _ = struct.unpack_from("=IHHII", data, at)
-            yield kind, number, data[at + 16 : at + length]
-            at += (length + 3) & ~3
 
-    def _answers(self) -> Iterator[bytes]:
-        while True:
-            for kind, number, body in self._receive():
-                if number != self._sequence:
-                    continue
-                if kind == NLMSG_DONE:
-                    return
-                if kind == NLMSG_ERROR:
-                    code = -struct.unpack_from("=i", body)[0]
-                    raise _unfit("list flows", OSError(code, os.strerror(code)))
-                yield body[4:]
-
-    def _acknowledgements(self, count: int) -> list[int]:
-        codes: list[int] = []
-        while len(codes) < count:
-            for kind, number, body in self._receive():
-                if kind == NLMSG_ERROR and number > self._sequence - count:
-                    codes.append(-struct.unpack_from("=i", body)[0])
-        return codes
-
-
-def _unfit(what: str, error: OSError) -> UnfitHost:
-    if error.errno in (errno.EPERM, errno.EACCES):
+def _unfit(what: str, code: int) -> UnfitHost:
+    if code in (errno.EPERM, errno.EACCES):
         return NotPermitted(f"{what}: not permitted (root with CAP_NET_ADMIN)")
-    text = (error.strerror or str(error)).lower()
-    return UnfitHost(f"{what}: {text} (a kernel with nf_conntrack_netlink)")
+    return UnfitHost(f"{what}: {os.strerror(code).lower()} (a kernel with nf_conntrack_netlink)")
 
 
 def _flow(body: bytes) -> Flow | None:
     """Read one flow; None for one that has no ports' worth of addresses."""
-    found = dict(_attributes(body))
+    found = dict(attributes(body))
     original, reply = found.get(CTA_TUPLE_ORIG), found.get(CTA_TUPLE_REPLY)
     if original is None or reply is None:
         return None
     protocol, source, to, port = _tuple(original)
     _, answered_by, _, _ = _tuple(reply)
     key = b"".join(
-        _attribute(kind | (NESTED if kind == CTA_TUPLE_ORIG else 0), found[kind])
+        attribute(kind | (NESTED if kind == CTA_TUPLE_ORIG else 0), found[kind])
         for kind in (CTA_TUPLE_ORIG, CTA_ZONE, CTA_ID)
         if kind in found
     )
@@ -217,15 +173,15 @@ def _flow(body: bytes) -> Flow | None:
 
 def _tuple(body: bytes) -> tuple[str, str, str, int]:
     """(protocol, source, destination, destination port) of one direction."""
-    parts = dict(_attributes(body))
-    ip, proto = dict(_attributes(parts.get(CTA_TUPLE_IP, b""))), dict(_attributes(parts.get(CTA_TUPLE_PROTO, b"")))
+    parts = dict(attributes(body))
+    ip, proto = dict(attributes(parts.get(CTA_TUPLE_IP, b""))), dict(attributes(parts.get(CTA_TUPLE_PROTO, b"")))
     number = proto.get(CTA_PROTO_NUM, b"\0")[0]
     source, to = (socket.inet_ntoa(ip[key]) if key in ip else "" for key in (CTA_IP_SRC, CTA_IP_DST))
     return NAMES.get(number, str(number)), source, to, _port(proto.get(CTA_PROTO_DST_PORT))
 
 
 def _source_port(body: bytes) -> int:
-    proto = dict(_attributes(dict(_attributes(body)).get(CTA_TUPLE_PROTO, b"")))
+    proto = dict(attributes(dict(attributes(body)).get(CTA_TUPLE_PROTO, b"")))
     return _port(proto.get(CTA_PROTO_SRC_PORT))
 
 
@@ -234,21 +190,5 @@ def _port(value: bytes | None) -> int:
 
 
 def _filter(*, original: int = 0, reply: int = 0) -> bytes:
-    flags = _attribute(CTA_FILTER_ORIG_FLAGS, struct.pack("=I", original))
-    return _nested(CTA_FILTER, flags + _attribute(CTA_FILTER_REPLY_FLAGS, struct.pack("=I", reply)))
-
-
-def _nested(kind: int, value: bytes) -> bytes:
-    return _attribute(kind | NESTED, value)
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
-
-
-def _attributes(body: bytes) -> Iterator[tuple[int, bytes]]:
-    at = 0
-    while at + 4 <= len(body):
-        length, kind = struct.unpack_from("=HH", body, at)
-        yield kind & 0x3FFF, body[at + 4 : at + length]
-        at += (length + 3) & ~3
+    flags = attribute(CTA_FILTER_ORIG_FLAGS, struct.pack("=I", original))
+    return nested(CTA_FILTER, flags + attribute(CTA_FILTER_REPLY_FLAGS, struct.pack("=I", reply)))

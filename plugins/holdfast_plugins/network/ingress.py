@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
+from holdfast_plugins.network.wire import attribute, message
+
 OK, DROP = 0, 2  # TC_ACT_OK, TC_ACT_SHOT
 UNSUPPORTED = (errno.ENOENT, errno.EOPNOTSUPP)  # what a kernel without clsact or cls_bpf says
 ETHERNET = 14  # length of the header; 0 on links that carry plain IP
@@ -108,16 +110,16 @@ def loopback_program(header: int) -> bytes:
 
 def guard(index: int, program: bytes) -> tuple[bytes, bytes]:
     """Requests for rtnetlink that put a program on what a link receives, in place of an earlier one."""
-    qdisc = _traffic(index, CLSACT_HANDLE, TC_H_CLSACT, 0) + _attribute(TCA_KIND, b"clsact\0")
+    qdisc = _traffic(index, CLSACT_HANDLE, TC_H_CLSACT, 0) + attribute(TCA_KIND, b"clsact\0")
     options = (
-        _attribute(TCA_BPF_OPS_LEN, struct.pack("=H", len(program) // 8))
-        + _attribute(TCA_BPF_OPS, program)
-        + _attribute(TCA_BPF_FLAGS, struct.pack("=I", ACT_DIRECT))
+        attribute(TCA_BPF_OPS_LEN, struct.pack("=H", len(program) // 8))
+        + attribute(TCA_BPF_OPS, program)
+        + attribute(TCA_BPF_FLAGS, struct.pack("=I", ACT_DIRECT))
     )
     which = 1 << 16 | socket.htons(ETH_P_ALL)  # priority 1, every protocol
-    filter = _traffic(index, 1, TC_H_INGRESS, which) + _attribute(TCA_KIND, b"bpf\0")
-    filter += _attribute(TCA_OPTIONS, options)
-    return _request(RTM_NEWQDISC, qdisc), _request(RTM_NEWTFILTER, filter)
+    filter = _traffic(index, 1, TC_H_INGRESS, which) + attribute(TCA_KIND, b"bpf\0")
+    filter += attribute(TCA_OPTIONS, options)
+    return message(RTM_NEWQDISC, qdisc, CREATE), message(RTM_NEWTFILTER, filter, CREATE)
 
 
 def _assemble(*steps: Step) -> bytes:
@@ -141,11 +143,3 @@ def _split(mac: str) -> tuple[int, int]:
 
 def _traffic(index: int, handle: int, parent: int, info: int) -> bytes:
     return struct.pack("=BxxxiIII", socket.AF_UNSPEC, index, handle, parent, info)
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
-
-
-def _request(kind: int, body: bytes) -> bytes:
-    return struct.pack("=IHHII", 16 + len(body), kind, CREATE, 0, 0) + body

@@ -15,6 +15,8 @@ from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
+from holdfast_plugins.network import wire
+
 RTM_NEWLINK, RTM_DELLINK, RTM_SETLINK, RTM_NEWADDR, RTM_DELADDR, RTM_NEWROUTE = 16, 17, 19, 20, 21, 24
 CREATE, REPLACE, EXCL = 0x400, 0x100, 0x200
 AF_INET, AF_BRIDGE, IFLA_PROTINFO = 2, 7, 12
@@ -93,7 +95,7 @@ def port_off(index: int) -> bytes:
     notification that turns the port on again.
     """
     body = struct.pack("=BxHiIIHHB3x", AF_BRIDGE, 0, index, 0, 0, 5, IFLA_PROTINFO, PORT_DISABLED)
-    return struct.pack("=IHHII", 16 + len(body), RTM_SETLINK, 0, 0, 0) + body
+    return wire.message(RTM_SETLINK, body)
 
 
 def delete_link(index: int) -> bytes:

@@ -9,21 +9,19 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import shutil
-import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Iterator
+from contextlib import suppress
 from typing import Protocol
 
 from holdfast.errors import UnfitHost
+from holdfast_plugins.network.wire import NETLINK_NETFILTER, Socket, attribute, attributes, text
 
 LIBRARY = "libnftables.so.1"
-NETLINK_NETFILTER, NFT, INET = 12, 10, 1  # NFNL_SUBSYS_NFTABLES, NFPROTO_INET
+NFT, INET = 10, 1  # NFNL_SUBSYS_NFTABLES, NFPROTO_INET
 NFT_MSG_GETTABLE, NFT_MSG_GETCHAIN, NFT_MSG_GETRULE = 1, 4, 7
 NFT_MSG_GETSET, NFT_MSG_GETSETELEM, NFT_MSG_GETGEN = 10, 13, 16
-NLM_F_REQUEST, NLM_F_DUMP = 0x1, 0x300
-NLMSG_ERROR, NLMSG_DONE = 2, 3
 NFTA_TABLE_FLAGS, NFTA_TABLE_USERDATA, NFTNL_UDATA_TABLE_COMMENT = 2, 6, 0
 NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_POLICY, NFTA_HOOK_HOOKNUM = 3, 4, 5, 1
 FORWARDING = (1, 2, 7)  # NFPROTO_INET, NFPROTO_IPV4, NFPROTO_BRIDGE
@@ -103,16 +101,12 @@ class RuleSet:
     """
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
-        self._socket.bind((0, 0))
-
-    def __del__(self) -> None:
-        self._socket.close()
+        self._socket = Socket(NETLINK_NETFILTER)
 
     def generation(self) -> int:
         """A number that every change in this network namespace, whoever makes it, adds one to."""
-        for body in self._ask(NFT_MSG_GETGEN, 0, b""):
-            return int.from_bytes(dict(_attributes(body))[NFTA_GEN_ID], "big")
+        for body in self._ask(NFT_MSG_GETGEN, dump=False):
+            return int.from_bytes(dict(attributes(body))[NFTA_GEN_ID], "big")
         raise UnfitHost("read the rule set's generation: the kernel does not tell (a kernel with nf_tables)")
 
     def fingerprint(self, table: str) -> str | None:
@@ -121,7 +115,7 @@ class RuleSet:
         Any other program's change shows, even one that writes the same rules again. Order shows among rules, where
         it matters, and not among the elements of a set.
         """
-        name = _attribute(NFTA_TABLE, table.encode() + b"\0")
+        name = attribute(NFTA_TABLE, table.encode() + b"\0")
         while True:
             before = self.generation()
             found = self._everything(name)
@@ -130,21 +124,21 @@ class RuleSet:
 
     def comment(self, table: str) -> str | None:
         """The comment of a table of family inet, "" if it has none; None when there is no such table."""
-        name = _attribute(NFTA_TABLE, table.encode() + b"\0")
-        for body in self._ask(NFT_MSG_GETTABLE, NLM_F_DUMP, b""):
+        name = attribute(NFTA_TABLE, table.encode() + b"\0")
+        for body in self._ask(NFT_MSG_GETTABLE):
             if body.startswith(name):
-                return _comment(dict(_attributes(body)).get(NFTA_TABLE_USERDATA, b""))
+                return _comment(dict(attributes(body)).get(NFTA_TABLE_USERDATA, b""))
         return None
 
     def dropping_forward(self) -> list[tuple[int, str, str]]:
         """The chains (family, table, name) that see what is forwarded and drop by policy what no rule takes."""
         found = []
         for family in FORWARDING:
-            for body in self._ask(NFT_MSG_GETCHAIN, NLM_F_DUMP, b"", family):
-                chain = dict(_attributes(body))
-                hook = dict(_attributes(chain.get(NFTA_CHAIN_HOOK, b""))).get(NFTA_HOOK_HOOKNUM)
+            for body in self._ask(NFT_MSG_GETCHAIN, b"", family):
+                chain = dict(attributes(body))
+                hook = dict(attributes(chain.get(NFTA_CHAIN_HOOK, b""))).get(NFTA_HOOK_HOOKNUM)
                 if hook == FORWARD_HOOK and chain.get(NFTA_CHAIN_POLICY) == DROPS:
-                    found.append((family, _name(chain[NFTA_TABLE]), _name(chain[NFTA_CHAIN_NAME])))
+                    found.append((family, text(chain[NFTA_TABLE]), text(chain[NFTA_CHAIN_NAME])))
         return found
 
     def frame(self, table: str) -> list[str]:
@@ -152,7 +146,7 @@ class RuleSet:
 
         Handles are left out: what is deleted and made again as it was has the same digest.
         """
-        name = _attribute(NFTA_TABLE, table.encode() + b"\0")
+        name = attribute(NFTA_TABLE, table.encode() + b"\0")
         kinds = {
             NFT_MSG_GETTABLE: (NFTA_TABLE_FLAGS,),
             NFT_MSG_GETCHAIN: (NFTA_CHAIN_NAME, NFTA_CHAIN_HOOK, NFTA_CHAIN_POLICY),
@@ -161,70 +155,60 @@ class RuleSet:
         return [
             _digest(body, *attributes)
             for kind, attributes in kinds.items()
-            for body in self._ask(kind, NLM_F_DUMP, name if kind == NFT_MSG_GETRULE else b"")
+            for body in self._ask(kind, name if kind == NFT_MSG_GETRULE else b"")
             if body.startswith(name)
         ]
 
     def elements(self, table: str, map: str) -> list[tuple[bytes, bytes]]:
         """Key and value of each element of a map of family inet, as the kernel keeps them."""
-        which = _attribute(NFTA_TABLE, table.encode() + b"\0") + _attribute(NFTA_SET, map.encode() + b"\0")
-        answers = self._ask(NFT_MSG_GETSETELEM, NLM_F_DUMP, which)
-        elements = (dict(_attributes(each)) for part in answers for each in _elements(part))
+        which = attribute(NFTA_TABLE, table.encode() + b"\0") + attribute(NFTA_SET, map.encode() + b"\0")
+        answers = self._ask(NFT_MSG_GETSETELEM, which)
+        elements = (dict(attributes(each)) for part in answers for each in _elements(part))
         return [(_value(each[NFTA_SET_ELEM_KEY]), _value(each[NFTA_SET_ELEM_DATA])) for each in elements]
 
     def rules(self, family: int, table: str) -> list[bytes]:
         """The rules of a table, and the elements of its sets, as the kernel tells them."""
-        name = _attribute(NFTA_TABLE, table.encode() + b"\0")
-        found = self._ask(NFT_MSG_GETRULE, NLM_F_DUMP, name, family)
-        for body in self._ask(NFT_MSG_GETSET, NLM_F_DUMP, name, family):
-            which = _attribute(NFTA_SET, dict(_attributes(body))[NFTA_SET])
-            found += self._ask(NFT_MSG_GETSETELEM, NLM_F_DUMP, name + which, family)
+        name = attribute(NFTA_TABLE, table.encode() + b"\0")
+        found = self._ask(NFT_MSG_GETRULE, name, family)
+        for body in self._ask(NFT_MSG_GETSET, name, family):
+            which = attribute(NFTA_SET, dict(attributes(body))[NFTA_SET])
+            found += self._ask(NFT_MSG_GETSETELEM, name + which, family)
         return found
 
     def _everything(self, table: bytes) -> list[bytes]:
-        found = [body for body in self._ask(NFT_MSG_GETTABLE, NLM_F_DUMP, b"") if body.startswith(table)]
+        found = [body for body in self._ask(NFT_MSG_GETTABLE) if body.startswith(table)]
         if not found:
             return []
-        found += [body for body in self._ask(NFT_MSG_GETCHAIN, NLM_F_DUMP, b"") if body.startswith(table)]
-        found += self._ask(NFT_MSG_GETRULE, NLM_F_DUMP, table)
-        for body in self._ask(NFT_MSG_GETSET, NLM_F_DUMP, table):
-            name = _attribute(NFTA_SET, dict(_attributes(body))[NFTA_SET])
-            elements = self._ask(NFT_MSG_GETSETELEM, NLM_F_DUMP, table + name)
+        found += [body for body in self._ask(NFT_MSG_GETCHAIN) if body.startswith(table)]
+        found += self._ask(NFT_MSG_GETRULE, table)
+        for body in self._ask(NFT_MSG_GETSET, table):
+            name = attribute(NFTA_SET, dict(attributes(body))[NFTA_SET])
+            elements = self._ask(NFT_MSG_GETSETELEM, table + name)
             found += [body, *sorted(each for part in elements for each in _elements(part))]
         return found
 
-    def _ask(self, kind: int, flags: int, body: bytes, family: int = INET) -> list[bytes]:
-        """Send one request and collect the attributes of every answer to it."""
-        head = struct.pack("=IHHIIBBH", 20 + len(body), NFT << 8 | kind, NLM_F_REQUEST | flags, 1, 0, family, 0, 0)
-        self._socket.send(head + body)
+    def _ask(self, kind: int, body: bytes = b"", family: int = INET, *, dump: bool = True) -> list[bytes]:
+        """Send one request and collect the attributes of every answer to it; none where there is no such thing."""
         answers: list[bytes] = []
-        while True:
-            data = self._socket.recv(1 << 16)
-            at = 0
-            while at < len(data):
-                length, answer = struct.unpack_from("=IH", data, at)
-                if answer in (NLMSG_ERROR, NLMSG_DONE):
-                    return answers
-                answers.append(data[at + 20 : at + length])
-                at += (length + 3) & ~3
-            if not flags:
-                return answers
+        with suppress(OSError):
+            asked = struct.pack("=BBH", family, 0, 0) + body
+            answers.extend(answer[4:] for answer in self._socket.ask(NFT << 8 | kind, asked, dump=dump))
+        return answers
 
 
 def _elements(body: bytes) -> list[bytes]:
-    listed = dict(_attributes(body)).get(NFTA_SET_ELEMENTS, b"")
-    return [element for _, element in _attributes(listed)]
+    listed = dict(attributes(body)).get(NFTA_SET_ELEMENTS, b"")
+    return [element for _, element in attributes(listed)]
 
 
 def _value(data: bytes) -> bytes:
-    return dict(_attributes(data))[NFTA_DATA_VALUE]
+    return dict(attributes(data))[NFTA_DATA_VALUE]
 
 
 def _digest(body: bytes, *kinds: int) -> str:
     """A digest of some of the attributes of an answer."""
-    attributes = dict(_attributes(body))
-    text = b"".join(_attribute(kind, attributes.get(kind, b"")) for kind in kinds)
-    return hashlib.sha256(text).hexdigest()[:16]
+    found = dict(attributes(body))
+    return hashlib.sha256(b"".join(attribute(kind, found.get(kind, b"")) for kind in kinds)).hexdigest()[:16]
 
 
 def _comment(userdata: bytes) -> str:
@@ -236,22 +220,6 @@ def _comment(userdata: bytes) -> str:
             return userdata[at + 2 : at + 2 + length].rstrip(b"\0").decode(errors="replace")
         at += 2 + length
     return ""
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
-
-
-def _attributes(body: bytes) -> Iterator[tuple[int, bytes]]:
-    at = 0
-    while at + 4 <= len(body):
-        length, kind = struct.unpack_from("=HH", body, at)
-        yield kind & 0x3FFF, body[at + 4 : at + length]
-        at += (length + 3) & ~3
-
-
-def _name(value: bytes) -> str:
-    return value.rstrip(b"\0").decode(errors="replace")
 
 
 def _first_line(text: str) -> str:
