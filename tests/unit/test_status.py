@@ -344,7 +344,7 @@ def test_a_live_change_shows_its_fields() -> None:
         app="shop", container="web", instance=InstanceId("x"), generation=2, changes=(change,), reason="memory"
     )
     [step] = plan_json((Plan(actions=(update,)), Plan()))["apps"]["shop"]
-    assert step["changes"] == ["memory 64MiB → 128MiB (applied live)"]
+    assert step["changes"] == ("memory 64MiB → 128MiB (applied live)",)
 
 
 def test_an_exit_that_nobody_saw_has_no_code() -> None:

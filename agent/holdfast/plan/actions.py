@@ -21,10 +21,16 @@ from holdfast.spec.model import App, Network, Volume, digest_of
 class Live:
     """Done to the container while it runs."""
 
+    def __str__(self) -> str:
+        return "applied live"
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """Noted: only the agent reads it, the process knows nothing of it."""
+
+    def __str__(self) -> str:
+        return "noted, nothing restarts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +39,16 @@ class Signal:
 
     name: str
 
+    def __str__(self) -> str:
+        return f"sends {self.name}"
+
 
 @dataclass(frozen=True, slots=True)
 class Replace:
     """It takes a new container."""
+
+    def __str__(self) -> str:
+        return "replaces it"
 
 
 Effect = Live | Record | Signal | Replace

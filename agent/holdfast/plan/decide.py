@@ -244,7 +244,7 @@ def _update(instance: Instance, generation: int, found: tuple[Change, ...], draf
             instance=instance.id,
             generation=generation,
             changes=found,
-            reason="; ".join([*update_words(found, instance), *instance.drifted]),
+            reason="; ".join([*update_words(found), *instance.drifted]),
         )
     )
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import assert_never
 
-from holdfast.observed import FirewallWant, Hold, Instance, Observed
-from holdfast.plan.actions import Change, Effect, Live, Record, Replace, Signal
+from holdfast.observed import FirewallWant, Hold, Observed
+from holdfast.plan.actions import Change
 
 
 def in_hand(key: str, hold: Hold) -> str:
@@ -45,24 +44,9 @@ def _worded(change: Change) -> str:
     return str(change).removeprefix("resources.")
 
 
-def update_words(found: tuple[Change, ...], instance: Instance) -> Iterator[str]:
+def update_words(found: tuple[Change, ...]) -> Iterator[str]:
     """Each change to a running container with what it means for the process."""
-    for change in found:
-        yield f"{_worded(change)}; {_what_follows(change.effect, instance)}"
-
-
-def _what_follows(effect: Effect, instance: Instance) -> str:
-    match effect:
-        case Live():
-            return "applied live"
-        case Record():
-            return "noted, nothing restarts"
-        case Signal(name=name):
-            return f"{instance.key} gets {name}"
-        case Replace():
-            return "it is replaced"
-        case _:
-            assert_never(effect)
+    return (f"{_worded(change)}; {change.effect}" for change in found)
 
 
 def option_words(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """(Spec, Observed, History, Plan) → Status: what the operator reads. Pure.
 
-The daemon makes one at the end of each pass; `api` and `cli` hand its JSON on. The states and their laws:
+The daemon makes one of each pass that somebody asks about; `api` and `cli` pass its JSON on. The states:
 
     an app is …  when                                                                  what follows
     removing     it is not in the revision any more, and something of it is still here  it is taken away
@@ -18,32 +18,30 @@ The daemon makes one at the end of each pass; `api` and `cli` hand its JSON on. 
     restarting        its process ended, or its start failed, and another try is due (back-off)
     failed            its process ended too often, or its start can't succeed: only a change helps
     exited            its process ended badly and its policy says no
-    completed         its process ended well and its policy says that this is the end
+    completed         its process ended well and is not to run again
     stopped           a person stopped it
     waiting           it was not started yet, because of what `reason` names
     missing           it should be there, and nothing is being done about it
 
-The first row of the first table that is true is the app's state. The node is converged when every app is, the plan
-is empty, nothing is under way or waits, and no state file has a problem. An unreachable source is shown, and changes
-nothing of that.
+The first row of the first table that applies is the app's state. The node is converged when every app is, the plan
+is empty, nothing is under way or waits, and no state file has a problem. A source that can't be reached is shown, and
+does not change that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from holdfast.observed import (
     Exit,
     Failure,
     Finding,
-    Generation,
     History,
     Hold,
     Instance,
     Json,
-    Limits,
     Observed,
     Subject,
     container_of,
@@ -59,6 +57,7 @@ ContainerState = Literal[
     "running", "starting", "restarting", "failed", "exited", "completed", "stopped", "waiting", "missing"
 ]
 
+T = TypeVar("T")
 DEGRADING: frozenset[ContainerState] = frozenset({"restarting", "failed", "exited", "missing"})
 
 
@@ -129,11 +128,10 @@ class AppStatus:
 class Status:
     """The node as a person reads it. blockers: why it is not converged, a line each; empty when it is.
 
-    foreign: what on this host bears the agent's name and is not its own → why it is left alone.
+    foreign: what on this host has the agent's name and is not its own → why it is left alone.
     findings: what others did to the host that a person should know; what breaks something is a blocker, too.
-    transfers, builds, unanswered: the images on their way (`images.transfers.Transfer.json`,
-    `images.build.Builder.look`) and the questions that no registry answers (`images.transfers.Unanswered`), which the
-    daemon fills in.
+    transfers, builds, unanswered: the images that are being pulled (`Transfer.json`) or built (`Builder.look`), and
+    the requests that no registry answers (`Unanswered`). The daemon fills them in.
     """
 
     node: str
@@ -172,19 +170,25 @@ def make_status(
     agent: Json | None = None,
     trouble: str = "",
 ) -> Status:
-    """Say how the node stands.
+    """Make the status of the node.
 
     spec: None when no revision was read yet. source: its state as JSON (`source.SourceState`). plugins: those that
     failed, each with name and error. agent: version, pid and the like. trouble: what is wrong with the disk.
     """
-    there, published = _by_app(observed), by_address(observed.published)
-    apps = {
-        name: _app(name, spec, there.get(name, {}), history, plan, observed, published)
-        for name in _names(spec, there, history)
-    }
+    facts = _Facts(
+        spec,
+        observed,
+        history,
+        plan,
+        by_address(observed.published),
+        of_app=_grouped((action.app, action) for action in plan.actions),
+        of_subject=_grouped((action.subject, action) for action in plan.actions),
+        waiting=_grouped((subject.app, f"{subject}: {why}") for subject, why in plan.waiting.items()),
+    )
+    apps = facts.apps()
     blockers = (
         *((trouble,) if trouble else ()),
-        *_blockers(spec, source, apps, plan, observed.busy),
+        *facts.blockers(apps, source),
         *(str(finding) for finding in observed.findings if finding.breaks),
     )
     return Status(
@@ -206,265 +210,232 @@ def make_status(
     )
 
 
-def _commit(source: Json) -> dict[str, Any]:
-    """Who said so, and when; {} for a source without authors."""
-    if not source.get("author") and not source.get("message"):
-        return {}
-    told = {"id": source.get("revision"), "author": source.get("author"), "message": source.get("message")}
-    return told | {"at": source.get("committed_at")}
-
-
-def _names(spec: Spec | None, there: Iterable[str], history: History) -> list[str]:
-    names = {*history.generations, *there}
-    if spec:
-        names |= set(spec.apps) | set(spec.broken.values())
-    return sorted(names)
-
-
-def _blockers(
-    spec: Spec | None, source: Json, apps: Mapping[str, AppStatus], plan: Plan, busy: frozenset[Subject]
-) -> Iterator[str]:
-    if spec is None:
-        yield f"no revision was read yet: {source.get('error') or 'the source was not asked so far'}"
-    else:
-        yield from (str(problem) for problem in spec.problems)
-        told = {problem.path for problem in spec.problems}
-        yield from (f"{path}: does not load" for path in spec.broken if path not in told)
-    for name, app in apps.items():
-        if app.state not in ("converged", "invalid"):
-            yield f"{name}: {app.state}" + (f": {app.reason}" if app.reason else "")
-    for subject, why in plan.waiting.items():
-        if subject.app not in apps:
-            yield f"{subject}: {why}"
-    for action in plan.actions:
-        if action.app not in apps:
-            yield f"{action.subject}: {action.reason}"
-    known = {action.subject for action in plan.actions} | plan.waiting.keys()
-    for subject in sorted(busy - known):
-        if subject.app not in apps:
-            yield f"{subject} is being worked on"
-
-
-def _app(
-    name: str,
-    spec: Spec | None,
-    there: Mapping[str, list[Instance]],
-    history: History,
-    plan: Plan,
-    observed: Observed,
-    published: Published,
-) -> AppStatus:
-    generations = history.generations.get(name, ())
-    wanted = spec.apps.get(name) if spec else None
-    shown = wanted or (generations[-1].app if generations else None)
-    containers = {
-        container: _container(
-            container_of(name, container), shown, there.get(container, []), history, plan, observed, published
-        )
-        for container in _containers(shown, there)
-    }
-    state, reason = _app_state(name, spec, containers, history, plan, observed.busy)
-    current = _current(generations)
-    failure = _failure(Subject("app", name), history, plan) if state == "failed" else None
-    return AppStatus(
-        state=state,
-        reason=reason,
-        failed_at=failure.at if failure else None,
-        exit_code=failure.code if failure else None,
-        path=shown.path if shown else next((p for p, n in spec.broken.items() if n == name), "") if spec else "",
-        generation=current.number if current else None,
-        revision=current.revision if current else "",
-        containers=containers,
-    )
-
-
-def _containers(app: App | None, there: Mapping[str, list[Instance]]) -> list[str]:
-    declared = list(app.containers) if app else []
-    return [*declared, *sorted(there.keys() - set(declared))]
-
-
-def _current(generations: Sequence[Generation]) -> Generation | None:
-    running = [generation for generation in generations if generation.state in ("active", "good")]
-    return next(reversed(running or list(generations)), None)
-
-
-def _app_state(
-    name: str,
-    spec: Spec | None,
-    containers: Mapping[str, ContainerStatus],
-    history: History,
-    plan: Plan,
-    busy: frozenset[Subject],
-) -> tuple[AppState, str]:
-    broken = name in spec.broken.values() if spec else False
-    wanted = spec.apps.get(name) if spec else None
-    actions = [action for action in plan.actions if action.app == name]
-    waiting = [f"{subject}: {why}" for subject, why in plan.waiting.items() if subject.app == name]
-    if broken and not wanted:
-        return "invalid", _broken_reason(name, spec)
-    if spec and not wanted:
-        return "removing", waiting[0] if waiting else "it is not in the revision any more"
-    if failure := _failure(Subject("app", name), history, plan):
-        return "failed", failure.error
-    for container, status in containers.items():
-        if status.state in DEGRADING:
-            return "degraded", f"{container} {status.state}" + (f": {status.reason}" if status.reason else "")
-    for container, status in containers.items():
-        if faults := [fault for instance in status.instances for fault in instance.faults]:
-            return "degraded", f"{container}: {faults[0]}"
-    if actions:
-        return "changing", next((a.reason for a in actions if not isinstance(a, MarkGood)), actions[0].reason)
-    if in_hand := sorted(subject for subject in busy if subject.app == name):
-        return "changing", f"{in_hand[0]} is being worked on"
-    if waiting:
-        return "waiting", waiting[0]
-    if stopped := [container for container, status in containers.items() if status.state == "stopped"]:
-        return "held", f"{', '.join(stopped)} stopped by hand"
-    return "converged", ""
-
-
-def _broken_reason(name: str, spec: Spec | None) -> str:
-    paths = {path for path, broken in spec.broken.items() if broken == name} if spec else set()
-    problems = [str(problem) for problem in spec.problems if problem.path in paths] if spec else []
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return problems[0] + more if problems else f"{', '.join(sorted(paths))}: does not load"
-
-
-def _failure(subject: Subject, history: History, plan: Plan) -> Failure | None:
-    """The failure that a subject waits after, or that is being tried again; one of something else is outdated."""
-    failure = history.failures.get(subject)
-    if failure is None or subject in plan.waiting:
-        return failure
-    again = any(action.subject == subject and action.tried == failure.digest for action in plan.actions)
-    return failure if again else None
-
-
-def _by_app(observed: Observed) -> dict[str, dict[str, list[Instance]]]:
-    """App → container → its instances, oldest first."""
-    found: dict[str, dict[str, list[Instance]]] = {}
-    for instance in sorted(observed.instances, key=lambda each: each.created_at):
-        found.setdefault(instance.app, {}).setdefault(instance.container, []).append(instance)
+def _grouped(pairs: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+    found: dict[str, list[T]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
     return found
 
 
-def _container(
-    subject: Subject,
-    app: App | None,
-    instances: Sequence[Instance],
-    history: History,
-    plan: Plan,
-    observed: Observed,
-    published: Published,
-) -> ContainerStatus:
-    want = app.containers.get(subject.name) if app else None
-    hold = history.holds.get(subject)
-    failure = _failure(subject, history, plan)
-    actions = [action for action in plan.actions if action.subject == subject]
-    state, reason, next_at = _container_state(
-        want, instances, hold, failure, actions, _waits_for(subject, plan), plan.waiting.get(subject, "")
-    )
-    shown = want or (instances[-1].want if instances else Container())
-    newer, digest = history.newer.get(subject), _digest(subject, shown, history)
-    return ContainerStatus(
-        state=state,
-        reason=reason,
-        image=shown.image or shown.rootfs or "",
-        digest=digest,
-        newer=newer.reference if newer and newer.image == shown.image and newer.digest != digest else "",
-        ports=tuple(str(port) for port in shown.ports),
-        published=published_ports(instances, published),
-        next_at=next_at,
-        held=hold,
-        instances=tuple(_instance(each, history, observed.limits.get(each.id)) for each in instances),
-    )
+def _commit(source: Json) -> dict[str, Any]:
+    """Who made the commit, and when; {} for a source without authors."""
+    if not source.get("author") and not source.get("message"):
+        return {}
+    names = {"id": "revision", "author": "author", "message": "message", "at": "committed_at"}
+    return {name: source.get(key) for name, key in names.items()}
 
 
-def _digest(subject: Subject, shown: Container, history: History) -> str:
-    """What the newest generation that has the container as it is shown runs."""
-    for generation in reversed(history.generations.get(subject.app, ())):
-        staged = generation.app.containers.get(subject.name)
-        if staged is not None and (staged.image, staged.rootfs) == (shown.image, shown.rootfs):
-            return generation.images.get(subject.name, "")
-    return ""
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """All that a status is made from. of_app, of_subject: the plan's actions; waiting: its lines, by app."""
+
+    spec: Spec | None
+    observed: Observed
+    history: History
+    plan: Plan
+    published: Published
+    of_app: Mapping[str, Sequence[Action]]
+    of_subject: Mapping[str, Sequence[Action]]
+    waiting: Mapping[str, Sequence[str]]
+
+    def apps(self) -> dict[str, AppStatus]:
+        """The status of each app that is asked for, is here, or is remembered."""
+        oldest_first = sorted(self.observed.instances, key=lambda each: each.created_at)
+        there = _grouped((instance.app, instance) for instance in oldest_first)
+        names = {*self.history.generations, *there}
+        if self.spec:
+            names |= {*self.spec.apps, *self.spec.broken.values()}
+        return {
+            name: self._app(name, _grouped((each.container, each) for each in there.get(name, ())))
+            for name in sorted(names)
+        }
+
+    def blockers(self, apps: Mapping[str, AppStatus], source: Json) -> Iterator[str]:
+        """Why the node is not converged, a line each."""
+        if self.spec is None:
+            yield f"no revision was read yet: {source.get('error') or 'the source was not read so far'}"
+        else:
+            yield from (str(problem) for problem in self.spec.problems)
+            told = {problem.path for problem in self.spec.problems}
+            yield from (f"{path}: does not load" for path in self.spec.broken if path not in told)
+        for name, app in apps.items():
+            if app.state not in ("converged", "invalid"):
+                yield f"{name}: {app.state}" + (f": {app.reason}" if app.reason else "")
+        waiting, actions = self.plan.waiting, self.plan.actions
+        yield from (f"{subject}: {why}" for subject, why in waiting.items() if subject.app not in apps)
+        yield from (f"{action.subject}: {action.reason}" for action in actions if action.app not in apps)
+        known = {action.subject for action in actions} | waiting.keys()
+        rest = (subject for subject in sorted(self.observed.busy - known) if subject.app not in apps)
+        yield from (f"{subject} is being worked on" for subject in rest)
+
+    def _app(self, name: str, there: Mapping[str, Sequence[Instance]]) -> AppStatus:
+        generations = self.history.generations.get(name, ())
+        wanted = self.spec.apps.get(name) if self.spec else None
+        shown = wanted or (generations[-1].app if generations else None)
+        declared = list(shown.containers) if shown else []
+        containers = {
+            container: self._container(container_of(name, container), shown, there.get(container, ()))
+            for container in (*declared, *sorted(there.keys() - set(declared)))
+        }
+        state, reason = self._app_state(name, wanted, containers)
+        running = [generation for generation in generations if generation.state in ("active", "good")]
+        current = next(reversed(running or list(generations)), None)
+        failure = self._failure(Subject("app", name)) if state == "failed" else None
+        return AppStatus(
+            state=state,
+            reason=reason,
+            failed_at=failure.at if failure else None,
+            exit_code=failure.code if failure else None,
+            path=shown.path if shown else next(iter(self._broken_paths(name)), ""),
+            generation=current.number if current else None,
+            revision=current.revision if current else "",
+            containers=containers,
+        )
+
+    def _app_state(
+        self, name: str, wanted: App | None, containers: Mapping[str, ContainerStatus]
+    ) -> tuple[AppState, str]:
+        """The first row of the module's table that is true, and why."""
+        actions, waiting = self.of_app.get(name, ()), self.waiting.get(name, ())
+        if self.spec and not wanted:
+            if self._broken_paths(name):
+                return "invalid", self._broken_reason(name)
+            return "removing", waiting[0] if waiting else "it is not in the revision any more"
+        if failure := self._failure(Subject("app", name)):
+            return "failed", failure.error
+        for container, status in containers.items():
+            if status.state in DEGRADING:
+                return "degraded", f"{container} {status.state}" + (f": {status.reason}" if status.reason else "")
+        for container, status in containers.items():
+            if faults := [fault for instance in status.instances for fault in instance.faults]:
+                return "degraded", f"{container}: {faults[0]}"
+        if actions:
+            return "changing", next((a.reason for a in actions if not isinstance(a, MarkGood)), actions[0].reason)
+        if busy := sorted(subject for subject in self.observed.busy if subject.app == name):
+            return "changing", f"{busy[0]} is being worked on"
+        if waiting:
+            return "waiting", waiting[0]
+        if stopped := [container for container, status in containers.items() if status.state == "stopped"]:
+            return "held", f"{', '.join(stopped)} stopped by hand"
+        return "converged", ""
+
+    def _broken_paths(self, name: str) -> list[str]:
+        """The state files of an app that do not load."""
+        return [path for path, app in self.spec.broken.items() if app == name] if self.spec else []
+
+    def _broken_reason(self, name: str) -> str:
+        paths = self._broken_paths(name)
+        problems = [str(problem) for problem in self.spec.problems if problem.path in paths] if self.spec else []
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        return problems[0] + more if problems else f"{', '.join(sorted(paths))}: does not load"
+
+    def _failure(self, subject: Subject) -> Failure | None:
+        """The failure that a subject waits after, or that is being tried again; one of something else is outdated."""
+        failure = self.history.failures.get(subject)
+        if failure is None or subject in self.plan.waiting:
+            return failure
+        again = any(each.tried == failure.digest for each in self.of_subject.get(subject, ()))
+        return failure if again else None
+
+    def _container(self, subject: Subject, app: App | None, instances: Sequence[Instance]) -> ContainerStatus:
+        want = app.containers.get(subject.name) if app else None
+        state, reason, next_at = self._container_state(subject, want, instances)
+        shown = want or (instances[-1].want if instances else Container())
+        newer, digest = self.history.newer.get(subject), self._digest(subject, shown)
+        return ContainerStatus(
+            state=state,
+            reason=reason,
+            image=shown.image or shown.rootfs or "",
+            digest=digest,
+            newer=newer.reference if newer and newer.image == shown.image and newer.digest != digest else "",
+            ports=tuple(str(port) for port in shown.ports),
+            published=published_ports(instances, self.published),
+            next_at=next_at,
+            held=self.history.holds.get(subject),
+            instances=tuple(self._instance(instance) for instance in instances),
+        )
+
+    def _digest(self, subject: Subject, shown: Container) -> str:
+        """The image of the newest generation that has the container as it is shown."""
+        for generation in reversed(self.history.generations.get(subject.app, ())):
+            staged = generation.app.containers.get(subject.name)
+            if staged is not None and (staged.image, staged.rootfs) == (shown.image, shown.rootfs):
+                return generation.images.get(subject.name, "")
+        return ""
+
+    def _container_state(
+        self, subject: Subject, want: Container | None, instances: Sequence[Instance]
+    ) -> tuple[ContainerState, str, float | None]:
+        """The state of a container, why, and when it is started again."""
+        newest = instances[-1] if instances else None
+        hold, failure = self.history.holds.get(subject), self._failure(subject)
+        actions = self.of_subject.get(subject, ())
+        due = actions[0].reason if actions else ""
+        waits_for = self._waits_for(subject)
+        if any(instance.phase == "running" for instance in instances):
+            return "running", due or (failure.error if failure else ""), failure.retry_at if failure else None
+        if hold and hold.kind == "stopped":
+            return "stopped", f"stopped by {hold.by or 'hand'}", None
+        if failure:
+            return ("failed" if failure.retry_at is None else "restarting"), failure.error, failure.retry_at
+        if actions and isinstance(actions[-1], StartInstance):
+            return "starting", due, None
+        if newest is None:
+            return ("waiting" if waits_for else "starting" if due else "missing"), waits_for or due, None
+        if newest.phase == "creating":
+            return "starting", due, None
+        if want is None:
+            return "exited", due or str(newest.exit or Exit(None)), None
+        return _after_exit(want, newest, self.plan.waiting.get(subject) or waits_for)
+
+    def _waits_for(self, subject: Subject) -> str:
+        """Why nothing is done about a container now: its own reason, its app's, or that its app is staged first."""
+        app = Subject("app", subject.app)
+        staging = next((action.reason for action in self.of_subject.get(app, ())), "")
+        return self.plan.waiting.get(subject) or self.plan.waiting.get(app) or staging
+
+    def _instance(self, instance: Instance) -> InstanceStatus:
+        ended = instance.exit if instance.phase != "running" else None
+        newer = [
+            each.newer.get(instance.container, "")
+            for each in self.history.generations.get(instance.app, ())
+            if each.number == instance.generation and each.images.get(instance.container) == instance.image
+        ]
+        return InstanceStatus(
+            id=instance.id,
+            generation=instance.generation,
+            image=(newer[0] if newer else "") or instance.want.image or instance.want.rootfs or "",
+            digest=instance.image,
+            state=instance.phase,
+            pid=instance.pid if instance.phase == "running" else None,
+            restarts=instance.restarts,
+            exit_code=ended.code if ended else None,
+            signal=ended.signal if ended else None,
+            oom=ended.oom if ended else False,
+            addresses=_addresses(instance),
+            limits=limits_status(instance, self.observed.limits.get(instance.id)),
+            started_at=instance.started_at,
+            exited_at=ended.at if ended else None,
+            warnings=instance.warnings,
+            faults=instance.faults + instance.drifted,
+        )
 
 
-def _waits_for(subject: Subject, plan: Plan) -> str:
-    """Why nothing is done about a container now: its own reason, its app's, or that its app is staged first."""
-    app = Subject("app", subject.app)
-    staging = next((action.reason for action in plan.actions if action.subject == app), "")
-    return plan.waiting.get(subject) or plan.waiting.get(app) or staging
-
-
-def _container_state(
-    want: Container | None,
-    instances: Sequence[Instance],
-    hold: Hold | None,
-    failure: Failure | None,
-    actions: Sequence[Action],
-    waits_for: str,
-    held_up: str,
-) -> tuple[ContainerState, str, float | None]:
-    newest = instances[-1] if instances else None
-    due = actions[0].reason if actions else ""
-    if any(instance.phase == "running" for instance in instances):
-        return "running", due or (failure.error if failure else ""), failure.retry_at if failure else None
-    if hold and hold.kind == "stopped":
-        return "stopped", f"stopped by {hold.by or 'hand'}", None
-    if failure:
-        return ("failed" if failure.retry_at is None else "restarting"), failure.error, failure.retry_at
-    if actions and isinstance(actions[-1], StartInstance):
-        return "starting", due, None
-    if newest is None:
-        return ("waiting" if waits_for else "starting" if due else "missing"), waits_for or due, None
-    if newest.phase == "creating":
-        return "starting", due, None
-    if want is None:
-        return "exited", due or str(newest.exit or Exit(None)), None
-    return _after_exit(want, newest, held_up or waits_for)
-
-
-def _after_exit(want: Container, instance: Instance, held_up: str) -> tuple[ContainerState, str, float | None]:
+def _after_exit(want: Container, instance: Instance, waits_for: str) -> tuple[ContainerState, str, float | None]:
     follows = verdict(instance, want.restart_policy)
     match follows.kind:
-        case "again" if held_up and not follows.at:
-            return "waiting", held_up, None
+        case "again" if waits_for and not follows.at:
+            return "waiting", waits_for, None
         case "again":
-            return "restarting", held_up or follows.reason, follows.at or None
+            return "restarting", waits_for or follows.reason, follows.at or None
         case "done":
             return "completed", "", None
         case "failed":
             return ("exited" if want.restart_policy.policy == "no" else "failed"), follows.reason, None
 
 
-def _instance(instance: Instance, history: History, limits: Limits | None) -> InstanceStatus:
-    ended = instance.exit if instance.phase != "running" else None
-    newer = [
-        each.newer.get(instance.container, "")
-        for each in history.generations.get(instance.app, ())
-        if each.number == instance.generation and each.images.get(instance.container) == instance.image
-    ]
-    return InstanceStatus(
-        id=instance.id,
-        generation=instance.generation,
-        image=(newer[0] if newer else "") or instance.want.image or instance.want.rootfs or "",
-        digest=instance.image,
-        state=instance.phase,
-        pid=instance.pid if instance.phase == "running" else None,
-        restarts=instance.restarts,
-        exit_code=ended.code if ended else None,
-        signal=ended.signal if ended else None,
-        oom=ended.oom if ended else False,
-        addresses=_addresses(instance),
-        limits=limits_status(instance, limits),
-        started_at=instance.started_at,
-        exited_at=ended.at if ended else None,
-        warnings=instance.warnings,
-        faults=instance.faults + instance.drifted,
-    )
-
-
 def _addresses(instance: Instance) -> dict[str, str]:
-    """Network → address. That on the app's default network goes by `bridge`, too, where nothing else does: there
-    readers of the JSON found it when all apps shared the bridge."""
+    """Network → address. The one on the app's default network is also called `bridge`, where nothing else is: readers
+    of the JSON found it there when all apps shared the bridge."""
     own = instance.addresses.get(f"{instance.app}/{DEFAULT_NETWORK}")
     return {**instance.addresses, **({"bridge": own} if own and "bridge" not in instance.addresses else {})}

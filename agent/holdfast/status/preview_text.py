@@ -1,26 +1,21 @@
 """The rounds of a preview → steps in words, grouped by app: what `holdfast plan` prints. Pure.
 
-Several actions on one container are one step to a person: stop, remove and start are "replace". A step stands where
-the last of its actions stands, so reading down is the order in which things come to be.
+Several actions on one container are one step to a person: stop, remove and start are "replace". A step is placed
+where its last action is, so reading down is the order in which things come to be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, assert_never
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from holdfast.observed import Finding, Json
 from holdfast.plan.actions import (
     Action,
-    Effect,
-    Live,
     MarkGood,
     Plan,
-    Record,
     RemoveInstance,
-    Replace,
-    Signal,
     StartInstance,
     StopInstance,
     UpdateInstance,
@@ -29,7 +24,7 @@ from holdfast.plan.actions import (
 )
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One line of a plan: verb and object in words, why, and the actions that carry it out."""
 
@@ -38,8 +33,8 @@ class Step:
     reason: str
     round: int
     subject: str
-    changes: list[str] = field(default_factory=list)
-    actions: list[str] = field(default_factory=list)
+    changes: tuple[str, ...] = ()
+    actions: tuple[str, ...] = ()
 
 
 def plan_json(
@@ -52,31 +47,24 @@ def plan_json(
 ) -> dict[str, Any]:
     """The value that `holdfast plan --json` prints.
 
-    empty: nothing to do. apps: name → steps; what belongs to the node itself is last, under "". waiting and drift:
-    subject → why, as far as no round of the preview does something about it. problems: what is wrong with the state
-    files. foreign: what on this host bears the name and is left alone → why. findings: what others did to
-    the host. images: app → what it needs that is not here (`node.needs`). hints: what is not wrong in the state files
-    and may not be what somebody meant.
+    empty: nothing to do. apps: name → steps; those of the node itself are last, under "". waiting and drift:
+    subject → why, unless a round of the preview does something about it. problems: what is wrong with the state
+    files. foreign: what on this host has the agent's name and is left alone → why. findings: what others did to
+    the host. images: app → images that it needs and that are not here (`node.needs`). hints: what is not wrong in
+    the state files, but may not be what was meant.
     """
-    steps: dict[tuple[str, str], Step] = {}
-    apps: dict[str, list[Step]] = {}
+    steps: dict[str, tuple[str, Step]] = {}
     for number, action in _actions(rounds):
-        key = (action.app, action.subject)
-        if (step := steps.pop(key, None)) is None:
-            step = Step(verb="", object="", reason=action.reason, round=number, subject=action.subject)
-        else:
-            apps[action.app].remove(step)
-        steps[key] = step
-        apps.setdefault(action.app, []).append(step)
-        _extend(step, action, number)
-    order = sorted(apps, key=lambda name: (not name, name))
-    last = rounds[-1] if rounds else Plan()
-    done = {action.subject for _, action in _actions(rounds)}
+        _, earlier = steps.pop(action.subject, ("", None))
+        steps[action.subject] = action.app, _extended(earlier, action, number)
+    apps: dict[str, list[Json]] = {app: [] for app in sorted({app for app, _ in steps.values() if app})}
+    for app, step in steps.values():
+        apps.setdefault(app, []).append(asdict(step))
     return {
         "empty": not steps,
         "rounds": sum(not plan.empty for plan in rounds),
-        "apps": {name: [_step_json(step) for step in apps[name]] for name in order},
-        "waiting": {subject: why for subject, why in last.waiting.items() if subject not in done},
+        "apps": apps,
+        "waiting": {subject: why for subject, why in _last(rounds).waiting.items() if subject not in steps},
         "drift": dict(rounds[0].drift) if rounds else {},
         "problems": [str(problem) for problem in problems],
         "foreign": dict(foreign or {}),
@@ -86,22 +74,31 @@ def plan_json(
     }
 
 
+def _last(rounds: Sequence[Plan]) -> Plan:
+    return rounds[-1] if rounds else Plan()
+
+
 def _actions(rounds: Sequence[Plan]) -> Iterator[tuple[int, Action]]:
     """Every action that changes something, with its round, from 1. To note that an app is good changes nothing."""
     for number, plan in enumerate(rounds, start=1):
         yield from ((number, action) for action in plan.actions if not isinstance(action, MarkGood))
 
 
-def _extend(step: Step, action: Action, number: int) -> None:
+def _extended(step: Step | None, action: Action, number: int) -> Step:
+    """A step with one more action, which is the last one so far."""
     verb, name = action.words
-    step.verb = _merged(step, action) if step.actions else verb
-    step.object = name
-    step.round = number
-    if isinstance(action, WriteFirewall | WriteNames):
-        step.reason = action.reason  # it is the last one that stays
-    step.actions.append(action.verb)
-    if isinstance(action, UpdateInstance):
-        step.changes.extend(f"{change} ({_effect(change.effect)})" for change in action.changes)
+    changes = action.changes if isinstance(action, UpdateInstance) else ()
+    first = step or Step(verb, name, action.reason, number, action.subject)
+    derived = isinstance(action, WriteFirewall | WriteNames)  # written several times: what is written last stays
+    return replace(
+        first,
+        verb=_merged(step, action) if step else verb,
+        object=name,
+        reason=action.reason if derived else first.reason,
+        round=number,
+        changes=(*first.changes, *(f"{change} ({change.effect})" for change in changes)),
+        actions=(*first.actions, action.verb),
+    )
 
 
 def _merged(step: Step, action: Action) -> str:
@@ -117,29 +114,3 @@ def _merged(step: Step, action: Action) -> str:
             return "replace" if "StartInstance" in step.actions else step.verb
         case _:
             return step.verb
-
-
-def _effect(effect: Effect) -> str:
-    match effect:
-        case Live():
-            return "applied live"
-        case Record():
-            return "noted"
-        case Signal(name=name):
-            return f"signal {name}"
-        case Replace():
-            return "replaces it"
-        case _:
-            assert_never(effect)
-
-
-def _step_json(step: Step) -> Mapping[str, Any]:
-    return {
-        "verb": step.verb,
-        "object": step.object,
-        "reason": step.reason,
-        "round": step.round,
-        "subject": step.subject,
-        "changes": step.changes,
-        "actions": step.actions,
-    }
