@@ -79,6 +79,13 @@ def free_port() -> Iterator[Callable[[], int]]:
         yield lambda: find_port(stack)
 
 
+@pytest.fixture
+def free_ports() -> Iterator[Callable[[int], int]]:
+    """The same for several ports in a row: returns the first."""
+    with ExitStack() as stack:
+        yield lambda count: find_port(stack, count)
+
+
 @pytest.fixture(scope="session")
 def busybox_rootfs(tmp_path_factory: pytest.TempPathFactory) -> Rootfs:
     """busybox with all its applets, /etc/passwd and the usual empty folders."""

@@ -9,10 +9,13 @@ import shutil
 import socket
 import struct
 import tempfile
+import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
+from typing import TypeVar
 
 from holdfast.drivers import BASE36, Host
 from holdfast.identity import make_id
@@ -20,6 +23,8 @@ from holdfast.runtime.delegation import place_of
 
 PORTS = range(20_000, 30_000)  # below the kernel's ephemeral range, which any client may take from
 PATIENCE = float(os.environ.get("HOLDFAST_TEST_PATIENCE", "1"))  # how many times slower than usual this host is
+T = TypeVar("T")
+
 POOLS = tuple(IPv4Network("10.192.0.0/10").subnets(new_prefix=20))
 
 
@@ -54,6 +59,18 @@ def patient(seconds: float) -> float:
     return seconds * PATIENCE
 
 
+def wait_for(condition: Callable[[], T], what: str, seconds: float = 20.0, state: Callable[[], object] = str) -> T:
+    """Call condition until it returns something true, and return that. The one place where tests wait for time.
+
+    Raises AssertionError when the time is up, with what state() returns then.
+    """
+    deadline = time.monotonic() + patient(seconds)
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain until {what}\n{state()}"
+        time.sleep(patient(0.01))
+    return found
+
+
 def make_site(stack: ExitStack) -> Host:
     """A site that lives until stack ends; its pool and name are its own on the whole host."""
     name = "t" + "".join(secrets.choice(BASE36) for _ in range(5))
@@ -73,13 +90,13 @@ def _remove_empty(folder: Path) -> None:
             Path(place).rmdir()
 
 
-def find_port(stack: ExitStack) -> int:
-    """A port that nobody listens on, and that is promised to nobody else until stack ends."""
+def find_port(stack: ExitStack, count: int = 1) -> int:
+    """The first of count ports that nobody listens on, and that are promised to nobody else until stack ends."""
     claims = _claims(stack)
     while True:
-        port = secrets.choice(PORTS)
-        if claims.take(port) and _bindable(port):
-            return port
+        first = secrets.choice(PORTS[: -count or None])
+        if all(claims.take(port) and _bindable(port) for port in range(first, first + count)):
+            return first
 
 
 def _claims(stack: ExitStack) -> Claims:

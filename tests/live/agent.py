@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from footprint import leftovers
-from ground import Rootfs, patient
+from ground import Rootfs, patient, wait_for
 from holdfast.cli.client import Client
 from holdfast.drivers import Host
 from holdfast.errors import NoAgent, TryAgain
@@ -164,11 +163,12 @@ class LiveAgent:
         self, condition: Callable[[], bool], what: str, timeout: float = 60, state: Callable[[], str] = lambda: ""
     ) -> None:
         """Wait until condition holds; fails at once when the agent that should see to it has died."""
-        deadline = time.monotonic() + patient(timeout)
-        while not condition():
+
+        def met() -> bool:
             assert self.process is None or self.process.poll() is None, f"the agent died:\n{self.log()}"
-            assert time.monotonic() < deadline, f"waited {timeout} s in vain until {what}:\n{state()}"
-            time.sleep(patient(0.03))
+            return condition()
+
+        wait_for(met, what, timeout, state)
 
     def log(self) -> str:
         """The last 16 KiB of what the agent wrote."""

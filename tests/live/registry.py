@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import socket
 import subprocess
-import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import layouts
-from ground import patient
+from ground import patient, wait_for
 
 PROGRAM = "/usr/bin/docker-registry"
 REQUEST = re.compile(r'"([A-Z]+) (\S+) HTTP/[0-9.]+" (\d+)')
@@ -99,14 +98,18 @@ class Registry:
                 [*words, PROGRAM, "serve", str(self.folder / "config.yml")],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder,
             )  # fmt: skip
-        deadline = time.monotonic() + patient(20)
-        while not self._answers():
-            assert self.process.poll() is None and time.monotonic() < deadline, f"no registry:\n{self.log()}"
-            time.sleep(0.02)
+        process = self.process
+
+        def answers() -> bool:
+            assert process.poll() is None, f"no registry:\n{self.log()}"
+            return self._answers()
+
+        wait_for(answers, "the registry answers", state=self.log)
 
     def stop(self) -> None:
         """End the process; the port is closed afterwards."""
         if self.process is not None:
+            self._settle()
             self.process.kill()
             self.process.wait(patient(10))
             self.process = None
@@ -122,6 +125,7 @@ class Registry:
 
         What the test itself put there is among it.
         """
+        self._settle()
         found = REQUEST.findall(self.log())
         every = (Request(method, path, int(status)) for method, path, status in found)
         return [request for request in every if re.search(pattern, request.path)]
@@ -137,6 +141,30 @@ class Registry:
         """Where it keeps a blob: to damage it, or to take it away."""
         hexes = digest.removeprefix("sha256:")
         return self.folder / "data/docker/registry/v2/blobs/sha256" / hexes[:2] / hexes / "data"
+
+    def _settle(self) -> None:
+        """Wait until all that was answered is in the access log, too: the registry logs a request after its answer.
+
+        As long as it works at something, one of its threads runs, or is about to.
+        """
+
+        def rests() -> bool:
+            with suppress(OSError):  # a thread has ended meanwhile
+                seen = self._threads()
+                return seen == self._threads() and all(state == "S" for state, _ in seen.values())
+            return False
+
+        if self.process is not None and self.process.poll() is None:
+            wait_for(rests, "the registry has logged what it answered")
+
+    def _threads(self) -> dict[str, tuple[str, str]]:
+        """Each thread's state, and how long and how often it ran (proc(5))."""
+        assert self.process is not None
+        found = {}
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+            found[task.name] = (state, (task / "schedstat").read_text())
+        return found
 
     def _answers(self) -> bool:
         try:
