@@ -37,10 +37,15 @@ def address(agent: LiveAgent, container: str, network: str) -> str:
 
 def fetches(agent: LiveAgent, container: str, host: str, port: int = 80) -> bool:
     """Whether a container gets a page from a host, by an address or a name that its hosts file has."""
-    names = dict(reversed(line.split(" ", 1)) for line in agent.exec(container, "cat", "/etc/hosts").splitlines())
-    known = next((address for line, address in names.items() if host in line.split()), host)
+    lines = [line.split() for line in agent.exec(container, "cat", "/etc/hosts").splitlines()]
+    known = next((words[0] for words in lines if host in words[1:]), host)
     ask = f"printf 'GET /hostname HTTP/1.0\\r\\n\\r\\n' | timeout 3 nc {known} {port} | grep -q ' 200 '"
     return known[0].isdigit() and agent.cli("exec", container, "sh", "-c", ask, check=False).returncode == 0
+
+
+def gets(agent: LiveAgent, container: str, host: str, port: int = 80) -> None:
+    """Wait until it gets one: a container that runs need not listen yet."""
+    agent.wait(lambda: fetches(agent, container, host, port), f"{container} gets a page from {host}:{port}")
 
 
 def bridges(agent: LiveAgent) -> set[str]:
@@ -54,13 +59,13 @@ def test_apps_reach_their_own_containers_and_no_others(agent: LiveAgent, free_po
     agent.converge()
     database = address(agent, "shop/db", "shop/default")
     assert bridges(agent) == {agent.host.link("bridge", id) for id in ("shop/default", "other/default")}
-    assert fetches(agent, "shop/client", "db")
-    assert fetches(agent, "shop/client", "db.shop")
+    gets(agent, "shop/client", "db")
+    gets(agent, "shop/client", "db.shop")
     assert not fetches(agent, "other/client", database)
     assert "db" not in agent.exec("other/client", "cat", "/etc/hosts")
     way_out = agent.exec("other/client", "ip", "route").split("default via ")[1].split()[0]
-    assert fetches(agent, "other/client", way_out, port), "a published port is open to other apps"
-    assert fetches(agent, "shop/client", way_out, port), "and to the app itself"
+    gets(agent, "other/client", way_out, port)  # a published port is open to other apps
+    gets(agent, "shop/client", way_out, port)  # and to the app itself
     with urlopen(f"http://127.0.0.1:{port}/hostname", timeout=patient(10)) as answer:
         assert answer.read() == b"db\n"
 
@@ -69,7 +74,7 @@ def test_app_reaches_another_by_joining_its_network_which_goes_with_its_last_use
     agent.write("shop.toml", SERVER.format(name="db"))
     agent.write("other.toml", CLIENT + 'networks = ["default", "shop/default"]\n[app]\ndepends_on = ["shop"]\n')
     agent.converge()
-    assert fetches(agent, "other/client", "db.shop")
+    gets(agent, "other/client", "db.shop")
     agent.write("other.toml", CLIENT)
     agent.converge()
     assert not fetches(agent, "other/client", "db.shop")
@@ -83,7 +88,7 @@ def test_apps_that_ask_for_it_share_the_bridge(agent: LiveAgent) -> None:
         agent.write(f"{name}.toml", f'[app]\nnetwork = "bridge"\n{text}')
     agent.converge()
     assert bridges(agent) == {agent.host.link("bridge", "bridge")}
-    assert fetches(agent, "other/client", "db.shop")
+    gets(agent, "other/client", "db.shop")
 
 
 def test_network_of_an_earlier_version_grows_in_place(agent: LiveAgent) -> None:
@@ -103,7 +108,7 @@ def test_network_of_an_earlier_version_grows_in_place(agent: LiveAgent) -> None:
     agent.converge(timeout=120)
     assert (agent.pid("shop/db"), address(agent, "shop/db", "shop/default")) == before
     assert f"{before[1]}/27" in agent.exec("shop/db", "ip", "address", "show", "eth0")
-    assert fetches(agent, "shop/c12", "db")
+    gets(agent, "shop/c12", "db")
 
 
 def test_network_grows_under_running_containers(agent: LiveAgent) -> None:
@@ -115,7 +120,7 @@ def test_network_grows_under_running_containers(agent: LiveAgent) -> None:
     agent.converge(timeout=120)
     assert (agent.pid("shop/db"), address(agent, "shop/db", "shop/default")) == before
     assert f"{before[1]}/27" in agent.exec("shop/db", "ip", "address", "show", "eth0")
-    assert fetches(agent, "shop/c12", "db")
+    gets(agent, "shop/c12", "db")
     shown = subprocess.run(["ip", "-4", "address"], check=True, capture_output=True, text=True).stdout
     assert (
         sum(agent.host.link("bridge", "shop/default") in line for line in shown.splitlines() if "inet " in line) == 1

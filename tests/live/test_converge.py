@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def test_dependencies_start_in_order_and_stop_in_reverse(agent: LiveAgent) -> No
 
 
 def test_configs_and_files_follow_a_commit_as_they_were_asked_to(agent: LiveAgent) -> None:
-    trap = 'trap "date >> /tmp/hup" HUP; trap "exit 0" TERM; while :; do sleep 1000 & wait $!; done'
+    trap = 'trap "date >> /tmp/hup" HUP; trap "exit 0" TERM; echo ready; while :; do sleep 1000 & wait $!; done'
     agent.write("conf/a.conf", "one")
     agent.write(
         "shop.toml",
@@ -169,6 +169,7 @@ configs = [{{ source = "live", target = "/etc/live.conf", on_change = "SIGHUP" }
     assert agent.cli("check", str(agent.state), check=False).returncode == os.EX_DATAERR  # live.conf is not there
     agent.write("live.conf", "one")
     agent.converge()
+    agent.wait(lambda: agent.cli("logs", "shop/told").stdout == "ready\n", "it listens for SIGHUP")
     pids = {name: agent.pid(f"shop/{name}") for name in ("anew", "told", "quiet")}
     assert agent.exec("shop/anew", "cat", "/etc/conf/a.conf") == "one"
     agent.write("conf/a.conf", "two")
@@ -198,12 +199,15 @@ def test_apply_converges_once_without_an_agent(agent: LiveAgent) -> None:
     assert agent.pid("shop/web") == pid
 
 
-def test_ports_of_a_running_container_change_without_touching_it(agent: LiveAgent) -> None:
+def test_ports_of_a_running_container_change_without_touching_it(
+    agent: LiveAgent, free_port: Callable[[], int]
+) -> None:
+    before, after = str(free_port()), str(free_port())
     text = f'[containers.web]{SLEEPER}ports = ["127.0.0.1:PORT:80"]'.replace('networks = ["none"]\n', "")
-    agent.write("shop.toml", text.replace("PORT", "29801"))
+    agent.write("shop.toml", text.replace("PORT", before))
     agent.converge()
     pid = agent.pid("shop/web")
-    agent.write("shop.toml", text.replace("PORT", "29802"))
+    agent.write("shop.toml", text.replace("PORT", after))
     agent.converge()
     assert agent.pid("shop/web") == pid
-    assert "29802" in agent.cli("status").stdout
+    assert after in agent.cli("status").stdout

@@ -149,8 +149,8 @@ internal = true
     agent.converge()
     assert agent.instances("shop/web")[0]["addresses"]["shop/front"] == fixed
     for name in ("web", "www", "web.shop", fixed):
-        assert reaches(agent, "client", name), name
-    assert reaches(agent, "web", "db")
+        agent.wait(lambda name=name: reaches(agent, "client", name), f"client reaches {name}")  # type: ignore[misc]
+    agent.wait(lambda: reaches(agent, "web", "db"), "web reaches db")
     assert not reaches(agent, "client", "db")
     address = agent.instances("shop/db")[0]["addresses"]["shop/back"]
     assert not reaches(agent, "client", address)
@@ -161,7 +161,7 @@ internal = true
     mine = Path("/proc/self/ns/net").readlink()
     assert Path(f"/proc/{agent.pid('shop/open')}/ns/net").readlink() == mine
     assert Path(f"/proc/{agent.pid('shop/alone')}/ns/net").readlink() != mine
-    assert reaches(agent, "client", str(IPv4Network(front)[1]))
+    agent.wait(lambda: reaches(agent, "client", str(IPv4Network(front)[1])), "client reaches its gateway")
 
 
 def test_names_follow_neighbours_on_a_shared_network_that_come_and_go_in_the_same_file(agent: LiveAgent) -> None:
@@ -173,7 +173,7 @@ def test_names_follow_neighbours_on_a_shared_network_that_come_and_go_in_the_sam
     agent.write("other.toml", f'[containers.api]{SLEEPER}networks = ["bridge"]')
     agent.converge()
     agent.wait(lambda: reaches(agent, "shop/web", "api.other"), "the new neighbour is known")
-    assert reaches(agent, "other/api", "web.shop")
+    agent.wait(lambda: reaches(agent, "other/api", "web.shop"), "the new one knows its neighbour")
     agent.remove("other.toml")
     agent.converge()
     agent.wait(lambda: "api" not in agent.exec("shop/web", "cat", "/etc/hosts"), "the neighbour is forgotten")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,17 @@ from typing import Any
 import pytest
 
 from footprint import leftovers, sweep, tables
-from ground import patient
+from ground import wait_for
 from live.agent import LiveAgent, Status
 from live.census import await_census, expected_census, stored_instances
+from live.processes import kill
 
 pytestmark = pytest.mark.live
 
 PLAIN = """
 [containers.{name}]
 image = "busybox:1"
-command = ["sh", "-c", "trap 'exit {code}' TERM; {first} sleep 10000 & wait"]
+command = ["sh", "-c", "trap 'exit {code}' TERM; {first} echo ready; sleep 10000 & wait"]
 restart_policy = {{ policy = "{policy}", delay = "1ms" }}
 """
 BASE = """
@@ -88,17 +88,12 @@ def lasting(found: Status) -> dict[str, Any]:
     return {key: found[key] for key in ("id", "pid", "restarts", "addresses", "started_at", "exit_code")}
 
 
-def wait_gone(pid: int) -> None:
-    """Wait until a process has ended; a zombie has."""
-    deadline = time.monotonic() + patient(10)
-    while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
-                return
-        except (FileNotFoundError, ProcessLookupError):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"process {pid} does not end")
+def settled(agent: LiveAgent, *containers: str) -> Status:
+    """Converge, and wait until these containers of `plain` listen for signals: before that, SIGTERM does nothing."""
+    status = agent.converge()
+    for name in containers:
+        agent.wait(lambda name=name: agent.cli("logs", name).stdout == "ready\n", f"{name} listens for signals")  # type: ignore[misc]
+    return status
 
 
 def conmon_of(agent: LiveAgent, id: str) -> int:
@@ -114,10 +109,12 @@ def exits(agent: LiveAgent, container: str) -> list[str]:
 def reboot(agent: LiveAgent) -> None:
     """Take away all that a reboot does: processes, mounts, links, namespaces, cgroups, the table, the run root."""
     agent.kill()
-    deadline = time.monotonic() + patient(10)
-    while leftovers(agent.host):
-        assert time.monotonic() < deadline, leftovers(agent.host)
+
+    def gone() -> bool:
         sweep(agent.host)
+        return not leftovers(agent.host)
+
+    wait_for(gone, "nothing is left", state=lambda: leftovers(agent.host))
 
 
 # -- the agent is away ---------------------------------------------------------------------------------------
@@ -125,7 +122,7 @@ def reboot(agent: LiveAgent) -> None:
 
 def test_containers_run_on_while_the_agent_is_dead_and_are_adopted(agent: LiveAgent) -> None:
     agent.write("app.toml", plain("one") + plain("two", code=3))
-    os.kill(instance(agent.converge(), "app/two")["pid"], signal.SIGTERM)
+    os.kill(instance(settled(agent, "app/two"), "app/two")["pid"], signal.SIGTERM)
     status = agent.wait_until(lambda now: now["converged"] and instance(now, "app/two")["restarts"] == 1)
     before = {name: lasting(instance(status, name)) for name in ("app/one", "app/two")}
     agent.kill()
@@ -138,12 +135,11 @@ def test_containers_run_on_while_the_agent_is_dead_and_are_adopted(agent: LiveAg
 
 def test_exits_while_the_agent_is_dead_are_answered_when_it_is_back(agent: LiveAgent) -> None:
     agent.write("app.toml", plain("again", code=3) + plain("job", policy="no") + plain("fails", code=4, policy="no"))
-    status = agent.converge()
+    status = settled(agent, "app/again", "app/job", "app/fails")
     before = {name: instance(status, f"app/{name}") for name in ("again", "job", "fails")}
     agent.kill()
     for each in before.values():
-        os.kill(each["pid"], signal.SIGTERM)
-        wait_gone(each["pid"])
+        kill(each["pid"], signal.SIGTERM)
     agent.start()
     status = agent.wait_until(lambda now: instance(now, "app/again")["restarts"] == 1)
     again, job, fails = (instance(status, f"app/{name}") for name in ("again", "job", "fails"))
@@ -160,8 +156,7 @@ def test_an_end_that_conmon_did_not_live_to_see_is_answered(agent: LiveAgent) ->
     conmon = conmon_of(agent, before["id"])
     agent.kill()
     for pid in (conmon, before["pid"]):
-        os.kill(pid, signal.SIGKILL)
-        wait_gone(pid)
+        kill(pid)
     agent.start()
     after = instance(agent.converge(), "app/again")
     assert (after["id"], after["restarts"]) == (before["id"], 1)
@@ -212,6 +207,12 @@ def test_after_a_reboot_all_comes_back_in_order(agent: LiveAgent, free_port: Cal
     names = ("base/db", "shop/migrate", "shop/api", "shop/web", "shop/idle")
     before = {name: instance(status, name) for name in names}
     log = agent.host.root / "volumes/base/log/_data"
+
+    def said() -> list[str]:
+        """What has begun, sorted: who starts first does so, but need not be the first to speak."""
+        return sorted((log / "order").read_text().split())
+
+    wait_for(lambda: said() == ["api", "db", "idle", "migrate", "web"], "all have begun", state=said)
     (log / "order").write_text("")
 
     reboot(agent)
@@ -221,7 +222,7 @@ def test_after_a_reboot_all_comes_back_in_order(agent: LiveAgent, free_port: Cal
     status = agent.status()
     after = {name: instance(status, name) for name in names}
 
-    assert (log / "order").read_text().split() == ["db", "api", "web"]
+    wait_for(lambda: said() == ["api", "db", "web"], "what ran runs again, and nothing else", state=said)
     started = [after[name]["started_at"] for name in ("base/db", "shop/api", "shop/web")]
     assert started == sorted(started)
     assert {name: each["id"] for name, each in after.items()} == {name: each["id"] for name, each in before.items()}

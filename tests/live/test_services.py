@@ -70,7 +70,7 @@ def test_what_check_takes_for_a_sysctl_or_a_signal_the_runtime_takes_too(agent: 
         """
         [containers.web]
         image = "busybox:1"
-        command = ["sh", "-c", "trap 'exit 7' 63; while :; do sleep 0.1; done"]
+        command = ["sh", "-c", "trap 'exit 7' 63; echo ready; while :; do sleep 0.1; done"]
         sysctls = { "kernel.domainname" = "shop.example", "kernel.msgmax" = "9000" }
         stop_signal = "RTMAX-1"
         """,
@@ -78,6 +78,7 @@ def test_what_check_takes_for_a_sysctl_or_a_signal_the_runtime_takes_too(agent: 
     agent.converge()
     settings = agent.exec("shop/web", "cat", "/proc/sys/kernel/domainname", "/proc/sys/kernel/msgmax")
     assert settings.split() == ["shop.example", "9000"]
+    agent.wait(lambda: agent.cli("logs", "shop/web").stdout == "ready\n", "it listens for the signal")
     agent.cli("stop", "shop/web")
     assert agent.instances("shop/web")[-1]["exit_code"] == 7
 

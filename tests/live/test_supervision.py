@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from live.agent import LiveAgent, Status
+from live.processes import kill
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]  # a busy machine takes its time
 
@@ -30,6 +31,11 @@ def running(script: str, more: str = "") -> str:
 def container(status: Status, name: str) -> Any:
     """What the status says of a container of the app shop."""
     return status["apps"]["shop"]["containers"][name]
+
+
+def told(agent: LiveAgent, subject: str, kind: str) -> list[Status]:
+    """The events of a kind about a container. What an action did is told after it is done, and shown before."""
+    return [event for event in agent.events() if (event["subject"], event["kind"]) == (subject, kind)]
 
 
 def test_code_signal_and_lack_of_memory_are_told_apart(agent: LiveAgent) -> None:
@@ -62,8 +68,7 @@ resources = {{ memory = "16MiB", memory_swap = "16MiB" }}
     assert found["eater"]["oom"]
     assert "memory" in container(status, "eater")["reason"]
     assert not status["converged"]
-    told = {event["subject"]: event["message"] for event in agent.events() if event["kind"] == "exited"}
-    assert len({told[f"shop/{name}"] for name in ("code", "fine", "eater")}) == 3
+    assert len({told(agent, f"shop/{name}", "exited")[0]["message"] for name in ("code", "fine", "eater")}) == 3
 
 
 def test_on_failure_gives_up_visibly_and_a_change_is_a_new_chance(agent: LiveAgent) -> None:
@@ -84,10 +89,9 @@ def test_a_killed_container_is_back_at_once_and_the_back_off_grows_and_is_forgot
     policy = 'restart_policy = { policy = "always", delay = "400ms", factor = 2, jitter = 0, reset_after = "600ms" }'
     agent.write("shop.toml", f"[containers.web]\n{running('exit 1', policy)}[containers.steady]{SLEEPER}{policy}")
     agent.sync()
-    agent.wait_until(lambda now: any(each["restarts"] >= 3 for each in container(now, "web")["instances"]))
-    events = [event for event in agent.events() if event["subject"] == "shop/web"]
-    ended = [event["at"] for event in events if event["kind"] == "exited"]
-    begun = [event["at"] for event in events if event["kind"] == "started"][1:]
+    agent.wait(lambda: len(told(agent, "shop/web", "started")) > 3, "it was restarted three times")
+    ended = [event["at_exit"] for event in told(agent, "shop/web", "exited")]  # it may be noticed later
+    begun = [event["at"] for event in told(agent, "shop/web", "started")][1:]
     waits = [start - end for end, start in zip(ended, begun, strict=False)]
     assert waits[1] >= 0.35
     assert waits[2] >= 0.75
@@ -98,7 +102,8 @@ def test_a_killed_container_is_back_at_once_and_the_back_off_grows_and_is_forgot
         agent.wait_until(
             lambda now, pid=pid: container(now, "steady")["instances"][0]["pid"] not in (None, pid)  # type: ignore[misc]
         )
-    streaks = [event["reason"] for event in agent.events() if event["subject"] == "shop/steady" and "verb" in event]
+    agent.wait(lambda: len(told(agent, "shop/steady", "started")) == 3, "its starts are told")
+    streaks = [event["reason"] for event in told(agent, "shop/steady", "started")]
     assert all("restart 1 in a row" in reason for reason in streaks[1:])
     assert container(agent.status(), "steady")["instances"][0]["restarts"] == 2
 
@@ -108,20 +113,22 @@ def test_stop_sends_the_signal_waits_the_grace_period_and_kills(agent: LiveAgent
         "shop.toml",
         f"""
 [containers.polite]
-{running('trap "exit 5" USR1; while :; do sleep 1000 & wait $!; done', 'stop_signal = "SIGUSR1"')}
+{running('trap "exit 5" USR1; echo ready; while :; do sleep 1000 & wait $!; done', 'stop_signal = "SIGUSR1"')}
 [containers.deaf]
 {running('trap "" TERM; while :; do sleep 1000; done', 'stop_grace_period = "300ms"')}
 """,
     )
     agent.converge()
+    agent.wait(lambda: agent.cli("logs", "shop/polite").stdout == "ready\n", "it listens for SIGUSR1")
     agent.cli("stop", "shop/polite")
     agent.cli("stop", "shop/deaf")
     status = agent.status()
     assert container(status, "polite")["instances"][0]["exit_code"] == 5
     assert container(status, "deaf")["instances"][0]["exit_code"] == 128 + signal.SIGKILL
-    stopped = {event["subject"]: event for event in agent.events() if event["kind"] == "stopped"}
-    assert stopped["shop/deaf"]["took"] >= 0.3
-    assert not stopped["shop/polite"]["killed"]
+    for name in ("shop/deaf", "shop/polite"):
+        agent.wait(lambda name=name: bool(told(agent, name, "stopped")), "its stop is told")  # type: ignore[misc]
+    assert told(agent, "shop/deaf", "stopped")[0]["took"] >= 0.3
+    assert not told(agent, "shop/polite", "stopped")[0]["killed"]
 
 
 def test_what_is_held_by_hand_is_drift_that_outlives_the_agent_until_released(agent: LiveAgent) -> None:
@@ -145,7 +152,7 @@ def test_what_is_held_by_hand_is_drift_that_outlives_the_agent_until_released(ag
     first = agent.pid("shop/web")
     agent.cli("restart", "shop/web")
     assert agent.pid("shop/web") != first
-    assert not agent.status()["drift"], "a restart is over once it has happened"
+    agent.wait_until(lambda now: not now["drift"])  # a restart is over once it has happened
     agent.cli("stop", "shop/web")
     agent.cli("start", "shop/web")
     assert container(agent.status(), "web")["state"] == "running"
@@ -160,7 +167,7 @@ def test_containers_outlive_the_agent_and_exits_meanwhile_are_answered_on_return
     agent.stop()
     assert Path(f"/proc/{web}").exists()
     assert Path(f"/proc/{other}").exists()
-    os.kill(web, signal.SIGKILL)
+    kill(web)
     agent.start()
     status = agent.wait_until(lambda now: bool(now["converged"]))
     assert container(status, "web")["instances"][0]["restarts"] == 1
@@ -195,10 +202,9 @@ HUNGRY = "tail /dev/zero"
 
 
 def ends(agent: LiveAgent, container: str) -> list[str]:
-    """What was told of the ends of a container."""
-    return [
-        event["message"] for event in agent.events() if (event["kind"], event["subject"]) == ("exited", container)
-    ]
+    """What is told of the ends of a container, once there is one."""
+    agent.wait(lambda: bool(told(agent, container, "exited")), "its end is told")
+    return [event["message"] for event in told(agent, container, "exited")]
 
 
 def test_a_child_without_memory_is_an_event_and_not_the_end_of_its_container(agent: LiveAgent) -> None:
@@ -217,5 +223,4 @@ def test_a_container_without_memory_is_told_so_although_a_child_was_before(agent
     agent.converge()
     agent.wait(lambda: any(event["kind"] == "oom" for event in agent.events()), "the child's end is told")
     agent.exec("web", "touch", "/go")
-    agent.wait(lambda: bool(ends(agent, "shop/web")), "its end is told")
     assert ends(agent, "shop/web") == ["it was killed for want of memory (OOM), exit code 137"]
