@@ -50,21 +50,22 @@ def shop(agent: LiveAgent, free_port: Callable[[], int]) -> LiveAgent:
     return agent
 
 
-def pinged(agent: LiveAgent) -> bool:
-    """Whether the containers reach each other by name."""
-    return agent.cli("exec", "shop/web", "ping", "-c", "1", "-W", "1", "other", check=False).returncode == 0
+def ping(agent: LiveAgent) -> None:
+    """Wait until the containers reach each other by name."""
+    words = ("exec", "shop/web", "ping", "-c", "1", "-W", "1", "other")
+    agent.wait(lambda: agent.cli(*words, check=False).returncode == 0, "they reach each other")
 
 
 def test_what_can_be_mended_under_a_running_container_is(shop: LiveAgent) -> None:
     pid = shop.pid("shop/web")
-    assert pinged(shop)
+    ping(shop)
 
     mark = shop.events()[-1]["seq"]
     for family, table in tables(shop.host):
         run("nft", "delete", "table", family, table)
     shop.converge()
     assert tables(shop.host)
-    assert "was altered" in reasons(shop, mark)
+    shop.wait(lambda: "was altered" in reasons(shop, mark), "it is told, after the table is back")
 
     mark = shop.events()[-1]["seq"]
     _limit(shop, "memory.limit_in_bytes", "memory.max").write_text(str(48 << 20))
@@ -86,14 +87,14 @@ def test_what_can_be_mended_under_a_running_container_is(shop: LiveAgent) -> Non
             run("ip", "link", "delete", link.name)
     shop.converge()
     assert "its link to network shop/default was removed or altered" in reasons(shop, mark)
-    assert pinged(shop)
+    ping(shop)
 
     mark = shop.events()[-1]["seq"]
     (bridge,) = [link for link in links(shop.host) if (link / "bridge").exists()]
     run("ip", "link", "delete", bridge.name)
     shop.converge()
     assert "it was removed or altered" in reasons(shop, mark)
-    assert pinged(shop)
+    ping(shop)
     assert shop.pid("shop/web") == pid
 
 

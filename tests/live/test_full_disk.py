@@ -14,6 +14,7 @@ import pytest
 from holdfast.drivers import Host
 from holdfast.store import Store
 from live.agent import LiveAgent
+from live.processes import has_ended
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(400)]
 
@@ -22,7 +23,11 @@ GREEDY = """
 [containers.{name}]
 image = "busybox:1"
 stop_grace_period = "0s"
-command = ["sh", "-c", "dd if=/dev/zero of=/fill bs=64k; while true; do dd if=/dev/zero of=/more bs=512; done"]
+command = ["sh", "-c", '''
+until [ -e /gate/open ]; do sleep 0.05; done
+dd if=/dev/zero of=/fill bs=64k; while true; do dd if=/dev/zero of=/more bs=512; done
+''']
+volumes = ["{gate}:/gate"]
 """
 MODEST = """
 [containers.web]
@@ -62,18 +67,28 @@ def runs(agent: LiveAgent, container: str) -> bool:
     return [each["state"] for each in agent.instances(container)] == ["running"]
 
 
-def is_gone(pid: int) -> bool:
-    return not Path(f"/proc/{pid}").exists()
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    """A folder that greedy containers wait at: they fill the disk once it has a file `open`."""
+    folder = tmp_path / "gate"
+    folder.mkdir()
+    return folder
+
+
+def fill(agent: LiveAgent, disk: Path, gate: Path, *containers: str) -> None:
+    """Wait until these containers run, and have the greedy ones of them fill the disk then."""
+    agent.wait(lambda: all(runs(agent, name) for name in containers), "they run")
+    (gate / "open").touch()
+    agent.wait(lambda: is_full(disk), "the disk is full")
 
 
 def test_a_container_that_fills_the_disk_is_stopped_by_hand_and_removed_by_a_commit(
-    small: LiveAgent, disk: Path
+    small: LiveAgent, disk: Path, gate: Path
 ) -> None:
     small.write("first.toml", MODEST)
-    small.write("greedy.toml", GREEDY.format(name="one"))
-    small.wait(lambda: runs(small, "greedy/one"), "it runs")
+    small.write("greedy.toml", GREEDY.format(name="one", gate=gate))
+    fill(small, disk, gate, "first/web", "greedy/one")
     pid = small.pid("greedy/one")
-    small.wait(lambda: is_full(disk), "the disk is full")
 
     small.write("late.toml", MODEST)  # a commit that makes something waits, and says why in a line
     late = small.wait_until(lambda status: status["apps"].get("late", {}).get("state") == "failed")
@@ -82,7 +97,7 @@ def test_a_container_that_fills_the_disk_is_stopped_by_hand_and_removed_by_a_com
     assert not late["converged"]
 
     small.cli("stop", "greedy/one", "--timeout", "30")
-    assert is_gone(pid)
+    assert has_ended(pid)
     web = small.pid("first/web")
     small.restart()  # with a disk that is still full
     assert small.pid("first/web") == web
@@ -94,15 +109,13 @@ def test_a_container_that_fills_the_disk_is_stopped_by_hand_and_removed_by_a_com
     assert small.pid("first/web") == web
 
 
-def test_an_app_that_fills_the_disk_goes_by_a_commit_alone(small: LiveAgent, disk: Path) -> None:
-    small.write("greedy.toml", GREEDY.format(name="one") + GREEDY.format(name="two"))
-    small.wait(lambda: runs(small, "greedy/two"), "it runs")
-    small.wait(lambda: runs(small, "greedy/one"), "it runs")
+def test_an_app_that_fills_the_disk_goes_by_a_commit_alone(small: LiveAgent, disk: Path, gate: Path) -> None:
+    small.write("greedy.toml", GREEDY.format(name="one", gate=gate) + GREEDY.format(name="two", gate=gate))
+    fill(small, disk, gate, "greedy/one", "greedy/two")
     pids = [small.pid(f"greedy/{name}") for name in ("one", "two")]
-    small.wait(lambda: is_full(disk), "the disk is full")
     small.remove("greedy.toml")
     small.wait_until(lambda status: not status["apps"])
-    assert all(is_gone(pid) for pid in pids)
+    assert all(has_ended(pid) for pid in pids)
     small.wait_until(lambda status: bool(status["converged"]))
 
 
@@ -116,7 +129,7 @@ def test_an_app_goes_while_the_disk_is_full_and_stays_full(small: LiveAgent, dis
         while other.write(bytes(4096)):
             pass
     small.remove("first.toml")
-    small.wait(lambda: is_gone(pid), "it is stopped")
+    small.wait(lambda: has_ended(pid), "it is stopped")
     with (disk / "of others").open("ab", buffering=0) as other, suppress(OSError):
         while other.write(bytes(4096)):
             pass
@@ -126,18 +139,17 @@ def test_an_app_goes_while_the_disk_is_full_and_stays_full(small: LiveAgent, dis
     small.wait_until(lambda status: bool(status["converged"]))
 
 
-def test_a_kill_of_the_agent_on_a_full_disk_does_no_harm(small: LiveAgent, disk: Path) -> None:
+def test_a_kill_of_the_agent_on_a_full_disk_does_no_harm(small: LiveAgent, disk: Path, gate: Path) -> None:
     small.write("first.toml", MODEST)
-    small.write("greedy.toml", GREEDY.format(name="one"))
-    small.wait(lambda: runs(small, "greedy/one") and runs(small, "first/web"), "both run")
+    small.write("greedy.toml", GREEDY.format(name="one", gate=gate))
+    fill(small, disk, gate, "first/web", "greedy/one")
     pid, web = small.pid("greedy/one"), small.pid("first/web")
-    small.wait(lambda: is_full(disk), "the disk is full")
     small.cli("stop", "greedy/one", "--timeout", "30")
     small.kill()
     small.remove("greedy.toml")
     small.start()
     small.wait_until(lambda status: "greedy" not in status["apps"] and bool(status["converged"]))
-    assert is_gone(pid)
+    assert has_ended(pid)
     assert small.pid("first/web") == web
 
 
