@@ -174,7 +174,7 @@ class _Packing:
     def __enter__(self) -> _Packing:
         self.file = self.target.open("wb")
         self.deflate = zlib.compressobj(6, wbits=31)
-        self.tar = tarfile.open(fileobj=self, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1 << 20)
+        self.tar = tarfile.open(mode="w|", fileobj=self, format=tarfile.PAX_FORMAT, bufsize=1 << 20)  # type: ignore[call-overload] # which only writes
         return self
 
     def __exit__(self, *_: object) -> None:

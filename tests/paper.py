@@ -124,7 +124,7 @@ class PaperAgent(Echo):
         self.holds: dict[str, Hold] = {}
         self.log = [{"seq": 1, "at": NOW, "kind": "start", "subject": "shop/web", "message": "started"}]
         self.log_path = logs
-        self.plan_now = (Plan(),)
+        self.plan_now: tuple[Plan, ...] = (Plan(),)
         self.problems: tuple[str, ...] = ()
         self.hints: tuple[str, ...] = ()
         self.forgotten: list[str] = []

@@ -133,7 +133,7 @@ class LiveAgent:
     def events(self) -> list[Status]:
         """Everything that happened so far, oldest first."""
         try:
-            return list(Client(self.host.run_root / "agent.sock").events())
+            return [event for event in Client(self.host.run_root / "agent.sock").events() if event]
         except NoAgent:
             lines = self.cli("events", "--json", "--tail", "1000").stdout.splitlines()
             return [json.loads(line) for line in lines]

@@ -192,14 +192,14 @@ def _kill_after(child: int, seconds: float) -> None:
 
 def _drivers(config: Path) -> dict[str, type]:
     """Load the plugins once, which imports them, and return the classes of their drivers."""
-    import holdfast.daemon
     import holdfast_plugins.network.messages  # noqa: F401 - imported here once, not by each child
     from holdfast.config import load_config
     from holdfast.drivers import Host
     from holdfast.kinds import KINDS
+    from holdfast.plugins import load_plugins
 
     loaded = load_config(config)
-    plugins = holdfast.daemon.load_plugins(Host(loaded.name, loaded.root, loaded.run_root, loaded.pool))
+    plugins = load_plugins(Host(loaded.name, loaded.root, loaded.run_root, loaded.pool))
     return {
         f"{kind.name} {name}": type(each.driver)
         for kind in KINDS

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 from layouts import Layout, digest_of
 
@@ -33,6 +33,10 @@ class Answer:
     hang: bool = False
     mute: bool = False
     times: int | None = None
+
+
+class Writable(Protocol):
+    def write(self, data: bytes, /) -> int: ...
 
 
 class FaultyRegistry:
@@ -82,7 +86,7 @@ class FaultyRegistry:
                     return answer
         return self._proper(path)
 
-    def _drip(self, answer: Answer, file: BinaryIO) -> bytes:
+    def _drip(self, answer: Answer, file: Writable) -> bytes:
         """Write all but the last drop, which is returned: who has that may begin with something else."""
         with self._lock:
             self._now += 1

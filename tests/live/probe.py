@@ -30,7 +30,7 @@ NEWNS, NEWUSER = 0x00020000, 0x10000000
 def call(name: str, *args: object) -> bool:
     """Whether a system call does anything but be refused."""
     number = CALLS[name][os.uname().machine == "aarch64"]
-    return LIBC.syscall(number, *args) >= 0 or ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS)
+    return int(LIBC.syscall(number, *args)) >= 0 or ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS)
 
 
 def works(act: Callable[[], object]) -> bool:
@@ -109,7 +109,7 @@ def traces() -> bool:
     pid = os.fork()
     if pid == 0:
         signal.pause()
-    may = LIBC.ptrace(16, pid, 0, 0) == 0
+    may: bool = LIBC.ptrace(16, pid, 0, 0) == 0
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0x40000000)  # __WALL
     return may

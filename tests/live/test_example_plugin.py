@@ -116,7 +116,7 @@ def test_what_a_plugin_made_stays_when_the_plugin_is_gone_and_goes_when_it_is_ba
 
 
 def test_the_plugins_own_conformance_tests_pass(installed: dict[str, str], site: Host) -> None:
-    arguments = [
+    arguments: list[str | Path] = [
         "-q",
         "-p",
         "no:cacheprovider",

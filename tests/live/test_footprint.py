@@ -46,7 +46,7 @@ def test_whatever_bears_the_name_is_found_and_swept_away(site: Host) -> None:
         ["ip", "netns", "add", f"{site.name}-netns"],
         ["losetup", "--find", image],
     ):
-        subprocess.run(command, check=True)
+        subprocess.run(list(map(str, command)), check=True)
     kinds = {line.split(" ")[0] for line in leftovers(site)}
     sweep(site)
     sleeper.wait()

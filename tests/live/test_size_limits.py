@@ -51,7 +51,7 @@ def on_disk(site: Host, folder: Path, kind: str, *, quotas: bool = False) -> Ite
         features = ["-O", "quota,project"] if quotas and kind == "ext4" else []
         subprocess.run([f"mkfs.{kind}", "-q", *features, image], check=True)
         command = ["mount", "-o", f"loop,{OPTIONS[kind]}" if quotas else "loop", image, place]
-    mounted = subprocess.run(command, check=False, capture_output=True, text=True)
+    mounted = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True)
     if mounted.returncode != 0 and quotas:
         pytest.skip(f"this kernel has no {kind} with project quotas (CONFIG_QUOTA, CONFIG_QFMT_V2, CONFIG_XFS_QUOTA)")
     assert mounted.returncode == 0, mounted.stderr

@@ -48,7 +48,7 @@ class Reader:
     """Reads a state directory, as one agent after another does; what they remember is kept as JSON."""
 
     def __init__(self, path: Path) -> None:
-        self._state, self._kept = StateSource(directory=str(path)), "null"
+        self._state, self._kept = StateSource(directory=path), "null"
         self.again()
 
     def again(self) -> None:

@@ -8,7 +8,7 @@ import pwd
 import socket
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,16 @@ def test_a_pull_that_ends_in_a_bug_is_no_result(
         list(client.pull_image("app:1"))
 
 
+def line(heard: Iterator[Any]) -> Any:
+    """The next line that says something."""
+    return next(each for each in heard if each)
+
+
+def close(lines: Iterator[Any]) -> None:
+    assert isinstance(lines, Generator)
+    lines.close()
+
+
 def test_events_are_read_from_where_the_reader_was(client: Client) -> None:
     assert [event["message"] for event in client.events() if event] == ["started"]
     assert list(client.events(after=1)) == []
@@ -172,9 +182,9 @@ def test_events_are_read_from_where_the_reader_was(client: Client) -> None:
 
 def test_a_follower_hears_of_events_as_they_happen(client: Client, agent: PaperAgent) -> None:
     heard = client.events(follow=True)
-    assert next(heard)["seq"] == 1
+    assert line(heard)["seq"] == 1
     agent.log.append({"seq": 2, "at": 1.0, "kind": "exit", "subject": "shop/web", "message": "ended"})
-    assert next(event for event in heard if event)["seq"] == 2
+    assert line(heard)["seq"] == 2
 
 
 def test_a_follower_knows_while_nothing_happens_that_the_agent_lives(client: Client) -> None:
@@ -183,8 +193,8 @@ def test_a_follower_knows_while_nothing_happens_that_the_agent_lives(client: Cli
 
 
 def test_logs_are_read_through_the_agent(client: Client) -> None:
-    assert [line["text"] for line in client.logs(["shop/web"])] == ["one", "two"]
-    assert [line["text"] for line in client.logs(["shop/web"], tail=1)] == ["two"]
+    assert [each["text"] for each in client.logs(["shop/web"]) if each] == ["one", "two"]
+    assert [each["text"] for each in client.logs(["shop/web"], tail=1) if each] == ["two"]
 
 
 def test_logs_of_several_containers_bear_their_names(client: Client) -> None:
@@ -197,18 +207,18 @@ def test_logs_of_several_containers_bear_their_names(client: Client) -> None:
 def test_a_reader_that_has_gone_ends_the_reading(client: Client, log: Path) -> None:
     log.write_text("2026-11-21T07:00:00.1+00:00 stdout F one\n" * 200_000)
     lines = client.logs(["shop/web"])
-    assert next(lines)["text"] == "one"
-    lines.close()
+    assert line(lines)["text"] == "one"
+    close(lines)
     until(lambda: not any(thread.name == "line reader" for thread in threading.enumerate()), 2)
 
 
 def test_a_followed_log_goes_on_and_its_reader_thread_ends_with_the_caller(client: Client, log: Path) -> None:
     lines = client.logs(["shop/web"], tail=1, follow=True)
-    assert next(lines)["text"] == "two"
+    assert line(lines)["text"] == "two"
     with log.open("a") as file:
         file.write("2026-11-21T07:00:02.1+00:00 stdout F three\n")
-    assert next(line for line in lines if line)["text"] == "three"
-    lines.close()
+    assert line(lines)["text"] == "three"
+    close(lines)
     until(lambda: not any(thread.name == "line reader" for thread in threading.enumerate()))
 
 

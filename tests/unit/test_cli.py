@@ -25,6 +25,7 @@ from holdfast.cli.since import moment, seconds
 from holdfast.cli.state import app_reason, hopeless, kind_of, limits, ports, show_apps, show_status
 from holdfast.config import load_config
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
+from holdfast.observed import container_of
 from holdfast.plan.actions import Plan, StartInstance
 from holdfast.testing import temporary_host
 from paper import LIMITS, PaperAgent, served
@@ -127,7 +128,7 @@ def test_plan_exits_with_2_when_there_are_changes(agent: PaperAgent, run: Run, s
     assert run("plan") == 0
     assert said() == "nothing to do\n"
     start = StartInstance(app="shop", container="web", generation=1, reason="it is not there")
-    agent.plan_now = (Plan(actions=(start,)), Plan(waiting={"shop/api": "waits for web"}))
+    agent.plan_now = (Plan(actions=(start,)), Plan(waiting={container_of("shop", "api"): "waits for web"}))
     assert run("plan") == 2
     assert said().splitlines() == [
         "shop",
@@ -472,7 +473,7 @@ def test_a_reason_that_a_container_tells_is_not_told_by_its_app_as_well() -> Non
 
 
 def test_a_reason_that_an_app_tells_is_not_told_by_its_containers_as_well(said: Callable[[], str]) -> None:
-    container = {
+    container: dict[str, Any] = {
         "state": "waiting",
         "reason": "no such image (tried once)",
         "next_at": None,

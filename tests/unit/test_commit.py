@@ -88,8 +88,11 @@ def image_with(history: list[dict[str, Any]]) -> Image:
 
 
 def test_a_history_gives_each_layer_to_the_step_that_made_it() -> None:
-    steps = [{"created_by": "ADD", "created": "2026-01-02T03:04:05Z"}, {"created_by": "CMD", "empty_layer": True}]
-    steps.append({"created_by": "RUN", "comment": "x"})
+    steps: list[dict[str, Any]] = [
+        {"created_by": "ADD", "created": "2026-01-02T03:04:05Z"},
+        {"created_by": "CMD", "empty_layer": True},
+        {"created_by": "RUN", "comment": "x"},
+    ]
     rows = history_of(image_with(steps), {"one": 10, "two": 20}.__getitem__)
     assert [(row["layer"], row["created_by"], row["size"]) for row in rows] == [
         ("two", "RUN", 20),
@@ -105,7 +108,7 @@ def test_a_history_that_does_not_add_up_is_shown_layer_by_layer() -> None:
 
 
 def test_a_history_tells_of_every_layer_when_it_is_whole() -> None:
-    steps = [{"created_by": "ADD"}, {"created_by": "CMD", "empty_layer": True}]
+    steps: list[dict[str, Any]] = [{"created_by": "ADD"}, {"created_by": "CMD", "empty_layer": True}]
     assert whole_history(steps, 1) == steps
     assert whole_history(steps, 2) == [*steps, {"created_by": "unknown"}]
     assert whole_history(steps, 0) == []

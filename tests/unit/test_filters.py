@@ -26,7 +26,8 @@ def test_the_same_profile_gets_the_filter_that_was_compiled_of_it(tmp_path: Path
 
 def test_another_profile_or_none_gets_no_filter(tmp_path: Path) -> None:
     filters = learned(tmp_path)
-    for other in ({"linux": {"seccomp": {"defaultAction": "SCMP_ACT_ALLOW"}}}, {"linux": {}}, {}):
+    others: list[dict[str, Any]] = [{"linux": {"seccomp": {"defaultAction": "SCMP_ACT_ALLOW"}}}, {"linux": {}}, {}]
+    for other in others:
         config = dict(other)
         filters.annotate(config)
         assert config == other

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from holdfast.errors import UnfitHost, WrongState
-from holdfast.runtime import apparmor, binaries, capabilities, conmon, device_access, oci, seccomp, users
+from holdfast.grammar.capabilities import ALL
+from holdfast.runtime import apparmor, binaries, conmon, device_access, oci, seccomp, users
+from holdfast.runtime.capabilities import DEFAULT
 from holdfast.runtime.devices import DeviceNode
 from holdfast.runtime.executables import Candidate, check_size, find_executable
 from holdfast.spec.model import Container, Resources, Ulimit
@@ -103,12 +105,12 @@ def test_capabilities_are_dockers_less_net_raw_unless_asked_otherwise() -> None:
     assert "CAP_NET_RAW" not in names()
     assert "CAP_NET_RAW" in names(cap_add=("CAP_NET_RAW",))
     assert names(cap_drop=("ALL",), cap_add=("CAP_NET_BIND_SERVICE",)) == {"CAP_NET_BIND_SERVICE"}
-    assert names(cap_drop=("CAP_CHOWN",)) == capabilities.DEFAULT - {"CAP_CHOWN"}
-    assert names(cap_add=("ALL",), cap_drop=("CAP_SYS_ADMIN",)) == set(capabilities.ALL) - {"CAP_SYS_ADMIN"}
+    assert names(cap_drop=("CAP_CHOWN",)) == DEFAULT - {"CAP_CHOWN"}
+    assert names(cap_add=("ALL",), cap_drop=("CAP_SYS_ADMIN",)) == set(ALL) - {"CAP_SYS_ADMIN"}
 
 
 def test_capability_that_the_agent_lacks_is_refused_by_name_and_left_out_otherwise() -> None:
-    limits = oci.HostLimits(capabilities=frozenset(capabilities.ALL) - {"CAP_SYS_RESOURCE"})
+    limits = oci.HostLimits(capabilities=frozenset(ALL) - {"CAP_SYS_RESOURCE"})
     made = make(container(privileged=True), limits=limits)
     assert "CAP_SYS_RESOURCE" not in made.config["process"]["capabilities"]["bounding"]
     assert made.warnings == ("capabilities not available here: CAP_SYS_RESOURCE",)
@@ -430,7 +432,7 @@ def look(path: str) -> Candidate:
 def test_program_is_found_as_execvp_would() -> None:
     def found(program: str, path: str, cwd: str) -> str | None:
         candidate = find_executable(program, path, cwd, look)
-        return candidate and candidate.path
+        return candidate.path if candidate else None
 
     assert found("sh", "/usr/bin:/bin", "/") == "/bin/sh"
     assert found("./run", "/bin", "/srv") == "/srv/run"

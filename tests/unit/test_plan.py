@@ -228,7 +228,7 @@ def _networks(otherwise: Mapping[str, Any], was: Mapping[str, App]) -> Iterator[
 
 
 def _failure(short: Mapping[str, Any], want: Mapping[str, App]) -> Failure:
-    facts = {"error": "it failed", "count": 1, "at": NOW} | dict(short)
+    facts: dict[str, Any] = {"error": "it failed", "count": 1, "at": NOW} | dict(short)
     tried = facts.pop("tried")
     kind, _, rest = tried.partition(" ")
     name, *images = rest.split(" ")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -43,8 +43,7 @@ from holdfast.spec.model import (
     Volume,
 )
 
-T = TypeVar("T")
-Pick = Callable[[Sequence[T]], T]
+Pick = Callable[[Sequence[Any]], Any]  # returns one of what it is given
 NOW = 1000.0
 APPS = ("base", "mid", "top")
 NAMES = ("db", "job", "web")
@@ -81,7 +80,7 @@ def worlds(draw: st.DrawFn) -> Drawn:
     return draw_world(lambda options: draw(st.sampled_from(options)))
 
 
-def draw_world(pick: Pick[T]) -> Drawn:
+def draw_world(pick: Pick) -> Drawn:
     """A world, by a function that picks one of several values."""
     variants = {name: [draw_app(pick, name) for _ in range(2)] for name in APPS}
     generations: dict[str, tuple[Generation, ...]] = {}
@@ -113,15 +112,20 @@ def draw_world(pick: Pick[T]) -> Drawn:
         networks=dict(draw_networks(pick, variants)),
         volumes={f"{app}/data": VolumeState(f"{app}/data", "managed") for app in APPS if pick((True, False))},
         orphans=tuple(
-            Receipt(kind, "x", id)  # type: ignore[arg-type]
-            for kind, id in (("netns", "n1"), ("network", "base/front"), ("volume", "mid/data"), ("firewall", "f"))
+            found
+            for found in (
+                Receipt("netns", "x", "n1"),
+                Receipt("network", "x", "base/front"),
+                Receipt("volume", "x", "mid/data"),
+                Receipt("firewall", "x", "f"),
+            )
             if pick((False, False, True))
         ),
     )
     return Drawn(None if pick((True, *[False] * 9)) else Spec(apps=wanted, broken=broken), observed, history)
 
 
-def draw_app(pick: Pick[T], name: str) -> App:
+def draw_app(pick: Pick, name: str) -> App:
     """An app that depends on earlier apps only, with containers that depend on earlier containers only."""
     containers: dict[str, Container] = {}
     for each in NAMES:
@@ -141,7 +145,7 @@ def draw_app(pick: Pick[T], name: str) -> App:
     )
 
 
-def draw_container(pick: Pick[T], app: str, earlier: list[str]) -> Container:
+def draw_container(pick: Pick, app: str, earlier: list[str]) -> Container:
     network = pick(("none", "bridge", f"{app}/front", f"{app}/front", "base/front"))
     return Container(
         image=pick(("app:1", "app:2")),
@@ -160,7 +164,7 @@ def draw_container(pick: Pick[T], app: str, earlier: list[str]) -> Container:
     )
 
 
-def draw_generation(pick: Pick[T], app: App, number: int) -> Generation:
+def draw_generation(pick: Pick, app: App, number: int) -> Generation:
     return Generation(
         app=app,
         number=number,
@@ -169,7 +173,7 @@ def draw_generation(pick: Pick[T], app: App, number: int) -> Generation:
     )
 
 
-def draw_instances(pick: Pick[T], generations: dict[str, tuple[Generation, ...]]) -> Iterator[Instance]:
+def draw_instances(pick: Pick, generations: dict[str, tuple[Generation, ...]]) -> Iterator[Instance]:
     for known in generations.values():
         for generation in known:
             for name, want in generation.app.containers.items():
@@ -177,7 +181,7 @@ def draw_instances(pick: Pick[T], generations: dict[str, tuple[Generation, ...]]
                     yield draw_instance(pick, generation, name, want)
 
 
-def draw_instance(pick: Pick[T], generation: Generation, name: str, want: Container) -> Instance:
+def draw_instance(pick: Pick, generation: Generation, name: str, want: Container) -> Instance:
     phase = pick(("creating", "running", "running", "running", "exited", "lost"))
     code = pick((0, 1, None))
     return Instance(
@@ -200,7 +204,7 @@ def draw_instance(pick: Pick[T], generation: Generation, name: str, want: Contai
     )
 
 
-def draw_networks(pick: Pick[T], variants: dict[str, list[App]]) -> Iterator[tuple[str, NetworkState]]:
+def draw_networks(pick: Pick, variants: dict[str, list[App]]) -> Iterator[tuple[str, NetworkState]]:
     for key in ("bridge", *(f"{name}/front" for name in APPS)):
         if pick((True, True, False)):
             made = pick((Network(), Network(internal=True)))
@@ -208,8 +212,8 @@ def draw_networks(pick: Pick[T], variants: dict[str, list[App]]) -> Iterator[tup
             yield key, NetworkState(key, "bridge", made.digest, data, pick(((), (), ("its bridge is gone",))))
 
 
-def draw_failures(pick: Pick[T], wanted: dict[str, App], keys: list[str]) -> Iterator[tuple[Subject, Failure]]:
-    tried = {name: (app.digest, "another digest") for name, app in wanted.items()}
+def draw_failures(pick: Pick, wanted: dict[str, App], keys: list[str]) -> Iterator[tuple[Subject, Failure]]:
+    tried: dict[str, tuple[str, ...]] = {name: (app.digest, "another digest") for name, app in wanted.items()}
     tried |= dict.fromkeys(keys, ("StartInstance 1", "StartInstance 2", "another"))
     tried |= {f"network {name}/front": (Network().digest, "another") for name in APPS}
     for subject, digests in tried.items():
@@ -241,7 +245,7 @@ def colliding(plan: Plan) -> list[str]:
 
 def replaced_too_early(step: Step) -> list[Action]:
     """What is stopped for a successor that no staged generation holds."""
-    found = []
+    found: list[Action] = []
     for action in step.plan.actions:
         if isinstance(action, StopInstance | RemoveInstance) and "; restarts " in action.reason:
             instance = step.instance(action.instance)

@@ -59,7 +59,7 @@ def test_a_file_that_becomes_a_program_is_a_change(state: Path) -> None:
     before = source.current()
     (state / "shop.toml").chmod(0o744)
     after = source.current()
-    assert (before.executable, after.executable) == (frozenset(), {"shop.toml"})
+    assert (before.executable, after.executable) == (frozenset(), frozenset({"shop.toml"}))
     assert before.id != after.id
 
 

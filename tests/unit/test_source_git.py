@@ -571,7 +571,7 @@ def test_a_poll_wakes_when_the_branch_moved_and_when_it_fails(
 
 
 def test_a_poke_polls_at_once(repository: Repository, make: Callable[..., GitSource]) -> None:
-    source, reasons = make(interval=3600), []
+    source, reasons = make(interval=3600), list[str]()
     watch = source.watch(reasons.append)
     try:
         wait_until(lambda: len(reasons) == 1, "the first poll")

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.spec import NodeFacts, load
-from holdfast.spec.authored import ContainerTable, ImageTable, MountTable, PortTable, ResourcesTable, StateFile
+from holdfast.spec.authored import ContainerTable, ImageTable, MountTable, PortTable, StateFile
+from holdfast.spec.resources import ResourcesTable
 
 FACTS = NodeFacts("node", vars={"a": "b"}, bind_roots=("/srv",), forbid=frozenset({"privileged"}))
 BASE = b"""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -44,7 +44,9 @@ def test_all_are_called_one_after_the_other_in_one_thread() -> None:
 
 
 def test_what_one_raises_hinders_no_other() -> None:
-    answers = Worker("raises", 10).call_all({"bad": lambda: 1 // 0, "exit": partial(exit, 1), "good": lambda: 1})
+    answers: Mapping[str, Answer[Any]] = Worker("raises", 10).call_all(
+        {"bad": lambda: 1 // 0, "exit": partial(exit, 1), "good": lambda: 1}
+    )
     assert isinstance(raised_by(answers["bad"]), ZeroDivisionError)
     assert isinstance(raised_by(answers["exit"]), SystemExit)
     assert answers["good"].get() == 1
