@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ground import patient
+from ground import wait_for
 from holdfast.drivers import Host
 from holdfast.observed import Instance
 from holdfast.store import Store
@@ -55,12 +55,11 @@ def expected_census(instances: Mapping[str, Instance], networks: int) -> Census:
     return Census(each, each, mounts, each, each, each, each, Counter(attached), networks, sum(attached.values()))
 
 
-def await_census(host: Host, expected: Census, timeout: float = 3.0) -> Census:
+def await_census(host: Host, expected: Census, timeout: float = 10.0) -> Census:
     """The census once it is the expected one, or when the time is up: the kernel takes a moment for some of it."""
-    deadline = time.monotonic() + patient(timeout)
-    while (seen := take_census(host)) != expected and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return seen
+    with suppress(AssertionError):
+        wait_for(lambda: take_census(host) == expected, "the host has what is expected", timeout)
+    return take_census(host)
 
 
 def stored_instances(host: Host) -> dict[str, Instance]:

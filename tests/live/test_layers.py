@@ -13,16 +13,20 @@ import struct
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ground import wait_for
 from holdfast.drivers import Host, RootfsWant
 from holdfast.errors import UnfitHost
 from holdfast.images.kept.lookup import find
 from holdfast.images.kept.store import ImageStore
 from holdfast.images.unpacking.unpack import Expected, unpack_stream
 from holdfast_plugins.storage import OverlayRootfs
+from live.processes import children
 from tars import END, LIMITS, entry, header, layer, padded, pax, raw, tar_of, unpack
 
 pytestmark = pytest.mark.live
@@ -30,7 +34,7 @@ pytestmark = pytest.mark.live
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")  # cap_net_bind_service+ep, version 2
 
 
-def xattr(name: str, value: bytes) -> dict[str, dict[str, str]]:
+def xattr(name: str, value: bytes) -> dict[str, Any]:
     return {"pax_headers": {f"SCHILY.xattr.{name}": value.decode("utf-8", "surrogateescape")}}
 
 
@@ -194,18 +198,11 @@ def test_a_full_disk_is_no_fault_of_the_layer(site: Host) -> None:
         subprocess.run(["umount", small], check=True)
 
 
-def children(of: int) -> list[int]:
-    found: list[int] = []
-    for task in Path(f"/proc/{of}/task").iterdir():
-        found += map(int, (task / "children").read_text().split())
-    return found
-
-
 def root_of(pid: int) -> Path | None:
     """The root directory of a process, None when it has just ended."""
     try:
         return Path(f"/proc/{pid}/root").readlink()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
 
 
@@ -219,8 +216,7 @@ def test_the_worker_is_locked_into_the_layers_folder(site: Host) -> None:
         )
         thread.start()
         os.write(writer, raw(b"a", b"1"))
-        while not (folder / "a").exists():
-            assert thread.is_alive()
+        wait_for((folder / "a").exists, "it unpacks")
         workers = [pid for pid in children(os.getpid()) if root_of(pid) == folder]
         assert len(workers) == 1
         facts = dict(
@@ -260,8 +256,7 @@ def test_the_worker_ends_with_the_agent(site: Host) -> None:
     )
     os.close(reader)
     os.write(writer, raw(b"a", b"1"))
-    while not children(agent.pid):
-        assert agent.poll() is None
+    wait_for(lambda: children(agent.pid), "there is a worker")
     agent.kill()
     agent.wait()
     poll = select.poll()
@@ -273,10 +268,14 @@ def test_the_worker_ends_with_the_agent(site: Host) -> None:
 
 def clean_store(site: Host) -> ImageStore:
     """The store once nothing is half unpacked; a child that was just being made may hold its lock for a moment."""
-    while True:
+
+    def clean() -> ImageStore | None:
         store = ImageStore(site.root / "images")
-        if not any(path.is_dir() for path in (site.root / "images/partial").iterdir()):
-            return store
+        return None if any(path.is_dir() for path in (site.root / "images/partial").iterdir()) else store
+
+    store = wait_for(clean, "nothing is half unpacked")
+    assert store is not None
+    return store
 
 
 @pytest.mark.parametrize("victim", ["agent", "worker"])
@@ -299,12 +298,13 @@ def test_a_kill_at_any_moment_leaves_no_half_layer(site: Host, victim: str) -> N
         assert agent.stdout.readline() == b"ready\n"
         sender = threading.Thread(target=send, args=(writer, stream[:part]))
         sender.start()
-        while victim == "worker" and not children(agent.pid):
-            assert agent.poll() is None
+        if victim == "worker":
+            wait_for(lambda agent=agent: children(agent.pid), "there is a worker")  # type: ignore[misc]
         if part > 1:
             sender.join()
         for pid in children(agent.pid) if victim == "worker" else [agent.pid]:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         sender.join()
         os.close(writer)
         agent.wait()
