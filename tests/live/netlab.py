@@ -6,7 +6,6 @@ import ctypes
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -24,10 +23,7 @@ from holdfast_plugins.network.firewall import NftablesFirewall
 
 T = TypeVar("T")
 
-PATIENCE, BRIEFLY = (
-    patient(5.0),
-    patient(0.4),
-)  # seconds until a test gives up on what should come, and on what should not
+PATIENCE, BRIEFLY = patient(20.0), patient(0.4)  # seconds to wait for what should come, and for what should not
 
 
 @dataclass(frozen=True)
@@ -180,11 +176,3 @@ def udp(
         answer, whence = caller.recvfrom(16)
         assert (answer, whence) == (b"back", (address, at))
         return Seen(peer[0])
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Look again until it is so; fail after PATIENCE."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to be"
-        time.sleep(0.002)

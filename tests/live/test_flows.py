@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ground import wait_for
 from holdfast.drivers import Host
 from holdfast.observed import PublishedPort, Receipt
 from holdfast_plugins.network.addresses import Ledger
@@ -16,7 +17,7 @@ from holdfast_plugins.network.bridge import BridgeNetwork
 from holdfast_plugins.network.conntrack import LACKING, Conntrack
 from holdfast_plugins.network.endpoint import BridgeEndpoint
 from holdfast_plugins.network.firewall import NftablesFirewall
-from live.netlab import BRIEFLY, Lab, in_namespace, wait_until
+from live.netlab import BRIEFLY, PATIENCE, Lab, in_namespace
 
 pytestmark = pytest.mark.live
 
@@ -33,9 +34,7 @@ def network(lab: Lab) -> Receipt:
 
 
 def udp_socket() -> socket.socket:
-    made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    made.settimeout(BRIEFLY / 8)
-    return made
+    return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 
 
 class Sender:
@@ -64,26 +63,37 @@ def listening(namespace: Path | None, port: int, address: str = "") -> Iterator[
         yield listener
 
 
-def heard(listener: socket.socket) -> bool:
+Ways = dict[str, Sender]
+
+
+def heard(listener: socket.socket, within: float = BRIEFLY / 8) -> bool:
+    listener.settimeout(within)
     with suppress(TimeoutError):
         listener.recv(16)
         return True
     return False
 
 
-def reaches(sender: Sender, listener: socket.socket) -> bool:
+def reaches(sender: Sender, listener: socket.socket, within: float = PATIENCE) -> bool:
     """Whether what it sends next arrives; what is there already is read first."""
     while heard(listener):
         pass
     sender.send()
-    return heard(listener)
+    return heard(listener, within)
+
+
+def silent(senders: Ways, listener: socket.socket) -> list[str]:
+    """The ways by which nothing arrives."""
+    return [way for way, sender in senders.items() if not reaches(sender, listener)]
+
+
+def arriving(senders: Ways, listener: socket.socket) -> list[str]:
+    """The ways by which something arrives where nothing should."""
+    return [way for way, sender in senders.items() if reaches(sender, listener, BRIEFLY / 8)]
 
 
 def published(port: int, receipt: Receipt, inner: int = 514, host_ip: str = "") -> PublishedPort:
     return PublishedPort("udp", host_ip, port, receipt.data["address"], inner)
-
-
-Ways = dict[str, Sender]
 
 
 @pytest.fixture
@@ -110,9 +120,9 @@ def test_flow_follows_the_port_to_another_container_whichever_way_it_comes(
     with listening(lab.host.netns("web"), inside) as first, listening(lab.host.netns("api"), inside) as second:
         lab.protect([network], published(port, web, inside))
         senders = ways(port)
-        assert [way for way, sender in senders.items() if not reaches(sender, first)] == []
+        assert silent(senders, first) == []
         lab.protect([network], published(port, api, inside))
-        assert [way for way, sender in senders.items() if not reaches(sender, second)] == []
+        assert silent(senders, second) == []
         assert not heard(first)
 
 
@@ -127,11 +137,11 @@ def test_flow_that_began_before_there_was_a_container_reaches_it(
         for sender in senders.values():
             sender.send()
         lab.protect([network], published(port, web, port))
-        assert [way for way, sender in senders.items() if not reaches(sender, listener)] == []
+        assert silent(senders, listener) == []
         lab.protect([network])
-        assert [way for way, sender in senders.items() if reaches(sender, listener)] == []
+        assert arriving(senders, listener) == []
         lab.protect([network], published(port, web, port))
-        assert [way for way, sender in senders.items() if not reaches(sender, listener)] == []
+        assert silent(senders, listener) == []
 
 
 def test_flow_reaches_nobody_once_the_last_port_is_withdrawn(
@@ -142,9 +152,9 @@ def test_flow_reaches_nobody_once_the_last_port_is_withdrawn(
     with listening(lab.host.netns("web"), 514) as listener:
         receipt = lab.protect([network], published(port, web))
         senders = ways(port)
-        assert [way for way, sender in senders.items() if not reaches(sender, listener)] == []
+        assert silent(senders, listener) == []
         lab.firewall.remove(receipt)
-        assert [way for way, sender in senders.items() if reaches(sender, listener)] == []
+        assert arriving(senders, listener) == []
 
 
 def test_flow_that_began_while_the_table_was_gone_comes_back(
@@ -156,9 +166,9 @@ def test_flow_that_began_while_the_table_was_gone_comes_back(
     lab.nft(f"delete chain inet {lab.host.name} prerouting; delete chain inet {lab.host.name} output")
     with listening(lab.host.netns("web"), 514) as listener:
         senders = ways(port)
-        assert [way for way, sender in senders.items() if reaches(sender, listener)] == []
+        assert arriving(senders, listener) == []
         lab.protect([network], published(port, web))
-        assert [way for way, sender in senders.items() if not reaches(sender, listener)] == []
+        assert silent(senders, listener) == []
 
 
 def test_neighbours_flow_on_the_same_port_of_another_address_is_not_touched(
@@ -230,7 +240,7 @@ def test_ten_thousand_flows_are_gone_through_in_moments(
             with suppress(ConnectionRefusedError):
                 sender.sendto(b"x", (f"127.1.{n // 250}.{n % 250 + 1}", port))
     conntrack = Conntrack()
-    wait_until(lambda: len(conntrack.to_port("udp", port)) == 10_000)
+    wait_for(lambda: len(conntrack.to_port("udp", port)) == 10_000, "all are tracked")
     lab.protect([network], published(port, api))
     assert conntrack.to_port("udp", port) == []
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ground import wait_for
 from holdfast.drivers import EndpointWant, Host, NetworkWant
 from holdfast.errors import Conflict, TryAgain, WrongState
 from holdfast.observed import Receipt
@@ -20,7 +21,7 @@ from holdfast.testing import DriverConformance
 from holdfast_plugins.network.bridge import BridgeNetwork
 from holdfast_plugins.network.endpoint import BridgeEndpoint
 from holdfast_plugins.network.none_host import BareNetwork
-from live.netlab import BRIEFLY, PATIENCE, Lab, Seen, in_namespace, tcp, wait_until
+from live.netlab import BRIEFLY, PATIENCE, Lab, Seen, in_namespace, tcp
 
 pytestmark = pytest.mark.live
 
@@ -258,7 +259,7 @@ def test_removed_endpoint_is_deaf_at_once_and_gone_with_its_namespace(lab: Lab) 
     assert list(lab.endpoint.observe()) == []
     assert tcp(lab.host.netns("web"), 80, None, receipt.data["address"], 80, within=BRIEFLY) is None
     netns.remove(lab.host, Receipt("netns", "kernel", "web", "web"))
-    wait_until(lambda: links(lab) == {network.data["interface"]})
+    wait_for(lambda: links(lab) == {network.data["interface"]}, "its link is gone")
 
 
 def test_removed_endpoint_without_a_namespace_is_deleted_at_once(lab: Lab) -> None:
@@ -427,4 +428,4 @@ class TestBridgeEndpoint(DriverConformance):
         receipt = lab.attach("db", network)
         lab.endpoint.remove(receipt)
         netns.remove(lab.host, Receipt("netns", "kernel", "db", "db"))
-        wait_until(lambda: links(lab) == before)
+        wait_for(lambda: links(lab) == before, "its link is gone")

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,10 +19,12 @@ from holdfast.images.incoming.pull import Puller
 from layouts import INDEX, MANIFEST, Layout, digest_of, make_layout
 from live.conftest import QUICK
 from live.faulty import Answer, FaultyRegistry, error
+from live.processes import children, command_line
 from live.registry import Authority, Registry, make_island
 
 pytestmark = pytest.mark.live
 
+HASTY = replace(QUICK, stall_timeout=3.0)
 LAYERS = [{"one": os.urandom(20_000)}, {"two": os.urandom(30_000)}]
 
 
@@ -35,13 +37,15 @@ def faulty(tmp_path: Path) -> Iterator[FaultyRegistry]:
     registry.close()
 
 
-def children() -> list[str]:
+@pytest.fixture
+def puller(new_puller: Callable[..., Puller]) -> Puller:
+    """A puller that gives up soon, with an empty store."""
+    return new_puller(HASTY)
+
+
+def skopeos() -> list[bytes]:
     """skopeo's processes that this one has started and that still run."""
-    found = []
-    for task in Path("/proc/self/task").glob("*/children"):
-        with suppress(OSError):  # a thread or a process that has ended
-            found += [Path(f"/proc/{pid}/cmdline").read_text() for pid in task.read_text().split()]
-    return [command for command in found if "skopeo" in command]
+    return [line for line in map(command_line, children(os.getpid())) if b"skopeo" in line]
 
 
 def fails(puller: Puller, ref: str, kind: type[HoldfastError], words: str, wait: float = 0.0) -> HoldfastError:
@@ -58,7 +62,7 @@ def fails(puller: Puller, ref: str, kind: type[HoldfastError], words: str, wait:
     assert problem.retry and problem.wait == wait
     assert {path.suffix for path in puller.store.partial.iterdir()} <= {".lock"}
     assert puller.store.list(dangling=True) == []
-    assert not children()
+    assert not skopeos()
     return problem
 
 

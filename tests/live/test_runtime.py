@@ -9,15 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ground import Rootfs, patient
+from ground import Rootfs, patient, wait_for
 from holdfast.drivers import CgroupWant, Host
 from holdfast.errors import UnfitHost, WrongState
 from holdfast.node.logkeeper import LogKeeper
@@ -31,14 +29,6 @@ from holdfast_plugins.cgroup import LimitsPolicy
 pytestmark = pytest.mark.live
 
 MIB = 1024 * 1024
-
-
-def wait_for(condition: Callable[[], Any], timeout: float = 10.0) -> Any:
-    deadline = time.monotonic() + patient(timeout)
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "condition not met in time"
-        time.sleep(0.005)
-    return found
 
 
 @dataclass
@@ -159,7 +149,7 @@ def test_want_of_memory_is_told_from_a_kill(box: Box) -> None:
 def test_container_runs_on_without_conmon_and_its_end_is_noticed(box: Box) -> None:
     id, run = box.start("sleep", "1000")
     os.kill(run.conmon_pid, signal.SIGKILL)
-    wait_for(lambda: not box.runtime.supervised(run))
+    wait_for(lambda: not box.runtime.supervised(run), "conmon has ended")
     assert box.runtime.alive(run)
     box.runtime.kill(id, "SIGKILL", all=True)
     ended = box.runtime.wait_exit(id, run, 10)
@@ -213,10 +203,12 @@ def test_create_that_was_cut_off_leaves_nothing_after_a_forced_delete(box: Box, 
     creator = subprocess.Popen(
         [sys.executable, "-c", CREATE, host.name, host.root, host.run_root, id], start_new_session=True
     )
-    wait_for((host.run_root / moment.format(id)).exists)
+    wait_for((host.run_root / moment.format(id)).exists, "it came so far")
     creator.kill()
     creator.wait()
-    wait_for(lambda: not group_lives(creator.pid))  # a child of its that is not conmon yet will be, and bear the id
+    wait_for(
+        lambda: not group_lives(creator.pid), "its children have ended"
+    )  # a child of its that is not conmon yet will be, and bear the id
     box.runtime.delete(id, force=True)
     assert box.runtime.state() == frozenset()
     assert cgroup.folders(box.runtime.cgroup(id)) == []
@@ -248,7 +240,7 @@ def test_what_could_not_be_started_leaves_no_zombie_to_a_subreaper(box: Box) -> 
             box.runtime.delete(box.ids[-1], force=True)
         id, _ = box.start("sleep", "1000")
         box.runtime.delete(id, force=True)
-        wait_for(lambda: _zombies() <= before)
+        wait_for(lambda: _zombies() <= before, "all are waited for")
     finally:
         ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
@@ -310,7 +302,9 @@ def test_limits_given_at_the_start_hold_and_usage_is_read(box: Box) -> None:
     id, _ = box.start("sleep", "1000", resources=dict(settings.resources))
     assert box.value(id, "memory", "memory.limit_in_bytes", "memory.max") == str(64 * MIB)
     assert box.value(id, "pids", "pids.max", "pids.max") == "9"
-    wait_for(lambda: cgroup.usage(box.runtime.cgroup(id)).pids == 1)  # the runtime's own are on their way out
+    wait_for(
+        lambda: cgroup.usage(box.runtime.cgroup(id)).pids == 1, "it is alone"
+    )  # the runtime's own are on their way out
     usage = cgroup.usage(box.runtime.cgroup(id))
     assert usage.memory and usage.cpu
 
@@ -340,7 +334,7 @@ def test_namespaces_are_its_own_and_the_user_is_the_one_asked_for(box: Box) -> N
 
 def test_init_is_process_one_and_passes_signals_on(box: Box) -> None:
     id, run = box.start("sh", "-c", "trap 'exit 3' TERM; echo ready; while true; do sleep 0.05; done", init=True)
-    wait_for(lambda: box.log(id).exists() and "ready" in box.log(id).read_text())
+    wait_for(lambda: box.log(id).exists() and "ready" in box.log(id).read_text(), "it listens for SIGTERM")
     assert b"init" in Path(f"/proc/{run.pid}/cmdline").read_bytes()
     box.runtime.kill(id, "SIGTERM")
     ended = box.runtime.wait_exit(id, run, 10)

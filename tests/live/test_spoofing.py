@@ -64,7 +64,9 @@ class Party:
 
     def _ear(self, namespace: Path | None, interface: str) -> socket.socket:
         def open_ear() -> socket.socket:
-            ear = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+            ear = socket.socket(
+                socket.AF_PACKET, socket.SOCK_RAW
+            )  # deaf: else it heard other tests until it is bound
             ear.bind((interface, ETH_P_ALL))
             ear.settimeout(PATIENCE)
             return ear
