@@ -39,7 +39,7 @@ def leftovers(host: Host) -> list[str]:
     ]
 
 
-def wait_clean(host: Host, timeout: float = 3.0) -> list[str]:
+def wait_clean(host: Host, timeout: float = 10.0) -> list[str]:
     """Wait until nothing is left, at most timeout seconds, and return what is left: the kernel removes some later."""
     deadline = time.monotonic() + timeout
     while (left := leftovers(host)) and time.monotonic() < deadline:

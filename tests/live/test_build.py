@@ -9,8 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 
 from footprint import leftovers
-from ground import Rootfs, patient
+from ground import Rootfs, patient, wait_for
 from holdfast.config import BuildSettings, ImageSettings
 from holdfast.drivers import Host
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
@@ -37,6 +36,7 @@ from holdfast.spec import NodeFacts, Spec, load
 from layouts import Layout, make_layout
 from live.agent import HOLDFAST, LiveAgent
 from live.debian import debian_tar
+from live.processes import command_line, command_lines
 from live.registry import Registry, make_island
 
 pytestmark = pytest.mark.live
@@ -110,13 +110,6 @@ def busybox() -> bytes:
 def content(image: Image, path: str) -> str | None:
     found = image.read_file(path)
     return None if found is None else found.decode()
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + patient(20)
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(patient(0.02))
 
 
 @pytest.fixture
@@ -385,7 +378,7 @@ def test_what_lies_in_the_cache_after_a_crash_of_the_host_is_not_trusted(worksho
 def test_closing_ends_a_build_at_once(workshop: Workshop) -> None:
     with ThreadPoolExecutor(1) as pool:
         building = pool.submit(workshop.build, shop(BUSYBOX + "RUN echo begun; sleep 1000\n"))
-        wait_until(lambda: "begun\n" in workshop.log(), "the step runs")
+        wait_for(lambda: "begun\n" in workshop.log(), "the step runs")
         workshop.builder.close()
         with pytest.raises(TryAgain, match="stopping"):
             building.result(patient(10))
@@ -473,15 +466,15 @@ def test_a_build_that_is_killed_with_its_agent_leaves_nothing(agent: LiveAgent) 
     commit(agent, shop(BUSYBOX + "RUN echo begun; sleep 1000\n", slow="x"))
     agent.sync()
     agent.wait(lambda: any("RUN echo begun" in each["step"] for each in agent.status()["builds"]), "the step runs")
-    wait_until(lambda: any("sleep 1000" in line for line in leftovers(agent.host)), "the step runs")
+    wait_for(lambda: any("sleep 1000" in line for line in leftovers(agent.host)), "the step runs")
     agent.kill()
     held = ("process", "mount", "netns")
-    wait_until(lambda: not any(line.startswith(held) for line in leftovers(agent.host)), "all is over")
+    wait_for(lambda: not any(line.startswith(held) for line in leftovers(agent.host)), "all is over")
     commit(agent, {"web/Dockerfile": DOCKERFILE, "web/serve": SERVE})
     agent.start()
     agent.converge()
     assert agent.exec("shop/web", "cat", "/version") == "one\n"
-    assert not list(Path("/sys/fs/cgroup").glob(f"**/{agent.host.name}-build"))
+    wait_for(lambda: not cgroup.folders(f"{agent.host.cgroup}-build"), "its cgroup goes")
 
 
 def test_a_node_without_buildah_says_so(agent: LiveAgent, mounts_alone: None) -> None:
@@ -645,18 +638,12 @@ def test_no_argument_of_a_build_is_in_a_command_line(workshop: Workshop) -> None
     step = 'RUN echo begun; [ "$TOKEN" = s3cret-of-build ] && sleep 1000\n'
     with ThreadPoolExecutor(1) as pool:
         building = pool.submit(workshop.build, shop(BUSYBOX + "ARG TOKEN\n" + step, state))
-        wait_until(lambda: "begun\n" in workshop.log(), "the step runs")
+        wait_for(lambda: "begun\n" in workshop.log(), "the step runs")
         seen = [line for line in command_lines() if b"s3cret-of-build\0" in line or b"=s3cret-of-build" in line]
         workshop.builder.close()
         with pytest.raises(TryAgain):
             building.result(patient(20))
     assert seen == []
-
-
-def command_lines() -> Iterator[bytes]:
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            yield entry.read_bytes()
 
 
 VARIED = BUSYBOX + (
@@ -698,7 +685,7 @@ def test_what_an_app_builds_waits_for_no_other_app(workshop: Workshop) -> None:
     files = {**other, "quick/Dockerfile": "FROM scratch\nCOPY Dockerfile /\n"}
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(workshop.build, shop(BUSYBOX + "RUN echo begun; sleep 1000\n"))
-        wait_until(lambda: "begun\n" in workshop.log(), "the step runs")
+        wait_for(lambda: "begun\n" in workshop.log(), "the step runs")
         workshop.build(files, "other/quick")
         workshop.store.prune()
         assert [workshop.builder.wipe(app) for app in ("other", "shop")] == [True, False], "prune waits for no build"
@@ -717,19 +704,19 @@ def test_what_is_pruned_while_a_build_waits_is_fetched_once_more(
     state = STATE + '[images.next]\ncontext = "./next"\n'
     files = shop(BUSYBOX + "RUN echo begun; sleep 1000\n", state)
     files["next/Dockerfile"] = f"FROM {registry.address}/base@{digest}\nCOPY Dockerfile /\n"
-    files["shop.toml"] += '[containers.next]\nimage = "images.next"\n'
+    files["shop.toml"] = state + '[containers.next]\nimage = "images.next"\n'
     with ThreadPoolExecutor(2) as pool, closing(workshop.builder):
         slow = pool.submit(workshop.build, files)
-        wait_until(lambda: "begun\n" in workshop.log(), "the step runs")
+        wait_for(lambda: "begun\n" in workshop.log(), "the step runs")
         following = pool.submit(workshop.build, files, "shop/next")
-        wait_until(lambda: digest in workshop.store.digests(), "what it starts from is here")
+        wait_for(lambda: digest in workshop.store.digests(), "what it starts from is here")
         workshop.store.prune()
         assert digest not in workshop.store.digests()
         assert workshop.buildah._process is not None
         workshop.buildah._process.terminate()
         with pytest.raises(WrongState):
-            slow.result(20)
-        assert following.result(60).lookup("/there") is not None
+            slow.result(patient(20))
+        assert following.result(patient(60)).lookup("/there") is not None
 
 
 def test_no_more_builds_run_at_a_time_than_the_settings_say(workshop: Workshop) -> None:
@@ -738,15 +725,15 @@ def test_no_more_builds_run_at_a_time_than_the_settings_say(workshop: Workshop) 
     files = {**other, "quick/Dockerfile": "FROM scratch\nCOPY Dockerfile /\n"}
     with ThreadPoolExecutor(2) as pool, closing(workshop.builder):
         slow = pool.submit(workshop.build, shop(BUSYBOX + "RUN echo begun; sleep 1000\n"))
-        wait_until(lambda: "begun\n" in workshop.log(), "the step runs")
+        wait_for(lambda: "begun\n" in workshop.log(), "the step runs")
         quick = pool.submit(workshop.build, files, "other/quick")
-        wait_until(lambda: bool(workshop.builder._turn_ends._waiters), "the second waits for its turn")  # type: ignore[attr-defined]
+        wait_for(lambda: bool(workshop.builder._turn_ends._waiters), "the second waits for its turn")  # type: ignore[attr-defined]
         assert [each["image"] for each in workshop.builder.look()] == ["images.shop/web"]
         assert workshop.buildah._process is not None
         workshop.buildah._process.terminate()
         with pytest.raises(WrongState):
-            slow.result(20)
-        assert quick.result(60).layers
+            slow.result(patient(20))
+        assert quick.result(patient(60)).layers
     told = [(kind, subject) for kind, subject, message in workshop.told if not message.startswith("built in")]
     assert told == [("build", "image shop/web"), ("failed", "image shop/web"), ("build", "image other/quick")]
 
@@ -775,7 +762,7 @@ def test_a_build_has_a_cgroup_of_the_agents_that_keeps_devices_from_it_and_goes(
     agent.restart()
     commit(agent, shop(BUSYBOX + "RUN sleep 1000\n"))
     agent.sync()
-    wait_until(lambda: any(b"sleep\x001000" in command(pid) for pid in cgroup.pids(above)), "the step runs there")
+    wait_for(lambda: any(b"sleep\x001000" in command_line(pid) for pid in cgroup.pids(above)), "the step runs there")
     (name,) = cgroup.children(cgroup.folder("pids", above))
     held = cgroup.snapshot(f"{above}/{name}")
     assert held["pids.max"] == "64"
@@ -790,20 +777,19 @@ def test_a_build_has_a_cgroup_of_the_agents_that_keeps_devices_from_it_and_goes(
     assert said.splitlines()[:3] == ["null", "zero", "urandom"]
     assert re.search(r"/dev/kmsg: Operation not permitted\n.*/dev/loop-control: Operation not permitted$", said), said
     for pid in cgroup.pids(above):
-        if b"sleep" in command(pid):
+        if b"sleep" in command_line(pid):
             os.kill(pid, signal.SIGKILL)
     agent.wait(lambda: bool(failures(agent)), "the build fails")
-    wait_until(lambda: not cgroup.folders(above), "its cgroup goes")
+    wait_for(lambda: not cgroup.folders(above), "its cgroup goes")
     assert delegation.keeps(agent.host)
     agent.stop()
     assert not delegation.used(agent.host)
 
 
-def command(pid: int) -> bytes:
-    """The command line of a process, "" when it has just ended."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
+def listens(address: str, port: int) -> bool:
+    with suppress(OSError), socket.create_connection((address, port), 1):
+        return True
+    return False
 
 
 @pytest.mark.timeout(400)
@@ -816,6 +802,7 @@ def test_a_build_has_a_network_of_its_own_that_leads_out(agent: LiveAgent, tmp_p
         server = subprocess.Popen(serve)
         stack.callback(server.wait)
         stack.callback(server.kill)
+        wait_for(lambda: listens(island.address, 80), "the server listens")
         with socket.create_server(("127.0.0.1", 0)) as own:
             port = own.getsockname()[1]
             steps = f"RUN ip link > /links; wget -O /page http://{island.address}/index.html\n"
@@ -826,7 +813,7 @@ def test_a_build_has_a_network_of_its_own_that_leads_out(agent: LiveAgent, tmp_p
     links = agent.exec("shop/web", "cat", "/links")
     assert "eth0" in links
     assert f"{agent.host.name}-" not in links
-    assert not list(Path("/sys/fs/cgroup").glob(f"**/{agent.host.name}-build"))
+    wait_for(lambda: not cgroup.folders(f"{agent.host.cgroup}-build"), "its cgroup goes")
 
 
 def test_what_may_not_be_built_is_not_built(agent: LiveAgent) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from footprint import leftovers
+from footprint import wait_clean
 from ground import patient
 from holdfast.drivers import Host
 
@@ -39,7 +39,7 @@ def demo(*arguments: str) -> subprocess.Popen[str]:
 
 def what_is_left() -> list[str]:
     """What bears the demo's name; where its root was does not matter any more."""
-    return leftovers(Host("hfdemo", Path("/nonexistent/hfdemo"), Path("/run/hfdemo")))
+    return wait_clean(Host("hfdemo", Path("/nonexistent/hfdemo"), Path("/run/hfdemo")))
 
 
 def test_demo_observes_every_step_and_leaves_nothing() -> None:

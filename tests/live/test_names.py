@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from footprint import leftovers, sweep
+from footprint import leftovers, sweep, wait_clean
 from ground import Rootfs
 from holdfast.drivers import Host
 from holdfast.identity import PLACE, make_id
@@ -254,7 +254,7 @@ def test_the_name_is_free_once_the_last_container_is_gone(shop: LiveAgent, secon
     second.start()
     second.converge()
     second.stop()
-    assert leftovers(shop.host) == []
+    assert wait_clean(shop.host) == []
 
 
 def test_containers_of_the_version_before_ids_survive_the_upgrade(shop: LiveAgent) -> None:

@@ -292,7 +292,8 @@ def test_a_registry_that_says_nothing_ends_an_apply_after_connect_timeout(agent:
         assert done.returncode == 75, done.stderr
         assert f"image '{mute.address}/app:1': the registry has not answered for" in done.stderr
         if with_agent:
-            assert "the registry has not answered for" in agent.cli("status").stdout
+            words = "the registry has not answered for"
+            agent.wait(lambda: words in agent.cli("status").stdout, "status says so while it is asked again")
     finally:
         mute.close()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from footprint import leftovers
+from footprint import wait_clean
 from holdfast.drivers import Host
 from holdfast.errors import Conflict
 from holdfast.identity import drop, hold_name
@@ -48,7 +48,7 @@ def test_one_agent_comes_and_goes_while_the_other_holds(
     two.remove("shop.toml")
     two.converge()
     two.stop()
-    assert leftovers(two.host) == []
+    assert wait_clean(two.host) == []
     one.converge()
     assert one.pid("shop/web") == pid
     assert one.events()[-1]["seq"] == mark
