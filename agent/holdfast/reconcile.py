@@ -22,6 +22,7 @@ from holdfast.node import Node, installed
 from holdfast.node.needs import images_needed
 from holdfast.observed import History, Json, Observed
 from holdfast.plan import Plan, decide, preview
+from holdfast.plan.memory import Memory
 from holdfast.plan.reasons import left_alone
 from holdfast.source import Revision, Source, known_of
 from holdfast.spec import App, Cache, NodeFacts, Spec, load
@@ -73,6 +74,7 @@ class Reconciler:
         self.node, self.source, self.config = node, source, config
         self._drivers, self._in_force = drivers, in_force
         self._cache = Cache()
+        self._memory = Memory()
         self._revision: Revision | None = None
         self._spec: Spec | None = None
         self._error = ""
@@ -86,7 +88,7 @@ class Reconciler:
         self._announce_error()
         observed = self.node.observe(deep=deep, spec=spec)
         history = self.node.context.store.history()
-        plan = decide(spec, observed, history, time.time())
+        plan = decide(spec, observed, history, time.time(), self._memory)
         self.node.apply(plan, observed, spec)
         return self.seen(spec, observed, history, plan)
 

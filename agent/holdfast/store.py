@@ -6,7 +6,7 @@ is found again on the host, as any other crash's traces are.
 
     instances    the intent and the last known state of every container run
     receipts     what drivers made
-    generations  the last few of every app
+    generations  the last few of every app; how far each has come (state) is a column of its own
     holds        what people did by hand
     failures     what went wrong, how often, when to try again
     intents      actions under way: those found at start were cut short
@@ -23,7 +23,6 @@ key is a new one, so that whoever walks over the old one is not disturbed.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sqlite3
@@ -38,7 +37,8 @@ from typing import Any
 import structlog
 from pydantic import TypeAdapter
 
-from holdfast.errors import NotPermitted, UnfitHost
+from holdfast.database import PASSING, open_database
+from holdfast.errors import UnfitHost
 from holdfast.observed import (
     Failure,
     Generation,
@@ -54,29 +54,9 @@ from holdfast.observed import (
 
 Event = dict[str, Any]
 
-VERSION = 1
 RESERVE = 4 << 20  # bytes
-#: What passes when there is room again, or the disk works again; anything else is a bug or damage.
-PASSING = (
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_BUSY,
-)
 KEPT_GENERATIONS = 5
 KEPT_EVENTS = 20_000
-SCHEMA = """
-CREATE TABLE instances   (id TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE receipts    (kind TEXT, id TEXT, at INTEGER, value BLOB NOT NULL, PRIMARY KEY (kind, id)) WITHOUT ROWID;
-CREATE TABLE generations (app TEXT, number INTEGER, value BLOB NOT NULL, PRIMARY KEY (app, number)) WITHOUT ROWID;
-CREATE TABLE holds       (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE failures    (subject TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE intents     (subject TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE facts       (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE events      (seq INTEGER PRIMARY KEY AUTOINCREMENT, value BLOB NOT NULL);
-"""
-
 log = structlog.get_logger("holdfast")
 
 _instance: TypeAdapter[Instance] = TypeAdapter(Instance)
@@ -99,20 +79,18 @@ class Store:
         self._lock = threading.RLock()
         self._listeners: list[Callable[[Event], None]] = []
         self._noted: set[InstanceId] = set()
-        self._db = _open(path)
+        self._db = open_database(path)
         self.instances: dict[InstanceId, Instance] = {
             InstanceId(id): _instance.validate_json(value) for id, value in self._rows("id, value", "instances")
         }
-        self._receipts: dict[tuple[str, str], Receipt] = {
-            (kind, id): _receipt.validate_json(value)
-            for kind, id, value in self._rows("kind, id, value", "receipts ORDER BY at")
-        }
+        self._receipts: dict[str, dict[str, Receipt]] = {}  # kind → id → receipt
         self._owned: dict[str, dict[tuple[str, str], Receipt]] = {}
-        for key, receipt in self._receipts.items():
-            self._owned.setdefault(receipt.owner, {})[key] = receipt
+        for (value,) in self._rows("value", "receipts ORDER BY at"):
+            self._remember(_receipt.validate_json(value))
         self._generations: dict[str, tuple[Generation, ...]] = {}
-        for app, value in self._rows("app, value", "generations ORDER BY app, number"):
-            self._generations[app] = (*self._generations.get(app, ()), _generation.validate_json(value))
+        for app, value, state in self._rows("app, value, state", "generations ORDER BY app, number"):
+            read = _generation.validate_json(value)
+            self._generations[app] = (*self._generations.get(app, ()), replace(read, state=state or read.state))
         self._holds = {key: _hold.validate_json(value) for key, value in self._rows("key, value", "holds")}
         self._failures = {
             Subject.parse(key): _failure.validate_json(value)
@@ -120,12 +98,13 @@ class Store:
         }
         self._facts = {name: json.loads(value) for name, value in self._rows("name, value", "facts")}
         self._newer = {key: NewerImage(**value) for key, value in (self._facts.get("newer") or {}).items()}
+        self._history: History | None = None  # as of the last change
         self._share_wants()
 
     @property
     def used(self) -> bool:
         """Whether an agent has made anything by this memory, or has staged it."""
-        return bool(self.instances or self._receipts or self._generations)
+        return bool(self.instances or any(self._receipts.values()) or self._generations)
 
     def close(self) -> None:
         """Keep what was only noted and close the database; the Store is of no use afterwards."""
@@ -207,6 +186,7 @@ class Store:
 
     def _save(self, row: tuple[object, ...], statement: str, values: tuple[object, ...]) -> None:
         """Write one row, or keep it for later, after all that is late already."""
+        self._history = None
         if not self._late:
             try:
                 self._db.execute(statement, values)
@@ -226,9 +206,13 @@ class Store:
     # -- what decisions are made from --
 
     def history(self) -> History:
-        """The past as a value."""
+        """The past as a value: the same object until something of it changes."""
         with self._lock:
-            return History(dict(self._generations), dict(self._holds), dict(self._failures), dict(self._newer))
+            if self._history is None:
+                self._history = History(
+                    dict(self._generations), dict(self._holds), dict(self._failures), dict(self._newer)
+                )
+            return self._history
 
     # -- instances and receipts --
 
@@ -272,22 +256,25 @@ class Store:
     def put_receipt(self, receipt: Receipt) -> None:
         """Keep what a driver made."""
         with self._lock:
-            if self._receipts.get((receipt.kind, receipt.id)) == receipt:
+            if self.receipt(receipt.kind, receipt.id) == receipt:
                 return
             self._save(
                 ("receipts", receipt.kind, receipt.id),
                 "INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?)",
                 (receipt.kind, receipt.id, time.time_ns(), _receipt.dump_json(receipt)),
             )
-            self._receipts[receipt.kind, receipt.id] = receipt
-            self._owned.setdefault(receipt.owner, {})[receipt.kind, receipt.id] = receipt
+            self._remember(receipt)
+
+    def _remember(self, receipt: Receipt) -> None:
+        self._receipts.setdefault(receipt.kind, {})[receipt.id] = receipt
+        self._owned.setdefault(receipt.owner, {})[receipt.kind, receipt.id] = receipt
 
     def drop_receipt(self, receipt: Receipt) -> None:
         """Forget a receipt: only once the thing is gone."""
         with self._lock:
             row = (receipt.kind, receipt.id)
             self._save(("receipts", *row), "DELETE FROM receipts WHERE kind = ? AND id = ?", row)
-            self._receipts.pop((receipt.kind, receipt.id), None)
+            self._receipts.get(receipt.kind, {}).pop(receipt.id, None)
             owned = self._owned.get(receipt.owner, {})
             owned.pop((receipt.kind, receipt.id), None)
             if not owned:
@@ -295,12 +282,12 @@ class Store:
 
     def receipt(self, kind: str, id: str) -> Receipt | None:
         """The receipt of one thing."""
-        return self._receipts.get((kind, id))
+        return self._receipts.get(kind, {}).get(id)
 
     def receipts(self, kind: str) -> list[Receipt]:
         """Receipts of a kind."""
         with self._lock:
-            return [each for each in self._receipts.values() if each.kind == kind]
+            return list(self._receipts.get(kind, {}).values())
 
     def owned(self, owner: str) -> list[Receipt]:
         """What belongs to an instance ("": to none), in the order in which it was made."""
@@ -315,8 +302,8 @@ class Store:
         with self._lock:
             self._save(
                 ("generations", app, generation.number),
-                "INSERT OR REPLACE INTO generations VALUES (?, ?, ?)",
-                (app, generation.number, _generation.dump_json(generation)),
+                "INSERT OR REPLACE INTO generations VALUES (?, ?, ?, ?)",
+                (app, generation.number, _generation.dump_json(generation), generation.state),
             )
             known = {each.number: each for each in self._generations.get(app, ())}
             known[generation.number] = generation
@@ -325,11 +312,18 @@ class Store:
 
     def mark_generation(self, app: str, number: int, state: GenerationState) -> None:
         """Move a generation on: staged → active → good, never back."""
-        order = ("staged", "active", "good")
+        order: tuple[GenerationState, ...] = ("staged", "active", "good")
         with self._lock:
-            for each in self._generations.get(app, ()):
+            known = self._generations.get(app, ())
+            for each in known:
                 if each.number == number and order.index(each.state) < order.index(state):
-                    self.put_generation(replace(each, state=state))
+                    self._save(  # a row of its own while it is late: that of the generation comes before it
+                        ("generation states", app, number),
+                        "UPDATE generations SET state = ? WHERE app = ? AND number = ?",
+                        (state, app, number),
+                    )
+                    marked = tuple(replace(one, state=state) if one is each else one for one in known)
+                    self._generations[app] = self._pruned(app, marked)
 
     def generation(self, app: str, number: int) -> Generation:
         """One generation; KeyError if it is not kept any more."""
@@ -519,63 +513,3 @@ class Store:
                 want = generation.app.containers.get(instance.container)
                 if want == instance.want and want is not None:
                     self.instances[id] = replace(instance, want=want)
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        turn = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise _unopened(path, error) from error
-    try:
-        fcntl.flock(turn, fcntl.LOCK_EX)  # two that turn on write-ahead mode at once do not wait for each other
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # its siblings get the same mode
-        db = _connect(path)
-        if _version(db) == 0:
-            _make_tables(db)
-        if (version := _version(db)) != VERSION:
-            raise UnfitHost(f"open store '{path}': it is of version {version} (this holdfast writes {VERSION})")
-    except (sqlite3.Error, OSError) as error:
-        raise _unopened(path, error) from error
-    finally:
-        os.close(turn)
-    return db
-
-
-def _unopened(path: Path, error: sqlite3.Error | OSError) -> UnfitHost:
-    """Why the database can't be opened."""
-    if isinstance(error, PermissionError):
-        return NotPermitted(f"open store '{path}': {(error.strerror or '').lower()} (become root)")
-    return UnfitHost(f"open store '{path}': {error}")
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    """Open the database; alone where the disk has no room for the index that it shares with other processes."""
-    for mode in ("NORMAL", "EXCLUSIVE"):
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
-        try:
-            db.execute(f"PRAGMA locking_mode = {mode}")
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = NORMAL")
-            _version(db)
-        except sqlite3.Error as error:
-            db.close()
-            if mode == "EXCLUSIVE" or (error.sqlite_errorcode & 0xFF) not in PASSING:
-                raise
-        else:
-            return db
-    raise AssertionError("the last mode either opens or raises")
-
-
-def _version(db: sqlite3.Connection) -> int:
-    return int(db.execute("PRAGMA user_version").fetchone()[0])
-
-
-def _make_tables(db: sqlite3.Connection) -> None:
-    """Make the tables, unless another process (a command beside the first agent) has just done so."""
-    db.execute("BEGIN IMMEDIATE")
-    if _version(db) == 0:
-        for statement in SCHEMA.strip().split(";"):
-            db.execute(statement)
-        db.execute(f"PRAGMA user_version = {VERSION}")
-    db.execute("COMMIT")

@@ -30,6 +30,7 @@ from holdfast.observed import (
 from holdfast.plan.actions import Action, Plan, RemoveInstance, StartInstance, StopInstance
 from holdfast.plan.decide import decide
 from holdfast.plan.diff import mounted_files
+from holdfast.plan.memory import Memory
 from holdfast.plan.preview import World, expect, preview
 from holdfast.spec.model import (
     App,
@@ -62,6 +63,13 @@ class Drawn:
         """How many rounds the road may have: a few for the app, and for each container to go and to come back."""
         wanted = sum(len(app.containers) for app in self.spec.apps.values()) if self.spec else 0
         return 8 + 4 * (wanted + len(self.observed.instances))
+
+
+@dataclass(frozen=True, repr=False)
+class Pair:
+    """Two worlds, which one memory goes through."""
+
+    drawn: tuple[Drawn, Drawn]
 
 
 @dataclass(frozen=True)
@@ -377,3 +385,22 @@ def test_one_world_has_one_plan(drawn: Drawn) -> None:
 def test_an_unreadable_source_takes_no_app_away(drawn: Drawn) -> None:
     plan = decide(None, drawn.observed, drawn.history, NOW)
     assert not [action for action in plan.actions if "the state no longer names the app" in action.reason]
+
+
+@thorough
+@given(st.tuples(worlds(), worlds()).map(Pair))
+def test_a_plan_with_a_memory_is_the_plan_without(worlds: Pair) -> None:
+    memory = Memory()
+    for each in (*worlds.drawn, worlds.drawn[0]):
+        for step in road(each):
+            world = step.world
+            remembering = decide(each.spec, world.observed, world.history, NOW, memory)
+            forgetful = decide(each.spec, world.observed, world.history, NOW)
+            assert by_subject(remembering) == by_subject(forgetful)
+            assert (remembering.waiting, remembering.drift, remembering.wake_at) == (
+                forgetful.waiting, forgetful.drift, forgetful.wake_at
+            )  # fmt: skip
+
+
+def by_subject(plan: Plan) -> dict[Subject, Action]:
+    return {action.subject: action for action in plan.actions}

@@ -7,7 +7,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -222,6 +222,39 @@ def test_a_generation_never_moves_back(store: Store) -> None:
     store.put_generation(Generation(app=APP, number=1, state="good"))
     store.mark_generation("shop", 1, "active")
     assert store.generation("shop", 1).state == "good"
+
+
+def test_a_generation_that_has_come_further_is_not_written_again(store: Store) -> None:
+    store.put_generation(Generation(app=APP, number=1, state="staged"))
+    written: list[str] = []
+    store._db.set_trace_callback(written.append)
+    store.mark_generation("shop", 1, "good")
+    assert written == ["UPDATE generations SET state = 'good' WHERE app = 'shop' AND number = 1"]
+    with _open(store.path.parent) as again:
+        assert again.generation("shop", 1).state == "good"
+
+
+def test_the_past_is_the_same_object_until_it_changes(store: Store) -> None:
+    store.put_generation(Generation(app=APP, number=1, state="staged"))
+    before = store.history()
+    assert store.history() is before
+    store.hold("shop/web", Hold("stopped", 1.0))
+    assert store.history() is not before
+    assert store.history().generations["shop"] is before.generations["shop"]
+
+
+def test_a_store_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    with _open(tmp_path) as store:
+        store.put_generation(Generation(app=APP, number=1, state="good"))
+    with closing(sqlite3.connect(tmp_path / "state.db", isolation_level=None)) as db:
+        db.execute("ALTER TABLE generations DROP COLUMN state")
+        db.execute("PRAGMA user_version = 1")
+    with _open(tmp_path) as store:
+        assert store.generation("shop", 1).state == "good"
+        store.put_generation(Generation(app=APP, number=2, state="staged"))
+        store.mark_generation("shop", 2, "active")
+    with _open(tmp_path) as store:
+        assert [each.state for each in store.history().generations["shop"]] == ["good", "active"]
 
 
 def test_a_forgotten_app_leaves_nothing_and_others_alone(store: Store) -> None:

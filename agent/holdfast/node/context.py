@@ -22,7 +22,6 @@ from holdfast.images.incoming.transfers import Transfers
 from holdfast.images.kept import lookup
 from holdfast.images.kept.store import ImageStore
 from holdfast.observed import Instance, InstanceId, Json, Limits, Receipt
-from holdfast.plan.derived import NameTable
 from holdfast.plan.diff import folder_files
 from holdfast.plugins import Plugins
 from holdfast.runtime.binaries import find_init, host_limits
@@ -80,7 +79,6 @@ class Locks:
 class Context:
     """All that the code of `node` works with: one per agent, shared by its threads.
 
-    name_table: who is called what on each network, as of the last pass.
     resolved: image reference → what its registry said last: the digest it leads to,
     and that of the image for this host.
     limits: what the cgroup of each running instance held when it was last written or read.
@@ -100,7 +98,6 @@ class Context:
     firewall: str = "nftables"
     policies: tuple[str, ...] = ("limits",)
     bind_roots: tuple[str, ...] | None = None
-    name_table: NameTable = field(default_factory=dict)
     filters: Filters = field(default_factory=Filters)
     transfers: Transfers = field(default_factory=Transfers)
     records_exits: bool = True

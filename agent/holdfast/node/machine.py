@@ -58,7 +58,6 @@ from holdfast.plan.actions import (
     WriteFirewall,
     WriteNames,
 )
-from holdfast.plan.derived import name_table
 from holdfast.plan.reasons import counted
 from holdfast.plan.restart import wait_before
 from holdfast.plan.targets import current
@@ -140,9 +139,6 @@ class Node:
             self._files = spec.blobs
             for subject in outlived(self.context.store.history().failures, plan, self._lanes.busy):
                 self.context.store.clear_failure(subject)
-        starting = [action for action in plan.actions if isinstance(action, StartInstance)]
-        if starting:
-            self.context.name_table = name_table(observed.instances, self._readers(starting))
         self._forget_stops(plan, observed)
         self._lanes.put(plan.actions, observed.over)
 
@@ -243,15 +239,6 @@ class Node:
             if self.context.log_path(instance) == path:
                 return instance.want.logging.max_files
         return None
-
-    def _readers(self, starting: list[StartInstance]) -> set[tuple[str, str]]:
-        return {
-            (network, action.app)
-            for action in starting
-            for network in self.context.store.generation(action.app, action.generation)
-            .app.containers[action.container]
-            .networks
-        }
 
     def _do(self, action: Action) -> None:
         """Intent, effect, outcome: in the thread of a lane."""

@@ -35,7 +35,7 @@ from holdfast.node.wants import (
 )
 from holdfast.observed import Generation, Instance, InstanceId, Json, Receipt, free_slot
 from holdfast.plan.actions import StartInstance
-from holdfast.plan.derived import names_of
+from holdfast.plan.derived import name_table, names_of
 from holdfast.plan.diff import mounted_files
 from holdfast.plugins import Adjusted
 from holdfast.runtime import apparmor, bounded, cgroup, device_access, names, netns
@@ -237,7 +237,8 @@ def _mount(context: Context, instance: Instance, app: App, mount: Mount, rootfs:
 def _write_names(context: Context, instance: Instance) -> str:
     """Write hosts, resolv.conf and hostname; return the digest of what hosts says of the neighbours."""
     place = context.host.files(instance.id)
-    known = names_of(instance, context.name_table)
+    others = (each for each in context.store.instances.values() if each.id != instance.id)
+    known = names_of(instance, name_table((*others, instance), instance.want.networks))
     names.write_in_place(place / "hosts", hosts_text(instance, known.lines))
     names.write_in_place(place / "resolv.conf", names.read_resolv_conf())
     names.write_in_place(place / "hostname", hostname(instance) + "\n")

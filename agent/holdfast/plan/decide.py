@@ -28,51 +28,67 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
-from holdfast.observed import Generation, History, Hold, Instance, Observed, Receipt, Subject, container_of
+from holdfast.observed import (
+    FirewallWant,
+    Generation,
+    History,
+    Hold,
+    Instance,
+    Observed,
+    Receipt,
+    Subject,
+    container_of,
+)
 from holdfast.plan.actions import (
     Change,
-    EnsureNetwork,
     EnsureVolume,
     ForgetApp,
     MarkGood,
     Plan,
     RemoveInstance,
-    RemoveNetwork,
     RemoveOrphan,
     RemoveVolume,
-    Replace,
     StartInstance,
     StopInstance,
     UpdateInstance,
     WriteFirewall,
     WriteNames,
 )
-from holdfast.plan.builds import joins_network
-from holdfast.plan.derived import firewall_want, name_table, names_of
+from holdfast.plan.derived import name_table, names_of, published_ports
 from holdfast.plan.diff import changes, mounted_files, replaces, volume_changes
 from holdfast.plan.draft import PlanDraft
+from holdfast.plan.memory import Memory
+from holdfast.plan.networks import is_outdated, joined, missing_network, network_changes, plan_networks
 from holdfast.plan.reasons import by_hand, counted, firewall_reason, in_hand, listed, option_words, update_words
 from holdfast.plan.restart import verdict
-from holdfast.plan.targets import current, lacking_mounts, targets
-from holdfast.spec.model import BUILD_NETWORK, App, Container, Network, Spec, Volume
+from holdfast.plan.targets import lacking_mounts, targets
+from holdfast.spec.model import App, Spec, Volume
 
-UNMANAGED = frozenset({"none", "host"})
-DEFAULT_NETWORK = Network()
+JOINS_WITHIN = 10.0  # seconds that the hosts files of others wait for a container that is being started
 DEFAULT_VOLUME = Volume()
 
 
-def decide(spec: Spec | None, observed: Observed, history: History, now: float) -> Plan:
-    """Say what to do next. spec None: the source can't be read, so every app stays at its generation."""
-    draft = PlanDraft(observed, history, now)
+def decide(spec: Spec | None, observed: Observed, history: History, now: float, memory: Memory | None = None) -> Plan:
+    """Say what to do next. spec None: the source can't be read, so every app stays at its generation.
+
+    memory: of the caller's plan before, which makes this one cheaper and no other.
+    """
+    memory = memory or Memory()
+    memory.follow(spec, observed, history)
+    draft = PlanDraft(observed, history, now, memory)
     draft.targets = dict(targets(spec, draft))
     draft.stays_for = _stays_for(draft)
-    draft.joining = Counter(_joined(draft))
+    draft.joining = Counter(joined(draft))
     _orphans(draft)
-    for app in _in_order({name: target.app.depends_on for name, target in draft.targets.items()}):
-        _hold_app(app, draft)
+    moving = {name: each.app.depends_on for name, each in draft.targets.items() if name not in memory.apps}
+    for app in _in_order(moving):
+        subject, before = Subject("app", app), draft.said
+        being_staged = subject in draft.subjects or subject in draft.waiting
+        if _hold_app(app, draft) and draft.said == before and not being_staged:
+            memory.rest_app(spec.apps.get(app) if spec else None, draft.targets[app], history)
     for app in sorted(draft.known_apps - draft.targets.keys() - draft.without_generation):
         _remove_app(app, draft)
-    _networks(draft)
+    plan_networks(draft)
     _derived(draft)
     draft.waiting.update({Subject(each.title): str(each) for each in observed.missing})
     return draft.plan()
@@ -81,22 +97,29 @@ def decide(spec: Spec | None, observed: Observed, history: History, now: float) 
 # -- an app that is wanted -----------------------------------------------------------------------------------
 
 
-def _hold_app(app: str, draft: PlanDraft) -> None:
+def _hold_app(app: str, draft: PlanDraft) -> bool:
+    """Decide about one app; True when it is as it should be."""
     generation = draft.targets[app]
     before = len(draft.actions)
-    settled = True
-    for name in _in_order({name: each.depends_on for name, each in generation.app.containers.items()}):
-        settled &= _hold_container(generation, name, draft)
-    for name in list(draft.by_app.get(app, {})):
-        if name not in generation.app.containers:
-            settled = False
-            _retire(app, name, "the state no longer names it", draft)
+    resting, settled, fresh = draft.memory.resting_containers(generation), True, []
+    containers = generation.app.containers
+    for name in _in_order({name: each.depends_on for name, each in containers.items() if name not in resting}):
+        said = draft.said
+        held = _hold_container(generation, name, draft)
+        settled &= held
+        if held and draft.said == said:
+            fresh.append(name)
+    draft.memory.rest_containers(generation, resting, fresh, draft.history)
+    for name in sorted(draft.by_app.get(app, {}).keys() - containers.keys()):
+        settled = False
+        _retire(app, name, "the state no longer names it", draft)
     _hold_volumes(generation, draft)
-    settled &= len(draft.actions) == before
-    if settled:
-        _drop_volumes(app, generation.app, draft)
-        if generation.state != "good":
-            draft.offer(MarkGood(app=app, generation=generation.number, reason="every container runs as committed"))
+    if not settled or len(draft.actions) != before:
+        return False
+    _drop_volumes(app, generation.app, draft)
+    if generation.state != "good":
+        draft.offer(MarkGood(app=app, generation=generation.number, reason="every container runs as committed"))
+    return True
 
 
 def _hold_volumes(generation: Generation, draft: PlanDraft) -> None:
@@ -135,7 +158,7 @@ def _hold_container(generation: Generation, name: str, draft: PlanDraft) -> bool
         return False
     found = changes(instance, want, generation.images.get(name, ""), mounted_files(generation.app, want))
     found += volume_changes(instance, generation)
-    found += _network_changes(instance, generation, draft)
+    found += network_changes(instance, generation, draft)
     if replaces(found):
         draft.outdated.add(key)
         _replace(instance, generation, found, hold, draft)
@@ -199,7 +222,7 @@ def _start(
     streak: int = 0,
 ) -> None:
     app = generation.app.name
-    obstacle = _missing_network(generation.app.containers[name], draft)
+    obstacle = missing_network(generation.app.containers[name], draft)
     obstacle = obstacle or lacking_mounts({name: generation.app.containers[name]}, draft)
     if again is None or again.host_went_down:
         obstacle = obstacle or _unreached(generation.app, name, draft)
@@ -219,7 +242,7 @@ def _replace(
 ) -> None:
     """Make room for a successor, once that could start (rule 5). One stopped by hand is left as it lies, unless
     that keeps others from a network that has to be made anew."""
-    in_the_way = any(_outdated_network(network, draft) for network in instance.want.networks)
+    in_the_way = any(is_outdated(network, draft) for network in instance.want.networks)
     if hold is not None and hold.kind == "stopped":
         if instance.phase == "running":
             _stop(instance, by_hand(hold), draft)
@@ -227,7 +250,7 @@ def _replace(
             _take_away(instance, listed(found), draft)
         return
     want = generation.app.containers[instance.container]
-    obstacle = _missing_network(want, draft, instance) or lacking_mounts({instance.container: want}, draft)
+    obstacle = missing_network(want, draft, instance) or lacking_mounts({instance.container: want}, draft)
     if not in_the_way:  # else what it depends on may itself wait for the network that this one is attached to
         obstacle = obstacle or _unreached(generation.app, instance.container, draft)
     if obstacle:
@@ -277,7 +300,7 @@ def _take_away(instance: Instance, reason: str, draft: PlanDraft) -> None:
 
 
 def _remove_app(app: str, draft: PlanDraft) -> None:
-    for name in list(draft.by_app.get(app, {})):
+    for name in sorted(draft.by_app.get(app, {})):
         _retire(app, name, "the state no longer names the app", draft)
     if app in draft.by_app:
         return
@@ -297,7 +320,13 @@ def _retire(app: str, name: str, reason: str, draft: PlanDraft) -> None:
 
 def _stays_for(draft: PlanDraft) -> Mapping[str, list[str]]:
     """Container or app → the running containers that have to leave before it."""
-    leaving = [each for each in draft.observed.instances if each.phase == "running" and _leaves(each, draft)]
+    leaving = [
+        each
+        for app in sorted(draft.by_app.keys() - draft.memory.apps.keys())
+        for there in draft.by_app[app].values()
+        for each in there
+        if each.phase == "running" and _leaves(each, draft)
+    ]
     before: dict[str, list[str]] = {}
     for each in leaving:
         for name in each.want.depends_on:
@@ -381,104 +410,6 @@ def _reached(app: App, name: str, condition: str, draft: PlanDraft) -> bool:
     return completed or (condition == "started" and instance.phase == "running")
 
 
-def _missing_network(want: Container, draft: PlanDraft, instance: Instance | None = None) -> str:
-    """The first network that does not stand as wanted, "" if all do. One that is only outdated is no obstacle to
-    replacing an instance that is attached to it."""
-    for network in want.networks:
-        if network in UNMANAGED:
-            continue
-        if network not in draft.observed.networks:
-            return f"waits for network {network}"
-        if _outdated_network(network, draft) and (instance is None or network not in instance.want.networks):
-            return f"waits for network {network} to be made anew"
-        if draft.observed.networks[network].faults:
-            return f"waits for network {network} to be mended"
-        if _too_small(network, draft) and f"network {network}" not in draft.history.failures:
-            return f"waits for network {network} to grow"
-    return ""
-
-
-# -- networks ------------------------------------------------------------------------------------------------
-
-
-def _joined(draft: PlanDraft) -> Iterator[str]:
-    """The networks of all containers that are wanted, each as often as one joins it; that of builds, if needed."""
-    if draft.builds or any(joins_network(each.app) for each in draft.targets.values()):
-        yield BUILD_NETWORK
-    for generation in draft.targets.values():
-        for container in generation.app.containers.values():
-            yield from (network for network in container.networks if network not in UNMANAGED)
-
-
-def _networks(draft: PlanDraft) -> None:
-    for network, joining in sorted(draft.joining.items()):
-        owner, state = _owner(network), draft.observed.networks.get(network)
-        if state is not None and _outdated_network(network, draft):
-            if not draft.users.get(network):
-                draft.offer(RemoveNetwork(app=owner, network=network, reason="its definition changed"))
-        elif state is None or state.faults:
-            reason = "; ".join(state.faults) if state else "it is not there"
-            defined = _defined(network, draft)
-            if defined is None:
-                draft.waiting[Subject.of("network", network)] = f"{reason}, and no app in force defines it"
-            else:
-                draft.offer(EnsureNetwork(app=owner, network=network, spec=defined, hosts=joining, reason=reason))
-        elif reason := _outgrown(network, draft):
-            defined = _defined(network, draft)
-            if defined is not None:
-                draft.offer(EnsureNetwork(app=owner, network=network, spec=defined, hosts=joining, reason=reason))
-    for network in sorted(draft.observed.networks.keys() - draft.joining.keys()):
-        if not draft.users.get(network):
-            draft.offer(RemoveNetwork(app=_owner(network), network=network, reason="nothing uses it"))
-
-
-def _outgrown(network: str, draft: PlanDraft) -> str:
-    """Why a network is to be ensured again for more containers; "" if it need not."""
-    data, joining = draft.observed.networks[network].data, draft.joining[network]
-    if "joined" not in data:
-        return "an earlier version made it"
-    return (
-        f"it has room for {counted(data['hosts'], 'container')}, and {joining} join it"
-        if _too_small(network, draft)
-        else ""
-    )
-
-
-def _too_small(network: str, draft: PlanDraft) -> bool:
-    """Whether more containers are to join a network than it has room for, and it can grow."""
-    state = draft.observed.networks.get(network)
-    room = state.data.get("hosts") if state else None
-    return isinstance(room, int) and room < draft.joining.get(network, 0)
-
-
-def _defined(network: str, draft: PlanDraft) -> Network | None:
-    """How a network is defined now. None for one whose app is gone, which thereby stays as it stands."""
-    owner, _, name = network.rpartition("/")
-    if not owner:
-        return DEFAULT_NETWORK
-    target = draft.targets.get(owner) or current(draft.history.generations.get(owner, ()))
-    return target.app.networks.get(name) if target else None
-
-
-def _outdated_network(network: str, draft: PlanDraft) -> bool:
-    """Whether a network stands, but otherwise than it is defined now."""
-    state, defined = draft.observed.networks.get(network), _defined(network, draft)
-    return state is not None and defined is not None and state.want != defined.digest
-
-
-def _network_changes(instance: Instance, generation: Generation, draft: PlanDraft) -> tuple[Change, ...]:
-    """A network that is defined otherwise than it stands is made anew, and so is all that is attached to it."""
-    return tuple(
-        Change(f"network {network}", "as it stands", "as defined now", Replace())
-        for network in instance.want.networks
-        if network in generation.app.containers[instance.container].networks and _outdated_network(network, draft)
-    )
-
-
-def _owner(network: str) -> str:
-    return network.rpartition("/")[0]
-
-
 # -- what follows from what is there (rule 9) ----------------------------------------------------------------
 
 
@@ -499,22 +430,53 @@ def _remove_orphan(orphan: Receipt, draft: PlanDraft) -> None:
 
 
 def _derived(draft: PlanDraft) -> None:
-    want = firewall_want(draft.observed, lambda instance: _published(instance, draft))
+    networks = draft.memory.firewall_networks(draft.observed.networks)
+    want = FirewallWant(networks, published_ports(draft.observed, lambda instance: _published(instance, draft)))
     if want != draft.observed.firewall and not (want.empty and draft.observed.firewall is None):
         draft.offer(WriteFirewall(app="", want=want, reason=firewall_reason(want, draft.observed)))
     for orphan in draft.observed.orphans:
         if orphan.kind == "firewall" and want.empty:
             _remove_orphan(orphan, draft)
-    known = name_table(draft.observed.instances)
-    stale = {
-        each.id: names
-        for each in draft.observed.instances
-        if each.phase == "running" and any(each.addresses.values())
-        if (names := names_of(each, known)).digest != each.names
-    }
+    _names(draft)
+
+
+def _names(draft: PlanDraft) -> None:
+    """Have the hosts files written whose networks have other members now. A network that a container is just about
+    to join is left for when it has: one that is replaced comes back with the address that it had."""
+    memory, joining = draft.memory, set(_about_to_join(draft))
+    moved = None if memory.index.moved is None else (memory.index.moved | memory.unwritten) - joining
+    readers = (
+        [
+            each
+            for each in draft.observed.instances
+            if (moved is None or not moved.isdisjoint(each.want.networks))
+            and each.phase == "running"
+            and any(each.addresses.values())
+            and joining.isdisjoint(each.want.networks)
+        ]
+        if moved is None or moved
+        else []
+    )
+    known = name_table(draft.observed.instances, {network for each in readers for network in each.want.networks})
+    stale = {each.id: names for each in readers if (names := names_of(each, known)).digest != each.names}
+    memory.unwritten = frozenset(net for each in readers if each.id in stale for net in each.want.networks) | joining
     if stale:
         reason = f"the neighbours of {counted(len(stale), 'container')} changed"
         draft.offer(WriteNames(app="", hosts=stale, reason=reason))
+
+
+def _about_to_join(draft: PlanDraft) -> Iterator[str]:
+    """The networks of containers whose first start is planned, or under way and not stuck."""
+    for action in draft.actions:
+        if isinstance(action, StartInstance) and action.instance is None:
+            yield from draft.targets[action.app].app.containers[action.container].networks
+    for subject in draft.observed.busy:
+        instance = draft.newest(subject.app, subject.name) if subject.kind == "container" else None
+        if instance is not None and instance.phase == "creating":
+            until = instance.created_at + JOINS_WITHIN
+            if draft.now < until:
+                draft.wakes.append(until)
+                yield from instance.want.networks
 
 
 def _published(instance: Instance, draft: PlanDraft) -> bool:

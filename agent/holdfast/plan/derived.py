@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from holdfast.observed import (
     FirewallNetwork,
-    FirewallWant,
     Instance,
     NetworkState,
     Observed,
@@ -19,18 +19,21 @@ NameTable = Mapping[tuple[str, str], Names]
 NOBODY = Names("", ())
 
 
-def firewall_want(observed: Observed, published: Callable[[Instance], bool]) -> FirewallWant:
-    """The whole table: every network that leads somewhere, and the ports of the instances that are published."""
-    networks = sorted(
-        (
-            FirewallNetwork(net.id, net.data["interface"], net.data["subnet"], bool(net.data.get("internal")))
-            for net in observed.networks.values()
-            if net.data.get("interface") and net.data.get("subnet")
-        ),
-        key=lambda network: network.id,
+def firewall_networks(states: Iterable[NetworkState]) -> tuple[FirewallNetwork, ...]:
+    """Every network that leads somewhere, as the firewall knows it."""
+    known = (
+        FirewallNetwork(net.id, net.data["interface"], net.data["subnet"], bool(net.data.get("internal")))
+        for net in states
+        if net.data.get("interface") and net.data.get("subnet")
     )
+    return tuple(sorted(known, key=lambda network: network.id))
+
+
+def published_ports(observed: Observed, published: Callable[[Instance], bool]) -> tuple[PublishedPort, ...]:
+    """The ports of the instances that are published, each leading to where the newest of them is."""
     taken: dict[tuple[str, str, int], PublishedPort] = {}
-    for instance in sorted(observed.instances, key=lambda each: (each.created_at, each.id)):
+    publishing = (each for each in observed.instances if each.want.ports)
+    for instance in sorted(publishing, key=lambda each: (each.created_at, each.id)):
         address = published_address(instance, observed.networks)
         if not address or not published(instance):
             continue
@@ -38,7 +41,7 @@ def firewall_want(observed: Observed, published: Callable[[Instance], bool]) -> 
             taken[port.protocol, port.host_ip, port.host_port] = PublishedPort(
                 port.protocol, port.host_ip, port.host_port, address, port.container_port, port.count
             )
-    return FirewallWant(tuple(networks), tuple(taken[key] for key in sorted(taken)))
+    return tuple(taken[key] for key in sorted(taken))
 
 
 def published_address(instance: Instance, networks: Mapping[str, NetworkState]) -> str:
@@ -48,21 +51,21 @@ def published_address(instance: Instance, networks: Mapping[str, NetworkState]) 
     return next(iter(outward or [address for _, address in known]), "")
 
 
-def name_table(instances: Iterable[Instance], also: Iterable[tuple[str, str]] = ()) -> NameTable:
-    """Who is called what on each network, as each app sees it: (network, app) → lines.
+def name_table(instances: Iterable[Instance], networks: Collection[str]) -> NameTable:
+    """Who is called what on each of these networks, as each app there sees it: (network, app) → lines.
 
     `web` and its aliases name a container to its own app; `web.shop` names it to every app of the network.
     Made once per network and app, so that a thousand containers of one network cost a thousand lines.
-    also: more (network, app) pairs to make an entry for.
     """
-    members: dict[str, list[Instance]] = {}
-    for instance in instances:
+    members: dict[str, list[Instance]] = {network: [] for network in networks}
+    for instance in instances if members else ():
         for network in instance.addresses:
-            members.setdefault(network, []).append(instance)
-    readers = {(network, each.app) for network, there in members.items() for each in there} | set(also)
+            if network in members:
+                members[network].append(instance)
     for there in members.values():
         there.sort(key=lambda each: (each.key, each.id))
-    return {(network, app): _names_on(network, app, members.get(network, ())) for network, app in readers}
+    readers = {(network, each.app) for network, there in members.items() for each in there}
+    return {(network, app): _names_on(network, app, members[network]) for network, app in readers}
 
 
 def names_of(instance: Instance, known: NameTable) -> Names:
@@ -77,7 +80,7 @@ def _names_on(network: str, app: str, members: Iterable[Instance]) -> Names:
     lines = tuple(
         (each.addresses[network], _names(each, network, app)) for each in members if each.addresses[network]
     )
-    return Names(digest_of(lines), lines) if lines else NOBODY
+    return Names(hashlib.sha256(repr(lines).encode()).hexdigest(), lines) if lines else NOBODY
 
 
 def _names(instance: Instance, network: str, app: str) -> tuple[str, ...]:

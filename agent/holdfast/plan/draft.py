@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from holdfast.observed import Exit, Failure, Generation, History, Hold, Instance, Observed, Subject, VolumeState
 from holdfast.plan.actions import Action, Plan
+from holdfast.plan.memory import Containers, Memory
 from holdfast.plan.restart import Verdict
 
 
 @dataclass
 class PlanDraft:
-    """Indexes over the world, and what has been decided so far."""
+    """Indexes over the world, and what has been decided so far. memory: what was at rest in the plan before."""
 
     observed: Observed
     history: History
     now: float
+    memory: Memory = field(default_factory=Memory)
     targets: dict[str, Generation] = field(default_factory=dict)
     without_generation: set[str] = field(
         default_factory=set
@@ -33,15 +36,17 @@ class PlanDraft:
     outdated: set[str] = field(default_factory=set)  # containers that are about to be replaced
 
     def __post_init__(self) -> None:
-        self.by_app: dict[str, dict[str, list[Instance]]] = {}
-        self.users: dict[str, list[Instance]] = {}
-        for instance in sorted(self.observed.instances, key=lambda each: (each.created_at, each.id)):
-            self.by_app.setdefault(instance.app, {}).setdefault(instance.container, []).append(instance)
-            for network in instance.want.networks:
-                self.users.setdefault(network, []).append(instance)
+        self.by_app: Mapping[str, Containers] = self.memory.index.by_app
         self.volumes: dict[str, list[VolumeState]] = {}  # app → its volumes that are there
         for volume in self.observed.volumes.values():
             self.volumes.setdefault(volume.id.partition("/")[0], []).append(volume)
+
+    @property
+    def said(self) -> tuple[int, ...]:
+        """How much has been decided so far: the same number twice, and nothing was decided between."""
+        return (
+            len(self.actions), len(self.waiting), len(self.drift), len(self.wakes), len(self.outdated), self.builds,
+        )  # fmt: skip
 
     def offer(self, action: Action) -> None:
         """Put an action on the plan, unless the same was tried and its time has not come (rule 8).
@@ -75,6 +80,11 @@ class PlanDraft:
     def known_apps(self) -> set[str]:
         """The apps that have an instance or a generation."""
         return self.by_app.keys() | self.history.generations.keys()
+
+    @cached_property
+    def in_use(self) -> frozenset[str]:
+        """The networks that instances are attached to."""
+        return frozenset(network for each in self.observed.instances for network in each.want.networks)
 
     def newest(self, app: str, container: str) -> Instance | None:
         """The instance of a container that counts: the one made last."""

@@ -31,6 +31,7 @@ from holdfast.plan.actions import (
 from holdfast.plan.decide import decide
 from holdfast.plan.derived import name_table, names_of
 from holdfast.plan.diff import mounted_files
+from holdfast.plan.memory import Memory
 from holdfast.spec.model import App, Container, Network, Spec
 
 ROUNDS = 1000
@@ -49,9 +50,9 @@ def preview(
     spec: Spec | None, observed: Observed, history: History, now: float, *, rounds: int = ROUNDS
 ) -> tuple[Plan, ...]:
     """Every plan from here to rest; the last one is empty and says what still waits. Touches nothing."""
-    world, plans = World(observed, history), []
+    world, plans, memory = World(observed, history), [], Memory()
     for _ in range(rounds):
-        plan = decide(spec, world.observed, world.history, now)
+        plan = decide(spec, world.observed, world.history, now, memory)
         plans.append(plan)
         if plan.empty:
             break
@@ -79,7 +80,7 @@ def expect(world: World, action: Action, now: float) -> World:
         case StartInstance():
             instance, active = _started(world, action, now)
             others = tuple(each for each in observed.instances if each.id != instance.id)
-            told = names_of(instance, name_table((*others, instance)))
+            told = names_of(instance, name_table((*others, instance), instance.want.networks))
             instance = replace(instance, names=told.digest)
             return World(replace(observed, instances=(*others, instance)), _marked(history, active, "active"))
         case StopInstance(instance=id):

@@ -23,7 +23,11 @@ def targets(spec: Spec | None, draft: PlanDraft) -> Iterator[tuple[str, Generati
     held, fresh = dict(_current_of(stuck, draft)), dict[str, Generation]()
     for name in stuck:
         draft.waiting[Subject("app", name)] = "its state file does not load; it stays as it is"
+    resting = draft.memory.apps
     for name, app in spec.apps.items():
+        if name in resting:
+            held[name] = resting[name].generation
+            continue
         found = _staged(app, history) or current(history.generations.get(name, ()))
         newer = _newer_images(app, history)
         if obstacle := missing_network(app, draft):
