@@ -1,7 +1,7 @@
 """agent.toml → Config: the agent's own settings, which no commit can change.
 
-Read by `cli` and `daemon`, once at the start and again on SIGHUP. What is wrong is said all at once, line by line, as
-for state files.
+Read by `cli` and `daemon`, once at the start and again on SIGHUP. Everything that is wrong is reported at once, line
+by line, as for state files.
 """
 
 # ruff: noqa: RUF012 (pydantic copies the defaults of fields)
@@ -13,22 +13,41 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network
+from operator import attrgetter
 from pathlib import Path
 from socket import gethostname
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr, WithJsonSchema
 
 from holdfast.errors import WrongConfig
-from holdfast.grammar import capabilities
 from holdfast.grammar.names import absolute
-from holdfast.spec.model import PRIVATE, AppNetwork, NodeFacts
+from holdfast.keys import (
+    Checked,
+    Duration,
+    Items,
+    NonEmpty,
+    Short,
+    Size,
+    Strings,
+    Table,
+    Text,
+    or_text,
+    within,
+)
+from holdfast.spec.model import PRIVATE, NodeFacts
 from holdfast.spec.policy import RULES
-from holdfast.tables import Checked, Duration, Fault, Short, Size, Table, Text, read_table
-from holdfast.toml import Document, Unreadable, dotted, one_line, suggestion
+from holdfast.spec.values import STRING, Absolute, AppNetwork, Capability
+from holdfast.tables import read_table
+from holdfast.toml import Document, KeyPath, Unreadable, dotted, one_line, suggestion
 
 DEFAULT_PATH = Path("/etc/holdfast/agent.toml")
 VARIABLE = "HOLDFAST_CONFIG"
+#: What only a restart of the agent can change: the names of objects on the host, and who makes them.
+FIXED = (
+    *("name", "root", "run_root", "runtime", "socket", "group", "network.pool", "network.firewall"),
+    *("limits.start_concurrency", "storage.driver", "plugins"),
+)
 
 
 def _name(value: str) -> str:
@@ -71,6 +90,12 @@ def _rule(value: str) -> str:
 _LISTED = ", ".join(RULES)
 
 
+def _interval(value: float) -> float:
+    if value <= 0:
+        raise ValueError("0 is no time at all (expected a duration as 30s)")
+    return value
+
+
 def _tree_path(value: str) -> str:
     steps = [step for step in value.split("/") if step not in ("", ".")]
     if ".." in steps or value.startswith("/"):
@@ -78,45 +103,52 @@ def _tree_path(value: str) -> str:
     return "/".join(steps)
 
 
-Directory = Annotated[str, Checked(absolute, {"title": "absolute path"})]
+def _directory(value: Any) -> Any:
+    return Path(absolute(value)) if isinstance(value, str) else value
 
 
-class StateTable(Table):
+Directory = Annotated[Path, Short(_directory, ()), WithJsonSchema({**STRING, "title": "absolute path"})]
+Interval = Annotated[Duration, Checked(_interval, {})]
+Count = Annotated[int, within(1)]
+Percent = Annotated[float, within(above=0, high=100)]
+
+
+class StateSource(Table):
     """Where the state is committed: a directory, or a branch of a git repository."""
 
-    directory: Annotated[Directory | None, Field(description="the directory; as `state` alone, written as text")] = (
-        None
+    directory: Annotated[Directory, Field(description='the directory; in short: `state = "/path"`')] = Path(
+        "/etc/holdfast/state"
     )
-    git: Annotated[
-        str | None, Field(min_length=1, description="instead of a directory: the repository, URL or path")
-    ] = None
-    branch: Annotated[str, Field(min_length=1, description="git: the branch to follow")] = "main"
+    git: Annotated[str, Field(description="instead of a directory: the URL or path of the repository")] = ""
+    branch: Annotated[NonEmpty, Field(description="git: the branch to follow")] = "main"
     path: Annotated[
         str, Checked(_tree_path, {}), Field(description="git: the folder that holds this node's files; empty: all")
     ] = ""
-    interval: Annotated[Duration, Field(description="git: how often to look; `holdfast sync` looks at once")] = 30.0
+    interval: Annotated[
+        Interval, Field(description="git: how often to look for commits; `holdfast sync` looks at once")
+    ] = 30.0
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        if (self.directory is None) == (self.git is None):
+        if ("directory" in self.model_fields_set) == bool(self.git):
             yield "", 'names nothing or two things (expected a directory, or git = "URL or path")'
-        if self.directory is not None:
+        if not self.git:
             for key in sorted(self.model_fields_set & {"branch", "path", "interval"}):
                 yield key, "does not apply to a directory (expected git beside it)"
-        if self.interval <= 0:
-            yield "interval", "0 is no interval (expected a duration as 30s)"
 
 
 class NodeTable(Table):
     """What state files may ask about this host."""
 
-    name: Annotated[str | None, Field(description="for `when` and ${node.name}; default: the host name")] = None
-    labels: Annotated[dict[str, Text], Field(description="for `when` and ${node.labels.NAME}")] = {}
+    name: str = Field(
+        default_factory=gethostname, description="for `when` and `${node.name}`; default: the host name"
+    )
+    labels: Annotated[dict[str, Text], Field(description="for `when` and `${node.labels.NAME}`")] = {}
 
 
 class EnvTable(Table):
     """What state files may read of the agent's environment."""
 
-    allow: Annotated[list[str], Field(description="the variables that ${env.NAME} may name")] = []
+    allow: Annotated[Items[str], Field(description="the variables that `${env.NAME}` may name")] = ()
 
 
 class NetworkSettings(Table):
@@ -125,282 +157,250 @@ class NetworkSettings(Table):
     pool: Annotated[
         str,
         Checked(_pool, {}),
-        Field(description="where networks that name no subnet are taken from: IPv4, /24 or larger"),
+        Field(description="the IPv4 range of networks that name no subnet; /24 or larger"),
     ] = "10.209.0.0/16"
     allowed_subnets: Annotated[
-        list[Annotated[str, Checked(_subnet, {})]],
-        Field(description="where a `subnet` of a state file may lie, besides the pool"),
-    ] = list(PRIVATE)
+        Items[Annotated[str, Checked(_subnet, {})]],
+        Field(description="where a `subnet` of a state file may be, besides the pool"),
+    ] = PRIVATE
     firewall: Annotated[str, Field(description="the driver of published ports and isolation")] = "nftables"
 
 
 class LimitsTable(Table):
-    """What the agent does at a time."""
+    """How much the agent does at a time."""
 
-    start_concurrency: Annotated[int, Field(ge=1, le=1024, description="container starts at a time")] = 8
+    start_concurrency: Annotated[
+        Annotated[int, within(1, 1024)], Field(description="how many containers start at a time")
+    ] = 8
 
 
 class CgroupTable(Table):
     """How the limits of containers are set."""
 
     policy: Annotated[
-        list[str],
-        Short(lambda v: [v] if isinstance(v, str) else v, ({"type": "string"},)),
-        Field(description="drivers for containers that name none (limits, qos or a plugin's); later ones win"),
-    ] = ["limits"]
+        Strings,
+        Field(
+            description="the cgroup policies of containers that name none (`limits`, `qos` or a plugin's); later "
+            "ones win"
+        ),
+    ] = ("limits",)
+
+
+class StorageTable(Table):
+    """Where root file systems come from."""
+
+    driver: Annotated[
+        NonEmpty, Field(description="the driver of new root file systems: `overlay`, or a plugin's")
+    ] = "overlay"
 
 
 class PolicyTable(Table):
     """What state files may not do."""
 
     forbid: Annotated[
-        list[Annotated[str, Checked(_rule, {"enum": [*RULES]})]], Field(description="what is refused")
-    ] = []
+        Items[Annotated[str, Checked(_rule, {"enum": [*RULES]})]], Field(description="what is refused")
+    ] = ()
     bind_roots: Annotated[
-        list[Directory] | None,
+        Items[Absolute] | None,
         Field(description="where bind mounts and archives may come from; absent: anywhere"),
     ] = None
 
 
-Percent = Annotated[float, Field(gt=0, le=100)]
-
-
 class DefaultsTable(Table):
-    """What containers get besides, unless they say otherwise."""
+    """What containers get unless they say otherwise."""
 
     cap_add: Annotated[
-        list[Annotated[str, Checked(capabilities.canonical, {"examples": ["NET_RAW"]})]],
-        Field(description="capabilities that all containers get, unless they drop them"),
-    ] = []
+        Items[Capability], Field(description="capabilities that all containers get, unless they drop them")
+    ] = ()
     network: Annotated[
         AppNetwork,
-        Field(description="what containers join that name no network: their app's own, or the shared bridge"),
+        Field(description="the network of containers that name none: their app's own, or the shared bridge"),
     ] = "default"
 
 
-class ImagesTable(Table):
-    """Where images come from, and how much of the host they may take."""
+class ImageSettings(Table):
+    """Where images come from, and how much of the host they may use."""
 
     authfile: Annotated[
-        Directory | None, Field(description="logins (containers-auth.json(5)); absent: as skopeo does")
+        Directory | None, Field(description="logins (containers-auth.json(5)); absent: where skopeo looks")
     ] = None
     registries_conf: Annotated[
         Directory | None,
-        Field(description="mirrors, plain HTTP (containers-registries.conf(5)); absent: as skopeo does"),
+        Field(description="mirrors, plain HTTP (containers-registries.conf(5)); absent: where skopeo looks"),
     ] = None
     policy: Annotated[
-        Directory | None, Field(description="required signatures (containers-policy.json(5)); absent: as skopeo does")
+        Directory | None,
+        Field(description="required signatures (containers-policy.json(5)); absent: where skopeo looks"),
     ] = None
-    offline: Annotated[bool, Field(description="ask no registry; what is needed is loaded, or is missing")] = False
-    concurrent_downloads: Annotated[int, Field(ge=1, le=64, description="layers at once from one registry")] = 3
+    offline: Annotated[
+        bool, Field(description="whether no registry is asked: images are loaded, or they are missing")
+    ] = False
+    concurrent_downloads: Annotated[
+        Annotated[int, within(1, 64)], Field(description="how many layers come from one registry at a time")
+    ] = 3
     connect_timeout: Annotated[
-        Duration,
+        Interval,
         Field(description="how long `apply` and `sync --wait` wait for a registry that does not answer"),
     ] = 60.0
     stall_timeout: Annotated[
-        Duration, Field(description="a transfer that brings nothing for so long is given up and tried again")
+        Interval, Field(description="after how long without a byte a transfer is given up and tried again")
     ] = 60.0
-    max_layer_size: Annotated[Size, Field(ge=1, description="a layer that is larger unpacked is refused")] = 32 << 30
-    max_layer_files: Annotated[int, Field(ge=1, description="a layer with more files is refused")] = 4_000_000
-    min_free: Annotated[Size, Field(ge=0, description="what a pull leaves free of the disk")] = 512 << 20
+    max_layer_size: Annotated[
+        Annotated[Size, within(1)], Field(description="a layer that is larger when unpacked is refused")
+    ] = 32 << 30
+    max_layer_files: Annotated[Count, Field(description="a layer with more files is refused")] = 4_000_000
+    min_free: Annotated[Annotated[Size, within(0)], Field(description="how much of the disk a pull leaves free")] = (
+        512 << 20
+    )
     high_watermark: Annotated[
-        Percent, Field(description="percent of the disk in use above which unused images go")
+        Percent, Field(description="the percentage of the disk in use above which unused images are deleted")
     ] = 85.0
-    low_watermark: Annotated[Percent, Field(description="they go until so much is in use")] = 80.0
+    low_watermark: Annotated[
+        Percent, Field(description="the percentage of the disk in use at which deleting stops")
+    ] = 80.0
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.low_watermark > self.high_watermark:
             yield "low_watermark", f"{self.low_watermark:g} is above high_watermark (expected at most that)"
-        for key, value in (("connect_timeout", self.connect_timeout), ("stall_timeout", self.stall_timeout)):
-            if value <= 0:
-                yield key, "0 is no time at all (expected a duration as 60s)"
 
 
-class BuildsTable(Table):
-    """What building images may take of the host."""
+class BuildSettings(Table):
+    """How much of the host building images may use."""
 
     memory: Annotated[
-        Size | None,
-        Field(ge=32 << 20, description="of one build, which gets no swap; at least 32MiB; absent: 3/4 of the host's"),
+        Annotated[Size, within(32 << 20)] | None,
+        Field(description="the memory of one build, which gets no swap; at least 32MiB; absent: 3/4 of the host's"),
     ] = None
-    pids: Annotated[int, Field(ge=16, description="processes and threads of one build")] = 4096
+    pids: Annotated[Annotated[int, within(16)], Field(description="the most processes and threads of one build")] = (
+        4096
+    )
     concurrency: Annotated[
-        int | None, Field(ge=1, le=12, description="builds at a time; absent: one for each processor, at most 8")
+        Annotated[int, within(1, 12)] | None,
+        Field(description="how many builds run at a time; absent: one for each processor, at most 8"),
     ] = None
-    cache: Annotated[Size, Field(ge=0, description="layers that are kept for later builds")] = 10 << 30
+    cache: Annotated[
+        Annotated[Size, within(0)], Field(description="the size of the layers that are kept for later builds")
+    ] = 10 << 30
 
 
 class AgentTable(Table):
-    """agent.toml as it is written."""
+    """The keys of agent.toml."""
 
     name: Annotated[
         str,
         Checked(_name, {}),
-        Field(description="in the name of all it makes: a-z and 0-9, at most 8; one root a name"),
+        Field(description="part of the name of everything it makes: a-z and 0-9, at most 8; each root has its own"),
     ] = "holdfast"
     state: Annotated[
-        StateTable,
-        Short(
-            lambda value: {"directory": value} if isinstance(value, str) else value,
-            ({"type": "string", "description": "a directory"},),
-        ),
+        StateSource,
+        or_text(lambda path: {"directory": path}, "a directory"),
         Field(description="where the state is; default: the directory /etc/holdfast/state"),
-    ] = StateTable(directory="/etc/holdfast/state")
-    root: Annotated[
-        Directory | None,
-        Field(description="survives a reboot: images, volumes, writable layers, memory; default: /var/lib/NAME"),
-    ] = None
-    run_root: Annotated[
-        Directory | None,
-        Field(description="does not survive one: the socket, bundles, exit files; default: /run/NAME"),
-    ] = None
+    ] = StateSource()
+    root: Directory = Field(
+        default_factory=lambda read: Path(f"/var/lib/{read['name']}"),
+        description="what survives a reboot: images, volumes, writable layers, the store; default: /var/lib/NAME",
+    )
+    run_root: Directory = Field(
+        default_factory=lambda read: Path(f"/run/{read['name']}"),
+        description="what does not survive a reboot: the socket, bundles, exit files; default: /run/NAME",
+    )
     runtime: Annotated[
         str,
         Checked(_runtime, {}),
-        Field(description="crun, runc or an absolute path; auto: the first that works on this host"),
+        Field(description="`crun`, `runc` or an absolute path; `auto`: the first that works on this host"),
     ] = "auto"
-    socket: Annotated[
-        Directory | None, Field(description="where commands reach the agent; default: RUN_ROOT/agent.sock")
-    ] = None
+    socket: Directory = Field(
+        default_factory=lambda read: read["run_root"] / "agent.sock",
+        description="where commands reach the agent; default: RUN_ROOT/agent.sock",
+    )
     group: Annotated[
-        str | None,
-        Field(
-            min_length=1, description="members may use the socket, which is as much as being root; absent: root alone"
-        ),
+        NonEmpty | None,
+        Field(description="members may use the socket, which makes them as powerful as root; absent: only root"),
     ] = None
     on_invalid: Annotated[
         Literal["keep-app", "reject-revision"],
-        Field(description="what a state file that does not load keeps from changing: its app, or all apps"),
+        Field(description="what stays as it is when a state file does not load: its app, or all apps"),
     ] = "keep-app"
     full_pass_interval: Annotated[
-        Duration, Field(description="how long what events have missed may stay unnoticed")
+        Interval, Field(description="how long a change that no event told of can stay unnoticed")
     ] = 60.0
     debounce: Annotated[
-        Duration, Field(description="how long files of a state directory must be quiet before they are read")
+        Duration, Field(description="how long the files of a state directory must be quiet before they are read")
     ] = 0.02
     shutdown_timeout: Annotated[
-        Duration, Field(description="how long all containers together get to end when the host goes down")
+        Duration, Field(description="how long all containers together have to stop when the host goes down")
     ] = 60.0
-    node: Annotated[NodeTable, Field(description="what state files may ask about this host")] = NodeTable()
+    node: Annotated[NodeTable, Field(description="what state files may ask about this host")] = Field(
+        default_factory=NodeTable
+    )
     vars: Annotated[
-        dict[str, Text], Field(description="${vars.NAME} in state files; wins over vars.toml of the repository")
+        dict[str, Text],
+        Field(description="`${vars.NAME}` in state files; wins over vars.toml of the repository"),
     ] = {}
     env: Annotated[EnvTable, Field(description="what state files may read of the environment")] = EnvTable()
-    network: Annotated[NetworkSettings, Field(description="addresses")] = NetworkSettings()
-    limits: Annotated[LimitsTable, Field(description="what the agent does at a time")] = LimitsTable()
+    network: Annotated[NetworkSettings, Field(description="addresses of networks")] = NetworkSettings()
+    limits: Annotated[LimitsTable, Field(description="how much the agent does at a time")] = LimitsTable()
     cgroup: Annotated[CgroupTable, Field(description="how the limits of containers are set")] = CgroupTable()
+    storage: Annotated[StorageTable, Field(description="where root file systems come from")] = StorageTable()
     policy: Annotated[PolicyTable, Field(description="what state files may not do")] = PolicyTable()
-    defaults: Annotated[DefaultsTable, Field(description="what containers get besides")] = DefaultsTable()
-    images: Annotated[ImagesTable, Field(description="images of registries, and the disk")] = ImagesTable()
-    builds: Annotated[BuildsTable, Field(description="what builds may take")] = BuildsTable()
-
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        if self.full_pass_interval <= 0:
-            yield "full_pass_interval", "0 is no interval (expected a duration as 60s)"
+    defaults: Annotated[DefaultsTable, Field(description="what containers get unless they say otherwise")] = (
+        DefaultsTable()
+    )
+    images: Annotated[ImageSettings, Field(description="images of registries, and the disk")] = ImageSettings()
+    builds: Annotated[BuildSettings, Field(description="how much builds may use")] = BuildSettings()
+    plugins: Annotated[
+        dict[str, dict[str, Any]], Field(description="settings of plugins, each in a table of the plugin's name")
+    ] = {}
 
 
 @dataclass(frozen=True, slots=True)
-class StateSource:
-    """Where the state comes from: git is empty for a plain directory. interval: seconds between polls."""
+class Written:
+    """agent.toml as it stands on the disk. Equal to any other: Config compares by its settings alone."""
 
-    directory: Path = Path("/etc/holdfast/state")
-    git: str = ""
-    branch: str = "main"
-    path: str = ""
-    interval: float = 30.0
+    file: Path = field(compare=False)
+    document: Document = field(compare=False)
+
+    def where(self, path: KeyPath) -> str:
+        """The file, line and key of what stands at a key path."""
+        return f"{self.file}:{self.document.line(path)}: {one_line(dotted(self.document.written(path)))}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageSettings:
-    """How images are fetched and kept. Sizes are bytes, times seconds, watermarks percent of the file system.
+class Config(AgentTable):
+    """The agent's settings as they are in force. Sizes are bytes, durations seconds.
 
-    authfile, registries_conf, policy: instead of the places where skopeo looks by itself, None: those
-    (containers-auth.json(5), containers-registries.conf(5), containers-policy.json(5)). offline: no registry is
-    asked. concurrent_downloads: layers at once from one registry. connect_timeout: how long `apply` and `sync --wait`
-    wait for a registry that does not answer. stall_timeout: a transfer that brings nothing for so long is given up.
-    min_free: what a pull leaves free. Above high_watermark, unused images go until
-    low_watermark is reached.
+    environment: the variables of the agent's environment that state files may read.
     """
 
-    authfile: Path | None = None
-    registries_conf: Path | None = None
-    policy: Path | None = None
-    offline: bool = False
-    concurrent_downloads: int = 3
-    connect_timeout: float = 60.0
-    stall_timeout: float = 60.0
-    max_layer_size: int = 32 << 30
-    max_layer_files: int = 4_000_000
-    min_free: int = 512 << 20
-    high_watermark: float = 85.0
-    low_watermark: float = 80.0
+    environment: dict[str, str] = {}
+    _written: Written = PrivateAttr(default_factory=lambda: Written(DEFAULT_PATH, Document(b"")))
 
+    def where(self, path: KeyPath) -> str:
+        """The file, line and key of a setting, as errors name it: `/etc/holdfast/agent.toml:12: plugins.x.y`."""
+        return self._written.where(path)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildSettings:
-    """What builds may take. memory (bytes; None: three quarters of the host's) and pids: of one build, all its
-    processes together. concurrency: builds at a time, None: one for each processor, at most 8. cache: bytes of the
-    layers that are kept for later builds."""
-
-    memory: int | None = None
-    pids: int = 4096
-    concurrency: int | None = None
-    cache: int = 10 << 30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
-    """The agent's settings, resolved. Durations are seconds.
-
-    name: what every host object of this agent bears. root survives a reboot, run_root does not; both default to
-    places of that name. group: who besides root may use the socket, None: nobody.
-    shutdown_timeout: what all containers together get when the host goes down.
-    start_concurrency: how many containers start at once. cgroup_policy: for containers that name none.
-    allowed_subnets: where the subnets of state files may lie, besides pool.
-    env: the variables of the agent's environment that state files may read. default_cap_add: capabilities that
-    containers get besides, unless they drop them. default_network: what containers join that name no network, in apps
-    that do not say.
-    """
-
-    name: str = "holdfast"
-    state: StateSource = StateSource()
-    root: Path = Path("/var/lib/holdfast")
-    run_root: Path = Path("/run/holdfast")
-    runtime: str = "auto"
-    socket: Path = Path("/run/holdfast/agent.sock")
-    group: str | None = None
-    on_invalid: Literal["keep-app", "reject-revision"] = "keep-app"
-    full_pass_interval: float = 60.0
-    debounce: float = 0.02
-    shutdown_timeout: float = 60.0
-    node_name: str = ""
-    node_labels: Mapping[str, str] = field(default_factory=dict)
-    vars: Mapping[str, str] = field(default_factory=dict)
-    env: Mapping[str, str] = field(default_factory=dict)
-    pool: str = "10.209.0.0/16"
-    allowed_subnets: tuple[str, ...] = PRIVATE
-    firewall: str = "nftables"
-    start_concurrency: int = 8
-    cgroup_policy: tuple[str, ...] = ("limits",)
-    forbid: frozenset[str] = frozenset()
-    bind_roots: tuple[str, ...] | None = None
-    default_cap_add: tuple[str, ...] = ()
-    default_network: AppNetwork = "default"
-    images: ImageSettings = ImageSettings()
-    builds: BuildSettings = BuildSettings()
+    def reloaded(self, new: Config) -> tuple[Config, list[str]]:
+        """What the agent goes on with when agent.toml has changed, and which keys of new need a restart."""
+        waiting = [key for key in FIXED if attrgetter(key)(self) != attrgetter(key)(new)]
+        for table, _, key in (path.rpartition(".") for path in waiting):
+            if table:
+                inner = getattr(new, table).model_copy(update={key: getattr(getattr(self, table), key)})
+                new = new.model_copy(update={table: inner})
+            else:
+                new = new.model_copy(update={key: getattr(self, key)})
+        return new, waiting
 
     def facts(self) -> NodeFacts:
         """What state files may ask about this node."""
         return NodeFacts(
-            name=self.node_name,
-            labels=self.node_labels,
+            name=self.node.name,
+            labels=self.node.labels,
             vars=self.vars,
-            env=self.env,
-            forbid=self.forbid,
-            bind_roots=self.bind_roots,
-            cap_add=self.default_cap_add,
-            subnets=tuple(dict.fromkeys((*self.allowed_subnets, self.pool))),
-            network=self.default_network,
+            env=self.environment,
+            forbid=frozenset(self.policy.forbid),
+            bind_roots=self.policy.bind_roots,
+            cap_add=self.defaults.cap_add,
+            subnets=tuple(dict.fromkeys((*self.network.allowed_subnets, self.network.pool))),
+            network=self.defaults.network,
         )
 
 
@@ -412,74 +412,27 @@ def load_config(path: Path | None = None, env: Mapping[str, str] | None = None) 
     env = os.environ if env is None else env
     named = path or (Path(env[VARIABLE]) if env.get(VARIABLE) else DEFAULT_PATH)
     try:
-        raw = named.read_bytes()
-    except FileNotFoundError:
-        if named == DEFAULT_PATH:
-            return _config(AgentTable(), env)
-        raise WrongConfig(f"read '{named}': no such file (expected the agent's settings)") from None
-    except OSError as error:
-        raise WrongConfig(f"read '{named}': {(error.strerror or str(error)).lower()}") from error
-    try:
-        document = Document(raw)
+        document = Document(_content(named))
     except Unreadable as error:
         column = f":{error.column}" if error.column else ""
         raise WrongConfig(f"{named}:{error.line}{column}: {error}") from error
+    written = Written(named, document)
     table, faults = read_table(AgentTable, document.data)
     if faults or table is None:
-        raise WrongConfig("\n".join(_line(named, document, fault) for fault in _in_order(document, faults)))
-    return _config(table, env)
+        faults.sort(key=lambda fault: document.line(fault.path))
+        raise WrongConfig("\n".join(f"{written.where(fault.path)}: {one_line(fault.message)}" for fault in faults))
+    environment = {name: env[name] for name in table.env.allow if name in env}
+    config = table.passed_to(Config, environment=environment)
+    config._written = written
+    return config
 
 
-def _in_order(document: Document, faults: list[Fault]) -> list[Fault]:
-    return sorted(faults, key=lambda fault: document.line(fault.path))
-
-
-def _line(path: Path, document: Document, fault: Fault) -> str:
-    key = dotted(document.written(fault.path))
-    return f"{path}:{document.line(fault.path)}: {one_line(key)}: {one_line(fault.message)}"
-
-
-def _config(table: AgentTable, env: Mapping[str, str]) -> Config:
-    run_root = Path(table.run_root or f"/run/{table.name}")
-    roots = table.policy.bind_roots
-    return Config(
-        name=table.name,
-        state=_source(table.state),
-        root=Path(table.root or f"/var/lib/{table.name}"),
-        run_root=run_root,
-        runtime=table.runtime,
-        socket=Path(table.socket or run_root / "agent.sock"),
-        group=table.group,
-        on_invalid=table.on_invalid,
-        full_pass_interval=table.full_pass_interval,
-        debounce=table.debounce,
-        shutdown_timeout=table.shutdown_timeout,
-        node_name=table.node.name or gethostname(),
-        node_labels=table.node.labels,
-        vars=table.vars,
-        env={name: env[name] for name in table.env.allow if name in env},
-        pool=table.network.pool,
-        allowed_subnets=tuple(table.network.allowed_subnets),
-        firewall=table.network.firewall,
-        start_concurrency=table.limits.start_concurrency,
-        cgroup_policy=tuple(table.cgroup.policy),
-        forbid=frozenset(table.policy.forbid),
-        bind_roots=None if roots is None else tuple(roots),
-        default_cap_add=tuple(table.defaults.cap_add),
-        default_network=table.defaults.network,
-        images=_images(table.images),
-        builds=BuildSettings(**table.builds.model_dump()),
-    )
-
-
-def _images(table: ImagesTable) -> ImageSettings:
-    values = table.model_dump()
-    for name in ("authfile", "registries_conf", "policy"):
-        values[name] = Path(values[name]) if values[name] else None
-    return ImageSettings(**values)
-
-
-def _source(table: StateTable) -> StateSource:
-    if table.git is None:
-        return StateSource(directory=Path(table.directory or "/"))
-    return StateSource(git=table.git, branch=table.branch, path=table.path, interval=table.interval)
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        if path == DEFAULT_PATH:
+            return b""
+        raise WrongConfig(f"read '{path}': no such file (expected the agent's settings)") from None
+    except OSError as error:
+        raise WrongConfig(f"read '{path}': {(error.strerror or str(error)).lower()}") from error

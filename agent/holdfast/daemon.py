@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,8 +72,6 @@ ANSWERS = 64  # that are given at a time
 NO_ROOM = 1.0  # seconds between looks at a disk that was full
 NO_SOURCE = 5.0  # seconds between looks at a source that can't be read
 STORE = "state.db"
-FIXED = ("name", "root", "run_root", "runtime", "socket", "group", "pool", "firewall", "start_concurrency")
-
 log = structlog.get_logger("holdfast")
 
 
@@ -184,7 +181,7 @@ def open_node(config: Config, *, makes: bool = False) -> Iterator[Offline]:
         used, why = config, refused(config)
         if not makes and _unused(config.root):
             empty = stack.enter_context(TemporaryDirectory(prefix="holdfast-"))
-            used = replace(config, root=Path(empty))
+            used = config.model_copy(update={"root": Path(empty)})
         node = stack.enter_context(_node_of(used))
         node.context.records_exits = False
         yield Offline(used, node, why)
@@ -304,7 +301,9 @@ def _acting_node(config: Config) -> Iterator[Node]:
 
 def _host_of(config: Config) -> Host:
     place = place_of(config.name)
-    return Host(config.name, config.root, config.run_root, config.pool, read_id(config.root), cgroup_root=place)
+    return Host(
+        config.name, config.root, config.run_root, config.network.pool, read_id(config.root), cgroup_root=place
+    )
 
 
 @contextmanager
@@ -327,15 +326,15 @@ def _node_of(config: Config) -> Iterator[Node]:
             transfers=transfers,
             content=ContentStore(config.root / "content"),
             runtime=Runtime(host, runtime, conmon.path),
-            firewall=config.firewall,
-            policies=config.cgroup_policy,
-            bind_roots=config.bind_roots,
+            firewall=config.network.firewall,
+            policies=config.cgroup.policy,
+            bind_roots=config.policy.bind_roots,
         )
         context.builder.outside = BuildServices(context)
     except PermissionError as error:
         raise NotPermitted(f"open '{config.root}': {error.strerror} (needs root)") from error
     expect(context)
-    node = Node(context, starts=config.start_concurrency)
+    node = Node(context, starts=config.limits.start_concurrency)
     try:
         yield node
     finally:
@@ -487,15 +486,14 @@ class Daemon(Answers, Agent):
         _notify("READY=1")
 
     async def _take_over(self, config: Config) -> None:
-        fixed = [name for name in FIXED if getattr(config, name) != getattr(self._config, name)]
-        config = replace(config, **{name: getattr(self._config, name) for name in FIXED})
+        config, fixed = self._config.reloaded(config)
         source = self._reconciler.source
         if (config.state, config.debounce) != (self._config.state, self._config.debounce):
             source = _source_of(config, self._node)
             await asyncio.to_thread(self._watch.close)
             self._watch = await asyncio.to_thread(self._watch_source, source)
         self._config, self._deep = config, True
-        self.context.policies, self.context.bind_roots = config.cgroup_policy, config.bind_roots
+        self.context.policies, self.context.bind_roots = config.cgroup.policy, config.policy.bind_roots
         self.context.images.settings = self.context.puller.settings = self.context.builder.settings = config.images
         self.context.builder.builds = config.builds
         await asyncio.to_thread(self._reconciler.reload, source, config)

@@ -22,6 +22,7 @@ from importlib.metadata import entry_points as installed_entry_points
 from typing import Any, Literal, TypeVar, cast
 
 import pluggy
+from pydantic import BaseModel
 
 from holdfast import hookspecs
 from holdfast.drivers import Host, VolumeWant
@@ -117,9 +118,9 @@ class Plugins:
         """Driver, as `volume managed` → the distribution that offers it."""
         return {driver: state.distribution for state in self._states.values() for driver in state.drivers}
 
-    def names(self) -> dict[str, frozenset[str]]:
-        """The drivers that state files may name, by kind."""
-        return {kind.name: frozenset(self._drivers[kind]) for kind in KINDS if kind.chosen}
+    def names(self) -> dict[str, dict[str, type[BaseModel] | None]]:
+        """The drivers that state files may name, by kind, each with the table of its options."""
+        return {kind.name: dict.fromkeys(self._drivers[kind]) for kind in KINDS if kind.chosen}
 
     def adjusting(self) -> dict[str, str]:
         """The plugins without whose adjust_oci_config no container may run → their distribution."""

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
+from pydantic import BaseModel
+
 from holdfast.config import Config
 from holdfast.errors import HoldfastError
 from holdfast.node import Node, installed
@@ -67,7 +69,7 @@ class Reconciler:
         node: Node,
         source: Source,
         config: Config,
-        drivers: Mapping[str, frozenset[str]] | None = None,
+        drivers: Mapping[str, Mapping[str, type[BaseModel] | None]] | None = None,
         in_force: Callable[[], Mapping[str, App]] = dict,
     ) -> None:
         """drivers: what state files may name, by kind (`NodeFacts`). in_force: says what the node has (`load`)."""
@@ -147,7 +149,7 @@ class Reconciler:
         plugins = installed.states(self.node.context, observed.missing)
         failed = tuple(asdict(each) for each in plugins if each.state != "ok")
         return Pass(
-            spec, observed, history, plan, state, self.config.node_name, failed, self.node.context.store.lacks
+            spec, observed, history, plan, state, self.config.node.name, failed, self.node.context.store.lacks
         )
 
     def _accept(self, revision: Revision) -> None:

@@ -1,32 +1,24 @@
-"""What every table of TOML that we read has in common: strict types, short forms, units, and errors in plain words.
+"""TOML data → a `Table`, and everything that is wrong with it in plain words, each with its key path.
 
-A `Table` is a pydantic model of what a person may write. `read_table` runs one over data and says everything that is
-wrong with it, each with its key path. Called by `spec` and `config`, which own the tables.
+Called by `spec` and `config` for what people write, and by drivers for their options.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic_core import CoreSchema, core_schema
+from pydantic import BaseModel, ValidationError
 
-from holdfast.grammar import quantities
-from holdfast.toml import KeyPath, suggestion
+from holdfast.keys import WRITTEN, Contradiction, Table
+from holdfast.toml import KeyPath, dotted, named, shown, suggestion
 
-JsonSchema = dict[str, Any]
-T = TypeVar("T", bound="Table")
+T = TypeVar("T", bound=BaseModel)
+
+MOST_FAULTS = 200  # in one document; nobody reads more
+_ROUNDS = 5  # types, contradictions within tables, and those that cutting them out brings to light
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,71 +29,8 @@ class Fault:
     message: str
 
 
-class Contradiction(ValueError):
-    """Fields of one table that don't go together: what `Table.conflicts` found, key by key."""
-
-    def __init__(self, found: list[tuple[str, str]]) -> None:
-        super().__init__(found)
-        self.found = found
-
-
-class Table(BaseModel):
-    """A table as it is written: strict types, unknown keys refused.
-
-    not_yet: keys that later work brings, which are refused as such. hints: words of neighbouring languages → what
-    to write here.
-    """
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=False)
-
-    not_yet: ClassVar[tuple[str, ...]] = ()
-    hints: ClassVar[Mapping[str, str]] = {}
-
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Which fields contradict each other: (key, message) pairs; ("", message) speaks of the whole table."""
-        yield from ()
-
-    @model_validator(mode="after")
-    def _agree(self) -> Table:
-        found = list(self.conflicts())
-        if found:
-            raise Contradiction(found)
-        return self
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Short:
-    """Marks a field that also takes a shorter form: `read` turns that into the long one and leaves others alone.
-
-    read raises ValueError with a message for people. schema: the JSON Schemas of the short forms.
-    """
-
-    read: Callable[[Any], Any]
-    schema: tuple[JsonSchema, ...]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_before_validator_function(self.read, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchema:
-        return {"anyOf": [*self.schema, handler(schema)]}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Checked:
-    """Marks a field whose value `check` reads once its type is right; it returns the canonical value or raises."""
-
-    check: Callable[[Any], Any]
-    schema: JsonSchema
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self.check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchema:
-        return {**handler(schema), **self.schema}
-
-
 def read_table(kind: type[T], data: Mapping[str, Any], known: Iterable[Fault] = ()) -> tuple[T | None, list[Fault]]:
-    """The data as a table, and everything that is wrong with it, the known faults first.
+    """Read data as a table; return it with everything that is wrong, the known faults first.
 
     With faults, the table is of what is left when the faulty parts are cut out, so that what stands beside them can
     still be checked; None if nothing usable is left.
@@ -111,24 +40,34 @@ def read_table(kind: type[T], data: Mapping[str, Any], known: Iterable[Fault] = 
     rest.cut(faults)
     for _ in range(_ROUNDS):
         try:
-            return kind.model_validate(rest.data), faults
+            return kind.model_validate(rest.data, strict=True, by_name=False, context=WRITTEN), faults
         except ValidationError as error:
-            details = error.errors(include_url=False)
+            details = _details(error)
         if len(details) > MOST_FAULTS:  # cutting out so many would take longer than anybody waits
-            few = [fault for detail in details[: MOST_FAULTS - 1] for fault in _faults(kind, dict(detail))]
-            return None, [
-                *faults,
-                *few,
-                Fault((), f"{len(details) - MOST_FAULTS + 1} more problems (mend these first)"),
-            ]
-        found = [fault for detail in details for fault in _faults(kind, dict(detail))]
+            few = [fault for detail in details[: MOST_FAULTS - 1] for fault in _faults(kind, detail)]
+            left = f"{len(details) - MOST_FAULTS + 1} more problems (mend these first)"
+            return None, [*faults, *few, Fault((), left)]
+        found = [fault for detail in details for fault in _faults(kind, detail)]
         faults.extend(fault for fault in found if not rest.tore(fault.path))
         rest.cut(found)
     return None, faults
 
 
-MOST_FAULTS = 200  # in one document; nobody reads more
-_ROUNDS = 5  # types, contradictions within tables, and those that cutting them out brings to light
+class WrongOptions(ValueError):
+    """Options that a driver does not take."""
+
+    def __init__(self, faults: list[Fault]) -> None:
+        super().__init__("; ".join(f"{dotted(('driver_opts', *fault.path))}: {fault.message}" for fault in faults))
+        self.faults = faults
+
+
+def read_options(kind: type[T], driver_opts: Mapping[str, Any]) -> T:
+    """Read the options of a driver, whose numbers and booleans may be text. Raises WrongOptions."""
+    try:
+        return kind.model_validate(dict(driver_opts), extra="forbid", by_name=False, context=WRITTEN)
+    except ValidationError as error:
+        faults = [fault for detail in _details(error) for fault in _faults(kind, detail)]
+    raise WrongOptions(faults)
 
 
 class Remainder:
@@ -143,6 +82,7 @@ class Remainder:
         return path in self.torn or path[:-1] in self.torn
 
     def cut(self, faults: Iterable[Fault]) -> None:
+        """Leave out what the faults are about."""
         gone: set[KeyPath] = set()  # with one of several faults of a key, or of a table, the others are cut out too
         for fault in faults:
             steps = [*takewhile(lambda step: isinstance(step, str), fault.path)]
@@ -169,7 +109,13 @@ class Remainder:
         return {key: value for key, value in table.items() if key not in steps[:1]}
 
 
-def _faults(table: type[Table], detail: dict[str, Any]) -> Iterator[Fault]:
+def _details(error: ValidationError) -> list[dict[str, Any]]:
+    """pydantic's findings, without those that only follow from others."""
+    found = [dict(detail) for detail in error.errors(include_url=False)]
+    return [detail for detail in found if detail["type"] != "default_factory_not_called"]
+
+
+def _faults(table: type[BaseModel], detail: Mapping[str, Any]) -> Iterator[Fault]:
     path: KeyPath = tuple(step for step in detail["loc"] if step != "[key]")
     match detail["type"], detail.get("ctx", {}).get("error"):
         case "value_error", Contradiction() as several:
@@ -189,7 +135,7 @@ def _unknown_key(table: type[Table] | None, key: str) -> str:
         return "not supported yet (leave it out)"
     if key in table.hints:
         return f"unknown key '{key}' (write {table.hints[key]})"
-    known = [field.alias or name for name, field in table.model_fields.items()]
+    known = [key for key, _ in table.names()]
     few = (
         f" (expected one of {', '.join(known)})" if len(known) <= 12 else " ('holdfast schema' lists the known ones)"
     )
@@ -201,8 +147,7 @@ def _table_at(kind: Any, path: KeyPath) -> type[Table] | None:
     for step in path:
         table = _table_in(kind)
         if table is not None:
-            fields = {field.alias or name: field.annotation for name, field in table.model_fields.items()}
-            kind = fields.get(str(step))
+            kind = next((table.model_fields[name].annotation for key, name in table.names() if key == step), None)
         else:
             kind = _item_of(kind)
     return _table_in(kind)
@@ -212,110 +157,36 @@ def _table_in(kind: Any) -> type[Table] | None:
     """The table that a type is, seen through Annotated and Optional."""
     if isinstance(kind, type) and get_origin(kind) is None:
         return kind if issubclass(kind, Table) else None
-    if get_origin(kind) in (list, dict, Literal):
+    if get_origin(kind) in (tuple, dict, Literal):
         return None
     return next((found for part in get_args(kind) if (found := _table_in(part))), None)
 
 
 def _item_of(kind: Any) -> Any:
-    """What a list or dict type, seen through Annotated and Optional, holds."""
-    if get_origin(kind) in (list, dict):
-        return get_args(kind)[-1]
+    """What a tuple or dict type, seen through Annotated and Optional, holds."""
+    if get_origin(kind) in (tuple, dict):
+        return next(part for part in reversed(get_args(kind)) if part is not Ellipsis)
     return next((item for part in get_args(kind) if (item := _item_of(part)) is not None), None)
 
 
 _EXPECTED = {
     "string_type": "a string",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "dict_type": "a table",
-    "model_type": "a table",
+    **dict.fromkeys(("int_type", "int_from_float", "int_parsing"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    **dict.fromkeys(("dict_type", "model_type"), "a table"),
 }
 
 
 def _plain(kind: str, detail: Mapping[str, Any]) -> str:
     """pydantic's finding in our words."""
-    context = detail.get("ctx", {})
     match kind:
         case "missing":
             return "is missing"
         case "literal_error":
-            return f"{shown(detail['input'])} is not known (expected {context['expected']})"
-        case "greater_than_equal":
-            return f"{_number(detail['input'])} is too small (expected at least {_number(context['ge'])})"
-        case "greater_than":
-            return f"{_number(detail['input'])} is too small (expected more than {_number(context['gt'])})"
-        case "less_than_equal":
-            return f"{_number(detail['input'])} is too large (expected at most {_number(context['le'])})"
+            return f"{shown(detail['input'])} is not known (expected {detail['ctx']['expected']})"
         case _ if kind in _EXPECTED:
             return f"expected {_EXPECTED[kind]}, not {named(detail['input'])}"
         case _:
             return f"{shown(detail['input'])}: {detail['msg'][:1].lower()}{detail['msg'][1:]}"
-
-
-def _number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:g}"
-
-
-def named(value: Any) -> str:
-    """What TOML calls the kind of a value: `a string`, `a table`."""
-    match value:
-        case bool():
-            return "a boolean"
-        case str():
-            return f"the string {value!r}" if len(value) < 60 else "a string"
-        case int() | float():
-            return f"the number {value}"
-        case list() | tuple():
-            return "a list"
-        case dict() | BaseModel():
-            return "a table"
-        case _:
-            return "a date or time"
-
-
-def shown(value: Any) -> str:
-    """A value as an error quotes it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return f"'{value}'" if isinstance(value, str) else str(value) if isinstance(value, int | float) else named(value)
-
-
-def size(value: Any) -> Any:
-    """A size as `quantities` reads it; a number is bytes."""
-    return quantities.size(value) if isinstance(value, str) else value
-
-
-def duration(value: Any) -> Any:
-    """A duration as `quantities` reads it; a number is refused, since its unit would be a guess."""
-    if isinstance(value, str):
-        return quantities.duration(value)
-    raise ValueError(f"{shown(value)} {quantities.NO_DURATION}")
-
-
-def text_of(value: Any) -> Any:
-    """A scalar as text: whole numbers, booleans as true and false; anything else is left to be refused.
-
-    Raises ValueError for other numbers: 1.50 would arrive as 1.5, and 1e3 as 1000.0.
-    """
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        wrong = f"the number {value} would lose how it is written"
-        raise ValueError(f'{wrong} (expected quotes around it, as "1.50")')  # noqa: TRY004 - pydantic's terms
-    return str(value) if isinstance(value, int) else value
-
-
-Size = Annotated[
-    int,
-    Short(size, ({"title": "size", "type": "string", "examples": ["64MiB", "64MB", "64m"]},)),
-]
-Duration = Annotated[
-    float,
-    Short(duration, ()),
-    WithJsonSchema({"title": "duration", "type": "string", "examples": ["100ms", "10s", "1m30s"]}),
-]
-Text = Annotated[str, Short(text_of, ({"title": "text", "type": ["integer", "boolean"]},))]

@@ -11,6 +11,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Iterator
+from datetime import date, time
 from functools import cached_property
 from itertools import islice
 from types import NoneType
@@ -165,6 +166,30 @@ def dotted(path: KeyPath) -> str:
             name = name if len(name) <= LONGEST_KEY else f"{name[:LONGEST_KEY]}…"
             text += f".{name}" if text else name
     return text
+
+
+def named(value: Any) -> str:
+    """What TOML calls the kind of a value: `a string`, `a table`."""
+    match value:
+        case bool():
+            return "a boolean"
+        case str():
+            return f"the string {value!r}" if len(value) < 60 else "a string"
+        case int() | float():
+            return f"the number {value}"
+        case list() | tuple():
+            return "a list"
+        case date() | time():
+            return "a date or time"
+        case _:
+            return "a table"
+
+
+def shown(value: Any) -> str:
+    """A value as an error quotes it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"'{value}'" if isinstance(value, str) else str(value) if isinstance(value, int | float) else named(value)
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

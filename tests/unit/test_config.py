@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from socket import gethostname
 
 import pytest
 
 from holdfast import config as settings
-from holdfast.config import Config, StateSource, load_config
+from holdfast.config import (
+    CgroupTable,
+    Config,
+    EnvTable,
+    LimitsTable,
+    NetworkSettings,
+    NodeTable,
+    PolicyTable,
+    StateSource,
+    StorageTable,
+    load_config,
+)
 from holdfast.errors import WrongConfig
 from holdfast.spec import NodeFacts
 
@@ -47,9 +57,16 @@ start_concurrency = 2
 [cgroup]
 policy = ["limits", "qos"]
 
+[storage]
+driver = "copy"
+
 [policy]
 forbid = ["privileged", "host-network"]
 bind_roots = ["/srv/media/", "/opt"]
+
+[plugins.nfs]
+timeout = 5
+servers = ["a"]
 """
 
 
@@ -78,18 +95,33 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
         on_invalid="reject-revision",
         full_pass_interval=300.0,
         debounce=0.05,
-        node_name="edge-7",
-        node_labels={"region": "eu", "rack": "4"},
+        node=NodeTable(name="edge-7", labels={"region": "eu", "rack": "4"}),
         vars={"domain": "example.org", "debug": "true"},
-        env={"TOKEN": "t"},
-        pool="10.77.0.0/16",
-        allowed_subnets=("198.51.100.0/24",),
-        firewall="mine",
-        start_concurrency=2,
-        cgroup_policy=("limits", "qos"),
-        forbid=frozenset({"privileged", "host-network"}),
-        bind_roots=("/srv/media", "/opt"),
+        env=EnvTable(allow=("TOKEN", "ABSENT")),
+        environment={"TOKEN": "t"},
+        network=NetworkSettings(pool="10.77.0.0/16", allowed_subnets=("198.51.100.0/24",), firewall="mine"),
+        limits=LimitsTable(start_concurrency=2),
+        cgroup=CgroupTable(policy=("limits", "qos")),
+        storage=StorageTable(driver="copy"),
+        policy=PolicyTable(forbid=("privileged", "host-network"), bind_roots=("/srv/media", "/opt")),
+        plugins={"nfs": {"timeout": 5, "servers": ["a"]}},
     )
+
+
+def test_a_setting_of_a_plugin_is_found_in_its_file(tmp_path: Path) -> None:
+    path = write(tmp_path, EVERYTHING)
+    where = load_config(path, {}).where(("plugins", "nfs", "servers", 0))
+    line = EVERYTHING.splitlines().index('servers = ["a"]') + 1
+    assert where == f"{path}:{line}: plugins.nfs.servers[0]"
+
+
+def test_what_only_a_restart_changes_stays_when_the_file_is_read_again(tmp_path: Path) -> None:
+    old = load_config(write(tmp_path, 'name = "a"\nnetwork.pool = "10.1.0.0/16"\n'), {})
+    text = 'name = "b"\nnetwork = { pool = "10.2.0.0/16", allowed_subnets = [] }\ndebounce = "1s"\n'
+    config, waiting = old.reloaded(load_config(write(tmp_path, text), {}))
+    assert waiting == ["name", "root", "run_root", "socket", "network.pool"]
+    assert (config.name, config.root, config.network.pool) == ("a", Path("/var/lib/a"), "10.1.0.0/16")
+    assert (config.network.allowed_subnets, config.debounce) == ((), 1.0)
 
 
 def test_capabilities_for_all_containers_are_read_and_checked(tmp_path: Path) -> None:
@@ -101,7 +133,7 @@ def test_capabilities_for_all_containers_are_read_and_checked(tmp_path: Path) ->
 
 
 def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
-    assert load_config(write(tmp_path, ""), {}) == replace(Config(), node_name=gethostname())
+    assert load_config(write(tmp_path, ""), {}) == Config(node=NodeTable(name=gethostname()))
 
 
 def test_places_are_named_after_the_agent(tmp_path: Path) -> None:
@@ -177,7 +209,7 @@ def test_a_directory_is_no_settings_file(tmp_path: Path) -> None:
         ),
         (
             'state = { git = "/x", interval = "0s" }\n',
-            "1: state.interval: 0 is no interval (expected a duration as 30s)",
+            "1: state.interval: 0 is no time at all (expected a duration as 30s)",
         ),
         (
             'runtime = "docker"\n',
@@ -187,7 +219,7 @@ def test_a_directory_is_no_settings_file(tmp_path: Path) -> None:
             'on_invalid = "ignore"\n',
             "1: on_invalid: 'ignore' is not known (expected 'keep-app' or 'reject-revision')",
         ),
-        ('full_pass_interval = "0s"\n', "1: full_pass_interval: 0 is no interval (expected a duration as 60s)"),
+        ('full_pass_interval = "0s"\n', "1: full_pass_interval: 0 is no time at all (expected a duration as 30s)"),
         (
             "debounce = 20\n",
             "1: debounce: 20 is not a duration (expected a number and a unit, ms, s, m, h or d, as in '1m30s')",

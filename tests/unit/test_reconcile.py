@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -73,7 +72,7 @@ def test_settings_that_change_while_a_revision_is_read_apply_to_it(source: _Sour
     reading = threading.Thread(target=reconciler.wanted)
     reading.start()
     assert source.files.asked.wait(10)
-    reloading = threading.Thread(target=reconciler.reload, args=(source, replace(Config(), vars={"tag": "2"})))
+    reloading = threading.Thread(target=reconciler.reload, args=(source, Config(vars={"tag": "2"})))
     reloading.start()
     reloading.join(0.05)
     source.files.answers.set()

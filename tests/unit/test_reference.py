@@ -11,9 +11,10 @@ import pytest
 
 from holdfast.cli.reference import reference
 from holdfast.config import AgentTable
+from holdfast.keys import Table
 from holdfast.spec import json_schema
 from holdfast.spec.authored import StateFile
-from holdfast.tables import Table, read_table
+from holdfast.tables import read_table
 from holdfast.toml import Document
 
 DOCUMENT = Path(__file__).parents[2] / "docs/reference.md"

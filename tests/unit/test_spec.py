@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,10 @@ import pytest
 
 from holdfast.grammar import signals
 from holdfast.grammar.quantities import size_text
+from holdfast.keys import Table, duration, size
 from holdfast.spec import App, Cache, Container, NodeFacts, Spec, json_schema, load
-from holdfast.spec.authored import ContainerTable, StateFile
+from holdfast.spec.authored import ContainerTable
 from holdfast.spec.model import Attachment, Device, Mount, Network, Port, RestartPolicy, Ulimit, digest_of
-from holdfast.spec.resources import ResourcesTable
-from holdfast.spec.restart import RestartTable
-from holdfast.tables import Table, duration, size
 
 EXAMPLES = Path(__file__).parents[2] / "examples/state"
 NODE = NodeFacts("edge-1", labels={"region": "eu"}, vars={"domain": "example.org"}, env={"HOME": "/root"})
@@ -543,15 +542,21 @@ def test_the_schema_refuses_what_the_language_refuses(more: str) -> None:
 
 
 def tables_of(kind: type[Table]) -> set[str]:
-    return {field.alias or name for name, field in kind.model_fields.items()}
+    return {key for key, _ in kind.names()}
+
+
+def every_table(kind: type[Table]) -> Iterator[type[Table]]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from every_table(each)
 
 
 def test_every_key_of_every_table_is_in_the_schema() -> None:
     schemas: dict[str, Any] = {**SCHEMA["$defs"], "StateFile": SCHEMA}
     found = {name: set(schema["properties"]) for name, schema in schemas.items() if "properties" in schema}
-    places = (StateFile.__module__, ResourcesTable.__module__, RestartTable.__module__)
-    tables = [kind for kind in Table.__subclasses__() if kind.__module__ in places]
-    assert found == {kind.__name__: tables_of(kind) for kind in tables}
+    tables = {kind.__name__: kind for kind in every_table(Table)}
+    assert found == {name: tables_of(tables[name]) for name in found}
+    assert {"ContainerTable", "Mount", "Resources", "RestartTable", "ImageTable", "Volume"} <= found.keys()
     assert all(schema["additionalProperties"] is False for schema in schemas.values() if "properties" in schema)
 
 
@@ -737,7 +742,7 @@ def test_a_driver_that_no_plugin_offers_is_refused_where_that_is_known() -> None
     }
     assert not load(files, NodeFacts(name="node")).problems
     drivers = {
-        kind: frozenset(names)
+        kind: dict.fromkeys(names)
         for kind, names in {"volume": ["managed"], "network": ["bridge"], "policy": ["limits"]}.items()
     }
     lines = [str(problem) for problem in load(files, NodeFacts(name="node", drivers=drivers)).problems]

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.spec import NodeFacts, load
-from holdfast.spec.authored import ContainerTable, ImageTable, MountTable, PortTable, StateFile
-from holdfast.spec.resources import ResourcesTable
+from holdfast.spec.authored import ContainerTable, ImageTable, PortTable, StateFile
+from holdfast.spec.model import Mount, Resources
 
 FACTS = NodeFacts("node", vars={"a": "b"}, bind_roots=("/srv",), forbid=frozenset({"privileged"}))
 BASE = b"""
@@ -76,15 +76,14 @@ def toml(value: Any) -> str:
 
 
 def tables(kind: Any, extra: st.SearchStrategy[Any] = VALUES) -> st.SearchStrategy[dict[str, Any]]:
-    keys = [field.alias or name for name, field in kind.model_fields.items()]
-    return st.dictionaries(st.sampled_from(keys), extra, max_size=4)
+    return st.dictionaries(st.sampled_from([key for key, _ in kind.names()]), extra, max_size=4)
 
 
 CONTAINERS = tables(
     ContainerTable,
     VALUES
-    | tables(ResourcesTable)
-    | st.lists(tables(MountTable) | WORDS, max_size=3)
+    | tables(Resources)
+    | st.lists(tables(Mount) | WORDS, max_size=3)
     | st.lists(tables(PortTable) | WORDS, max_size=3),
 )
 FILES = st.fixed_dictionaries(

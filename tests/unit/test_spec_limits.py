@@ -54,7 +54,7 @@ def spec_of(text: str) -> Spec:
         (f'sysctls = {{ "{LONG}" = 1 }}', "is not a setting that a container has of its own"),
         (f'driver_opts = {{ "{LONG}" = 1 }}', "unknown key 'driver_opts'"),
         (f'restart = "{LONG}"', "is not known (expected"),
-        (f'volumes = [{{ type = "{LONG}", target = "/x" }}]', "is not known (expected"),
+        (f'volumes = [{{ type = "{LONG}", target = "/x" }}]', "is not a name (expected"),
     ],
     ids=lambda value: value[:30],
 )

@@ -74,7 +74,7 @@ def create(
     wanted, spec = images_of(state_dir, revision, node_name, labels)
     tree = tree_of(state_dir, revision)
     goal = platform_of(platform)
-    fetching = replace(config.images, authfile=authfile.absolute()) if authfile else config.images
+    fetching = config.images.model_copy(update={"authfile": authfile.absolute()}) if authfile else config.images
     if not output.parent.is_dir():
         raise WrongCall(f"write '{output}': '{output.parent}' is no directory")
     with (
@@ -83,7 +83,8 @@ def create(
     ):
         store = store_here(config.root)
         place = config.root if store else folder / "root"
-        builder = partial(builder_in, stack, replace(config, root=place, images=fetching)) if is_root() else None
+        used = config.model_copy(update={"root": place, "images": fetching})
+        builder = partial(builder_in, stack, used) if is_root() else None
         gatherer = Gatherer(folder, goal, fetching, store, coming, builder)
         stack.callback(gatherer.close)
         images = gatherer.gather(wanted, spec)
@@ -167,11 +168,11 @@ def builder_in(stack: ExitStack, config: Config) -> Builder:
     def begun(image: str, step: str) -> None:
         told("", f"image {image}", step)
 
-    host = Host(config.name, config.root, config.run_root, config.pool)
+    host = Host(config.name, config.root, config.run_root, config.network.pool)
     store = ImageStore(config.root / "images", config.images)
     puller = Puller(store, config.images)
     stack.callback(puller.close)
-    outside = Outside(store, puller, host_network="host-network" not in config.forbid)
+    outside = Outside(store, puller, host_network="host-network" not in config.policy.forbid)
     builder = Builder(store, config.images, host, told, outside, config.builds, begun)
     stack.callback(builder.close)
     return builder

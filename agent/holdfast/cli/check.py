@@ -16,6 +16,8 @@ from holdfast.cli.command import command, settings
 from holdfast.errors import WrongCall, WrongState
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from holdfast.config import Config
     from holdfast.source import Revision
     from holdfast.source.part import Part
@@ -56,12 +58,12 @@ def check(paths: tuple[Path, ...], any_driver: bool) -> None:
         )
 
 
-def installed(config: Config) -> Mapping[str, frozenset[str]]:
+def installed(config: Config) -> Mapping[str, Mapping[str, type[BaseModel] | None]]:
     """The drivers that the plugins of this installation offer, by kind."""
     from holdfast.drivers import Host
     from holdfast.plugins import load_plugins
 
-    return load_plugins(Host(config.name, config.root, config.run_root, config.pool)).names()
+    return load_plugins(Host(config.name, config.root, config.run_root, config.network.pool)).names()
 
 
 def counted(number: int, noun: str) -> str:

@@ -256,7 +256,7 @@ def findings(config: Config) -> Iterator[Check]:
     from holdfast.plugins import load_plugins
 
     if os.geteuid() == 0:
-        host = Host(config.name, config.root, config.run_root, config.pool)
+        host = Host(config.name, config.root, config.run_root, config.network.pool)
         for found in load_plugins(host).findings():
             yield Check(found.subject, "warn", found.text, found.remedy)
 

@@ -15,9 +15,9 @@ from pydantic_core import core_schema
 
 from holdfast.config import AgentTable
 from holdfast.grammar.quantities import size_text
+from holdfast.keys import Table
 from holdfast.spec.authored import StateFile
 from holdfast.spec.schema import AsWritten
-from holdfast.tables import Table
 
 Schema = Mapping[str, Any]
 

@@ -53,6 +53,8 @@ def content_of_mount(context: Context, base: Base, mount: Mount, stored: Path | 
             seed = View(base.layers).resolve(mount.target)
             entries = seed.entries if seed.kind == "directory" else ()
             return Content(what, entries, shared=True, read_only=mount.read_only)
+        case _:  # of a plugin: what is in it is not known before its driver has made it
+            return Content(f"the {mount.kind} mount at '{mount.target}'", known=False, read_only=mount.read_only)
 
 
 def _on_host(what: str, path: Path, mount: Mount, *, fixed: bool = False) -> Content:

@@ -5,13 +5,13 @@ Least disruption is decided here, in one table: a field that it does not name re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from holdfast.grammar.quantities import size_text
+from holdfast.keys import Table, shown_as
 from holdfast.observed import Generation, Instance
 from holdfast.plan.actions import Change, Effect, Live, Record, Replace, Signal
-from holdfast.spec.model import App, Attachment, Container, Frozen, Mount, digest_of
+from holdfast.spec.model import App, Attachment, Container, Mount, digest_of
 
 EFFECTS: Mapping[str, Effect] = {
     "resources": Live(),  # written into the running container's cgroup
@@ -26,8 +26,6 @@ EFFECTS: Mapping[str, Effect] = {
     "depends_on": Record(),
     "logging": Record(),
 }
-SIZES = frozenset({"memory", "memory_swap", "memory_reservation", "shm_size", "max_size", "size"})
-DURATIONS = frozenset({"stop_grace_period", "delay", "max_delay", "reset_after"})
 
 
 def changes(instance: Instance, want: Container, image: str, files: Mapping[str, str]) -> tuple[Change, ...]:
@@ -51,7 +49,7 @@ def volume_changes(instance: Instance, generation: Generation) -> tuple[Change, 
     old, new = instance.image_volumes, generation.volumes_of(instance.container, instance.slot)
     if old is None or new is None or old == new:
         return ()
-    before, after = (readable("volumes", tuple(mount.target for mount in each)) for each in (old, new))
+    before, after = (readable(tuple(mount.target for mount in each)) for each in (old, new))
     return (Change("volumes of the image", before, after, Replace()),)
 
 
@@ -75,31 +73,31 @@ def folder_files(app: App, mount: Mount) -> dict[str, str]:
     return {path.removeprefix(prefix): sha for path, sha in app.files.items() if path.startswith(prefix)}
 
 
-def readable(field: str, value: Any) -> str:
-    """A value as a person reads it."""
+def readable(value: Any, show: Callable[[Any], str] | None = None) -> str:
+    """A value as a person reads it; show: as its key's declaration says."""
     match value:
         case None | () | "":
             return "none"
-        case -1 if field == "pids":
-            return "unlimited"
-        case int() if field in SIZES and not isinstance(value, bool):
-            return "unlimited" if value < 0 else size_text(value)
+        case _ if show is not None:
+            return show(value)
         case bool():
             return "true" if value else "false"
         case float():
-            return f"{value:g}s" if field in DURATIONS else f"{value:g}"
+            return f"{value:g}"
         case tuple():
-            return "[" + ", ".join(readable(field, each) for each in value) + "]"
+            return "[" + ", ".join(map(readable, value)) + "]"
         case Attachment() if value == Attachment():
             return "attached"
-        case Frozen():
-            return str(value) if type(value).__str__ is not Frozen.__str__ else _set_fields(value)
+        case Table():
+            return str(value) if type(value).__str__ is not Table.__str__ else _set_fields(value)
         case _:
             return str(value)
 
 
-def _set_fields(value: Frozen) -> str:
-    return ", ".join(f"{key}={item}" for key, item in value.model_dump(exclude_defaults=True).items()) or "defaults"
+def _set_fields(value: Table) -> str:
+    given = value.model_dump(exclude_defaults=True)
+    found = [f"{key}={readable(getattr(value, key), shown_as(type(value), key))}" for key in given]
+    return ", ".join(found) or "defaults"
 
 
 def _image(instance: Instance, want: Container, image: str) -> Iterator[Change]:
@@ -138,14 +136,16 @@ def _when_changed(mount: Mount) -> Effect:
 def _field(name: str, old: Any, new: Any, effect: Effect) -> Iterator[Change]:
     """One change for a plain field; one per key for a table, so that the reason names just what differs."""
     match old, new:
-        case Frozen(), Frozen():
+        case Table(), Table():
             for key in type(new).model_fields:
                 before, after = getattr(old, key), getattr(new, key)
                 if before != after:
-                    yield Change(f"{name}.{key}", readable(key, before), readable(key, after), effect)
+                    show = shown_as(type(new), key)
+                    yield Change(f"{name}.{key}", readable(before, show), readable(after, show), effect)
         case dict(), dict():
             for key in sorted(old.keys() | new.keys()):
                 if old.get(key) != new.get(key):
-                    yield Change(f"{name}.{key}", readable(key, old.get(key)), readable(key, new.get(key)), effect)
+                    yield Change(f"{name}.{key}", readable(old.get(key)), readable(new.get(key)), effect)
         case _:
-            yield Change(name, readable(name, old), readable(name, new), effect)
+            show = shown_as(Container, name)
+            yield Change(name, readable(old, show), readable(new, show), effect)

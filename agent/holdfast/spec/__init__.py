@@ -1,8 +1,8 @@
 """The state language: files of a revision → Spec. Pure: no clock, no disk, no kernel.
 
-`load` is the way in; `model` holds the nouns that it makes. The rooms, in reading order: `model`, `load`, `authored`
-(the language's tables), `forms` (its short forms), `interpolate`, `resolve`, `policy`, `links`, `builds` (with
-`dockerfile` and `dockerignore`), `schema`.
+`load` is the way in; `model` holds the nouns that it makes. The modules, in reading order: `model` (with `parts` and
+`resources`), `load`, `authored` (the keys that become something else), `values` and `forms` (how values are written),
+`interpolate`, `resolve`, `policy`, `links`, `builds` (with `dockerfile` and `dockerignore`), `schema`.
 """
 
 from holdfast.spec.load import Cache, load

@@ -257,16 +257,14 @@ class Builds:
             "network": "none" if table.network == "none" else "host",  # default has this key, too: images stay
         }
         keys = {name: self._build(base, blobs).key for name, base in meant.items()}
-        return Build(
+        return table.passed_to(
+            Build,
             key=digest_of({**parts, "bases": keys}),
             context=image.context,
             dockerfile=dockerfile,
+            tree=parts["tree"],
+            instructions=parts["instructions"],
             bases=meant,
-            tags=tuple(table.tags),
-            push=table.push,
-            pull=table.pull or "missing",
-            no_cache=table.no_cache,
-            **{**parts, "platforms": tuple(table.platforms), "network": table.network or "default"},
         )
 
 

@@ -14,7 +14,8 @@ from holdfast.grammar import images, signals
 from holdfast.grammar.names import absolute, check_id, reference
 from holdfast.grammar.network import ipv4, ports
 from holdfast.grammar.quantities import number
-from holdfast.tables import shown, size
+from holdfast.keys import size
+from holdfast.toml import shown
 
 Parts = dict[str, Any]
 
@@ -75,6 +76,12 @@ def tag(value: str) -> str:
     if "@" in value or not_of_a_registry(value):
         raise ValueError(f"'{value}' is not a name for an image (expected [REGISTRY/]PATH[:TAG], in lower case)")
     _image(value)
+    return value
+
+
+def ports_text(value: str) -> str:
+    """A port or a range of them."""
+    ports(value, f"'{value}'")
     return value
 
 
@@ -249,14 +256,13 @@ def dependencies(value: Any) -> Any:
     return table
 
 
-def reached(value: str) -> str:
-    """What a container waits for another to have reached."""
+def reached(value: Any) -> Any:
+    """What a container waits for another to have reached, in Compose's words or ours."""
+    meant = {"service_started": "started", "service_completed_successfully": "completed"}
     if value == "healthy":
         raise ValueError("'healthy' is not supported yet (expected 'started' or 'completed')")
-    if value not in ("started", "completed"):
-        meant = {"service_started": "started", "service_completed_successfully": "completed"}.get(value)
-        right = f"write '{meant}'" if meant else "expected 'started' or 'completed'"
-        raise ValueError(f"'{value}' is not known ({right})")
+    if isinstance(value, str) and value in meant:
+        raise ValueError(f"'{value}' is not known (write '{meant[value]}')")
     return value
 
 

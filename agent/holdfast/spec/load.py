@@ -12,14 +12,15 @@ from fnmatch import fnmatchcase
 from itertools import islice
 from types import MappingProxyType
 
+from holdfast.keys import text_of
 from holdfast.spec import links
 from holdfast.spec.authored import StateFile
 from holdfast.spec.builds import Builds, Folder
 from holdfast.spec.interpolate import interpolated
 from holdfast.spec.model import App, Build, NodeFacts, Problem, Spec, When, digest_of_file
 from holdfast.spec.resolve import Draft, app_name, draft_of
-from holdfast.tables import MOST_FAULTS, Fault, read_table, shown, text_of
-from holdfast.toml import Document, Unreadable, dotted
+from holdfast.tables import MOST_FAULTS, Fault, read_table
+from holdfast.toml import Document, Unreadable, dotted, shown
 
 VARS_FILE = "vars.toml"
 

@@ -4,242 +4,226 @@ A value of these types is *resolved*: interpolated, validated across files, with
 (network and volume keys are `app/name`, or one of the built-in `none`, `host`, `bridge`).
 `spec.load` makes them; everything downstream only reads them.
 
-Units: sizes are bytes, durations are seconds, CPU is in cores, rates are per second.
+A key that means the same in a state file and here is declared here, once (`holdfast.keys`). `authored` adds the keys
+that `resolve` turns into something else. Units: sizes are bytes, durations are seconds, CPU is in cores, rates are
+per second.
 """
+
+# ruff: noqa: RUF012 (pydantic copies the defaults of fields)
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, Field
 
-from holdfast.grammar.network import port_text
+from holdfast.grammar import images, kernel, names, network
+from holdfast.keys import Checked, DriverOpts, Duration, Items, NonEmpty, Short, Table, Text, Unique, or_text
+from holdfast.spec import forms
+from holdfast.spec.parts import (
+    BUILTIN_MOUNTS,
+    Attachment,
+    Device,
+    Logging,
+    Mount,
+    Port,
+    RestartPolicy,
+    StorageOpt,
+    Ulimit,
+    UpdateImage,
+)
+from holdfast.spec.resources import DEFAULT_PIDS, Resources
+from holdfast.spec.values import (
+    STRINGS,
+    Absolute,
+    Address,
+    AppNetwork,
+    Capability,
+    Memory,
+    NameOrNumber,
+    Pairs,
+    Pull,
+    Reference,
+    Words,
+)
 from holdfast.toml import one_line
+
+#: What comes from `parts` and `resources` can be had here, too.
+__all__ = [
+    "BUILTIN_MOUNTS",
+    "DEFAULT_PIDS",
+    "Attachment",
+    "Device",
+    "Logging",
+    "Mount",
+    "Port",
+    "Resources",
+    "RestartPolicy",
+    "StorageOpt",
+    "Ulimit",
+    "UpdateImage",
+]
 
 BUILTIN_NETWORKS = ("none", "host", "bridge")
 BUILD_NETWORK = "build"  # which builds join, and no container
 DEFAULT_NETWORK = "default"  # of an app: what its containers join that name no network
 
-AppNetwork = Literal["default", "bridge"]
-
-DEFAULT_PIDS = 2048  # processes and threads of a container that names no limit
-
-OnChange = Literal["restart", "none"] | str  # or a signal's name, as "SIGHUP"
-
-
-class Frozen(BaseModel):
-    """A frozen record that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ignored_types=(cached_property,))
+Reached = Annotated[Literal["started", "completed"], Short(forms.reached, ())]
+Sysctls = Annotated[
+    dict[Annotated[str, Checked(kernel.sysctl, {})], Text],
+    Short(forms.pairs, ({**STRINGS, "description": "NAME=VALUE"},)),
+]
 
 
-class When(Frozen):
-    """Which nodes an app is for: any of the name globs, and all of the labels."""
+class When(Table):
+    """Which nodes the app is for: those whose name fits one of the globs, and that have all of the labels."""
 
-    nodes: tuple[str, ...] = ()
-    labels: dict[str, str] = {}
-
-
-class Port(Frozen):
-    """One published port, or a range of `count` consecutive ones. host_ip "" means every address."""
-
-    host_ip: str = ""
-    host_port: int
-    container_port: int
-    protocol: Literal["tcp", "udp"] = "tcp"
-    count: int = 1
-
-    def __str__(self) -> str:
-        return port_text(self.host_ip, self.host_port, self.container_port, self.protocol, self.count)
-
-    def overlaps(self, other: Port) -> bool:
-        """Say whether both can't be published at once."""
-        places = {self.host_ip, other.host_ip}
-        near = -other.count < other.host_port - self.host_port < self.count
-        return self.protocol == other.protocol and near and ("" in places or len(places) == 1)
+    nodes: Annotated[Items[str], Field(description="globs of node names; one must fit. Absent: every name")] = ()
+    labels: Annotated[dict[str, Text], Field(description="labels that the node must have, all of them")] = {}
 
 
-class Mount(Frozen):
-    """Something mounted into a container.
+class ContainerKeys(Table):
+    """The keys of a container that need no resolving but for the name of its image."""
 
-    kind      source
-    bind      an absolute path of the host
-    volume    a volume's qualified name, `app/name`
-    tmpfs     "" (size and mode apply)
-    file      a path in the revision, file or directory; its digest is in App.files
-
-    nocopy: a new volume does not start with what the image has at the target. require_mount: the source must lie on
-    a file system that is mounted below /; None: on the one that fstab(5) names, if it names one.
-    """
-
-    kind: Literal["bind", "volume", "tmpfs", "file"]
-    source: str = ""
-    target: str
-    read_only: bool = False
-    nocopy: bool = False
-    create_host_path: bool = False
-    require_mount: bool | None = None
-    on_change: OnChange = "restart"
-    size: int | None = None
-    mode: int | None = None
-    uid: int | None = None
-    gid: int | None = None
-
-
-class Attachment(Frozen):
-    """How a container is attached to one network."""
-
-    aliases: tuple[str, ...] = ()
-    ipv4_address: str | None = None
-    mac_address: str | None = None
-
-
-class Device(Frozen):
-    """A device node of the host inside the container; permissions as in cgroup v1's devices.allow."""
-
-    source: str
-    target: str
-    permissions: str = "rwm"
-
-
-class Ulimit(Frozen):
-    """A resource limit (getrlimit(2)); -1 is unlimited."""
-
-    soft: int
-    hard: int
-
-
-class RestartPolicy(Frozen):
-    """When an exited container runs again. The n-th restart in a row waits delay * factor**(n-2); the first none.
-
-    once: restart = "no" was written, so what a shutdown of the host has ended is not begun again either.
-    """
-
-    policy: Literal["no", "on-failure", "always", "unless-stopped"] = "no"
-    max_attempts: int | None = None
-    delay: float = 0.1
-    factor: float = 2.0
-    max_delay: float = 60.0
-    reset_after: float = 10.0
-    jitter: float = 0.1
-    once: bool = False
-
-
-class Resources(Frozen):
-    """What a container may use; every field is changeable while it runs. None: no limit.
-
-    pids: -1 is no limit. None stands for it, too, in what an earlier version wrote down.
-    """
-
-    memory: int | None = None
-    memory_swap: int | None = None
-    memory_reservation: int | None = None
-    cpus: float | None = None
-    cpu_weight: int | None = None
-    cpuset: str | None = None
-    pids: int | None = DEFAULT_PIDS
-    io_weight: int | None = None
-    device_read_bps: dict[str, int] = {}
-    device_write_bps: dict[str, int] = {}
-    device_read_iops: dict[str, int] = {}
-    device_write_iops: dict[str, int] = {}
-    oom_score_adj: int | None = None
-    service_class: Literal["guaranteed", "burstable", "besteffort"] | None = None
-    policy: tuple[str, ...] = ()
-
-    @cached_property
-    def text(self) -> str:
-        """All of it as JSON: equal tables have equal texts."""
-        return self.model_dump_json()
-
-
-class Logging(Frozen):
-    """How much of a container's output is kept: max_files files of max_size bytes."""
-
-    max_size: int = 10 * 1024 * 1024
-    max_files: int = 3
+    image: Annotated[
+        Annotated[str, Checked(forms.image, {"examples": ["nginx:1.27"]})] | None,
+        Field(
+            description="REGISTRY/PATH:TAG@DIGEST, `images.NAME` for one that is built here, or an archive of the "
+            "host as `oci:/path`"
+        ),
+    ] = None
+    pull: Annotated[
+        Pull,
+        Field(
+            description="when the registry is asked: `missing`: if the image is not here; `always`, `newer`: each "
+            "time the app is staged, and `newer` uses what is here if the registry can't be reached; `never`: not at "
+            "all"
+        ),
+    ] = "missing"
+    update_image: Annotated[
+        Annotated[UpdateImage, or_text(lambda policy: {"policy": policy}, "notify or apply")] | None,
+        Field(description="ask the registry for a newer image from time to time; absent: never"),
+    ] = None
+    rootfs: Annotated[Absolute | None, Field(description="a directory of the host instead of an image")] = None
+    command: Annotated[Words | None, Field(description="replaces the image's command")] = None
+    entrypoint: Annotated[Words | None, Field(description="replaces the image's entrypoint")] = None
+    working_dir: Annotated[
+        Absolute | None, Field(description="the directory that it starts in; absent: the image's")
+    ] = None
+    user: Annotated[
+        Annotated[NameOrNumber, Checked(names.user, {"examples": ["1000:1000"]})] | None,
+        Field(description="USER[:GROUP], numbers or names that the image defines; absent: the image's"),
+    ] = None
+    environment: Annotated[Pairs, Field(description="environment variables, added to the image's")] = {}
+    hostname: Annotated[
+        Annotated[str, Checked(names.hostname, {})] | None,
+        Field(description="its host name; default: the container's name"),
+    ] = None
+    labels: Annotated[Pairs, Field(description="labels of your own, shown by inspect")] = {}
+    volumes_from: Annotated[
+        dict[Annotated[str, Checked(names.reference, {})], Literal["rw", "ro"]],
+        Short(forms.volumes_from, ({**STRINGS, "description": "CONTAINER[:ro]"},)),
+        Field(description="containers of this file whose mounts it gets, too"),
+    ] = {}
+    storage_opt: Annotated[StorageOpt, Field(description="limits of its root file system")] = StorageOpt()
+    cap_add: Annotated[
+        Unique[Capability], Field(description="capabilities that it has in addition to the default ones")
+    ] = ()
+    cap_drop: Annotated[Unique[Capability], Field(description="capabilities that it does not have")] = ()
+    privileged: Annotated[bool, Field(description="whether it has every capability and every device of the host")] = (
+        False
+    )
+    no_new_privileges: Annotated[
+        bool, Field(description="whether setuid programs and file capabilities have no effect")
+    ] = True
+    seccomp: Annotated[
+        str, Field(description="`default`, `unconfined`, or the absolute path of a profile on the host")
+    ] = "default"
+    apparmor: Annotated[
+        str, Field(description="`default`, `unconfined`, or the name of a profile that the host has loaded")
+    ] = "default"
+    read_only: Annotated[bool, Field(description="whether its root file system can't be written")] = False
+    devices: Annotated[
+        Items[Annotated[Device, or_text(forms.device, "/dev/NAME[:/dev/NAME[:rwm]]")]],
+        Field(description="devices of the host that it can use"),
+    ] = ()
+    sysctls: Annotated[
+        Sysctls, Field(description="kernel settings of its own namespaces: net.*, fs.mqueue.*, and kernel.* of IPC")
+    ] = {}
+    ulimits: Annotated[
+        dict[
+            Annotated[str, Checked(kernel.ulimit, {"enum": sorted(kernel.ULIMITS)})],
+            Annotated[Ulimit, Short(forms.both, ({"type": "integer"},))],
+        ],
+        Field(description="resource limits of its processes; one number sets both, soft and hard"),
+    ] = {}
+    group_add: Annotated[
+        Unique[Annotated[NameOrNumber, Checked(names.group, {})]],
+        Field(description="more groups of its user, numbers or names that the image defines"),
+    ] = ()
+    init: Annotated[bool, Field(description="whether a small init process reaps zombies and passes signals on")] = (
+        False
+    )
+    shm_size: Annotated[Memory, Field(description="how much /dev/shm can hold")] = 64 * 1024 * 1024
+    pid: Annotated[Literal["host"] | None, Field(description="`host`: it sees the host's processes")] = None
+    ipc: Annotated[Literal["host"] | None, Field(description="`host`: it shares the host's IPC")] = None
+    stop_signal: Annotated[
+        Annotated[str, Short(forms.stop_signal, ({"type": "integer"},))] | None,
+        Field(description="the signal that stops it, for example `SIGINT`; absent: the image's, or SIGTERM"),
+    ] = None
+    stop_grace_period: Annotated[Duration, Field(description="the time between stop_signal and SIGKILL")] = 10.0
+    depends_on: Annotated[
+        dict[Reference, Reached],
+        Short(forms.dependencies, (STRINGS,)),
+        Field(description="containers that must have started, or completed, before it starts; a list means started"),
+    ] = {}
+    resources: Annotated[Resources, Field(description="what it may use")] = Resources()
+    logging: Annotated[Logging, Field(description="how much of its output is kept")] = Logging()
 
 
-class UpdateImage(Frozen):
-    """Whether and how often a registry is asked for a newer image than the one that runs.
-
-    policy: notify says so, apply stages it. tag_pattern: a glob (fnmatch(3)) of the tags that count, of which the
-    newest version above the tag of `image` is taken; None: what that tag itself names now.
-    """
-
-    policy: Literal["notify", "apply"]
-    interval: float = 3600.0
-    tag_pattern: str | None = None
-
-
-class StorageOpt(Frozen):
-    """What is asked of a container's root file system. size: how much its writable layer may hold."""
-
-    size: int | None = None
-
-
-class Container(Frozen):
+class Container(ContainerKeys):
     """One container, resolved. Exactly one of image and rootfs is set.
 
     image: a reference, or `images.app/name` for one of App.images.
     networks: qualified network key → attachment; {"none": …} and {"host": …} stand alone.
     mounts: volumes and configs, in the order in which they are mounted; those of volumes_from come last.
-    volumes_from: containers of the same app whose mounts it has, too → rw or ro.
-    depends_on: name of a container of the same app → what it must have reached.
     """
 
-    image: str | None = None
-    pull: Literal["missing", "always", "newer", "never"] = "missing"
-    update_image: UpdateImage | None = None
-    rootfs: str | None = None
-    command: tuple[str, ...] | None = None
-    entrypoint: tuple[str, ...] | None = None
-    working_dir: str | None = None
-    user: str | None = None
-    environment: dict[str, str] = {}
-    hostname: str | None = None
-    labels: dict[str, str] = {}
     ports: tuple[Port, ...] = ()
     networks: dict[str, Attachment] = {"bridge": Attachment()}
     mounts: tuple[Mount, ...] = ()
-    volumes_from: dict[str, Literal["rw", "ro"]] = {}
-    storage_opt: StorageOpt = StorageOpt()
-    cap_add: tuple[str, ...] = ()
-    cap_drop: tuple[str, ...] = ()
-    privileged: bool = False
-    no_new_privileges: bool = True
-    seccomp: str = "default"  # default | unconfined | an absolute path of the host
-    apparmor: str = "default"  # default | unconfined | a profile that the host has loaded
-    read_only: bool = False
-    devices: tuple[Device, ...] = ()
-    sysctls: dict[str, str] = {}
-    ulimits: dict[str, Ulimit] = {}
-    group_add: tuple[str, ...] = ()
-    init: bool = False
-    shm_size: int = 64 * 1024 * 1024
-    pid: Literal["host"] | None = None
-    ipc: Literal["host"] | None = None
-    stop_signal: str | None = None
-    stop_grace_period: float = 10.0
     restart_policy: RestartPolicy = RestartPolicy()
-    depends_on: dict[str, Literal["started", "completed"]] = {}
-    resources: Resources = Resources()
-    logging: Logging = Logging()
 
 
-class Network(Frozen):
-    """A network that an app defines."""
+class Network(Table):
+    """A network that this app defines."""
 
-    driver: str = "bridge"
-    subnet: str | None = None
-    gateway: str | None = None
-    internal: bool = False
-    driver_opts: dict[str, str] = {}
+    not_yet: ClassVar = ("enable_ipv6", "ipv6_subnet")
+    hints: ClassVar = {"ipam": "subnet and gateway"}
+
+    driver: Annotated[str, Field(description="`bridge`, or a plugin's driver")] = "bridge"
+    subnet: Annotated[
+        Annotated[str, Checked(network.subnet, {"examples": ["10.90.1.0/24"]})] | None,
+        Field(description="its range of addresses; absent: one of the node's pool"),
+    ] = None
+    gateway: Annotated[Address | None, Field(description="default: the first address of the subnet")] = None
+    internal: Annotated[bool, Field(description="whether nothing leads out of the host")] = False
+    driver_opts: Annotated[
+        DriverOpts, Field(description="options of the driver; `bridge` takes mtu and port_security")
+    ] = {}
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.gateway is None:
+            return
+        if self.subnet is None:
+            yield "gateway", "needs a subnet (expected subnet beside it)"
+        elif reason := network.unusable(self.gateway, self.subnet):
+            yield "gateway", reason
 
     @cached_property
     def digest(self) -> str:
@@ -247,15 +231,42 @@ class Network(Frozen):
         return digest_of(self.model_dump(mode="json"))
 
 
-class Volume(Frozen):
-    """A volume that an app defines. Its data outlives the app unless on_remove is "delete"."""
+class Volume(Table):
+    """A volume that this app defines. Its data stays when the app goes, unless on_remove says otherwise."""
 
-    driver: str = "managed"
-    driver_opts: dict[str, str] = {}
-    on_remove: Literal["keep", "delete"] = "keep"
+    hints: ClassVar = {"size": 'driver_opts = { size = "…" }'}
+
+    driver: Annotated[str, Field(description="`managed`, or a plugin's driver")] = "managed"
+    driver_opts: Annotated[DriverOpts, Field(description="options of the driver; `managed` takes size")] = {}
+    on_remove: Annotated[
+        Literal["keep", "delete"], Field(description="what happens to the data when the volume is removed")
+    ] = "keep"
 
 
-class Build(Frozen):
+class BuildKeys(Table):
+    """The keys of an image that need no resolving."""
+
+    args: Annotated[Pairs, Field(description="values of the Dockerfile's ARGs")] = {}
+    target: Annotated[NonEmpty | None, Field(description="the stage to build; absent: the last")] = None
+    platforms: Annotated[
+        Items[Annotated[str, Checked(images.platform, {"examples": ["linux/amd64"]})]],
+        Field(description="must name this node's; the others are built to be pushed. Absent: this node's alone"),
+    ] = ()
+    tags: Annotated[
+        Items[Annotated[str, Checked(forms.tag, {"examples": ["registry.example:5000/shop/web:7"]})]],
+        Field(description="more names of the result: [REGISTRY/]PATH[:TAG]"),
+    ] = ()
+    push: Annotated[bool, Field(description="whether to push the result to the registries of its tags")] = False
+    labels: Annotated[Pairs, Field(description="labels of the image")] = {}
+    network: Annotated[
+        Literal["default", "host", "none"],
+        Field(description="what RUN steps can reach: `default` is a network of their own with access to the outside"),
+    ] = "default"
+    pull: Annotated[Pull, Field(description="when registries are asked for the images it starts FROM")] = "missing"
+    no_cache: Annotated[bool, Field(description="whether every step runs again each time it is built")] = False
+
+
+class Build(BuildKeys):
     """An image that is built on the node from files of the revision.
 
     key: sha256 (hex) of all that the result depends on: the context's files after .dockerignore, the Dockerfile,
@@ -263,8 +274,6 @@ class Build(Frozen):
     context, dockerfile: paths in the revision, for people. tree: digest (hex) of the context's listing, a blob of
     canonical JSON: path below the context → [sha256 (hex) of the content, executable?]. instructions: digest of the
     Dockerfile's content. bases: a name as the Dockerfile writes it → the qualified name of the image it stands for.
-    tags: further names of the result; push brings them to their registries. platforms: () is this node's alone.
-    network: what its steps reach; default is a network of their own that leads out.
     """
 
     key: str
@@ -272,19 +281,10 @@ class Build(Frozen):
     dockerfile: str
     tree: str
     instructions: str
-    args: dict[str, str] = {}
-    target: str | None = None
-    platforms: tuple[str, ...] = ()
-    labels: dict[str, str] = {}
-    network: Literal["default", "host", "none"] = "default"
     bases: dict[str, str] = {}
-    tags: tuple[str, ...] = ()
-    push: bool = False
-    pull: Literal["missing", "always", "newer", "never"] = "missing"
-    no_cache: bool = False
 
 
-class App(Frozen):
+class App(Table):
     """One state file: the unit of change, of failure and of rollback.
 
     path: the state file in the revision. files: every revision file that a container mounts → its digest (hex), as
@@ -342,7 +342,8 @@ class NodeFacts:
     besides, unless it drops them. subnets: the ranges that a network's subnet may be in.
     network: what containers join that name none, in apps that do not say: a network of the app's own, or the bridge
     that all such apps share.
-    drivers: kind of driver (volume, network, policy) → the names that plugins offer; None where that is not known.
+    drivers: kind of driver (volume, network, mount, policy) → what plugins offer of it: name → the table of its
+    options, None where it declares none. None where the plugins are not known.
     """
 
     name: str
@@ -353,7 +354,7 @@ class NodeFacts:
     bind_roots: tuple[str, ...] | None = None
     cap_add: tuple[str, ...] = ()
     subnets: tuple[str, ...] = PRIVATE
-    drivers: Mapping[str, frozenset[str]] | None = None
+    drivers: Mapping[str, Mapping[str, type[BaseModel] | None]] | None = None
     network: AppNetwork = "default"
 
 

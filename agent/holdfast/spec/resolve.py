@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from holdfast.grammar import images, names
 from holdfast.spec import forms, model
-from holdfast.spec.authored import ConfigUse, ContainerTable, ImageTable, MountTable, StateFile
+from holdfast.spec.authored import ConfigUse, ContainerTable, ImageTable, StateFile
 from holdfast.spec.policy import broken_build_rules, broken_rules, foreign_subnet, outside_roots
 from holdfast.spec.volumes import taken_over
-from holdfast.tables import Fault
+from holdfast.tables import Fault, WrongOptions, read_options
 from holdfast.toml import Document, KeyPath, suggestion
 
 
@@ -95,22 +96,21 @@ class _Resolver:
         for name, network in self.table.networks.items():
             if network.subnet is not None and (wrong := foreign_subnet(network.subnet, self.facts)):
                 self.fault(("networks", name, "subnet"), wrong)
-            self.driver(("networks", name, "driver"), "network", network.driver)
+            self.driver(("networks", name), "driver", "network", network.driver, network.driver_opts)
         for name, volume in self.table.volumes.items():
-            self.driver(("volumes", name, "driver"), "volume", volume.driver)
+            self.driver(("volumes", name), "driver", "volume", volume.driver, volume.driver_opts)
         own = {name: self.container(name, table) for name, table in self.table.containers.items()}
         app = model.App(
             name=self.name,
             path=self.path,
-            depends_on=tuple(self.table.app.depends_on),
+            depends_on=self.table.app.depends_on,
             containers={name: with_others(name, own) for name in own},
             networks=self.own_networks(own),
-            volumes={n: model.Volume.model_validate(t.model_dump()) for n, t in self.table.volumes.items()},
+            volumes=self.table.volumes,
         )
-        when = model.When(nodes=tuple(self.table.app.when.nodes), labels=self.table.app.when.labels)
         drafts = ((name, self.image_draft(name, table)) for name, table in self.table.images.items())
         images = {name: image for name, image in drafts if image is not None}
-        return Draft(app, when, self.document, self.wanted, self.inline(), images), self.faults
+        return Draft(app, self.table.app.when, self.document, self.wanted, self.inline(), images), self.faults
 
     def check_name(self) -> None:
         try:
@@ -120,12 +120,21 @@ class _Resolver:
         if self.name in self.table.app.depends_on:
             self.fault(("app", "depends_on", self.name), f"'{self.name}' depends on itself (leave it out)")
 
-    def driver(self, path: KeyPath, kind: str, name: str) -> None:
-        """Make sure that this installation has a driver, where that is known."""
-        known = None if self.facts.drivers is None else self.facts.drivers[kind]
-        if known is not None and name not in known:
+    def driver(self, at: KeyPath, key: str | int, kind: str, name: str, options: Mapping[str, Any] = {}) -> None:
+        """Make sure that this installation has a driver, and that it takes the options, where that is known."""
+        known = (self.facts.drivers or {}).get(kind)
+        if known is None:
+            return
+        if name not in known:
             expected = f" (expected {' or '.join(sorted(known))}, or its plugin to be installed)"
-            self.fault(path, f"no plugin offers the {kind} driver '{name}'{suggestion(name, known) or expected}")
+            self.fault(
+                (*at, key), f"no plugin offers the {kind} driver '{name}'{suggestion(name, known) or expected}"
+            )
+        elif table := known[name]:
+            try:
+                read_options(table, options)
+            except WrongOptions as error:
+                self.faults += [Fault((*at, "driver_opts", *each.path), each.message) for each in error.faults]
 
     def fault(self, path: KeyPath, message: str) -> None:
         self.faults.append(Fault(path, message))
@@ -156,48 +165,16 @@ class _Resolver:
         intact = set(self.document.data["containers"][name]) <= table.model_fields_set
         if table.image is None and table.rootfs is None and intact:
             self.fault((*at, "image"), "is missing (expected an image, or a rootfs)")
-        container = model.Container(
+        container = table.passed_to(
+            model.Container,
             image=self.image(table.image),
-            pull=table.pull or "missing",
-            update_image=table.update_image and model.UpdateImage.model_validate(table.update_image.model_dump()),
-            rootfs=table.rootfs,
-            command=None if table.command is None else tuple(table.command),
-            entrypoint=None if table.entrypoint is None else tuple(table.entrypoint),
-            working_dir=table.working_dir,
-            user=table.user,
-            environment=table.environment,
-            hostname=table.hostname,
-            labels=table.labels,
             ports=tuple(port.port() for port in table.ports),
-            networks=self.networks(at, table),
+            networks=self.networks(table),
             mounts=tuple(self.mounts(at, table)),
-            volumes_from=self.volumes_from(at, table),
-            cap_add=tuple(dict.fromkeys(table.cap_add)),
-            cap_drop=tuple(dict.fromkeys(table.cap_drop)),
-            privileged=table.privileged,
-            no_new_privileges=table.no_new_privileges,
-            seccomp=table.seccomp,
-            apparmor=table.apparmor,
-            read_only=table.read_only,
-            devices=tuple(
-                model.Device(source=d.source, target=d.target or d.source, permissions=d.permissions)
-                for d in table.devices
-            ),
-            sysctls=table.sysctls,
-            ulimits={kind: model.Ulimit(soft=u.soft, hard=u.hard) for kind, u in table.ulimits.items()},
-            group_add=tuple(dict.fromkeys(table.group_add)),
-            init=table.init,
-            shm_size=table.shm_size,
-            pid=table.pid,
-            ipc=table.ipc,
-            stop_signal=table.stop_signal,
-            stop_grace_period=table.stop_grace_period,
             restart_policy=restart_policy(table),
             depends_on=self.depends_on(at, table),
-            resources=table.resources.resources(),
-            storage_opt=model.StorageOpt(size=table.storage_opt.size),
-            logging=model.Logging(max_size=table.logging.max_size, max_files=table.logging.max_files),
         )
+        self.check_volumes_from(at, table)
         wrong = outside_roots(table.rootfs, self.facts) if table.rootfs else None
         if wrong:
             self.fault((*at, "rootfs"), wrong)
@@ -205,7 +182,7 @@ class _Resolver:
         if archive and (wrong := outside_roots(archive, self.facts)):
             self.fault((*at, "image"), wrong)
         for index, policy in enumerate(table.resources.policy):
-            self.driver((*at, "resources", "policy", index), "policy", policy)
+            self.driver((*at, "resources", "policy"), index, "policy", policy)
         for key, message in broken_rules(container, self.facts):
             self.fault((*at, key), message)
         return self.with_defaults(container)
@@ -220,28 +197,27 @@ class _Resolver:
     def own_networks(self, containers: Mapping[str, model.Container]) -> dict[str, model.Network]:
         """What the file defines, and the default network if a container joins it."""
         joined = {network for container in containers.values() for network in container.networks}
-        implied = {model.DEFAULT_NETWORK} if self.qualified(model.DEFAULT_NETWORK) in joined else set()
-        defined = {name: model.Network.model_validate(t.model_dump()) for name, t in self.table.networks.items()}
-        return dict.fromkeys(implied - set(names_in(self.document, "networks")), model.Network()) | defined
+        implied = {model.DEFAULT_NETWORK} if self.network(model.DEFAULT_NETWORK) in joined else set()
+        return (
+            dict.fromkeys(implied - set(names_in(self.document, "networks")), model.Network()) | self.table.networks
+        )
 
-    def networks(self, at: KeyPath, table: ContainerTable) -> dict[str, model.Attachment]:
+    def networks(self, table: ContainerTable) -> dict[str, model.Attachment]:
         if table.networks is None:
-            return {self.qualified(self.table.app.network or self.facts.network): model.Attachment()}
-        return {
-            self.qualified(network): model.Attachment(
-                aliases=tuple(given.aliases), ipv4_address=given.ipv4_address, mac_address=given.mac_address
-            )
-            for network, given in table.networks.items()
-        }
+            return {self.network(self.table.app.network or self.facts.network): model.Attachment()}
+        return {self.network(network): given for network, given in table.networks.items()}
 
     def image(self, written: str | None) -> str | None:
         """A reference as it is, or `images.app/name` for what the state files build."""
         ours = None if written is None else images.built(written)
         return written if ours is None else f"images.{self.qualified(ours)}"
 
-    def qualified(self, reference: str) -> str:
-        """`app/name` of a network, volume or image; the built-in networks stay as they are."""
-        return reference if "/" in reference or reference in model.BUILTIN_NETWORKS else f"{self.name}/{reference}"
+    def qualified(self, reference: str, always_there: Iterable[str] = ()) -> str:
+        """`app/name` of what an app defines; names that are always there stay as they are."""
+        return reference if "/" in reference or reference in always_there else f"{self.name}/{reference}"
+
+    def network(self, reference: str) -> str:
+        return self.qualified(reference, model.BUILTIN_NETWORKS)
 
     def depends_on(self, at: KeyPath, table: ContainerTable) -> dict[str, str]:
         for other in table.depends_on:
@@ -249,14 +225,13 @@ class _Resolver:
                 self.fault((*at, "depends_on", other), self.no_container(other))
         return {**dict.fromkeys(table.volumes_from, "started"), **table.depends_on}
 
-    def volumes_from(self, at: KeyPath, table: ContainerTable) -> Mapping[str, str]:
+    def check_volumes_from(self, at: KeyPath, table: ContainerTable) -> None:
         for index, other in enumerate(table.volumes_from):
             if "/" in other:
                 wrong = "is a container of another app (expected that app's volume in volumes, as app/NAME:TARGET)"
                 self.fault((*at, "volumes_from", index), f"'{other}' {wrong}")
             elif other not in names_in(self.document, "containers"):
                 self.fault((*at, "volumes_from", index), self.no_container(other))
-        return table.volumes_from
 
     def no_container(self, other: str) -> str:
         app, slash, _ = other.rpartition("/")
@@ -279,29 +254,29 @@ class _Resolver:
     def all_mounts(self, at: KeyPath, table: ContainerTable) -> Iterator[tuple[KeyPath, str, model.Mount | None]]:
         for index, given in enumerate(table.volumes):
             path: KeyPath = (*at, "volumes", index)
-            yield path, given.target, given.mount(self.source(path, given))
+            yield path, given.target, given.model_copy(update={"source": self.source(path, given)})
         for index, text in enumerate(table.tmpfs):
             mount = model.Mount(kind="tmpfs", **forms.tmpfs(text))
             yield (*at, "tmpfs", index), mount.target, mount
         for index, use in enumerate(table.configs):
             path = (*at, "configs", index)
-            yield path, use.path, self.config(path, use)
+            yield path, use.target, self.config(path, use)
 
-    def source(self, path: KeyPath, mount: MountTable) -> str:
+    def source(self, path: KeyPath, mount: model.Mount) -> str:
         """What the source of a mount stands for."""
         match mount.kind:
-            case "tmpfs":
-                return ""
             case "volume":
-                return f"{self.name}/{mount.source}" if "/" not in mount.source else mount.source
+                return self.qualified(mount.source)
             case "file":
                 return self.file(path, mount.source)
             case "bind":
                 source = names.absolute(mount.source)
-                wrong = outside_roots(source, self.facts)
-                if wrong:
+                if wrong := outside_roots(source, self.facts):
                     self.fault(path, wrong)
                 return source
+            case kind if kind not in model.BUILTIN_MOUNTS:
+                self.driver(path, "type", "mount", kind, mount.driver_opts)
+        return mount.source
 
     def config(self, path: KeyPath, use: ConfigUse) -> model.Mount | None:
         config = self.table.configs.get(use.source)
@@ -314,16 +289,7 @@ class _Resolver:
             source = self.inline_path(use.source)
         else:
             source = resolved(self.path, config.file) or ""
-        return model.Mount(
-            kind="file",
-            source=source,
-            target=use.path,
-            read_only=True,
-            on_change=use.on_change or "restart",
-            mode=use.mode,
-            uid=use.uid,
-            gid=use.gid,
-        )
+        return use.passed_to(model.Mount, kind="file", source=source, read_only=True)
 
     def file(self, path: KeyPath, source: str) -> str:
         """A path beside the state file as a path of the revision."""
@@ -378,11 +344,10 @@ def restart_policy(table: ContainerTable) -> model.RestartPolicy:
     """The restart policy that a container asks for, in the short form or the long one."""
     if table.restart is not None:
         written = forms.restart(table.restart)
-    elif table.restart_policy is not None:
-        written = table.restart_policy.model_dump()
-    else:
-        return model.RestartPolicy()
-    return model.RestartPolicy.model_validate({**written, "once": written["policy"] == "no"})
+        return model.RestartPolicy(**written, once=written["policy"] == "no")
+    if table.restart_policy is not None:
+        return table.restart_policy.passed_to(model.RestartPolicy, once=table.restart_policy.policy == "no")
+    return model.RestartPolicy()
 
 
 def digest(content: bytes) -> str:

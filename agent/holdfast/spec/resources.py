@@ -1,60 +1,80 @@
-"""The table `resources` of a container, as a person writes it in a state file. Part of the tables of `authored`."""
+"""The table `resources` of a container."""
 
 # ruff: noqa: RUF012 (pydantic copies the defaults of fields)
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from holdfast.grammar import names
-from holdfast.grammar.quantities import size_text
-from holdfast.spec import forms, model
-from holdfast.tables import Checked, Short, Size, Table
+from holdfast.keys import Checked, Short, Strings, Table, size_text, within
+from holdfast.spec import forms
+from holdfast.spec.values import STRING, Absolute, Memory
 
-STRING = {"type": "string"}
-Strings = Annotated[list[str], Short(forms.several, (STRING,))]
-Memory = Annotated[Size, Field(ge=0)]
-Iops = Annotated[int, Field(ge=1, le=2**32 - 1)]
-DevicePath = Annotated[str, Checked(names.absolute, {})]
+DEFAULT_PIDS = 2048  # processes and threads of a container that names no limit
+
+Iops = Annotated[int, within(1, 2**32 - 1)]
 
 
-class ResourcesTable(Table):
-    """What the container may use; all of it is changeable while it runs."""
+def _limit(value: int) -> str:
+    return "unlimited" if value < 0 else str(value)
 
-    memory: Annotated[Memory | None, Field(description="the most memory it gets")] = None
+
+class Resources(Table):
+    """What the container may use. All of it can be changed while the container runs."""
+
+    memory: Annotated[Memory | None, Field(description="the most memory it may use; absent: no limit")] = None
     memory_swap: Annotated[
-        Annotated[int, Short(forms.swap, ({**STRING, "description": "a size, or unlimited"},))] | None,
-        Field(description="memory and swap together; -1 or unlimited: no limit to swap"),
+        Annotated[int, Short(forms.swap, ({**STRING, "description": "a size, or unlimited"},), show=size_text)]
+        | None,
+        Field(description="memory and swap together; `-1` or `unlimited`: no limit to swap"),
     ] = None
-    memory_reservation: Annotated[Memory | None, Field(description="what it keeps when memory is short")] = None
+    memory_reservation: Annotated[
+        Memory | None, Field(description="the memory it keeps when the host runs short")
+    ] = None
     cpus: Annotated[
-        float | None, Field(gt=0, le=forms.MOST_CPUS, description="cores it may use at a time, as 0.5")
+        Annotated[float, within(above=0, high=forms.MOST_CPUS)] | None,
+        Field(description="how many cores it may use at a time, for example `0.5`"),
     ] = None
-    cpu_weight: Annotated[int | None, Field(ge=2, le=262144, description="relative, 1024 is normal")] = None
+    cpu_weight: Annotated[
+        Annotated[int, within(2, 262144)] | None,
+        Field(description="its share of the processors when they are busy; 1024 is normal"),
+    ] = None
     cpuset: Annotated[
         Annotated[str, Checked(forms.cpuset, {"examples": ["0-3,6"]})] | None,
-        Field(description="cores it may run on"),
+        Field(description="the cores it may run on"),
     ] = None
+    # None stands for -1, too, in what an earlier version has stored.
     pids: Annotated[
-        Annotated[int, Short(forms.pids, ({"enum": ["max"]},))],
-        Field(ge=-1, le=forms.MOST_PIDS, description="the most processes and threads; max or -1: no limit"),
-    ] = model.DEFAULT_PIDS
-    io_weight: Annotated[int | None, Field(ge=10, le=1000, description="relative, 500 is normal")] = None
-    device_read_bps: Annotated[dict[DevicePath, Memory], Field(description="bytes read a second, by device")] = {}
-    device_write_bps: Annotated[dict[DevicePath, Memory], Field(description="bytes written a second, by device")] = {}
-    device_read_iops: Annotated[dict[DevicePath, Iops], Field(description="reads a second, by device")] = {}
-    device_write_iops: Annotated[dict[DevicePath, Iops], Field(description="writes a second, by device")] = {}
+        Annotated[int, Short(forms.pids, ({"enum": ["max"]},), show=_limit), within(-1, forms.MOST_PIDS)] | None,
+        Field(description="the most processes and threads; `max` or `-1`: no limit"),
+    ] = DEFAULT_PIDS
+    io_weight: Annotated[
+        Annotated[int, within(10, 1000)] | None,
+        Field(description="its share of the disks when they are busy; 500 is normal"),
+    ] = None
+    device_read_bps: Annotated[
+        dict[Absolute, Memory], Field(description="the most bytes read per second, by device")
+    ] = {}
+    device_write_bps: Annotated[
+        dict[Absolute, Memory], Field(description="the most bytes written per second, by device")
+    ] = {}
+    device_read_iops: Annotated[dict[Absolute, Iops], Field(description="the most reads per second, by device")] = {}
+    device_write_iops: Annotated[
+        dict[Absolute, Iops], Field(description="the most writes per second, by device")
+    ] = {}
     oom_score_adj: Annotated[
-        int | None, Field(ge=-1000, le=1000, description="how readily the kernel kills it when memory is short")
+        Annotated[int, within(-1000, 1000)] | None,
+        Field(description="how readily the kernel kills it when memory runs out; -1000: never"),
     ] = None
     service_class: Annotated[
         Literal["guaranteed", "burstable", "besteffort"] | None,
-        Field(alias="class", description="what the cgroup policy qos gives it"),
+        Field(alias="class", description="the service class that the cgroup policy `qos` gives it"),
     ] = None
-    policy: Annotated[Strings, Field(description="cgroup policy drivers; later ones win")] = []
+    policy: Annotated[Strings, Field(description="the cgroup policies that apply; later ones win")] = ()
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.memory is not None and self.memory < 1:
@@ -71,5 +91,7 @@ class ResourcesTable(Table):
             wrong = f"{size_text(reservation)} is more than memory"
             yield "memory_reservation", f"{wrong} (expected at most {size_text(memory)})"
 
-    def resources(self) -> model.Resources:
-        return model.Resources.model_validate(self.model_dump(by_alias=False))
+    @cached_property
+    def text(self) -> str:
+        """All of it as JSON: equal tables have equal texts."""
+        return self.model_dump_json()
