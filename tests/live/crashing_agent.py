@@ -199,7 +199,7 @@ def _drivers(config: Path) -> dict[str, type]:
     from holdfast.plugins import load_plugins
 
     loaded = load_config(config)
-    plugins = load_plugins(Host(loaded.name, loaded.root, loaded.run_root, loaded.pool))
+    plugins = load_plugins(Host(loaded.name, loaded.root, loaded.run_root, loaded.network.pool))
     return {
         f"{kind.name} {name}": type(each.driver)
         for kind in KINDS

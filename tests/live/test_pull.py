@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +139,11 @@ def test_a_registry_is_asked_for_so_many_layers_at_once_and_no_more(
     make_layout(tmp_path / "layout", [{"a": os.urandom(9000)}, {"b": os.urandom(9000)}], tag="other")
     for digest in layers_of(tmp_path / "layout", "other"):
         drip.answer(digest, Answer(body=Layout(tmp_path / "layout").read(digest), drip=500))
-    puller = new_puller(replace(QUICK, concurrent_downloads=2))
+    puller = new_puller(QUICK.model_copy(update={"concurrent_downloads": 2}))
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(puller.pull, [f"{drip.address}/app", f"{drip.address}/app:other"]))
     assert drip.peak == 2
-    puller.settings, drip.peak = replace(QUICK, concurrent_downloads=1), 0
+    puller.settings, drip.peak = QUICK.model_copy(update={"concurrent_downloads": 1}), 0
     puller.store.remove(f"{drip.address}/app")
     puller.pull(f"{drip.address}/app")
     assert drip.peak == 1
@@ -219,7 +218,7 @@ def test_a_pull_that_is_killed_leaves_no_process_and_repeats_only_unfinished_lay
 def test_a_skopeo_that_is_killed_is_replaced(
     drip: FaultyRegistry, new_puller: Callable[..., Puller], tmp_path: Path
 ) -> None:
-    puller, layers = new_puller(replace(QUICK, stall_timeout=60.0)), layers_of(tmp_path / "layout")
+    puller, layers = new_puller(QUICK.model_copy(update={"stall_timeout": 60.0})), layers_of(tmp_path / "layout")
     for digest in layers:
         body = Layout(tmp_path / "layout").read(digest)
         drip.answer(digest, Answer(body=body[:1000], length=len(body), hang=True, times=1))
@@ -237,7 +236,7 @@ def test_closing_ends_what_is_under_way(
     drip: FaultyRegistry, new_puller: Callable[..., Puller], tmp_path: Path
 ) -> None:
     drip.answer(layers_of(tmp_path / "layout")[0], Answer(length=40_000, hang=True))
-    puller = new_puller(replace(QUICK, stall_timeout=60.0))
+    puller = new_puller(QUICK.model_copy(update={"stall_timeout": 60.0}))
     errors: list[BaseException] = []
 
     def pull() -> None:
@@ -297,20 +296,20 @@ def test_a_policy_decides_and_costs_no_second_download(
     with pytest.raises(
         WrongState, match=r"policy.json does not allow it: running image .* is rejected by policy"
     ) as no:
-        new_puller(replace(QUICK, policy=closed)).pull(ref)
+        new_puller(QUICK.model_copy(update={"policy": closed})).pull(ref)
     assert no.value.retry and no.value.wait == 300
     assert sum(registry.fetched(layer) for layer in layers_of(tmp_path / "layout")) == 0
     scoped = write_policy(
         tmp_path / "scoped.json", default=NOTHING, transports={"docker": {registry.address: ANYTHING}}
     )
-    assert new_puller(replace(QUICK, policy=scoped)).pull(ref).digest == digest
+    assert new_puller(QUICK.model_copy(update={"policy": scoped})).pull(ref).digest == digest
     assert [registry.fetched(layer) for layer in layers_of(tmp_path / "layout")] == [1, 1]
     with pytest.raises(WrongState, match="does not allow it"):
-        new_puller(replace(QUICK, policy=closed)).pull(ref)  # what is here as well
+        new_puller(QUICK.model_copy(update={"policy": closed})).pull(ref)  # what is here as well
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     with pytest.raises(UnfitHost, match="no signature policy that can be read"):
-        new_puller(replace(QUICK, policy=broken), tmp_path / "other").pull(ref)
+        new_puller(QUICK.model_copy(update={"policy": broken}), tmp_path / "other").pull(ref)
 
 
 def test_registries_conf_decides_about_mirrors_and_tls(
@@ -319,7 +318,7 @@ def test_registries_conf_decides_about_mirrors_and_tls(
     digest = make_layout(tmp_path / "layout", [ONE])
     registry.push(tmp_path / "layout", "mirror/app")
     conf = tmp_path / "registries.conf"
-    settings = replace(QUICK, registries_conf=conf)
+    settings = QUICK.model_copy(update={"registries_conf": conf})
     conf.write_text(
         f'[[registry]]\nlocation = "registry.invalid"\n[[registry.mirror]]\n'
         f'location = "{registry.address}/mirror"\ninsecure = true\n'

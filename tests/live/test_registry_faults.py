@@ -24,7 +24,7 @@ from live.registry import Authority, Registry, make_island
 
 pytestmark = pytest.mark.live
 
-HASTY = replace(QUICK, stall_timeout=3.0)
+HASTY = QUICK.model_copy(update={"stall_timeout": 3.0})
 LAYERS = [{"one": os.urandom(20_000)}, {"two": os.urandom(30_000)}]
 
 
@@ -254,7 +254,7 @@ def test_a_layer_that_stops_coming_is_asked_for_again_and_then_given_up(
     digest = layer_digest(faulty)
     body = faulty.layout.read(digest)
     faulty.answer(digest, Answer(200, body[:1000], length=len(body), hang=True))
-    puller = new_puller(replace(QUICK, stall_timeout=1.5))
+    puller = new_puller(QUICK.model_copy(update={"stall_timeout": 1.5}))
     fails(puller, f"{faulty.address}/app", TryAgain, "1.5 s")
     assert faulty.asked(digest) == 3
 
@@ -303,7 +303,7 @@ def test_a_registry_that_is_down_and_a_name_that_is_none_are_told_apart(
 
 
 def test_an_offline_node_asks_no_registry(faulty: FaultyRegistry, new_puller: Callable[..., Puller]) -> None:
-    puller = new_puller(replace(QUICK, offline=True))
+    puller = new_puller(QUICK.model_copy(update={"offline": True}))
     fails(puller, f"{faulty.address}/app", UnfitHost, "this node is offline")
     assert not faulty.paths
 
@@ -346,9 +346,11 @@ def test_certificates_and_passwords_are_checked(
         fails(new_puller(), f"{expired.address}/app", UnfitHost, "has expired on 2020-02-01", 60)
         fails(new_puller(), ref, UnfitHost, "the registry wants a login", 60)
         wrong = login_file(tmp_path / "wrong.json", proper.address, "user:guess")
-        fails(new_puller(replace(QUICK, authfile=wrong)), ref, UnfitHost, "the registry wants a login", 60)
+        fails(
+            new_puller(QUICK.model_copy(update={"authfile": wrong})), ref, UnfitHost, "the registry wants a login", 60
+        )
         right = login_file(tmp_path / "right.json", proper.address, "user:secret")
-        assert len(new_puller(replace(QUICK, authfile=right)).pull(ref).layers) == 2
+        assert len(new_puller(QUICK.model_copy(update={"authfile": right})).pull(ref).layers) == 2
         (tmp_path / ".docker").mkdir()
         right.rename(tmp_path / ".docker/config.json")  # one of the places where all containers tools look
         monkeypatch.setenv("HOME", str(tmp_path))
