@@ -19,10 +19,11 @@ from holdfast.observed import Receipt
 from holdfast.plugins import load_plugins
 from holdfast.runtime.content import ContentStore
 from holdfast.spec.model import Mount
+from holdfast.syscalls import is_mounted, unmount
 from holdfast.testing import DriverConformance, host_fingerprint
 from holdfast.workers import Worker
 from holdfast_plugins.storage import BindMount, FileMount, ManagedVolume, OverlayRootfs, TmpfsMount
-from holdfast_plugins.storage.mounts import _by_descriptor, _mount_by_page, is_mounted, unmount
+from holdfast_plugins.storage.mounts import _by_descriptor, _mount_by_page
 
 pytestmark = pytest.mark.live
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from holdfast import mounts
 from holdfast.errors import TryAgain
 from holdfast.runtime import mountpoints
 from holdfast.runtime.mountpoints import Mounted, lacking, real_path
@@ -31,7 +32,7 @@ MOUNTINFO = r"""22 1 8:1 / / rw - ext4 /dev/sda1 rw
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A host of files; its mountinfo is written by the test with `mounted`."""
     monkeypatch.setattr(mountpoints, "FSTAB", tmp_path / "fstab")
-    monkeypatch.setattr(mountpoints, "MOUNTINFO", tmp_path / "mountinfo")
+    monkeypatch.setattr(mounts, "MOUNTINFO", tmp_path / "mountinfo")
     (tmp_path / "fstab").write_text(FSTAB)
     mounted(tmp_path, "/elsewhere")
     return tmp_path

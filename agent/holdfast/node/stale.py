@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from holdfast.mounts import MountPoint, mount_points
 from holdfast.node.context import Context
 from holdfast.observed import Instance, Receipt
-from holdfast.runtime.mountpoints import AUTOMOUNT, Mounted, MountedAt, mount_point, mounts_of
+from holdfast.runtime.mountpoints import AUTOMOUNT, Mounted, mount_point
 
 
 def where(source: str) -> dict[str, str]:
@@ -60,10 +61,10 @@ def _change(receipt: Receipt, pid: int | None, mounted: Mounted) -> str:
     return ""
 
 
-def _has(pid: int, mount: MountedAt) -> bool:
+def _has(pid: int, mount: MountPoint) -> bool:
     """Whether a process has a mount, or a part of it, in its own mount namespace."""
     try:
-        own = mounts_of(Path(f"/proc/{pid}/mountinfo")).values()
+        own = list(mount_points(of=Path(f"/proc/{pid}/mountinfo")))
     except OSError:  # it has just ended
         return True
     inside = f"{mount.root.rstrip('/')}/"

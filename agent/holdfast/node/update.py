@@ -26,6 +26,7 @@ from holdfast.plan.diff import mounted_files
 from holdfast.runtime import bounded, cgroup, names, netns
 from holdfast.runtime.oci import oom_score_adj
 from holdfast.spec.model import digest_of
+from holdfast.syscalls import is_mounted
 
 
 def update_instance(context: Context, action: UpdateInstance) -> Json:
@@ -186,4 +187,4 @@ def _write_hosts(host: Host, instance: Instance, text: str) -> None:
     files = host.files(instance.id)
     bounded.make_room(files, len(text.encode()), 1)
     earlier = host.instance(instance.id) / "hosts"  # where an earlier version put it, until the next start
-    names.write_in_place(files / "hosts" if bounded.is_mounted(files) else earlier, text)
+    names.write_in_place(files / "hosts" if is_mounted(files) else earlier, text)

@@ -6,20 +6,15 @@ the host's /run, as a rule, which every other container needs room in, too. The 
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 from contextlib import suppress
 from pathlib import Path
 
 from holdfast.errors import UnfitHost
+from holdfast.syscalls import MS_NODEV, MS_NOSUID, MS_REMOUNT, is_mounted, mount, unmount
 
-MS_NOSUID, MS_NODEV, MS_REMOUNT = 2, 4, 32
-MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 ROOM, ENTRIES = 4 << 20, 1024  # bytes and files that a container may add
 _ENOUGH = "size=1t,nr_inodes=1000000"  # while only the agent writes; no limit at all can't be limited later
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def renew(place: Path) -> None:
@@ -54,23 +49,16 @@ def make_room(place: Path, size: int, entries: int = 0) -> None:
 
 def remove(place: Path) -> None:
     """Take it away, at once for whoever comes by its name; succeeds when nothing is there. Raises UnfitHost."""
-    while _libc.umount2(os.fsencode(place), MNT_DETACH | UMOUNT_NOFOLLOW) == 0:
-        pass
-    if ctypes.get_errno() not in (errno.EINVAL, errno.ENOENT):
-        raise UnfitHost(f"unmount '{place}': {os.strerror(ctypes.get_errno()).lower()}")
+    try:
+        unmount(place, lazily=True)
+    except OSError as error:
+        raise UnfitHost(f"unmount '{place}': {(error.strerror or '').lower()}") from error
     with suppress(OSError):  # gone, or an earlier version keeps copies there
         place.rmdir()
 
 
-def is_mounted(place: Path) -> bool:
-    """Whether there is such a file system."""
-    with suppress(FileNotFoundError):
-        return place.stat().st_dev != place.parent.stat().st_dev
-    return False
-
-
 def _mount(place: Path, flags: int, options: str) -> None:
-    flags |= MS_NOSUID | MS_NODEV
-    words = (b"holdfast", os.fsencode(place), b"tmpfs", ctypes.c_ulong(flags), f"{options},mode=700".encode())
-    if _libc.mount(*words) != 0:
-        raise UnfitHost(f"mount a file system at '{place}': {os.strerror(ctypes.get_errno()).lower()}")
+    try:
+        mount("holdfast", place, "tmpfs", flags | MS_NOSUID | MS_NODEV, f"{options},mode=700")
+    except OSError as error:
+        raise UnfitHost(f"mount a file system at '{place}': {(error.strerror or '').lower()}") from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,8 @@ from typing import Any
 
 from holdfast.drivers import CgroupPolicy, CgroupWant
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost
+from holdfast.mounts import mount_points
 from holdfast.observed import Json, Limits
-from holdfast.runtime.mountpoints import unescaped
 from holdfast.spec.model import Resources, digest_of
 
 ROOT = Path("/sys/fs/cgroup")
@@ -174,18 +174,11 @@ def hierarchies() -> tuple[Path, ...]:
     own = (_read("/proc/self/cgroup") or "").splitlines()
     kept = tuple(line.split(":", 2)[1] for line in own)
     if _mounted[0] != kept:
-        found = tuple(dict.fromkeys(_cgroup_mounts()))
+        found = tuple(dict.fromkeys(Path(each.point) for each in mount_points("cgroup", "cgroup2")))
         if len(found) < len(kept):
             return found
         _mounted = kept, found
     return _mounted[1]
-
-
-def _cgroup_mounts() -> Iterator[Path]:
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        left, _, right = line.partition(" - ")
-        if right.startswith(("cgroup ", "cgroup2 ")):
-            yield Path(unescaped(left.split(" ", 5)[4]))
 
 
 def folder(controller: str, path: str) -> Path:

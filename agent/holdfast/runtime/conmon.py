@@ -8,7 +8,6 @@ Conmon's arguments and its sync pipe are those of conmon(8); exit files hold wha
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import json
@@ -32,6 +31,7 @@ from holdfast.observed import Exit, Json
 from holdfast.runtime import cgroup, delegation
 from holdfast.runtime.binaries import RuntimeBinary
 from holdfast.runtime.oci import signal_number
+from holdfast.syscalls import call
 
 LONGEST_POLL = 2**31 - 1  # milliseconds that poll(2) can wait: 24 days
 CREATE_TIMEOUT = 60.0  # seconds
@@ -468,9 +468,7 @@ def reopen_log(bundle: Path) -> None:
 
 def become_subreaper() -> None:
     """Become the parent of processes whose own has ended (prctl(2)), so that `reap` can take them at once."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
-        raise UnfitHost(f"prctl 'PR_SET_CHILD_SUBREAPER': {os.strerror(ctypes.get_errno()).lower()}")
+    call("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def reap(pid: int) -> bool:

@@ -10,7 +10,6 @@ by descriptors, below the directory that was made here, and no link is followed.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
@@ -18,13 +17,12 @@ from pathlib import Path
 
 from holdfast.drivers import COMPLETE_CONTENT as COMPLETE
 from holdfast.files import BENEATH, NO_MAGICLINKS, NO_SYMLINKS, openat2, remove_tree
+from holdfast.syscalls import call
 
 PARTIAL = ".holdfast-partial"
 LOST_FOUND = "lost+found"  # what mkfs leaves in a file system of its own
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 CHUNK = 1 << 30
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def is_empty(path: Path) -> bool:
@@ -203,5 +201,4 @@ def _clear(folder: int, name: str) -> None:
 
 def _sync(folder: int) -> None:
     """Write everything of the file system that holds an open directory to disk (syncfs(2))."""
-    if _libc.syncfs(folder) != 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    call("syncfs", folder)

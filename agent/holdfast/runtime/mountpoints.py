@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, KeysView
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from holdfast.mounts import MountPoint, mount_points, unescaped
 from holdfast.spec.model import Mount
 
 FSTAB = Path("/etc/fstab")
-MOUNTINFO = Path("/proc/self/mountinfo")
 #: File systems of this host's own disks and memory. Others may wait for a server, or a process, that is gone.
 LOCAL = frozenset(
     (
@@ -30,38 +29,6 @@ MOST_LINKS = 40
 _cache: tuple[tuple[int, int, int], tuple[str, ...]] = ((0, 0, 0), ())
 
 
-@dataclass(frozen=True, slots=True)
-class MountedAt:
-    """One line of mountinfo (proc(5)). device: of the file system. root: which folder of it is mounted at point."""
-
-    point: str
-    device: str
-    root: str
-    kind: str
-    source: str
-
-    @property
-    def what(self) -> str:
-        """What is mounted, as findmnt(8) writes it (`/dev/sdb1[/folder]`)."""
-        return self.source + (f"[{self.root}]" if self.root != "/" else "")
-
-
-def mounts_of(mountinfo: Path) -> dict[int, MountedAt]:
-    """What is mounted in a mount namespace, by mount id."""
-    return {id: _mounted_at(line) for id, line in _lines(mountinfo)}
-
-
-def _lines(mountinfo: Path) -> Iterator[tuple[int, str]]:
-    for line in mountinfo.read_text(errors="surrogateescape").splitlines():
-        yield int(line.partition(" ")[0]), line
-
-
-def _mounted_at(line: str) -> MountedAt:
-    _, _, device, root, point, *rest = line.split(" ")
-    kind, source = rest[rest.index("-") + 1 :][:2]
-    return MountedAt(unescaped(point), device, unescaped(root), kind, unescaped(source))
-
-
 class Mounted:
     """What this host has mounted, read at one moment and only if somebody asks."""
 
@@ -70,32 +37,31 @@ class Mounted:
         return cls()
 
     @cached_property
-    def _lines(self) -> dict[int, str]:
-        return dict(_lines(MOUNTINFO))
+    def _by_id(self) -> dict[int, MountPoint]:
+        return {each.id: each for each in mount_points()}
 
     @cached_property
-    def _points(self) -> dict[str, int]:
-        """The topmost mount at each point; what else its line says is read when somebody asks, for there are many."""
-        return {unescaped(line.split(" ", 5)[4]): id for id, line in self._lines.items()}
+    def _at(self) -> dict[str, MountPoint]:
+        """The topmost mount at each point."""
+        return {each.point: each for each in self._by_id.values()}
 
     @property
     def points(self) -> KeysView[str]:
         """Where something is mounted."""
-        return self._points.keys()
+        return self._at.keys()
 
     def __contains__(self, point: str) -> bool:
-        return point in self._points
+        return point in self._at
 
-    def at(self, point: str) -> MountedAt | None:
+    def at(self, point: str) -> MountPoint | None:
         """The topmost at a mount point."""
-        return self.by_id(self._points.get(point, -1))
+        return self._at.get(point)
 
-    def by_id(self, id: int) -> MountedAt | None:
+    def by_id(self, id: int) -> MountPoint | None:
         """The mount of an id."""
-        line = self._lines.get(id)
-        return _mounted_at(line) if line else None
+        return self._by_id.get(id)
 
-    def covering(self, path: str) -> MountedAt | None:
+    def covering(self, path: str) -> MountPoint | None:
         """What a path without links lies on, so far as mount points tell."""
         return next((self.at(above) for above in _above(path) if above in self), None)
 
@@ -192,12 +158,3 @@ def _covers(point: str, path: str) -> bool:
 def _above(path: str) -> Iterator[str]:
     """A path, and every folder that it lies in."""
     return map(str, (Path(path), *Path(path).parents))
-
-
-def unescaped(field: str) -> str:
-    """A field of fstab or mountinfo: octal escapes for what would end it."""
-    if "\\" not in field:  # as nearly always, and a thousand containers have thousands of mounts
-        return field
-    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        field = field.replace(code, character)
-    return field

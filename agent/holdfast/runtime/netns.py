@@ -7,24 +7,32 @@ is forked, and the namespace lives on by the mount alone. Nothing here reads or 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
 import socket
 import struct
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from holdfast.drivers import Host
 from holdfast.errors import NotPermitted, UnfitHost
+from holdfast.mounts import mount_points
 from holdfast.observed import Receipt
+from holdfast.syscalls import (
+    CLONE_NEWNET,
+    MS_BIND,
+    MS_REC,
+    MS_SHARED,
+    UMOUNT_NOFOLLOW,
+    call,
+    in_thread,
+    is_mounted,
+    mount,
+    unmount,
+)
 
-CLONE_NEWNET = 0x40000000
-MS_BIND, MS_REC, MS_SHARED = 0x1000, 0x4000, 0x100000
-MNT_DETACH, UMOUNT_NOFOLLOW = 0x2, 0x8
 SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1
 
 FOLDER = Path("/run/netns")
@@ -35,8 +43,6 @@ REDIRECTS = tuple(
 MARK = "netns-shared"
 BUSY_TRIES = 200
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 def ensure(host: Host, instance: str, pid: int | None = None) -> Receipt:
     """Have a network namespace with lo up for an instance. Idempotent; raises NotPermitted, UnfitHost.
@@ -45,12 +51,16 @@ def ensure(host: Host, instance: str, pid: int | None = None) -> Receipt:
     Receipt: kind "netns", id = owner = instance, data["path"] = the file that it is bound to.
     """
     path = host.netns(instance)
-    if not _is_namespace(path):
+    if not is_mounted(path):  # only then its file is on another device than the folder's
         _claim(host, path)
-        if pid is None:
-            _make(path)
-        else:
-            _check(_libc.mount(b"/proc/%d/ns/net" % pid, bytes(path), b"none", MS_BIND, None), "bind", path)
+        try:
+            if pid is None:
+                in_thread(lambda: _make(path), f"netns {path.name}")
+            else:
+                mount(f"/proc/{pid}/ns/net", path, flags=MS_BIND)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise _explained(f"make network namespace '{path.name}'", error) from error
     return _receipt(path, instance)
 
 
@@ -69,10 +79,8 @@ def observe(host: Host) -> Iterable[Receipt]:
 def remove(host: Host, receipt: Receipt) -> None:
     """Let go of a namespace; the kernel takes it apart, with its links, once no process is left in it."""
     path = host.netns(receipt.id)
-    with contextlib.suppress(FileNotFoundError):
-        while _libc.umount2(bytes(path), MNT_DETACH | UMOUNT_NOFOLLOW) == 0:
-            pass  # once for each time that it was bound
-        path.unlink()
+    unmount(path, lazily=True)
+    path.unlink(missing_ok=True)
     _unshare_folder(host)
 
 
@@ -81,40 +89,18 @@ def _receipt(path: Path, instance: str, bound: bool = True) -> Receipt:
     return Receipt("netns", "kernel", instance, instance, data)
 
 
-def _is_namespace(path: Path) -> bool:
-    """Whether path is bound to a namespace: only then its file is on another device than the folder's."""
-    try:
-        return path.stat().st_dev != FOLDER.stat().st_dev
-    except FileNotFoundError:
-        return False
-
-
 def _bound() -> frozenset[str]:
     """The names under /run/netns that are mounts of nsfs."""
-    with open("/proc/self/mountinfo") as table:  # noqa: PTH123 - read at once, line by line
-        rows = [line.split(" ") for line in table if " nsfs " in line]
-    return frozenset(row[4].rpartition("/")[2] for row in rows if row[4].startswith("/run/netns/"))
+    points = (each.point for each in mount_points("nsfs"))
+    return frozenset(point.rpartition("/")[2] for point in points if point.startswith(f"{FOLDER}/"))
 
 
 def _make(path: Path) -> None:
-    """Run the thread that makes the namespace, and raise here what it met there."""
-    failure: list[OSError] = []
-
-    def work() -> None:
-        try:
-            _check(_libc.unshare(CLONE_NEWNET), "unshare the network of", path)
-            _raise_loopback()
-            _refuse_redirects()
-            _check(_libc.mount(b"/proc/thread-self/ns/net", bytes(path), b"none", MS_BIND, None), "bind", path)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            failure.append(error)
-
-    thread = threading.Thread(target=work, name=f"netns {path.name}")
-    thread.start()
-    thread.join()
-    if failure:
-        _fail(f"make network namespace '{path.name}'", failure[0])
+    """Make the namespace, in a thread that lives in it, and bind it."""
+    call("unshare", CLONE_NEWNET)
+    _raise_loopback()
+    _refuse_redirects()
+    mount("/proc/thread-self/ns/net", path, flags=MS_BIND)
 
 
 def _raise_loopback() -> None:
@@ -144,15 +130,16 @@ def _share_folder(host: Host) -> None:
     """Make /run/netns a shared mount of its own, as ip-netns(8) does on first use: were it to do so later, its mount
     would hide ours. That we did it is noted in the run root, for `_unshare_folder`.
     """
-    if _libc.mount(b"", bytes(FOLDER), b"none", MS_SHARED | MS_REC, None) == 0:
-        return
-    host.run_root.mkdir(parents=True, exist_ok=True)
-    (host.run_root / MARK).touch()
     try:
-        _check(_libc.mount(bytes(FOLDER), bytes(FOLDER), b"none", MS_BIND | MS_REC, None), "bind", FOLDER)
-        _check(_libc.mount(b"", bytes(FOLDER), b"none", MS_SHARED | MS_REC, None), "share", FOLDER)
-    except OSError as error:
-        _fail(f"share '{FOLDER}'", error)
+        mount("none", FOLDER, flags=MS_SHARED | MS_REC)
+    except OSError:  # it is not a mount point
+        host.run_root.mkdir(parents=True, exist_ok=True)
+        (host.run_root / MARK).touch()
+        try:
+            mount(FOLDER, FOLDER, flags=MS_BIND | MS_REC)
+            mount("none", FOLDER, flags=MS_SHARED | MS_REC)
+        except OSError as error:
+            raise _explained(f"share '{FOLDER}'", error) from error
 
 
 def _unshare_folder(host: Host) -> None:
@@ -164,9 +151,13 @@ def _unshare_folder(host: Host) -> None:
         for _ in range(BUSY_TRIES):
             if FOLDER.is_dir() and os.listdir(FOLDER):  # noqa: PTH208 - an iterator left open would keep it busy
                 return
-            if _libc.umount2(bytes(FOLDER), UMOUNT_NOFOLLOW) == 0 or ctypes.get_errno() != errno.EBUSY:
-                break
-            time.sleep(0.001)  # someone looks into it just now
+            try:
+                call("umount2", bytes(FOLDER), UMOUNT_NOFOLLOW)
+            except OSError as error:
+                if error.errno == errno.EBUSY:
+                    time.sleep(0.001)  # somebody looks into it at the moment; the kernel announces no end of that
+                    continue
+            break
         mark.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             FOLDER.rmdir()
@@ -183,13 +174,7 @@ def _folder_lock() -> Iterator[None]:
         os.close(folder)
 
 
-def _check(result: int, what: str, path: Path) -> None:
-    if result != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"{what} '{path}': {os.strerror(code).lower()}")
-
-
-def _fail(operation: str, error: OSError) -> None:
+def _explained(operation: str, error: OSError) -> UnfitHost:
     if error.errno in (errno.EPERM, errno.EACCES):
-        raise NotPermitted(f"{operation}: not permitted (root with CAP_SYS_ADMIN)") from error
-    raise UnfitHost(f"{operation}: {error.strerror or error}") from error
+        return NotPermitted(f"{operation}: not permitted (root with CAP_SYS_ADMIN)")
+    return UnfitHost(f"{operation}: {(error.strerror or str(error)).lower()}")

@@ -6,45 +6,34 @@ kernel alone knows which names and values it takes. Called by the node when it s
 
 from __future__ import annotations
 
-import ctypes
-import os
 import re
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from holdfast.errors import HoldfastError, NotPermitted, WrongState
-
-CLONE_NEWNET, CLONE_NEWIPC, CLONE_NEWUTS = 0x40000000, 0x08000000, 0x04000000
-
-_libc = ctypes.CDLL(None, use_errno=True)
+from holdfast.errors import NotPermitted, WrongState
+from holdfast.syscalls import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS, call, in_thread
 
 
 def try_sysctls(settings: Mapping[str, str]) -> None:
     """Raise WrongState for settings that the kernel does not know or refuses; the host's own are left alone."""
-    if not settings:
-        return
-    failure: list[HoldfastError] = []
-    thread = threading.Thread(target=_write, args=(settings, failure), name="sysctls")
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
+    if settings:
+        in_thread(lambda: _write(settings), "sysctls")
 
 
-def _write(settings: Mapping[str, str], failure: list[HoldfastError]) -> None:
-    if _libc.unshare(CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS) != 0:
-        cause = os.strerror(ctypes.get_errno()).lower()
-        failure.append(NotPermitted(f"sysctls '{next(iter(settings))}': can't be tried: {cause}"))
-        return
+def _write(settings: Mapping[str, str]) -> None:
+    try:
+        call("unshare", CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS)
+    except OSError as error:
+        cause = (error.strerror or "").lower()
+        raise NotPermitted(f"sysctls '{next(iter(settings))}': can't be tried: {cause}") from error
     for name, value in settings.items():
         try:
             Path("/proc/sys", *_anywhere(name).split(".")).write_text(value)
-        except FileNotFoundError:
-            failure.append(WrongState(f"sysctls '{name}': the kernel of this host has no such setting"))
+        except FileNotFoundError as error:
+            raise WrongState(f"sysctls '{name}': the kernel of this host has no such setting") from error
         except OSError as error:
             cause = (error.strerror or "").lower()
-            failure.append(WrongState(f"sysctls '{name}': the kernel refuses '{value}': {cause}"))
+            raise WrongState(f"sysctls '{name}': the kernel refuses '{value}': {cause}") from error
 
 
 def _anywhere(name: str) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from holdfast.runtime.mountpoints import AUTOMOUNT, Mounted, MountedAt, mount_id
+from holdfast.mounts import MountPoint
+from holdfast.runtime.mountpoints import AUTOMOUNT, Mounted, mount_id
 from holdfast.source.revision import LiesOn
 
 REMEDY = "mount it, or put an empty vars.toml there if it is to be empty"
@@ -59,7 +60,7 @@ def _at(known: Mounted, point: str) -> str:
     return here.what if here is not None and here.kind != AUTOMOUNT else ""
 
 
-def _change(point: str, what: str, here: MountedAt | None, known: Mounted) -> str:
+def _change(point: str, what: str, here: MountPoint | None, known: Mounted) -> str:
     if not point:
         return "it is not known on which file system it lay, since an earlier version read it"
     if not _at(known, point):

@@ -10,11 +10,11 @@ import ctypes
 import errno
 import fcntl
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from holdfast import mounts
 from holdfast.errors import Conflict, HoldfastError, NotPermitted, UnfitHost
 from holdfast.files import remove_tree
 from holdfast.source.directory import REPLACING, DirectorySource
@@ -133,8 +133,7 @@ def _replace_inside(real: Path, files: Mapping[str, bytes], executable: frozense
 
 def mount_points() -> Iterator[str]:
     """Every mount point of this process's namespace (proc_pid_mountinfo(5))."""
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        yield os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), line.split()[4]))
+    return (each.point for each in mounts.mount_points())
 
 
 def _write_mark(mark: Path, text: bytes) -> None:

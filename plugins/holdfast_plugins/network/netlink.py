@@ -6,7 +6,6 @@ a dump of a thousand links takes milliseconds, and a socket may belong to anothe
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
 import struct
@@ -17,9 +16,9 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
+from holdfast.syscalls import CLONE_NEWNET, call, in_thread
 from holdfast_plugins.network.wire import SOL_NETLINK, Socket, attribute, attributes, messages, number, text
 
-CLONE_NEWNET = 0x40000000
 NETLINK_CAP_ACK, NETLINK_GET_STRICT_CHK = 10, 12
 RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE, RTM_GETQDISC = 18, 22, 26, 38
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_IFALIAS, IFLA_EXT_MASK = 1, 3, 4, 10, 20, 29
@@ -32,7 +31,6 @@ RT_TABLE_LOCAL, RTN_LOCAL = 255, 2
 SKIP_STATS = 1 << 3  # RTEXT_FILTER_SKIP_STATS: half of a link's reply is counters
 IFF_UP = 0x1
 
-_libc = ctypes.CDLL(None, use_errno=True)
 _link = struct.Struct("=BxHiII")
 ALL_LINKS = _link.pack(0, 0, 0, 0, 0) + attribute(IFLA_EXT_MASK, struct.pack("=I", SKIP_STATS))
 
@@ -147,25 +145,14 @@ def open_in(netns: Path, before: Callable[[], None] = lambda: None) -> Netlink:
 
     A thread enters it, opens the socket and ends there; the socket stays in that namespace, the caller in its own.
     """
-    opened: list[Netlink] = []
-    failed: list[Exception] = []
 
-    def work() -> None:
-        try:
-            with open(netns, "rb") as file:  # noqa: PTH123 - its descriptor is all we want
-                if _libc.setns(file.fileno(), CLONE_NEWNET) != 0:
-                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(netns))
-            before()
-            opened.append(Netlink())
-        except Exception as error:  # raised again by the caller's thread
-            failed.append(error)
+    def work() -> Netlink:
+        with open(netns, "rb") as file:  # noqa: PTH123 - its descriptor is all we want
+            call("setns", file.fileno(), CLONE_NEWNET, about=netns)
+        before()
+        return Netlink()
 
-    thread = threading.Thread(target=work, name=f"enter {netns.name}")
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
-    return opened[0]
+    return in_thread(work, f"enter {netns.name}")
 
 
 def _read_link(body: bytes) -> Link:

@@ -19,7 +19,8 @@ from urllib.parse import quote, unquote
 from holdfast.drivers import Host, MountWant, Receipt
 from holdfast.errors import UnfitHost, WrongState
 from holdfast.files import open_source, roots_above
-from holdfast_plugins.storage.mounts import bind_descriptor, unmount
+from holdfast.syscalls import unmount
+from holdfast_plugins.storage.mounts import bind_descriptor
 
 LONGEST_TARGET = 200  # bytes of a quoted target in a file's name
 

@@ -1,58 +1,25 @@
-"""The kernel's mount calls, spoken directly: a fork of mount(8) costs more than the mount.
+"""Mount overlays and descriptors by system calls: a fork of mount(8) costs more than the mount.
 
-The overlay driver calls these. System call numbers are alike on every architecture since Linux 5.1.
+System call numbers are the same on every architecture since Linux 5.1.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from holdfast.syscalls import MS_PRIVATE, MS_REC, call, mount
+
 OPEN_TREE, MOVE_MOUNT, FSOPEN, FSCONFIG, FSMOUNT = 428, 429, 430, 431, 432  # asm-generic/unistd.h
 OPEN_TREE_CLONE, AT_EMPTY_PATH, AT_RECURSIVE = 1, 0x1000, 0x8000
-MS_REC, MS_PRIVATE = 0x4000, 1 << 18
 FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 1, 6  # linux/mount.h
 CLOEXEC = 1  # FSOPEN_CLOEXEC, FSMOUNT_CLOEXEC
 MOVE_MOUNT_F_EMPTY_PATH = 4
 AT_FDCWD = -100
-MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 LONGEST_OPTION = 255  # fsconfig(2) takes 256 bytes with the terminating zero
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-@dataclass(frozen=True, slots=True)
-class MountPoint:
-    """One line of /proc/self/mountinfo (proc(5)): where, what type, from what, with which options."""
-
-    path: str
-    type: str
-    source: str
-    options: str
-
-
-def mount_points(*types: str) -> Iterator[MountPoint]:
-    """Every mount in this mount namespace, or those of some types, read at once."""
-    wanted = tuple(f"{each} " for each in types) or ""
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        left, _, right = line.partition(" - ")
-        if not right.startswith(wanted):
-            continue
-        kind, source, options = right.split(" ", 2)
-        yield MountPoint(_unescape(left.split(" ", 5)[4]), kind, _unescape(source), options)
-
-
-def is_mounted(path: Path) -> bool:
-    """Say whether something is mounted at path, with two stat(2)."""
-    try:
-        return path.stat().st_dev != path.parent.stat().st_dev
-    except FileNotFoundError:
-        return False
 
 
 def mount_overlay(source: str, layers: Sequence[Path], upper: Path, work: Path, target: Path) -> None:
@@ -78,28 +45,13 @@ def mount_overlay(source: str, layers: Sequence[Path], upper: Path, work: Path, 
 
 def bind_descriptor(descriptor: int, target: Path) -> None:
     """Mount what a descriptor (O_PATH) leads to at target, with all that is mounted below it, private (Linux 5.2)."""
-    tree = _call(OPEN_TREE, descriptor, b"", OPEN_TREE_CLONE | AT_EMPTY_PATH | AT_RECURSIVE | os.O_CLOEXEC)
+    tree = _syscall(OPEN_TREE, descriptor, b"", OPEN_TREE_CLONE | AT_EMPTY_PATH | AT_RECURSIVE | os.O_CLOEXEC)
     try:
-        _call(MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
+        _syscall(MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
     finally:
         os.close(tree)
     # Else, where the host shares its mounts, unmounting it would unmount what is mounted below the source.
-    if _libc.mount(None, os.fsencode(target), None, MS_REC | MS_PRIVATE, None) != 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(target))
-
-
-def unmount(target: Path) -> None:
-    """Take away everything that is mounted at target; lazily what is busy. Succeeds when nothing is."""
-    flags = UMOUNT_NOFOLLOW
-    while (fault := _umount(target, flags)) in (0, errno.EBUSY):
-        if fault == errno.EBUSY:
-            flags |= MNT_DETACH
-    if fault not in (errno.EINVAL, errno.ENOENT):  # EINVAL: no mount point (any more)
-        raise OSError(fault, os.strerror(fault), str(target))
-
-
-def _umount(target: Path, flags: int) -> int:
-    return 0 if _libc.umount2(os.fsencode(target), flags) == 0 else ctypes.get_errno()
+    mount("none", target, flags=MS_REC | MS_PRIVATE)
 
 
 def _fits(path: Path) -> bool:
@@ -119,11 +71,11 @@ def _takes_single_layers() -> bool:
     An older one takes every option as a word, known or not, and refuses them all at the end without a reason.
     """
     try:
-        context = _call(FSOPEN, b"overlay", CLOEXEC)
+        context = _syscall(FSOPEN, b"overlay", CLOEXEC)
     except OSError:
         return False
     try:
-        _call(FSCONFIG, context, FSCONFIG_SET_STRING, b"no_such_option", b"", 0)
+        _syscall(FSCONFIG, context, FSCONFIG_SET_STRING, b"no_such_option", b"", 0)
     except OSError:
         return _accepts(context, b"lowerdir+", b"/")
     else:
@@ -134,14 +86,14 @@ def _takes_single_layers() -> bool:
 
 def _accepts(context: int, option: bytes, value: bytes) -> bool:
     try:
-        _call(FSCONFIG, context, FSCONFIG_SET_STRING, option, value, 0)
+        _syscall(FSCONFIG, context, FSCONFIG_SET_STRING, option, value, 0)
     except OSError:
         return False
     return True
 
 
 def _mount_by_context(source: str, lowers: Sequence[str], upper: str, work: str, target: Path) -> None:
-    context = _call(FSOPEN, b"overlay", CLOEXEC)
+    context = _syscall(FSOPEN, b"overlay", CLOEXEC)
     try:
         options = [
             ("source", source),
@@ -150,25 +102,24 @@ def _mount_by_context(source: str, lowers: Sequence[str], upper: str, work: str,
             ("workdir", work),
         ]
         for key, value in options:
-            _call(FSCONFIG, context, FSCONFIG_SET_STRING, key.encode(), os.fsencode(value), 0)
-        _call(FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
-        mount = _call(FSMOUNT, context, CLOEXEC, 0)
+            _syscall(FSCONFIG, context, FSCONFIG_SET_STRING, key.encode(), os.fsencode(value), 0)
+        _syscall(FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
+        mount = _syscall(FSMOUNT, context, CLOEXEC, 0)
     except OSError as error:
         raise OSError(error.errno, _account(context) or error.strerror) from error
     finally:
         os.close(context)
     try:
-        _call(MOVE_MOUNT, mount, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
+        _syscall(MOVE_MOUNT, mount, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
     finally:
         os.close(mount)
 
 
 def _mount_by_page(source: str, lowers: Sequence[str], upper: str, work: str, target: Path) -> None:
-    options = f"lowerdir={':'.join(lowers)},upperdir={upper},workdir={work}".encode()
-    if len(options) >= os.sysconf("SC_PAGE_SIZE"):
+    options = f"lowerdir={':'.join(lowers)},upperdir={upper},workdir={work}"
+    if len(options.encode()) >= os.sysconf("SC_PAGE_SIZE"):
         raise OSError(errno.E2BIG, f"{len(lowers)} layers are too many for this kernel (Linux 6.5 takes 500)")
-    if _libc.mount(source.encode(), os.fsencode(target), b"overlay", 0, options) != 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(target))
+    mount(source, target, "overlay", options=options)
 
 
 def _account(context: int) -> str:
@@ -182,17 +133,5 @@ def _account(context: int) -> str:
     return "; ".join(lines)
 
 
-def _call(number: int, *arguments: int | bytes | None) -> int:
-    words = [ctypes.c_long(word) if isinstance(word, int) else ctypes.c_char_p(word) for word in arguments]
-    result: int = _libc.syscall(ctypes.c_long(number), *words)
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return result
-
-
-def _unescape(field: str) -> str:
-    if "\\" not in field:  # as nearly always
-        return field
-    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        field = field.replace(code, character)
-    return field
+def _syscall(number: int, *arguments: int | bytes | None) -> int:
+    return call("syscall", number, *arguments)

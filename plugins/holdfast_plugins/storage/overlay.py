@@ -14,8 +14,10 @@ from pathlib import Path
 from holdfast.drivers import Host, Receipt, RootfsWant
 from holdfast.errors import NotPermitted, UnfitHost, WrongCall, WrongState
 from holdfast.files import remove_tree
+from holdfast.mounts import mount_points
+from holdfast.syscalls import is_mounted, unmount
 from holdfast_plugins.storage import quota
-from holdfast_plugins.storage.mounts import is_mounted, mount_overlay, mount_points, unmount
+from holdfast_plugins.storage.mounts import mount_overlay
 
 MOST_LAYERS = 500  # OVL_MAX_STACK of the kernel
 
@@ -65,9 +67,9 @@ class OverlayRootfs:
         """What is mounted, and (with an empty data) what has a writable layer but is not mounted."""
         parent = str(self.host.instance("x").parent) + "/"
         mounted = {
-            point.path.removeprefix(parent).removesuffix("/rootfs")
-            for point in mount_points("overlay")
-            if point.path.startswith(parent) and point.path.endswith("/rootfs")
+            point.removeprefix(parent).removesuffix("/rootfs")
+            for point in (each.point for each in mount_points("overlay"))
+            if point.startswith(parent) and point.endswith("/rootfs")
         }
         layers = str(self.host.root / "instances")
         for instance in sorted({*mounted, *_names_in(layers)}):

@@ -18,7 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from holdfast.errors import UnfitHost
-from holdfast_plugins.storage.mounts import mount_points
+from holdfast.mounts import mount_points
+from holdfast.syscalls import call
 
 QUOTACTL_FD = 443  # asm-generic/unistd.h; Linux 5.14
 PRJQUOTA = 2  # linux/quota.h
@@ -36,8 +37,6 @@ HOW = {
     "ext4": "tune2fs -O quota,project on the unmounted device, then mount it with prjquota",
     "xfs": "mount it with pquota; for /, boot with rootflags=pquota",
 }
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def check(path: Path, what: str) -> None:
@@ -150,8 +149,7 @@ def _set_project(descriptor: int, project: int, *, inherit: bool) -> None:
 
 def _quotactl(folder: int, command: int, project: int, buffer: ctypes.Array[ctypes.c_char]) -> None:
     whole = command << 8 | PRJQUOTA
-    if _libc.syscall(ctypes.c_long(QUOTACTL_FD), ctypes.c_int(folder), ctypes.c_uint(whole), project, buffer) != 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    call("syscall", QUOTACTL_FD, folder, whole, project, buffer)
 
 
 @contextmanager
@@ -166,5 +164,5 @@ def _opened(path: Path) -> Iterator[int]:
 def _file_system(path: Path) -> tuple[str, str]:
     """The type and the mount point of what a path lies on."""
     real = path.resolve()
-    there = {point.path: point.type for point in mount_points()}
+    there = {each.point: each.kind for each in mount_points()}
     return next(((there[str(each)], str(each)) for each in (real, *real.parents) if str(each) in there), ("?", "/"))
