@@ -39,7 +39,8 @@ from holdfast.spec.model import PRIVATE, NodeFacts
 from holdfast.spec.policy import RULES
 from holdfast.spec.values import STRING, Absolute, AppNetwork, Capability
 from holdfast.tables import read_table
-from holdfast.toml import Document, KeyPath, Unreadable, dotted, one_line, suggestion
+from holdfast.toml import Document, KeyPath, Unreadable, dotted
+from holdfast.words import one_line, suggestion
 
 DEFAULT_PATH = Path("/etc/holdfast/agent.toml")
 VARIABLE = "HOLDFAST_CONFIG"

@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 from holdfast.grammar import quantities
-from holdfast.toml import named, shown
+from holdfast.words import named, shown
 
 JsonSchema = dict[str, Any]
 T = TypeVar("T")

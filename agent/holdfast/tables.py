@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from holdfast.keys import WRITTEN, Contradiction, Table
-from holdfast.toml import KeyPath, dotted, named, shown, suggestion
+from holdfast.toml import KeyPath, dotted
+from holdfast.words import named, shown, suggestion
 
 T = TypeVar("T", bound=BaseModel)
 

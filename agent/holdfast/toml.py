@@ -10,21 +10,18 @@ import codecs
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Iterator
-from datetime import date, time
+from collections.abc import Iterator
 from functools import cached_property
-from itertools import islice
 from types import NoneType
 from typing import Any
+
+from holdfast.grammar.quantities import LARGEST
 
 KeyPath = tuple[str | int, ...]
 
 MAX_SIZE = 1024 * 1024
 MAX_DEPTH = 64  # tables and lists within each other
-MAX_KNOWN = 200  # words that a suggestion is looked for among: comparing them costs
 LONGEST_KEY = 80  # characters of one part of a key path that an error shows
-LONGEST_MESSAGE = 600  # characters of an error
-LARGEST = 2**63 - 1  # a 64-bit number is what TOML promises; those that keep this data have no larger ones
 
 _BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
 _SPACE = re.compile(r"[ \t]*")
@@ -145,16 +142,6 @@ def _unfit(value: Any) -> str:
     return ""
 
 
-def one_line(message: str) -> str:
-    """A message on one line of bounded length, whatever it quotes: what it begins and what it ends with.
-
-    Values that it quotes can't break the line, or steer the terminal of whoever reads it.
-    """
-    if len(message) > LONGEST_MESSAGE:
-        message = f"{message[: LONGEST_MESSAGE // 2]} … {message[-LONGEST_MESSAGE // 2 :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-
-
 def dotted(path: KeyPath) -> str:
     """A key path as a person writes it: `containers.web.ports[0]`."""
     text = ""
@@ -166,38 +153,6 @@ def dotted(path: KeyPath) -> str:
             name = name if len(name) <= LONGEST_KEY else f"{name[:LONGEST_KEY]}…"
             text += f".{name}" if text else name
     return text
-
-
-def named(value: Any) -> str:
-    """What TOML calls the kind of a value: `a string`, `a table`."""
-    match value:
-        case bool():
-            return "a boolean"
-        case str():
-            return f"the string {value!r}" if len(value) < 60 else "a string"
-        case int() | float():
-            return f"the number {value}"
-        case list() | tuple():
-            return "a list"
-        case date() | time():
-            return "a date or time"
-        case _:
-            return "a table"
-
-
-def shown(value: Any) -> str:
-    """A value as an error quotes it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return f"'{value}'" if isinstance(value, str) else str(value) if isinstance(value, int | float) else named(value)
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the nearest known word, or the empty string."""
-    from difflib import get_close_matches  # slow to import, and most runs have no errors
-
-    near = get_close_matches(word[:MAX_DEPTH], list(islice(known, MAX_KNOWN)), n=1)
-    return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 def _unreadable(message: str, text: str) -> Unreadable:

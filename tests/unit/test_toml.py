@@ -6,7 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from holdfast.toml import Document, KeyPath, Unreadable, dotted, suggestion
+from holdfast.toml import Document, KeyPath, Unreadable, dotted
+from holdfast.words import suggestion
 
 TEXT = '''\
 top = 1

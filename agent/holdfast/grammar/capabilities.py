@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from holdfast.toml import suggestion
+from holdfast.words import suggestion
 
 #: In the order of their numbers, so that a bit mask of the kernel can be read.
 ALL = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from holdfast.toml import suggestion
+from holdfast.words import suggestion
 
 #: Without RLIMIT_, and in lower case.
 ULIMITS = frozenset(

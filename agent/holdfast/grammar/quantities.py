@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 
-from holdfast.toml import LARGEST
-
+LARGEST = 2**63 - 1  # what 64 bits hold, which is what TOML promises and SQLite stores
 LONGEST_DURATION = 3650 * 86400.0  # seconds: clocks and system calls can count them
 NO_DURATION = "is not a duration (expected a number and a unit, ms, s, m, h or d, as in '1m30s')"
 LONGEST_NUMBER = 15  # digits: whatever its unit, it stays within 64 bits

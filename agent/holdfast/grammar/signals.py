@@ -6,7 +6,7 @@ import re
 import signal
 
 from holdfast.grammar.quantities import number as is_number
-from holdfast.toml import suggestion
+from holdfast.words import suggestion
 
 
 def canonical(value: str | int) -> str:

@@ -15,7 +15,7 @@ from holdfast.grammar.names import absolute, check_id, reference
 from holdfast.grammar.network import ipv4, ports
 from holdfast.grammar.quantities import number
 from holdfast.keys import size
-from holdfast.toml import shown
+from holdfast.words import shown
 
 Parts = dict[str, Any]
 

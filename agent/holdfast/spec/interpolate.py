@@ -11,7 +11,8 @@ from typing import Any
 
 from holdfast.spec.model import NodeFacts
 from holdfast.tables import Fault
-from holdfast.toml import KeyPath, suggestion
+from holdfast.toml import KeyPath
+from holdfast.words import suggestion
 
 _MARK = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<inner>[^}]*)\})")
 

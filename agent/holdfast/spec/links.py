@@ -15,7 +15,8 @@ from holdfast.grammar.network import unusable
 from holdfast.spec.model import BUILTIN_NETWORKS, App, Network, Port
 from holdfast.spec.resolve import Draft
 from holdfast.tables import Fault
-from holdfast.toml import KeyPath, dotted, suggestion
+from holdfast.toml import KeyPath, dotted
+from holdfast.words import suggestion
 
 Finding = tuple[Draft, Fault]
 

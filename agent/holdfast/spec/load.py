@@ -20,7 +20,8 @@ from holdfast.spec.interpolate import interpolated
 from holdfast.spec.model import App, Build, NodeFacts, Problem, Spec, When, digest_of_file
 from holdfast.spec.resolve import Draft, app_name, draft_of
 from holdfast.tables import MOST_FAULTS, Fault, read_table
-from holdfast.toml import Document, Unreadable, dotted, shown
+from holdfast.toml import Document, Unreadable, dotted
+from holdfast.words import shown
 
 VARS_FILE = "vars.toml"
 

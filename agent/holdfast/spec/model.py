@@ -51,7 +51,7 @@ from holdfast.spec.values import (
     Reference,
     Words,
 )
-from holdfast.toml import one_line
+from holdfast.words import one_line
 
 #: What comes from `parts` and `resources` can be had here, too.
 __all__ = [

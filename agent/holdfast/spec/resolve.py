@@ -16,7 +16,8 @@ from holdfast.spec.authored import ConfigUse, ContainerTable, ImageTable, StateF
 from holdfast.spec.policy import broken_build_rules, broken_rules, foreign_subnet, outside_roots
 from holdfast.spec.volumes import taken_over
 from holdfast.tables import Fault, WrongOptions, read_options
-from holdfast.toml import Document, KeyPath, suggestion
+from holdfast.toml import Document, KeyPath
+from holdfast.words import suggestion
 
 
 @dataclass(frozen=True, slots=True)
