@@ -4,8 +4,6 @@ Read by `cli` and `daemon`, once at the start and again on SIGHUP. Everything th
 by line, as for state files.
 """
 
-# ruff: noqa: RUF012 (pydantic copies the defaults of fields)
-
 from __future__ import annotations
 
 import os
@@ -117,17 +115,15 @@ Percent = Annotated[float, within(above=0, high=100)]
 class StateSource(Table):
     """Where the state is committed: a directory, or a branch of a git repository."""
 
-    directory: Annotated[Directory, Field(description='the directory; in short: `state = "/path"`')] = Path(
-        "/etc/holdfast/state"
+    directory: Directory = Field(
+        Path("/etc/holdfast/state"), description='the directory; in short: `state = "/path"`'
     )
-    git: Annotated[str, Field(description="instead of a directory: the URL or path of the repository")] = ""
-    branch: Annotated[NonEmpty, Field(description="git: the branch to follow")] = "main"
-    path: Annotated[
-        str, Checked(_tree_path, {}), Field(description="git: the folder that holds this node's files; empty: all")
-    ] = ""
-    interval: Annotated[
-        Interval, Field(description="git: how often to look for commits; `holdfast sync` looks at once")
-    ] = 30.0
+    git: str = Field("", description="instead of a directory: the URL or path of the repository")
+    branch: NonEmpty = Field("main", description="git: the branch to follow")
+    path: Annotated[str, Checked(_tree_path, {})] = Field(
+        "", description="git: the folder that holds this node's files; empty: all"
+    )
+    interval: Interval = Field(30.0, description="git: how often to look for commits; `holdfast sync` looks at once")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if ("directory" in self.model_fields_set) == bool(self.git):
@@ -143,122 +139,97 @@ class NodeTable(Table):
     name: str = Field(
         default_factory=gethostname, description="for `when` and `${node.name}`; default: the host name"
     )
-    labels: Annotated[dict[str, Text], Field(description="for `when` and `${node.labels.NAME}`")] = {}
+    labels: dict[str, Text] = Field({}, description="for `when` and `${node.labels.NAME}`")
 
 
 class EnvTable(Table):
     """What state files may read of the agent's environment."""
 
-    allow: Annotated[Items[str], Field(description="the variables that `${env.NAME}` may name")] = ()
+    allow: Items[str] = Field((), description="the variables that `${env.NAME}` may name")
 
 
 class NetworkSettings(Table):
     """Where networks get their addresses."""
 
-    pool: Annotated[
-        str,
-        Checked(_pool, {}),
-        Field(description="the IPv4 range of networks that name no subnet; /24 or larger"),
-    ] = "10.209.0.0/16"
-    allowed_subnets: Annotated[
-        Items[Annotated[str, Checked(_subnet, {})]],
-        Field(description="where a `subnet` of a state file may be, besides the pool"),
-    ] = PRIVATE
-    firewall: Annotated[str, Field(description="the driver of published ports and isolation")] = "nftables"
+    pool: Annotated[str, Checked(_pool, {})] = Field(
+        "10.209.0.0/16", description="the IPv4 range of networks that name no subnet; /24 or larger"
+    )
+    allowed_subnets: Items[Annotated[str, Checked(_subnet, {})]] = Field(
+        PRIVATE, description="where a `subnet` of a state file may be, besides the pool"
+    )
+    firewall: str = Field("nftables", description="the driver of published ports and isolation")
 
 
 class LimitsTable(Table):
     """How much the agent does at a time."""
 
-    start_concurrency: Annotated[
-        Annotated[int, within(1, 1024)], Field(description="how many containers start at a time")
-    ] = 8
+    start_concurrency: Annotated[int, within(1, 1024)] = Field(8, description="how many containers start at a time")
 
 
 class CgroupTable(Table):
     """How the limits of containers are set."""
 
-    policy: Annotated[
-        Strings,
-        Field(
-            description="the cgroup policies of containers that name none (`limits`, `qos` or a plugin's); later "
-            "ones win"
-        ),
-    ] = ("limits",)
+    policy: Strings = Field(
+        ("limits",),
+        description="the cgroup policies of containers that name none; of several, the later ones win",
+    )
 
 
 class StorageTable(Table):
     """Where root file systems come from."""
 
-    driver: Annotated[
-        NonEmpty, Field(description="the driver of new root file systems: `overlay`, or a plugin's")
-    ] = "overlay"
+    driver: NonEmpty = Field("overlay", description="the driver of new root file systems: `overlay`, or a plugin's")
 
 
 class PolicyTable(Table):
     """What state files may not do."""
 
-    forbid: Annotated[
-        Items[Annotated[str, Checked(_rule, {"enum": [*RULES]})]], Field(description="what is refused")
-    ] = ()
-    bind_roots: Annotated[
-        Items[Absolute] | None,
-        Field(description="where bind mounts and archives may come from; absent: anywhere"),
-    ] = None
+    forbid: Items[Annotated[str, Checked(_rule, {"enum": [*RULES]})]] = Field((), description="what is refused")
+    bind_roots: Items[Absolute] | None = Field(
+        None, description="where bind mounts and archives may come from; absent: anywhere"
+    )
 
 
 class DefaultsTable(Table):
     """What containers get unless they say otherwise."""
 
-    cap_add: Annotated[
-        Items[Capability], Field(description="capabilities that all containers get, unless they drop them")
-    ] = ()
-    network: Annotated[
-        AppNetwork,
-        Field(description="the network of containers that name none: their app's own, or the shared bridge"),
-    ] = "default"
+    cap_add: Items[Capability] = Field((), description="capabilities that all containers get, unless they drop them")
+    network: AppNetwork = Field(
+        "default", description="the network of containers that name none: their app's own, or the shared bridge"
+    )
 
 
 class ImageSettings(Table):
     """Where images come from, and how much of the host they may use."""
 
-    authfile: Annotated[
-        Directory | None, Field(description="logins (containers-auth.json(5)); absent: where skopeo looks")
-    ] = None
-    registries_conf: Annotated[
-        Directory | None,
-        Field(description="mirrors, plain HTTP (containers-registries.conf(5)); absent: where skopeo looks"),
-    ] = None
-    policy: Annotated[
-        Directory | None,
-        Field(description="required signatures (containers-policy.json(5)); absent: where skopeo looks"),
-    ] = None
-    offline: Annotated[
-        bool, Field(description="whether no registry is asked: images are loaded, or they are missing")
-    ] = False
-    concurrent_downloads: Annotated[
-        Annotated[int, within(1, 64)], Field(description="how many layers come from one registry at a time")
-    ] = 3
-    connect_timeout: Annotated[
-        Interval,
-        Field(description="how long `apply` and `sync --wait` wait for a registry that does not answer"),
-    ] = 60.0
-    stall_timeout: Annotated[
-        Interval, Field(description="after how long without a byte a transfer is given up and tried again")
-    ] = 60.0
-    max_layer_size: Annotated[
-        Annotated[Size, within(1)], Field(description="a layer that is larger when unpacked is refused")
-    ] = 32 << 30
-    max_layer_files: Annotated[Count, Field(description="a layer with more files is refused")] = 4_000_000
-    min_free: Annotated[Annotated[Size, within(0)], Field(description="how much of the disk a pull leaves free")] = (
-        512 << 20
+    authfile: Directory | None = Field(
+        None, description="logins (containers-auth.json(5)); absent: where skopeo looks"
     )
-    high_watermark: Annotated[
-        Percent, Field(description="the percentage of the disk in use above which unused images are deleted")
-    ] = 85.0
-    low_watermark: Annotated[
-        Percent, Field(description="the percentage of the disk in use at which deleting stops")
-    ] = 80.0
+    registries_conf: Directory | None = Field(
+        None, description="mirrors, plain HTTP (containers-registries.conf(5)); absent: where skopeo looks"
+    )
+    policy: Directory | None = Field(
+        None, description="required signatures (containers-policy.json(5)); absent: where skopeo looks"
+    )
+    offline: bool = Field(False, description="whether no registry is asked: images are loaded, or they are missing")
+    concurrent_downloads: Annotated[int, within(1, 64)] = Field(
+        3, description="how many layers come from one registry at a time"
+    )
+    connect_timeout: Interval = Field(
+        60.0, description="how long `apply` and `sync --wait` wait for a registry that does not answer"
+    )
+    stall_timeout: Interval = Field(
+        60.0, description="after how long without a byte a transfer is given up and tried again"
+    )
+    max_layer_size: Annotated[Size, within(1)] = Field(
+        32 << 30, description="a layer that is larger when unpacked is refused"
+    )
+    max_layer_files: Count = Field(4_000_000, description="a layer with more files is refused")
+    min_free: Annotated[Size, within(0)] = Field(512 << 20, description="how much of the disk a pull leaves free")
+    high_watermark: Percent = Field(
+        85.0, description="the percentage of the disk in use above which unused images are deleted"
+    )
+    low_watermark: Percent = Field(80.0, description="the percentage of the disk in use at which deleting stops")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.low_watermark > self.high_watermark:
@@ -268,35 +239,28 @@ class ImageSettings(Table):
 class BuildSettings(Table):
     """How much of the host building images may use."""
 
-    memory: Annotated[
-        Annotated[Size, within(32 << 20)] | None,
-        Field(description="the memory of one build, which gets no swap; at least 32MiB; absent: 3/4 of the host's"),
-    ] = None
-    pids: Annotated[Annotated[int, within(16)], Field(description="the most processes and threads of one build")] = (
-        4096
+    memory: Annotated[Size, within(32 << 20)] | None = Field(
+        None, description="the memory of one build, which gets no swap; at least 32MiB; absent: 3/4 of the host's"
     )
-    concurrency: Annotated[
-        Annotated[int, within(1, 12)] | None,
-        Field(description="how many builds run at a time; absent: one for each processor, at most 8"),
-    ] = None
-    cache: Annotated[
-        Annotated[Size, within(0)], Field(description="the size of the layers that are kept for later builds")
-    ] = 10 << 30
+    pids: Annotated[int, within(16)] = Field(4096, description="the most processes and threads of one build")
+    concurrency: Annotated[int, within(1, 12)] | None = Field(
+        None, description="how many builds run at a time; absent: one for each processor, at most 8"
+    )
+    cache: Annotated[Size, within(0)] = Field(
+        10 << 30, description="the size of the layers that are kept for later builds"
+    )
 
 
 class AgentTable(Table):
     """The keys of agent.toml."""
 
-    name: Annotated[
-        str,
-        Checked(_name, {}),
-        Field(description="part of the name of everything it makes: a-z and 0-9, at most 8; each root has its own"),
-    ] = "holdfast"
-    state: Annotated[
-        StateSource,
-        or_text(lambda path: {"directory": path}, "a directory"),
-        Field(description="where the state is; default: the directory /etc/holdfast/state"),
-    ] = StateSource()
+    name: Annotated[str, Checked(_name, {})] = Field(
+        "holdfast",
+        description="part of the name of everything it makes: a-z and 0-9, at most 8; each root has its own",
+    )
+    state: Annotated[StateSource, or_text(lambda path: {"directory": path}, "a directory")] = Field(
+        StateSource(), description="where the state is; default: the directory /etc/holdfast/state"
+    )
     root: Directory = Field(
         default_factory=lambda read: Path(f"/var/lib/{read['name']}"),
         description="what survives a reboot: images, volumes, writable layers, the store; default: /var/lib/NAME",
@@ -305,53 +269,44 @@ class AgentTable(Table):
         default_factory=lambda read: Path(f"/run/{read['name']}"),
         description="what does not survive a reboot: the socket, bundles, exit files; default: /run/NAME",
     )
-    runtime: Annotated[
-        str,
-        Checked(_runtime, {}),
-        Field(description="`crun`, `runc` or an absolute path; `auto`: the first that works on this host"),
-    ] = "auto"
+    runtime: Annotated[str, Checked(_runtime, {})] = Field(
+        "auto", description="`crun`, `runc` or an absolute path; `auto`: the first that works on this host"
+    )
     socket: Directory = Field(
         default_factory=lambda read: read["run_root"] / "agent.sock",
         description="where commands reach the agent; default: RUN_ROOT/agent.sock",
     )
-    group: Annotated[
-        NonEmpty | None,
-        Field(description="members may use the socket, which makes them as powerful as root; absent: only root"),
-    ] = None
-    on_invalid: Annotated[
-        Literal["keep-app", "reject-revision"],
-        Field(description="what stays as it is when a state file does not load: its app, or all apps"),
-    ] = "keep-app"
-    full_pass_interval: Annotated[
-        Interval, Field(description="how long a change that no event told of can stay unnoticed")
-    ] = 60.0
-    debounce: Annotated[
-        Duration, Field(description="how long the files of a state directory must be quiet before they are read")
-    ] = 0.02
-    shutdown_timeout: Annotated[
-        Duration, Field(description="how long all containers together have to stop when the host goes down")
-    ] = 60.0
-    node: Annotated[NodeTable, Field(description="what state files may ask about this host")] = Field(
-        default_factory=NodeTable
+    group: NonEmpty | None = Field(
+        None, description="members may use the socket, which makes them as powerful as root; absent: only root"
     )
-    vars: Annotated[
-        dict[str, Text],
-        Field(description="`${vars.NAME}` in state files; wins over vars.toml of the repository"),
-    ] = {}
-    env: Annotated[EnvTable, Field(description="what state files may read of the environment")] = EnvTable()
-    network: Annotated[NetworkSettings, Field(description="addresses of networks")] = NetworkSettings()
-    limits: Annotated[LimitsTable, Field(description="how much the agent does at a time")] = LimitsTable()
-    cgroup: Annotated[CgroupTable, Field(description="how the limits of containers are set")] = CgroupTable()
-    storage: Annotated[StorageTable, Field(description="where root file systems come from")] = StorageTable()
-    policy: Annotated[PolicyTable, Field(description="what state files may not do")] = PolicyTable()
-    defaults: Annotated[DefaultsTable, Field(description="what containers get unless they say otherwise")] = (
-        DefaultsTable()
+    on_invalid: Literal["keep-app", "reject-revision"] = Field(
+        "keep-app", description="what stays as it is when a state file does not load: its app, or all apps"
     )
-    images: Annotated[ImageSettings, Field(description="images of registries, and the disk")] = ImageSettings()
-    builds: Annotated[BuildSettings, Field(description="how much builds may use")] = BuildSettings()
-    plugins: Annotated[
-        dict[str, dict[str, Any]], Field(description="settings of plugins, each in a table of the plugin's name")
-    ] = {}
+    full_pass_interval: Interval = Field(
+        60.0, description="how long a change that no event told of can stay unnoticed"
+    )
+    debounce: Duration = Field(
+        0.02, description="how long the files of a state directory must be quiet before they are read"
+    )
+    shutdown_timeout: Duration = Field(
+        60.0, description="how long all containers together have to stop when the host goes down"
+    )
+    node: NodeTable = Field(default_factory=NodeTable, description="what state files may ask about this host")
+    vars: dict[str, Text] = Field(
+        {}, description="`${vars.NAME}` in state files; wins over vars.toml of the repository"
+    )
+    env: EnvTable = Field(EnvTable(), description="what state files may read of the environment")
+    network: NetworkSettings = Field(NetworkSettings(), description="addresses of networks")
+    limits: LimitsTable = Field(LimitsTable(), description="how much the agent does at a time")
+    cgroup: CgroupTable = Field(CgroupTable(), description="how the limits of containers are set")
+    storage: StorageTable = Field(StorageTable(), description="where root file systems come from")
+    policy: PolicyTable = Field(PolicyTable(), description="what state files may not do")
+    defaults: DefaultsTable = Field(DefaultsTable(), description="what containers get unless they say otherwise")
+    images: ImageSettings = Field(ImageSettings(), description="images of registries, and the disk")
+    builds: BuildSettings = Field(BuildSettings(), description="how much builds may use")
+    plugins: dict[str, dict[str, Any]] = Field(
+        {}, description="settings of plugins, each in a table of the plugin's name"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,7 +327,7 @@ class Config(AgentTable):
     environment: the variables of the agent's environment that state files may read.
     """
 
-    environment: dict[str, str] = {}
+    environment: dict[str, str] = Field({})
     _written: Written = PrivateAttr(default_factory=lambda: Written(DEFAULT_PATH, Document(b"")))
 
     def where(self, path: KeyPath) -> str:

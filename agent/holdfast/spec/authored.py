@@ -4,8 +4,6 @@ Most keys are declared in `model` and `parts`, and pass through. Here are those 
 Compose's wherever it has a word for the thing. The JSON Schema and docs/reference.md come from these types.
 """
 
-# ruff: noqa: RUF012 (pydantic copies the defaults of fields)
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -27,25 +25,23 @@ class AppTable(Table):
 
     not_yet: ClassVar = ("update", "rolling", "window", "rollback")
 
-    name: Annotated[Name | None, Field(description="its name; default: the file's name without .toml")] = None
-    depends_on: Annotated[Items[Name], Field(description="apps that must be up before it starts")] = ()
-    when: Annotated[model.When, Field(description="which nodes it is for; absent: every node")] = model.When()
-    network: Annotated[
-        AppNetwork | None,
-        Field(
-            description="which network containers join that name none: `default`, the app's own, or `bridge`, which "
-            "all such apps share; absent: as agent.toml says"
-        ),
-    ] = None
+    name: Name | None = Field(None, description="its name; default: the file's name without .toml")
+    depends_on: Items[Name] = Field((), description="apps that must be up before it starts")
+    when: model.When = Field(model.When(), description="which nodes it is for; absent: every node")
+    network: AppNetwork | None = Field(
+        None,
+        description="which network containers join that name none: `default`, the app's own, or `bridge`, which all "
+        "such apps share; absent: as agent.toml says",
+    )
 
 
 class PortTable(Table):
     """One published port, or a range of them."""
 
-    target: Annotated[Ports, Field(description="the port of the container, or a range")]
-    published: Annotated[Ports, Field(description="the port of the host, or a range of the same length")]
-    host_ip: Annotated[Address | None, Field(description="the host's address; absent: every address")] = None
-    protocol: Annotated[Literal["tcp", "udp"], Field(description="the protocol of the port")] = "tcp"
+    target: Ports = Field(description="the port of the container, or a range")
+    published: Ports = Field(description="the port of the host, or a range of the same length")
+    host_ip: Address | None = Field(None, description="the host's address; absent: every address")
+    protocol: Literal["tcp", "udp"] = Field("tcp", description="the protocol of the port")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         host, inner = self._ranges()
@@ -66,14 +62,14 @@ class PortTable(Table):
 class ConfigUse(Table):
     """A config of this app, mounted into the container."""
 
-    source: Annotated[Name, Field(description="a name of [configs]")]
+    source: Name = Field(description="a name of [configs]")
     target: Absolute = Field(
         default_factory=lambda read: f"/{read['source']}", description="where it is in the container; default: /NAME"
     )
-    mode: Annotated[Mode | None, Field(description="the permissions in octal; absent: readable by all")] = None
-    uid: Annotated[Id | None, Field(description="the owner; absent: root")] = None
-    gid: Annotated[Id | None, Field(description="the group; absent: root")] = None
-    on_change: Annotated[OnChange, Field(description="what to do when the content changes")] = "restart"
+    mode: Mode | None = Field(None, description="the permissions in octal; absent: readable by all")
+    uid: Id | None = Field(None, description="the owner; absent: root")
+    gid: Id | None = Field(None, description="the group; absent: root")
+    on_change: OnChange = Field("restart", description="what to do when the content changes")
 
 
 class ContainerTable(model.ContainerKeys):
@@ -106,18 +102,15 @@ class ContainerTable(model.ContainerKeys):
         "links": "networks: containers of one network find each other by name",
     }
 
-    ports: Annotated[
-        Items[Annotated[PortTable, or_text(forms.port, "[HOST_IP:]HOST:CONTAINER[/PROTOCOL]")]],
-        Field(description="ports that are published on the host"),
-    ] = ()
-    networks: Annotated[
-        Annotated[dict[Reference, Attachment], Short(forms.named, (STRINGS,))] | None,
-        Field(description="the networks that it joins; absent: the app's own, `default`"),
-    ] = None
-    volumes: Annotated[
-        Items[Annotated[Mount, or_text(forms.volume, "SOURCE:TARGET[:ro]")]],
-        Field(description="volumes, files and directories that are mounted into it"),
-    ] = ()
+    ports: Items[Annotated[PortTable, or_text(forms.port, "[HOST_IP:]HOST:CONTAINER[/PROTOCOL]")]] = Field(
+        (), description="ports that are published on the host"
+    )
+    networks: Annotated[dict[Reference, Attachment], Short(forms.named, (STRINGS,))] | None = Field(
+        None, description="the networks that it joins; absent: the app's own, `default`"
+    )
+    volumes: Items[Annotated[Mount, or_text(forms.volume, "SOURCE:TARGET[:ro]")]] = Field(
+        (), description="volumes, files and directories that are mounted into it"
+    )
     tmpfs: Annotated[
         Items[
             Annotated[
@@ -125,20 +118,18 @@ class ContainerTable(model.ContainerKeys):
             ]
         ],
         Short(forms.several, (STRING,)),
-        Field(description="file systems in memory, empty at each start"),
-    ] = ()
-    configs: Annotated[
-        Items[Annotated[ConfigUse, or_text(lambda name: {"source": name}, "a name of [configs]")]],
-        Field(description="configs of this app that are mounted into it"),
-    ] = ()
-    restart: Annotated[
-        Annotated[str, Checked(lambda v: forms.restart(v) and v, {"examples": ["always", "on-failure:5"]})] | None,
-        Field(
-            description="when it runs again after it has ended: `no`, `on-failure[:N]`, `always` or "
-            "`unless-stopped`; absent: only after a reboot"
-        ),
-    ] = None
-    restart_policy: Annotated[RestartTable | None, Field(description="the long form of restart")] = None
+    ] = Field((), description="file systems in memory, empty at each start")
+    configs: Items[Annotated[ConfigUse, or_text(lambda name: {"source": name}, "a name of [configs]")]] = Field(
+        (), description="configs of this app that are mounted into it"
+    )
+    restart: (
+        Annotated[str, Checked(lambda v: forms.restart(v) and v, {"examples": ["always", "on-failure:5"]})] | None
+    ) = Field(
+        None,
+        description="when it runs again after it has ended: `no`, `on-failure[:N]`, `always` or `unless-stopped`; "
+        "absent: only after a reboot",
+    )
+    restart_policy: RestartTable | None = Field(None, description="the long form of restart")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.image is not None and self.rootfs is not None:
@@ -201,8 +192,8 @@ def _not_builtin(name: str) -> str:
 class ConfigTable(Table):
     """A file, or a text, that containers mount by name."""
 
-    file: Annotated[str | None, Field(description="./path in the repository")] = None
-    content: Annotated[str | None, Field(description="the text itself")] = None
+    file: str | None = Field(None, description="./path in the repository")
+    content: str | None = Field(None, description="the text itself")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if (self.file is None) == (self.content is None):
@@ -223,10 +214,10 @@ class ImageTable(model.BuildKeys):
         "containerfile": "dockerfile",
     }
 
-    context: Annotated[NonEmpty, Field(description="./path of the folder that COPY copies from")]
-    dockerfile: Annotated[
-        NonEmpty | None, Field(description="its path in the context; default: Dockerfile, then Containerfile")
-    ] = None
+    context: NonEmpty = Field(description="./path of the folder that COPY copies from")
+    dockerfile: NonEmpty | None = Field(
+        None, description="its path in the context; default: Dockerfile, then Containerfile"
+    )
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.context.startswith(("/", "~")) or "://" in self.context:
@@ -247,12 +238,11 @@ class StateFile(Table):
     not_yet: ClassVar = ("secrets",)
     hints: ClassVar = {"services": "[containers.NAME]", "container": "[containers.NAME]", "image": "[images.NAME]"}
 
-    app: Annotated[AppTable, Field(description="the app itself")] = AppTable()
-    containers: Annotated[dict[Name, ContainerTable], Field(description="its containers")] = {}
-    networks: Annotated[
-        dict[Annotated[Name, Checked(_not_builtin, {})], model.Network],
-        Field(description="networks that the app defines"),
-    ] = {}
-    volumes: Annotated[dict[Name, model.Volume], Field(description="volumes that the app defines")] = {}
-    configs: Annotated[dict[Name, ConfigTable], Field(description="files and texts that containers mount")] = {}
-    images: Annotated[dict[Name, ImageTable], Field(description="images that the node builds")] = {}
+    app: AppTable = Field(AppTable(), description="the app itself")
+    containers: dict[Name, ContainerTable] = Field({}, description="its containers")
+    networks: dict[Annotated[Name, Checked(_not_builtin, {})], model.Network] = Field(
+        {}, description="networks that the app defines"
+    )
+    volumes: dict[Name, model.Volume] = Field({}, description="volumes that the app defines")
+    configs: dict[Name, ConfigTable] = Field({}, description="files and texts that containers mount")
+    images: dict[Name, ImageTable] = Field({}, description="images that the node builds")

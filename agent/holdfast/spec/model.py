@@ -83,107 +83,81 @@ Sysctls = Annotated[
 class When(Table):
     """Which nodes the app is for: those whose name fits one of the globs, and that have all of the labels."""
 
-    nodes: Annotated[Items[str], Field(description="globs of node names; one must fit. Absent: every name")] = ()
-    labels: Annotated[dict[str, Text], Field(description="labels that the node must have, all of them")] = {}
+    nodes: Items[str] = Field((), description="globs of node names; one must fit. Absent: every name")
+    labels: dict[str, Text] = Field({}, description="labels that the node must have, all of them")
 
 
 class ContainerKeys(Table):
     """The keys of a container that need no resolving but for the name of its image."""
 
-    image: Annotated[
-        Annotated[str, Checked(forms.image, {"examples": ["nginx:1.27"]})] | None,
-        Field(
-            description="REGISTRY/PATH:TAG@DIGEST, `images.NAME` for one that is built here, or an archive of the "
-            "host as `oci:/path`"
-        ),
-    ] = None
-    pull: Annotated[
-        Pull,
-        Field(
-            description="when the registry is asked: `missing`: if the image is not here; `always`, `newer`: each "
-            "time the app is staged, and `newer` uses what is here if the registry can't be reached; `never`: not at "
-            "all"
-        ),
-    ] = "missing"
-    update_image: Annotated[
-        Annotated[UpdateImage, or_text(lambda policy: {"policy": policy}, "notify or apply")] | None,
-        Field(description="ask the registry for a newer image from time to time; absent: never"),
-    ] = None
-    rootfs: Annotated[Absolute | None, Field(description="a directory of the host instead of an image")] = None
-    command: Annotated[Words | None, Field(description="replaces the image's command")] = None
-    entrypoint: Annotated[Words | None, Field(description="replaces the image's entrypoint")] = None
-    working_dir: Annotated[
-        Absolute | None, Field(description="the directory that it starts in; absent: the image's")
-    ] = None
-    user: Annotated[
-        Annotated[NameOrNumber, Checked(names.user, {"examples": ["1000:1000"]})] | None,
-        Field(description="USER[:GROUP], numbers or names that the image defines; absent: the image's"),
-    ] = None
-    environment: Annotated[Pairs, Field(description="environment variables, added to the image's")] = {}
-    hostname: Annotated[
-        Annotated[str, Checked(names.hostname, {})] | None,
-        Field(description="its host name; default: the container's name"),
-    ] = None
-    labels: Annotated[Pairs, Field(description="labels of your own, shown by inspect")] = {}
+    image: Annotated[str, Checked(forms.image, {"examples": ["nginx:1.27"]})] | None = Field(
+        None,
+        description="REGISTRY/PATH:TAG@DIGEST, `images.NAME` for one that is built here, or an archive of the host as"
+        " `oci:/path`",
+    )
+    pull: Pull = Field(
+        "missing",
+        description="when the registry is asked: `missing`: if the image is not here; `always`, `newer`: each time "
+        "the app is staged, and `newer` uses what is here if the registry can't be reached; `never`: not "
+        "at all",
+    )
+    update_image: Annotated[UpdateImage, or_text(lambda policy: {"policy": policy}, "notify or apply")] | None = (
+        Field(None, description="ask the registry for a newer image from time to time; absent: never")
+    )
+    rootfs: Absolute | None = Field(None, description="a directory of the host instead of an image")
+    command: Words | None = Field(None, description="replaces the image's command")
+    entrypoint: Words | None = Field(None, description="replaces the image's entrypoint")
+    working_dir: Absolute | None = Field(None, description="the directory that it starts in; absent: the image's")
+    user: Annotated[NameOrNumber, Checked(names.user, {"examples": ["1000:1000"]})] | None = Field(
+        None, description="USER[:GROUP], numbers or names that the image defines; absent: the image's"
+    )
+    environment: Pairs = Field({}, description="environment variables, added to the image's")
+    hostname: Annotated[str, Checked(names.hostname, {})] | None = Field(
+        None, description="its host name; default: the container's name"
+    )
+    labels: Pairs = Field({}, description="labels of your own, shown by inspect")
     volumes_from: Annotated[
         dict[Annotated[str, Checked(names.reference, {})], Literal["rw", "ro"]],
         Short(forms.volumes_from, ({**STRINGS, "description": "CONTAINER[:ro]"},)),
-        Field(description="containers of this file whose mounts it gets, too"),
-    ] = {}
-    storage_opt: Annotated[StorageOpt, Field(description="limits of its root file system")] = StorageOpt()
-    cap_add: Annotated[
-        Unique[Capability], Field(description="capabilities that it has in addition to the default ones")
-    ] = ()
-    cap_drop: Annotated[Unique[Capability], Field(description="capabilities that it does not have")] = ()
-    privileged: Annotated[bool, Field(description="whether it has every capability and every device of the host")] = (
-        False
+    ] = Field({}, description="containers of this file whose mounts it gets, too")
+    storage_opt: StorageOpt = Field(StorageOpt(), description="limits of its root file system")
+    cap_add: Unique[Capability] = Field((), description="capabilities that it has in addition to the default ones")
+    cap_drop: Unique[Capability] = Field((), description="capabilities that it does not have")
+    privileged: bool = Field(False, description="whether it has every capability and every device of the host")
+    no_new_privileges: bool = Field(True, description="whether setuid programs and file capabilities have no effect")
+    seccomp: str = Field(
+        "default", description="`default`, `unconfined`, or the absolute path of a profile on the host"
     )
-    no_new_privileges: Annotated[
-        bool, Field(description="whether setuid programs and file capabilities have no effect")
-    ] = True
-    seccomp: Annotated[
-        str, Field(description="`default`, `unconfined`, or the absolute path of a profile on the host")
-    ] = "default"
-    apparmor: Annotated[
-        str, Field(description="`default`, `unconfined`, or the name of a profile that the host has loaded")
-    ] = "default"
-    read_only: Annotated[bool, Field(description="whether its root file system can't be written")] = False
-    devices: Annotated[
-        Items[Annotated[Device, or_text(forms.device, "/dev/NAME[:/dev/NAME[:rwm]]")]],
-        Field(description="devices of the host that it can use"),
-    ] = ()
-    sysctls: Annotated[
-        Sysctls, Field(description="kernel settings of its own namespaces: net.*, fs.mqueue.*, and kernel.* of IPC")
-    ] = {}
-    ulimits: Annotated[
-        dict[
-            Annotated[str, Checked(kernel.ulimit, {"enum": sorted(kernel.ULIMITS)})],
-            Annotated[Ulimit, Short(forms.both, ({"type": "integer"},))],
-        ],
-        Field(description="resource limits of its processes; one number sets both, soft and hard"),
-    ] = {}
-    group_add: Annotated[
-        Unique[Annotated[NameOrNumber, Checked(names.group, {})]],
-        Field(description="more groups of its user, numbers or names that the image defines"),
-    ] = ()
-    init: Annotated[bool, Field(description="whether a small init process reaps zombies and passes signals on")] = (
-        False
+    apparmor: str = Field(
+        "default", description="`default`, `unconfined`, or the name of a profile that the host has loaded"
     )
-    shm_size: Annotated[Memory, Field(description="how much /dev/shm can hold")] = 64 * 1024 * 1024
-    pid: Annotated[Literal["host"] | None, Field(description="`host`: it sees the host's processes")] = None
-    ipc: Annotated[Literal["host"] | None, Field(description="`host`: it shares the host's IPC")] = None
-    stop_signal: Annotated[
-        Annotated[str, Short(forms.stop_signal, ({"type": "integer"},))] | None,
-        Field(description="the signal that stops it, for example `SIGINT`; absent: the image's, or SIGTERM"),
-    ] = None
-    stop_grace_period: Annotated[Duration, Field(description="the time between stop_signal and SIGKILL")] = 10.0
-    depends_on: Annotated[
-        dict[Reference, Reached],
-        Short(forms.dependencies, (STRINGS,)),
-        Field(description="containers that must have started, or completed, before it starts; a list means started"),
-    ] = {}
-    resources: Annotated[Resources, Field(description="what it may use")] = Resources()
-    logging: Annotated[Logging, Field(description="how much of its output is kept")] = Logging()
+    read_only: bool = Field(False, description="whether its root file system can't be written")
+    devices: Items[Annotated[Device, or_text(forms.device, "/dev/NAME[:/dev/NAME[:rwm]]")]] = Field(
+        (), description="devices of the host that it can use"
+    )
+    sysctls: Sysctls = Field(
+        {}, description="kernel settings of its own namespaces: net.*, fs.mqueue.*, and kernel.* of IPC"
+    )
+    ulimits: dict[
+        Annotated[str, Checked(kernel.ulimit, {"enum": sorted(kernel.ULIMITS)})],
+        Annotated[Ulimit, Short(forms.both, ({"type": "integer"},))],
+    ] = Field({}, description="resource limits of its processes; one number sets both, soft and hard")
+    group_add: Unique[Annotated[NameOrNumber, Checked(names.group, {})]] = Field(
+        (), description="more groups of its user, numbers or names that the image defines"
+    )
+    init: bool = Field(False, description="whether a small init process reaps zombies and passes signals on")
+    shm_size: Memory = Field(64 * 1024 * 1024, description="how much /dev/shm can hold")
+    pid: Literal["host"] | None = Field(None, description="`host`: it sees the host's processes")
+    ipc: Literal["host"] | None = Field(None, description="`host`: it shares the host's IPC")
+    stop_signal: Annotated[str, Short(forms.stop_signal, ({"type": "integer"},))] | None = Field(
+        None, description="the signal that stops it, for example `SIGINT`; absent: the image's, or SIGTERM"
+    )
+    stop_grace_period: Duration = Field(10.0, description="the time between stop_signal and SIGKILL")
+    depends_on: Annotated[dict[Reference, Reached], Short(forms.dependencies, (STRINGS,))] = Field(
+        {}, description="containers that must have started, or completed, before it starts; a list means started"
+    )
+    resources: Resources = Field(Resources(), description="what it may use")
+    logging: Logging = Field(Logging(), description="how much of its output is kept")
 
 
 class Container(ContainerKeys):
@@ -206,16 +180,13 @@ class Network(Table):
     not_yet: ClassVar = ("enable_ipv6", "ipv6_subnet")
     hints: ClassVar = {"ipam": "subnet and gateway"}
 
-    driver: Annotated[str, Field(description="`bridge`, or a plugin's driver")] = "bridge"
-    subnet: Annotated[
-        Annotated[str, Checked(network.subnet, {"examples": ["10.90.1.0/24"]})] | None,
-        Field(description="its range of addresses; absent: one of the node's pool"),
-    ] = None
-    gateway: Annotated[Address | None, Field(description="default: the first address of the subnet")] = None
-    internal: Annotated[bool, Field(description="whether nothing leads out of the host")] = False
-    driver_opts: Annotated[
-        DriverOpts, Field(description="options of the driver; `bridge` takes mtu and port_security")
-    ] = {}
+    driver: str = Field("bridge", description="`bridge`, or a plugin's driver")
+    subnet: Annotated[str, Checked(network.subnet, {"examples": ["10.90.1.0/24"]})] | None = Field(
+        None, description="its range of addresses; absent: one of the node's pool"
+    )
+    gateway: Address | None = Field(None, description="default: the first address of the subnet")
+    internal: bool = Field(False, description="whether nothing leads out of the host")
+    driver_opts: DriverOpts = Field({}, description="options of the driver; `bridge` takes mtu and port_security")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.gateway is None:
@@ -236,34 +207,32 @@ class Volume(Table):
 
     hints: ClassVar = {"size": 'driver_opts = { size = "…" }'}
 
-    driver: Annotated[str, Field(description="`managed`, or a plugin's driver")] = "managed"
-    driver_opts: Annotated[DriverOpts, Field(description="options of the driver; `managed` takes size")] = {}
-    on_remove: Annotated[
-        Literal["keep", "delete"], Field(description="what happens to the data when the volume is removed")
-    ] = "keep"
+    driver: str = Field("managed", description="`managed`, or a plugin's driver")
+    driver_opts: DriverOpts = Field({}, description="options of the driver; `managed` takes size")
+    on_remove: Literal["keep", "delete"] = Field(
+        "keep", description="what happens to the data when the volume is removed"
+    )
 
 
 class BuildKeys(Table):
     """The keys of an image that need no resolving."""
 
-    args: Annotated[Pairs, Field(description="values of the Dockerfile's ARGs")] = {}
-    target: Annotated[NonEmpty | None, Field(description="the stage to build; absent: the last")] = None
-    platforms: Annotated[
-        Items[Annotated[str, Checked(images.platform, {"examples": ["linux/amd64"]})]],
-        Field(description="must name this node's; the others are built to be pushed. Absent: this node's alone"),
-    ] = ()
-    tags: Annotated[
-        Items[Annotated[str, Checked(forms.tag, {"examples": ["registry.example:5000/shop/web:7"]})]],
-        Field(description="more names of the result: [REGISTRY/]PATH[:TAG]"),
-    ] = ()
-    push: Annotated[bool, Field(description="whether to push the result to the registries of its tags")] = False
-    labels: Annotated[Pairs, Field(description="labels of the image")] = {}
-    network: Annotated[
-        Literal["default", "host", "none"],
-        Field(description="what RUN steps can reach: `default` is a network of their own with access to the outside"),
-    ] = "default"
-    pull: Annotated[Pull, Field(description="when registries are asked for the images it starts FROM")] = "missing"
-    no_cache: Annotated[bool, Field(description="whether every step runs again each time it is built")] = False
+    args: Pairs = Field({}, description="values of the Dockerfile's ARGs")
+    target: NonEmpty | None = Field(None, description="the stage to build; absent: the last")
+    platforms: Items[Annotated[str, Checked(images.platform, {"examples": ["linux/amd64"]})]] = Field(
+        (), description="must name this node's; the others are built to be pushed. Absent: this node's alone"
+    )
+    tags: Items[Annotated[str, Checked(forms.tag, {"examples": ["registry.example:5000/shop/web:7"]})]] = Field(
+        (), description="more names of the result: [REGISTRY/]PATH[:TAG]"
+    )
+    push: bool = Field(False, description="whether to push the result to the registries of its tags")
+    labels: Pairs = Field({}, description="labels of the image")
+    network: Literal["default", "host", "none"] = Field(
+        "default",
+        description="what RUN steps can reach: `default` is a network of their own with access to the outside",
+    )
+    pull: Pull = Field("missing", description="when registries are asked for the images it starts FROM")
+    no_cache: bool = Field(False, description="whether every step runs again each time it is built")
 
 
 class Build(BuildKeys):

@@ -4,8 +4,6 @@ A mount's source and the like are *resolved* in what `spec.load` makes: qualifie
 Units: sizes are bytes, durations are seconds, rates are per second.
 """
 
-# ruff: noqa: RUF012 (pydantic copies the defaults of fields)
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -61,38 +59,32 @@ class Mount(Table):
 
     # Once resolved, a volume's source is its qualified name, `app/name`, and a file's is a path of the revision,
     # whose digest is in App.files.
-    source: Annotated[
-        str,
-        Field(
-            description="`/path` of the host, `./path` of the repository, or the name of a volume, `app/name` if "
-            "another app defines it"
-        ),
-    ] = ""
+    source: str = Field(
+        "",
+        description="`/path` of the host, `./path` of the repository, or the name of a volume, `app/name` if another "
+        "app defines it",
+    )
     kind: Name = Field(
         alias="type",
         default_factory=_kind_of,
         description="`bind`, `volume`, `tmpfs`, `file` or a kind that a plugin offers; default: what the source "
         "looks like: `/path` is a bind mount, `./path` a file, anything else a volume",
     )
-    target: Annotated[Absolute, Field(description="where it is in the container")]
-    read_only: Annotated[bool, Field(description="whether the container can't write to it")] = False
-    nocopy: Annotated[
-        bool, Field(description="volume: whether a new one starts empty, and not with the image's files")
-    ] = False
-    create_host_path: Annotated[bool, Field(description="bind: whether to make a missing source directory")] = False
-    require_mount: Annotated[
-        bool | None,
-        Field(
-            description="bind: whether to wait until the source is on a mounted file system; default: only if "
-            "fstab(5) names one for it"
-        ),
-    ] = None
-    on_change: Annotated[OnChange, Field(description="file: what to do when the content changes")] = "restart"
-    size: Annotated[Size | None, Field(description="tmpfs: how much it can hold; default: half of the memory")] = None
-    mode: Annotated[Mode | None, Field(description="tmpfs, file: the permissions in octal")] = None
-    uid: Annotated[Id | None, Field(description="tmpfs, file: the owner; default: root")] = None
-    gid: Annotated[Id | None, Field(description="tmpfs, file: the group; default: root")] = None
-    driver_opts: Annotated[DriverOpts, Field(description="a plugin's kind: its options")] = {}
+    target: Absolute = Field(description="where it is in the container")
+    read_only: bool = Field(False, description="whether the container can't write to it")
+    nocopy: bool = Field(False, description="volume: whether a new one starts empty, and not with the image's files")
+    create_host_path: bool = Field(False, description="bind: whether to make a missing source directory")
+    require_mount: bool | None = Field(
+        None,
+        description="bind: whether to wait until the source is on a mounted file system; default: only if fstab(5) "
+        "names one for it",
+    )
+    on_change: OnChange = Field("restart", description="file: what to do when the content changes")
+    size: Size | None = Field(None, description="tmpfs: how much it can hold; default: half of the memory")
+    mode: Mode | None = Field(None, description="tmpfs, file: the permissions in octal")
+    uid: Id | None = Field(None, description="tmpfs, file: the owner; default: root")
+    gid: Id | None = Field(None, description="tmpfs, file: the group; default: root")
+    driver_opts: DriverOpts = Field({}, description="a plugin's kind: its options")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.target == "/":
@@ -134,31 +126,27 @@ class Attachment(Table):
 
     not_yet: ClassVar = ("ipv6_address",)
 
-    aliases: Annotated[
-        Items[Annotated[str, Checked(names.alias, {})]],
-        Field(description="more names by which other containers of this network find it"),
-    ] = ()
-    ipv4_address: Annotated[
-        Address | None, Field(description="a fixed address of the network's subnet; absent: a free one")
-    ] = None
-    mac_address: Annotated[
-        Annotated[str, Checked(network.mac, {"examples": ["02:42:ac:11:00:02"]})] | None,
-        Field(description="a fixed MAC address; absent: one is made"),
-    ] = None
+    aliases: Items[Annotated[str, Checked(names.alias, {})]] = Field(
+        (), description="more names by which other containers of this network find it"
+    )
+    ipv4_address: Address | None = Field(
+        None, description="a fixed address of the network's subnet; absent: a free one"
+    )
+    mac_address: Annotated[str, Checked(network.mac, {"examples": ["02:42:ac:11:00:02"]})] | None = Field(
+        None, description="a fixed MAC address; absent: one is made"
+    )
 
 
 class Device(Table):
     """A device node of the host inside the container."""
 
-    source: Annotated[Absolute, Field(description="the device on the host")]
+    source: Absolute = Field(description="the device on the host")
     target: Absolute = Field(
         default_factory=lambda read: read["source"], description="its path in the container; default: the source"
     )
-    permissions: Annotated[
-        str,
-        Checked(forms.access, {"pattern": "^[rwm]{1,3}$"}),
-        Field(description="what the container may do: `r` read, `w` write, `m` mknod"),
-    ] = "rwm"
+    permissions: Annotated[str, Checked(forms.access, {"pattern": "^[rwm]{1,3}$"})] = Field(
+        "rwm", description="what the container may do: `r` read, `w` write, `m` mknod"
+    )
 
 
 Limit = Annotated[int, within(-1)]
@@ -167,8 +155,8 @@ Limit = Annotated[int, within(-1)]
 class Ulimit(Table):
     """A resource limit (getrlimit(2)); -1 is unlimited."""
 
-    soft: Annotated[Limit, Field(description="the limit in force; a process may raise it up to the hard limit")]
-    hard: Annotated[Limit, Field(description="the highest value that the soft limit may have")]
+    soft: Limit = Field(description="the limit in force; a process may raise it up to the hard limit")
+    hard: Limit = Field(description="the highest value that the soft limit may have")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.hard != -1 and (self.soft > self.hard or self.soft == -1):
@@ -181,21 +169,17 @@ Restart = Literal["no", "on-failure", "always", "unless-stopped"]
 class RestartTable(Table):
     """When a container that has ended runs again, and how long each try waits."""
 
-    policy: Annotated[Restart, Field(description="as in `restart`")]
-    max_attempts: Annotated[
-        Annotated[int, within(1)] | None, Field(description="on-failure: give up after so many restarts in a row")
-    ] = None
-    delay: Annotated[Duration, Field(description="the wait before the second restart; the first is immediate")] = 0.1
-    factor: Annotated[
-        Annotated[float, within(1)], Field(description="how many times longer each further restart waits")
-    ] = 2.0
-    max_delay: Annotated[Duration, Field(description="the longest wait")] = 60.0
-    reset_after: Annotated[
-        Duration, Field(description="after it has run for so long, earlier failures do not count any more")
-    ] = 10.0
-    jitter: Annotated[Annotated[float, within(0, 1)], Field(description="the share of each wait that is random")] = (
-        0.1
+    policy: Restart = Field(description="as in `restart`")
+    max_attempts: Annotated[int, within(1)] | None = Field(
+        None, description="on-failure: give up after so many restarts in a row"
     )
+    delay: Duration = Field(0.1, description="the wait before the second restart; the first is immediate")
+    factor: Annotated[float, within(1)] = Field(2.0, description="how many times longer each further restart waits")
+    max_delay: Duration = Field(60.0, description="the longest wait")
+    reset_after: Duration = Field(
+        10.0, description="after it has run for so long, earlier failures do not count any more"
+    )
+    jitter: Annotated[float, within(0, 1)] = Field(0.1, description="the share of each wait that is random")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.max_attempts is not None and self.policy != "on-failure":
@@ -218,40 +202,34 @@ class RestartPolicy(RestartTable):
 class Logging(Table):
     """How much of the container's output is kept."""
 
-    max_size: Annotated[Memory, Field(description="how large one log file may become")] = 10 * 1024 * 1024
-    max_files: Annotated[
-        Annotated[int, within(1, 10_000)], Field(description="how many log files are kept, the current one included")
-    ] = 3
+    max_size: Memory = Field(10 * 1024 * 1024, description="how large one log file may become")
+    max_files: Annotated[int, within(1, 10_000)] = Field(
+        3, description="how many log files are kept, the current one included"
+    )
 
 
 class StorageOpt(Table):
     """Limits of the container's root file system."""
 
-    size: Annotated[
-        Annotated[Size, within(1)] | None,
-        Field(
-            description="how much its writable layer can hold; on ext4, a container with CAP_SYS_RESOURCE can "
-            "exceed it"
-        ),
-    ] = None
+    size: Annotated[Size, within(1)] | None = Field(
+        None,
+        description="how much its writable layer can hold; on ext4, a container with CAP_SYS_RESOURCE can exceed it",
+    )
 
 
 class UpdateImage(Table):
     """Whether and how often a registry is asked for a newer image than the one that runs."""
 
-    policy: Annotated[
-        Literal["notify", "apply"],
-        Field(description="notify: show it in status and events; apply: stage it and run it"),
-    ]
-    interval: Annotated[Duration, Field(description="how often the registry is asked")] = 3600.0
+    policy: Literal["notify", "apply"] = Field(
+        description="notify: show it in status and events; apply: stage it and run it"
+    )
+    interval: Duration = Field(3600.0, description="how often the registry is asked")
     # fnmatch(3); the newest version above the tag of the image is taken.
-    tag_pattern: Annotated[
-        NonEmpty | None,
-        Field(
-            description="a glob, for example `1.*`: take the newest version whose tag fits; absent: what the image's "
-            "own tag means now"
-        ),
-    ] = None
+    tag_pattern: NonEmpty | None = Field(
+        None,
+        description="a glob, for example `1.*`: take the newest version whose tag fits; absent: what the image's own "
+        "tag means now",
+    )
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.interval < 1:

@@ -1,7 +1,5 @@
 """The table `resources` of a container."""
 
-# ruff: noqa: RUF012 (pydantic copies the defaults of fields)
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -26,55 +24,38 @@ def _limit(value: int) -> str:
 class Resources(Table):
     """What the container may use. All of it can be changed while the container runs."""
 
-    memory: Annotated[Memory | None, Field(description="the most memory it may use; absent: no limit")] = None
-    memory_swap: Annotated[
-        Annotated[int, Short(forms.swap, ({**STRING, "description": "a size, or unlimited"},), show=size_text)]
-        | None,
-        Field(description="memory and swap together; `-1` or `unlimited`: no limit to swap"),
-    ] = None
-    memory_reservation: Annotated[
-        Memory | None, Field(description="the memory it keeps when the host runs short")
-    ] = None
-    cpus: Annotated[
-        Annotated[float, within(above=0, high=forms.MOST_CPUS)] | None,
-        Field(description="how many cores it may use at a time, for example `0.5`"),
-    ] = None
-    cpu_weight: Annotated[
-        Annotated[int, within(2, 262144)] | None,
-        Field(description="its share of the processors when they are busy; 1024 is normal"),
-    ] = None
-    cpuset: Annotated[
-        Annotated[str, Checked(forms.cpuset, {"examples": ["0-3,6"]})] | None,
-        Field(description="the cores it may run on"),
-    ] = None
+    memory: Memory | None = Field(None, description="the most memory it may use; absent: no limit")
+    memory_swap: (
+        Annotated[int, Short(forms.swap, ({**STRING, "description": "a size, or unlimited"},), show=size_text)] | None
+    ) = Field(None, description="memory and swap together; `-1` or `unlimited`: no limit to swap")
+    memory_reservation: Memory | None = Field(None, description="the memory it keeps when the host runs short")
+    cpus: Annotated[float, within(above=0, high=forms.MOST_CPUS)] | None = Field(
+        None, description="how many cores it may use at a time, for example `0.5`"
+    )
+    cpu_weight: Annotated[int, within(2, 262144)] | None = Field(
+        None, description="its share of the processors when they are busy; 1024 is normal"
+    )
+    cpuset: Annotated[str, Checked(forms.cpuset, {"examples": ["0-3,6"]})] | None = Field(
+        None, description="the cores it may run on"
+    )
     # None stands for -1, too, in what an earlier version has stored.
-    pids: Annotated[
-        Annotated[int, Short(forms.pids, ({"enum": ["max"]},), show=_limit), within(-1, forms.MOST_PIDS)] | None,
-        Field(description="the most processes and threads; `max` or `-1`: no limit"),
-    ] = DEFAULT_PIDS
-    io_weight: Annotated[
-        Annotated[int, within(10, 1000)] | None,
-        Field(description="its share of the disks when they are busy; 500 is normal"),
-    ] = None
-    device_read_bps: Annotated[
-        dict[Absolute, Memory], Field(description="the most bytes read per second, by device")
-    ] = {}
-    device_write_bps: Annotated[
-        dict[Absolute, Memory], Field(description="the most bytes written per second, by device")
-    ] = {}
-    device_read_iops: Annotated[dict[Absolute, Iops], Field(description="the most reads per second, by device")] = {}
-    device_write_iops: Annotated[
-        dict[Absolute, Iops], Field(description="the most writes per second, by device")
-    ] = {}
-    oom_score_adj: Annotated[
-        Annotated[int, within(-1000, 1000)] | None,
-        Field(description="how readily the kernel kills it when memory runs out; -1000: never"),
-    ] = None
-    service_class: Annotated[
-        Literal["guaranteed", "burstable", "besteffort"] | None,
-        Field(alias="class", description="the service class that the cgroup policy `qos` gives it"),
-    ] = None
-    policy: Annotated[Strings, Field(description="the cgroup policies that apply; later ones win")] = ()
+    pids: Annotated[int, Short(forms.pids, ({"enum": ["max"]},), show=_limit), within(-1, forms.MOST_PIDS)] | None = (
+        Field(DEFAULT_PIDS, description="the most processes and threads; `max` or `-1`: no limit")
+    )
+    io_weight: Annotated[int, within(10, 1000)] | None = Field(
+        None, description="its share of the disks when they are busy; 500 is normal"
+    )
+    device_read_bps: dict[Absolute, Memory] = Field({}, description="the most bytes read per second, by device")
+    device_write_bps: dict[Absolute, Memory] = Field({}, description="the most bytes written per second, by device")
+    device_read_iops: dict[Absolute, Iops] = Field({}, description="the most reads per second, by device")
+    device_write_iops: dict[Absolute, Iops] = Field({}, description="the most writes per second, by device")
+    oom_score_adj: Annotated[int, within(-1000, 1000)] | None = Field(
+        None, description="how readily the kernel kills it when memory runs out; -1000: never"
+    )
+    service_class: Literal["guaranteed", "burstable", "besteffort"] | None = Field(
+        None, alias="class", description="the service class that the cgroup policy `qos` gives it"
+    )
+    policy: Strings = Field((), description="the cgroup policies that apply; later ones win")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.memory is not None and self.memory < 1:
