@@ -14,7 +14,7 @@ from pathlib import Path
 from holdfast.errors import WrongState
 
 # openat2(2), linux/openat2.h
-NO_MAGICLINKS, NO_SYMLINKS, BENEATH, IN_ROOT = 0x02, 0x04, 0x08, 0x10
+NO_XDEV, NO_MAGICLINKS, NO_SYMLINKS, BENEATH, IN_ROOT = 0x01, 0x02, 0x04, 0x08, 0x10
 
 _OPENAT2 = 437  # the same number on every architecture (asm-generic/unistd.h)
 _AT_FDCWD = -100
@@ -24,30 +24,52 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def remove_tree(path: Path | str, *, dir_fd: int | None = None) -> None:
-    """Delete a directory and all that is in it; for what a container may have filled. Raises OSError.
+    """Delete a directory with its content, which a container may have written. Raises OSError.
+
+    No link is followed, and nothing that is mounted is entered: a mount point in the tree, or at its top, is an error
+    (EXDEV, EBUSY), and what is mounted there keeps its content.
 
     shutil.rmtree calls itself, and keeps a descriptor open, for each level: a program that nests a thousand
-    directories could keep itself from ever being removed. Here inner directories are moved up and taken in turn. No
-    link is followed.
+    directories could keep itself from ever being removed. Here inner directories are moved up and taken in turn.
     """
-    top = os.open(path, _FOLDER, dir_fd=dir_fd)
+    above, name = os.path.split(str(path).rstrip("/"))
+    parent = os.open(above or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)
     try:
-        mark, moved = secrets.token_hex(8), 0
-        left = _unlink_files(top)
-        while left:
-            name = left.pop()
-            folder = os.open(name, _FOLDER, dir_fd=top)
-            try:
-                for inner in _unlink_files(folder):
-                    left.append(f"{mark}{moved}")
-                    moved += 1
-                    os.rename(inner, left[-1], src_dir_fd=folder, dst_dir_fd=top)
-            finally:
-                os.close(folder)
-            os.rmdir(name, dir_fd=top)
+        top = _enter(name, parent)
+        try:
+            _empty(top)
+        finally:
+            os.close(top)
+        os.rmdir(name, dir_fd=parent)
     finally:
-        os.close(top)
-    os.rmdir(path, dir_fd=dir_fd)
+        os.close(parent)
+
+
+def discard_tree(path: Path | str) -> None:
+    """Delete as much of a directory as can be deleted, as `remove_tree` does; what is left is no error."""
+    with contextlib.suppress(OSError):
+        remove_tree(path)
+
+
+def _empty(top: int) -> None:
+    mark, moved = secrets.token_hex(8), 0
+    left = _unlink_files(top)
+    while left:
+        name = left.pop()
+        folder = _enter(name, top)
+        try:
+            for inner in _unlink_files(folder):
+                left.append(f"{mark}{moved}")
+                moved += 1
+                os.rename(inner, left[-1], src_dir_fd=folder, dst_dir_fd=top)
+        finally:
+            os.close(folder)
+        os.rmdir(name, dir_fd=top)
+
+
+def _enter(name: str, parent: int) -> int:
+    """Open a directory whose content is to be deleted; never what is mounted on it."""
+    return openat2(name, _FOLDER, NO_XDEV | NO_SYMLINKS | BENEATH, dir_fd=parent)
 
 
 def _unlink_files(folder: int) -> list[str]:

@@ -264,3 +264,8 @@ def assert_known(command: click.Command, words: list[str]) -> None:
             found = command.get_command(click.Context(command), word)
             assert found, f"no command {word}: {words}"
             command = found
+
+
+def test_nothing_deletes_trees_but_by_the_function_that_enters_no_mount() -> None:
+    found = [str(path) for path in SOURCES if "rmtree(" in path.read_text()]
+    assert not found, f"use files.remove_tree or files.discard_tree: {', '.join(found)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import uuid
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 from holdfast import kinds
 from holdfast.drivers import Host
 from holdfast.errors import NotFound, TryAgain
-from holdfast.files import open_source
+from holdfast.files import discard_tree, open_source
 from holdfast.images.builds.build import Builder
 from holdfast.images.incoming.pull import Puller
 from holdfast.images.incoming.transfers import Transfers
@@ -144,7 +143,7 @@ class Context:
 
     def drop_logs(self, app: str) -> None:
         """Delete the output of an app's containers."""
-        shutil.rmtree(self.host.root / "logs" / app, ignore_errors=True)
+        discard_tree(self.host.root / "logs" / app)
 
     def prune_content(self, wanted: Iterable[str]) -> None:
         """Delete stored files that neither a kept generation mounts nor wanted (what may be staged now) names."""

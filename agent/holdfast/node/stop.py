@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import replace
 
 from holdfast import kinds
 from holdfast.errors import HoldfastError, Stopping, TryAgain
+from holdfast.files import discard_tree
 from holdfast.node.context import Context, fallback_receipts
 from holdfast.observed import Exit, Instance, InstanceId, Json, Receipt
 from holdfast.plan.actions import StopInstance
@@ -108,7 +108,7 @@ def remove_instance(context: Context, instance: Instance) -> None:
             failures.append(error)
     if failures:
         raise ExceptionGroup(f"remove '{instance.key}'", failures)
-    shutil.rmtree(context.host.instance(instance.id), ignore_errors=True)
+    discard_tree(context.host.instance(instance.id))
     context.store.drop_instance(instance.id)
     context.limits.pop(instance.id, None)
 
@@ -144,7 +144,7 @@ def remove_orphan(context: Context, receipt: Receipt) -> None:
         bounded.remove(context.host.files(receipt.owner))
     remove_thing(context, receipt)
     if receipt.kind == "rootfs":  # nothing is mounted in its run folder any more
-        shutil.rmtree(context.host.instance(receipt.owner), ignore_errors=True)
+        discard_tree(context.host.instance(receipt.owner))
 
 
 def sweep(context: Context) -> None:

@@ -7,13 +7,13 @@ their plain archives, of anything else what is allocated on disk.
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from holdfast.files import discard_tree
 from holdfast.images.kept.image import Image
 from holdfast.node.context import Context
 from holdfast.node.images import image_users
@@ -67,7 +67,7 @@ def prune_logs(context: Context) -> int:
         each for each in (_log(context, path) for path in _folders(context.host.root / "logs")) if each["orphan"]
     ]
     for each in doomed:
-        shutil.rmtree(each["path"], ignore_errors=True)
+        discard_tree(each["path"])
     return _sum(doomed)
 
 

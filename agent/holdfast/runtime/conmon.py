@@ -14,7 +14,6 @@ import json
 import os
 import re
 import select
-import shutil
 import signal
 import subprocess
 import threading
@@ -27,6 +26,7 @@ from typing import Any
 
 from holdfast.drivers import Host
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
+from holdfast.files import discard_tree
 from holdfast.observed import Exit, Json
 from holdfast.runtime import cgroup, delegation
 from holdfast.runtime.binaries import RuntimeBinary
@@ -161,10 +161,10 @@ class Runtime:
             with contextlib.suppress(HoldfastError):  # as the runtime spec asks: what a hook does wrong stops nothing
                 self._call("delete", id, name=id)
         cgroup.remove(self.cgroup(id))
-        shutil.rmtree(self.root / id, ignore_errors=True)
+        discard_tree(self.root / id)
         (self.exits / id).unlink(missing_ok=True)
         (self._sockets / id).unlink(missing_ok=True)
-        shutil.rmtree(self.record(id), ignore_errors=True)
+        discard_tree(self.record(id))
 
     def update(self, id: str, resources: Json) -> None:
         """Give a running container these resources (OCI `linux.resources`) and no others: limits left out end."""
@@ -294,7 +294,7 @@ class Runtime:
 
     def leave(self) -> None:
         """Give the place in the cgroup tree back, unless something runs in it, and take the runtime's cache away."""
-        shutil.rmtree(self.root / ".cache", ignore_errors=True)  # crun's, of seccomp filters
+        discard_tree(self.root / ".cache")  # crun's, of seccomp filters
         self.remove_parent_cgroup()
         delegation.dissolve(self.host)
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from holdfast.errors import NotFound, WrongState
+from holdfast.files import remove_tree
 from holdfast.spec.model import digest_of_file
 
 FILE_MODE = 0o444
@@ -82,7 +82,7 @@ class ContentStore:
         except OSError:  # another thread's tree, just now: a directory is not replaced
             if not path.is_dir():
                 raise
-            shutil.rmtree(temporary)
+            remove_tree(temporary)
         _sync(path.parent)
 
     def _build(self, root: Path, files: Mapping[str, str]) -> None:
@@ -101,7 +101,7 @@ class ContentStore:
         with suppress(FileNotFoundError):
             path.rename(doomed)
             if doomed.is_dir():
-                shutil.rmtree(doomed)
+                remove_tree(doomed)
             else:
                 doomed.unlink()
 

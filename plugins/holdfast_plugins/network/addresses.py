@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import stat
 import threading
 import time
@@ -30,6 +29,7 @@ from ipaddress import AddressValueError, IPv4Address, IPv4Network, NetmaskValueE
 from pathlib import Path
 
 from holdfast.errors import Conflict, TryAgain, WrongState
+from holdfast.files import discard_tree
 
 SMALLEST = 28  # prefix of the smallest subnet that is taken from the pool: a gateway and 13 containers
 NOT_CONTAINERS = 3  # addresses of a subnet that no container has: the network's, the gateway's, the broadcast address
@@ -211,7 +211,7 @@ class Ledger:
         with self._lock:
             self._known().pop(network, None)
             self._leases.pop(network, None)
-            shutil.rmtree(self._of(network), ignore_errors=True)
+            discard_tree(self._of(network))
 
     def note_forwarding(self, network: str) -> None:
         """Remember that ip_forward was turned on for a network."""

@@ -7,7 +7,6 @@ digests; layers come into one folder, where those that several images share are 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from types import MappingProxyType
 
 from holdfast.config import ImageSettings
 from holdfast.errors import HoldfastError, NotFound, TryAgain, WrongState
+from holdfast.files import discard_tree
 from holdfast.grammar.images import Reference, built
 from holdfast.images.builds.build import Builder, built_name
 from holdfast.images.formats.bundle import MANIFEST, Gathered, digest_of, media_type_of
@@ -197,7 +197,7 @@ class Gatherer:
             for digest in {layer.digest for layer in parts.layers}:
                 (blobs / digest.removeprefix("sha256:")).replace(self._blob(digest))
         finally:
-            shutil.rmtree(layout, ignore_errors=True)
+            discard_tree(layout)
         layers = tuple((layer.digest, layer.size) for layer in parts.layers)
         return Gathered(written, name, manifest, manifest, config, layers)
 
@@ -241,7 +241,7 @@ class Gatherer:
         try:
             self._skopeo.fetch_layers(reference, name, written, layout, self.folder, exact=exact)
         finally:
-            shutil.rmtree(layout, ignore_errors=True)
+            discard_tree(layout)
 
     def _check_platform(self, config: bytes) -> None:
         document = read_document(config)
