@@ -78,8 +78,10 @@ class TestBindMount(DriverConformance):
         return BindMount(host)
 
     @pytest.fixture
-    def want(self) -> MountWant:
-        return MountWant(instance="one", mount=Mount(kind="bind", source="/etc", target="/a", read_only=True))
+    def want(self, tmp_path: Path) -> MountWant:
+        (tmp_path / "source").mkdir()  # never a directory of the host: a faulty test could reach it through the mount
+        source = str(tmp_path / "source")
+        return MountWant(instance="one", mount=Mount(kind="bind", source=source, target="/a", read_only=True))
 
     @pytest.fixture
     def another_want(self, host: Host) -> MountWant:
