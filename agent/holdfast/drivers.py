@@ -18,10 +18,14 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from holdfast.files import open_source, remove_tree, roots_above  # where plugins for version 1 look for them
 from holdfast.observed import Finding, FirewallWant, InstanceId, Json, Receipt
 from holdfast.spec.model import Mount, Resources
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 __all__ = [
     "CgroupPolicy",
@@ -33,12 +37,18 @@ __all__ = [
     "Host",
     "MountWant",
     "NetworkWant",
+    "OfContainer",
+    "Optioned",
     "Receipt",
     "Releasing",
     "RootfsWant",
     "Telling",
+    "Versioned",
     "VolumeWant",
     "Watching",
+    "open_source",
+    "remove_tree",
+    "roots_above",
 ]
 
 COMPLETE_CONTENT = ".holdfast-complete"  # a directory in a volume: its entries are moved up before the next start
@@ -101,7 +111,19 @@ class Host:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RootfsWant:
+class OfContainer:
+    """For which container a want is: the names of its app and of itself, and its labels in the state file.
+
+    All empty where it is made for a build.
+    """
+
+    app: str = ""
+    container: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RootfsWant(OfContainer):
     """A root file system for one instance: read-only layers, lowest first, under a writable one of its own.
 
     size: how many bytes the writable layer may hold (None: no limit); a driver that can't see to that refuses it in
@@ -118,11 +140,17 @@ class RootfsWant:
 class VolumeWant:
     """A named volume. A new one is empty: the core fills it from the image, once, and before anything runs on it.
 
+    options: driver_opts as the driver's model reads them (`Optioned`), None without one. app: the first part of id.
     Receipt: kind "volume", id = `app/name`, owner "", data["path"] = the directory to mount.
     """
 
     id: str
-    driver_opts: Mapping[str, str] = field(default_factory=dict)
+    driver_opts: Mapping[str, Any] = field(default_factory=dict)
+    options: Any = None
+
+    @property
+    def app(self) -> str:
+        return self.id.partition("/")[0]
 
     @property
     def seed(self) -> None:
@@ -131,9 +159,10 @@ class VolumeWant:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MountWant:
-    """A mount of one instance that is not a named volume: bind, tmpfs or file.
+class MountWant(OfContainer):
+    """A mount of one instance that is not a named volume. mount.kind is the driver's name: bind, tmpfs, file, …
 
+    options: mount.driver_opts as the driver's model reads them (`Optioned`), None without one.
     content: for kind file, where the revision's content is stored (file or directory). roots: for kind bind, where on
     this host the source may lie once its links are followed (`files.open_source`); None: anywhere.
     Receipt: kind "volume", id = `instance:target`, owner = instance, data = {"type", "source", "options"} as an
@@ -144,12 +173,15 @@ class MountWant:
     mount: Mount
     content: Path | None = None
     roots: tuple[str, ...] | None = None
+    options: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkWant:
     """A network. subnet None: taken from Host.pool, and kept. hosts: how many containers are to have addresses.
 
+    options: driver_opts as the driver's model reads them (`Optioned`), None without one. app: whose it is, "" for the
+    networks of the agent (`bridge`, `build`).
     Receipt: kind "network", id = `app/name` or `bridge`, owner "", data["interface"], data["subnet"],
     data["gateway"], data["internal"], data["hosts"] (how many containers it has addresses for now, where it can grow:
     it is ensured again when more are to join it; absent where it can't).
@@ -159,19 +191,26 @@ class NetworkWant:
     subnet: str | None = None
     gateway: str | None = None
     internal: bool = False
-    driver_opts: Mapping[str, str] = field(default_factory=dict)
+    driver_opts: Mapping[str, Any] = field(default_factory=dict)
     hosts: int = 0
+    options: Any = None
+
+    @property
+    def app(self) -> str:
+        return self.id.rpartition("/")[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EndpointWant:
+class EndpointWant(OfContainer):
     """The attachment of one instance's network namespace to one network.
 
-    lease: whose address it is, `app/container/slot`: who comes after the instance under that name gets the same
-    address. "" is the instance's own. interface: its name inside (eth0, …). default_route: whether this network is
-    its way out.
-    network: the receipt of the network. Receipt: kind "endpoint", id = `instance/network`, owner = instance,
-    data["address"] (without prefix length; "" if it has none), data["interface"], data["host_interface"].
+    network: the receipt of the network. interface: its name inside (eth0, …). default_route: whether this network is
+    its way out. lease: whose address it is, `app/container/slot`: who comes after the instance under that name gets
+    the same address. "" is the instance's own.
+    predecessor: in `check` alone, the endpoint that stands now and will be gone when this one is made, so that what
+    it holds is free by then. None: nothing will go. In `check`, instance and netns are stand-ins.
+    Receipt: kind "endpoint", id = `instance/network`, owner = instance, data["address"] (without prefix length; "" if
+    it has none), data["interface"], data["host_interface"].
     """
 
     instance: str
@@ -182,10 +221,11 @@ class EndpointWant:
     ipv4_address: str | None = None
     mac_address: str | None = None
     lease: str = ""
+    predecessor: Receipt | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CgroupWant:
+class CgroupWant(OfContainer):
     """What a cgroup policy turns into kernel settings, and the host it does so for."""
 
     resources: Resources
@@ -215,6 +255,25 @@ class Driver(Protocol[W]):
 
     def remove(self, receipt: Receipt) -> None:
         """Take it away, even from a receipt without data; succeed when it is gone already."""
+
+
+class Optioned(Protocol):
+    """What a driver may have besides: a model of its `driver_opts`, by which state files are checked."""
+
+    options: type[BaseModel] | None
+
+
+class Versioned(Protocol):
+    """What a driver may have besides: a number for the form of its receipts, which grows when that changes.
+
+    A driver without has version 1. While receipts of a newer version are stored, the driver is not used.
+    """
+
+    receipt_version: int
+
+    def migrate(self, receipt: Receipt) -> Receipt:
+        """Return a receipt of an older version (`Receipt.version`) in today's form; change nothing on the host."""
+        ...
 
 
 class Watching(Protocol):

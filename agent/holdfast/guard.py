@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 from holdfast.drivers import Driver
@@ -22,7 +22,7 @@ from holdfast.kinds import KINDS, DriverKind, kind_of_want
 from holdfast.observed import Finding, Receipt
 from holdfast.workers import Answer, NoAnswer, Worker, answer_of
 
-UNASKED = ("observe", "findings", "watch")  # verbs without a want that could be at fault
+UNASKED = ("observe", "findings", "watch", "migrate")  # verbs without a want that could be at fault
 OBSERVE_DEADLINE = 5.0  # seconds that a pass waits for `observe`
 SLOW = 10.0  # seconds after which any other call is shown in `status`
 
@@ -38,10 +38,14 @@ def described(error: BaseException) -> str:
         return type(error).__name__
 
 
-def unsound(offered: Any, verbs: Iterable[str]) -> str:
+def unsound(offered: Any, kind: DriverKind[Any]) -> str:
     """Say why what a plugin offers is no driver (or policy), "" if it is one."""
     if not isinstance(getattr(offered, "name", None), str) or not offered.name:
         return 'has no name (expected name = "…")'
+    version = getattr(offered, "receipt_version", 1)
+    if type(version) is not int or version < 1:
+        return f"receipt_version is {version!r} (expected a whole number from 1)"
+    verbs = (*kind.verbs, "migrate") if version > 1 else kind.verbs
     for verb in verbs:
         method = getattr(offered, verb, None)
         if not callable(method):
@@ -54,12 +58,16 @@ def unsound(offered: Any, verbs: Iterable[str]) -> str:
 def breach(name: str, want: Any, receipt: Any) -> str:
     """Say how what `ensure(want)` of driver `name` returned breaks the contract, "" if it does not."""
     kind = kind_of_want(want)
+    return _unfit(kind, name, receipt, kind.subject(want))
+
+
+def _unfit(kind: DriverKind[Any], name: str, receipt: Any, subject: tuple[str, str] | None) -> str:
+    """Say what is wrong with a receipt of a driver. subject: the id and owner that it must have."""
     if not isinstance(receipt, Receipt):
         return f"returned {type(receipt).__name__} (expected a Receipt)"
     if (receipt.kind, receipt.driver) != (kind.receipt, name):
         return f"returned a receipt of {receipt.kind} driver {receipt.driver!r} (expected {kind.receipt} {name!r})"
-    subject = kind.subject(want)
-    if subject not in (None, (receipt.id, receipt.owner)):
+    if subject is not None and subject != (receipt.id, receipt.owner):
         id, owner = subject
         return f"returned a receipt of {receipt.id!r}, owner {receipt.owner!r} (expected {id!r}, {owner!r})"
     if wrong := _not_json(receipt.data):
@@ -90,13 +98,17 @@ class Guarded:
     last: what `observe` returned when it last returned. tells: whether it has findings.
     """
 
-    __slots__ = ("_fault", "_faulty", "_observer", "_running", "driver", "kind", "last", "name", "tells", "title")
+    __slots__ = (
+        *("_fault", "_faulty", "_observer", "_running"),
+        *("driver", "kind", "last", "name", "receipt_version", "tells", "title"),
+    )
 
     def __init__(self, driver: Any, kind: DriverKind[Any], fault: Fault, observer: Worker) -> None:
         self.driver = driver
         self.kind = kind
         self.name: str = driver.name
         self.title = kind.title(self.name)
+        self.receipt_version: int = getattr(driver, "receipt_version", 1)
         self.tells = hasattr(driver, "findings")
         self.last: list[Receipt] = []
         self._fault = fault
@@ -118,7 +130,18 @@ class Guarded:
         receipt: Receipt = self._call(
             "ensure", lambda: self.driver.ensure(want), lambda made: breach(self.name, want, made)
         )
-        return receipt
+        return receipt if self.receipt_version == 1 else replace(receipt, version=self.receipt_version)
+
+    def migrate(self, receipt: Receipt) -> Receipt:
+        """Bring a stored receipt of an older version to today's; what the core keeps in its data stays."""
+        kept = {key: value for key, value in receipt.data.items() if key in self.kind.kept}
+        plain = replace(receipt, data={key: value for key, value in receipt.data.items() if key not in kept})
+        migrated: Receipt = self._call(
+            "migrate",
+            lambda: self.driver.migrate(plain),
+            lambda made: _unfit(self.kind, self.name, made, (receipt.id, receipt.owner)),
+        )
+        return replace(migrated, data={**migrated.data, **kept}, version=self.receipt_version)
 
     def settings(self, want: Any) -> Mapping[str, Any]:
         settings: Mapping[str, Any] = self._call("settings", lambda: self.driver.settings(want), _no_settings)
@@ -242,7 +265,7 @@ class Observation:
 
 def guarded(driver: Any, kind: DriverKind[Any], fault: Fault, observer: Worker) -> Guarded:
     """Put a guard around what a plugin offers. Raises WrongState for what lacks a name or a verb."""
-    if wrong := unsound(driver, kind.verbs):
+    if wrong := unsound(driver, kind):
         raise WrongState(f"{kind.name} driver {getattr(driver, 'name', driver)!r}: {wrong}")
     return Guarded(driver, kind, fault, observer)
 

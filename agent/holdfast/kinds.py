@@ -6,7 +6,7 @@ this table. A new kind is its want (`drivers`), its hook (`hookspecs`) and an en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, Generic, TypeVar
@@ -43,7 +43,7 @@ class DriverKind(Generic[D]):
     required      the keys of a receipt's data that others read, all of them text
     misfit        what else in the data others could not make sense of, "" if nothing
     kept          the keys that the core adds to the data of a receipt that it stores
-    chosen        whether state files name its drivers
+    chosen        whether state files name its drivers; reserved: names that a driver can't have
     observed      whether every pass asks its drivers what is there; if not, only receipts say so
     conformance   the class in `holdfast.testing` that its drivers have to pass, "" if there is none
     """
@@ -60,6 +60,7 @@ class DriverKind(Generic[D]):
     misfit: Callable[[Json], str] = lambda data: ""
     kept: tuple[str, ...] = ()
     chosen: bool = False
+    reserved: tuple[str, ...] = ()
     observed: bool = True
     conformance: str = "DriverConformance"
 
@@ -121,6 +122,8 @@ MOUNT: DriverKind[Driver[MountWant]] = DriverKind(
     subject=lambda want: (f"{want.instance}:{want.mount.target}", want.instance),
     required=("type", "source"),
     misfit=_no_options,
+    chosen=True,
+    reserved=("volume",),
     observed=False,
 )
 NETWORK: DriverKind[Driver[NetworkWant]] = DriverKind(
@@ -176,7 +179,7 @@ def kind_of_want(want: Any) -> DriverKind[Any]:
     return _BY_WANT[type(want)]
 
 
-def offers() -> Iterable[tuple[str, tuple[DriverKind[Any], ...]]]:
+def offers() -> list[tuple[str, tuple[DriverKind[Any], ...]]]:
     """Each hook that offers drivers, with the kinds that it offers together."""
     hooks = dict.fromkeys(kind.hook for kind in KINDS)
     return [(hook.__name__, tuple(kind for kind in KINDS if kind.hook is hook)) for hook in hooks]

@@ -82,7 +82,8 @@ class Receipt:
     it was made for, or "" for things that instances share. data is the driver's own, JSON-able and enough on its
     own to remove the thing after a restart of the agent. What other rooms may read of data is said by the
     contract of the kind in `drivers`. root: the id of the root that the thing says it was made for;
-    "" where it does not say, or is made for an instance, whose id says it.
+    "" where it does not say, or is made for an instance, whose id says it. version: of the form of data, as its
+    driver counts (`drivers.Versioned`); the agent writes it down.
     """
 
     kind: Kind
@@ -91,6 +92,7 @@ class Receipt:
     owner: str = ""
     data: Json = field(default_factory=dict)
     root: str = ""
+    version: int = 1
 
     @property
     def of_root(self) -> str:

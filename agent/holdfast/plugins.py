@@ -7,18 +7,17 @@ points are loaded and hooks are called one by one here. Drivers are handed out w
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
-import json
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import EntryPoint
 from importlib.metadata import entry_points as installed_entry_points
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar, cast
 
 import pluggy
@@ -37,16 +36,22 @@ from holdfast.guard import (
     is_interrupt,
     observe_all,
 )
+from holdfast.hookspecs import API_VERSION, OLDEST_API
+from holdfast.keys import Table
 from holdfast.kinds import KINDS, VOLUME, DriverKind, offers
 from holdfast.observed import Finding, Json
+from holdfast.patches import merge_patch, unfit_patch
+from holdfast.tables import Fault, read_table
+from holdfast.toml import dotted
+from holdfast.words import suggestion
 from holdfast.workers import BACKLOG, Teller, Worker
 
 D = TypeVar("D")
 
 GROUP = "holdfast"
 LOAD_DEADLINE = 30.0  # seconds that a plugin may take to be imported, and to offer its drivers
-
 HOOKS = tuple(name for name, item in vars(hookspecs).items() if hasattr(item, "holdfast_spec"))
+ADJUST = "adjust_oci_config"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,30 @@ class PluginState:
     drivers: tuple[str, ...] = ()
 
 
+@dataclass(slots=True)
+class _Plugin:
+    """What is kept of a plugin: how its loading went, its `Settings`, its drivers, its faults (of what → error).
+
+    optional: a container may start without its adjust_oci_config.
+    """
+
+    state: PluginState
+    settings: Any = None
+    optional: bool = False
+    guards: list[Guarded] = field(default_factory=list)
+    faults: dict[str, str] = field(default_factory=dict)
+    teller: Teller | None = None
+
+    def now(self) -> PluginState:
+        """Its state with what is wrong at the moment."""
+        faults = [f"{what}: {error}" for what, error in self.faults.items()]
+        slow = [line for guard in self.guards for line in guard.slow()]
+        if not faults and not slow:
+            return self.state
+        error = "; ".join([*filter(None, [self.state.error]), *faults, *slow])
+        return replace(self.state, state="raised" if faults else "slow", error=error)
+
+
 @dataclass(frozen=True, slots=True)
 class Adjusted:
     """A config.json as the plugins have left it.
@@ -85,63 +114,45 @@ class Adjusted:
 class Plugins:
     """Every driver by name, and the hooks of all plugins that loaded. Safe to use from several threads.
 
+    tables: [plugins.NAME] of agent.toml, by name. wrong: what of agent.toml does not fit the plugins, by its keys.
     noticed(plugin, error) is called when a plugin is newly at fault, or differently. expected: plugins without which
     no container may start, and that are not loaded → their distribution.
     """
 
-    _drivers: dict[DriverKind[Any], dict[str, Guarded]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
-    _manager: pluggy.PluginManager = field(default_factory=lambda: _new_manager())
+    host: Host
+    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    wrong: list[Fault] = field(default_factory=list)
     noticed: Callable[[str, str], None] = lambda plugin, error: None
     expected: Mapping[str, str] = field(default_factory=dict)
+    _drivers: dict[DriverKind[Any], dict[str, Guarded]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
+    _plugins: dict[str, _Plugin] = field(default_factory=dict)
+    _manager: pluggy.PluginManager = field(default_factory=lambda: _new_manager())
     _observer: Worker = field(default_factory=lambda: Worker("observe", OBSERVE_DEADLINE))
-    _trials: Worker = field(default_factory=lambda: Worker("adjust_oci_config", OBSERVE_DEADLINE))
-    _optional: set[str] = field(default_factory=set)  # plugins whose adjust_oci_config may fail
-    _states: dict[str, PluginState] = field(default_factory=dict)
-    _faults: dict[str, dict[str, str]] = field(default_factory=dict)  # plugin → of what → error
-    _guards: dict[str, list[Guarded]] = field(default_factory=dict)
-    _tellers: dict[str, Teller] = field(default_factory=dict)
+    _trials: Worker = field(default_factory=lambda: Worker(ADJUST, OBSERVE_DEADLINE))
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    # -- what there is --
 
     @property
     def states(self) -> tuple[PluginState, ...]:
-        """Every plugin that was found, in the order of loading."""
+        """Every plugin that was found, in the order of loading, and those that are missing."""
         with self._lock:
-            found = tuple(self._with_faults(state) for state in self._states.values())
-            gone = [(name, origin) for name, origin in self.expected.items() if name not in self._states]
+            found = tuple(plugin.now() for plugin in self._plugins.values())
+            gone = [(name, origin) for name, origin in self.expected.items() if name not in self._plugins]
         return (*found, *(PluginState(name, origin, "", "missing", _gone(name, origin)) for name, origin in gone))
 
     def loaded(self) -> frozenset[str]:
         """The names of the plugins that were loaded."""
-        return frozenset(name for name, state in self._states.items() if state.state != "failed")
+        return frozenset(name for name, plugin in self._plugins.items() if plugin.state.state != "failed")
 
     def origins(self) -> dict[str, str]:
         """Driver, as `volume managed` → the distribution that offers it."""
-        return {driver: state.distribution for state in self._states.values() for driver in state.drivers}
+        states = [plugin.state for plugin in self._plugins.values()]
+        return {driver: state.distribution for state in states for driver in state.drivers}
 
     def names(self) -> dict[str, dict[str, type[BaseModel] | None]]:
         """The drivers that state files may name, by kind, each with the table of its options."""
         return {kind.name: dict.fromkeys(self._drivers[kind]) for kind in KINDS if kind.chosen}
-
-    def adjusting(self) -> dict[str, str]:
-        """The plugins without whose adjust_oci_config no container may run → their distribution."""
-        return {
-            name: self._states[name].distribution
-            for name, _ in self._implementations("adjust_oci_config")
-            if name not in self._optional
-        }
-
-    def lacking(self, asked: Collection[str]) -> list[str]:
-        """The plugins that must adjust every container and were not asked for one.
-
-        Those that fail now are left out: to stop the container would not help.
-        """
-        return [
-            name
-            for name, _ in self._implementations("adjust_oci_config")
-            if name not in asked
-            and name not in self._optional
-            and "adjust_oci_config" not in self._faults.get(name, ())
-        ]
 
     def of_kind(self, kind: DriverKind[D]) -> Mapping[str, D]:
         """Every driver of a kind, by name, in the order of loading."""
@@ -157,6 +168,17 @@ class Plugins:
                 f"{kind.name} driver {name!r}: no plugin offers it (known: {', '.join(known) or 'none'}{hint})"
             )
         return known[name]
+
+    def withdraw(self, kind: DriverKind[Any], name: str, why: str) -> None:
+        """Do without a driver from now on, as if no plugin offered it."""
+        gone = self._drivers[kind].pop(name)
+        for plugin in self._plugins.values():
+            if gone in plugin.guards:
+                left = tuple(each for each in plugin.state.drivers if each != f"{kind.name} {name}")
+                error = "; ".join([*filter(None, [plugin.state.error]), f"{gone.title}: {why}"])
+                plugin.state = replace(plugin.state, state="refused", drivers=left, error=error)
+
+    # -- what drivers do together --
 
     def check_volume(self, driver: str, want: VolumeWant) -> None:
         """Let the driver check, after making sure that no other driver has made a volume of that name."""
@@ -188,6 +210,8 @@ class Plugins:
     def _all(self) -> list[Guarded]:
         return [driver for named in self._drivers.values() for driver in named.values()]
 
+    # -- telling hooks --
+
     def hears(self, hook: str) -> bool:
         """Whether any plugin implements a hook: what nobody hears need not be made."""
         return bool(list(self._implementations(hook)))
@@ -198,24 +222,43 @@ class Plugins:
         What one raises is recorded. A plugin that falls too far behind is told no more until it has caught up.
         """
         for name, implementation in self._implementations(hook):
-            call = partial(self._call, name, hook, implementation, arguments)
-            heard = self._teller(name).tell(call)
+            heard = self._teller(name).tell(partial(self._tell, name, hook, implementation, arguments))
             self._record(name, "hooks", "" if heard else f"{BACKLOG} calls behind; what came after is not told")
 
     def wait_told(self, timeout: float) -> bool:
         """Block until all that was told by now has been heard; False if it has not after timeout seconds."""
         until = time.monotonic() + timeout
-        heard = [teller.wait(max(until - time.monotonic(), 0.0)) for teller in list(self._tellers.values())]
-        return all(heard)
+        tellers = [plugin.teller for plugin in self._plugins.values() if plugin.teller]
+        return all(teller.wait(max(until - time.monotonic(), 0.0)) for teller in tellers)
 
     def _teller(self, name: str) -> Teller:
+        plugin = self._plugins[name]
         with self._lock:
-            if name not in self._tellers:
-                self._tellers[name] = Teller(name)
-            return self._tellers[name]
+            plugin.teller = plugin.teller or Teller(name)
+            return plugin.teller
 
-    def adjust_oci_config(self, app: str, container: str, config: Json) -> Adjusted:
-        """Apply the merge patch of each plugin in turn (RFC 7396).
+    def _tell(self, name: str, hook: str, implementation: pluggy.HookImpl, arguments: Mapping[str, Any]) -> None:
+        with suppress(UnfitHost):  # it is recorded
+            self._call(name, hook, implementation, arguments)
+
+    # -- adjust_oci_config --
+
+    def adjusting(self) -> dict[str, str]:
+        """The plugins without whose adjust_oci_config no container may run → their distribution."""
+        adjusts = [self._plugins[name] for name, _ in self._implementations(ADJUST)]
+        return {plugin.state.name: plugin.state.distribution for plugin in adjusts if not plugin.optional}
+
+    def lacking(self, asked: Collection[str]) -> list[str]:
+        """The plugins that must adjust every container and were not asked for one.
+
+        Those that fail now are left out: to stop the container would not help.
+        """
+        return [name for name in self.adjusting() if name not in asked and ADJUST not in self._plugins[name].faults]
+
+    def adjust_oci_config(
+        self, app: str, container: str, config: Json, labels: Mapping[str, str] = MappingProxyType({})
+    ) -> Adjusted:
+        """Apply the merge patch of each plugin in turn.
 
         Raises UnfitHost for a plugin that is gone, fails, or returns what can't be used, unless it is optional.
         """
@@ -223,14 +266,13 @@ class Plugins:
         for name, origin in self.expected.items():
             raise UnfitHost(f"{what}: plugin '{name}': {self._why_not(name) or _gone(name, origin)}")
         made = Adjusted(dict(config))
-        for name, implementation in self._implementations("adjust_oci_config"):
-            arguments = {"app": app, "container": container, "config": copy.deepcopy(made.config)}
+        about = {"app": app, "container": container, "labels": dict(labels)}
+        for name, implementation in self._implementations(ADJUST):
+            arguments = {**about, "config": copy.deepcopy(made.config)}
             try:
-                patch = self._consult(
-                    name, "adjust_oci_config", implementation, arguments, partial(_no_patch, made.config)
-                )
+                patch = self._call(name, ADJUST, implementation, arguments, partial(unfit_patch, made.config))
             except UnfitHost as error:
-                if name not in self._optional:
+                if not self._plugins[name].optional:
                     raise UnfitHost(f"{what}: {error}") from error
                 made = replace(made, warnings=(*made.warnings, str(error)))
                 continue
@@ -239,17 +281,19 @@ class Plugins:
             made = replace(made, config=config, asked=(*made.asked, name), by=by)
         return made
 
-    def would_adjust(self, app: str, container: str, config: Json) -> bool:
+    def would_adjust(self, app: str, container: str, config: Json, labels: Mapping[str, str]) -> bool:
         """Whether every required patch can be had now; asked before something is stopped for want of one."""
         try:
-            self._trials.call(partial(self.adjust_oci_config, app, container, config))
+            self._trials.call(partial(self.adjust_oci_config, app, container, config, labels))
         except (UnfitHost, TryAgain):  # TryAgain: it does not answer
             return False
         return True
 
     def _why_not(self, name: str) -> str:
-        """Why a plugin that is installed is not loaded, "" for one that is not installed."""
-        return f"could not be loaded: {self._states[name].error}" if name in self._states else ""
+        """Say why a plugin that is installed is not loaded, "" for one that is not installed."""
+        return f"could not be loaded: {self._plugins[name].state.error}" if name in self._plugins else ""
+
+    # -- calling hooks --
 
     def _implementations(self, hook: str) -> Iterator[tuple[str, pluggy.HookImpl]]:
         """In the order of loading; pluggy's own order is the reverse, but no plugin could rely on either."""
@@ -264,22 +308,9 @@ class Plugins:
         arguments: Mapping[str, Any],
         wrong: Callable[[Any], str] = lambda result: "",
     ) -> Any:
-        """Call one implementation: its result, or None if something is wrong with it."""
-        with contextlib.suppress(UnfitHost):
-            return self._consult(name, hook, implementation, arguments, wrong)
-        return None
-
-    def _consult(
-        self,
-        name: str,
-        hook: str,
-        implementation: pluggy.HookImpl,
-        arguments: Mapping[str, Any],
-        wrong: Callable[[Any], str],
-    ) -> Any:
         """Call one implementation. Whatever it raises is recorded and becomes UnfitHost; so does a wrong result."""
         try:
-            result = _plain_result(implementation, arguments)
+            result = self._result(name, implementation, arguments)
             found = wrong(result)
         except BaseException as error:
             if is_interrupt(error):
@@ -292,61 +323,73 @@ class Plugins:
             raise UnfitHost(f"plugin '{name}': {hook}: {found}")
         return result
 
+    def _result(self, name: str, implementation: pluggy.HookImpl, arguments: Mapping[str, Any]) -> Any:
+        known = {**arguments, "host": self.host, "settings": self._plugins[name].settings}
+        result = implementation.function(*(known[parameter] for parameter in implementation.argnames))
+        if inspect.iscoroutine(result):
+            result.close()
+            raise TypeError("returned a coroutine (hooks are plain blocking functions)")
+        return result
+
     def _record(self, name: str, what: str, error: str) -> None:
         """Note that a hook or a driver's verb is at fault, or with error "" that it is no longer."""
-        if not error and what not in self._faults.get(name, ()):
+        faults = self._plugins[name].faults
+        if not error and what not in faults:
             return
         with self._lock:
-            faults = self._faults.setdefault(name, {})
             known = faults.pop(what, "")
             if error:
                 faults[what] = error
         if error and error != known:
             self.noticed(name, f"{what}: {error}")
 
-    def _with_faults(self, state: PluginState) -> PluginState:
-        faults = [f"{what}: {error}" for what, error in self._faults.get(state.name, {}).items()]
-        slow = [line for guard in self._guards.get(state.name, ()) for line in guard.slow()]
-        if not faults and not slow:
-            return state
-        error = "; ".join([*filter(None, [state.error]), *faults, *slow])
-        return replace(state, state="raised" if faults else "slow", error=error)
+    # -- loading --
 
-    def _load(self, entry_point: EntryPoint, host: Host) -> None:
-        name = entry_point.name
-        distribution = entry_point.dist
-        state = PluginState(
-            name, distribution.name if distribution else "", distribution.version if distribution else ""
-        )
-        if name in self._states:
-            state = replace(state, name=f"{name} ({state.distribution or entry_point.value})")
-            taken = (
-                f"load plugin {name!r}: the name is taken by {self._states[name].distribution or 'another plugin'}"
-            )
-            self._states[state.name] = replace(state, state="failed", error=taken)
+    def _load(self, entry_point: EntryPoint) -> None:
+        name, distribution = entry_point.name, entry_point.dist
+        origin, version = (distribution.name, distribution.version) if distribution else ("", "")
+        if name in self._plugins:
+            other = self._plugins[name].state.distribution or "another plugin"
+            taken = f"load plugin {name!r}: the name is taken by {other}"
+            name = f"{name} ({origin or entry_point.value})"
+            self._plugins[name] = _Plugin(PluginState(name, origin, version, "failed", taken))
             return
+        plugin = self._plugins[name] = _Plugin(PluginState(name, origin, version))
         worker = Worker(f"load {name}", LOAD_DEADLINE)  # an import may do anything, and for any length of time
         try:
             module = worker.call(entry_point.load)
+            _refuse_other_contract(module)
             _refuse_unknown(module)
+            plugin.optional = _is_optional(module)
+            plugin.settings = self._settings(name, module)
             self._manager.register(module, name=name)
             self._manager.check_pending()
-            state = replace(state, hooks=self._hooks_of(name))
-            if _is_optional(module):
-                self._optional.add(name)
-            offered = worker.call(partial(self._offers, name, host))
+            plugin.state = replace(plugin.state, hooks=self._hooks_of(name))
+            plugin.guards = worker.call(partial(self._offers, name))
         except BaseException as error:  # the edge at which a plugin's exceptions end
             if is_interrupt(error):
                 raise
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)
-            self._states[name] = replace(state, state="failed", error=described(error))
+            plugin.state = replace(plugin.state, state="failed", error=described(error))
             return
-        self._guards[name] = offered
-        accepted, refused = self._accept(offered)
-        self._states[name] = replace(
-            state, state="refused" if refused else "ok", drivers=accepted, error="; ".join(refused)
-        )
+        plugin.state = self._accept(plugin)
+
+    def _settings(self, name: str, plugin: Any) -> Any:
+        """Read a plugin's table in agent.toml with its own model. Raises WrongState if that fails."""
+        model, table = getattr(plugin, "Settings", None), self.tables.get(name)
+        if model is None and table is not None:
+            self.wrong.append(Fault(("plugins", name), f"plugin '{name}' takes no settings (leave the table out)"))
+        if model is None:
+            return None
+        if not isinstance(model, type) or not issubclass(model, Table):
+            raise WrongState(f"Settings is {model!r} (expected a class derived from holdfast.keys.Table)")
+        settings, faults = read_table(model, table or {})
+        self.wrong.extend(Fault(("plugins", name, *fault.path), fault.message) for fault in faults)
+        if faults:
+            first = faults[0]
+            raise WrongState(f"agent.toml: {dotted(('plugins', name, *first.path))}: {first.message}")
+        return settings
 
     def _hooks_of(self, name: str) -> tuple[str, ...]:
         """The hooks that a plugin implements, in call order. Raises WrongState for what can't be called alone."""
@@ -358,54 +401,51 @@ class Plugins:
                     _refuse_unusual(hook, implementation)
         return tuple(found)
 
-    def _offers(self, name: str, host: Host) -> list[Guarded]:
+    def _offers(self, name: str) -> list[Guarded]:
         """All that a plugin registers; nothing of it counts when one of its hooks raises."""
         found: list[tuple[DriverKind[Any], Any]] = []
         for hook, kinds in offers():
             for plugin, implementation in self._implementations(hook):
                 if plugin == name:
-                    arguments = {"register": _collector(kinds, found), "host": host}
-                    _plain_result(implementation, arguments)
+                    self._result(name, implementation, {"register": _collector(kinds, found)})
         return [guarded(driver, kind, partial(self._record, name), self._observer) for kind, driver in found]
 
-    def _accept(self, offered: Iterable[Guarded]) -> tuple[tuple[str, ...], list[str]]:
+    def _accept(self, plugin: _Plugin) -> PluginState:
+        """Take up what a plugin offers, but for names that are taken."""
         accepted, refused = [], []
-        for driver in offered:
-            known, kind = self._drivers[driver.kind], driver.kind.name
-            if driver.name in known:
-                refused.append(f"{kind} driver {driver.name!r}: refused, an earlier plugin offers one of that name")
+        for driver in plugin.guards:
+            if driver.name in driver.kind.reserved:
+                refused.append(f"{driver.title}: refused, that name is taken by the core")
+            elif driver.name in self._drivers[driver.kind]:
+                refused.append(f"{driver.title}: refused, an earlier plugin offers one of that name")
             else:
-                known[driver.name] = driver
-                accepted.append(f"{kind} {driver.name}")
-        return tuple(accepted), refused
+                self._drivers[driver.kind][driver.name] = driver
+                accepted.append(f"{driver.kind.name} {driver.name}")
+        state: Literal["ok", "refused"] = "refused" if refused else "ok"
+        return replace(plugin.state, state=state, drivers=tuple(accepted), error="; ".join(refused))
 
 
 def load_plugins(
-    host: Host, *, entry_points: Iterable[EntryPoint] | None = None, disabled: Collection[str] = ()
+    host: Host,
+    *,
+    entry_points: Iterable[EntryPoint] | None = None,
+    disabled: Collection[str] = (),
+    settings: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Plugins:
     """Load the plugins of this installation, holdfast's own first; never raises for a plugin's faults.
 
-    entry_points: instead of the installed ones of group `holdfast`. disabled: names not to load.
+    entry_points: instead of the installed ones of group `holdfast`. disabled: names not to load. settings: the tables
+    [plugins.NAME] of agent.toml, by name.
     """
     found = installed_entry_points(group=GROUP) if entry_points is None else entry_points
-    plugins = Plugins()
+    plugins = Plugins(host, settings)
     for entry_point in sorted(found, key=_own_first) if entry_points is None else found:
         if entry_point.name not in disabled:
-            plugins._load(entry_point, host)
+            plugins._load(entry_point)
+    for name in settings.keys() - plugins._plugins.keys():
+        hint = suggestion(name, plugins._plugins) or " (leave the table out, or install the plugin)"
+        plugins.wrong.append(Fault(("plugins", name), f"no plugin is called '{name}'{hint}"))
     return plugins
-
-
-def merge_patch(target: Any, patch: Any) -> Any:
-    """Apply a JSON merge patch (RFC 7396): tables merge, None deletes, all else replaces. Neither is changed."""
-    if not isinstance(patch, Mapping):
-        return patch
-    merged = dict(target) if isinstance(target, Mapping) else {}
-    for key, value in patch.items():
-        if value is None:
-            merged.pop(key, None)
-        else:
-            merged[key] = merge_patch(merged.get(key), value)
-    return merged
 
 
 def _new_manager() -> pluggy.PluginManager:
@@ -429,60 +469,9 @@ def _collector(kinds: tuple[DriverKind[Any], ...], found: list[tuple[DriverKind[
     return register
 
 
-def _no_patch(config: Json, result: Any) -> str:
-    """Why what adjust_oci_config returned can't be merged into a config.json, "" if it can."""
-    if result is None:
-        return ""
-    if not isinstance(result, Mapping):
-        return f"returned {type(result).__name__} (expected a table or None)"
-    try:
-        json.dumps(result)
-    except (TypeError, ValueError) as error:
-        return f"returned what is not JSON-able: {error}"
-    adjusted = merge_patch(config, result)
-    for path, form, fits in FORMS:
-        found = _at(adjusted, path)
-        if found != _at(config, path) and not fits(found):
-            return f"makes {'.'.join(path)} {found!r} (expected {form})"
-    for path in OURS:
-        if _at(adjusted, path) != _at(config, path):
-            return f"changes {'.'.join(path)}, by which the agent finds the container (leave it as it is)"
-    return ""
-
-
-def _at(config: Any, path: Sequence[str]) -> Any:
-    for key in path:
-        config = config.get(key) if isinstance(config, Mapping) else None
-    return config
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(each, str) for each in value)
-
-
-def _tables(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(each, Mapping) for each in value)
-
-
-def _table(value: Any) -> bool:
-    return isinstance(value, Mapping)
-
-
-#: What a patch may make of the keys that no container runs without (config.md of the OCI runtime spec).
-FORMS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
-    (("process",), "a table", _table),
-    (("process", "args"), "a list of texts that is not empty", lambda value: bool(value) and _texts(value)),
-    (("process", "env"), "a list of texts", _texts),
-    (("process", "cwd"), "an absolute path", lambda value: isinstance(value, str) and value.startswith("/")),
-    (("root",), "a table", _table),
-    (("mounts",), "a list of tables", _tables),
-    (("hooks",), "a table", lambda value: value is None or _table(value)),
-    (("annotations",), "a table", lambda value: value is None or _table(value)),
-    (("linux",), "a table", _table),
-    (("linux", "namespaces"), "a list of tables", _tables),
-    (("linux", "resources"), "a table", lambda value: value is None or _table(value)),
-)
-OURS = (("linux", "cgroupsPath"), ("process", "terminal"), ("root", "path"))
+def _gone(name: str, origin: str) -> str:
+    again = f"install {origin or 'it'} again, or 'holdfast plugin forget {name}'"
+    return f"it adjusts every container, and is not installed any more ({again})"
 
 
 def _is_optional(plugin: Any) -> bool:
@@ -493,9 +482,12 @@ def _is_optional(plugin: Any) -> bool:
     return bool(said == "optional")
 
 
-def _gone(name: str, origin: str) -> str:
-    again = f"install {origin or 'it'} again, or 'holdfast plugin forget {name}'"
-    return f"it adjusts every container, and is not installed any more ({again})"
+def _refuse_other_contract(plugin: Any) -> None:
+    """Raise WrongState for a plugin that is written for a version of the contract that is not offered here."""
+    asked = getattr(plugin, "api_version", OLDEST_API)
+    if type(asked) is not int or not OLDEST_API <= asked <= API_VERSION:
+        cure = "install a newer holdfast" if type(asked) is int and asked > API_VERSION else "install a newer plugin"
+        raise WrongState(f"api_version {asked!r}: this holdfast offers {OLDEST_API} to {API_VERSION} ({cure})")
 
 
 def _refuse_unknown(plugin: Any) -> None:
@@ -518,11 +510,3 @@ def _refuse_unusual(hook: str, implementation: pluggy.HookImpl) -> None:
         raise WrongState(f"hook {hook!r}: is a wrapper (hooks are plain functions)")
     if inspect.iscoroutinefunction(implementation.function):
         raise WrongState(f"hook {hook!r}: is async (hooks are plain blocking functions)")
-
-
-def _plain_result(implementation: pluggy.HookImpl, arguments: Mapping[str, Any]) -> Any:
-    result = implementation.function(*(arguments[name] for name in implementation.argnames))
-    if inspect.iscoroutine(result):
-        result.close()
-        raise TypeError("returned a coroutine (hooks are plain blocking functions)")
-    return result

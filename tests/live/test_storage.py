@@ -241,7 +241,7 @@ def test_a_volume_of_another_driver_is_refused_with_both_names(host: Host) -> No
         def observe(self) -> list[Receipt]:
             return []
 
-    plugins._accept([guarded(Other(host), VOLUME, lambda what, error: None, Worker("observe", 5.0))])
+    plugins._drivers[VOLUME]["other"] = guarded(Other(host), VOLUME, lambda what, error: None, Worker("observe", 5.0))
     with pytest.raises(WrongState, match=r"'a/v': driver 'managed' made it.*'other' is asked for"):
         plugins.check_volume("other", VolumeWant(id="a/v"))
     plugins.check_volume("other", VolumeWant(id="a/w"))

@@ -298,7 +298,7 @@ class Answers(ImageAnswers, Questions):
 
     def plugins(self) -> Sequence[Json]:
         """Every plugin that was found, and how it fares."""
-        missing = installed.missing_drivers(self.context, installed.made(self.context))
+        missing = installed.missing_drivers(self.context, installed.made(self.context.store))
         return [asdict(state) for state in installed.states(self.context, missing)]
 
     def forget_plugin(self, name: str) -> None:

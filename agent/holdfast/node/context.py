@@ -29,7 +29,7 @@ from holdfast.runtime.content import ContentStore
 from holdfast.runtime.mountpoints import Mounted, lacking
 from holdfast.runtime.oci import HostLimits
 from holdfast.runtime.seccomp import Filters
-from holdfast.spec.model import App, Mount, Network, Volume
+from holdfast.spec.model import App, Container, Mount, Network, Volume
 from holdfast.store import Store
 
 ROOTFS = "rootfs:"  # how an image digest starts that is a directory of the host
@@ -82,6 +82,7 @@ class Context:
     and that of the image for this host.
     limits: what the cgroup of each running instance held when it was last written or read.
     builds: the owners of builds under way, whose resources on this host carry the agent's name.
+    policy_digests: instance → what it and agent.toml ask for, and the digest of what the cgroup policies make of it.
     records_exits: whether the end of a process is stored when it is found. False in a command that runs without an
     agent: it only looks, and an agent that starts meanwhile must not find its own record overwritten.
     """
@@ -94,6 +95,7 @@ class Context:
     builder: Builder
     content: ContentStore
     runtime: Runtime
+    storage_driver: str = "overlay"
     firewall: str = "nftables"
     policies: tuple[str, ...] = ("limits",)
     bind_roots: tuple[str, ...] | None = None
@@ -106,6 +108,7 @@ class Context:
     limits: dict[InstanceId, Limits] = field(default_factory=dict)
     stale: dict[InstanceId, tuple[str, ...]] = field(default_factory=dict)  # see node.stale
     resolved: dict[str, tuple[str, str]] = field(default_factory=dict)
+    policy_digests: dict[InstanceId, tuple[Container, tuple[str, ...], str]] = field(default_factory=dict)
 
     def base(self, digest: str) -> Base:
         """What a container's root file system starts from. Raises NotFound if it is not there any more."""

@@ -7,12 +7,15 @@ offers each driver, and which plugins adjust every container; `holdfast plugin f
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 from holdfast.errors import Conflict, NotFound
-from holdfast.kinds import KINDS, kind_of
+from holdfast.guard import Guarded, described
+from holdfast.kinds import KINDS, DriverKind, kind_of
 from holdfast.node.context import BARE, Context
 from holdfast.observed import MissingDriver, Receipt
-from holdfast.plugins import PluginState
+from holdfast.plugins import Plugins, PluginState
+from holdfast.store import Store
 
 FACT = "plugins"
 
@@ -31,8 +34,40 @@ def remember(context: Context) -> None:
     expect(context)
 
 
+def refuse_newer(store: Store, plugins: Plugins) -> None:
+    """Use no driver that made something in a newer version than it is: its receipts can't be read, and are kept."""
+    for receipt, kind, driver in _versioned(store, plugins):
+        if receipt.version > driver.receipt_version:
+            why = f"what it made has receipts of version {receipt.version}, and it knows {driver.receipt_version}"
+            plugins.withdraw(kind, receipt.driver, f"{why} (install the newer plugin again)")
+
+
+def migrate(store: Store, plugins: Plugins) -> None:
+    """Bring receipts of older versions to the one that their drivers have by now.
+
+    A driver that fails at one of them is not used: what it made is left as it is, as if its plugin were gone.
+    """
+    for receipt, kind, driver in _versioned(store, plugins):
+        if receipt.version < driver.receipt_version:
+            try:
+                store.put_receipt(driver.migrate(receipt))
+            except Exception as error:
+                why = f"the receipt of '{receipt.id}' stays at version {receipt.version}: {described(error)}"
+                plugins.withdraw(kind, receipt.driver, why)
+
+
+def _versioned(store: Store, plugins: Plugins) -> Iterator[tuple[Receipt, DriverKind[Any], Guarded]]:
+    """Every receipt whose driver is here and counts its versions otherwise."""
+    for receipt in list(made(store)):
+        kind = kind_of(receipt)
+        driver = cast(Guarded | None, kind and plugins.of_kind(kind).get(receipt.driver))
+        if kind and driver and driver.receipt_version != receipt.version:
+            yield receipt, kind, driver
+
+
 def expect(context: Context) -> None:
-    """Have no container started without the plugins that adjust every one of them."""
+    """Start no container without the plugins that adjust every one, and use no driver that is older than its work."""
+    refuse_newer(context.store, context.plugins)
     adjusting = (context.store.fact(FACT) or {}).get("adjusting", {})
     loaded = context.plugins.loaded()
     context.plugins.expected = {name: origin for name, origin in adjusting.items() if name not in loaded}
@@ -78,10 +113,10 @@ def states(context: Context, missing: Iterable[MissingDriver]) -> tuple[PluginSt
     return (*context.plugins.states, *gone)
 
 
-def made(context: Context) -> Iterator[Receipt]:
+def made(store: Store) -> Iterator[Receipt]:
     """Every receipt that a driver could have been asked for."""
     for kind in dict.fromkeys(each.receipt for each in KINDS if each.receipt):
-        yield from context.store.receipts(kind)
+        yield from store.receipts(kind)
 
 
 def _mounted(context: Context) -> set[str]:

@@ -24,7 +24,7 @@ from holdfast.identity import Record
 from holdfast.node.claim import check_claim
 from holdfast.node.context import Context
 from holdfast.node.images import Collector
-from holdfast.node.installed import remember
+from holdfast.node.installed import migrate, remember
 from holdfast.node.lanes import Lanes
 from holdfast.node.logkeeper import LogKeeper
 from holdfast.node.newer import NewerWatch
@@ -114,6 +114,7 @@ class Node:
         except (HoldfastError, OSError) as error:  # it is tried again before the next build
             self.context.store.event("failed", "node", f"clear up after builds: {error}")
         self.context.store.retry_now()
+        migrate(self.context.store, self.context.plugins)
         remember(self.context)
         recover(self.context)
 

@@ -42,7 +42,6 @@ from holdfast.spec.model import Container, digest_of
 
 Things = Mapping[tuple[str, str], Receipt]
 Watches = Callable[[str, Run], bool]
-Settings = Callable[[Instance], str]
 
 
 def observe(
@@ -65,9 +64,9 @@ def observe(
         stale.look(context, instances)
     looked = context.plugins.observe()
     things: Things = {(each.kind, each.id): each for each in everything(context, looked.seen, deep=deep)}
-    same_boot, settings = context.same_boot(), _settings_digests(context)
+    same_boot = context.same_boot()
     seen = tuple(
-        _instance(context, instance, things, watches, settings, same_boot=same_boot, deep=deep)
+        _instance(context, instance, things, watches, same_boot=same_boot, deep=deep)
         if instance.key not in busy
         else instance
         for instance in instances
@@ -131,7 +130,6 @@ def _instance(
     instance: Instance,
     things: Things,
     watches: Watches,
-    settings: Settings,
     *,
     same_boot: bool,
     deep: bool,
@@ -156,7 +154,7 @@ def _instance(
         drifted.append("writing its limits was cut short or refused")
     elif deep:
         drifted.extend(_limits_altered(context, instance, receipt.data))
-        drifted.extend(_policy_changed(instance, receipt.data, settings))
+        drifted.extend(_policy_changed(context, instance, receipt.data))
     warnings = instance.warnings
     if not watched and not context.runtime.supervised(run):
         warnings = (*warnings, "its conmon is gone: output is lost and its exit status will not be known")
@@ -196,7 +194,7 @@ def _faults(context: Context, instance: Instance, things: Things) -> Iterator[st
     if instance.patched is not None and (lacking := context.plugins.lacking(instance.patched)):
         with suppress(OSError, ValueError):  # without its configuration, nothing can be tried
             config = json.loads((context.host.instance(instance.id) / "config.json").read_text())
-            if context.plugins.would_adjust(instance.app, instance.container, config):
+            if context.plugins.would_adjust(instance.app, instance.container, config, instance.want.labels):
                 yield f"plugin '{', '.join(lacking)}' has not adjusted its configuration"
 
 
@@ -229,26 +227,23 @@ def _limits_altered(context: Context, instance: Instance, kept: Json) -> Iterato
             yield f"cgroup {name} was altered: {value} → {now[name]}"
 
 
-def _policy_changed(instance: Instance, kept: Json, settings: Settings) -> Iterator[str]:
+def _policy_changed(context: Context, instance: Instance, kept: Json) -> Iterator[str]:
     """Compare what the cgroup policies make of its resources now with what they made when it was written."""
     wrote = kept.get("settings")
-    if wrote and settings(instance) not in (wrote, ""):
+    if wrote and _policy_digest(context, instance) not in (wrote, ""):
         yield "its cgroup policies ask for other limits than they did"
 
 
-def _settings_digests(context: Context) -> Settings:
-    """What the policies make of an instance's resources, as a digest, once for equal ones; "" if they fail."""
-    known: dict[str, str] = {}
-
-    def digest(instance: Instance) -> str:
-        resources = instance.want.resources.text
-        if resources not in known:
-            try:
-                known[resources] = cgroup_settings(context, instance.want).digest
-            except Exception:  # the guard has recorded whose fault it is
-                known[resources] = ""
-        return known[resources]
-
+def _policy_digest(context: Context, instance: Instance) -> str:
+    """What the policies make of what an instance asks for, which they always make of it; "" if they fail."""
+    known = context.policy_digests.get(instance.id)
+    if known is not None and known[0] is instance.want and known[1] == context.policies:
+        return known[2]
+    try:
+        digest = cgroup_settings(context, instance).digest
+    except Exception:  # the guard has recorded whose fault it is
+        return ""
+    context.policy_digests[instance.id] = instance.want, context.policies, digest
     return digest
 
 

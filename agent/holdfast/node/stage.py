@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from holdfast import kinds
+from holdfast.drivers import EndpointWant
 from holdfast.errors import NotFound, Stopping, TryAgain, UnfitHost
 from holdfast.files import open_source
 from holdfast.grammar.images import archive_path, built
@@ -26,14 +27,16 @@ from holdfast.node.inside import check_devices, check_working_dir, content_of_mo
 from holdfast.node.volumes import declared_volumes
 from holdfast.node.wants import (
     cgroup_settings,
+    endpoint_wants,
     mount_want,
     network_want,
     oci_request,
+    rootfs_driver,
     rootfs_want,
     user_of,
     volume_want,
 )
-from holdfast.observed import Generation, Instance, InstanceId, Json
+from holdfast.observed import Generation, Instance, InstanceId, Json, Receipt
 from holdfast.plan.actions import StageGeneration
 from holdfast.plan.diff import folder_files
 from holdfast.runtime.binaries import foreign_formats
@@ -49,7 +52,8 @@ from holdfast.runtime.oci import (
 )
 from holdfast.runtime.ports import check_free
 from holdfast.runtime.sysctls import try_sysctls
-from holdfast.spec.model import App, Container, Mount, digest_of, digest_of_file
+from holdfast.spec.model import App, Container, Mount, Network, digest_of_file
+from holdfast.store import Store
 
 MOST = 16  # images of one app that are asked for at once
 EAGERNESS = ("never", "missing", "newer", "always")  # of Container.pull
@@ -293,45 +297,84 @@ def _is_as_in(earlier: Generation, app: App, name: str, image: str, volumes: tup
 def _check_container(
     context: Context, app: App, name: str, image: str, volumes: tuple[Mount, ...], checks: _Checks
 ) -> None:
-    want, base = app.containers[name], context.base(image)
-    for driver in list(context.plugins.of_kind(kinds.ROOTFS).values())[:1]:
-        driver.check(rootfs_want("check", base.layers, want))
+    want, base, what = app.containers[name], context.base(image), f"{app.name}/{name}"
+    standing = [each for each in list(context.store.instances.values()) if each.key == what]
+    stand_in = Instance(
+        id=InstanceId("check"),
+        app=app.name,
+        container=name,
+        generation=0,
+        want=want,
+        image=image,
+        slot=standing[-1].slot if standing else 1,
+    )
+    rootfs_driver(context, stand_in.id).check(rootfs_want(stand_in, base.layers))
     contents: dict[str, Content] = {}
     for mount in (*want.mounts, *volumes):
-        with checks.of(f"{app.name}/{name}"):
-            stored = _check_mount(context, app, mount)
+        with checks.of(what):
+            stored = _check_mount(context, app, stand_in, mount)
             contents[mount.target] = content_of_mount(context, base, mount, stored)
-    with checks.of(f"{app.name}/{name}"):
+    with checks.of(what):
         check_free(want.ports)
-    _check_inside(context, app, name, (image, base), contents, checks)
+    with checks.of(what):
+        _check_endpoints(context, app, stand_in)
+    _check_inside(context, app, stand_in, base, contents, checks)
 
 
-def _check_mount(context: Context, app: App, mount: Mount) -> Path | None:
+def _check_endpoints(context: Context, app: App, stand_in: Instance) -> None:
+    """Have the drivers check the attachments to networks that stay as they stand; what is made anew has room."""
+    for network, want in endpoint_wants(context, stand_in, context.host.netns(stand_in.id)):
+        if want is None:
+            continue
+        if network in BARE or want.network.data.get("want") == _definition(context, app, network).digest:
+            asked = replace(want, predecessor=predecessor(context.store, app, want))
+            context.plugins.driver(kinds.ENDPOINT, want.network.driver).check(asked)
+
+
+def predecessor(store: Store, app: App, want: EndpointWant) -> Receipt | None:
+    """Find the endpoint that will be gone when this one is made.
+
+    That is the one that has the wanted address and is given up by another container of the app, or else the
+    container's own.
+    """
+    own = None
+    for each in list(store.instances.values()):
+        made = store.receipt("endpoint", f"{each.id}/{want.network.id}") if each.app == app.name else None
+        if made is None:
+            continue
+        if each.container == want.container:
+            own = made
+        elif want.ipv4_address and made.data.get("address") == want.ipv4_address:
+            then = app.containers.get(each.container)
+            later = then.networks.get(want.network.id) if then else None
+            if later is None or later.ipv4_address != want.ipv4_address:
+                return made
+    return own
+
+
+def _check_mount(context: Context, app: App, stand_in: Instance, mount: Mount) -> Path | None:
     """Have the driver check a mount; return where the content of a file of the revision is stored."""
     if mount.kind == "volume":
         spec = volume_of(context, app, mount.source)
         context.plugins.check_volume(spec.driver, volume_want(mount.source, spec))
         return None
-    want = mount_want(context, "check", app, mount)
+    want = mount_want(context, stand_in, app, mount)
     context.plugins.driver(kinds.MOUNT, mount.kind).check(want)
     return want.content
 
 
 def _check_inside(
-    context: Context, app: App, name: str, image: tuple[str, Base], contents: Mapping[str, Content], checks: _Checks
+    context: Context, app: App, stand_in: Instance, base: Base, contents: Mapping[str, Content], checks: _Checks
 ) -> None:
     """Go through what the runtime will do inside the container. contents: target → what is mounted there."""
-    want, (digest, base), what = app.containers[name], image, f"{app.name}/{name}"
-    stand_in = Instance(
-        id=InstanceId("check"), app=app.name, container=name, generation=0, want=want, image=digest, files={}
-    )
+    want, what = stand_in.want, stand_in.key
     own, theirs = Path("/"), tuple({"destination": target} for target in contents)
     request = replace(
-        oci_request(context, stand_in, base, cgroup_settings(context, want)),
+        oci_request(context, stand_in, base, cgroup_settings(context, stand_in)),
         hosts=own, resolv_conf=own, hostname_file=own, mounts=theirs,
     )  # fmt: skip
     mounts = ordered_mounts(request)
-    alike = digest, tuple(str(mount["destination"]) for mount in mounts)
+    alike = stand_in.image, tuple(str(mount["destination"]) for mount in mounts)
     view = checks.views.get(alike) if not contents else None
     if view is None:
         view, before = View(base.layers), len(checks.failures)
@@ -342,7 +385,7 @@ def _check_inside(
             checks.views[alike] = view
     with checks.of(what):
         made = oci_config(replace(request, user=user_of(want, base, view)))
-        context.plugins.adjust_oci_config(app.name, name, made.config)
+        context.plugins.adjust_oci_config(app.name, stand_in.container, made.config, want.labels)
     with checks.of(what):
         signal_number(stop_signal(want, base.config))
     with checks.of(what):
@@ -375,9 +418,12 @@ def _check_unused_volumes(context: Context, app: App, checks: _Checks) -> None:
 
 def _check_network(context: Context, app: App, network: str) -> None:
     """Let the driver check a network that is new or defined otherwise than it stands."""
-    owner, _, name = network.rpartition("/")
-    spec = app.networks[name] if owner == app.name else network_of(context, network)
-    standing = context.store.receipt("network", network)
+    spec, standing = _definition(context, app, network), context.store.receipt("network", network)
     joining = sum(network in want.networks for want in app.containers.values())
-    if standing is None or standing.data.get("want") != digest_of(spec.model_dump(mode="json")):
+    if standing is None or standing.data.get("want") != spec.digest:
         context.plugins.driver(kinds.NETWORK, spec.driver).check(network_want(network, spec, joining))
+
+
+def _definition(context: Context, app: App, network: str) -> Network:
+    owner, _, name = network.rpartition("/")
+    return app.networks[name] if owner == app.name else network_of(context, network)

@@ -18,18 +18,19 @@ from holdfast import kinds
 from holdfast.errors import TryAgain
 from holdfast.files import open_source
 from holdfast.images.kept.lookup import find
-from holdfast.node.context import BARE, ROOTFS, Base, Context, volume_of
+from holdfast.node.context import ROOTFS, Base, Context, volume_of
 from holdfast.node.inside import mounted
 from holdfast.node.stale import where
 from holdfast.node.stop import release_mount, remove_instance, sweep
 from holdfast.node.volumes import ensure_volume
 from holdfast.node.wants import (
     cgroup_settings,
-    endpoint_want,
+    endpoint_wants,
     hostname,
     hosts_text,
     mount_want,
     oci_request,
+    rootfs_driver,
     rootfs_want,
     user_of,
 )
@@ -176,9 +177,9 @@ def _keep(context: Context, receipt: Receipt) -> Receipt:
 
 
 def _rootfs(context: Context, instance: Instance, base: Base) -> Path:
-    driver = next(iter(context.plugins.of_kind(kinds.ROOTFS).values()))
+    driver = rootfs_driver(context, instance.id)
     with _layers(context, instance, base) as layers:
-        receipt = _keep(context, driver.ensure(rootfs_want(instance.id, layers, instance.want)))
+        receipt = _keep(context, driver.ensure(rootfs_want(instance, layers)))
     return Path(str(receipt.data["path"]))
 
 
@@ -196,17 +197,11 @@ def _layers(context: Context, instance: Instance, base: Base) -> Iterator[tuple[
 
 
 def _endpoints(context: Context, instance: Instance, space: Path) -> Iterator[tuple[str, str]]:
-    """Attach to each network in turn; the first that leads out of the host has the default route."""
-    routed = False
-    for index, network in enumerate(instance.want.networks):
-        bare = Receipt("network", network, network) if network in BARE else None
-        receipt = bare or context.store.receipt("network", network)
-        if receipt is None:
+    """Attach to each network in turn. Raises TryAgain for one that does not stand."""
+    for network, want in endpoint_wants(context, instance, space):
+        if want is None:
             raise TryAgain(f"attach '{instance.key}' to network '{network}': it does not stand")
-        routes = not routed and not receipt.data.get("internal")
-        routed |= routes
-        want = endpoint_want(instance, receipt, space, index=index, routes=routes)
-        made = context.plugins.driver(kinds.ENDPOINT, receipt.driver).ensure(want)
+        made = context.plugins.driver(kinds.ENDPOINT, want.network.driver).ensure(want)
         yield network, str(_keep(context, made).data.get("address") or "")
 
 
@@ -227,7 +222,7 @@ def _mount(context: Context, instance: Instance, app: App, mount: Mount, rootfs:
         made = ensure_volume(context, mount.source, spec, seed=seed if fills else None, defined=defined)
         options = ["rbind", "rprivate", "ro" if mount.read_only else "rw"]
         return {"destination": mount.target, "type": "bind", "source": made.data["path"], "options": options}
-    made = context.plugins.driver(kinds.MOUNT, mount.kind).ensure(mount_want(context, instance.id, app, mount))
+    made = context.plugins.driver(kinds.MOUNT, mount.kind).ensure(mount_want(context, instance, app, mount))
     if mount.kind == "bind":
         made = replace(made, data={**made.data, **where(mount.source)})
     _keep(context, made)
@@ -259,7 +254,7 @@ class Bundle:
 
 def _write_bundle(context: Context, instance: Instance, ground: Ground) -> Bundle:
     """Write config.json, adjusted by every plugin that does so."""
-    settings = cgroup_settings(context, instance.want)
+    settings = cgroup_settings(context, instance)
     request = oci_request(context, instance, ground.base, settings)
     files = context.host.files(instance.id)
     profile, unconfined = _apparmor(context, instance.want)
@@ -276,7 +271,7 @@ def _write_bundle(context: Context, instance: Instance, ground: Ground) -> Bundl
             hostname_file=files / "hostname",
         )
     )
-    adjusted = context.plugins.adjust_oci_config(instance.app, instance.container, made.config)
+    adjusted = context.plugins.adjust_oci_config(instance.app, instance.container, made.config, instance.want.labels)
     context.filters.annotate(adjusted.config)
     (context.host.instance(instance.id) / "config.json").write_text(context.filters.dumps(adjusted.config))
     return Bundle(

@@ -111,6 +111,7 @@ def remove_instance(context: Context, instance: Instance) -> None:
     discard_tree(context.host.instance(instance.id))
     context.store.drop_instance(instance.id)
     context.limits.pop(instance.id, None)
+    context.policy_digests.pop(instance.id, None)
 
 
 def remove_thing(context: Context, receipt: Receipt) -> None:

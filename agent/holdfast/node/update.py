@@ -25,7 +25,6 @@ from holdfast.plan.actions import (
 from holdfast.plan.diff import mounted_files
 from holdfast.runtime import bounded, cgroup, names, netns
 from holdfast.runtime.oci import oom_score_adj
-from holdfast.spec.model import digest_of
 from holdfast.syscalls import is_mounted
 
 
@@ -60,7 +59,7 @@ def update_instance(context: Context, action: UpdateInstance) -> Json:
 
 def apply_limits(context: Context, instance: Instance) -> cgroup.Settings:
     """Write a container's resources into its cgroup; they are in doubt until what the kernel made of them is kept."""
-    settings = cgroup_settings(context, instance.want)
+    settings = cgroup_settings(context, instance)
     _keep_limits(context, instance.id, None)
     context.runtime.update(instance.id, settings.resources)
     score, _ = oom_score_adj(instance.want, settings.oom_score_adj, host_limits())
@@ -125,8 +124,9 @@ def ensure_network(context: Context, action: EnsureNetwork) -> Json:
         _say_subnet(context, known)
     driver = context.plugins.driver(kinds.NETWORK, action.spec.driver)
     receipt = driver.ensure(network_want(action.network, action.spec, action.hosts))
-    want = digest_of(action.spec.model_dump(mode="json"))
-    context.store.put_receipt(replace(receipt, data={**receipt.data, "want": want, "joined": action.hosts}))
+    context.store.put_receipt(
+        replace(receipt, data={**receipt.data, "want": action.spec.digest, "joined": action.hosts})
+    )
     enabled = receipt.data.get("enabled")
     if enabled:
         context.store.event(

@@ -22,7 +22,7 @@ from holdfast.errors import NotFound, UnfitHost, WrongState
 from holdfast.guard import found_by
 from holdfast.images.kept.lookup import find
 from holdfast.node.context import Context, volume_of
-from holdfast.node.wants import rootfs_want, volume_want
+from holdfast.node.wants import rootfs_driver, rootfs_want, volume_want
 from holdfast.observed import Instance, Json, Receipt
 from holdfast.plan.actions import EnsureVolume
 from holdfast.runtime import filling
@@ -141,8 +141,7 @@ def save_volumes(context: Context, instance: Instance) -> None:
     if not mounts:
         return
     app = known[-1].app if known else lone
-    driver = next(iter(context.plugins.of_kind(kinds.ROOTFS).values()))
-    made = driver.ensure(rootfs_want(instance.id, context.base(instance.image).layers, instance.want))
+    made = rootfs_driver(context, instance.id).ensure(rootfs_want(instance, context.base(instance.image).layers))
     for mount in mounts:
         held = find((Path(str(made.data["path"])),), mount.target)
         if held is not None and held.is_dir():

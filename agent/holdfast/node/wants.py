@@ -6,13 +6,15 @@ A start, a staging and an update ask the same; so it is written once. Nothing he
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import TypedDict
 
 from holdfast import kinds
-from holdfast.drivers import CgroupWant, EndpointWant, MountWant, NetworkWant, RootfsWant, VolumeWant
+from holdfast.drivers import CgroupWant, Driver, EndpointWant, MountWant, NetworkWant, RootfsWant, VolumeWant
 from holdfast.images.kept.lookup import View
-from holdfast.node.context import Base, Context, init_program, limits
+from holdfast.node.context import BARE, Base, Context, init_program, limits
 from holdfast.node.inside import read_file
 from holdfast.observed import Instance, Receipt
 from holdfast.plan.diff import folder_files
@@ -24,9 +26,26 @@ from holdfast.spec.model import App, Container, Mount, Network, Volume
 # -- of drivers ----------------------------------------------------------------------------------------------
 
 
-def rootfs_want(instance: str, layers: tuple[Path, ...], want: Container) -> RootfsWant:
+def _of(instance: Instance) -> _About:
+    """Say for which container a want is."""
+    return {"app": instance.app, "container": instance.container, "labels": instance.want.labels}
+
+
+class _About(TypedDict):
+    app: str
+    container: str
+    labels: Mapping[str, str]
+
+
+def rootfs_want(instance: Instance, layers: tuple[Path, ...]) -> RootfsWant:
     """What a driver of root file systems is asked for."""
-    return RootfsWant(instance=instance, layers=layers, size=want.storage_opt.size)
+    return RootfsWant(instance=instance.id, layers=layers, size=instance.want.storage_opt.size, **_of(instance))
+
+
+def rootfs_driver(context: Context, instance: str) -> Driver[RootfsWant]:
+    """The driver that made an instance's root file system; for a new one that of agent.toml."""
+    made = context.store.receipt("rootfs", instance)
+    return context.plugins.driver(kinds.ROOTFS, made.driver if made else context.storage_driver)
 
 
 def volume_want(volume: str, spec: Volume) -> VolumeWant:
@@ -34,12 +53,11 @@ def volume_want(volume: str, spec: Volume) -> VolumeWant:
     return VolumeWant(id=volume, driver_opts=spec.driver_opts)
 
 
-def mount_want(context: Context, instance: str, app: App, mount: Mount) -> MountWant:
+def mount_want(context: Context, instance: Instance, app: App, mount: Mount) -> MountWant:
     """What a mount driver is asked for. Raises TryAgain while the source's own file system is not mounted."""
     context.check_mounted(mount)
-    return MountWant(
-        instance=instance, mount=mount, content=content_of(context, app, mount), roots=context.bind_roots
-    )
+    content = content_of(context, app, mount)
+    return MountWant(instance=instance.id, mount=mount, content=content, roots=context.bind_roots, **_of(instance))
 
 
 def content_of(context: Context, app: App, mount: Mount) -> Path | None:
@@ -62,31 +80,44 @@ def network_want(network: str, spec: Network, hosts: int) -> NetworkWant:
     )
 
 
-def endpoint_want(instance: Instance, network: Receipt, space: Path, *, index: int, routes: bool) -> EndpointWant:
-    """What an endpoint driver is asked for.
+def endpoint_wants(context: Context, instance: Instance, space: Path) -> Iterator[tuple[str, EndpointWant | None]]:
+    """Each network of an instance with what its endpoint driver is asked for, None while the network does not stand.
 
-    index: which of the container's networks it is. routes: whether it is the way out.
+    The first network that leads out of the host has the default route.
     """
-    attachment = instance.want.networks[network.id]
-    return EndpointWant(
-        instance=instance.id,
-        network=network,
-        netns=space,
-        interface=f"eth{index}",
-        default_route=routes,
-        ipv4_address=attachment.ipv4_address,
-        mac_address=attachment.mac_address,
-        lease=instance.lease,
-    )
+    routed = False
+    for index, (network, attachment) in enumerate(instance.want.networks.items()):
+        receipt = (
+            Receipt("network", network, network) if network in BARE else context.store.receipt("network", network)
+        )
+        if receipt is None:
+            yield network, None
+            continue
+        routes = not routed and not receipt.data.get("internal")
+        routed |= routes
+        yield (
+            network,
+            EndpointWant(
+                instance=instance.id,
+                network=receipt,
+                netns=space,
+                interface=f"eth{index}",
+                default_route=routes,
+                ipv4_address=attachment.ipv4_address,
+                mac_address=attachment.mac_address,
+                lease=instance.lease,
+                **_of(instance),
+            ),
+        )
 
 
 # -- of policies and the runtime ------------------------------------------------------------------------------
 
 
-def cgroup_settings(context: Context, want: Container) -> cgroup.Settings:
+def cgroup_settings(context: Context, instance: Instance) -> cgroup.Settings:
     """What the policies of a container make of its resources on this host."""
-    chosen = [context.plugins.driver(kinds.POLICY, name) for name in policies_of(context, want)]
-    asked = cgroup_want(want)
+    chosen = [context.plugins.driver(kinds.POLICY, name) for name in policies_of(context, instance.want)]
+    asked = cgroup_want(instance)
     for policy in chosen:
         policy.check(asked)
     return cgroup.compose(chosen, asked, cgroup.features(context.runtime.binary.name))
@@ -99,10 +130,16 @@ def policies_of(context: Context, want: Container) -> tuple[str, ...]:
     return context.policies
 
 
-def cgroup_want(want: Container) -> CgroupWant:
+def cgroup_want(instance: Instance) -> CgroupWant:
     """What a cgroup policy is asked for."""
     memory, cpus = _size_of_host()
-    return CgroupWant(resources=want.resources, version=cgroup.version(), memory_total=memory, cpus=cpus)
+    return CgroupWant(
+        resources=instance.want.resources,
+        version=cgroup.version(),
+        memory_total=memory,
+        cpus=cpus,
+        **_of(instance),
+    )
 
 
 @lru_cache(maxsize=1)

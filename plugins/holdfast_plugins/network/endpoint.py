@@ -53,7 +53,8 @@ class BridgeEndpoint:
         subnet, gateway = _range(want.network)
         address = str(parse_address(want.network.id, "address", want.ipv4_address, subnet))
         holder = "the gateway" if address == gateway else self._ledger.leases(want.network.id).holder(address)
-        if holder not in (None, want.instance):
+        leaving = want.predecessor.owner if want.predecessor else None
+        if holder not in (None, want.instance, leaving):
             raise Conflict(f"network '{want.network.id}': address '{address}' is taken by {holder}")
 
     def ensure(self, want: EndpointWant) -> Receipt:
