@@ -210,7 +210,7 @@ def _drivers(config: Path) -> dict[str, type]:
 
 def _converge(config: Path, drivers: Mapping[str, type], request: Mapping[str, Any]) -> None:
     from holdfast.config import load_config
-    from holdfast.daemon import apply_once
+    from holdfast.daemon.once import apply_once
 
     home, code = config.parent, 1
     try:

@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 import pytest
 
 from footprint import cgroups
-from holdfast.daemon import HOUSEKEEPING
+from holdfast.daemon.agent import HOUSEKEEPING
 from live.agent import LiveAgent, Status
 from live.processes import command_lines, has_ended
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.config import ImageSettings, load_config
-from holdfast.daemon import _acting_node
+from holdfast.daemon.compose import acting_node
 from holdfast.images.kept.store import ImageStore
 from holdfast.node.start import start_instance
 from holdfast.observed import Instance
@@ -131,7 +131,7 @@ def test_each_of_two_instances_side_by_side_has_a_volume_of_its_own(agent: LiveA
     agent.converge()
     agent.exec("shop/db", "sh", "-c", "echo first > /data/file")
     agent.stop()
-    with _acting_node(load_config(agent.config)) as node:
+    with acting_node(load_config(agent.config)) as node:
         start_instance(node.context, StartInstance(app="shop", container="db", generation=1, reason="a second side"))
         start_instance(
             node.context, StartInstance(app="shop", container="backup", generation=1, reason="a second side")

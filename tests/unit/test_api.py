@@ -17,7 +17,9 @@ import pytest
 
 from holdfast.api import PER_USER, answers, listen
 from holdfast.cli.client import Client
-from holdfast.daemon import Daemon, Offline, one_each
+from holdfast.daemon.agent import Daemon
+from holdfast.daemon.compose import one_each
+from holdfast.daemon.offline import Offline
 from holdfast.errors import Conflict, NoAgent, NotFound, TryAgain, WrongCall, WrongConfig
 from holdfast.questions import QUESTIONS, Question, Questions, Sink
 from paper import Echo, PaperAgent, served, until

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import pty
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from holdfast.cli.bars import bars
-from holdfast.errors import NotFound, Unreachable
-from holdfast.images.incoming.transfers import Transfers, overdue
+from holdfast.images.incoming.transfers import Transfers
 
 MIB = 1 << 20
 
@@ -97,35 +95,6 @@ def test_a_terminal_gets_a_bar_for_each_build_and_for_what_is_waited_for(monkeyp
     assert "waiting: app:1: the registry does not answer" in seen and "waiting: shop: a lock" in seen
     assert "old:1" not in seen, "nobody asks that any more: another commit did"
     assert "bytes" not in seen
-
-
-def test_a_registry_that_does_not_answer_is_given_up_after_a_while_by_who_waits_for_it() -> None:
-    transfers = Transfers()
-
-    def overdue_at(seconds: float, began: float = 0.0) -> bool:
-        found = transfers.unanswered()
-        return bool(overdue(found, began or found[0]["since"], 60, found[0]["since"] + seconds)) if found else False
-
-    with suppress(Unreachable), transfers.asked("app:1"):
-        assert (overdue_at(59), overdue_at(61)) == (False, True)
-        raise Unreachable("nobody listens there")
-    assert transfers.unanswered()[0]["error"] == "nobody listens there"
-    since = transfers.unanswered()[0]["since"]
-    assert (overdue_at(61), overdue_at(61, since + 30)) == (True, False), "not asked since somebody began to wait"
-    with suppress(NotFound), transfers.asked("app:1"):
-        assert (overdue_at(61, since + 30), overdue_at(91, since + 30)) == (False, True)
-        raise NotFound("an answer is an answer")
-    assert transfers.unanswered() == []
-
-
-def test_a_question_that_nobody_asks_any_more_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    transfers, now = Transfers(), time.time()
-    with transfers.asked("slow:1"):
-        with suppress(Unreachable), transfers.asked("old:1"):
-            raise Unreachable("nobody listens there")
-        monkeypatch.setattr(time, "time", lambda: now + 100_000)
-        with transfers.asked("new:1"):
-            assert [each["ref"] for each in transfers.unanswered()] == ["slow:1", "new:1"]
 
 
 def read_all(master: int) -> str:

@@ -22,9 +22,9 @@ from holdfast.cli.checkup import overlay
 from holdfast.cli.command import places
 from holdfast.cli.render import ago, pairs, size, span
 from holdfast.cli.since import moment, seconds
-from holdfast.cli.state import app_reason, hopeless, kind_of, limits, ports, show_apps, show_status
+from holdfast.cli.state import app_reason, limits, ports, show_apps, show_status
 from holdfast.config import load_config
-from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
+from holdfast.errors import WrongState
 from holdfast.observed import container_of
 from holdfast.plan.actions import Plan, StartInstance
 from holdfast.testing import temporary_host
@@ -524,37 +524,6 @@ def test_limits_are_shown_as_the_kernel_has_them_beside_what_was_asked_where_tha
 ) -> None:
     whole = {"asked": {**LIMITS, **asked}, "observed": None if observed is None else {**LIMITS, **observed}}
     assert limits({"limits": whole}) == shown
-
-
-def app_status(state: str, code: int | None = None, at: float | None = None) -> dict[str, Any]:
-    return {"state": state, "exit_code": code, "failed_at": at}
-
-
-@pytest.mark.parametrize(
-    ("apps", "transfers", "given_up", "kind"),
-    [
-        ([app_status("failed", 65, 11.0)], [], True, WrongState),
-        ([app_status("failed", 69, 11.0), app_status("converged")], [], True, UnfitHost),
-        ([app_status("failed", 69, 11.0), app_status("failed", 65, 11.0)], [], True, WrongState),
-        ([app_status("failed", 75, 11.0)], [], False, TryAgain),  # it passes by itself
-        ([app_status("failed", 65, 9.0)], [], False, WrongState),  # of an earlier try
-        ([app_status("failed", 65, 11.0), app_status("changing")], [], False, WrongState),
-        ([app_status("failed", 65, 11.0), app_status("failed", 75, 9.0)], [], False, WrongState),
-        ([app_status("failed", 65, 11.0)], [{}], False, WrongState),
-    ],
-)
-def test_apply_gives_up_when_only_somebody_can_help_and_says_who(
-    apps: list[dict[str, Any]], transfers: list[Any], given_up: bool, kind: type[HoldfastError]
-) -> None:
-    status = {
-        "apps": {str(number): each for number, each in enumerate(apps)},
-        "problems": (),
-        "transfers": transfers,
-        "builds": (),
-        "blockers": ("an app is not converged",),
-        "findings": (),
-    }
-    assert (hopeless(status, 10.0), kind_of(status)) == (given_up, kind)
 
 
 @pytest.mark.parametrize("words", [(), ("image",), ("bundle",), ("system",)])

@@ -22,7 +22,7 @@ def agent() -> int:
 
     SIGTERM and SIGINT end it and leave the containers running; SIGHUP reads agent.toml again.
     """
-    from holdfast.daemon import run_agent
+    from holdfast.daemon.agent import run_agent
 
     log_to_stderr()
     return run_agent(config_path())
@@ -37,7 +37,7 @@ def shutdown(now: bool) -> int:
     agent.toml. After the next boot they run again, but for jobs that had ended, restart = "no" and holds. Does
     nothing unless systemd is shutting the host down, or --now is given; the agent must not run.
     """
-    from holdfast.daemon import shut_down
+    from holdfast.daemon.once import shut_down
 
     if not now and not host_goes_down():
         render.echo("the host does not go down: nothing is stopped")

@@ -20,7 +20,8 @@ from holdfast.cli.check import counted
 from holdfast.cli.client import Client
 from holdfast.cli.command import Group, agent_client, client, json_option, reach, settings
 from holdfast.cli.since import Seconds
-from holdfast.cli.state import PATIENCE, converge, headline, kind_of
+from holdfast.cli.state import PATIENCE, converge, headline, unconverged
+from holdfast.convergence import Wait
 from holdfast.errors import NotPermitted, UnfitHost, WrongCall, WrongState
 
 if TYPE_CHECKING:
@@ -313,14 +314,13 @@ def follow(agent: Client | None, timeout: float) -> None:
         if not agent_client().listens():
             render.echo("no agent runs: 'holdfast apply' converges once, 'holdfast agent' from now on")
         return
-    began = time.time()
+    wait = Wait(timeout)
     agent.sync(False)
     with bars() as show:
-        status = converge(agent, timeout, show, began)
+        status = converge(agent, wait, show)
     render.echo(headline(status))
     if not status["converged"]:
-        took = render.span(time.time() - began)
-        raise kind_of(status)(f"load bundle: not converged after {took} (see 'holdfast status')")
+        raise unconverged("load bundle", status, wait)
 
 
 def state_directory() -> Path:

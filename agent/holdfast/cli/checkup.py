@@ -80,7 +80,7 @@ def root() -> Check:
 
 def name(config: Config | None) -> Check:
     """Whose the agent's name is on this host."""
-    from holdfast.daemon import refused
+    from holdfast.daemon.compose import refused
 
     if config is None:
         return Check("name", "ok", "not looked at")

@@ -137,7 +137,7 @@ def reach(*, makes: bool = False) -> Iterator[Questions]:
     if found.listens():
         yield found
         return
-    from holdfast.daemon import open_node
+    from holdfast.daemon.offline import open_node
 
     log_to_stderr(only_warnings=True)
     with open_node(settings(), makes=makes) as node:

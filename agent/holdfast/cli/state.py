@@ -14,7 +14,8 @@ from holdfast.cli.check import counted
 from holdfast.cli.client import Client
 from holdfast.cli.command import agent_client, client, command, json_option, log_to_stderr, reach, settings
 from holdfast.cli.since import Seconds
-from holdfast.errors import Conflict, HoldfastError, NoAgent, TryAgain, UnfitHost, WrongState
+from holdfast.convergence import Wait, obstacle
+from holdfast.errors import HoldfastError, NoAgent, TryAgain
 
 Json = Mapping[str, Any]
 CHANGES = 2
@@ -118,16 +119,16 @@ def show_step(step: Json) -> None:
 @click.option("--connect-timeout", type=Seconds(), default=None, help=CONNECT)
 def sync(accept_rewrite: bool, wait: bool, timeout: float, connect_timeout: float | None) -> None:
     """Read the source and make a pass now."""
-    agent, began = client(), time.time()
+    agent, waiting = client(), Wait(timeout, connect_timeout)
     status = agent.sync(accept_rewrite)
     if wait:
         with bars() as show:
-            status = converge(agent, timeout, show, began, connect_timeout)
+            status = converge(agent, waiting, show)
     render.echo(headline(status))
     if status["source"].get("error"):
         raise TryAgain(f"sync: {status['source']['error']}")
     if wait and not status["converged"]:
-        raise unconverged("sync", status, began)
+        raise unconverged("sync", status, waiting)
 
 
 @command("apply")
@@ -139,13 +140,13 @@ def apply(timeout: float, connect_timeout: float | None, json_: bool) -> None:
 
     Exits 0 only when the node is converged.
     """
-    agent, began = agent_client(), time.time()
+    agent, wait = agent_client(), Wait(timeout, connect_timeout)
     with bars() as show:
         if agent.listens():
             agent.sync(False)
-            status = converge(agent, timeout, show, began, connect_timeout)
+            status = converge(agent, wait, show)
         else:
-            from holdfast.daemon import apply_once
+            from holdfast.daemon.once import apply_once
 
             log_to_stderr()
             status = apply_once(settings(), timeout, show, connect_timeout)
@@ -154,13 +155,13 @@ def apply(timeout: float, connect_timeout: float | None, json_: bool) -> None:
     elif status["converged"]:
         render.echo(headline(status))
     if not status["converged"]:
-        raise unconverged("apply", status, began)
+        raise unconverged("apply", status, wait)
 
 
-def unconverged(verb: str, status: Json, began: float) -> HoldfastError:
+def unconverged(verb: str, status: Json, wait: Wait) -> HoldfastError:
     """The error that says what keeps the node from its state."""
     lines = "".join(f"\n  {line}" for line in (*status["blockers"], *silent(status)))
-    return kind_of(status)(f"{verb}: not converged after {render.span(time.time() - began)}{lines}")
+    return obstacle(status)(f"{verb}: not converged after {render.span(time.time() - wait.began)}{lines}")
 
 
 def silent(status: Json) -> list[str]:
@@ -173,56 +174,15 @@ def silent(status: Json) -> list[str]:
     ]
 
 
-def kind_of(status: Json) -> type[HoldfastError]:
-    """The class of what keeps the node from its state: one that asks for somebody to act comes first."""
-    codes = {app["exit_code"] for app in status["apps"].values() if app["exit_code"] is not None}
-    if status["problems"]:
-        codes.add(WrongState.exit_code)
-    if any(found["breaks"] for found in status["findings"]):
-        codes.add(Conflict.exit_code)
-    return next((kind for kind in (WrongState, UnfitHost, Conflict) if kind.exit_code in codes), TryAgain)
-
-
-def hopeless(status: Json, began: float) -> bool:
-    """Whether nothing goes on any more, and what is in the way or has failed since began takes somebody to act."""
-    apps = status["apps"].values()
-    if set(status["blockers"]) <= {finding(found) for found in status["findings"]}:
-        return not status["converged"]
-    failed = [app for app in apps if app["state"] == "failed" and (app["failed_at"] or 0.0) >= began]
-    going_on = any(app["state"] in ("changing", "waiting", "removing", "degraded") for app in apps)
-    still = any(app["state"] == "failed" and app not in failed for app in apps)
-    lasting = any(app["exit_code"] not in (None, TryAgain.exit_code) for app in failed)
-    return lasting and not going_on and not still and not coming(status)
-
-
-def coming(status: Json) -> bool:
-    """Whether an image is on its way, or being built."""
-    return bool(status["transfers"] or any(not each["error"] for each in status["builds"]))
-
-
-def converge(agent: Client, timeout: float, show: Show, began: float, patience: float | None = None) -> Json:
-    """Follow the agent until the node is converged, it is hopeless or the time is up; return its last status.
-
-    began: when it was asked to, in seconds since the epoch. patience: seconds to wait for a registry that does not
-    answer (default: the agent's connect_timeout); the agent itself tries on.
-
-    While an image is on its way or built the time stands still: a transfer that stalls is given up by itself.
-    """
-    from holdfast.images.incoming.transfers import moving, stranded  # loads what most commands do without
-
-    looked, left = time.monotonic(), timeout
-    status: Json = agent.status()
+def converge(agent: Client, wait: Wait, show: Show) -> Json:
+    """Follow the agent until there is nothing to wait for; return its last status."""
+    status = agent.status()
     for _ in agent.events(limit=1, follow=True, beat=BEAT):
         show(status)
-        looked, passed = time.monotonic(), time.monotonic() - looked
-        left -= 0.0 if moving(status) else passed
-        limit = status["agent"]["connect_timeout"] if patience is None else patience
-        if status["converged"] or left <= 0 or hopeless(status, began) or stranded(status, began, limit):
-            break
+        if wait.is_over(status):
+            return status
         status = agent.status()
-    else:
-        raise NoAgent(f"ask the agent on '{agent.path}': it has ended meanwhile (see its log)")
-    return status
+    raise NoAgent(f"ask the agent on '{agent.path}': it has ended meanwhile (see its log)")
 
 
 @command("status")

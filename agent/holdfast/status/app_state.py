@@ -130,6 +130,7 @@ class Status:
 
     foreign: what on this host has the agent's name and is not its own → why it is left alone.
     findings: what others did to the host that a person should know; what breaks something is a blocker, too.
+    next_at: when something is done next; `at` while something is, None if nothing will be until something changes.
     transfers, builds, unanswered: the images that are being pulled (`Transfer.json`) or built (`Builder.look`), and
     the requests that no registry answers (`Unanswered`). The daemon fills them in.
     """
@@ -149,6 +150,7 @@ class Status:
     foreign: Mapping[str, str] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     agent: Json = field(default_factory=dict)
+    next_at: float | None = None
     transfers: tuple[Json, ...] = ()
     builds: tuple[Json, ...] = ()
     unanswered: tuple[Json, ...] = ()
@@ -207,6 +209,7 @@ def make_status(
         foreign=left_alone(observed),
         findings=observed.findings,
         agent=dict(agent or {}),
+        next_at=observed.at if plan.actions or observed.busy else plan.wake_at,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Literal
@@ -96,29 +96,6 @@ class Unanswered:
     asked: float
     asking: int = 0
     error: str = ""
-
-
-def overdue(unanswered: Sequence[Json], began: float, patience: float, now: float) -> list[Json]:
-    """Of questions without an answer, those that whoever began then has waited for longer than patience. Pure.
-
-    What is not asked any more does not count: another commit may need it no longer.
-    """
-    return [
-        each
-        for each in unanswered
-        if (each["asking"] or each["asked"] >= began) and now - max(each["since"], began) >= patience
-    ]
-
-
-def moving(status: Json) -> bool:
-    """Whether an image comes, or is being built, in a status: a registry that is only asked may never answer."""
-    pulls = any(each["state"] == "pulling" for each in status["transfers"])
-    return pulls or any(not each["error"] for each in status["builds"])
-
-
-def stranded(status: Json, began: float, patience: float) -> list[Json]:
-    """The questions for whose answer it makes no sense to wait any longer; none while images still come."""
-    return [] if moving(status) else overdue(status["unanswered"], began, patience, time.time())
 
 
 class Transfers:

@@ -1,0 +1,310 @@
+"""The agent's life: one slot that triggers fall into, one loop that makes passes, one socket that answers.
+
+    a commit, a file event ─┐
+    a process that ended ───┤
+    an action that is done ─┼──▶ slot ──▶ pass ──▶ lanes
+    a hold, a sync ─────────┤     ▲
+    a timer ────────────────┘     └── wake_at of the last plan; the slow full pass
+
+A trigger carries no more than a name, and the latest wins: the pass reads the world anew. asyncio lives here and in
+`api`; everything that blocks runs in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import structlog
+
+from holdfast import __version__
+from holdfast.api import Agent, serving
+from holdfast.config import Config, load_config
+from holdfast.daemon.compose import acting_node, coming, need_root, reconciler_of, source_of
+from holdfast.daemon.systemd import notify
+from holdfast.errors import HoldfastError, NotFound, TryAgain
+from holdfast.guard import described
+from holdfast.node import Node
+from holdfast.node.answers import Answers
+from holdfast.observed import Hold
+from holdfast.questions import NOBODY, Caller, Json
+from holdfast.reconcile import Pass
+from holdfast.source import Source, Watch
+
+REST = 2.0  # after a long pass, rest that many times as long: in a burst, passes get a third of a core at most
+SHORT, LONGEST_REST = 0.005, 0.1  # seconds: a pass that takes no longer needs no rest; nobody waits longer than that
+HOUSEKEEPING = 10.0  # seconds between looks at the size of logs
+COLLECT = 60.0  # seconds between looks at how full the disk is
+ANSWERS = 64  # that are given at a time
+NO_ROOM = 1.0  # seconds between looks at a disk that was full
+NO_SOURCE = 5.0  # seconds between looks at a source that can't be read
+
+log = structlog.get_logger("holdfast")
+
+
+def run_agent(path: Path | None) -> int:
+    """Run the agent until SIGTERM or SIGINT; containers run on. Returns the exit code."""
+    config = load_config(path)
+    need_root()
+    with acting_node(config) as node:
+        gc.freeze()  # modules, drivers, what the store holds: to go through it again would take a tenth of a second
+        return asyncio.run(Daemon(config, path, node).serve())
+
+
+class Daemon(Answers, Agent):
+    """A running agent: the loop, and the answers that need it."""
+
+    def __init__(self, config: Config, path: Path | None, node: Node) -> None:
+        super().__init__(node.context)
+        self._config, self._path, self._node = config, path, node
+        self._reconciler = reconciler_of(config, node)
+        self._last: Pass | None = None
+        self._begun = self._done = 0  # passes
+        self._passer = ThreadPoolExecutor(1, "pass")  # of its own: answers that block must not hold up a pass
+        self._asking, self._asked_at = asyncio.Lock(), 0.0  # of the source, by whoever syncs
+        self._deep = True
+
+    async def serve(self) -> int:
+        """Make passes until told to end."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.set_default_executor(Answering(ANSWERS, "answer"))
+        self._slot, self._stop, self._change = asyncio.Event(), asyncio.Event(), asyncio.Condition()
+        self._reloading = asyncio.Lock()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._end)
+        self._loop.add_signal_handler(signal.SIGHUP, lambda: self._loop.create_task(self._reload()))
+        self._node.wake = self._wake
+        self.context.store.listen(lambda _: self._from_thread(self._tell))
+        self._watch = await asyncio.to_thread(self._watch_source, self._reconciler.source)
+        try:
+            async with serving(self, self._config.socket, root=self._config.root, group=self._config.group):
+                self.context.store.event("agent", "node", f"holdfast {__version__} runs as process {os.getpid()}")
+                collecting = self._loop.create_task(self._collect())
+                await self._passes()
+                collecting.cancel()  # what it does in its thread is safe to be cut off
+        finally:
+            notify("STOPPING=1")
+            await self._loop.run_in_executor(self._passer, self._watch.close)
+        return 0
+
+    async def _passes(self) -> None:
+        """The loop: one slot, the latest wins."""
+        full_at = rotate_at = 0.0
+        while not self._stop.is_set():
+            self._slot.clear()
+            began = time.monotonic()
+            if began >= full_at or self._deep:
+                self._deep, full_at = True, began + self._config.full_pass_interval
+            if began >= rotate_at or self.context.store.late:
+                await self._tidy(self._node.catch_up)
+            if began >= rotate_at:
+                rotate_at = began + HOUSEKEEPING
+                await self._tidy(self._node.rotate_logs)
+            await self._pass()
+            took = time.monotonic() - began
+            await asyncio.sleep(min(max(REST * (took - SHORT), 0.0), LONGEST_REST))
+            wake_at = self._last.plan.wake_at if self._last else None
+            timer = min(full_at, rotate_at) - time.monotonic()
+            if self.context.store.late:
+                timer = min(timer, NO_ROOM)
+            if self._last and self._last.source["error"] and self._last.source["kind"] == "directory":
+                timer = min(timer, NO_SOURCE)
+            await self._wait(timer if wake_at is None else min(timer, wake_at - time.time()))
+
+    async def _tidy(self, work: Callable[[], None]) -> None:
+        """Do some housekeeping, in the thread of the passes."""
+        try:
+            await self._loop.run_in_executor(self._passer, work)
+        except Exception as error:
+            self._report("housekeeping", error)
+
+    async def _collect(self) -> None:
+        """Look now and then whether images have to go, beside the passes: deleting many files takes a while."""
+        while True:
+            try:
+                await asyncio.to_thread(self._node.collect_images)
+            except Exception as error:
+                self._report("a look for unused images", error)
+            await asyncio.sleep(COLLECT)
+
+    def _report(self, what: str, error: Exception) -> None:
+        """Tell of a bug; what broke off is done again later."""
+        log.error("bug", what=what, exc_info=error)
+        self.context.store.event("failed", "node", f"{what} failed: {described(error)}")
+
+    async def _pass(self) -> None:
+        """One pass, in a thread. What it raises is a bug: reported, and the next pass tries again."""
+        self._begun += 1
+        number, deep, self._deep = self._begun, self._deep, False
+        try:
+            self._published(await self._loop.run_in_executor(self._passer, partial(self._reconciler.run, deep=deep)))
+        except Exception as error:
+            self._deep |= deep  # what was to be looked at still is
+            self._report("a pass", error)
+            await asyncio.sleep(1)
+        self._done = number
+        if number == 1:
+            notify(f"READY=1\nMAINPID={os.getpid()}")
+        await self._told()
+
+    def _published(self, made: Pass) -> None:
+        before, self._last = self._last, made
+        if self.context.plugins.hears("after_pass"):
+            now = made.status.json()
+            if before is None or {**before.status.json(), "at": 0} != {**now, "at": 0}:
+                self.context.plugins.tell("after_pass", status=now)
+
+    async def _wait(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._slot.wait(), max(seconds, 0.0))
+
+    # -- triggers --
+
+    def _wake(self, what: str) -> None:
+        """Have another look soon; from any thread."""
+        self._from_thread(self._slot.set)
+
+    def _watch_source(self, source: Source) -> Watch:
+        """Have the source watched; where that can't be, the slow pass sees what changed, and an event says so."""
+        try:
+            return source.watch(self._wake)
+        except HoldfastError as error:
+            self.context.store.event("failed", "node", f"{error}: changes are seen by the slow pass only")
+            return Unwatched()
+
+    def _from_thread(self, call: Callable[[], object]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            self._loop.call_soon_threadsafe(call)
+
+    def _end(self) -> None:
+        self._stop.set()
+        self._slot.set()
+
+    async def _reload(self) -> None:
+        """Read agent.toml again. What objects on the host are named after needs a restart, and is left as it was."""
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        async with self._reloading:
+            try:
+                await self._take_over(await asyncio.to_thread(load_config, self._path))
+            except HoldfastError as error:
+                self.context.store.event("agent", "node", f"agent.toml is not taken over: {error}")
+        notify("READY=1")
+
+    async def _take_over(self, config: Config) -> None:
+        config, fixed = self._config.reloaded(config)
+        source = self._reconciler.source
+        if (config.state, config.debounce) != (self._config.state, self._config.debounce):
+            source = source_of(config, self._node)
+            await asyncio.to_thread(self._watch.close)
+            self._watch = await asyncio.to_thread(self._watch_source, source)
+        self._config, self._deep = config, True
+        self.context.policies, self.context.bind_roots = config.cgroup.policy, config.policy.bind_roots
+        self.context.images.settings = self.context.puller.settings = self.context.builder.settings = config.images
+        self.context.builder.builds = config.builds
+        await asyncio.to_thread(self._reconciler.reload, source, config)
+        left = f"; {', '.join(fixed)} need a restart of the agent" if fixed else ""
+        self.context.store.event("agent", "node", f"agent.toml is read again{left}")
+        self._slot.set()
+
+    def _tell(self) -> None:
+        self._loop.create_task(self._told())
+
+    async def _told(self) -> None:
+        async with self._change:
+            self._change.notify_all()
+
+    # -- answers --
+
+    def status(self) -> Json:
+        """How the node stood at the last pass."""
+        if self._last is None:
+            raise TryAgain("status: the agent has just started, its first pass is under way")
+        agent = {
+            "version": __version__,
+            "pid": os.getpid(),
+            "connect_timeout": self._config.images.connect_timeout,
+        }
+        return {**self._last.status.json(), "agent": agent, **coming(self.context)}
+
+    def plan(self) -> Json:
+        """A preview, made now."""
+        return self._reconciler.preview_json()
+
+    async def wait_sync(self, accept_rewrite: bool) -> Json:
+        """Ask the source, try at once what waits for its next try, and return the status of the pass that follows."""
+        with contextlib.suppress(TryAgain):  # the status says so
+            await self._refresh(accept_rewrite)
+        await asyncio.to_thread(self.context.store.retry_now)
+        self._deep = True
+        before = self._begun
+        self._slot.set()
+        async with self._change:
+            await self._change.wait_for(lambda: self._done > before)
+        return self.status()
+
+    async def _refresh(self, accept_rewrite: bool) -> None:
+        """Ask the source, once for all who want that meanwhile: a remote that hangs takes one thread."""
+        wanted_at = time.monotonic()
+        async with self._asking:
+            if self._asked_at > wanted_at and not accept_rewrite:
+                return
+            self._asked_at = time.monotonic()
+            source = self._reconciler.source
+            failed = source.state().failures
+            await asyncio.to_thread(source.refresh, accept_rewrite=accept_rewrite)
+            if failed:
+                self._watch.poke()  # it waits out a back-off that has no cause any more
+
+    async def wait_events(self, after: int) -> None:
+        """Return when there is an event above `after`."""
+        async with self._change:
+            await self._change.wait_for(lambda: bool(self.context.store.events(after, 1)))
+
+    def stop(self, target: str, by: Caller = NOBODY) -> None:
+        self._hold(target, "stopped", by)
+
+    def start(self, target: str, by: Caller = NOBODY) -> None:
+        self._hold(target, "started", by)
+
+    def restart(self, target: str, by: Caller = NOBODY) -> None:
+        self._hold(target, "restarted", by)
+
+    def _hold(self, target: str, kind: Literal["stopped", "started", "restarted"], by: Caller) -> None:
+        """Record what a person asks for."""
+        self.instances_of(target)
+        self.context.store.hold(target, Hold(kind, time.time(), by))
+        self.context.store.event("held", target, f"{kind} by hand", by=by)
+        self._wake(target)
+
+    def release(self, target: str) -> None:
+        """End a hold."""
+        if not self.context.store.release(target):
+            raise NotFound(f"release '{target}': nobody holds it")
+        self.context.store.event("released", target, "given back to the commit")
+        self._wake(target)
+
+
+class Answering(ThreadPoolExecutor):
+    """The threads that answers are made in. An agent that ends does not wait for them."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=True)
+
+
+class Unwatched:
+    """The watch of a source that can't be watched (`holdfast.source.Watch`)."""
+
+    def poke(self) -> None:
+        """There is nothing to look with."""
+
+    def close(self) -> None:
+        """There is nothing to end."""
