@@ -119,7 +119,7 @@ def test_a_second_load_changes_nothing_and_a_damaged_bundle_neither(bare_agent: 
     assert (agent.state.parent / "state.previous/old.toml").exists()
     before = (agent.state.stat().st_ino, agent.pid("shop/web"), (agent.host.root / "images/index.json").stat().st_ino)
     again = agent.cli("bundle", "load", str(carried), "--wait")
-    assert again.stdout.count("(here already)") == 3 and "holds this state already" in again.stdout
+    assert again.stdout.count("(here already)") == 3 and "has this state already" in again.stdout
     after = (agent.state.stat().st_ino, agent.pid("shop/web"), (agent.host.root / "images/index.json").stat().st_ino)
     assert after == before
 

@@ -176,5 +176,5 @@ def test_a_stop_of_the_unit_alone_stops_nothing(agent: LiveAgent) -> None:
     agent.write("shop.toml", PLAIN)
     agent.converge()
     agent.stop()
-    assert "does not go down" in agent.cli("shutdown").stdout
+    assert "is not shutting down" in agent.cli("shutdown").stdout
     assert agent.pid("shop/back")

@@ -6,7 +6,6 @@ import os
 import pty
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
@@ -104,10 +103,3 @@ def read_all(master: int) -> str:
         while data := screen.read(1 << 16):
             seen += data
     return seen.decode()
-
-
-def test_rich_is_not_imported_where_nothing_is_drawn(tmp_path: Path) -> None:
-    import subprocess
-
-    program = "import sys, holdfast.cli.entry; sys.exit('rich' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=False, cwd=tmp_path).returncode == 0

@@ -22,7 +22,7 @@ from holdfast.cli.checkup import overlay
 from holdfast.cli.command import places
 from holdfast.cli.render import ago, pairs, size, span
 from holdfast.cli.since import moment, seconds
-from holdfast.cli.state import app_reason, limits, ports, show_apps, show_status
+from holdfast.cli.status import app_reason, limits, ports, show_apps, show_status
 from holdfast.config import load_config
 from holdfast.errors import WrongState
 from holdfast.observed import container_of
@@ -426,13 +426,54 @@ def test_a_reader_that_goes_away_gets_no_traceback(agent: PaperAgent, config: Pa
     assert (done.returncode, done.stderr.decode()) == (1, "")
 
 
-def test_status_loads_no_heavy_library(agent: PaperAgent, config: Path) -> None:
-    program = (
-        "import sys; from holdfast.cli import main; main(['status', '--config', sys.argv[1]]);"
-        "print([name for name in ('pydantic', 'aiohttp', 'asyncio', 'rich', 'pyroute2') if name in sys.modules])"
+LIGHT = {f"holdfast.{name}" for name in ("cli", "convergence", "errors", "grammar", "questions", "toml")} | {
+    "holdfast"
+}
+HEAVY = {
+    *("asyncio", "sqlite3", "subprocess", "logging", "tempfile", "shutil", "email", "http", "ssl", "traceback"),
+    *("difflib", "importlib.metadata"),
+}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["--version"], ["version"], ["--help"], ["status"], ["status", "--json"], ["stop", "shop/web"]),
+        *(["events"], ["inspect", "shop/web"], ["volume", "list"], ["network", "list"], ["image", "list"]),
+        *(["plan"], ["sync"], ["plugin", "list"], ["system", "df"]),
+    ],
+    ids=" ".join,
+)
+def test_a_command_that_only_asks_the_agent_imports_nothing_heavy(
+    words: list[str], agent: PaperAgent, config: Path
+) -> None:
+    program = """
+import sys
+before = set(sys.modules)  # what the site of this installation needs
+from holdfast.cli import main
+main(sys.argv[1:])
+named = [(name, getattr(sys.modules[name], "__file__", None) or "") for name in sys.modules.keys() - before]
+print("\\n", *(name for name, file in named if "-packages/" in file or name.startswith("holdfast")))
+print(*(name for name, _ in named))
+"""
+    environment = {**os.environ, "HOLDFAST_CONFIG": str(config)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], env=environment, capture_output=True, text=True, check=True
     )
-    done = subprocess.run([sys.executable, "-c", program, str(config)], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    *_, ours, every = done.stdout.splitlines()
+    strange = {name for name in ours.split() if name.split(".")[0] not in ("holdfast", "click")}
+    packages = {".".join(name.split(".")[:2]) for name in ours.split() if name.startswith("holdfast")}
+    heavy = HEAVY & set(every.split()) - (
+        {"shutil"} if words == ["--help"] else set()
+    )  # click asks how wide it may be
+    assert (strange, packages - LIGHT, heavy) == (set(), set(), set())
+
+
+def test_the_version_is_that_of_the_installation(run: Run, said: Callable[[], str]) -> None:
+    from importlib.metadata import version
+
+    assert run("--version") == 0
+    assert said() == f"holdfast {version('holdfast')}\n"
 
 
 def test_times_and_sizes_read_as_people_say_them() -> None:
@@ -602,7 +643,7 @@ def test_what_comes_by_a_pipe_is_called_standard_input(
 
 @pytest.mark.parametrize("to_journal", [True, False])
 def test_lines_of_the_log_have_a_time_unless_the_journal_adds_one(to_journal: bool, tmp_path: Path) -> None:
-    program = "from holdfast.cli.command import log_to_stderr; log_to_stderr(); import structlog\n"
+    program = "from holdfast.cli.log import log_to_stderr; log_to_stderr(); import structlog\n"
     program += "structlog.get_logger().info('begun')"
     with (tmp_path / "log").open("w") as log:
         found = os.fstat(log.fileno())
@@ -739,7 +780,7 @@ def test_check_of_several_files_reads_them_as_one_revision(run: Run, tmp_path: P
 
 
 def test_a_log_that_can_not_be_written_stops_no_work() -> None:
-    program = "from holdfast.cli.command import log_to_stderr; log_to_stderr(); import structlog, sys\n"
+    program = "from holdfast.cli.log import log_to_stderr; log_to_stderr(); import structlog, sys\n"
     program += "for n in range(3): structlog.get_logger().error('begun', number=n)\n"
     program += "sys.stderr.close(); structlog.get_logger().info('closed'); print('went on')"
     with Path("/dev/full").open("wb") as full:

@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from holdfast.cli import render
-from holdfast.cli.bars import bars, followed
-from holdfast.cli.check import counted
+from holdfast.cli import converge, options, render
+from holdfast.cli.bars import followed
 from holdfast.cli.client import Client
-from holdfast.cli.command import Group, agent_client, client, json_option, reach, settings
-from holdfast.cli.since import Seconds
-from holdfast.cli.state import PATIENCE, converge, headline, unconverged
+from holdfast.cli.command import Group, agent_client, client, reach, settings
+from holdfast.cli.status import headline
 from holdfast.convergence import Wait
 from holdfast.errors import NotPermitted, UnfitHost, WrongCall, WrongState
 
@@ -33,12 +31,10 @@ if TYPE_CHECKING:
     from holdfast.source import Revision
     from holdfast.spec import Spec
 
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-
 
 @click.group("bundle", cls=Group)
 def bundle() -> None:
-    """A state and its images in one file, for nodes without a network."""
+    """Pack state and images into one file, for nodes without a network."""
 
 
 # -- create --------------------------------------------------------------------------------------------------
@@ -46,13 +42,13 @@ def bundle() -> None:
 
 @bundle.command("create")
 @click.argument("state_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("-o", "--output", required=True, metavar="FILE", type=click.Path(path_type=Path), help="What to write.")
-@click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="What the nodes are.  [default: as this host]")
-@click.option("--node-name", metavar="NAME", help="Only apps for a node of this name (and of the labels).")
-@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label of that node; may repeat.")
 @click.option(
-    "--authfile", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Passwords, as skopeo's."
+    "-o", "--output", required=True, metavar="FILE", type=click.Path(path_type=Path), help="The bundle to write."
 )
+@click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="The platform of the nodes.  [default: this host's]")
+@click.option("--node-name", metavar="NAME", help="Only apps for a node of this name (and with the labels).")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label of that node; can be repeated.")
+@click.option("--authfile", type=options.FILE, help="Passwords for registries, as skopeo has them.")
 def create(
     state_dir: Path,
     output: Path,
@@ -63,8 +59,8 @@ def create(
 ) -> None:
     """Write the files of a state directory and every image that they name to one file.
 
-    Needs skopeo, and neither an agent nor root. Variables get the values that agent.toml of this host gives them (see
-    --config). The file is an OCI image layout: `skopeo inspect oci-archive:FILE:IMAGE` shows what is in it.
+    Needs skopeo, but neither an agent nor root. Variables have the values that agent.toml of this host gives them
+    (see --config). The file is an OCI image layout: `skopeo inspect oci-archive:FILE:IMAGE` shows an image in it.
     """
     from holdfast.images.builds.gather import Gatherer
     from holdfast.images.formats.bundle import write_bundle
@@ -77,29 +73,25 @@ def create(
     goal = platform_of(platform)
     fetching = config.images.model_copy(update={"authfile": authfile.absolute()}) if authfile else config.images
     if not output.parent.is_dir():
-        raise WrongCall(f"write '{output}': '{output.parent}' is no directory")
-    with (
-        scratch(output) as folder,
-        ExitStack() as stack,
-    ):
+        raise WrongCall(f"write '{output}': '{output.parent}' is not a directory")
+    with scratch(output) as folder, ExitStack() as stack:
         store = store_here(config.root)
         place = config.root if store else folder / "root"
         used = config.model_copy(update={"root": place, "images": fetching})
-        builder = partial(builder_in, stack, used) if is_root() else None
+        builder = partial(builder_in, stack, used) if os.geteuid() == 0 else None
         gatherer = Gatherer(folder, goal, fetching, store, coming, builder)
         stack.callback(gatherer.close)
         images = gatherer.gather(wanted, spec)
         digest = write_bundle(output, tree, images, gatherer.blobs, goal)
     size = render.size(output.stat().st_size)
-    files = counted(len(tree.files), "state file")
-    render.echo(f"wrote {output}: {files}, {counted(len(images), 'image')} for {goal}, {size}")
+    files, count = render.counted(len(tree.files), "state file"), render.counted(len(images), "image")
+    render.echo(f"wrote {output}: {files}, {count} for {goal}, {size}")
     render.echo(f"sha256:{digest}")
 
 
 @contextmanager
 def scratch(output: Path) -> Iterator[Path]:
-    """A folder beside the file that is to be written, on its disk; gone at the end, also of a command that is told to
-    end."""
+    """A folder beside the file that is to be written, on its disk; removed at the end, also after SIGTERM."""
     import signal
     import tempfile
 
@@ -122,7 +114,7 @@ def scratch(output: Path) -> Iterator[Path]:
 def images_of(
     state_dir: Path, revision: Revision, node_name: str | None, labels: Sequence[str]
 ) -> tuple[list[Wanted], Spec]:
-    """Every image that the files name; raises what is wrong with them, all at once."""
+    """Every image that the files name; raises all that is wrong with them at once."""
     from holdfast.images.builds.gather import Unread, wanted_images
 
     facts = settings().facts()
@@ -151,10 +143,6 @@ def store_here(root: Path) -> ImageStore | None:
     return ImageStore(place) if os.access(place / "index.json", os.R_OK | os.W_OK) else None
 
 
-def is_root() -> bool:
-    return os.geteuid() == 0
-
-
 def builder_in(stack: ExitStack, config: Config) -> Builder:
     """What builds images that state files define, in the agent's place or in a scratch one; it ends with stack."""
     from holdfast.drivers import Host
@@ -180,9 +168,10 @@ def builder_in(stack: ExitStack, config: Config) -> Builder:
 
 
 def pair(label: str) -> tuple[str, str]:
+    """KEY and VALUE of a label."""
     key, equals, value = label.partition("=")
     if not equals or not key:
-        raise WrongCall(f"label '{label}': no KEY=VALUE")
+        raise WrongCall(f"label '{label}': not KEY=VALUE")
     return key, value
 
 
@@ -199,15 +188,12 @@ def platform_of(text: str | None) -> str:
 
 
 def coming(image: Coming) -> None:
-    """A line for each image, before its layers come."""
-    if image.otherwise:
-        render.echo(f"[{image.number}/{image.of}] {image.reference}  {image.otherwise}", err=True)
-        return
-    fresh = "" if image.fresh == image.layers else f", {image.layers - image.fresh} of them fetched already"
-    size = render.size(image.size)
-    render.echo(
-        f"[{image.number}/{image.of}] {image.reference}  {size} in {counted(image.layers, 'layer')}{fresh}", err=True
-    )
+    """Print a line for each image, before its layers come."""
+    told = image.otherwise
+    if not told:
+        fresh = "" if image.fresh == image.layers else f", {image.layers - image.fresh} of them fetched already"
+        told = f"{render.size(image.size)} in {render.counted(image.layers, 'layer')}{fresh}"
+    render.echo(f"[{image.number}/{image.of}] {image.reference}  {told}", err=True)
 
 
 def tree_of(state_dir: Path, revision: Revision) -> Tree:
@@ -239,8 +225,8 @@ def git(folder: Path, *words: str) -> str:
 
 
 @bundle.command("inspect")
-@click.argument("file", type=FILE)
-@json_option()
+@click.argument("file", type=options.FILE)
+@options.as_json
 def inspect(file: Path, json_: bool) -> None:
     """Show what is in a bundle. Its layers are not read: load verifies them."""
     from holdfast.images.formats.bundle import open_bundle
@@ -253,34 +239,42 @@ def inspect(file: Path, json_: bool) -> None:
     made = f"made {render.ago(told['created'])}" if told["created"] else ""
     about = [f"for {told['platform']}", told["revision"][:19], told["author"], made]
     render.echo(f"{file}: {render.size(told['size'])}, " + ", ".join(filter(None, about)))
-    render.echo()
-    rows = [
-        [each["ref"], each["top"].removeprefix("sha256:")[:12], render.size(each["size"]), str(len(each["layers"]))]
-        for each in told["images"]
-    ]
-    render.table(["IMAGE", "DIGEST", "SIZE", "LAYERS"], rows)
-    if rows:
-        render.echo()
-    files = [[repr(each["path"])[1:-1], render.size(each["size"])] for each in told["files"]]  # no control characters
-    render.table(["STATE FILE", "SIZE"], files)
+    for kind, columns in CONTENT.items():
+        if told[kind]:
+            render.echo()
+            render.listing(told[kind], columns)
+
+
+CONTENT = {
+    "images": {
+        "IMAGE": lambda each: each["ref"],
+        "DIGEST": lambda each: render.digest(each["top"]),
+        "SIZE": lambda each: render.size(each["size"]),
+        "LAYERS": lambda each: str(len(each["layers"])),
+    },
+    "files": {
+        "STATE FILE": lambda each: each["path"],
+        "SIZE": lambda each: render.size(each["size"]),
+    },
+}
 
 
 # -- load ----------------------------------------------------------------------------------------------------
 
 
 @bundle.command("load")
-@click.argument("file", type=FILE)
+@click.argument("file", type=options.FILE)
 @click.option(
-    "--state", metavar="DIR", type=click.Path(path_type=Path), help="Where the files go.  [default: agent.toml]"
+    "--state", metavar="DIR", type=click.Path(path_type=Path), help="Where the files go.  [default: as in agent.toml]"
 )
-@click.option("--images-only", is_flag=True, help="Take in the images and leave the state as it is.")
-@click.option("--wait", is_flag=True, help="Wait until the node is converged.")
-@click.option("--timeout", type=Seconds(), default=PATIENCE, show_default="5m", help="How long to wait at most.")
+@click.option("--images-only", is_flag=True, help="Load the images and leave the state as it is.")
+@click.option("--wait", is_flag=True, help="Wait until the node is converged; exit 0 only if it is.")
+@options.timeout
 def load(file: Path, state: Path | None, images_only: bool, wait: bool, timeout: float) -> None:
-    """Take in the images of a bundle, then make its files the state of this node.
+    """Load the images of a bundle, then make its files the state of this node.
 
-    The directory that agent.toml names is replaced as a whole, and what was in it is kept beside it. An agent that
-    runs converges by itself.
+    The directory that agent.toml names is replaced as a whole, and what was in it is kept beside it. A running agent
+    converges by itself.
     """
     from holdfast.images.formats.bundle import open_bundle
     from holdfast.source.replace import check_replaceable, holds, replace_tree
@@ -294,42 +288,41 @@ def load(file: Path, state: Path | None, images_only: bool, wait: bool, timeout:
         if folder is not None:
             check_replaceable(folder)
         with reach(makes=True) as node:
-            images = followed(node.load_bundle(str(file.absolute())), quiet=not sys.stderr.isatty())["images"]
+            steps = node.load_bundle(str(file.absolute()))
+            images = followed(steps, quiet=not sys.stderr.isatty())["images"]
         for each in images:
             render.echo(f"{each['ref']}  {each['digest']}" + ("" if each["new"] else "  (here already)"))
         if folder is None:
             pass
         elif holds(folder, found.tree.files, found.tree.executable):
-            render.echo(f"{folder}: holds this state already")
+            render.echo(f"{folder}: has this state already")
         else:
             previous = replace_tree(folder, found.tree.files, found.tree.executable)
             kept = f" (what was there: {previous})" if previous else ""
-            render.echo(f"{folder}: {counted(len(found.tree.files), 'state file')}{kept}")
+            render.echo(f"{folder}: {render.counted(len(found.tree.files), 'state file')}{kept}")
     follow(agent, timeout)
 
 
 def follow(agent: Client | None, timeout: float) -> None:
-    """Wait for the agent, if that is asked for; say so where nobody would converge."""
+    """Wait for the agent, if that is asked for; say so if no agent will converge."""
     if agent is None:
         if not agent_client().listens():
             render.echo("no agent runs: 'holdfast apply' converges once, 'holdfast agent' from now on")
         return
     wait = Wait(timeout)
-    agent.sync(False)
-    with bars() as show:
-        status = converge(agent, wait, show)
+    agent.sync()
+    status = converge.converged(agent, wait)
     render.echo(headline(status))
-    if not status["converged"]:
-        raise unconverged("load bundle", status, wait)
+    converge.check("load bundle", status, wait)
 
 
 def state_directory() -> Path:
-    """The directory that agent.toml has the state in. Raises WrongCall where that comes from git."""
+    """The directory of the state that agent.toml names. Raises WrongCall if the state comes from git."""
     source = settings().state
     if source.git:
         raise WrongCall(
-            f"load bundle: the state of this node comes from '{source.git}', which no bundle can replace (take "
-            "--images-only, or write the files elsewhere with --state DIR and have agent.toml name that)"
+            f"load bundle: the state of this node comes from '{source.git}', which no bundle can replace (use "
+            "--images-only, or --state DIR and name DIR in agent.toml)"
         )
     return source.directory
 
@@ -341,6 +334,3 @@ def check_platform(found: Bundle) -> None:
     here = f"linux/{architecture()}"
     if "/".join(found.platform.split("/")[:2]) != here:
         raise WrongState(f"load bundle '{found.path}': is for {found.platform} (this host is {here})")
-
-
-COMMANDS = [bundle]

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 def check(paths: tuple[Path, ...], any_driver: bool) -> None:
     """Print everything that is wrong with state files.
 
-    PATH is a file or a directory of them; needs no agent and no root. Says so when images are to be built and this
-    host has no buildah. Drivers and policies must be offered by a plugin that is installed here, unless --any-driver
-    is given, for where files are checked without the node's plugins.
+    PATH is a state file or a directory of them. Needs neither an agent nor root. Drivers and policies must be offered
+    by a plugin that is installed here, unless --any-driver is given. Reports if images must be built and this host
+    has no buildah.
     """
     from holdfast.runtime.binaries import find_program
     from holdfast.spec import load
@@ -46,11 +46,11 @@ def check(paths: tuple[Path, ...], any_driver: bool) -> None:
         render.echo(str(replace(problem, path=str(top / problem.path))))
     if spec.problems:
         wrong = len({problem.path for problem in spec.problems})
-        raise WrongState(f"check: {counted(len(spec.problems), 'problem')} in {counted(wrong, 'file')}")
+        raise WrongState(f"check: {render.counted(len(spec.problems), 'problem')} in {render.counted(wrong, 'file')}")
     for hint in spec.hints:
         render.echo(str(top / hint), err=True)
     containers = sum(len(app.containers) for app in spec.apps.values())
-    render.echo(f"{counted(len(spec.apps), 'app')}, {counted(containers, 'container')}: ok")
+    render.echo(f"{render.counted(len(spec.apps), 'app')}, {render.counted(containers, 'container')}: ok")
     built = sorted({name for app in spec.apps.values() for name in app.images})
     if built and find_program("buildah") is None:
         render.echo(
@@ -64,11 +64,6 @@ def installed(config: Config) -> Mapping[str, Mapping[str, type[BaseModel] | Non
     from holdfast.plugins import load_plugins
 
     return load_plugins(Host(config.name, config.root, config.run_root, config.network.pool)).names()
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 change`, `2 changes`."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def snapshot(paths: tuple[Path, ...], facts: NodeFacts) -> tuple[Part, Path]:
@@ -135,6 +130,3 @@ def read(path: Path) -> bytes:
             return opened.read()
     except OSError as error:
         raise WrongCall(f"check '{path}': {(error.strerror or str(error)).lower()}") from error
-
-
-COMMANDS = [check]

@@ -7,14 +7,16 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from holdfast.cli.command import reach
 from holdfast.config import Config
+from holdfast.daemon.compose import refused
 from holdfast.drivers import Host
-from holdfast.errors import UnfitHost
+from holdfast.errors import HoldfastError, UnfitHost
 from holdfast.runtime import apparmor, binaries, delegation
 
 SECCOMP = Path("/usr/share/containers/seccomp.json")
@@ -23,6 +25,7 @@ FILE_SYSTEMS = Path("/proc/filesystems")
 MODULES = Path("/lib/modules")
 NEEDED_KERNEL = (5, 3)  # pidfd_open(2)
 FENCE_KERNEL = (5, 12)  # mount_setattr(2), and overlayfs in a user namespace
+SHOWN = 3  # objects that are not ours, by name
 LITTLE_SPACE = 1 << 30
 FEW_WATCHES = 8192
 CONTROLLERS = ("cpu", "memory", "pids", "cpuset", "blkio")
@@ -58,6 +61,7 @@ def checkup(config: Config | None) -> Iterator[Check]:
     yield resolvers()
     yield space(config.root if config else Path("/var/lib/holdfast"))
     yield watches()
+    yield from answers()
 
 
 def read(path: Path | str) -> str:
@@ -80,8 +84,6 @@ def root() -> Check:
 
 def name(config: Config | None) -> Check:
     """Whose the agent's name is on this host."""
-    from holdfast.daemon.compose import refused
-
     if config is None:
         return Check("name", "ok", "not looked at")
     if os.geteuid() != 0:
@@ -297,3 +299,40 @@ def watches() -> Check:
     if limit < FEW_WATCHES:
         return Check("inotify watches", "warn", f"{limit} allowed", "sysctl fs.inotify.max_user_watches=65536")
     return Check("inotify watches", "ok", f"{limit} allowed")
+
+
+def answers() -> Iterator[Check]:
+    """What the agent, or without one the node itself, knows."""
+    try:
+        with reach() as node:
+            status = node.status()
+            found = [*plugins(node.plugins()), *not_ours(status["foreign"]), state(status["source"])]
+    except HoldfastError as error:
+        found = [Check("plugins", "warn", str(error))]
+    yield from found
+
+
+def plugins(found: Sequence[Mapping[str, str]]) -> Iterator[Check]:
+    """What is wrong with plugins, and what this node depends on and is not installed."""
+    wrong = [each for each in found if each["state"] != "ok"]
+    for each in wrong:
+        yield Check(f"plugin {each['name']}", "warn", f"{each['state']}: {each['error']}")
+    if not wrong:
+        yield Check("plugins", "ok", ", ".join(each["name"] for each in found))
+
+
+def not_ours(foreign: Mapping[str, str]) -> Iterator[Check]:
+    """What bears the agent's name and was made for another root, or by somebody else: in one line, however many."""
+    if foreign:
+        shown = "; ".join(f"{subject}: {why}" for subject, why in list(foreign.items())[:SHOWN])
+        more = f"; {len(foreign) - SHOWN} more in `holdfast status`" if len(foreign) > SHOWN else ""
+        yield Check("not ours", "warn", shown + more, "remove it by hand if nobody needs it")
+
+
+def state(found: Mapping[str, str]) -> Check:
+    """Whether the state can be read."""
+    return (
+        Check("state", "warn", found["error"])
+        if found["error"]
+        else Check("state", "ok", f"read from {found['url']}")
+    )

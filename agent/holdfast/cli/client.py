@@ -55,7 +55,7 @@ class Client(Questions):
     def listens(self) -> bool:
         """Whether an agent listens on the socket. Raises NotPermitted if this user may not ask."""
         try:
-            self._connect().close()
+            self.connect().close()
         except NoAgent:
             return False
         return True
@@ -119,7 +119,7 @@ class Client(Questions):
         payload = b"" if body is None else json.dumps(body).encode()
         meant = f"{ROOT_HEADER}: {quote(str(self.root))}\r\n" if self.root else ""
         head = f"{method} {target} HTTP/1.0\r\nHost: holdfast\r\n{meant}Content-Length: {len(payload)}\r\n\r\n"
-        with self._connect() as connection, connection.makefile("rb") as answer:
+        with self.connect() as connection, connection.makefile("rb") as answer:
             with suppress(BrokenPipeError, ConnectionResetError):  # it has answered already: it refuses
                 connection.sendall(head.encode() + payload)
             words = answer.readline().split()
@@ -137,7 +137,8 @@ class Client(Questions):
                 raise error
             yield answer
 
-    def _connect(self) -> socket.socket:
+    def connect(self) -> socket.socket:
+        """Connect to the agent; raises NoAgent, NotPermitted or UnfitHost."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.connect(str(self.path))

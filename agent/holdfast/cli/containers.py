@@ -12,33 +12,26 @@ from typing import Any
 
 import click
 
-from holdfast.cli import render
-from holdfast.cli.client import Answer, Client
-from holdfast.cli.command import (
-    client,
-    command,
-    complete_target,
-    json_option,
-    reach,
-    resolve,
-    resolve_all,
-    target_argument,
-)
+from holdfast.cli import options, render
+from holdfast.cli.archives import written
+from holdfast.cli.client import Answer
+from holdfast.cli.command import client, command, reach, watch
 from holdfast.cli.since import Moment, Seconds
+from holdfast.cli.targets import complete_target, resolve, resolve_all
 from holdfast.errors import NotPermitted, TryAgain, WrongCall
-from holdfast.questions import Questions
+from holdfast.questions import Json, Questions
 
-Json = Mapping[str, Any]
+INTERVAL = 0.5  # seconds between the two looks from which the CPU's use is computed
 
 
 @command("logs")
 @click.argument("targets", metavar="APP[/NAME]...", nargs=-1, required=True, shell_complete=complete_target)
 @click.option("-f", "--follow", is_flag=True, help="Go on as the containers write.")
-@click.option("--tail", type=click.IntRange(min=0), metavar="N", help="The last N lines of each container only.")
+@click.option("--tail", type=click.IntRange(min=0), metavar="N", help="Only the last N lines of each container.")
 @click.option("--since", type=Moment(), help="Only what was written since then.")
 @click.option("--until", type=Moment(), help="Only what was written until then.")
-@click.option("-t", "--timestamps", is_flag=True, help="Say when each line was written.")
-@json_option()
+@click.option("-t", "--timestamps", is_flag=True, help="Show when each line was written.")
+@options.as_json
 def logs(
     targets: tuple[str, ...],
     follow: bool,
@@ -48,10 +41,10 @@ def logs(
     timestamps: bool,
     json_: bool,
 ) -> None:
-    """Print what containers wrote, byte for byte.
+    """Print the output of containers, byte for byte.
 
-    What they wrote to stderr goes to stderr. Of several, or of a whole app, the lines are merged by time, each with
-    the name of its container.
+    Standard error goes to standard error. The lines of several containers, or of a whole app, are merged by time and
+    begin with the name of the container.
     """
     from holdfast.cli.lines import show, show_json
     from holdfast.runtime.logs import LogLine, Wanted, line_of
@@ -74,13 +67,13 @@ def logs(
 
 
 @command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.option("-i", "--interactive", is_flag=True, help="Hand on standard input.")
-@click.option("-t", "--tty", is_flag=True, help="Give it a terminal.")
-@click.option("-d", "--detach", is_flag=True, help="Do not wait for its end; its output goes nowhere.")
+@click.option("-i", "--interactive", is_flag=True, help="Pass standard input on.")
+@click.option("-t", "--tty", is_flag=True, help="Allocate a terminal.")
+@click.option("-d", "--detach", is_flag=True, help="Do not wait for the command; its output is discarded.")
 @click.option("-u", "--user", default="", metavar="USER[:GROUP]", help="Run as this user of the container.")
-@click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Add to its environment; may be repeated.")
+@click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Add to its environment; can be repeated.")
 @click.option("-w", "--workdir", default="", metavar="PATH", help="Run in this directory of the container.")
-@target_argument()
+@options.target
 @click.argument("words", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND [ARGUMENT]...")
 def exec_(
     interactive: bool,
@@ -94,7 +87,7 @@ def exec_(
 ) -> None:
     """Run a command inside a running container.
 
-    Exits with the command's own exit code; with 127 if there is no such command, 126 if it can't be run.
+    Exits with the exit code of the command; with 127 if it does not exist, 126 if it can't be run.
     """
     if os.geteuid() != 0:
         raise NotPermitted("exec: only root may enter a container (sudo holdfast exec …)")
@@ -118,19 +111,19 @@ def exec_(
 
 
 def environment_of(entries: Iterable[str], *, tty: bool) -> list[str]:
-    """What is handed on of this process's environment: the terminal's kind, and what is named without a value."""
+    """The environment of the command: the kind of terminal, and what is named, by default with its value here."""
     found = {"TERM": os.environ["TERM"]} if tty and os.environ.get("TERM") else {}
     for entry in entries:
         name, equals, value = entry.partition("=")
         if not name:
-            raise WrongCall(f"exec --env '{entry}': no name (expected KEY=VALUE, or KEY to hand on one's own)")
+            raise WrongCall(f"exec --env '{entry}': no name (expected KEY=VALUE, or KEY to pass on your own)")
         if equals or name in os.environ:
             found[name] = value if equals else os.environ[name]
     return [f"{name}={value}" for name, value in found.items()]
 
 
 def begin(command_line: Sequence[str]) -> None:
-    """Have the runtime start a command, and come back."""
+    """Have the runtime start a command, and return."""
     import subprocess
 
     quiet = subprocess.DEVNULL
@@ -144,17 +137,23 @@ def holding(ask: Callable[[Questions, str], None], reached: Callable[[Json, froz
     verb = ask.__name__
 
     @command(verb, help=ask.__doc__)
-    @target_argument()
+    @options.target
     @click.option("--timeout", type=Seconds(), default=60.0, show_default="60s", help="How long to wait at most.")
-    @click.option("--no-wait", is_flag=True, help="Only ask.")
+    @click.option("--no-wait", is_flag=True, help="Do not wait until it is done.")
     def act(target: str, timeout: float, no_wait: bool) -> None:
-        agent = client()
+        agent, deadline = client(), time.monotonic() + timeout
         status = agent.status()
         known = resolve(status, target)
         before = running(container(status, known))
         ask(agent, known)
-        if not no_wait:
-            wait(agent, known, verb, timeout, lambda now: reached(now, before))
+        for status in () if no_wait else watch(agent):
+            now = container(status, known)
+            if reached(now, before):
+                return
+            if now.get("state") == "failed" or time.monotonic() >= deadline:
+                why = f": {now['reason']}" if now.get("reason") else ""
+                state = f"it is {now.get('state', 'gone')} after {render.span(timeout)}"
+                raise TryAgain(f"{verb} '{target}': {state}{why}")
 
     return act
 
@@ -171,17 +170,6 @@ def running(container: Json) -> frozenset[str]:
     return frozenset(f"{each['id']} {each['started_at']}" for each in live)
 
 
-def wait(agent: Client, target: str, verb: str, timeout: float, reached: Callable[[Json], bool]) -> None:
-    deadline = time.monotonic() + timeout
-    for _ in agent.events(limit=1, follow=True, beat=0.1):
-        now = container(agent.status(), target)
-        if reached(now):
-            return
-        if now.get("state") == "failed" or time.monotonic() >= deadline:
-            told = f": {now['reason']}" if now.get("reason") else ""
-            raise TryAgain(f"{verb} '{target}': it is {now.get('state', 'gone')} after {render.span(timeout)}{told}")
-
-
 stop = holding(Questions.stop, lambda now, _: not running(now))
 start = holding(Questions.start, lambda now, _: bool(running(now)))
 restart = holding(Questions.restart, lambda now, before: bool(running(now) - before))
@@ -189,24 +177,16 @@ release = holding(Questions.release, lambda now, _: not now["held"])
 
 
 @command("inspect")
-@target_argument()
-@json_option()
+@options.target
+@options.as_json
 def inspect(target: str, json_: bool) -> None:
-    """Print everything that is known of a container.
-
-    What is wanted, what runs, and what was made for it.
-    """
+    """Print all that is known of a container: what is wanted, what runs, and what was made for it."""
     with reach() as node:
-        found = node.inspect(resolve(node.status(), target))
-    if json_:
-        render.as_json(found)
-        return
-    for line in render.pairs(found):
-        render.echo(line)
+        render.details(node.inspect(resolve(node.status(), target)), json=json_)
 
 
 @command("stats")
-@json_option()
+@options.as_json
 def stats(json_: bool) -> None:
     """Show what each running container uses.
 
@@ -215,27 +195,18 @@ def stats(json_: bool) -> None:
     with reach() as node:
         before = {each["instance"]: each for each in node.stats()}
         started = time.monotonic()
-        time.sleep(0.5 if before else 0)
-        found = list(node.stats())
+        time.sleep(INTERVAL if before else 0)
+        found = node.stats()
         passed = max(time.monotonic() - started, 0.001)
-    rows = list(usage(before, found, passed))
-    if json_:
-        render.as_json(rows)
-    elif not rows:
-        render.echo("nothing runs")
-    else:
-        render.table(
-            ["CONTAINER", "CPU / LIMIT", "MEMORY / LIMIT", "PROCESSES / LIMIT"],
-            [
-                [
-                    row["target"],
-                    f"{row['cpu_percent']:.1f}% / {limit(row, 'cpus', lambda cpus: f'{cpus:.4g} CPUs')}",
-                    f"{render.size(row['memory'])} / {limit(row, 'memory', render.size)}",
-                    f"{row['pids']} / {limit(row, 'pids', str)}",
-                ]
-                for row in rows
-            ],
-        )
+    render.listing(list(usage(before, found, passed)), STATS, json=json_, empty="nothing runs")
+
+
+STATS = {
+    "CONTAINER": lambda row: row["target"],
+    "CPU / LIMIT": lambda row: f"{row['cpu_percent']:.1f}% / {limit(row, 'cpus', lambda cpus: f'{cpus:.4g} CPUs')}",
+    "MEMORY / LIMIT": lambda row: f"{render.size(row['memory'])} / {limit(row, 'memory', render.size)}",
+    "PROCESSES / LIMIT": lambda row: f"{row['pids']} / {limit(row, 'pids', str)}",
+}
 
 
 def limit(row: Json, name: str, text: Callable[[Any], str]) -> str:
@@ -245,19 +216,25 @@ def limit(row: Json, name: str, text: Callable[[Any], str]) -> str:
     return now if now == asked else f"{now} (asked {asked})"
 
 
+def usage(before: Mapping[str, Json], found: Sequence[Json], passed: float) -> Iterator[dict[str, Any]]:
+    """The later reading, with the share of one core that was used since the earlier one."""
+    for each in found:
+        earlier = before.get(each["instance"], each)
+        percent = 100 * ((each["cpu"] or 0) - (earlier["cpu"] or 0)) / passed
+        yield Answer({**each, "cpu_percent": percent})
+
+
 @command("commit")
-@click.option(
-    "-c", "--change", "changes", multiple=True, metavar="'CMD [\"sh\"]'", help="Set CMD, ENV …; may repeat."
-)
-@click.option("-m", "--message", default="", metavar="TEXT", help="What the image's history says of it.")
-@click.option("-a", "--author", default="", metavar="NAME", help="Who made it.")
-@click.option("--pause/--no-pause", default=True, show_default=True, help="Whether processes stand still meanwhile.")
-@target_argument()
+@options.changes
+@click.option("-m", "--message", default="", metavar="TEXT", help="A comment for the image's history.")
+@click.option("-a", "--author", default="", metavar="NAME", help="The author of the image.")
+@options.pause
+@options.target
 @click.argument("name", metavar="NAME[:TAG]")
 def commit(target: str, name: str, changes: tuple[str, ...], message: str, author: str, pause: bool) -> None:
-    """Make an image of what a container has become.
+    """Make an image of a container's file system.
 
-    Without what lies in its volumes and mounts. Containers that are to run it need a commit of their own.
+    Volumes and mounts are not included. To run the image, commit a state file that names it.
     """
     with reach() as node:
         known = resolve(node.status(), target)
@@ -266,27 +243,11 @@ def commit(target: str, name: str, changes: tuple[str, ...], message: str, autho
 
 
 @command("export")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Where to.")
-@click.option("--pause/--no-pause", default=True, show_default=True, help="Whether processes stand still meanwhile.")
-@target_argument()
+@options.output
+@options.pause
+@options.target
 def export(target: str, output: Path | None, pause: bool) -> None:
-    """Write a container's root file system as a tar archive.
-
-    To standard output, unless a file is named; without what lies in volumes and mounts.
-    """
-    from holdfast.cli.images import written
-
+    """Write a container's root file system as a tar archive, without volumes and mounts."""
     with reach() as node:
         known = resolve(node.status(), target)
         written(output, lambda out: node.export(known, out, pause))
-
-
-def usage(before: Mapping[str, Json], found: list[Json], passed: float) -> Iterator[dict[str, Any]]:
-    """The later reading, with the share of one core that was used since the earlier one."""
-    for each in found:
-        earlier = before.get(each["instance"], each)
-        percent = 100 * ((each["cpu"] or 0) - (earlier["cpu"] or 0)) / passed
-        yield Answer({**each, "cpu_percent": percent})
-
-
-COMMANDS = [logs, exec_, stop, start, restart, release, inspect, stats, commit, export]

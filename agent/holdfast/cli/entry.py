@@ -5,26 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import traceback
 from collections.abc import Sequence
 
 import click
 
-from holdfast.cli import (
-    agent,
-    bundle,
-    check,
-    containers,
-    doctor,
-    events,
-    images,
-    networks,
-    outdated,
-    render,
-    state,
-    system,
-    volumes,
-)
+from holdfast import __version__
+from holdfast.cli import render
 from holdfast.cli.command import Group
 from holdfast.errors import HoldfastError
 
@@ -33,19 +19,53 @@ USAGE = 64  # EX_USAGE; click's own 2 means "there are changes" here
 INTERRUPTED = 130
 
 
-ELSEWHERE = {  # words of docker and podman, and what to write here
+ELSEWHERE = {  # commands of docker and podman → what to use here
     "images": "holdfast image list",
     "pull": "holdfast image pull",
     "push": "holdfast image push",
     "rmi": "holdfast image remove",
-    "build": "an image is built with the app that declares it in [images.NAME]: holdfast apply, or sync",
+    "build": "images are built with the app that declares them in [images.NAME]: holdfast apply, or sync",
     "ps": "holdfast status",
     "login": "skopeo login --authfile FILE REGISTRY, see [images] authfile of agent.toml",
 }
 
 
+COMMANDS = {  # → module.attribute, imported when it is needed
+    "agent": "agent.agent",
+    "apply": "converge.apply",
+    "bundle": "bundle.bundle",
+    "check": "check.check",
+    "commit": "containers.commit",
+    "completion": "program.completion",
+    "doctor": "doctor.doctor",
+    "events": "events.events",
+    "exec": "containers.exec_",
+    "export": "containers.export",
+    "image": "images.image",
+    "inspect": "containers.inspect",
+    "logs": "containers.logs",
+    "network": "networks.network",
+    "plan": "plan.plan",
+    "plugin": "plugins.plugin",
+    "release": "containers.release",
+    "restart": "containers.restart",
+    "schema": "program.schema",
+    "shutdown": "agent.shutdown",
+    "start": "containers.start",
+    "stats": "containers.stats",
+    "status": "status.status",
+    "stop": "containers.stop",
+    "sync": "converge.sync",
+    "system": "system.system",
+    "version": "program.version",
+    "volume": "volumes.volume",
+}
+
+
 class Top(Group):
-    """All commands; knows where those are that docker has here."""
+    """All commands; knows what docker's commands are called here."""
+
+    imported = COMMANDS
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -56,18 +76,12 @@ class Top(Group):
 
 
 @click.group(cls=Top, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="holdfast", message="holdfast %(version)s", help="Print the version.")
+@click.version_option(__version__, message="holdfast %(version)s", help="Print the version.")
 def holdfast() -> None:
-    """Hold this host fast to what was committed.
+    """Keep this host in the state that was committed to git.
 
-    Containers are addressed as APP/NAME, or as NAME where that is unique.
+    Containers are named APP/NAME, or NAME alone where that is unique.
     """
-
-
-for module in (check, state, containers, events, images, bundle, volumes, networks, system, doctor, agent):
-    for command in module.COMMANDS:
-        holdfast.add_command(command)
-images.image.add_command(outdated.outdated)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,16 +123,22 @@ def run(arguments: Sequence[str] | None) -> int:
         return told(group)
     except BrokenPipeError:
         raise
-    except Exception:
-        render.echo(
-            traceback.format_exc() + "holdfast: this is a bug; please report it with the lines above", err=True
-        )
-        return BUG
+    except Exception as error:
+        return bug(error)
     return result if isinstance(result, int) else 0
 
 
+def bug(error: Exception) -> int:
+    """Print the traceback of an error that nobody expected."""
+    from traceback import format_exception
+
+    told = "".join(format_exception(error))
+    render.echo(f"{told}holdfast: this is a bug; please report it with the lines above", err=True)
+    return BUG
+
+
 def usage_line(error: click.ClickException) -> str:
-    """What click has to say about a call, in our form: one line, lower case, and where to read on."""
+    """What click says about a wrong call, in our form: one line, lower case, and where to read on."""
     message = error.format_message().replace("\n", " ").rstrip(".")
     context = error.ctx if isinstance(error, click.UsageError) else None
     return message[:1].lower() + message[1:] + (f" (see '{context.command_path} --help')" if context else "")
@@ -128,8 +148,7 @@ def told(group: ExceptionGroup[Exception]) -> int:
     """Print every deliberate error of a group, a line each; anything else in it is a bug."""
     expected, bugs = group.split(HoldfastError)
     if bugs is not None:
-        render.echo("".join(traceback.format_exception(group)), err=True)
-        return BUG
+        return bug(group)
     code = 0
     for error in leaves(expected):
         render.echo(f"holdfast: {error}", err=True)

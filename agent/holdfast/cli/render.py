@@ -12,11 +12,10 @@ from __future__ import annotations
 import io
 import os
 import re
-import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
 from itertools import chain, repeat
@@ -24,6 +23,7 @@ from itertools import chain, repeat
 import click
 
 from holdfast.grammar.quantities import about
+from holdfast.questions import Json
 
 GOOD, BUSY, BAD, QUIET = "green", "yellow", "red", "bright_black"
 
@@ -104,7 +104,14 @@ def state(word: str) -> str:
 
 def width() -> int | None:
     """How wide lines may be: as the terminal, or as COLUMNS says; None for neither, and no limit."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None
+    return terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None
+
+
+def terminal_size() -> os.terminal_size:
+    """The size of the terminal, or as COLUMNS and LINES say."""
+    from shutil import get_terminal_size  # slow to import, and of no use to a script
+
+    return get_terminal_size()
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[Sequence[str]] = ()) -> None:
@@ -128,6 +135,33 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[Se
         moved = [f"{head[column].lower()}: {row[column]}" for column in below if row[column]]
         for remark in filter(None, [*moved, *remarks]):
             note(remark, indent=4)
+
+
+def listing(
+    found: Sequence[Json],
+    columns: Mapping[str, Callable[[Json], str]],
+    *,
+    json: bool = False,
+    empty: str = "",
+    notes: Callable[[Json], Sequence[str]] = lambda _: (),
+) -> None:
+    """Print things as JSON, or as a table with a row for each. columns: head → cell. empty: printed for nothing."""
+    if json:
+        as_json(found)
+    elif not found and empty:
+        echo(empty)
+    else:
+        rows = [[cell(each) for cell in columns.values()] for each in found]
+        table(list(columns), rows, [notes(each) for each in found])
+
+
+def details(found: Json, *, json: bool) -> None:
+    """Print all that is known of one thing, as JSON or as indented lines."""
+    if json:
+        as_json(found)
+        return
+    for line in pairs(found):
+        echo(line)
 
 
 def _widths(head: Sequence[str], rows: Sequence[Sequence[str]], kept: Sequence[int], limit: int | None) -> list[int]:
@@ -184,7 +218,7 @@ def screen() -> Iterator[None]:
     page = _Page()
     with redirect_stdout(page):
         yield
-    lines, room = page.getvalue().splitlines(), shutil.get_terminal_size().lines - 1
+    lines, room = page.getvalue().splitlines(), terminal_size().lines - 1
     if len(lines) > room:
         left = len(lines) - room + 1
         lines = [*lines[: room - 1], terminal(paint(f"… {left} more lines", QUIET))]
@@ -223,6 +257,16 @@ def span(seconds: float) -> str:
 def size(count: float | None) -> str:
     """A number of bytes, or nothing."""
     return "" if count is None else about(count)
+
+
+def digest(text: str, *, whole: bool = False) -> str:
+    """The first digits of a digest, which tell images apart."""
+    return text if whole else text.removeprefix("sha256:")[:12]
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 change`, `2 changes`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def clock(at: float) -> str:

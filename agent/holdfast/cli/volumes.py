@@ -2,60 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import click
 
-from holdfast.cli import render
-from holdfast.cli.command import Group, json_option, reach
+from holdfast.cli import options, render
+from holdfast.cli.command import Group, reach
+from holdfast.questions import Json
 
 
 @click.group("volume", cls=Group)
 def volume() -> None:
-    """Named volumes, APP/NAME.
+    """Manage named volumes, APP/NAME.
 
-    They stay when their app goes, until somebody removes them.
+    They are kept when their app is removed, until somebody removes them.
     """
 
 
 @volume.command("list")
-@json_option()
+@options.as_json
 def list_(json_: bool) -> None:
-    """List the volumes of this node; an orphan is one that no app declares any more."""
+    """List the volumes of this node. An orphan is a volume that no app declares any more."""
     with reach() as node:
-        found: Sequence[Mapping[str, Any]] = node.volumes()
-    if json_:
-        render.as_json(found)
-    elif not found:
-        render.echo("no volumes")
-    else:
-        render.table(["VOLUME", "DRIVER", "", "USED BY", "PATH"], [row(each) for each in found])
+        render.listing(node.volumes(), COLUMNS, json=json_, empty="no volumes")
 
 
-def row(each: Mapping[str, Any]) -> list[str]:
-    orphan = render.paint("orphan", render.BUSY) if each.get("orphan") else ""
-    users = " ".join(each.get("used_by") or ())
-    return [each["id"], each["driver"], orphan, users, str(each.get("path") or "")]
+COLUMNS = {
+    "VOLUME": lambda each: each["id"],
+    "DRIVER": lambda each: each["driver"],
+    "": lambda each: render.paint("orphan", render.BUSY) if each["orphan"] else "",
+    "USED BY": lambda each: " ".join(each["used_by"]),
+    "PATH": lambda each: str(each["path"] or ""),
+}
 
 
 @volume.command("inspect")
 @click.argument("id", metavar="APP/NAME")
-@json_option()
+@options.as_json
 def inspect(id: str, json_: bool) -> None:
-    """Print everything that is known of a volume."""
+    """Print all that is known of a volume."""
     with reach() as node:
-        found = node.volume(id)
-    if json_:
-        render.as_json(found)
-        return
-    for line in render.pairs(dict(found)):
-        render.echo(line)
+        render.details(node.volume(id), json=json_)
 
 
 @volume.command("remove")
 @click.argument("ids", metavar="APP/NAME...", nargs=-1, required=True)
-@click.option("--force", is_flag=True, help="Also one that an app declares, or a stopped container has mounted.")
+@click.option("--force", is_flag=True, help="Also volumes that an app declares or a stopped container has mounted.")
 def remove(ids: tuple[str, ...], force: bool) -> None:
     """Delete volumes and their data."""
     with reach() as node:
@@ -65,21 +55,20 @@ def remove(ids: tuple[str, ...], force: bool) -> None:
 
 
 @volume.command("prune")
-@click.option("--force", is_flag=True, help="Don't ask.")
+@options.force
 def prune(force: bool) -> None:
     """Delete every volume that no app declares, with its data."""
     with reach() as node:
-        orphans = [each["id"] for each in node.volumes() if each["orphan"]]
-        if not orphans:
-            render.echo("no orphans")
-            return
-    if not force:
-        click.confirm(render.plain(f"delete {', '.join(orphans)} and their data?"), abort=True)
-    with reach() as node:  # once more: an agent may have begun while the question stood, and another volume been left
-        for each in node.volumes():
-            if each["id"] in orphans and each["orphan"] and not each["used_by"]:
-                node.remove_volume(each["id"])
-                render.echo(f"removed {each['id']}")
+        orphans = {each["id"] for each in node.volumes() if unused(each)}
+    if not orphans:
+        render.echo("no orphans")
+    elif force or options.agreed(f"delete {', '.join(sorted(orphans))} and their data?"):
+        with reach() as node:  # again: an agent may have started meanwhile, or another volume become an orphan
+            for each in node.volumes():
+                if each["id"] in orphans and unused(each):
+                    node.remove_volume(each["id"])
+                    render.echo(f"removed {each['id']}")
 
 
-COMMANDS = [volume]
+def unused(volume: Json) -> bool:
+    return bool(volume["orphan"] and not volume["used_by"])

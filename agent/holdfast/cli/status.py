@@ -1,4 +1,4 @@
-"""plan, apply, sync, status: what was asked for, what will happen, how it stands."""
+"""status: what was asked for, what runs, and why they differ."""
 
 from __future__ import annotations
 
@@ -8,193 +8,23 @@ from typing import Any
 
 import click
 
-from holdfast.cli import render
-from holdfast.cli.bars import Show, amount, bars
-from holdfast.cli.check import counted
-from holdfast.cli.client import Client
-from holdfast.cli.command import agent_client, client, command, json_option, log_to_stderr, reach, settings
-from holdfast.cli.since import Seconds
-from holdfast.convergence import Wait, obstacle
-from holdfast.errors import HoldfastError, NoAgent, TryAgain
+from holdfast.cli import options, render
+from holdfast.cli.bars import amount
+from holdfast.cli.command import client, command, reach
+from holdfast.cli.command import watch as watching
+from holdfast.questions import Json
 
-Json = Mapping[str, Any]
-CHANGES = 2
-BEAT = 0.1  # seconds between looks at a node that converges
-WAIT = "How long to wait at most; what it takes to pull and build images does not count."
-CONNECT = "How long to wait for a registry that does not answer (default: connect_timeout of agent.toml, 60s)."
-PATIENCE = 300.0  # seconds that apply and sync --wait wait by default
-
-
-@command("plan")
-@json_option()
-def plan(json_: bool) -> int:
-    """Show what the agent would do now, and why. Touches nothing.
-
-    Exits 0 when there is nothing to do, 2 when there are changes or something waits for its next try, 1 on any
-    error, in a state file too.
-    """
-    try:
-        with reach() as node:
-            found = node.plan()
-    except HoldfastError as error:
-        render.echo(f"holdfast: {error}", err=True)
-        return 1
-    if json_:
-        render.as_json(found)
-    else:
-        show_plan(found)
-    if found["problems"]:
-        return 1
-    return 0 if found["empty"] and not found["waiting"] else CHANGES
-
-
-def show_plan(found: Json) -> None:
-    for app, steps in found["apps"].items():
-        render.echo(render.paint(app or "the node", None, bold=True))
-        for step in steps:
-            show_step(step)
-            if "StageGeneration" in step["actions"]:
-                for need in found["images"].get(app, ()):
-                    render.note(needed(need), indent=6)
-    for title, colour in (("waiting", render.BUSY), ("drift", render.BUSY), ("foreign", render.QUIET)):
-        if lines := found[title]:
-            render.echo(render.paint(title, colour))
-            for subject, why in lines.items():
-                render.note(f"{subject}: {why}", indent=2, colour=None)
-    for title, lines in (("state files", found["problems"]), ("this host", map(finding, found["findings"]))):
-        for number, line in enumerate(lines):
-            if number == 0:
-                render.echo(render.paint(title, render.BAD))
-            render.note(line, indent=2, colour=None)
-    for line in found["hints"]:
-        render.note(line, indent=2)
-    if found["empty"]:
-        render.echo("nothing to do now" if found["waiting"] else "nothing to do")
-    else:
-        render.echo(f"\n{counted(sum(len(steps) for steps in found['apps'].values()), 'change')}")
-
-
-def needed(need: Json) -> str:
-    """An image that is to be pulled or built, and how much has to come."""
-    if need["verb"] == "build":
-        return f"build {need['image']}"
-    size = "size unknown" if need["size"] is None else render.size(need["size"])
-    return f"pull {need['image']}  {size}" + (f": {need['error']}" if need["error"] else "")
-
-
-def finding(found: Json) -> str:
-    """What others did to the host, in one line."""
-    return f"{found['subject']}: {found['text']}" + (f" ({found['remedy']})" if found["remedy"] else "")
-
-
-MARKS = {
-    "start": ("+", render.GOOD),
-    "create": ("+", render.GOOD),
-    "stage": ("·", render.QUIET),
-    "stop": ("-", render.BAD),
-    "remove": ("-", render.BAD),
-    "delete": ("-", render.BAD),
-    "forget": ("-", render.BAD),
-}
-
-
-def show_step(step: Json) -> None:
-    """One line: a mark, verb and object, and the reason in the colour of remarks."""
-    mark, colour = MARKS.get(step["verb"].split()[0], ("~", render.BUSY))
-    told = f"{step['verb']} {step['object']}".strip()
-    reasons = step["changes"] or [step["reason"]]
-    head = f"  {mark} {told}"
-    if len(reasons) == 1 and len(head) + len(reasons[0]) + 2 <= (render.width() or 10_000):
-        render.echo(render.paint(head, colour) + "  " + render.paint(reasons[0], render.QUIET))
-        return
-    render.echo(render.paint(head, colour))
-    for reason in reasons:
-        render.note(reason, indent=6)
-
-
-@command("sync")
-@click.option("--accept-rewrite", is_flag=True, help="Take a branch whose history was rewritten as it is now.")
-@click.option("--wait", is_flag=True, help="Wait until the node is converged; exit 0 only if it is.")
-@click.option("--timeout", type=Seconds(), default=PATIENCE, show_default="5m", help=WAIT)
-@click.option("--connect-timeout", type=Seconds(), default=None, help=CONNECT)
-def sync(accept_rewrite: bool, wait: bool, timeout: float, connect_timeout: float | None) -> None:
-    """Read the source and make a pass now."""
-    agent, waiting = client(), Wait(timeout, connect_timeout)
-    status = agent.sync(accept_rewrite)
-    if wait:
-        with bars() as show:
-            status = converge(agent, waiting, show)
-    render.echo(headline(status))
-    if status["source"].get("error"):
-        raise TryAgain(f"sync: {status['source']['error']}")
-    if wait and not status["converged"]:
-        raise unconverged("sync", status, waiting)
-
-
-@command("apply")
-@click.option("--timeout", type=Seconds(), default=PATIENCE, show_default="5m", help=WAIT)
-@click.option("--connect-timeout", type=Seconds(), default=None, help=CONNECT)
-@json_option()
-def apply(timeout: float, connect_timeout: float | None, json_: bool) -> None:
-    """Converge once and exit, agent or none.
-
-    Exits 0 only when the node is converged.
-    """
-    agent, wait = agent_client(), Wait(timeout, connect_timeout)
-    with bars() as show:
-        if agent.listens():
-            agent.sync(False)
-            status = converge(agent, wait, show)
-        else:
-            from holdfast.daemon.once import apply_once
-
-            log_to_stderr()
-            status = apply_once(settings(), timeout, show, connect_timeout)
-    if json_:
-        render.as_json(status)
-    elif status["converged"]:
-        render.echo(headline(status))
-    if not status["converged"]:
-        raise unconverged("apply", status, wait)
-
-
-def unconverged(verb: str, status: Json, wait: Wait) -> HoldfastError:
-    """The error that says what keeps the node from its state."""
-    lines = "".join(f"\n  {line}" for line in (*status["blockers"], *silent(status)))
-    return obstacle(status)(f"{verb}: not converged after {render.span(time.time() - wait.began)}{lines}")
-
-
-def silent(status: Json) -> list[str]:
-    """A line for each registry that is being asked and has not answered for a while."""
-    now = time.time()
-    return [
-        f"image '{each['ref']}': the registry has not answered for {render.span(now - each['since'])}"
-        for each in status["unanswered"]
-        if each["asking"] and now - each["since"] >= 1
-    ]
-
-
-def converge(agent: Client, wait: Wait, show: Show) -> Json:
-    """Follow the agent until there is nothing to wait for; return its last status."""
-    status = agent.status()
-    for _ in agent.events(limit=1, follow=True, beat=BEAT):
-        show(status)
-        if wait.is_over(status):
-            return status
-        status = agent.status()
-    raise NoAgent(f"ask the agent on '{agent.path}': it has ended meanwhile (see its log)")
+REDRAW = 1.0  # seconds between looks, for somebody who watches
 
 
 @command("status")
-@json_option()
-@click.option("--watch", is_flag=True, help="Show it anew whenever something happens.")
+@options.as_json
+@click.option("--watch", is_flag=True, help="Show it again whenever something happens.")
 def status(json_: bool, watch: bool) -> None:
-    """Show what is asked for, what runs, and why."""
+    """Show what was committed, what runs, and why they differ."""
     show = render.as_json if json_ else show_status
     if watch:
-        agent = client()
-        for _ in agent.events(limit=1, follow=True):
-            now = agent.status()
+        for now in watching(client(), REDRAW):
             with render.screen():
                 show(now)
         return
@@ -371,4 +201,16 @@ def instance_notes(instance: Json) -> Iterator[str]:
     yield from (f"warning: {warning}" for warning in instance["warnings"])
 
 
-COMMANDS = [plan, apply, sync, status]
+def silent(status: Json) -> list[str]:
+    """A line for each registry that is being asked and has not answered for a while."""
+    now = time.time()
+    return [
+        f"image '{each['ref']}': the registry has not answered for {render.span(now - each['since'])}"
+        for each in status["unanswered"]
+        if each["asking"] and now - each["since"] >= 1
+    ]
+
+
+def finding(found: Json) -> str:
+    """What others did to the host, in one line."""
+    return f"{found['subject']}: {found['text']}" + (f" ({found['remedy']})" if found["remedy"] else "")
