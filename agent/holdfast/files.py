@@ -1,4 +1,4 @@
-"""Delete and open directories that others may change meanwhile, without following their links."""
+"""Delete and open directories that others may change meanwhile, without following their links; write files whole."""
 
 from __future__ import annotations
 
@@ -189,3 +189,32 @@ def openat2(path: str, flags: int, resolve: int, *, dir_fd: int = _AT_FDCWD) -> 
     if handle < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
     return handle
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, after a crash of the agent too."""
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def write_over(descriptor: int, content: bytes) -> None:
+    """Make content what an open file holds, without a moment in which it is empty; touch nothing if it is that.
+
+    Raises OSError where not all of it can be written: a full disk takes what it has room for.
+    """
+    if os.pread(descriptor, len(content) + 1, 0) == content:
+        return
+    done = 0
+    while done < len(content):
+        done += os.pwrite(descriptor, memoryview(content)[done:], done)
+    os.ftruncate(descriptor, len(content))
+
+
+def sync_folder(folder: Path) -> None:
+    """Write the entries of a directory to disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -208,10 +208,10 @@ def test_exec_hands_on_exit_code_input_user_and_terminal(agent: LiveAgent) -> No
 NOT_RUN = {
     ("nothere",): (127, "exec 'nothere': not found in PATH"),
     ("/no/such",): (127, "exec '/no/such': no such file"),
-    ("/tmp/script",): (127, "exec '/tmp/script': needs '/no/interpreter', which is not there"),
+    ("/tmp/script",): (127, "exec '/tmp/script': '/tmp/script' needs '/no/interpreter', which is not there"),
     ("/etc",): (126, "exec '/etc': is a directory"),
     ("/etc/hosts",): (126, "exec '/etc/hosts': '/etc/hosts' is not executable (chmod +x)"),
-    ("/tmp/text",): (126, "exec '/tmp/text': neither a program nor a script that begins with #!"),
+    ("/tmp/text",): (126, "exec '/tmp/text': '/tmp/text' is neither a program nor a script that begins with '#!'"),
     ("-w", "/nowhere", "--", "true"): (126, "exec 'true': working directory '/nowhere': no such directory"),
 }
 

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import pytest
 from ground import Rootfs, patient, wait_for
 from holdfast.drivers import CgroupWant, Host
 from holdfast.errors import UnfitHost, WrongState
+from holdfast.mounts import mount_points
 from holdfast.node.logkeeper import LogKeeper
 from holdfast.runtime import binaries, cgroup, conmon, logs, oci, seccomp
 from holdfast.runtime.devices import device_nodes
@@ -218,7 +221,7 @@ def test_create_that_was_cut_off_leaves_nothing_after_a_forced_delete(box: Box, 
 @pytest.mark.parametrize(
     ("command", "cause"),
     [
-        ("nginxx", 'exec: "nginxx": not found in PATH'),
+        ("nginxx", r'exec: "nginxx": executable file not found in \$PATH'),
         ("/no/such", "no such file or directory"),
         ("/etc", "permission denied"),
     ],
@@ -383,3 +386,28 @@ def test_refused_update_is_an_error(box: Box) -> None:
     id, _ = box.start("sleep", "1000")
     with pytest.raises(UnfitHost, match="write of '4000' to"):
         box.runtime.update(id, {"cpu": {"cpus": "4000"}})
+
+
+def test_an_event_of_a_cgroup_is_waited_for(site: Host) -> None:
+    tree = next(mount_points("cgroup2"), None)
+    if tree is None:
+        pytest.skip("no cgroup v2 tree")
+    group = Path(tree.point) / f"{site.name}-events"
+    group.mkdir()
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        try:
+            (group / "cgroup.procs").write_text(str(process.pid))
+            assert not cgroup.wait_event(group, "populated", 0, time.monotonic() + 0.01)
+            (group / "cgroup.freeze").write_text("1")
+            assert cgroup.wait_event(group, "frozen", 1, time.monotonic() + 10)
+            (group / "cgroup.freeze").write_text("0")
+            reaper = threading.Thread(target=process.wait)
+            reaper.start()
+            process.kill()
+            assert cgroup.wait_event(group, "populated", 0, time.monotonic() + 10)
+            reaper.join()
+        finally:
+            process.kill()
+            process.wait()
+            group.rmdir()
+    assert cgroup.wait_event(group, "populated", 0, time.monotonic())  # what is gone has ended

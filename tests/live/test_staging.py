@@ -103,7 +103,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     "working-dir-is-file": ('working_dir = "/etc/passwd"', "", "is not a directory"),
     "working-dir-below-file": ('working_dir = "/etc/passwd/x"', "", "is not a directory"),
     "working-dir-in-read-only": ('working_dir = "/x/new"\nvolumes = ["HOST/folder:/x:ro"]', "", "is read-only"),
-    "program-missing": ('command = ["nothing"]', "", "not found in the image's PATH"),
+    "program-missing": ('command = ["nothing"]', "", "not found in PATH"),
     "program-missing-by-link": ('command = ["/app/none"]', "", "no such file in the image"),
     "program-missing-on-host": ('command = ["/x/none"]\nvolumes = ["HOST/folder:/x"]', "", "no such file in 'HOST"),
     "program-missing-in-repository": ('command = ["/x/none"]\nvolumes = ["./files:/x"]', "", "no such file in 'f"),

@@ -366,15 +366,17 @@ def test_crun_does_not_work_where_the_v2_tree_beside_v1_owns_a_controller(
         (
             'time="2026-01-01T00:00:00Z" level=error msg="runc create failed: unable to start container process: '
             'exec: \\"nginxx\\": executable file not found in $PATH"\n',
-            "start of 'shop/web': exec: \"nginxx\": not found in PATH",
+            "start of 'shop/web': runc create failed: unable to start container process: "
+            'exec: "nginxx": executable file not found in $PATH',
         ),
         (
             "2026-01-01T00:00:00.000000Z: executable file `nginxx` not found in $PATH: No such file or directory\n",
-            "start of 'shop/web': `nginxx` not found in PATH: No such file or directory",
+            "start of 'shop/web': 2026-01-01T00:00:00.000000Z: executable file `nginxx` not found in $PATH: "
+            "No such file or directory",
         ),
     ],
 )
-def test_runtimes_own_words_become_one_clear_line(said: str, line: str) -> None:
+def test_the_last_line_of_a_runtime_becomes_the_error(said: str, line: str) -> None:
     error = conmon.runtime_error("start", "shop/web", said)
     assert isinstance(error, WrongState)
     assert str(error) == line
@@ -442,13 +444,13 @@ def test_program_is_found_as_execvp_would() -> None:
 @pytest.mark.parametrize(
     ("program", "cause"),
     [
-        ("nginxx", "not found in the image's PATH"),
+        ("nginxx", "not found in PATH"),
         ("/no", "no such file in the image"),
         ("", "first word is empty"),
         ("data", "chmod"),
         ("/srv", "directory"),
         ("pipe", "is not a file"),
-        ("crlf", r"run by '/bin/sh\\r': is not there"),
+        ("crlf", "'/bin/crlf' needs '/bin/sh\r', which is not there"),
         ("empty", "is empty"),
         ("text", "begins with '#!'"),
         ("far", "noexec"),

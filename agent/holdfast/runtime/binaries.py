@@ -140,18 +140,11 @@ def host_limits() -> HostLimits:
 
 
 def findings() -> Iterator[Finding]:
-    """Look at everything that running containers needs here; for `holdfast doctor`."""
+    """Check everything that running containers needs here; for `holdfast doctor`."""
     for name in CANDIDATES:
-        yield _runtime_finding(name)
-    conmon = find_program("conmon")
-    yield Finding(
-        "conmon",
-        conmon is not None,
-        version_of(conmon) if conmon else "not installed",
-        "" if conmon else "apt-get install conmon",
-    )
-    init = find_init()
-    yield Finding("init", init is not None, str(init or "not installed"), "" if init else "apt-get install catatonit")
+        yield _installed(name, find_program(name), name, obstacle_for(name))
+    yield _installed("conmon", find_program("conmon"), "conmon")
+    yield _installed("init", find_init(), INITS[0])
     if not host_limits().may_exceed:
         yield Finding(
             "CAP_SYS_RESOURCE",
@@ -161,9 +154,7 @@ def findings() -> Iterator[Finding]:
         )
 
 
-def _runtime_finding(name: str) -> Finding:
-    path = find_program(name)
+def _installed(subject: str, path: Path | None, package: str, obstacle: str = "") -> Finding:
     if path is None:
-        return Finding(name, False, "not installed", f"apt-get install {name}")
-    obstacle = obstacle_for(name)
-    return Finding(name, not obstacle, obstacle or f"{version_of(path)} at {path}")
+        return Finding(subject, False, "not installed", f"apt-get install {package}")
+    return Finding(subject, not obstacle, obstacle or f"{version_of(path)} at {path}".strip())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -26,6 +27,7 @@ ROOT = Path("/sys/fs/cgroup")
 NO_LIMIT = -1
 DEFAULT_SHARES = 1024
 DEFAULT_PERIOD = 100_000  # microseconds
+BRIEF = 0.002  # seconds between two looks where the kernel announces nothing
 LARGEST_MEMORY = 2**62  # bytes; v1 says "no limit" as the largest multiple of a page below 2**63
 LINKS_OF_A_LEAF = 2  # its own name and `.`; each cgroup in it adds one
 _mounted: tuple[tuple[str, ...], tuple[Path, ...]] = ((), ())  # the kernel's hierarchies, and where they are
@@ -53,17 +55,6 @@ _FILES: Mapping[int, Mapping[str, tuple[str, ...]]] = {
         "pids": ("pids.max",),
         "io": ("io.weight", "io.bfq.weight", "io.max"),
     },
-}
-#: The files that `limits` reads, with their controllers.
-_LIMITS: Mapping[int, tuple[tuple[str, str], ...]] = {
-    1: (
-        ("memory", "memory.limit_in_bytes"),
-        ("memory", "memory.memsw.limit_in_bytes"),
-        ("cpu", "cpu.cfs_quota_us"),
-        ("cpu", "cpu.cfs_period_us"),
-        ("pids", "pids.max"),
-    ),
-    2: (("memory", "memory.max"), ("memory", "memory.swap.max"), ("cpu", "cpu.max"), ("pids", "pids.max")),
 }
 #: OCI throttle lists → v1 file, v2 key in io.max.
 _THROTTLES = {
@@ -272,9 +263,7 @@ def values(resources: Json, version: int) -> dict[str, str]:
 
 def limits(path: str) -> Limits:
     """Read the limits that a container has now."""
-    tree = version()
-    found = ((name, _read(f"{_place(controller, path, tree)}/{name}")) for controller, name in _LIMITS[tree])
-    return limits_of({name: content for name, content in found if content is not None})
+    return limits_of(snapshot(path))
 
 
 def limits_of(held: Mapping[str, str]) -> Limits:
@@ -362,27 +351,29 @@ def pids(path: str) -> set[int]:
     found: set[int] = set()
     for place in _folders(path):
         for current in _with_all_below(place):
-            found.update(map(int, (_read(f"{current}/cgroup.procs") or "").split()))
+            found.update(processes(current))
     return found - {0}
 
 
+def processes(place: Path | str) -> list[int]:
+    """The processes right in one cgroup; none when it is gone."""
+    return list(map(int, (_read(f"{place}/cgroup.procs") or "").split()))
+
+
 def oom_kills(path: str) -> int:
-    """How many processes of a cgroup the kernel killed for want of memory; 0 when it is gone."""
+    """How many processes of a cgroup the kernel killed because memory was short; 0 when it is gone."""
     name = "memory.events" if version() == 2 else "memory.oom_control"
-    for line in (_read(str(folder("memory", path) / name)) or "").splitlines():
-        key, _, value = line.partition(" ")
-        if key == "oom_kill":
-            return int(value)
-    return 0
+    return counts(folder("memory", path) / name).get("oom_kill", 0)
 
 
 def pids_refused(path: str) -> int:
     """How often a cgroup was refused another process; 0 when it is gone."""
-    for line in (_read(str(folder("pids", path) / "pids.events")) or "").splitlines():
-        key, _, value = line.partition(" ")
-        if key == "max":
-            return int(value)
-    return 0
+    return counts(folder("pids", path) / "pids.events").get("max", 0)
+
+
+def counts(place: Path | str) -> dict[str, int]:
+    """A file with a name and a number on each line; {} when it is gone."""
+    return {name: int(value) for name, value in map(str.split, (_read(str(place)) or "").splitlines())}
 
 
 def usage(path: str) -> Usage:
@@ -390,8 +381,8 @@ def usage(path: str) -> Usage:
     if version() == 2:
         place = folder("memory", path)
         memory, count = _read(str(place / "memory.current")), _read(str(place / "pids.current"))
-        stat = dict(line.split() for line in (_read(str(place / "cpu.stat")) or "").splitlines())
-        cpu = float(stat["usage_usec"]) / 1e6 if "usage_usec" in stat else None
+        stat = counts(place / "cpu.stat")
+        cpu = stat["usage_usec"] / 1e6 if "usage_usec" in stat else None
     else:
         memory = _read(str(folder("memory", path) / "memory.usage_in_bytes"))
         count = _read(str(folder("pids", path) / "pids.current"))
@@ -407,16 +398,17 @@ def freeze(path: str, *, timeout: float = 10.0) -> None:
     disk or a network file system can't be stopped.
     """
     place, deadline = folder("freezer", path), time.monotonic() + timeout
-    v2 = version() == 2
     try:
-        while True:
-            _write(place / ("cgroup.freeze" if v2 else "freezer.state"), "1" if v2 else "FROZEN")
-            said = (_read(str(place / ("cgroup.events" if v2 else "freezer.state"))) or "").split()
-            if (said[said.index("frozen") + 1] == "1") if v2 and "frozen" in said else said == ["FROZEN"]:
-                return
-            if time.monotonic() > deadline:
-                raise TryAgain(f"pause cgroup '{path}': its processes did not stop in {timeout:g} s")
-            time.sleep(0.002)
+        if version() == 2:
+            _write(place / "cgroup.freeze", "1")
+            stopped = wait_event(place, "frozen", 1, deadline)
+        else:  # v1 tells nobody; writing it again makes it look again
+            _write(place / "freezer.state", "FROZEN")
+            while not (stopped := _read(f"{place}/freezer.state") == "FROZEN") and time.monotonic() < deadline:
+                time.sleep(BRIEF)
+                _write(place / "freezer.state", "FROZEN")
+        if not stopped:
+            raise TryAgain(f"pause cgroup '{path}': its processes did not stop in {timeout:g} s")
     except BaseException:
         with suppress(HoldfastError):
             thaw(path)
@@ -431,11 +423,28 @@ def thaw(path: str) -> None:
             _write(state, value)
 
 
+def wait_event(place: Path | str, name: str, value: int, deadline: float) -> bool:
+    """Wait until cgroup.events (v2) says so of a name, or the cgroup is gone; False at the deadline (monotonic)."""
+    try:
+        with open(f"{place}/cgroup.events", "rb", buffering=0) as events:  # noqa: PTH123 - one for each removal
+            poller = select.poll()
+            poller.register(events, select.POLLPRI)
+            while f"{name} {value}" not in events.read().decode().splitlines():
+                if time.monotonic() >= deadline:
+                    return False
+                poller.poll(max(deadline - time.monotonic(), 0.0) * 1000)
+                events.seek(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise
+    return True
+
+
 def remove(path: str, *, timeout: float = 2.0) -> None:
     """Remove a cgroup and all below it from every hierarchy; succeed when it is gone.
 
     A cgroup whose last process just ended is busy for a moment: it is tried again until timeout (seconds), then
-    UnfitHost tells which one is still in use.
+    UnfitHost names the one that is still in use.
     """
     deadline = time.monotonic() + timeout
     for place in _folders(path):
@@ -443,7 +452,9 @@ def remove(path: str, *, timeout: float = 2.0) -> None:
             while not _rmdir(current):
                 if time.monotonic() > deadline:
                     raise UnfitHost(f"removal of cgroup '{current}': processes are left in it")
-                time.sleep(0.002)
+                if not wait_event(current, "populated", 0, deadline):
+                    continue
+                time.sleep(BRIEF)  # v1 tells nobody; and on v2 the last process may still be on its way out
 
 
 def remove_if_empty(path: str) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 from holdfast.drivers import Host
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
-from holdfast.files import discard_tree
+from holdfast.files import discard_tree, write_whole
 from holdfast.observed import Exit, Json
 from holdfast.runtime import cgroup, delegation
 from holdfast.runtime.binaries import RuntimeBinary
@@ -129,7 +129,7 @@ class Runtime:
         pid = self._spawn(bundle, self._conmon_argv(id, bundle, log_path, log_size), name or id)
         conmon_pid = int((record / "conmon.pid").read_text())
         run = Run(pid, conmon_pid, _ticks(pid), _ticks(conmon_pid), boot_id())
-        _write_atomically(record / "run.json", json.dumps(asdict(run)))
+        write_whole(record / "run.json", json.dumps(asdict(run)))
         return run
 
     def start(self, id: str, *, name: str = "") -> None:
@@ -250,7 +250,7 @@ class Runtime:
         (self.record(id) / OOM_FILE).unlink(missing_ok=True)  # conmon makes it anew at the next one
         new = self.new_oom_kills(id)
         if new:
-            _write_atomically(self.record(id) / _TOLD, str(self.oom_kills(id)))
+            write_whole(self.record(id) / _TOLD, str(self.oom_kills(id)))
         return new
 
     def outlives(self, run: Run, seconds: float) -> bool:
@@ -504,23 +504,18 @@ def _pid_from(answer: bytes, name: str) -> int:
 
 _POSTSTOP = re.compile(rb'"poststop":\s*\[')
 _SPOKEN = re.compile(r'msg="((?:[^"\\]|\\.)*)"')
-_NOISE = re.compile(
-    r"^(?:runc \w+ failed: |unable to start container process: |container_linux\.go:\d+: |OCI runtime error: |"
-    r"error executing setns process: |unable to apply cgroup configuration: |\S*crun: |\d{4}-\d\d-\d\dT\S+: )+"
-)
 _PROGRAM = re.compile(
-    r"executable file .*not found|^exec: |open executable|exec format error|^chdir to |no such file.*exec", re.I
+    r"executable file .*not found|: exec: |open executable|exec format error|chdir to |no such file.*exec", re.I
 )
 
 
 def runtime_error(verb: str, name: str, text: str) -> HoldfastError:
-    """Make the runtime's own message one clear line; what the program can't do is WrongState."""
-    spoken = _SPOKEN.findall(text)
-    plain = spoken[-1].replace('\\"', '"') if spoken else " ".join(text.split())
-    plain = _NOISE.sub("", plain).removesuffix(": unknown").strip() or "no reason given"
-    plain = re.sub(r"executable file (\S+ )?not found in \$?PATH", r"\1not found in PATH", plain)
-    kind = WrongState if verb == "start" and _PROGRAM.search(plain + text) else UnfitHost
-    return kind(f"{verb} of '{name}': {plain}")
+    """The last line that a runtime wrote, as an error: WrongState for what its program can't do."""
+    last = (text.strip().splitlines() or ["no reason given"])[-1]
+    if spoken := _SPOKEN.search(last):
+        last = spoken[1].replace('\\"', '"')
+    kind = WrongState if verb == "start" and _PROGRAM.search(text) else UnfitHost
+    return kind(f"{verb} of '{name}': {last}")
 
 
 def _stat(pid: int) -> list[str]:
@@ -587,10 +582,3 @@ def _write_oom_score_adj(id: str, pid: int, value: int) -> None:
         Path(f"/proc/{pid}/oom_score_adj").write_text(str(value))
     except PermissionError as error:
         raise UnfitHost(f"oom_score_adj '{value}' of '{id}': {(error.strerror or '').lower()}") from error
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, after a crash too."""
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(text)
-    draft.replace(path)

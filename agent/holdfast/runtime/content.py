@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from holdfast.errors import NotFound, WrongState
-from holdfast.files import remove_tree
+from holdfast.files import remove_tree, sync_folder
 from holdfast.spec.model import digest_of_file
 
 FILE_MODE = 0o444
@@ -83,7 +83,7 @@ class ContentStore:
             if not path.is_dir():
                 raise
             remove_tree(temporary)
-        _sync(path.parent)
+        sync_folder(path.parent)
 
     def _build(self, root: Path, files: Mapping[str, str]) -> None:
         root.mkdir()
@@ -93,7 +93,7 @@ class ContentStore:
             path.hardlink_to(self.path(digest))
         for folder, _, _ in os.walk(root):
             Path(folder).chmod(FOLDER_MODE)
-            _sync(Path(folder))
+            sync_folder(Path(folder))
 
     def _delete(self, path: Path) -> None:
         """Out of sight first: a reader sees an entry whole or not at all."""
@@ -111,11 +111,3 @@ def _write(path: Path, data: bytes, mode: int) -> None:
         file.write(data)
         os.fchmod(file.fileno(), mode)
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

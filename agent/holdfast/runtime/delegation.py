@@ -1,20 +1,19 @@
-"""The part of the cgroup tree that is the agent's: on a host of systemd, below a unit that has it delegated.
+"""The part of the cgroup tree that is the agent's: on a host with systemd, below a unit that has it delegated.
 
-systemd writes to every cgroup of a v2 tree except those below a unit with Delegate=yes (CGROUP_DELEGATION).
-The agent's own unit is not the place: whatever stops, restarts or kills the agent would reach its containers. So the
-agent has systemd run a service that does nothing but keep the place:
+systemd writes to every cgroup of a v2 tree except those below a unit with Delegate=yes (CGROUP_DELEGATION). The
+agent's own unit is not the place: whatever stops, restarts or kills the agent would reach its containers. So systemd
+is asked to run a service that does nothing but keep the place:
 
     /system.slice/NAME-containers.service
         keeper          the one process of the service: a cgroup with children has no processes of its own
         conmon          every conmon
         NAME/ID         a container
-        NAME-build      what builds run
+        NAME-build      processes of builds
 
 It lasts until no container is left. A host without systemd, or with cgroup v1, has /NAME alone. Called by the node.
 
 The unit is a file in /run, not a transient unit: systemd makes no transient unit of a name that has settings of an
-administrator's (drop-ins, `systemctl set-property`), or whose last run it still remembers, because another unit
-names it.
+administrator (drop-ins, `systemctl set-property`), or whose last run it remembers because another unit names it.
 """
 
 from __future__ import annotations
@@ -74,15 +73,15 @@ def place_of(name: str) -> str:
 def ensure(host: Host) -> None:
     """Have the place delegated. Costs one read where it is already.
 
-    A place that lost its keeper can't be given one while containers run in it; systemd leaves it alone until then.
+    A place that lost its keeper can't be given a new one while containers run in it; systemd leaves it alone.
     """
     top = _folder(host)
-    if top is None or _pids(top / "keeper"):
+    if top is None or cgroup.processes(top / "keeper"):
         return
     with _making:
-        if not _populated(top):
+        if not cgroup.counts(top / "cgroup.events").get("populated"):
             _delegate(host)
-        for pid in _pids(top):
+        for pid in cgroup.processes(top):
             (top / "keeper").mkdir(exist_ok=True)
             (top / "keeper/cgroup.procs").write_text(str(pid))
 
@@ -100,7 +99,7 @@ def adopt(host: Host, conmon: int) -> None:
 
 
 def dissolve(host: Host) -> None:
-    """Let go of the place, unless something still runs in it."""
+    """Give the place up, unless something still runs in it."""
     top = _folder(host)
     if top is None or not top.is_dir():
         return
@@ -108,11 +107,14 @@ def dissolve(host: Host) -> None:
         with contextlib.suppress(OSError):
             leaf.rmdir()
     if {*cgroup.children(top)} <= {"keeper"}:
-        for pid in _pids(top / "keeper"):
+        for pid in cgroup.processes(top / "keeper"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + LAST_LOOK
-        while top.is_dir() and time.monotonic() < deadline:  # systemd takes it away
+        cgroup.wait_event(top, "populated", 0, deadline)
+        while (
+            top.is_dir() and time.monotonic() < deadline
+        ):  # systemd removes it, which the kernel announces to nobody
             time.sleep(0.02)
         unit_file(host).unlink(missing_ok=True)
 
@@ -126,7 +128,7 @@ def used(host: Host) -> bool:
 def keeps(host: Host) -> bool:
     """Whether the place is delegated, or need not be."""
     top = _folder(host)
-    return top is None or bool(_pids(top / "keeper"))
+    return top is None or bool(cgroup.processes(top / "keeper"))
 
 
 def _delegate(host: Host) -> None:
@@ -163,20 +165,6 @@ def _systemctl(host: Host, *words: str) -> subprocess.CompletedProcess[str]:
 
 def _folder(host: Host) -> Path | None:
     return cgroup.ROOT / host.cgroup_root.lstrip("/") if host.cgroup_root else None
-
-
-def _pids(place: Path) -> list[int]:
-    try:
-        return [int(pid) for pid in (place / "cgroup.procs").read_text().split()]
-    except OSError:
-        return []
-
-
-def _populated(place: Path) -> bool:
-    try:
-        return "populated 1" in (place / "cgroup.events").read_text()
-    except OSError:
-        return False
 
 
 def _is_in(pid: int, path: str) -> bool:

@@ -1,6 +1,7 @@
-"""Finds the program of a container, so that one that can't be executed is told before anything is stopped. Pure.
+"""Find the program that execvp(3) would run, and say why it would fail. Pure.
 
-Called by the node when it stages, with a look-up through the image's layers and the mounts over them.
+Called by the node: when it stages, with a look-up through the image's layers and the mounts over them, so that what
+can't be executed is found before anything stops; for `exec`, with a look into the running container.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from holdfast.errors import HoldfastError, UnfitHost, WrongState
+from holdfast.errors import UnfitHost, WrongState
 
 MAX_INTERPRETERS = 4  # binfmt_script of the kernel follows no more
 HEAD = 4096  # bytes of a program that are looked at
@@ -43,38 +44,53 @@ class Candidate:
 Look = Callable[[str], Candidate]
 
 
-def find_executable(program: str, path: str, cwd: str, look: Look, *, any_format: bool = False) -> Candidate | None:
-    """Find what execvp(3) would run; None if that is not known before the start.
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What execvp(3) would do. obstacle: why it would fail, "" if it would not, or if that is not known.
 
-    path: the container's PATH. look: what an absolute path leads to, links followed. any_format: programs of other
-    machines, and scripts without `#!`, are run by somebody. Raises WrongState, or UnfitHost if this host may mend it.
+    missing: something is not there, as opposed to there and not executable. fixed: only another commit changes that.
+    found: what would be run; None where that is not known.
+    """
+
+    obstacle: str = ""
+    missing: bool = False
+    fixed: bool = True
+    found: Candidate | None = None
+
+
+def find_executable(program: str, path: str, cwd: str, look: Look, *, any_format: bool = False) -> Candidate | None:
+    """What execvp(3) would run; None if that is not known before the start (see `judge`).
+
+    Raises WrongState, or UnfitHost if this host may mend it.
     """
     if not program:
         raise WrongState("command: its first word is empty (expected a program)")
-    obstacle, fixed = "" if "/" in program else "not found in the image's PATH", True
-    for candidate in _candidates(program, path, cwd):
-        found = look(candidate)
+    verdict = judge(program, path, cwd, look, any_format=any_format)
+    if verdict.obstacle:
+        kind = WrongState if verdict.fixed else UnfitHost
+        raise kind(f"exec '{program}': {verdict.obstacle}")
+    return verdict.found
+
+
+def judge(program: str, path: str, cwd: str, look: Look, *, any_format: bool = False) -> Verdict:
+    """Follow execvp(3), the interpreters of scripts, and the loaders of programs.
+
+    path: the container's PATH. look: what an absolute path leads to, links followed. any_format: programs of other
+    machines, and scripts without `#!`, are run by somebody (binfmt_misc).
+    """
+    worst = Verdict("" if "/" in program else f"not found in PATH ({path})", missing=True)
+    for folder in [""] if "/" in program else path.split(":"):
+        found = look(posixpath.join(cwd, folder, program))  # as it is, with its `..`: links before them decide
         if not found.known:
-            return None
-        if found.mode:
-            wrong = _not_executable(found)
+            return Verdict()
+        if not found.mode:
+            obstacle = worst.obstacle or f"no such file in {found.where}"
+            worst = Verdict(obstacle, worst.missing, worst.fixed and found.fixed)
+        elif wrong := _not_executable(found):
+            worst = Verdict(wrong, missing=False, fixed=worst.fixed and found.fixed)
         else:
-            wrong = obstacle or f"no such file in {found.where}"
-        if not wrong:
-            _check_format(program, found, look, any_format)
-            return found
-        obstacle, fixed = wrong, fixed and found.fixed
-    raise _error(f"exec '{program}': {obstacle}", fixed)
-
-
-def _error(message: str, fixed: bool) -> HoldfastError:
-    return WrongState(message) if fixed else UnfitHost(message)
-
-
-def _candidates(program: str, path: str, cwd: str) -> list[str]:
-    """Paths as they are, with their `..`: what these mean depends on the links before them."""
-    folders = [""] if "/" in program else path.split(":")
-    return [posixpath.join(cwd, folder, program) for folder in folders]
+            return _judge_format(found, look, any_format)
+    return worst
 
 
 def _not_executable(found: Candidate) -> str:
@@ -87,26 +103,27 @@ def _not_executable(found: Candidate) -> str:
     return f"'{found.path}' lies on a file system that is mounted noexec" if found.noexec else ""
 
 
-def _check_format(program: str, found: Candidate, look: Look, any_format: bool) -> None:
+def _judge_format(program: Candidate, look: Look, any_format: bool) -> Verdict:
     """Follow the interpreters: of a script, the one behind `#!`; of an ELF program, its dynamic loader."""
+    found = program
     for _ in range(MAX_INTERPRETERS):
         head = found.head()
         interpreter = _interpreter(head)
         if interpreter is None:
             wrong = "" if any_format else _wrong_format(head)
-            if wrong:
-                raise _error(f"exec '{program}': '{found.path}' {wrong}", found.fixed)
-            return
+            return Verdict(wrong and f"'{found.path}' {wrong}", False, found.fixed, program)
         inner = look(posixpath.join("/", interpreter))
         if not inner.known:
-            return
-        wrong = _not_executable(inner) if inner.mode else "is not there"
-        if wrong:
-            message = f"exec '{program}': '{found.path}' is run by {interpreter!r}: {wrong}"
-            raise _error(message, found.fixed and inner.fixed)
+            break
+        fixed = found.fixed and inner.fixed
+        if not inner.mode:
+            return Verdict(f"'{found.path}' needs '{interpreter}', which is not there", True, fixed)
+        if wrong := _not_executable(inner):
+            return Verdict(f"'{found.path}' is run by '{interpreter}': {wrong}", False, fixed)
         if not head.startswith(b"#!"):
-            return  # a loader is run as it is
+            break  # a loader is run as it is
         found = inner
+    return Verdict(found=program)
 
 
 def _interpreter(head: bytes) -> str | None:

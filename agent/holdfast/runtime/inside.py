@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import errno
 import os
-import posixpath
 import stat
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from holdfast.errors import NoProgram, NotExecutable, WrongState
 from holdfast.files import IN_ROOT, NO_MAGICLINKS, openat2
+from holdfast.runtime.binaries import foreign_formats
+from holdfast.runtime.executables import HEAD, Candidate, judge
 from holdfast.runtime.users import User
 
 LARGEST_READ = 8 << 20  # bytes of a file that the agent itself looks into
-
-_ELF_INTERPRETER = 3  # elf(5): PT_INTERP
 
 
 class Inside:
@@ -50,43 +48,24 @@ class Inside:
         """Raise NoProgram or NotExecutable where execvp(3) would fail for a user; path: the PATH that it has."""
         if not stat.S_ISDIR(self.mode(cwd) or 0):
             raise NotExecutable(f"exec '{program}': working directory '{cwd}': no such directory")
-        obstacle = ""
-        for folder in [""] if "/" in program else path.split(":"):
-            candidate = posixpath.join(cwd, folder, program)
-            found = self._stat(candidate)
-            if found is None:
-                continue
-            if stat.S_ISREG(found.st_mode) and (_may_execute(found, user) or self._has_acl(candidate)):
-                self._check_content(candidate)
-                return
-            obstacle = (
-                "is a directory" if stat.S_ISDIR(found.st_mode) else f"'{candidate}' is not executable (chmod +x)"
-            )
-        if obstacle:
-            raise NotExecutable(f"exec '{program}': {obstacle}")
-        raise NoProgram(f"exec '{program}': " + ("no such file" if "/" in program else f"not found in PATH ({path})"))
+        verdict = judge(program, path, cwd, lambda name: self._look(name, user), any_format=foreign_formats())
+        if verdict.obstacle:
+            kind = NoProgram if verdict.missing else NotExecutable
+            raise kind(f"exec '{program}': {verdict.obstacle}")
+
+    def _look(self, path: str, user: User) -> Candidate:
+        """What a path leads to; its mode says whether the user may execute it."""
+        found, mode = self._stat(path), 0
+        if found is not None:
+            mode = found.st_mode & ~0o111
+            mode |= 0o111 if _may_execute(found, user) or self._has_acl(path) else 0
+        return Candidate(path, mode, where="the container", head=lambda: self.read_file(path, HEAD) or b"")
 
     def _has_acl(self, path: str) -> bool:
         """Whether more than the mode bits decide (acl(5))."""
         with suppress(OSError), self._open(path) as handle:
             return bool(os.getxattr(f"/proc/self/fd/{handle}", "system.posix_acl_access"))
         return False
-
-    def _check_content(self, program: str) -> None:
-        """Whether the kernel knows what to do with a program, and what it needs for that is there."""
-        head = self.read_file(program, 4096) or b""
-        if head.startswith(b"#!"):
-            needed = head[2:].split(b"\n")[0].split()[:1]
-        elif head.startswith(b"\x7fELF"):
-            needed = _interpreter(head)
-        elif not head or head.isascii():  # binfmt_misc(5) may know other formats
-            raise NotExecutable(f"exec '{program}': neither a program nor a script that begins with #!")
-        else:
-            return
-        for each in needed:
-            name = os.fsdecode(each)
-            if self.mode(name) is None:
-                raise NoProgram(f"exec '{program}': needs '{name}', which is not there")
 
     def _stat(self, path: str) -> os.stat_result | None:
         with suppress(FileNotFoundError), self._open(path) as handle:
@@ -127,18 +106,3 @@ def _may_execute(found: os.stat_result, user: User) -> bool:
     if found.st_gid in (user.gid, *user.groups):
         return bool(found.st_mode & 0o010)
     return bool(found.st_mode & 0o001)
-
-
-def _interpreter(head: bytes) -> list[bytes]:
-    """The dynamic linker that an ELF file names, as far as its beginning tells."""
-    order = "<" if head[5:6] == b"\x01" else ">"
-    wide = head[4:5] == b"\x02"
-    with suppress(struct.error):
-        (table,) = struct.unpack_from(order + ("Q" if wide else "I"), head, 32 if wide else 28)
-        size, count = struct.unpack_from(order + "HH", head, 54 if wide else 42)
-        for place in range(table, table + size * min(count, 64), size or 1):
-            if struct.unpack_from(order + "I", head, place)[0] == _ELF_INTERPRETER:
-                (offset,) = struct.unpack_from(order + ("Q" if wide else "I"), head, place + (8 if wide else 4))
-                name = head[offset:].partition(b"\0")[0]
-                return [name] if name.startswith(b"/") else []
-    return []

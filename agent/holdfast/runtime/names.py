@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from holdfast.files import write_over
+
 Names = Iterable[tuple[str, Iterable[str]]]
 
 HOST_RESOLV_CONF = Path("/etc/resolv.conf")
@@ -48,28 +50,12 @@ def read_resolv_conf() -> str:
 
 
 def write_in_place(path: Path, text: str) -> None:
-    """Make text the content of path without changing its inode; nothing is written when it is that already.
-
-    The new text goes over the old one before the rest is cut off, so that a reader never sees an empty file.
-    """
-    content = text.encode()
+    """Make text the content of path without changing its inode (`files.write_over`)."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        size = os.fstat(file).st_size
-        if size == len(content) and os.pread(file, size, 0) == content:
-            return
-        _write_all(file, content)
-        if size > len(content):
-            os.ftruncate(file, len(content))
+        write_over(file, text.encode())
     finally:
         os.close(file)
-
-
-def _write_all(file: int, content: bytes) -> None:
-    """Write over the beginning of a file, all of it, or raise OSError: a full disk takes what it has room for."""
-    done = 0
-    while done < len(content):
-        done += os.pwrite(file, memoryview(content)[done:], done)
 
 
 def _hosts_line(address: str, names: Iterable[str]) -> str:

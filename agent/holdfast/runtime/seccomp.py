@@ -28,56 +28,35 @@ DEFAULT_PROFILE = Path("/usr/share/containers/seccomp.json")
 
 #: System calls that `harden` allows only with one of these capabilities (Docker's documentation, "Seccomp security
 #: profiles for Docker"). No capability: never.
-_GUARDED: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+_GUARDED: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("CAP_SYS_ADMIN",),
-        (
-            *(
-                "fanotify_init",
-                "fsconfig",
-                "fsmount",
-                "fsopen",
-                "fspick",
-                "listmount",
-                "lookup_dcookie",
-                "mount",
-                "mount_setattr",
-                "move_mount",
-                "open_tree",
-            ),
-            *("open_tree_attr", "pivot_root", "quotactl", "quotactl_fd", "setdomainname", "sethostname", "setns"),
-            *("statmount", "umount", "umount2", "unshare"),
-        ),
+        "fanotify_init fsconfig fsmount fsopen fspick listmount lookup_dcookie mount mount_setattr move_mount"
+        " open_tree open_tree_attr pivot_root quotactl quotactl_fd setdomainname sethostname setns statmount"
+        " umount umount2 unshare",
     ),
-    (("CAP_SYS_ADMIN", "CAP_BPF"), ("bpf",)),
-    (("CAP_SYS_ADMIN", "CAP_PERFMON"), ("perf_event_open",)),
-    (("CAP_SYS_ADMIN", "CAP_SYSLOG"), ("syslog",)),
-    (("CAP_SYS_PTRACE",), ("kcmp", "pidfd_getfd", "process_madvise")),
-    (("CAP_SYS_NICE",), ("get_mempolicy", "mbind", "set_mempolicy", "set_mempolicy_home_node")),
-    ((), ("add_key", "io_uring_enter", "io_uring_register", "io_uring_setup", "keyctl", "request_key")),
+    (("CAP_SYS_ADMIN", "CAP_BPF"), "bpf"),
+    (("CAP_SYS_ADMIN", "CAP_PERFMON"), "perf_event_open"),
+    (("CAP_SYS_ADMIN", "CAP_SYSLOG"), "syslog"),
+    (("CAP_SYS_PTRACE",), "kcmp pidfd_getfd process_madvise"),
+    (("CAP_SYS_NICE",), "get_mempolicy mbind set_mempolicy set_mempolicy_home_node"),
+    ((), "add_key io_uring_enter io_uring_register io_uring_setup keyctl request_key"),
 )
 #: clone(2): CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET.
 _NAMESPACE_FLAGS = (0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)
 _AF_VSOCK, _AF_NETLINK, _NETLINK_AUDIT = 40, 16, 9
 
-_GO_ARCH = {
-    "x86_64": "amd64",
-    "aarch64": "arm64",
-    "armv7l": "arm",
-    "i686": "x86",
-    "ppc64le": "ppc64le",
-    "s390x": "s390x",
-    "riscv64": "riscv64",
+#: uname(2)'s machine → as Go names it, and as libseccomp does.
+_ARCHITECTURES = {
+    "x86_64": ("amd64", "X86_64"),
+    "aarch64": ("arm64", "AARCH64"),
+    "armv7l": ("arm", "ARM"),
+    "i686": ("x86", "X86"),
+    "ppc64le": ("ppc64le", "PPC64LE"),
+    "s390x": ("s390x", "S390X"),
+    "riscv64": ("riscv64", "RISCV64"),
 }
-_SCMP_ARCH = {
-    "amd64": "SCMP_ARCH_X86_64",
-    "arm64": "SCMP_ARCH_AARCH64",
-    "arm": "SCMP_ARCH_ARM",
-    "x86": "SCMP_ARCH_X86",
-    "ppc64le": "SCMP_ARCH_PPC64LE",
-    "s390x": "SCMP_ARCH_S390X",
-    "riscv64": "SCMP_ARCH_RISCV64",
-}
+_NATIVE = {go: f"SCMP_ARCH_{scmp}" for go, scmp in _ARCHITECTURES.values()}
 
 
 class Filters:
@@ -89,9 +68,8 @@ class Filters:
 
     def __init__(self) -> None:
         self._known: dict[str, str] = {}
-        self._written: dict[
-            int, tuple[object, str]
-        ] = {}  # id of a filter → it (which keeps the id its own), its text
+        #: id of a filter → the filter, which keeps the id its own, and its text.
+        self._written: dict[int, tuple[object, str]] = {}
         self._mark = f"seccomp {os.urandom(16).hex()}"
 
     def annotate(self, config: dict[str, Any]) -> None:
@@ -161,7 +139,7 @@ def _cause(error: Exception) -> str:
 @lru_cache(maxsize=64)
 def _resolved(path: Path, stamp: int, capabilities: frozenset[str]) -> Mapping[str, Any]:
     kernel = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
-    arch = _GO_ARCH.get(platform.machine(), platform.machine())
+    arch, _ = _ARCHITECTURES.get(platform.machine(), (platform.machine(), ""))
     source = resolve(json.loads(path.read_bytes()), capabilities, arch, kernel)
     return harden(source, capabilities, arch) if path == DEFAULT_PROFILE else source
 
@@ -169,16 +147,11 @@ def _resolved(path: Path, stamp: int, capabilities: frozenset[str]) -> Mapping[s
 def resolve(
     source: Mapping[str, Any], capabilities: Collection[str], arch: str, kernel: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Keep the rules that hold for these capabilities, this architecture (GOARCH) and kernel version; pure."""
+    """Keep the rules that apply to these capabilities, this architecture (GOARCH) and kernel version; pure."""
     rules = [_rule(rule) for rule in source.get("syscalls") or () if _holds(rule, set(capabilities), arch, kernel)]
-    result = {
-        "defaultAction": source["defaultAction"],
-        "architectures": _architectures(source, arch),
-        "syscalls": rules,
-    }
-    if "defaultErrnoRet" in source:
-        result["defaultErrnoRet"] = source["defaultErrnoRet"]
-    return result
+    kept = {key: source[key] for key in ("defaultErrnoRet",) if key in source}
+    architectures = _architectures(source, arch)
+    return {"defaultAction": source["defaultAction"], "architectures": architectures, "syscalls": rules, **kept}
 
 
 def harden(profile: Mapping[str, Any], capabilities: Collection[str], arch: str) -> dict[str, Any]:
@@ -188,8 +161,8 @@ def harden(profile: Mapping[str, Any], capabilities: Collection[str], arch: str)
     library then uses clone, whose flags can be looked at.
     """
     held = set(capabilities)
-    allowed = [name for needed, names in _GUARDED for name in names if held & set(needed)]
-    refused = [name for needed, names in _GUARDED for name in names if not held & set(needed)]
+    allowed = [name for needed, names in _GUARDED if held & set(needed) for name in names.split()]
+    refused = [name for needed, names in _GUARDED if not held & set(needed) for name in names.split()]
     added = [_refuse(refused, errno.EPERM), *_sockets(held)]
     if allowed:
         added.append({"names": allowed, "action": "SCMP_ACT_ALLOW"})
@@ -200,8 +173,10 @@ def harden(profile: Mapping[str, Any], capabilities: Collection[str], arch: str)
         added += [_refuse(["clone"], errno.EPERM, (flags, "MASKED_EQ", bit, bit)) for bit in _NAMESPACE_FLAGS]
         added += [_refuse(["clone3"], errno.ENOSYS)]
         replaced |= {"clone", "clone3"}
-    kept = [{**rule, "names": names} for rule in profile["syscalls"] if (names := _without(rule["names"], replaced))]
-    return {**profile, "syscalls": [*kept, *added]}
+    kept = [
+        {**rule, "names": [each for each in rule["names"] if each not in replaced]} for rule in profile["syscalls"]
+    ]
+    return {**profile, "syscalls": [*(rule for rule in kept if rule["names"]), *added]}
 
 
 def _sockets(held: set[str]) -> list[dict[str, Any]]:
@@ -217,10 +192,6 @@ def _sockets(held: set[str]) -> list[dict[str, Any]]:
         *(_allow("socket", (0, "EQ", family)) for family in range(_AF_NETLINK + 1, _AF_VSOCK)),
         _allow("socket", (0, "EQ", _AF_NETLINK), (2, "NE", _NETLINK_AUDIT)),
     ]
-
-
-def _without(names: list[str], taken: set[str]) -> list[str]:
-    return [name for name in names if name not in taken]
 
 
 def _allow(name: str, *args: tuple[int, str, int] | tuple[int, str, int, int]) -> dict[str, Any]:
@@ -254,19 +225,15 @@ def _version(text: str | None) -> tuple[int, ...]:
 
 
 def _rule(rule: Mapping[str, Any]) -> dict[str, Any]:
-    kept: dict[str, Any] = {"names": rule.get("names") or [rule["name"]], "action": rule["action"]}
-    if "errnoRet" in rule:
-        kept["errnoRet"] = rule["errnoRet"]
-    if rule.get("args"):
-        kept["args"] = rule["args"]
-    return kept
+    kept = {key: rule[key] for key in ("errnoRet", "args") if rule.get(key) not in (None, [])}
+    return {"names": rule.get("names") or [rule["name"]], "action": rule["action"], **kept}
 
 
 def _architectures(source: Mapping[str, Any], arch: str) -> list[str]:
     """The native architecture and those that run beside it, but for x32: no distribution's kernel runs it, and every
     architecture makes the runtime compile the whole filter once more (about 10 ms with runc).
     """
-    native = _SCMP_ARCH.get(arch)
+    native = _NATIVE.get(arch)
     if native is None:
         return list(source.get("architectures") or ())
     for entry in source.get("archMap") or ():

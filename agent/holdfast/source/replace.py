@@ -16,7 +16,7 @@ from pathlib import Path
 
 from holdfast import mounts
 from holdfast.errors import Conflict, HoldfastError, NotPermitted, UnfitHost
-from holdfast.files import remove_tree
+from holdfast.files import remove_tree, sync_folder
 from holdfast.source.directory import REPLACING, DirectorySource
 
 NEXT, PREVIOUS = "..next", "..previous"  # inside a mount point; such names are no part of any revision
@@ -87,7 +87,7 @@ def _replace_whole(real: Path, files: Mapping[str, bytes], executable: frozenset
         _write_tree(fresh, files, executable, like=next((each for each in (real, previous) if each.exists()), None))
         if not real.exists():
             _rename(fresh, real, RENAME_NOREPLACE)
-            _sync(real.parent)
+            sync_folder(real.parent)
             return None
         _remove(previous)
         fresh.rename(previous)
@@ -103,7 +103,7 @@ def _replace_whole(real: Path, files: Mapping[str, bytes], executable: frozenset
         previous.rename(fresh)
         real.rename(previous)
         fresh.rename(real)
-    _sync(real.parent)
+    sync_folder(real.parent)
     return previous
 
 
@@ -125,9 +125,9 @@ def _replace_inside(real: Path, files: Mapping[str, bytes], executable: frozense
     for entry in list(fresh.iterdir()):
         entry.rename(real / entry.name)
     fresh.rmdir()
-    _sync(real)
+    sync_folder(real)
     mark.unlink()
-    _sync(real)
+    sync_folder(real)
     return previous
 
 
@@ -144,7 +144,7 @@ def _write_mark(mark: Path, text: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(mark)
-    _sync(mark.parent)
+    sync_folder(mark.parent)
 
 
 def _write_tree(root: Path, files: Mapping[str, bytes], executable: frozenset[str], *, like: Path | None) -> None:
@@ -194,11 +194,3 @@ def _remove(path: Path) -> None:
     removal: Callable[[Path], None] = remove_tree if path.is_dir() and not path.is_symlink() else Path.unlink
     with suppress(FileNotFoundError):
         removal(path)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,6 +17,7 @@ from typing import Any
 
 from holdfast.drivers import Host
 from holdfast.errors import Conflict, HoldfastError, NotPermitted, UnfitHost, WrongState
+from holdfast.files import write_whole
 from holdfast.observed import Finding, FirewallNetwork, FirewallWant, PublishedPort, Receipt
 from holdfast.spec.model import digest_of
 from holdfast_plugins.network import flows, forwarding, rules
@@ -251,11 +252,9 @@ class NftablesFirewall:
     def _keep(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self._file.with_suffix(".new")
         frame = sorted(snapshot.frame)
         kept = [_plain(snapshot.want), snapshot.fingerprint, snapshot.generation, self._layout, frame]
-        fresh.write_text(json.dumps(kept))
-        fresh.replace(self._file)
+        write_whole(self._file, json.dumps(kept))
 
     def _load(self, *, of_any_version: bool = False) -> Snapshot | None:
         """Read what `_keep` wrote; None if it is not there, not whole, or of a version that writes another table."""

@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote
 
 from holdfast.drivers import Host, MountWant, Receipt
 from holdfast.errors import WrongCall, WrongState
-from holdfast.files import remove_tree
+from holdfast.files import remove_tree, write_over
 from holdfast_plugins.storage.bind import bind_receipt
 
 LONGEST_NAME = 255  # NAME_MAX
@@ -115,7 +115,7 @@ def _bring_entry(folder: int, name: str, content: Path, look: Look) -> None:
         if is_folder:
             _bring_entries(descriptor, content, look)
         else:
-            _rewrite(descriptor, content.read_bytes())
+            write_over(descriptor, content.read_bytes())
         _dress(descriptor, content, look)
     finally:
         os.close(descriptor)
@@ -141,14 +141,6 @@ def _clear_way(folder: int, name: str, fits: Callable[[int], bool]) -> None:
         remove_tree(name, dir_fd=folder)
     else:
         os.unlink(name, dir_fd=folder)
-
-
-def _rewrite(descriptor: int, data: bytes) -> None:
-    if os.pread(descriptor, len(data) + 1, 0) != data:
-        done = 0
-        while done < len(data):  # a full file system takes what it has room for
-            done += os.pwrite(descriptor, memoryview(data)[done:], done)
-        os.ftruncate(descriptor, len(data))
 
 
 def _dress(descriptor: int, content: Path, look: Look) -> None:
