@@ -68,6 +68,13 @@ class Table(BaseModel):
             raise Contradiction(found)
         return self
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Copy the table with some fields changed; the copy computes its cached properties itself."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in copied.__dict__.keys() - type(self).model_fields.keys():
+            del copied.__dict__[name]
+        return copied
+
     def passed_to(self, kind: type[TableT], /, **resolved: Any) -> TableT:
         """Make a table of another kind: the keys that both have keep their values, the others are given."""
         own = type(self).model_fields

@@ -173,6 +173,11 @@ class Container(ContainerKeys):
     mounts: tuple[Mount, ...] = ()
     restart_policy: RestartPolicy = RestartPolicy()
 
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 (hex) of all that the state asks of the container."""
+        return digest_of(self.model_dump(mode="json"))
+
 
 class Network(Table):
     """A network that this app defines."""
@@ -275,8 +280,9 @@ class App(Table):
 
     @cached_property
     def digest(self) -> str:
-        """The sha256 (hex) of the app's canonical JSON, mounted files included."""
-        return digest_of(self.model_dump(mode="json"))
+        """The sha256 (hex) of the app, mounted files included, made of those of its containers."""
+        digests = {name: container.digest for name, container in self.containers.items()}
+        return digest_of({**self.model_dump(mode="json", exclude={"containers"}), "containers": digests})
 
 
 @dataclass(frozen=True, slots=True)
