@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -299,11 +298,3 @@ def served(agent: Agent, path: Path) -> Iterator[None]:
         loop.call_soon_threadsafe(over.set)
         thread.join()
         loop.close()
-
-
-def until(condition: Any, seconds: float = 10.0) -> None:
-    """Wait for a condition; fail when it does not come."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never came"
-        time.sleep(0.01)

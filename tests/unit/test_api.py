@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from ground import wait_for
 from holdfast.api import PER_USER, answers, listen
 from holdfast.cli.client import Client
 from holdfast.daemon.agent import Daemon
@@ -22,7 +23,7 @@ from holdfast.daemon.compose import one_each
 from holdfast.daemon.offline import Offline
 from holdfast.errors import Conflict, NoAgent, NotFound, TryAgain, WrongCall, WrongConfig
 from holdfast.questions import QUESTIONS, Question, Questions, Sink
-from paper import Echo, PaperAgent, served, until
+from paper import Echo, PaperAgent, served
 
 
 @pytest.fixture
@@ -172,6 +173,10 @@ def line(heard: Iterator[Any]) -> Any:
     return next(each for each in heard if each)
 
 
+def nobody_reads() -> bool:
+    return not any(thread.name == "line reader" for thread in threading.enumerate())
+
+
 def close(lines: Iterator[Any]) -> None:
     assert isinstance(lines, Generator)
     lines.close()
@@ -211,7 +216,7 @@ def test_a_reader_that_has_gone_ends_the_reading(client: Client, log: Path) -> N
     lines = client.logs(["shop/web"])
     assert line(lines)["text"] == "one"
     close(lines)
-    until(lambda: not any(thread.name == "line reader" for thread in threading.enumerate()), 2)
+    wait_for(nobody_reads, "the reader ends")
 
 
 def test_a_followed_log_goes_on_and_its_reader_thread_ends_with_the_caller(client: Client, log: Path) -> None:
@@ -221,7 +226,7 @@ def test_a_followed_log_goes_on_and_its_reader_thread_ends_with_the_caller(clien
         file.write("2026-11-21T07:00:02.1+00:00 stdout F three\n")
     assert line(lines)["text"] == "three"
     close(lines)
-    until(lambda: not any(thread.name == "line reader" for thread in threading.enumerate()))
+    wait_for(nobody_reads, "the reader ends")
 
 
 def test_a_wrong_path_or_body_is_one_line(client: Client, tmp_path: Path) -> None:
@@ -284,11 +289,13 @@ def test_one_user_may_open_so_many_connections_and_no_more(client: Client, agent
     finally:
         for each in held:
             each.close()
-    for _ in range(1000):  # until the agent has noticed that they are gone
+
+    def answered() -> bool:
         with suppress(TryAgain):
-            assert client.status()["converged"]
-            return
-    pytest.fail("the connections that were closed still count")
+            return bool(client.status()["converged"])
+        return False
+
+    wait_for(answered, "the agent has noticed that they are gone")
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 50_000, '{"command": ' + "[" * 200_000])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 
+from ground import wait_for
 from holdfast.node.lanes import Lanes
 from holdfast.plan.actions import Action, RemoveInstance, StartInstance
 
@@ -69,10 +69,7 @@ def _bench() -> Iterator[_Bench]:
 
 
 def _until(true: Callable[[], object]) -> None:
-    deadline, beat = time.monotonic() + PATIENCE, threading.Event()
-    while not true():
-        assert time.monotonic() < deadline
-        beat.wait(0.002)
+    wait_for(true, "the lanes are so far")
 
 
 def test_two_actions_of_one_subject_never_run_at_once() -> None:
@@ -124,6 +121,7 @@ def test_a_crowd_of_starts_holds_up_no_removal() -> None:
     with _bench() as bench:
         bench.put(*(_start("many", f"c{n}") for n in range(20)), _remove("other"))
         bench.finish("other/web")
+        _until(lambda: "many/c0" in bench.subjects())
         assert len(bench.began) == 2
 
 
@@ -144,7 +142,7 @@ def test_a_start_that_is_stuck_makes_room_for_others(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("holdfast.node.lanes.STUCK", 0.0)
     with _bench() as bench:
         bench.put(_start("a"), _start("b"))
-        _until(lambda: bench.subjects() == ["a/web", "b/web"])
+        _until(lambda: sorted(bench.subjects()) == ["a/web", "b/web"])
 
 
 def test_work_that_exits_is_over_like_any_other() -> None:
@@ -157,10 +155,15 @@ def test_work_that_exits_is_over_like_any_other() -> None:
 
 
 def test_closing_drops_what_is_queued_and_waits_for_what_runs() -> None:
-    bench = _Bench()
-    bench.put(_start("first"), _start("second"))
-    _until(lambda: bench.began)
-    bench.close()
-    assert bench.subjects() == ["first/web"]
-    bench.put(_start("third"))
-    assert bench.lanes.busy == frozenset()
+    with _bench() as bench:
+        bench.put(_start("first"), _start("second"))
+        _until(lambda: bench.began)
+        closing = threading.Thread(target=bench.lanes.close)
+        closing.start()
+        _until(lambda: bench.lanes.busy == {"first/web"})
+        assert closing.is_alive()
+        bench.finish("first/web")
+        closing.join()
+        assert bench.subjects() == ["first/web"]
+        bench.put(_start("third"))
+        assert bench.lanes.busy == frozenset()

@@ -194,7 +194,7 @@ def test_following_survives_new_files_and_loses_nothing(log: Path) -> None:
     listener = threading.Thread(target=listen)
     listener.start()
     try:
-        assert seen.get(timeout=5) == "0"
+        assert seen.get(timeout=30) == "0"
         for number in range(1, 300):  # the files are renamed at every moment of a look
             if number % 3:
                 with log.open("a") as file:
@@ -203,7 +203,7 @@ def test_following_survives_new_files_and_loses_nothing(log: Path) -> None:
                 replaced(log, row(number % 60, str(number)))
             if number % 2:
                 logs.roll(log, 2)
-            assert seen.get(timeout=5) == str(number)
+            assert seen.get(timeout=30) == str(number)
     finally:
         stop.set()
         listener.join()
@@ -227,10 +227,10 @@ def test_following_waits_for_what_has_never_run(tmp_path: Path) -> None:
     listener = threading.Thread(target=listen)
     listener.start()
     try:
-        assert seen.get(timeout=5) == ""
+        assert seen.get(timeout=30) == ""
         log.parent.mkdir(parents=True)
         log.write_text(row(0, "first"))
-        assert next(text for text in iter(lambda: seen.get(timeout=5), None) if text) == "first"
+        assert next(text for text in iter(lambda: seen.get(timeout=30), None) if text) == "first"
     finally:
         stop.set()
         listener.join()

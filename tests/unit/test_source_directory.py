@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ground import wait_for
 from holdfast.errors import TryAgain, WrongState
 from holdfast.source import revision as rules
 from holdfast.source.directory import DirectorySource
@@ -27,13 +28,6 @@ def state(tmp_path: Path) -> Path:
 
 def read(state: Path) -> Revision:
     return DirectorySource(state).current()
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.001)
 
 
 def test_files_at_any_depth_are_read(state: Path) -> None:
@@ -73,7 +67,7 @@ def test_a_change_of_the_same_size_within_one_tick_is_seen(state: Path) -> None:
 def test_a_change_that_restores_its_mtime_is_seen(state: Path) -> None:
     source, file = DirectorySource(state), state / "shop.toml"
     os.utime(file, ns=(0, 0))
-    wait_until(lambda: source.current() is not None and source._settled, "the tree settles")
+    wait_for(lambda: source.current() is not None and source._settled, "the tree settles")
     file.write_text("[APP]\n")
     os.utime(file, ns=(0, 0))
     assert source.current().files["shop.toml"] == b"[APP]\n"
@@ -210,7 +204,7 @@ def test_a_thousand_unchanged_files_are_listed_and_not_read(state: Path) -> None
     for number in range(1000):
         (state / f"app{number}.toml").write_text("[app]\n" * 50)
     source = DirectorySource(state)
-    wait_until(lambda: source.current() is not None and source._settled, "the tree settles")
+    wait_for(lambda: source.current() is not None and source._settled, "the tree settles")
 
     def list_only() -> None:
         with os.scandir(state) as entries:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -13,11 +14,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from ground import wait_for
 from holdfast.config import StateSource
 from holdfast.errors import TryAgain, UnfitHost, WrongConfig, WrongState
 from holdfast.source import make_source
@@ -72,13 +75,6 @@ def fetched(source: GitSource) -> dict[str, bytes]:
     return dict(source.current().files)
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.002)
-
-
 def mirror_of(tmp_path: Path) -> Path:
     (mirror,) = (tmp_path / "root/source").glob("*.git")
     return mirror
@@ -102,7 +98,7 @@ class Daemon:
              f"--base-path={self.base}", str(self.base)],
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        wait_until(self._answers, "git daemon listens")
+        wait_for(self._answers, "git daemon listens")
 
     def _answers(self) -> bool:
         with socket.socket() as client:
@@ -279,7 +275,7 @@ def test_closing_a_watch_does_not_wait_for_a_remote_that_hangs(make: Callable[..
         connection, _ = silent.accept()
         begin = time.monotonic()
         watch.close()
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 30, "it does not wait for an answer"
         connection.close()
 
 
@@ -355,38 +351,48 @@ def test_two_agents_do_not_write_to_one_mirror_at_once(make: Callable[..., GitSo
     other.refresh()
 
 
-FETCH_AND_DIE = """
-import sys
+FETCHES = """
+import os, sys
 from pathlib import Path
-from holdfast.source import make_source
-from holdfast.source.directory import DirectorySource
 from holdfast.source.git import GitSource
-print("begin", flush=True)
-GitSource(sys.argv[1], Path(sys.argv[2])).refresh()
+for _ in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        print(os.getpid(), flush=True)
+        GitSource(sys.argv[1], Path(sys.argv[2])).refresh()
+        os._exit(0)
+    os.waitpid(child, 0)
 """
 
 
+@pytest.fixture
+def fetches(repository: Repository, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that forks for each line it is given, says the child's number, and has the child fetch."""
+    words = [sys.executable, "-c", FETCHES, str(repository.path), str(tmp_path / "root")]
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet) as process:
+        yield process
+
+
 def test_a_fetch_killed_at_any_moment_leaves_a_mirror_that_works(
-    repository: Repository, make: Callable[..., GitSource], tmp_path: Path
+    repository: Repository, make: Callable[..., GitSource], tmp_path: Path, fetches: subprocess.Popen[bytes]
 ) -> None:
-    (repository.path / "blob.bin").write_bytes(os.urandom(1_000_000))
+    (repository.path / "blob.bin").write_bytes(os.urandom(300_000))
     source = make()
     source.refresh()
+    assert fetches.stdin is not None and fetches.stdout is not None
     for number in range(6):
-        (repository.path / "blob.bin").write_bytes(os.urandom(1_000_000))
+        (repository.path / "blob.bin").write_bytes(os.urandom(300_000))
         repository.commit(f"Change {number}", shop=str(number))
-        child = subprocess.Popen(
-            [sys.executable, "-c", FETCH_AND_DIE, str(repository.path), str(tmp_path / "root")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        with child:
-            assert child.stdout is not None
-            child.stdout.readline()
-            with pytest.raises(subprocess.TimeoutExpired):
-                child.wait(0.006 * (number + 1))
-            child.send_signal(signal.SIGKILL)
+        fetches.stdin.write(b"go\n")
+        fetches.stdin.flush()
+        child = int(fetches.stdout.readline())
+        with suppress(ProcessLookupError):  # it may be done
+            handle = os.pidfd_open(child)
+            select.select([handle], [], [], 0.006 * (number + 1))
+            os.close(handle)
+            os.kill(child, signal.SIGKILL)
         assert source.current().files["shop.toml"] in (b"1", str(number - 1).encode(), str(number).encode())
 
         def refreshed() -> bool:
@@ -397,7 +403,7 @@ def test_a_fetch_killed_at_any_moment_leaves_a_mirror_that_works(
                 return False
             return True
 
-        wait_until(refreshed, "the mirror is usable")
+        wait_for(refreshed, "the mirror is usable")
         assert source.current().files["shop.toml"] == str(number).encode()
     mirror = mirror_of(tmp_path)
     subprocess.run(["git", "-C", mirror, "fsck", "--strict"], check=True, capture_output=True)
@@ -552,19 +558,19 @@ def test_a_poll_wakes_when_the_branch_moved_and_when_it_fails(
         reasons.append(reason)
         woken.set()
 
-    def wait_for(text: str) -> None:
-        wait_until(lambda: any(text in reason for reason in reasons), text)
+    def wait_told(text: str) -> None:
+        wait_for(lambda: any(text in reason for reason in reasons), text)
 
     watch = source.watch(wake)
     try:
-        wait_for("Open the shop")
+        wait_told("Open the shop")
         assert source.current().message == "Open the shop"
         repository.commit("Raise", shop="2")
-        wait_for("Raise")
+        wait_told("Raise")
         repository.git("branch", "-m", "main", "trunk")
-        wait_for("is gone")
+        wait_told("is gone")
         repository.git("branch", "-m", "trunk", "main")
-        wait_for("can be read again")
+        wait_told("can be read again")
     finally:
         watch.close()
     assert len(reasons) == 4  # polls that find nothing wake nobody
@@ -574,10 +580,10 @@ def test_a_poke_polls_at_once(repository: Repository, make: Callable[..., GitSou
     source, reasons = make(interval=3600), list[str]()
     watch = source.watch(reasons.append)
     try:
-        wait_until(lambda: len(reasons) == 1, "the first poll")
+        wait_for(lambda: len(reasons) == 1, "the first poll")
         repository.commit("Raise", shop="2")
         watch.poke()
-        wait_until(lambda: len(reasons) == 2, "the poked poll")
+        wait_for(lambda: len(reasons) == 2, "the poked poll")
         next_try = source.state().next_try_at
         assert next_try is not None and next_try > time.time() + 3000
     finally:

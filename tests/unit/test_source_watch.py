@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ground import wait_for
 from holdfast.source.directory import DirectorySource
 from holdfast.source.revision import Watch
 
@@ -30,7 +31,7 @@ class Wakes:
 
     def wait_for(self, count: int) -> None:
         with self._came:
-            assert self._came.wait_for(lambda: len(self.reasons) >= count, 5), f"no wake {count}: {self.reasons}"
+            assert self._came.wait_for(lambda: len(self.reasons) >= count, 20), f"no wake {count}: {self.reasons}"
 
     def wait_quiet(self, seconds: float = 0.06) -> int:
         """Wait until no wake came for that long; the number of wakes so far."""
@@ -51,7 +52,7 @@ class Watched:
     def expect(self, change: Callable[[], object], files: dict[str, bytes]) -> None:
         """After change, without any pass of the clock's, a wake comes after which the files are these."""
         change()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 20
         while True:
             count = len(self.wakes.reasons)
             with self.wakes._came:
@@ -83,7 +84,7 @@ def watched(state: Path) -> Iterator[Watched]:
 @pytest.fixture
 def patient(state: Path) -> Iterator[Watched]:
     """Waits long enough for a busy machine not to cut a save in two."""
-    watched = Watched(state, debounce=0.25)
+    watched = Watched(state, debounce=0.5)
     watched.source.current()
     yield watched
     watched.watch.close()
@@ -95,17 +96,15 @@ def replace(path: Path, content: str) -> None:
     temporary.rename(path)
 
 
-def test_a_file_renamed_into_place_wakes_within_milliseconds(state: Path, watched: Watched) -> None:
-    took = []
-    for number in range(15):
-        watched.wakes.wait_quiet(0.03)
-        (state.parent / "next").write_text(str(number))
-        count, begin = len(watched.wakes.times), time.perf_counter()
+def test_a_file_renamed_into_place_wakes_without_waiting_for_quiet(state: Path) -> None:
+    watched = Watched(state, debounce=1000.0)
+    watched.source.current()
+    try:
+        replace(state.parent / "next", "2")
         (state.parent / "next").rename(state / "shop.toml")
-        watched.wakes.wait_for(count + 1)
-        took.append(watched.wakes.times[count] - begin)
-    print(f"renamed → wake: median {sorted(took)[7] * 1e3:.2f} ms, worst {max(took) * 1e3:.2f} ms")
-    assert sorted(took)[7] < 0.01  # 0.3 ms where nothing else runs; the debounce alone is 20 ms
+        watched.wakes.wait_for(1)
+    finally:
+        watched.watch.close()
 
 
 def test_a_plain_write_waits_for_quiet(state: Path, watched: Watched) -> None:
@@ -114,20 +113,20 @@ def test_a_plain_write_waits_for_quiet(state: Path, watched: Watched) -> None:
     assert watched.wakes.times[0] - begin >= 0.02
 
 
-def test_a_thousand_writes_make_few_wakes(state: Path, watched: Watched) -> None:
+def test_a_thousand_writes_make_few_wakes(state: Path, patient: Watched) -> None:
     for number in range(1000):
         (state / f"app{number % 10}.toml").write_text(str(number))
-    watched.wakes.wait_for(1)
-    assert watched.wakes.wait_quiet() <= 50
-    assert watched.source.current().files["app9.toml"] == b"999"
+    patient.wakes.wait_for(1)
+    assert patient.wakes.wait_quiet() <= 50
+    assert patient.source.current().files["app9.toml"] == b"999"
 
 
-def test_a_hundred_renames_make_few_wakes(state: Path, watched: Watched) -> None:
+def test_a_hundred_renames_make_few_wakes(state: Path, patient: Watched) -> None:
     for number in range(100):
         replace(state / f"app{number}.toml", "x")
-    watched.wakes.wait_for(1)
-    assert watched.wakes.wait_quiet() <= 50
-    assert len(watched.source.current().files) == 101
+    patient.wakes.wait_for(1)
+    assert patient.wakes.wait_quiet() <= 50
+    assert len(patient.source.current().files) == 101
 
 
 def test_a_save_by_vim_is_one_change(state: Path, patient: Watched) -> None:
@@ -223,11 +222,8 @@ def test_a_parent_that_is_renamed_and_made_anew_is_watched_again(tmp_path: Path)
             state.mkdir(parents=True)
             (state / "shop.toml").write_text("2")
 
-        deadline = time.monotonic() + 5
         again()
-        while str(state) not in watched.watch._watched.values():  # type: ignore[attr-defined]
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        wait_for(lambda: str(state) in watched.watch._watched.values(), "it is watched")  # type: ignore[attr-defined]
         watched.expect(lambda: replace(state / "shop.toml", "3"), {"shop.toml": b"3"})
     finally:
         watched.watch.close()
@@ -244,7 +240,7 @@ def test_a_flipped_state_link_wakes_and_is_followed(state: Path, tmp_path: Path)
         (tmp_path / "new").symlink_to("second")
         watched.expect(lambda: (tmp_path / "new").rename(link), {"shop.toml": b"second"})
         watched.expect(lambda: (second / "shop.toml").write_text("2"), {"shop.toml": b"2"})
-        count = len(watched.wakes.reasons)
+        count = watched.wakes.wait_quiet(0.3)
         (state / "shop.toml").write_text("nobody looks here any more")
         assert watched.wakes.wait_quiet() == count
     finally:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import pytest
 
+from ground import wait_for
 from holdfast.workers import Answer, NoAnswer, Worker
 
 
@@ -26,11 +27,10 @@ def raised_by(answer: Answer[Any]) -> BaseException | None:
     return None
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+def until_it_answers(worker: Worker) -> None:
+    wait_for(
+        lambda: not isinstance(raised_by(worker.call_all({"hangs": lambda: 7})["hangs"]), NoAnswer), "it answers"
+    )
 
 
 def test_all_are_called_one_after_the_other_in_one_thread() -> None:
@@ -53,7 +53,7 @@ def test_what_one_raises_hinders_no_other() -> None:
 
 
 def test_what_hangs_is_left_behind_and_the_rest_is_called() -> None:
-    worker, released = Worker("hangs", 0.05), threading.Event()
+    worker, released = Worker("hangs", 0.5), threading.Event()
     works = {"first": lambda: 1, "hangs": lambda: int(released.wait(60)), "last": lambda: 3}
     answers = worker.call_all(works)
     assert (answers["first"].get(), answers["last"].get()) == (1, 3)
@@ -63,12 +63,12 @@ def test_what_hangs_is_left_behind_and_the_rest_is_called() -> None:
     again = worker.call_all(works)
     assert isinstance(raised_by(again["hangs"]), NoAnswer)
     assert again["last"].get() == 3
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30, "what hangs already is not waited for"
     with pytest.raises(NoAnswer):
         worker.call(lambda: 1, "hangs")
     assert worker.call(lambda: 5, "other") == 5
     released.set()
-    until(lambda: not isinstance(raised_by(worker.call_all({"hangs": lambda: 7})["hangs"]), NoAnswer))
+    until_it_answers(worker)
 
 
 def test_a_function_that_hangs_again_and_again_leaves_no_threads_over() -> None:
@@ -77,7 +77,7 @@ def test_a_function_that_hangs_again_and_again_leaves_no_threads_over() -> None:
         released = threading.Event()
         assert isinstance(raised_by(worker.call_all({"hangs": partial(released.wait, 60)})["hangs"]), NoAnswer)
         released.set()
-        until(lambda: not isinstance(raised_by(worker.call_all({"hangs": lambda: True})["hangs"]), NoAnswer))
+        until_it_answers(worker)
     assert threads_of(name) <= 3
 
 
