@@ -104,7 +104,7 @@ class Layout:
         history: Sequence[Mapping[str, Any]] = (),
     ) -> Descriptor:
         """An image with its configuration and layers; the descriptor has its platform. docker: as schema 2."""
-        from holdfast.images.kept.store import architecture as this_host
+        from holdfast.images.formats.manifests import architecture as this_host
 
         tars = [layer_tar(layer) for layer in layers]
         platform = {"os": system, "architecture": architecture or this_host()} | (

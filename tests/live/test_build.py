@@ -27,9 +27,10 @@ from holdfast.images.builds.build import Builder
 from holdfast.images.builds.buildah import Buildah, check_plain
 from holdfast.images.builds.hazards import buildah_version, is_safe
 from holdfast.images.builds.outside import Outside
+from holdfast.images.formats.manifests import architecture
 from holdfast.images.incoming.load import import_rootfs, load_archive
 from holdfast.images.incoming.pull import Puller
-from holdfast.images.kept.image import Image, architecture
+from holdfast.images.kept.image import Image
 from holdfast.images.kept.store import ImageStore
 from holdfast.runtime import cgroup, delegation
 from holdfast.spec import NodeFacts, Spec, load

@@ -22,9 +22,9 @@ from holdfast.images.builds.buildah import Failed
 from holdfast.images.builds.buildlog import Log, failed
 from holdfast.images.builds.hazards import check_mounts, is_safe, parse_version
 from holdfast.images.builds.outside import Outside
+from holdfast.images.formats.manifests import architecture
 from holdfast.images.formats.references import parse
 from holdfast.images.incoming.pull import Puller
-from holdfast.images.kept.image import architecture
 from holdfast.images.kept.store import ImageStore
 from holdfast.runtime import binaries
 from holdfast.runtime.binaries import version_in

@@ -17,19 +17,19 @@ from holdfast.images.builds.gather import Unread, Wanted, wanted_images
 from holdfast.images.formats.archives import open_archive
 from holdfast.images.formats.bundle import (
     Gathered,
-    Tree,
-    digest_of,
+    StateTree,
     open_bundle,
     pack_files,
     unpack_files,
     write_bundle,
 )
+from holdfast.images.formats.layout import digest_of
 from holdfast.spec import NodeFacts
 from layouts import Layout
 from tars import entry, tar_of
 
 FILES = {"shop.toml": b"[app]\n", "conf/run.sh": b"#!/bin/sh\n", "conf/ä \udcff": b""}
-TREE = Tree(FILES, frozenset({"conf/run.sh"}), "abc123", "A. Person <a@example.org>", 1_000_000_000.0)
+TREE = StateTree(FILES, frozenset({"conf/run.sh"}), "abc123", "A. Person <a@example.org>", 1_000_000_000.0)
 PLATFORM = "linux/amd64"
 BASE = {"bin": None, "bin/sh": b"#!" * 3000}
 
@@ -236,7 +236,7 @@ def test_a_state_that_claims_to_be_huge_is_refused_without_reading_it(bundle: Pa
 def test_what_is_no_bundle_at_all_is_refused(tmp_path: Path, layout: Layout) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"\x1f\x8b" + bytes(2000))
-    assert "no file of 'holdfast bundle create'" in refusal(path)
+    assert "no tar archive" in refusal(path)
     path.write_bytes(tar_of(entry("index.json", kind="link", linkname="/etc/shadow")))
     assert "no plain file" in refusal(path)
     path.write_bytes(tar_of(entry("index.json", b"[]"), entry("index.json", b"{}")))

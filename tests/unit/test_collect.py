@@ -16,7 +16,8 @@ from holdfast.config import ImageSettings
 from holdfast.errors import NotFound
 from holdfast.images.incoming.load import import_rootfs
 from holdfast.images.kept.collect import GRACE, ORPHANS, Disk, Stored, choose, collect
-from holdfast.images.kept.store import Image, ImageStore
+from holdfast.images.kept.image import Image
+from holdfast.images.kept.store import ImageStore
 from holdfast.node.context import Context
 from holdfast.node.images import Collector
 from holdfast.store import Store

@@ -22,12 +22,13 @@ import pytest
 from holdfast.errors import Conflict, HoldfastError, NotFound, TryAgain, WrongCall, WrongState
 from holdfast.grammar.images import Reference, familiar
 from holdfast.images.disk import Locks
+from holdfast.images.formats.manifests import architecture
 from holdfast.images.formats.references import parse, parse_changes
 from holdfast.images.incoming.load import import_rootfs, load_archive
 from holdfast.images.incoming.pull import Puller
 from holdfast.images.incoming.transfers import Transfer
-from holdfast.images.kept.image import Source
-from holdfast.images.kept.store import Freed, Image, ImageStore, architecture
+from holdfast.images.kept.image import Freed, Image, Source
+from holdfast.images.kept.store import ImageStore
 from holdfast.images.registry.faults import failure
 from holdfast.images.registry.skopeo import Skopeo
 from holdfast.images.unpacking.unpack import Expected
@@ -200,7 +201,7 @@ def test_of_an_index_the_image_for_this_host_is_taken(store: ImageStore, layout:
 
 
 def test_another_architecture_is_refused(store: ImageStore, layout: Layout) -> None:
-    with pytest.raises(WrongState, match=rf"is for linux/vax \(this host is linux/{architecture()}\)"):
+    with pytest.raises(WrongState, match=rf"is for linux/vax \(expected linux/{architecture()}\)"):
         load_archive(store, layout.index(layout.image(ROOTFS, name="x:1", machine="vax")))
     assert store.list() == []
 
@@ -217,7 +218,7 @@ def test_damage_is_noticed_and_leaves_nothing(store: ImageStore, layout: Layout,
         import_rootfs(store, tmp_path / "cut.gz", "z")
     for name, content in (("text", b"hello" * 1000), ("tar", ROOTFS)):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(WrongState, match=r"expected a directory or a tar|neither an OCI layout nor"):
+        with pytest.raises(WrongState, match=r"no tar archive|neither an OCI layout nor"):
             load_archive(store, tmp_path / name)
     assert files_below(store.root) == []
 
@@ -389,7 +390,7 @@ def test_a_configuration_that_is_not_the_manifests_is_refused(store: ImageStore,
     manifest, config = store.read_blob(image.digest), store.read_blob(image.config_digest)
     with pytest.raises(WrongState, match=r"store image .*other.*its configuration is"):
         store.add_image(manifest, config + b" ", ["other"], source="registry")
-    with pytest.raises(WrongState, match="damaged manifest"):
+    with pytest.raises(WrongState, match="it is no image"):
         store.add_image(b"{}", config, ["other"], source="registry")
     store.layers.drop(image.diff_ids[0])
     with pytest.raises(NotFound, match=r"its layer sha256:.* is not here"):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from holdfast.config import Config
     from holdfast.images.builds.build import Builder
     from holdfast.images.builds.gather import Coming, Wanted
-    from holdfast.images.formats.bundle import Bundle, Tree
+    from holdfast.images.formats.bundle import Bundle, StateTree
     from holdfast.images.kept.store import ImageStore
     from holdfast.source import Revision
     from holdfast.spec import Spec
@@ -177,7 +177,7 @@ def pair(label: str) -> tuple[str, str]:
 
 def platform_of(text: str | None) -> str:
     """`OS/ARCH[/VARIANT]` as images name platforms; for None, this host's."""
-    from holdfast.images.kept.store import architecture
+    from holdfast.images.formats.manifests import architecture
 
     if text is None:
         return f"linux/{architecture()}"
@@ -196,15 +196,15 @@ def coming(image: Coming) -> None:
     render.echo(f"[{image.number}/{image.of}] {image.reference}  {told}", err=True)
 
 
-def tree_of(state_dir: Path, revision: Revision) -> Tree:
+def tree_of(state_dir: Path, revision: Revision) -> StateTree:
     """The files, with the commit and author that git knows them by, if they are just as they were committed."""
-    from holdfast.images.formats.bundle import Tree
+    from holdfast.images.formats.bundle import StateTree
 
     created = float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
     commit, _, author = git(state_dir, "log", "-1", "--format=%H%n%an <%ae>").partition("\n")
     if not commit or git(state_dir, "status", "--porcelain", "--ignored", "--", "."):
         commit, author = revision.id, ""
-    return Tree(revision.files, revision.executable, commit, author, created)
+    return StateTree(revision.files, revision.executable, commit, author, created)
 
 
 def git(folder: Path, *words: str) -> str:
@@ -329,7 +329,7 @@ def state_directory() -> Path:
 
 def check_platform(found: Bundle) -> None:
     """Raise WrongState for a bundle that is for other machines than this."""
-    from holdfast.images.kept.store import architecture
+    from holdfast.images.formats.manifests import architecture
 
     here = f"linux/{architecture()}"
     if "/".join(found.platform.split("/")[:2]) != here:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from holdfast.errors import HoldfastError, NotFound, UnfitHost, WrongState
-from holdfast.images.formats.bundle import Blob, Bundle, Packed, open_bundle
+from holdfast.images.formats.bundle import Bundle, BundledImage, BundledLayer, open_bundle
 from holdfast.images.incoming.pull import GROWTH
 from holdfast.images.incoming.transfers import Transfer
 from holdfast.images.kept.store import ImageStore
@@ -47,7 +47,7 @@ def load_bundle(context: Context, path: Path, watch: Callable[[Transfer], object
     return [{"ref": each.reference, "digest": each.digest, "new": each in new} for each in bundle.images]
 
 
-def _is_here(store: ImageStore, image: Packed) -> bool:
+def _is_here(store: ImageStore, image: BundledImage) -> bool:
     """Whether loading the image would change nothing."""
     try:
         store.get(image.digest)
@@ -60,7 +60,7 @@ def _is_here(store: ImageStore, image: Packed) -> bool:
     )
 
 
-def _pinned(image: Packed) -> bool:
+def _pinned(image: BundledImage) -> bool:
     """Whether its digest alone is what it is called: as after a pull, such an image has no name."""
     return "@" in image.name
 
@@ -84,7 +84,7 @@ def _add_layers(store: ImageStore, bundle: Bundle, transfer: Transfer) -> None:
             raise
 
 
-def _check_room(store: ImageStore, bundle: Bundle, missing: Sequence[Blob]) -> None:
+def _check_room(store: ImageStore, bundle: Bundle, missing: Sequence[BundledLayer]) -> None:
     """Compare what will have to be written with what is free, before the first byte is."""
     system = os.statvfs(store.root)
     free, packed = system.f_bavail * system.f_frsize, sum(layer.size for layer in missing)
@@ -96,7 +96,7 @@ def _check_room(store: ImageStore, bundle: Bundle, missing: Sequence[Blob]) -> N
         )
 
 
-def _add_layer(store: ImageStore, bundle: Bundle, layer: Blob, transfer: Transfer) -> None:
+def _add_layer(store: ImageStore, bundle: Bundle, layer: BundledLayer, transfer: Transfer) -> None:
     transfer.begin(layer.digest)
     try:
         with bundle.open_layer(layer.digest) as stream:
@@ -107,6 +107,6 @@ def _add_layer(store: ImageStore, bundle: Bundle, layer: Blob, transfer: Transfe
     transfer.finish(layer.digest)
 
 
-def _add_image(store: ImageStore, image: Packed) -> None:
+def _add_image(store: ImageStore, image: BundledImage) -> None:
     top = None if image.top_digest == image.digest else image.top
     store.add_image(image.manifest, image.config, [] if _pinned(image) else [image.name], source="bundle", top=top)

@@ -32,8 +32,18 @@ from holdfast.images.builds.buildah import Buildah, Failed, find, give, read_pla
 from holdfast.images.builds.buildlog import RETRY, Log, failed, hint_of
 from holdfast.images.builds.hazards import buildah_version, check_mounts, check_triggers
 from holdfast.images.builds.outside import Outside
-from holdfast.images.formats.references import to_digest
-from holdfast.images.kept.image import Image, architecture, whole_history
+from holdfast.images.formats.layout import (
+    CONFIG,
+    MANIFEST,
+    Folder,
+    FolderWriter,
+    Layout,
+    LayoutWriter,
+    dump,
+    member_of,
+)
+from holdfast.images.formats.manifests import architecture
+from holdfast.images.kept.image import Image, whole_history
 from holdfast.images.kept.store import ImageStore
 from holdfast.images.outgoing.write import write_layout
 from holdfast.images.registry.faults import failure
@@ -341,25 +351,20 @@ class Builder:
 
     def _take(self, buildah: Buildah, folder: Path, id: str, name: str) -> Image:
         """Copy an image from buildah's storage into ours; of its layers, those that are not here yet."""
-        layout = folder / "layout"
-        blobs = layout / "blobs/sha256"
-        blobs.mkdir(parents=True)
+        path = folder / "layout"
         for diff_id in buildah.config(id)["rootfs"]["diff_ids"]:
             if self.store.has_layer(diff_id):  # a file of holes stands for it: skopeo takes it for the layer
-                with (blobs / to_digest(diff_id).removeprefix("sha256:")).open("wb") as holes:
+                place = path / member_of(diff_id)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with place.open("wb") as holes:
                     holes.truncate(self.store.layers.facts(diff_id).size)
-        buildah.take_out(id, layout)
-
-        def read(digest: str) -> bytes:
-            return (blobs / to_digest(digest).removeprefix("sha256:")).read_bytes()
-
-        manifest = read(json.loads((layout / "index.json").read_bytes())["manifests"][0]["digest"])
-        document = json.loads(manifest)
-        config = read(document["config"]["digest"])
-        for layer, diff_id in zip(document["layers"], json.loads(config)["rootfs"]["diff_ids"], strict=True):
+        buildah.take_out(id, path)
+        layout = Layout(Folder(path))
+        manifest, config, layers = layout.image(layout.index()["manifests"][0]["digest"])
+        for layer, diff_id in zip(layers, json.loads(config)["rootfs"]["diff_ids"], strict=True):
             if not self.store.has_layer(diff_id):
-                with (blobs / to_digest(layer["digest"]).removeprefix("sha256:")).open("rb") as file:
-                    self.store.add_layer(file.fileno(), Expected(diff_id, layer["digest"], layer["size"]))
+                with layout.files.open(member_of(layer["digest"])) as file:
+                    self.store.add_layer(file, Expected(diff_id, layer["digest"], layer["size"]))
         return self.store.add_image(manifest, config, [name], source="build")
 
     def _named(self, image: Image, build: Build) -> Image:
@@ -576,25 +581,15 @@ def lay_out(build: Build, blobs: Blobs, folder: Path) -> None:
         os.utime(top, (MTIME, MTIME))
 
 
-def complete_history(layout: Path) -> None:
+def complete_history(path: Path) -> None:
     """Have the image of a layout say of each layer where it came from: buildah refuses it otherwise."""
-    blobs = layout / "blobs/sha256"
-
-    def read(digest: str) -> Any:
-        return json.loads((blobs / digest.removeprefix("sha256:")).read_bytes())
-
-    def write(document: Any, descriptor: dict[str, Any]) -> None:
-        data = json.dumps(document).encode()
-        descriptor |= {"digest": f"sha256:{sha256(data).hexdigest()}", "size": len(data)}
-        (blobs / descriptor["digest"].removeprefix("sha256:")).write_bytes(data)
-
-    index = json.loads((layout / "index.json").read_bytes())
-    manifest = read(index["manifests"][0]["digest"])
-    config = read(manifest["config"]["digest"])
-    history = config.get("history") or []
-    whole = whole_history(history, len(manifest["layers"]))
-    if whole != history:
-        config["history"] = whole
-        write(config, manifest["config"])
-        write(manifest, index["manifests"][0])
-        (layout / "index.json").write_text(json.dumps(index))
+    layout = Layout(Folder(path))
+    (entry,) = layout.index()["manifests"]
+    manifest, config, layers = layout.image(entry["digest"])
+    document = json.loads(config)
+    whole = whole_history(document.get("history") or [], len(layers))
+    if whole != document.get("history"):
+        out = LayoutWriter(FolderWriter(path))
+        described = out.add(dump({**document, "history": whole}), CONFIG)
+        changed = out.add(dump({**json.loads(manifest), "config": described}), MANIFEST)
+        out.finish([{**entry, **changed}])

@@ -18,18 +18,24 @@ from holdfast.errors import HoldfastError, NotFound, TryAgain, WrongState
 from holdfast.files import discard_tree
 from holdfast.grammar.images import Reference, built
 from holdfast.images.builds.build import Builder, built_name
-from holdfast.images.formats.bundle import MANIFEST, Gathered, digest_of, media_type_of
-from holdfast.images.formats.manifests import Unfit, choose, is_index, read_diff_ids, read_document, read_manifest
+from holdfast.images.formats.bundle import Gathered
+from holdfast.images.formats.layout import MANIFEST, Folder, Layout, digest_of, media_type_of, member_of
+from holdfast.images.formats.manifests import (
+    Unfit,
+    architecture,
+    check_digest,
+    choose,
+    is_index,
+    read_diff_ids,
+    read_document,
+    read_manifest,
+)
 from holdfast.images.formats.references import parse
-from holdfast.images.kept.image import Image, architecture
+from holdfast.images.kept.image import Image
 from holdfast.images.kept.store import ImageStore
 from holdfast.images.outgoing.write import write_layout
 from holdfast.images.registry.skopeo import Skopeo
 from holdfast.spec import Cache, NodeFacts, Problem, Spec, load
-
-#: OCI's names of architectures (with variant) → uname(2)'s, by which `manifests.choose` knows what a host runs.
-MACHINES = {"amd64": "x86_64", "arm64": "aarch64", "arm64/v8": "aarch64", "arm": "armv7l", "arm/v7": "armv7l"}
-MACHINES |= {"arm/v6": "armv6l"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +123,7 @@ class Gatherer:
         self.folder, self.platform, self.store, self.told, self.builder = folder, platform, store, told, builder
         self.blobs = folder / "sha256"
         self.blobs.mkdir(parents=True, exist_ok=True)
-        self._architecture = platform.split("/")[1]
-        self._machine = MACHINES.get(platform.partition("/")[2], "")
+        _, self._architecture, self._variant = f"{platform}/".split("/")[:3]
         self._skopeo = Skopeo(settings)
 
     def close(self) -> None:
@@ -185,33 +190,30 @@ class Gatherer:
     def _from_store(self, store: ImageStore, image: Image, name: str, written: str) -> Gathered:
         """What this host has and no registry, or none that answers. Layers are compressed anew: its digest changes,
         which is why nothing that is pinned comes from here."""
-        layout = self.folder / "stored"
+        path = self.folder / "stored"
         try:
             with store.keep():
-                digest = write_layout(store, image, layout)
-            blobs = layout / "blobs/sha256"
-            manifest = (blobs / digest.removeprefix("sha256:")).read_bytes()
-            parts = read_manifest(manifest)
-            config = (blobs / parts.config.digest.removeprefix("sha256:")).read_bytes()
-            self._check_platform(config)
-            for digest in {layer.digest for layer in parts.layers}:
-                (blobs / digest.removeprefix("sha256:")).replace(self._blob(digest))
+                digest = write_layout(store, image, path)
+            layout = Layout(Folder(path))
+            manifest, config, described = layout.image(digest)
+            for layer in described:
+                with suppress(FileNotFoundError):  # one layer may come more than once
+                    (path / member_of(layer["digest"])).replace(self._blob(layer["digest"]))
         finally:
-            discard_tree(layout)
-        layers = tuple((layer.digest, layer.size) for layer in parts.layers)
+            discard_tree(path)
+        layers = tuple((layer["digest"], layer["size"]) for layer in described)
         return Gathered(written, name, manifest, manifest, config, layers)
 
     def _from_registry(self, reference: Reference, written: str, number: int, of: int) -> Gathered:
         top = self._skopeo.manifest(reference, reference.remote, written)
         if reference.digest:
-            _check(top, reference.digest)
+            check_digest(top, reference.digest)
         manifest = self._for_platform(reference, top, written)
         parts = read_manifest(manifest)
         name = reference.at(digest_of(manifest))
         config = self._skopeo.configuration(reference, name, written)
-        _check(config, parts.config.digest)
-        self._check_platform(config)
-        read_diff_ids(config, parts, self._architecture)
+        check_digest(config, parts.config.digest)
+        read_diff_ids(config, len(parts.layers), self._architecture)
         layers = {layer.digest: layer.size for layer in parts.layers}
         fresh = [digest for digest in layers if not self._blob(digest).exists()]
         self.told(Coming(number, of, written, sum(layers.values()), len(layers), len(fresh)))
@@ -228,9 +230,9 @@ class Gatherer:
         document = read_document(top)
         if not is_index(document):
             return top
-        chosen = choose(document, self._architecture, self._machine).digest
+        chosen = choose(document, self._architecture, self._variant).digest
         manifest = self._skopeo.manifest(reference, reference.at(chosen), written)
-        _check(manifest, chosen)
+        check_digest(manifest, chosen)
         if is_index(read_document(manifest)):
             raise Unfit(f"is an index in an index, which no bundle holds (expected as {reference.repository}@DIGEST)")
         return manifest
@@ -243,16 +245,5 @@ class Gatherer:
         finally:
             discard_tree(layout)
 
-    def _check_platform(self, config: bytes) -> None:
-        document = read_document(config)
-        found = f"{document.get('os') or 'linux'}/{document.get('architecture') or self._architecture}"
-        if found != f"linux/{self._architecture}":
-            raise Unfit(f"is for {found} (expected {self.platform})")
-
     def _blob(self, digest: str) -> Path:
         return self.blobs / digest.removeprefix("sha256:")
-
-
-def _check(data: bytes, digest: str) -> None:
-    if digest_of(data) != digest:
-        raise Unfit(f"the registry sent {digest_of(data)} for {digest}")

@@ -1,7 +1,6 @@
-"""Documents of a registry (index, manifest, configuration) → what is to be fetched for this host. Pure.
+"""Read the documents of a registry (index, manifest, configuration), and choose what is for this host. Pure.
 
-`pull` reads them here before it fetches a layer. Sources: OCI image spec 1.1 (image-index.md, manifest.md,
-config.md), Docker Image Manifest V2, Schema 2.
+Sources: OCI image spec 1.1 (image-index.md, manifest.md, config.md), Docker Image Manifest V2, Schema 2.
 """
 
 from __future__ import annotations
@@ -12,34 +11,40 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from holdfast.errors import WrongState
 from holdfast.grammar.images import DIGEST
+from holdfast.images.formats.layout import CONFIG, INDEXES, digest_of
 
-INDEXES = (
-    "application/vnd.oci.image.index.v1+json",
-    "application/vnd.docker.distribution.manifest.list.v2+json",
-)
-CONFIGS = ("application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json")
+CONFIGS = (CONFIG, "application/vnd.docker.container.image.v1+json")
 SCHEMA1 = "application/vnd.docker.distribution.manifest.v1+"
 LARGEST_CONFIG = 16 << 20  # bytes
-LARGEST_BLOB = 1 << 46  # more is no size but a lie
+LARGEST_BLOB = 1 << 46  # a manifest that claims more lies
 DEEPEST_INDEX = 4
 LISTED = 12  # platforms that an error names
 
-#: Variants of an architecture that this host runs, best first; "": none is given.
+#: What uname(2) calls a machine → what images call its architecture (GOARCH), where the two differ.
+ARCHITECTURES = {
+    "x86_64": "amd64",
+    "aarch64": "arm64",
+    "armv7l": "arm",
+    "armv6l": "arm",
+    "i686": "386",
+    "loongarch64": "loong64",
+}
+#: Variants of an architecture, best first; "": none is given. A machine of one variant runs those behind it, too.
 VARIANTS: Mapping[str, tuple[str, ...]] = {
-    "armv7l": ("v7", "v6", "v5", ""),
-    "armv6l": ("v6", "v5", ""),
-    "aarch64": ("v8", ""),
-    "x86_64": ("", "v1"),
+    "arm": ("v7", "v6", "v5", ""),
+    "arm64": ("v8", ""),
+    "amd64": ("", "v1"),
 }
 
 
-class Unfit(ValueError):
+class Unfit(WrongState):
     """Why an image can't be taken, in words that follow `pull 'app': `."""
 
 
 @dataclass(frozen=True, slots=True)
-class Blob:
+class Descriptor:
     """What a manifest says of one of its parts. size: bytes."""
 
     digest: str
@@ -51,12 +56,24 @@ class Blob:
 class Manifest:
     """What an image consists of; layers lowest first, one may come more than once."""
 
-    config: Blob
-    layers: tuple[Blob, ...]
+    config: Descriptor
+    layers: tuple[Descriptor, ...]
+
+
+def architecture() -> str:
+    """Name this host's architecture as images do (GOARCH)."""
+    machine = os.uname().machine
+    return ARCHITECTURES.get(machine, machine)
+
+
+def check_digest(data: bytes, digest: str) -> None:
+    """Raise Unfit for content that is not what was asked for."""
+    if (found := digest_of(data)) != digest:
+        raise Unfit(f"the registry sent {found} for {digest}")
 
 
 def read_document(data: bytes) -> Mapping[str, Any]:
-    """An index or manifest. Raises Unfit."""
+    """Read an index or manifest. Raises Unfit."""
     try:
         document = json.loads(data)
     except (ValueError, RecursionError):
@@ -68,27 +85,31 @@ def read_document(data: bytes) -> Mapping[str, Any]:
 
 
 def is_index(document: Mapping[str, Any]) -> bool:
+    """Check whether a document lists manifests, and is none."""
     return document.get("mediaType") in INDEXES or ("manifests" in document and "layers" not in document)
 
 
-def choose(index: Mapping[str, Any], architecture: str, machine: str | None = None) -> Blob:
-    """The manifest (or inner index) that is for this host. machine: as uname(2) says it. Raises Unfit."""
+def choose(index: Mapping[str, Any], architecture: str, variant: str | None = None) -> Descriptor:
+    """Choose the manifest (or inner index) for an architecture. variant: None means this host's. Raises Unfit."""
     entries = index.get("manifests")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise Unfit("its index is damaged")
     if not entries:
         raise Unfit("its index is empty: there is no image in it for any platform")
-    variants = VARIANTS.get(machine or os.uname().machine, ("",))
+    if variant is None:
+        variant = "v6" if os.uname().machine == "armv6l" else ""
+    variants = VARIANTS.get(architecture, ("",))
+    variants = variants[variants.index(variant) if variant and variant in variants else 0 :]
     fitting = [
         (variants.index(_platform(entry)[2]), number, entry)
         for number, entry in enumerate(entries)
         if _platform(entry)[:2] == ("linux", architecture) and _platform(entry)[2] in variants
     ]
     if fitting:
-        return _blob(min(fitting)[2])
+        return _descriptor(min(fitting)[2])
     for entry in entries:  # its own configuration, or the index inside, says more
         if "platform" not in entry:
-            return _blob(entry)
+            return _descriptor(entry)
     there = sorted({"/".join(filter(None, _platform(entry))) for entry in entries} - {"unknown/unknown"})
     more = f" and {len(there) - LISTED} more" if len(there) > LISTED else ""
     raise Unfit(
@@ -97,7 +118,7 @@ def choose(index: Mapping[str, Any], architecture: str, machine: str | None = No
 
 
 def read_manifest(data: bytes) -> Manifest:
-    """The manifest of one image. Raises Unfit for what is none, or an artifact of another kind."""
+    """Read the manifest of one image. Raises Unfit for what is none, or an artifact of another kind."""
     document = read_document(data)
     kind = str(document.get("mediaType") or "")
     if kind.startswith(SCHEMA1) or document.get("schemaVersion") == 1:
@@ -110,18 +131,18 @@ def read_manifest(data: bytes) -> Manifest:
     layers = document.get("layers")
     if not isinstance(layers, list):
         raise Unfit("its manifest is damaged: it has no layers")
-    blobs = tuple(_blob(layer) for layer in layers)
+    blobs = tuple(_descriptor(layer) for layer in layers)
     for blob in blobs:
         if "+encrypted" in blob.media_type:
             raise Unfit("its layers are encrypted, which is not supported")
-    parsed = Manifest(_blob(config), blobs)
+    parsed = Manifest(_descriptor(config), blobs)
     if parsed.config.size > LARGEST_CONFIG:
         raise Unfit(f"its configuration has {parsed.config.size} bytes (at most {LARGEST_CONFIG})")
     return parsed
 
 
-def read_diff_ids(config: bytes, manifest: Manifest, architecture: str) -> Sequence[str]:
-    """The digest of each layer's plain archive, in the manifest's order. Raises Unfit; for another platform, too."""
+def read_diff_ids(config: bytes, layers: int, architecture: str) -> Sequence[str]:
+    """Read the digest of each layer's plain archive, lowest first. Raises Unfit, for another platform, too."""
     try:
         document = json.loads(config)
         system, machine = str(document.get("os") or "linux"), str(document.get("architecture") or architecture)
@@ -130,9 +151,9 @@ def read_diff_ids(config: bytes, manifest: Manifest, architecture: str) -> Seque
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Unfit("its configuration is damaged") from None
     if (system, machine) != ("linux", architecture):
-        raise Unfit(f"the image is for {system[:20]}/{machine[:20]} (this host is linux/{architecture})")
-    if not sound or len(diff_ids) != len(manifest.layers):
-        raise Unfit(f"it has {len(manifest.layers)} layers, and {len(diff_ids)} diff ids for them")
+        raise Unfit(f"the image is for {system[:20]}/{machine[:20]} (expected linux/{architecture})")
+    if not sound or len(diff_ids) != layers:
+        raise Unfit(f"it has {layers} layers, and {len(diff_ids)} diff ids for them")
     return list(diff_ids)
 
 
@@ -143,7 +164,7 @@ def _platform(entry: Mapping[str, Any]) -> tuple[str, str, str]:
     return tuple(str(platform.get(key) or "") for key in ("os", "architecture", "variant"))  # type: ignore[return-value]
 
 
-def _blob(descriptor: Any) -> Blob:
+def _descriptor(descriptor: Any) -> Descriptor:
     try:
         digest, size = descriptor["digest"], descriptor["size"]
         media_type = str(descriptor.get("mediaType") or "")
@@ -153,4 +174,4 @@ def _blob(descriptor: Any) -> Blob:
         raise Unfit(f"its manifest names {str(digest)[:80]!r} (expected sha256: and 64 hexadecimal digits)")
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= LARGEST_BLOB:
         raise Unfit(f"its manifest is damaged: {str(size)[:40]!r} is no size")
-    return Blob(digest, size, media_type)
+    return Descriptor(digest, size, media_type)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from holdfast.errors import HoldfastError, Stopping, TryAgain, UnfitHost, WrongState
 from holdfast.grammar.images import Reference
-from holdfast.images.formats.manifests import Blob
+from holdfast.images.formats.manifests import Descriptor
 from holdfast.images.incoming.transfers import Transfer
 from holdfast.images.kept.store import ImageStore
 from holdfast.images.registry.faults import REFUSED, UNFIT, failure
@@ -28,7 +28,7 @@ class Job:
     """A layer that is missing here: what it is plain, and how the registry has it."""
 
     diff_id: str
-    blob: Blob
+    blob: Descriptor
 
 
 @dataclass(slots=True)
@@ -111,7 +111,7 @@ class Fetch:
         self._lock = threading.Lock()
         self._errors: list[Exception] = []
 
-    def small(self, blob: Blob) -> bytes:
+    def small(self, blob: Descriptor) -> bytes:
         """A blob that is no layer, verified. Raises HoldfastError."""
         proxy = None
         try:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from holdfast.errors import NotFound, WrongCall, WrongState
+from holdfast.errors import NotFound, WrongCall
 from holdfast.grammar.images import Reference
-from holdfast.images.formats.archives import Archive, Found, open_archive, open_regular, path_of
+from holdfast.images.formats.archives import ArchivedImage, ImageArchive, open_archive, path_of
+from holdfast.images.formats.layout import CONFIG, LAYER, descriptor, dump, manifest_of, open_regular, reading
+from holdfast.images.formats.manifests import architecture, read_diff_ids
 from holdfast.images.formats.references import parse, parse_changes
-from holdfast.images.kept.image import Image, architecture, plain_manifest, read_diff_ids
+from holdfast.images.kept.image import Image
 from holdfast.images.kept.store import ImageStore
 from holdfast.images.unpacking.unpack import Expected, Unpacked
 
@@ -45,8 +46,8 @@ def import_rootfs(store: ImageStore, tar: Path | int, name: str, changes: Sequen
             "os": "linux",
             "rootfs": {"type": "layers", "diff_ids": [layer.diff_id]},
         }
-        data = json.dumps(document, sort_keys=True).encode()
-        return store.add_image(plain_manifest(data, [layer]), data, [parsed.name], source="import")
+        data = dump(document)
+        return store.add_image(_plain_manifest(data, [layer]), data, [parsed.name], source="import")
 
 
 def load_archive(store: ImageStore, path: Path, name: str | None = None) -> list[Image]:
@@ -90,28 +91,24 @@ def load_reference(store: ImageStore, reference: str, opened: int | None = None)
 
 
 @contextmanager
-def _opened(store: ImageStore, path: Path) -> Iterator[Archive]:
+def _opened(store: ImageStore, path: Path) -> Iterator[ImageArchive]:
     with store.keep(), open_archive(path, store.partial, architecture()) as archive:
         yield archive
 
 
-def _add(store: ImageStore, archive: Archive, found: Found, path: Path, names: Sequence[str]) -> Image:
-    diff_ids = read_diff_ids(found.config, str(path))
-    if len(diff_ids) != len(found.layers):
-        raise WrongState(f"load {str(path)!r}: {len(found.layers)} layers with {len(diff_ids)} diff ids")
+def _add(store: ImageStore, archive: ImageArchive, found: ArchivedImage, path: Path, names: Sequence[str]) -> Image:
+    with reading(f"load {str(path)!r}"):
+        diff_ids = read_diff_ids(found.config, len(found.layers), architecture())
     layers = [_add_layer(store, archive, *each) for each in zip(diff_ids, found.layers, strict=True)]
-    manifest = found.manifest or plain_manifest(found.config, layers)
+    manifest = found.manifest or _plain_manifest(found.config, layers)
     return store.add_image(manifest, found.config, names, source="load")
 
 
-def _add_layer(store: ImageStore, archive: Archive, diff_id: str, member: str) -> Unpacked:
+def _add_layer(store: ImageStore, archive: ImageArchive, diff_id: str, member: str) -> Unpacked:
     if store.has_layer(diff_id):
         return store.layers.facts(diff_id)
-    try:
-        with archive.open(member) as stream:
-            return store.add_layer(stream, Expected(diff_id))
-    except WrongState as error:
-        raise WrongState(f"load {str(archive.files.path)!r}: {error}") from error
+    with reading(f"load {str(archive.path)!r}"), archive.layout.files.open(member) as stream:
+        return store.add_layer(stream, Expected(diff_id))
 
 
 def _means(ref: str, name: str) -> bool:
@@ -119,6 +116,12 @@ def _means(ref: str, name: str) -> bool:
     return name == ref or name.rpartition(":")[2] == ref
 
 
-def _check_named(found: Sequence[Found], path: Path) -> None:
+def _check_named(found: Sequence[ArchivedImage], path: Path) -> None:
     if not all(image.names for image in found):
         raise WrongCall(f"load {str(path)!r}: the image in it has no name (give one)")
+
+
+def _plain_manifest(config: bytes, layers: Sequence[Unpacked]) -> bytes:
+    """Write the manifest of an image that comes without one: its layers are plain archives."""
+    plain = [{"mediaType": LAYER, "digest": each.diff_id, "size": each.size} for each in layers]
+    return manifest_of(descriptor(config, CONFIG), plain)

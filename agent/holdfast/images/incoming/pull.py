@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,11 +22,14 @@ from holdfast.errors import HoldfastError, NotFound, Throttled, TryAgain, UnfitH
 from holdfast.grammar.images import DIGEST, Reference
 from holdfast.grammar.quantities import about
 from holdfast.images.formats.archives import path_of
+from holdfast.images.formats.layout import digest_of
 from holdfast.images.formats.manifests import (
     DEEPEST_INDEX,
-    Blob,
+    Descriptor,
     Manifest,
     Unfit,
+    architecture,
+    check_digest,
     choose,
     is_index,
     read_diff_ids,
@@ -38,7 +40,8 @@ from holdfast.images.formats.references import parse
 from holdfast.images.incoming.fetch import Fetch, Flights, Job
 from holdfast.images.incoming.load import list_archive, load_archive, load_reference
 from holdfast.images.incoming.transfers import Transfer, Transfers
-from holdfast.images.kept.store import Image, ImageStore, architecture
+from holdfast.images.kept.image import Image
+from holdfast.images.kept.store import ImageStore
 from holdfast.images.registry.faults import REFUSED, UNFIT, failure
 from holdfast.images.registry.skopeo import Skopeo, is_loopback
 
@@ -123,7 +126,7 @@ class Puller:
             raise failure(NotFound, f"{error} {more}", error.wait) from error
         with _unfit(ref):
             if reference.digest:
-                _check(top, reference.digest)
+                check_digest(top, reference.digest)
             document = read_document(top)
             for _ in range(DEEPEST_INDEX):
                 if not is_index(document):
@@ -134,7 +137,7 @@ class Puller:
             else:
                 raise Unfit(f"its indexes are nested deeper than {DEEPEST_INDEX}")
             read_manifest(manifest)
-        return Remote(reference, top, _digest(top), manifest, _digest(manifest))
+        return Remote(reference, top, digest_of(top), manifest, digest_of(manifest))
 
     def pull(
         self,
@@ -256,19 +259,19 @@ class Puller:
             return bool(self.store.resolve(ref))
         return False
 
-    def _document(self, reference: Reference, blob: Blob, ref: str, deadline: float | None) -> bytes:
+    def _document(self, reference: Reference, blob: Descriptor, ref: str, deadline: float | None) -> bytes:
         """A manifest, or an index in an index: from the store where it is here."""
         with suppress(NotFound):
             return self.store.read_blob(blob.digest)
         data = self.skopeo.manifest(reference, reference.at(blob.digest), ref, deadline)
-        _check(data, blob.digest)
+        check_digest(data, blob.digest)
         return data
 
     def _pull(self, ref: str, remote: Remote, fetch: Fetch, transfer: Transfer, news: _News) -> Image:
         with _unfit(ref):
             manifest = read_manifest(remote.manifest)
             config = self._config(manifest, fetch)
-            diff_ids = read_diff_ids(config, manifest, architecture())
+            diff_ids = read_diff_ids(config, len(manifest.layers), architecture())
         jobs = self._missing(manifest, diff_ids, transfer)
         began = time.monotonic()
         if jobs:
@@ -292,7 +295,7 @@ class Puller:
         with suppress(NotFound):
             return self.store.read_blob(manifest.config.digest)
         data = fetch.small(manifest.config)
-        _check(data, manifest.config.digest)
+        check_digest(data, manifest.config.digest)
         return data
 
     def _missing(self, manifest: Manifest, diff_ids: Sequence[str], transfer: Transfer) -> list[Job]:
@@ -325,8 +328,8 @@ class Puller:
         layers = [layer.digest for layer in manifest.layers]
         with self.store.scratch() as scratch:
             checked = self.skopeo.check_policy(remote.reference, layers, ref, scratch)
-        if _digest(checked) != remote.digest:
-            raise TryAgain(f"pull {ref!r}: the tag has moved to {_digest(checked)} meanwhile")
+        if digest_of(checked) != remote.digest:
+            raise TryAgain(f"pull {ref!r}: the tag has moved to {digest_of(checked)} meanwhile")
 
 
 class _News:
@@ -371,12 +374,3 @@ def _unfit(ref: str) -> Iterator[None]:
         yield
     except Unfit as error:
         raise failure(WrongState, f"pull {ref!r}: {error}", UNFIT) from error
-
-
-def _check(data: bytes, digest: str) -> None:
-    if _digest(data) != digest:
-        raise Unfit(f"the registry sent {_digest(data)} for {digest}")
-
-
-def _digest(data: bytes) -> str:
-    return f"sha256:{sha256(data).hexdigest()}"

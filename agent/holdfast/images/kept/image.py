@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import stat
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from holdfast.errors import WrongState
-from holdfast.images.formats.references import to_digest
 from holdfast.images.kept.lookup import find, read_small
-from holdfast.images.unpacking.unpack import Unpacked
-
-ARCHITECTURES = {
-    "x86_64": "amd64",
-    "aarch64": "arm64",
-    "armv7l": "arm",
-    "armv6l": "arm",
-    "i686": "386",
-    "riscv64": "riscv64",
-    "ppc64le": "ppc64le",
-    "s390x": "s390x",
-    "loongarch64": "loong64",
-}
-MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-CONFIG = "application/vnd.oci.image.config.v1+json"
-LAYER = "application/vnd.oci.image.layer.v1.tar"
 
 Source = Literal["registry", "load", "import", "build", "commit", "bundle", "tag"]
 #: Who uses images: digests, or digest → users; as a call, it is asked again when nothing can change any more.
@@ -104,36 +84,6 @@ class Freed:
         return Freed(self.images + other.images, self.layers + other.layers, self.size + other.size)
 
 
-def architecture() -> str:
-    """This host's architecture as images name it (GOARCH)."""
-    machine = os.uname().machine
-    return ARCHITECTURES.get(machine, machine)
-
-
-def plain_manifest(config: bytes, layers: Sequence[Unpacked]) -> bytes:
-    """The manifest of an image that comes without one: its layers are plain archives."""
-    document = {
-        "schemaVersion": 2,
-        "mediaType": MANIFEST,
-        "config": {"mediaType": CONFIG, "digest": f"sha256:{sha256(config).hexdigest()}", "size": len(config)},
-        "layers": [{"mediaType": LAYER, "digest": each.diff_id, "size": each.size} for each in layers],
-    }
-    return json.dumps(document, sort_keys=True).encode()
-
-
-def read_diff_ids(config: bytes, what: str) -> list[str]:
-    """The layers that a configuration names, lowest first. Raises WrongState if they are not for this host."""
-    try:
-        document = json.loads(config)
-        machine, system = document["architecture"], document.get("os", "linux")
-        diff_ids = [to_digest(diff_id) for diff_id in document["rootfs"]["diff_ids"]]
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise WrongState(f"load {what!r}: damaged image configuration: {error!r}") from error
-    if (system, machine) != ("linux", architecture()):
-        raise WrongState(f"load {what!r}: the image is for {system}/{machine} (this host is linux/{architecture()})")
-    return diff_ids
-
-
 def whole_history(history: Sequence[Mapping[str, Any]], layers: int) -> list[Mapping[str, Any]]:
     """The steps of an image of so many layers, with one that is not known for each layer that they do not tell of.
 
@@ -148,19 +98,6 @@ def users_of(in_use: InUse) -> Mapping[str, Collection[str]]:
     """digest → who uses it, however that is told."""
     found = in_use() if callable(in_use) else in_use
     return found if isinstance(found, Mapping) else dict.fromkeys(found, ())
-
-
-def check_manifest(manifest: bytes, config: bytes, diff_ids: Sequence[str], what: str) -> None:
-    """Raise WrongState unless manifest and configuration belong together."""
-    try:
-        document = json.loads(manifest)
-        named, count = document["config"]["digest"], len(document["layers"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise WrongState(f"store image {what!r}: damaged manifest: {error!r}") from error
-    if named != (found := f"sha256:{sha256(config).hexdigest()}"):
-        raise WrongState(f"store image {what!r}: its configuration is {found} (its manifest says {named})")
-    if count != len(diff_ids):
-        raise WrongState(f"store image {what!r}: {count} layers with {len(diff_ids)} diff ids")
 
 
 def listing(blob: bytes) -> tuple[str, ...] | None:

@@ -24,14 +24,15 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from holdfast.config import ImageSettings
-from holdfast.errors import Conflict, NotFound, TryAgain, WrongCall
+from holdfast.errors import Conflict, NotFound, TryAgain, WrongCall, WrongState
 from holdfast.grammar.images import DIGEST, familiar
 from holdfast.images.disk import Locks, spread, write_whole
+from holdfast.images.formats.layout import digest_of, reading
+from holdfast.images.formats.manifests import architecture, read_diff_ids, read_manifest
 from holdfast.images.formats.references import parse, to_digest
 from holdfast.images.kept.image import (
     Freed,
@@ -39,18 +40,13 @@ from holdfast.images.kept.image import (
     InUse,
     Name,
     Source,
-    architecture,
-    check_manifest,
     listing,
     moment,
-    read_diff_ids,
     read_name,
     users_of,
 )
 from holdfast.images.kept.layers import HEX, LayerStore, Progress
 from holdfast.images.unpacking.unpack import Expected, Unpacked
-
-__all__ = ["Freed", "Image", "ImageStore", "Name", "architecture"]
 
 PATIENCE = 5.0  # seconds
 SHORT = re.compile("(?:sha256:)?([0-9a-f]{6,64})")  # of a digest, as people copy it from a list
@@ -202,10 +198,14 @@ class ImageStore:
         the manifest's, or is not for this host; NotFound for a layer that is not here.
         """
         full = [each.name for each in map(parse, names) if not each.digest]  # a digest leads here without a name
-        digest = f"sha256:{sha256(manifest).hexdigest()}"
+        digest = digest_of(manifest)
         what = full[0] if full else digest
-        diff_ids = read_diff_ids(config, what)
-        check_manifest(manifest, config, diff_ids, what)
+        with reading(f"store image {what!r}"):
+            parsed = read_manifest(manifest)
+            if parsed.config.digest != digest_of(config):
+                found = digest_of(config)
+                raise WrongState(f"its configuration is {found} (its manifest says {parsed.config.digest})")
+            diff_ids = read_diff_ids(config, len(parsed.layers), architecture())
         with self.keep():
             missing = [each for each in diff_ids if not self.has_layer(each)]
             if missing:
@@ -408,7 +408,7 @@ class ImageStore:
         return needed
 
     def _add_blob(self, data: bytes) -> str:
-        digest = f"sha256:{sha256(data).hexdigest()}"
+        digest = digest_of(data)
         write_whole(self._blob(digest), data)
         return digest
 

@@ -8,12 +8,11 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from hashlib import sha256
 from typing import Any
 
-from holdfast.images.kept.image import CONFIG, LAYER, MANIFEST, Image, whole_history
+from holdfast.images.formats.layout import CONFIG, LAYER, Sink, descriptor, manifest_of
+from holdfast.images.kept.image import Image, whole_history
 from holdfast.images.kept.store import ImageStore
-from holdfast.images.outgoing.write import Sink
 from holdfast.images.unpacking.unpack import Unpacked
 
 APPENDED = ("Env", "Labels", "ExposedPorts", "Volumes")  # of a configuration: what is added to, not replaced
@@ -105,13 +104,8 @@ def _taken(store: ImageStore, write: Callable[[Sink], None]) -> Unpacked:
 def _manifest(base: Image, config: bytes, layer: Unpacked) -> bytes:
     """The layers of the base keep their descriptors: a registry that has them need not be sent them again."""
     below = [{**each, "mediaType": _oci_type(str(each.get("mediaType", "")))} for each in base.manifest["layers"]]
-    document = {
-        "schemaVersion": 2,
-        "mediaType": MANIFEST,
-        "config": {"mediaType": CONFIG, "digest": f"sha256:{sha256(config).hexdigest()}", "size": len(config)},
-        "layers": [*below, {"mediaType": LAYER, "digest": layer.diff_id, "size": layer.size}],
-    }
-    return json.dumps(document, sort_keys=True).encode()
+    layers = [*below, {"mediaType": LAYER, "digest": layer.diff_id, "size": layer.size}]
+    return manifest_of(descriptor(config, CONFIG), layers)
 
 
 def _oci_type(media_type: str) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.errors import UnfitHost, WrongState
-from holdfast.images.outgoing.write import BLOCK, Sink
+from holdfast.images.formats.layout import BLOCK, Sink
 from holdfast.images.unpacking.unpack import OPAQUE_XATTR, is_whiteout
 
 WHITEOUT, OPAQUE = b".wh.", b".wh..wh..opq"
