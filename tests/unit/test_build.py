@@ -190,36 +190,23 @@ def test_a_buildah_is_trusted_by_its_version(said: str, safe: bool) -> None:
 
 R = "127.0.0.1:5941"
 PULL = f"Error: creating build container: initializing source docker://{R}/nonono:1: "
-TRIED = 'time="2026-11-21T12:32:43Z" level=warning msg="Failed, retrying in 2s ... (1/3). Error: initializing source '
-STEP_DUMP = (
-    '&imagebuilder.Step{Env:[]string{"A=b{}", "PATH=/bin"}, Command:"%s", Args:[]string{""}, Flags:[]string{}, '
-    'Attrs:map[string]bool(nil), Message:"%s ", Original:"%s"}'
-)
-GONE = ": no such file or directory"
 CONTEXT = 'checking on sources under "/var/lib/holdfast/builds/work/5504/context": '
-MERGED = 'checking on sources under "/var/lib/holdfast/builds/storage/overlay/9b05aca6/merged": '
-
-
-def unknown(word: str, line: str) -> str:
-    dump = STEP_DUMP % (word.lower(), word, line)
-    return f'Error: building at STEP "{word} ": Build error: Unknown instruction: "{word}" {dump}'
 
 
 @pytest.mark.parametrize(
     ("steps", "errors", "kind", "line"),
     [
-        (  # a base that can't be had
+        (  # an image that can't be had
             [f"STEP 1/1: FROM {R}/nonono:1"],
             [f"{PULL}reading manifest 1 in {R}/nonono: manifest unknown: manifest unknown"],
             NotFound,
-            f"FROM {R}/nonono:1: the registry has no such image (404)",
+            f"FROM {R}/nonono:1: manifest unknown",
         ),
         (
             [f"[1/2] STEP 1/2: FROM {R}/nonono:1 AS unauthorized"],
             [f"{PULL}reading manifest 1 in {R}/nonono: unauthorized: authentication required"],
             UnfitHost,
-            f"FROM {R}/nonono:1 AS unauthorized: the registry wants a login and has none, or a wrong one, from here "
-            "(401; `skopeo login`, or authfile in [images] of agent.toml)",
+            f"FROM {R}/nonono:1 AS unauthorized: unauthorized: authentication required",
         ),
         (
             ["STEP 1/1: FROM nowhere.invalid/x:1"],
@@ -230,89 +217,22 @@ def unknown(word: str, line: str) -> str:
                 "nowhere.invalid on 10.255.255.53:53: no such host",
             ],
             Unreachable,
-            "FROM nowhere.invalid/x:1: no host is called 'nowhere.invalid' (DNS)",
-        ),
-        (
-            [f"STEP 2/2: COPY --from={R}/nonono:1 /a /"],
-            [
-                f"{TRIED}docker://{R}/nonono:1: pinging container registry {R}: Get \\\"http://{R}/v2/\\\": dial tcp "
-                f'{R}: connect: connection refused"',
-                f"Error: COPY --from={R}/nonono:1: no stage or image found with that name",
-            ],
-            Unreachable,
-            f"COPY --from={R}/nonono:1: nobody listens there (connection refused)",
+            "FROM nowhere.invalid/x:1: lookup nowhere.invalid on 10.255.255.53:53: no such host",
         ),
         (
             ["STEP 2/2: COPY --from=nonono /a /"],
             ["Error: COPY --from=nonono: no stage or image found with that name"],
             WrongState,
-            "COPY --from=nonono: no stage is called so, and no such image could be had",
-        ),
-        (
-            ["STEP 1/1: FROM nonono:1"],
-            [
-                'Error: creating build container: short-name "nonono:1" did not resolve to an alias and no '
-                'unqualified-search registries are defined in "/etc/containers/registries.conf"'
-            ],
-            WrongState,
-            "FROM nonono:1: no stage and no image here is called so, and it names no registry (expected "
-            "docker.io/library/nonono:1, say)",
-        ),
-        (
-            [f"STEP 1/1: FROM {R}/nonono:1"],
-            [f"Error: creating build container: {R}/nonono:1: image not known"],
-            WrongState,
-            f"FROM {R}/nonono:1: no such image here, and none is to be pulled (expected it to be loaded, or another "
-            "`pull`)",
-        ),
-        (
-            ["STEP 1/1: FROM NoNo:1"],
-            ["Error: creating build container: repository name must be lowercase"],
-            WrongState,
-            "FROM NoNo:1: repository name must be lowercase",
-        ),
-        (  # what this buildah does not know
-            ["STEP 1/2: FROM scratch", "STEP 2/2: RUNN foo}bar {Original:x}"],
-            [unknown("RUNN", "RUNN foo}bar {Original:x}")],
-            WrongState,
-            "RUNN foo}bar {Original:x}: unknown instruction 'RUNN'",
-        ),
-        (
-            ["STEP 2/5: RUN cat > /x <<EOF", "STEP 3/5: hello there"],
-            [unknown("HELLO", "hello there")],
-            WrongState,
-            "hello there: unknown instruction 'HELLO' (this buildah has no heredocs)",
-        ),
-        (
-            ["STEP 4/6: COPY <<EOF /etc/x"],
-            [
-                f'Error: building at STEP "COPY <<EOF /etc/x": {CONTEXT}copier: stat: "/<<EOF"{GONE}',
-            ],
-            WrongState,
-            "COPY <<EOF /etc/x: this buildah has no heredocs",
+            "COPY --from=nonono /a /: COPY --from=nonono: no stage or image found with that name",
         ),
         (  # what is to be copied is not there
             ["STEP 2/2: COPY secret1 /"],
-            [f'Error: building at STEP "COPY secret1 /": {CONTEXT}copier: stat: "/secret1"{GONE}'],
-            WrongState,
-            "COPY secret1 /: 'secret1' is not in the context (or .dockerignore leaves it out)",
-        ),
-        (
-            ["STEP 2/2: COPY no* /"],
             [
-                f"Error: building at STEP \"COPY no* /\": {CONTEXT}Rel: can't make  relative to /var/lib; copier: "
-                'stat: ["/no*"]: no such file or directory'
+                f'Error: building at STEP "COPY secret1 /": {CONTEXT}copier: stat: "/secret1": no such file or '
+                "directory"
             ],
             WrongState,
-            "COPY no* /: 'no*' is not in the context (or .dockerignore leaves it out)",
-        ),
-        (
-            ["[2/2] STEP 2/2: COPY --from=tools /nono /"],
-            [
-                f'Error: building at STEP "COPY --from=tools /nono /": {MERGED}copier: stat: "/nono"{GONE}',
-            ],
-            WrongState,
-            "COPY --from=tools /nono /: '/nono' is not in 'tools'",
+            'COPY secret1 /: "/secret1": no such file or directory',
         ),
         (  # what a step said
             ["STEP 1/2: RUN make", "angry", "STEP 2/2: RUN exit 3"],
@@ -347,7 +267,7 @@ def unknown(word: str, line: str) -> str:
                 "storage36/1: no space left on device"
             ],
             WrongState,
-            "COPY big {} /: its layer can't be written: no space left on device (see 'holdfast system df')",
+            "COPY big {} /: write /x/work/storage36/1: no space left on device (see 'holdfast system df')",
         ),
         (
             [],
@@ -355,16 +275,26 @@ def unknown(word: str, line: str) -> str:
                 'time="2026-11-21T12:32:43Z" level=fatal msg="writing blob: write /tmp/x: no space left on device"',
             ],
             WrongState,
-            "writing blob: write /tmp/x: no space left on device (see 'holdfast system df')",
+            "write /tmp/x: no space left on device (see 'holdfast system df')",
+        ),
+        (
+            ["STEP 1/1: RUN " + "x" * 100],
+            ["Error: is too long"],
+            WrongState,
+            f"RUN {'x' * 76}…: is too long",
         ),
     ],
 )  # fmt: skip
 def test_what_buildah_says_becomes_one_line(steps: list[str], errors: list[str], kind: type, line: str) -> None:
-    dockerfile = "FROM scratch\nRUN cat > /x <<EOF\nhello there\nEOF\nRUNN foo\n"
-    error = failed("site/web", Failed(1, steps, errors), Path("/logs/web.log"), dockerfile)
+    error = failed("site/web", Failed(1, steps, errors), Path("/logs/web.log"))
     assert str(error) == f"build 'images.site/web': {line} (all of it is in /logs/web.log)"
     assert type(error) is kind
-    assert (error.retry, error.wait >= 60) == (True, True)
+    assert (error.retry, error.wait) == (True, 60)
+
+
+def test_a_limit_that_a_build_ran_into_is_told_instead_of_its_words() -> None:
+    error = failed("site/web", Failed(137, ["STEP 1/1: RUN make"], ["Killed"], "it needs more memory"), Path("/l"))
+    assert str(error) == "build 'images.site/web': RUN make: it needs more memory (all of it is in /l)"
 
 
 def test_nothing_is_built_where_too_little_is_free(tmp_path: Path) -> None:

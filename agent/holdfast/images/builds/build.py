@@ -262,7 +262,7 @@ class Builder:
         with self._turn(), self._logged(name) as log:
             began = time.monotonic()
             self.told("build", subject, f"building from {build.context or '.'} ({build.dockerfile})")
-            with self._failing(name, _dockerfile(build, blobs)), self._scratch(buildah) as folder:
+            with self._failing(name), self._scratch(buildah) as folder:
                 id = self._make(folder, name, images, blobs, log.hear, bases)
                 with self.store.keep():
                     image = self._take(buildah, folder, id, built_name(name, build))
@@ -452,12 +452,12 @@ class Builder:
             )
 
     @contextmanager
-    def _failing(self, name: str, dockerfile: str = "") -> Iterator[None]:
+    def _failing(self, name: str) -> Iterator[None]:
         """Say in one line what fails in the block, in which image, and when a next try makes sense."""
         try:
             yield
         except Failed as error:
-            raise failed(name, error, self.logs / f"{name}.log", dockerfile) from error
+            raise failed(name, error, self.logs / f"{name}.log") from error
         except OSError as error:
             cause = (error.strerror or str(error)).lower()
             raise failure(UnfitHost, f"build 'images.{name}': {cause}{hint_of(cause)}", RETRY) from error

@@ -15,8 +15,8 @@ from holdfast.grammar.images import Reference
 from holdfast.images.formats.manifests import Descriptor
 from holdfast.images.incoming.transfers import Transfer
 from holdfast.images.kept.store import ImageStore
-from holdfast.images.registry.faults import REFUSED, UNFIT, failure
-from holdfast.images.registry.proxy import Proxy, ProxyError
+from holdfast.images.registry.faults import REFUSED, UNFIT, SkopeoError, failure
+from holdfast.images.registry.proxy import Proxy
 from holdfast.images.registry.skopeo import Skopeo
 from holdfast.images.unpacking.unpack import Expected
 
@@ -120,7 +120,7 @@ class Fetch:
         except BaseException as error:
             if proxy:
                 self._skopeo.end(proxy)
-            if isinstance(error, ProxyError):
+            if isinstance(error, SkopeoError):
                 raise self._skopeo.explain(error, self._reference, self._as_written) from error
             raise
         self._put_back(proxy)
@@ -229,7 +229,7 @@ class Fetch:
         except BaseException as error:
             if proxy:
                 self._skopeo.end(proxy)
-            if isinstance(error, ProxyError):
+            if isinstance(error, SkopeoError):
                 if self._store.has_layer(job.diff_id):  # another process was faster, and so nobody read the rest
                     return
                 raise self._skopeo.explain(error, self._reference, self._as_written) from error

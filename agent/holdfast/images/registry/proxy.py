@@ -17,18 +17,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-from holdfast.images.registry.faults import ENDED, message_of
+from holdfast.images.registry.faults import SILENT, SkopeoError, message_of
 
 LARGEST_REPLY = 64 << 10
 TICK = 0.25  # seconds between looks at what can end a wait from outside
-
-
-class ProxyError(Exception):
-    """skopeo's own words about what failed; `faults.explain` makes sense of them."""
-
-
-class _Silence(ProxyError):
-    """skopeo did not answer in time."""
 
 
 class Proxy:
@@ -75,7 +67,7 @@ class Proxy:
         """A descriptor of the content, which ends where the blob ends; verified when the block ends.
 
         An error of the block is kept, unless skopeo says why there was less to read than there should have been.
-        Raises ProxyError. After any error the process is of no more use.
+        Raises SkopeoError. After any error the process is of no more use.
         """
         self._send("GetBlob", self._image, digest, size)
         reply, pipe = self._receive()
@@ -87,7 +79,7 @@ class Proxy:
                 os.close(pipe)
         except Exception as error:
             if (words := self._last_words()) is not None:
-                raise ProxyError(words) from error
+                raise SkopeoError(words) from error
             raise
         self._receive()
 
@@ -116,11 +108,8 @@ class Proxy:
         """Why the content ended early, if skopeo gave it up by itself; None where it is us who stopped reading."""
         try:
             self._receive(patience=1.0)
-        except _Silence:
-            return None
-        except ProxyError as error:
-            words = str(error)
-            return None if "broken pipe" in words else words
+        except SkopeoError as error:
+            return None if error.fault is SILENT or "broken pipe" in str(error) else str(error)
         return None
 
     def _send(self, method: str, *args: Any) -> None:
@@ -128,7 +117,7 @@ class Proxy:
         try:
             self._socket.send(request)
         except OSError as error:
-            raise ProxyError(self._dying_words()) from error
+            raise SkopeoError(self._dying_words()) from error
 
     def _receive(self, patience: float | None = None) -> tuple[dict[str, Any], int]:
         """The next reply, and the descriptor that came with it (-1: none)."""
@@ -136,16 +125,16 @@ class Proxy:
         try:
             data, descriptors, _, _ = socket.recv_fds(self._socket, LARGEST_REPLY, 1)
         except OSError as error:
-            raise ProxyError(self._dying_words()) from error
+            raise SkopeoError(self._dying_words()) from error
         if not data:
-            raise ProxyError(self._dying_words())
+            raise SkopeoError(self._dying_words())
         for descriptor in descriptors:
             os.set_inheritable(descriptor, False)
         reply: dict[str, Any] = json.loads(data)
         if not reply.get("success"):
             for descriptor in descriptors:
                 os.close(descriptor)
-            raise ProxyError(str(reply.get("error") or "unknown error"))
+            raise SkopeoError(str(reply.get("error") or "unknown error"))
         return reply, descriptors[0] if descriptors else -1
 
     def _wait(self, descriptor: int, deadline: float) -> None:
@@ -154,14 +143,14 @@ class Proxy:
         while not poll.poll(TICK * 1000):
             self._look(self._logged())
             if time.monotonic() >= deadline:
-                raise _Silence("i/o timeout")
+                raise SkopeoError(SILENT.words, SILENT)
 
     def _dying_words(self) -> str:
         try:
             self.process.wait(1.0)
         except subprocess.TimeoutExpired:
             return "connection reset by skopeo"
-        return message_of(self._logged()) or f"{ENDED} {self.process.returncode}"
+        return message_of(self._logged()) or f"skopeo ended with {self.process.returncode}"
 
     def _logged(self) -> str:
         size = os.fstat(self._log.fileno()).st_size

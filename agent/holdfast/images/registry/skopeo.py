@@ -28,10 +28,10 @@ from holdfast.config import ImageSettings
 from holdfast.errors import HoldfastError, Stopping, UnfitHost, WrongCall
 from holdfast.grammar.images import DIGEST, Reference
 from holdfast.images.formats.references import parse
-from holdfast.images.registry.faults import ENDED, explain, failure, message_of
-from holdfast.images.registry.proxy import Proxy, ProxyError
+from holdfast.images.registry.faults import BUSY, SILENT, Fault, SkopeoError, explain, failure, message_of
+from holdfast.images.registry.proxy import Proxy
 
-BUSY = "Too many requests to "  # skopeo then waits by itself, for minutes
+WAITING = "Too many requests to "  # skopeo then waits by itself, for minutes
 DIR_VERSION = "version"  # the first file that a `dir:` destination writes
 #: Has containers/image remember in memory which registry has which blob (pkg/blobinfocache): otherwise each blob is
 #: noted and synced in a file of the host's, for which all processes wait and which we never ask.
@@ -172,10 +172,12 @@ class Skopeo:
             self._running.discard(proxy.process)
 
     def explain(
-        self, error: ProxyError, reference: Reference, as_written: str, operation: str = "pull"
+        self, error: SkopeoError, reference: Reference, as_written: str, operation: str = "pull"
     ) -> HoldfastError:
-        """Our error for one of the proxy's."""
-        return self._ended() or explain(str(error), operation, as_written, noise(reference, as_written))
+        """Make our error for one of skopeo's."""
+        if self._closed:
+            return Stopping("run 'skopeo': the agent is stopping")
+        return explain(error, operation, as_written, noise(reference, as_written))
 
     def _run(
         self,
@@ -194,7 +196,7 @@ class Skopeo:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             process = self._start(words, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
             try:
-                text = self._wait(process, err, deadline, long=long, tick=tick)
+                fault = self._wait(process, err, deadline, long=long, tick=tick)
             finally:
                 if process.poll() is None:
                     process.kill()
@@ -204,8 +206,8 @@ class Skopeo:
             if process.returncode == 0:
                 out.seek(0)
                 return out.read()
-            text = text or message_of(_read(err)) or f"{ENDED} {process.returncode}"
-        raise self._ended() or explain(text, operation, as_written, noise(reference, as_written))
+            said = fault.words if fault else message_of(_read(err)) or f"skopeo ended with {process.returncode}"
+        raise self.explain(SkopeoError(said, fault), reference, as_written, operation)
 
     def _wait(
         self,
@@ -215,8 +217,8 @@ class Skopeo:
         *,
         long: bool,
         tick: Callable[[], None] | None,
-    ) -> str:
-        """Wait for the end; "", or what is to be said of a command that is given up."""
+    ) -> Fault | None:
+        """Wait for the end; returns why a command is given up before."""
         poll, moved, look_at = select.poll(), (time.monotonic(), -1), time.monotonic() + TICK
         descriptor = os.pidfd_open(process.pid)
         try:
@@ -227,15 +229,15 @@ class Skopeo:
                 if (now := time.monotonic()) < look_at:
                     continue
                 look_at = now + TICK
-                if BUSY in _read(log):
-                    return "too many requests"
+                if WAITING in _read(log):
+                    return BUSY
                 if long and (count := _transferred(process.pid)) != moved[1]:
                     moved = (now, count)
                 if now - moved[0] >= self.settings.stall_timeout or (deadline is not None and now >= deadline):
-                    return "i/o timeout"
+                    return SILENT
         finally:
             os.close(descriptor)
-        return ""
+        return None
 
     def _start(self, words: Sequence[str], **streams: Any) -> subprocess.Popen[bytes]:
         """Start skopeo as a child that dies with the agent. Raises UnfitHost."""
@@ -290,9 +292,6 @@ class Skopeo:
         own = Path(os.environ.get("HOME") or "/root", ".config/containers/policy.json")
         return self.settings.policy or (own if os.path.exists(own) else SYSTEM / "policy.json")  # noqa: PTH110
 
-    def _ended(self) -> HoldfastError | None:
-        return Stopping("run 'skopeo': the agent is stopping") if self._closed else None
-
 
 SYSTEM = Path("/etc/containers")
 
@@ -331,8 +330,8 @@ def _spawn(words: Sequence[str], streams: Mapping[str, Any]) -> subprocess.Popen
 
 
 def _raise_busy(log: str) -> None:
-    if BUSY in log:
-        raise ProxyError("too many requests")
+    if WAITING in log:
+        raise SkopeoError(BUSY.words, BUSY)
 
 
 def _read(log: BinaryIO) -> str:
