@@ -89,21 +89,19 @@ CASES = {
     "401": Case("", UNAUTHORIZED, UnfitHost, "(401: `skopeo login`", 60),
     "401 for the image alone": Case("manifests", UNAUTHORIZED, UnfitHost, "(401: `skopeo login`", 60),
     "403": Case("manifests", Answer(403, error("DENIED", "access denied")), UnfitHost, "(403)", 60),
-    "404": Case("manifests", Answer(404, error("MANIFEST_UNKNOWN", "x")), NotFound, "(404: the registry does not have it)", 60),
-    "404 without words": Case("manifests", Answer(404, b"gone"), NotFound, "(404: the registry does not have it)", 60),
+    "404": Case("manifests", Answer(404, error("MANIFEST_UNKNOWN", "x")), NotFound, "(404: ", 60),
+    "404 without words": Case("manifests", Answer(404, b"gone"), NotFound, "(404: ", 60),
     "429": Case("manifests", BUSY, Throttled, "(429)", 30),
     "429 without a time": Case("manifests", replace(BUSY, headers={}), Throttled, "(429)", 60),
     "429 for a blob": Case(BLOBS, BUSY, Throttled, "(429)", 60),
     "500": Case("manifests", Answer(500, b"oh"), TryAgain, "500 Internal Server Error"),
     "503": Case("manifests", Answer(503, PAGE.body), TryAgain, "503 Service Unavailable"),
     "500 for a blob": Case(BLOBS, Answer(500, b"oh"), TryAgain, "500"),
-    "404 for a blob": Case(
-        BLOBS, Answer(404, error("BLOB_UNKNOWN", "x")), NotFound, "(404: the registry does not have it)", 60
-    ),
+    "404 for a blob": Case(BLOBS, Answer(404, error("BLOB_UNKNOWN", "x")), NotFound, "(404: ", 60),
     "403 for a blob": Case(BLOBS, Answer(403, b"<Error>Denied</Error>"), UnfitHost, "(403)", 60),
     "a page for the manifest": Case("manifests", PAGE, WrongState, "sent a web page (expected a manifest)", 300),
     "a page for everything": Case("", PAGE, WrongState, "sent a web page", 300),
-    "an error page": Case("manifests", replace(PAGE, status=404), NotFound, "(404: the registry does not have it)", 60),
+    "an error page": Case("manifests", replace(PAGE, status=404), NotFound, "(404: ", 60),
     "a page for a blob": Case(BLOBS, PAGE, WrongState, "", 300),
     "silence": Case("manifests", Answer(mute=True), Unreachable, "does not answer"),
     "a hang": Case("manifests", Answer(length=100, hang=True), Unreachable, "does not answer"),
@@ -346,9 +344,7 @@ def test_certificates_and_passwords_are_checked(
         fails(new_puller(), f"{expired.address}/app", UnfitHost, "certificate has expired", 60)
         fails(new_puller(), ref, UnfitHost, "(401: `skopeo login`", 60)
         wrong = login_file(tmp_path / "wrong.json", proper.address, "user:guess")
-        fails(
-            new_puller(QUICK.model_copy(update={"authfile": wrong})), ref, UnfitHost, "(401: `skopeo login`", 60
-        )
+        fails(new_puller(QUICK.model_copy(update={"authfile": wrong})), ref, UnfitHost, "(401: `skopeo login`", 60)
         right = login_file(tmp_path / "right.json", proper.address, "user:secret")
         assert len(new_puller(QUICK.model_copy(update={"authfile": right})).pull(ref).layers) == 2
         (tmp_path / ".docker").mkdir()

@@ -12,20 +12,15 @@ from pathlib import Path
 import pytest
 
 from holdfast.cli.checkup import programs
-from holdfast.config import ImageSettings
-from holdfast.drivers import Host
 from holdfast.errors import NotFound, UnfitHost, Unreachable, WrongState
 from holdfast.images.builds import build as rooms
 from holdfast.images.builds import buildlog
-from holdfast.images.builds.build import Builder, built_name, check_platforms, lay_out
+from holdfast.images.builds.build import built_name, check_platforms, lay_out
 from holdfast.images.builds.buildah import Failed
 from holdfast.images.builds.buildlog import Log, failed
 from holdfast.images.builds.hazards import check_mounts, is_safe, parse_version
-from holdfast.images.builds.outside import Outside
 from holdfast.images.formats.manifests import architecture
 from holdfast.images.formats.references import parse
-from holdfast.images.incoming.pull import Puller
-from holdfast.images.kept.store import ImageStore
 from holdfast.runtime import binaries
 from holdfast.runtime.binaries import version_in
 from holdfast.spec.model import Build
@@ -295,18 +290,6 @@ def test_what_buildah_says_becomes_one_line(steps: list[str], errors: list[str],
 def test_a_limit_that_a_build_ran_into_is_told_instead_of_its_words() -> None:
     error = failed("site/web", Failed(137, ["STEP 1/1: RUN make"], ["Killed"], "it needs more memory"), Path("/l"))
     assert str(error) == "build 'images.site/web': RUN make: it needs more memory (all of it is in /l)"
-
-
-def test_nothing_is_built_where_too_little_is_free(tmp_path: Path) -> None:
-    settings, host = ImageSettings(min_free=1 << 62), Host("t", tmp_path / "root", tmp_path / "run")
-    store = ImageStore(tmp_path / "images")
-    builder = Builder(store, settings, host, print, Outside(store, Puller(store, settings)))
-    builder.buildah("shop").folder.mkdir(parents=True)
-    with pytest.raises(
-        UnfitHost, match=r"^build 'images.shop/web': not enough space .* MiB free.* system prune"
-    ) as caught:
-        builder._check_room("shop/web")
-    assert (caught.value.retry, caught.value.wait) == (True, 60)
 
 
 @pytest.mark.parametrize(

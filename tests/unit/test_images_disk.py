@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.images.disk import lock
+from holdfast.errors import UnfitHost
+from holdfast.images.disk import check_room, lock
 from holdfast.images.kept.store import ImageStore
 
 
@@ -56,3 +57,11 @@ def test_a_lock_that_was_not_had_in_time_is_not_taken_later(tmp_path: Path) -> N
         assert not lock(last, 0.01)
     with (tmp_path / "lock").open() as file:
         assert lock(file.fileno(), 5)
+
+
+def test_where_too_little_is_free_nothing_is_begun(tmp_path: Path) -> None:
+    check_room(tmp_path, 1, 1, "pull 'app'")
+    for needed, least in ((1 << 62, 0), (0, 1 << 62)):
+        with pytest.raises(UnfitHost, match=r"^pull 'app': not enough space in '.* free, .*system prune") as caught:
+            check_room(tmp_path, needed, least, "pull 'app'")
+        assert (caught.value.retry, caught.value.wait) == (True, 60)

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from holdfast.errors import UnfitHost
+from holdfast.grammar.quantities import about
+
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_TOPDIR_FL = 0x80086601, 0x40086602, 0x00020000  # linux/fs.h, on 64 bits
 
 
@@ -64,6 +67,20 @@ def lock(descriptor: int, wait: float = math.inf, *, shared: bool = False) -> bo
     waiter.start()
     waiter.join(wait)
     return not waiter.is_alive()
+
+
+def check_room(place: Path, needed: int, least: int, what: str) -> None:
+    """Raise UnfitHost unless so many bytes can be written to a disk of which least are to stay free."""
+    system = os.statvfs(place)
+    free = system.f_bavail * system.f_frsize
+    if free < needed + least:
+        error = UnfitHost(
+            f"{what}: not enough space in '{place}': {about(free)} free, about {about(needed)} needed, and "
+            f"{about(least)} are to stay free (min_free in [images] of agent.toml; 'holdfast system prune' makes "
+            "room)"
+        )
+        error.retry, error.wait = True, 60.0
+        raise error
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-from holdfast.errors import HoldfastError, NotFound, UnfitHost, WrongState
+from holdfast.errors import HoldfastError, NotFound, WrongState
+from holdfast.images.disk import check_room
 from holdfast.images.formats.bundle import Bundle, BundledImage, BundledLayer, open_bundle
+from holdfast.images.incoming.fetch import do_all
 from holdfast.images.incoming.pull import GROWTH
 from holdfast.images.incoming.transfers import Transfer
 from holdfast.images.kept.store import ImageStore
@@ -72,31 +74,14 @@ def _add_layers(store: ImageStore, bundle: Bundle, transfer: Transfer) -> None:
         here = store.has_layer(layer.diff_id)
         transfer.expect(layer.digest, layer.size, here=here)
         missing += [] if here else [layer]
-    _check_room(store, bundle, missing)
+    if missing:
+        needed = GROWTH * sum(layer.size for layer in missing)
+        check_room(store.root, needed, store.settings.min_free, f"load bundle '{bundle.path}'")
     transfer.state = "pulling"
-    with ThreadPoolExecutor(min(SIDE_BY_SIDE, os.cpu_count() or 1), "bundle layer") as pool:
-        under_way = [pool.submit(_add_layer, store, bundle, layer, transfer) for layer in missing]
-        try:
-            for each in under_way:
-                each.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    do_all(partial(_add_layer, store, bundle, transfer), missing, min(SIDE_BY_SIDE, os.cpu_count() or 1))
 
 
-def _check_room(store: ImageStore, bundle: Bundle, missing: Sequence[BundledLayer]) -> None:
-    """Compare what will have to be written with what is free, before the first byte is."""
-    system = os.statvfs(store.root)
-    free, packed = system.f_bavail * system.f_frsize, sum(layer.size for layer in missing)
-    if missing and GROWTH * packed + store.settings.min_free > free:
-        raise UnfitHost(
-            f"load bundle '{bundle.path}': not enough space in '{store.root}': {free >> 20} MiB free, about "
-            f"{GROWTH * packed >> 20} MiB needed, and {store.settings.min_free >> 20} MiB are to stay free (min_free "
-            "in [images] of agent.toml)"
-        )
-
-
-def _add_layer(store: ImageStore, bundle: Bundle, layer: BundledLayer, transfer: Transfer) -> None:
+def _add_layer(store: ImageStore, bundle: Bundle, transfer: Transfer, layer: BundledLayer) -> None:
     transfer.begin(layer.digest)
     try:
         with bundle.open_layer(layer.digest) as stream:

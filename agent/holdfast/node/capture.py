@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import Conflict, NotFound, WrongCall
-from holdfast.images.formats.layout import Sink
 from holdfast.images.formats.references import parse, parse_changes
 from holdfast.images.kept.image import Image
 from holdfast.images.outgoing.commit import Note, changed, commit_image
 from holdfast.images.outgoing.pack import pack_changes, pack_merged
 from holdfast.node.context import ROOTFS, Context
 from holdfast.observed import Instance
+from holdfast.questions import Sink
 from holdfast.runtime import cgroup
 from holdfast.spec.model import Container
 

@@ -16,7 +16,6 @@ from typing import Any
 from holdfast.errors import HoldfastError, WrongCall
 from holdfast.grammar.images import familiar
 from holdfast.grammar.quantities import about
-from holdfast.images.formats.layout import Sink
 from holdfast.images.formats.references import parse
 from holdfast.images.incoming.load import import_rootfs
 from holdfast.images.incoming.transfers import Transfer

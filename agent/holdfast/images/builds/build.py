@@ -32,6 +32,7 @@ from holdfast.images.builds.buildah import Buildah, Failed, find, give, read_pla
 from holdfast.images.builds.buildlog import RETRY, Log, failed, hint_of
 from holdfast.images.builds.hazards import buildah_version, check_mounts, check_triggers
 from holdfast.images.builds.outside import Outside
+from holdfast.images.disk import check_room
 from holdfast.images.formats.layout import (
     CONFIG,
     MANIFEST,
@@ -255,7 +256,7 @@ class Builder:
     def _build(self, name: str, images: Images, blobs: Blobs, bases: Bases) -> Image:
         """Build an image while we are alone."""
         build, buildah = images[name], self._of(name)
-        self._check_room(name)
+        check_room(self._of(name).folder, 0, self.settings.min_free, f"build 'images.{name}'")
         for base in {each.name: each for each in bases.values()}.values():
             self._take_in(buildah, base)
         subject = f"image {name}"
@@ -406,7 +407,7 @@ class Builder:
             for platform in others:
                 built = buildah.names().get(_tag_for(own, platform))
                 if built is None:
-                    self._check_room(name)
+                    check_room(self._of(name).folder, 0, self.settings.min_free, f"build 'images.{name}'")
                     self.told("build", f"image {name}", f"building for {platform}")
                     bases = self._bases_for(buildah, build, blobs, platform)
                     with self._scratch(buildah) as folder:
@@ -436,20 +437,6 @@ class Builder:
                 buildah.take_in(folder / "layout", base.name, "image")
             found[use.name] = found[use.written] = base
         return found
-
-    def _check_room(self, name: str) -> None:
-        """Raise UnfitHost where less is free than is to stay free."""
-        place = self._of(name).folder
-        system = os.statvfs(place)
-        free, least = system.f_bavail * system.f_frsize, self.settings.min_free
-        if free < least:
-            raise failure(
-                UnfitHost,
-                f"build 'images.{name}': not enough space in {str(place)!r}: {free >> 20} MiB free, "
-                f"and {least >> 20} MiB are to stay free (min_free in [images] of agent.toml; 'holdfast system "
-                "prune' makes room)",
-                RETRY,
-            )
 
     @contextmanager
     def _failing(self, name: str) -> Iterator[None]:

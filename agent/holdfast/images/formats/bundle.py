@@ -36,10 +36,8 @@ from holdfast.images.formats.layout import (
     Archive,
     ArchiveWriter,
     Counted,
-    Json,
     Layout,
     LayoutWriter,
-    Sink,
     digest_of,
     is_plain,
     manifest_of,
@@ -51,6 +49,7 @@ from holdfast.images.formats.layout import (
 )
 from holdfast.images.formats.manifests import read_diff_ids, read_manifest
 from holdfast.images.formats.references import parse
+from holdfast.questions import Json, Sink
 
 VERSION = 1
 STATE = "application/vnd.holdfast.state.v1"

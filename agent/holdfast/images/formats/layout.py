@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from holdfast.errors import HoldfastError, NotFound, UnfitHost, WrongState
 from holdfast.images.formats.references import to_digest
+from holdfast.questions import Json, Sink
 
 OCI = "application/vnd.oci.image"
 MANIFEST, INDEX, CONFIG = f"{OCI}.manifest.v1+json", f"{OCI}.index.v1+json", f"{OCI}.config.v1+json"
@@ -44,8 +45,6 @@ LARGEST_HEADER = 8 << 20  # bytes: tarfile holds names and attributes that prece
 MOST_MEMBERS = 1_000_000
 BLOCK = 512  # bytes, of a tar archive
 CHUNK = 1 << 20
-
-Json = dict[str, Any]
 
 
 # -- documents -----------------------------------------------------------------------------------------------
@@ -310,14 +309,6 @@ def reading(what: str) -> Iterator[None]:
 
 
 # -- writing -------------------------------------------------------------------------------------------------
-
-
-class Sink(Protocol):
-    """What can be written to; nothing more is asked of the places that archives go to."""
-
-    def write(self, data: bytes, /) -> object:
-        """Take all of data."""
-        ...
 
 
 class Counted:

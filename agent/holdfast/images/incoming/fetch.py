@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
 
 from holdfast.errors import HoldfastError, Stopping, TryAgain, UnfitHost, WrongState
 from holdfast.grammar.images import Reference
@@ -20,6 +22,7 @@ from holdfast.images.registry.proxy import Proxy
 from holdfast.images.registry.skopeo import Skopeo
 from holdfast.images.unpacking.unpack import Expected
 
+T = TypeVar("T")
 PAUSES = (0.2, 1.0)  # seconds before a layer is tried again after a passing fault
 
 
@@ -31,26 +34,28 @@ class Job:
     blob: Descriptor
 
 
-@dataclass(slots=True)
-class _Flight:
-    """A layer on its way, and who wants to know how far it has come."""
-
-    landed: threading.Event = field(default_factory=threading.Event)
-    watchers: list[Callable[[int], None]] = field(default_factory=list)
-
-    def progress(self, done: int) -> None:
-        for watcher in list(self.watchers):
-            watcher(done)
+def do_all(work: Callable[[T], object], items: Sequence[T], most: int) -> None:
+    """Do work for each item, most at a time. After a failure nothing new is begun; raises what was raised."""
+    pool = ThreadPoolExecutor(most, "layer")
+    under_way = [pool.submit(work, each) for each in items]
+    try:
+        wait(under_way, return_when=FIRST_EXCEPTION)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    begun = [each for each in under_way if not each.cancelled()]
+    wait(begun)
+    for each in begun:
+        each.result()
 
 
 class Flights:
-    """What all pulls of one puller share: the layers under way, and each registry's turns."""
+    """What all pulls of one puller share: the layers under way, who watches them, and each registry's turns."""
 
     def __init__(self, turns: int) -> None:
         self.turns = turns
         self.closed = threading.Event()
         self._lock = threading.Lock()
-        self._flights: dict[str, _Flight] = {}
+        self._layers: dict[str, tuple[threading.Lock, list[Callable[[int], None]]]] = {}
         self._hosts: dict[str, threading.Semaphore] = {}
 
     def turn_to(self, turns: int) -> None:
@@ -60,29 +65,33 @@ class Flights:
                 self.turns = turns
                 self._hosts.clear()
 
-    def join(self, diff_id: str, watcher: Callable[[int], None]) -> tuple[_Flight, bool]:
-        """The flight of a layer, and whether the caller is the one to fetch it."""
-        with self._lock:
-            mine = diff_id not in self._flights
-            flight = self._flights.setdefault(diff_id, _Flight())
-            flight.watchers.append(watcher)
-            return flight, mine
+    @contextmanager
+    def alone(self, diff_id: str, watcher: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
+        """Wait until nobody else fetches a layer, then fetch it in the block. Yields whom to tell how far it is.
 
-    def land(self, diff_id: str) -> None:
-        """The layer is here, or was given up."""
+        watcher: told how far it is, whoever fetches it.
+        """
         with self._lock:
-            self._flights.pop(diff_id).landed.set()
+            lock, watchers = self._layers.setdefault(diff_id, (threading.Lock(), []))
+            watchers.append(watcher)
+
+        def progress(done: int) -> None:
+            for each in list(watchers):
+                each(done)
+
+        try:
+            with lock:
+                yield progress
+        finally:
+            with self._lock:
+                watchers.remove(watcher)
+                if not watchers:
+                    del self._layers[diff_id]
 
     def host(self, name: str) -> threading.Semaphore:
         """As many may hold it as may fetch from a registry at once."""
         with self._lock:
             return self._hosts.setdefault(name, threading.Semaphore(self.turns))
-
-    def close(self) -> None:
-        self.closed.set()
-        with self._lock:
-            for flight in self._flights.values():
-                flight.landed.set()
 
 
 class Fetch:
@@ -109,7 +118,6 @@ class Fetch:
         self._transfer, self._moved = transfer, moved
         self._idle: list[Proxy] = []
         self._lock = threading.Lock()
-        self._errors: list[Exception] = []
 
     def small(self, blob: Descriptor) -> bytes:
         """A blob that is no layer, verified. Raises HoldfastError."""
@@ -131,31 +139,9 @@ class Fetch:
         self._put_back(self._skopeo.proxy(self._reference))
 
     def layers(self, jobs: Sequence[Job]) -> None:
-        """Have every layer in the store. Raises the first error when those under way are done."""
-        todo = deque(sorted(jobs, key=lambda job: -job.blob.size))
-        elsewhere: list[tuple[Job, _Flight]] = []
-
-        def work() -> None:
-            while not self._errors and (job := self._next(todo)):
-                try:
-                    if flight := self._attempt(job):
-                        elsewhere.append((job, flight))
-                except Exception as error:
-                    self._errors.append(error)
-
-        threads = [
-            threading.Thread(target=work, name=f"pull-{number}", daemon=True)
-            for number in range(1, min(self._flights.turns, len(jobs)))
-        ]
-        for thread in threads:
-            thread.start()
-        work()
-        for thread in threads:
-            thread.join()
-        for job, flight in elsewhere:
-            self._await(job, flight)
-        if self._errors:
-            raise self._errors[0]
+        """Have every layer in the store, the largest first. Raises the first error when those under way are done."""
+        in_order = sorted(jobs, key=lambda job: -job.blob.size)
+        do_all(self._bring, in_order, self._flights.turns)
 
     def close(self) -> None:
         """End all processes."""
@@ -164,68 +150,41 @@ class Fetch:
         for proxy in idle:
             self._skopeo.end(proxy)
 
-    def _next(self, todo: deque[Job]) -> Job | None:
-        with self._lock:
-            return todo.popleft() if todo else None
-
-    def _attempt(self, job: Job) -> _Flight | None:
-        """Fetch a layer; where somebody else is doing that, return it as it is."""
+    def _bring(self, job: Job) -> None:
+        """Have a layer in the store; one that another pull fetches is waited for."""
         digest = job.blob.digest
 
         def watch(done: int) -> None:
             self._transfer.advance(digest, done)
             self._moved()
 
-        flight, mine = self._flights.join(job.diff_id, watch)
-        if not mine:
-            self._transfer.begin(digest)
-            return flight
-        try:
-            with self._flights.host(self._reference.host):
-                self._transfer.begin(digest)
-                self._persist(job, flight)
-        finally:
-            self._flights.land(job.diff_id)
+        self._transfer.begin(digest)
+        with self._flights.alone(job.diff_id, watch) as progress, self._flights.host(self._reference.host):
+            self._persist(job, progress)
         self._transfer.finish(digest)
         self._moved()
-        return None
 
-    def _await(self, job: Job, flight: _Flight | None) -> None:
-        """Wait for a layer that somebody else fetches; do it here if that fails."""
-        while flight and not self._errors:
-            flight.landed.wait()
-            if self._flights.closed.is_set():
-                self._errors.append(Stopping(f"pull {self._as_written!r}: the agent is stopping"))
-            elif self._store.has_layer(job.diff_id):
-                self._transfer.finish(job.blob.digest)
-                return
-            else:
-                try:
-                    flight = self._attempt(job)
-                except Exception as error:
-                    self._errors.append(error)
-
-    def _persist(self, job: Job, flight: _Flight) -> None:
+    def _persist(self, job: Job, progress: Callable[[int], None]) -> None:
         """Fetch a layer, and again after faults that may pass at once."""
         for pause in (*PAUSES, None):
             if self._store.has_layer(job.diff_id):
                 return
             try:
-                self._fetch(job, flight)
+                self._fetch(job, progress)
                 return
             except TryAgain as error:
                 if pause is None or error.wait or self._flights.closed.wait(pause):
                     raise
                 self._transfer.begin(job.blob.digest)
 
-    def _fetch(self, job: Job, flight: _Flight) -> None:
+    def _fetch(self, job: Job, progress: Callable[[int], None]) -> None:
         blob = job.blob
         expected = Expected(job.diff_id, blob.digest, blob.size)
         proxy = None
         try:
             proxy = self._proxy()
             with proxy.blob(blob.digest, blob.size) as pipe:
-                self._store.add_layer(pipe, expected, flight.progress, stall=self._skopeo.settings.stall_timeout)
+                self._store.add_layer(pipe, expected, progress, stall=self._skopeo.settings.stall_timeout)
         except BaseException as error:
             if proxy:
                 self._skopeo.end(proxy)

@@ -21,6 +21,7 @@ from holdfast.config import ImageSettings
 from holdfast.errors import HoldfastError, NotFound, Throttled, TryAgain, UnfitHost, WrongCall, WrongState
 from holdfast.grammar.images import DIGEST, Reference
 from holdfast.grammar.quantities import about
+from holdfast.images.disk import check_room
 from holdfast.images.formats.archives import path_of
 from holdfast.images.formats.layout import digest_of
 from holdfast.images.formats.manifests import (
@@ -246,7 +247,7 @@ class Puller:
 
     def close(self) -> None:
         """End what is under way, quickly: it raises Stopping. Nothing can be asked for afterwards."""
-        self._flights.close()
+        self._flights.closed.set()
         self.skopeo.close()
 
     def _reference(self, ref: str, operation: str = "pull") -> Reference:
@@ -310,19 +311,8 @@ class Puller:
 
     def _check_room(self, ref: str, jobs: list[Job]) -> None:
         """Compare what will have to be written with what is free, before the first byte comes."""
-        system = os.statvfs(self.store.root)
-        free = system.f_bavail * system.f_frsize
-        coming = sum(job.blob.size for job in jobs)
         needed = sum(job.blob.size * (1 if job.blob.media_type.endswith("tar") else GROWTH) for job in jobs)
-        if needed + self.settings.min_free > free:
-            raise failure(
-                UnfitHost,
-                f"pull {ref!r}: not enough space in {str(self.store.root)!r}: {about(free)} free, up to "
-                f"about {about(needed)} needed for {len(jobs)} layers ({about(coming)} compressed), and "
-                f"{about(self.settings.min_free)} are to stay free (min_free in [images] of agent.toml; 'holdfast "
-                "system prune' makes room)",
-                REFUSED,
-            )
+        check_room(self.store.root, needed, self.settings.min_free, f"pull {ref!r}")
 
     def _check_policy(self, ref: str, remote: Remote, manifest: Manifest) -> None:
         layers = [layer.digest for layer in manifest.layers]

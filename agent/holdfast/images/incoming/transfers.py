@@ -69,10 +69,6 @@ class Transfer:
 
     def json(self) -> Json:
         """{"ref", "state", "error", "began", "done", "total", "layers": [{"digest", "done", "total", "state"}, …]}"""
-        layers = [
-            {"digest": each.digest, "done": each.done, "total": each.total, "state": each.state}
-            for each in list(self.layers.values())
-        ]
         return {
             "ref": self.reference,
             "state": self.state,
@@ -80,7 +76,7 @@ class Transfer:
             "began": self.began,
             "done": self.done,
             "total": self.total,
-            "layers": layers,
+            "layers": [asdict(each) for each in list(self.layers.values())],
         }
 
 

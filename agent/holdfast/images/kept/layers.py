@@ -13,21 +13,21 @@ import io
 import json
 import os
 import re
-import threading
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from holdfast.config import ImageSettings
-from holdfast.errors import UnfitHost
-from holdfast.images.disk import Locks, sync_folder, write_whole
+from holdfast.images.disk import Locks, check_room, sync_folder, write_whole
 from holdfast.images.formats.references import to_digest
-from holdfast.images.unpacking.unpack import Expected, Limits, Unpacked, discard, unpack_stream
+from holdfast.images.unpacking.unpack import Expected, Limits, Unpacked, discard, piped, unpack_stream
 
 HEX = re.compile("[0-9a-f]{64}")
+CHUNK = 1 << 20
 Progress = Callable[[int], None]
 
 
@@ -79,7 +79,7 @@ class LayerStore:
         with self._locks.hold(key):
             if expected.diff_id and self.has(expected.diff_id):
                 return self.facts(expected.diff_id)
-            self._check_room(expected)
+            check_room(self.root, expected.size or 0, self.settings.min_free, "unpack layer")
             folder = self.partial / key
             self._clear(key)
             born = self.partial / f"{key}.{uuid.uuid4().hex}"  # ext4 picks the place by the name: see disk.spread
@@ -102,19 +102,6 @@ class LayerStore:
             finally:
                 self._clear(key)
         return found
-
-    def _check_room(self, expected: Expected) -> None:
-        """Raise UnfitHost where a layer would take what is to stay free."""
-        system = os.statvfs(self.root)
-        free, least = system.f_bavail * system.f_frsize, self.settings.min_free
-        if free < least + (expected.size or 0):
-            error = UnfitHost(
-                f"unpack layer: not enough space in {str(self.root.parents[1])!r}: {free >> 20} MiB free, and "
-                f"{least >> 20} MiB are to stay free (min_free in [images] of agent.toml; 'holdfast system prune' "
-                "makes room)"
-            )
-            error.wait = 60.0
-            raise error
 
     def drop(self, diff_id: str) -> None:
         """Take a layer away, if it is here: its directory loses its name at once, half a layer is never found.
@@ -191,30 +178,8 @@ def _descriptor(stream: int | BinaryIO) -> Iterator[int]:
     if isinstance(stream, io.BufferedReader) and isinstance(stream.raw, io.FileIO) and _unread(stream):
         yield stream.fileno()
         return
-    ours, theirs = os.pipe()
-    failures: list[Exception] = []
-
-    def pump() -> None:
-        try:
-            with os.fdopen(theirs, "wb", 0) as pipe:
-                while data := stream.read(1 << 20):
-                    view = memoryview(data)
-                    while view:
-                        view = view[cast(int, pipe.write(view)) :]
-        except BrokenPipeError:
-            pass  # whoever reads had enough, and says why
-        except Exception as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=pump, name="layer pump", daemon=True)
-    thread.start()
-    try:
+    with piped(lambda out: shutil.copyfileobj(stream, out, CHUNK)) as ours:
         yield ours
-    finally:
-        os.close(ours)
-        thread.join()
-        if failures:  # what could not be read is why the rest went wrong
-            raise failures[0]
 
 
 def _unread(stream: io.BufferedReader) -> bool:

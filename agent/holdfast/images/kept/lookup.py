@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from holdfast.errors import WrongState
-from holdfast.images.unpacking.unpack import MAX_LINKS, OPAQUE_XATTR, is_whiteout
+from holdfast.images.unpacking.tree import MAX_LINKS, OPAQUE_XATTR, is_whiteout
 
 LARGEST_READ = 8 << 20  # bytes of a file that the agent itself looks into
 

@@ -22,7 +22,7 @@ import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -52,19 +52,6 @@ PATIENCE = 5.0  # seconds
 SHORT = re.compile("(?:sha256:)?([0-9a-f]{6,64})")  # of a digest, as people copy it from a list
 
 
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """What a manifest and its configuration say, names aside; never changes for a digest."""
-
-    manifest: Mapping[str, Any]
-    document: Mapping[str, Any]
-    config_digest: str
-    diff_ids: tuple[str, ...]
-    size: int
-    created: float
-    architecture: str
-
-
 class ImageStore:
     """The images of one agent. Safe for several threads and processes at once."""
 
@@ -72,7 +59,7 @@ class ImageStore:
         self.root = root
         self.partial = root / "partial"
         self._blobs = root / "blobs/sha256"
-        self._known: dict[str, _Parts] = {}
+        self._known: dict[str, Image] = {}
         self._listings: dict[str, tuple[str, ...] | None] = {}
         for folder in (self._blobs, self.partial):
             folder.mkdir(parents=True, exist_ok=True)
@@ -123,12 +110,11 @@ class ImageStore:
 
     def base(self, digest: str) -> tuple[tuple[Path, ...], Mapping[str, Any]]:
         """The layers of an image, lowest first, and its configuration, whatever it is called. Raises as `get`."""
-        parts = self._parts(digest)
-        layers = tuple(map(self.layers.folder, parts.diff_ids))
-        for layer in layers:
+        image = self._nameless(digest)
+        for layer in image.layers:
             if not layer.is_dir():
                 raise NotFound(f"find image {digest!r}: its layer {layer.name!r} is gone (pull or load it again)")
-        return layers, parts.document.get("config") or {}
+        return image.layers, image.config
 
     def has(self, image: Image) -> bool:
         """Whether all of an image is still here."""
@@ -305,7 +291,7 @@ class ImageStore:
             if not self._blob(digest).exists():
                 continue
             with suppress(NotFound):  # its configuration is lost
-                parts = self._parts(digest)
+                parts = self._nameless(digest)
                 candidates.update((parts.config_digest, *parts.diff_ids))
             self._blob(digest).unlink()
             self._known.pop(digest, None)
@@ -344,21 +330,8 @@ class ImageStore:
     # -- inside --
 
     def _image(self, digest: str) -> Image:
-        parts = self._parts(digest)
         names = tuple(familiar(name) for name, each in sorted(self.names().items()) if each.digest == digest)
-        return Image(
-            digest=digest,
-            names=names,
-            config=parts.document.get("config") or {},
-            layers=tuple(map(self.layers.folder, parts.diff_ids)),
-            size=parts.size,
-            created=parts.created,
-            architecture=parts.architecture,
-            config_digest=parts.config_digest,
-            diff_ids=parts.diff_ids,
-            manifest=parts.manifest,
-            document=parts.document,
-        )
+        return replace(self._nameless(digest), names=names)
 
     def _unknown(self, reference: str) -> NoReturn:
         near = _nearest(reference, list(self.names()))
@@ -392,7 +365,7 @@ class ImageStore:
 
     def _config_digest(self, digest: str) -> str:
         try:
-            return self._parts(digest).config_digest
+            return self._nameless(digest).config_digest
         except NotFound:
             return ""
 
@@ -402,7 +375,7 @@ class ImageStore:
         needed = {*here, *(each.top for each in self.names().values())}
         for digest in here:
             with suppress(NotFound):
-                parts = self._parts(digest)
+                parts = self._nameless(digest)
                 needed.update((parts.config_digest, *parts.diff_ids))
         needed.update(f"sha256:{blob}" for blob in self._blob_names() if set(self._mentions(blob) or ()) & set(here))
         return needed
@@ -428,8 +401,8 @@ class ImageStore:
                 self._listings[blob] = listing(path.read_bytes())
         return self._listings.get(blob)
 
-    def _parts(self, digest: str) -> _Parts:
-        """What is read from the two blobs; kept, for they never change."""
+    def _nameless(self, digest: str) -> Image:
+        """Read an image, names aside; kept in memory, since its two documents never change."""
         if (known := self._known.get(digest)) and self._blob(digest).exists():
             return known
         try:
@@ -439,17 +412,20 @@ class ImageStore:
         except (FileNotFoundError, KeyError) as error:
             raise NotFound(f"find image {digest!r}: no such image (pull or load it again)") from error
         diff_ids = tuple(document["rootfs"]["diff_ids"])
-        parts = _Parts(
-            manifest=manifest,
-            document=document,
-            config_digest=config_digest,
-            diff_ids=diff_ids,
+        self._known[digest] = Image(
+            digest=digest,
+            names=(),
+            config=document.get("config") or {},
+            layers=tuple(map(self.layers.folder, diff_ids)),
             size=sum(self.layers.facts(diff_id).size for diff_id in diff_ids),
             created=moment(document.get("created")),
             architecture=document.get("architecture", ""),
+            config_digest=config_digest,
+            diff_ids=diff_ids,
+            manifest=manifest,
+            document=document,
         )
-        self._known[digest] = parts
-        return parts
+        return self._known[digest]
 
     def _write_index(self, names: Mapping[str, Name]) -> None:
         index = {

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from holdfast.images.formats.layout import CONFIG, LAYER, Sink, descriptor, manifest_of
+from holdfast.images.formats.layout import CONFIG, LAYER, descriptor, manifest_of
 from holdfast.images.kept.image import Image, whole_history
 from holdfast.images.kept.store import ImageStore
-from holdfast.images.unpacking.unpack import Unpacked
+from holdfast.images.unpacking.unpack import Unpacked, piped
+from holdfast.questions import Sink
 
 APPENDED = ("Env", "Labels", "ExposedPorts", "Volumes")  # of a configuration: what is added to, not replaced
 
@@ -37,7 +36,8 @@ def commit_image(
     image. Raises what write raises, and what `ImageStore.add_layer` does.
     """
     with store.keep():
-        layer = _taken(store, write)
+        with piped(write) as stream:
+            layer = store.add_layer(stream)
         made = datetime.fromtimestamp(note.at, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         step = {"created": made, "created_by": note.by, "comment": note.message, "author": note.author}
         below = whole_history(base.history, len(base.diff_ids))
@@ -68,37 +68,6 @@ def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
         else:
             result[key] = {**(config.get(key) or {}), **changes[key]}
     return result
-
-
-def _taken(store: ImageStore, write: Callable[[Sink], None]) -> Unpacked:
-    """The layer that write writes, through a pipe."""
-    ours, theirs = os.pipe()
-    failures: list[BaseException] = []
-
-    def fill() -> None:
-        try:
-            with os.fdopen(theirs, "wb") as pipe:
-                write(pipe)
-        except BrokenPipeError:
-            pass  # the store had enough, and says why
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=fill, name="commit", daemon=True)
-    thread.start()
-    try:
-        layer = store.add_layer(ours)
-    except Exception:
-        os.close(ours)
-        thread.join()
-        if failures:  # what could not be read is why the rest went wrong
-            raise failures[0] from None
-        raise
-    os.close(ours)
-    thread.join()
-    if failures:
-        raise failures[0]
-    return layer
 
 
 def _manifest(base: Image, config: bytes, layer: Unpacked) -> bytes:

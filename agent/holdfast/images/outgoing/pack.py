@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.errors import UnfitHost, WrongState
-from holdfast.images.formats.layout import BLOCK, Sink
-from holdfast.images.unpacking.unpack import OPAQUE_XATTR, is_whiteout
+from holdfast.images.formats.layout import BLOCK
+from holdfast.images.unpacking.tree import OPAQUE_XATTR, is_whiteout
+from holdfast.questions import Sink
 
 WHITEOUT, OPAQUE = b".wh.", b".wh..wh..opq"
 OVERLAY_XATTRS = ("trusted.overlay.", "user.overlay.")

@@ -24,9 +24,7 @@ from holdfast.images.formats.layout import (
     ArchiveWriter,
     Counted,
     FolderWriter,
-    Json,
     LayoutWriter,
-    Sink,
     dump,
     manifest_of,
 )
@@ -34,6 +32,7 @@ from holdfast.images.formats.references import parse
 from holdfast.images.kept.image import Image
 from holdfast.images.kept.store import ImageStore
 from holdfast.images.unpacking.recipe import rebuild
+from holdfast.questions import Json, Sink
 
 Format = Literal["oci-archive", "docker-archive"]
 FORMATS: tuple[Format, ...] = ("oci-archive", "docker-archive")
@@ -124,7 +123,7 @@ def _save_oci(store: ImageStore, chosen: Chosen, archive: ArchiveWriter) -> None
     with store.scratch() as scratch:
         for image, names in chosen:
             entry = _add_plain(store, image, out) or _add_image(store, image, out, scratch, written)
-            entry["platform"] = {"os": "linux", "architecture": image.architecture}
+            entry = {**entry, "platform": {"os": "linux", "architecture": image.architecture}}
             entries += [{**entry, "annotations": {NAME: name, REF_NAME: name}} for name in names] or [entry]
     out.finish(entries)
 

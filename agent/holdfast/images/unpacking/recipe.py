@@ -174,6 +174,26 @@ class _Frames:
     def path(self) -> bytes:
         return self.read(self.number())
 
+    def __iter__(self) -> Iterator[tuple[bytes, int, bytes]]:
+        """Read the kind, number and path of each frame; what follows in L, S and K frames has to be read, too.
+
+        The number: L, its length; F and K, the size of the file; S, how many pieces; R, the number of a K frame; the
+        end, the size of the archive.
+        """
+        while (kind := self.read(1)) != b".":
+            if kind == b"L":
+                yield kind, self.number(), b""
+            elif kind in (b"F", b"K"):
+                yield kind, self.long(), self.path()
+            elif kind == b"S":
+                yield kind, self.number(), self.path()
+            elif kind == b"R":
+                path = self.path()
+                yield kind, self.number(), path
+            else:
+                raise _Broken(f"the recipe has a frame {kind!r}")
+        yield kind, self.long(), b""
+
     def kept(self) -> Iterator[tuple[int, int]]:
         """Offset and size of each extent of a K frame; the bytes are the caller's to read."""
         while True:
@@ -206,32 +226,22 @@ class _Kept:
     def collect(self, frames: _Frames) -> None:
         bases: list[int] = []
         content = end = 0
-        while (kind := frames.read(1)) != b".":
+        for kind, number, path in frames:
             if kind == b"L":
-                frames.copy(frames.number(), _nothing)
-            elif kind == b"F":
-                frames.read(8)
-                frames.path()
-                content += 1
+                frames.copy(number, _nothing)
             elif kind == b"S":
-                count = frames.number()
-                frames.path()
-                frames.copy(count * _piece.size, _nothing)
-                content += 1
+                frames.copy(number * _piece.size, _nothing)
             elif kind == b"K":
-                base, end = end, end + frames.long()
-                bases.append(base)
-                path = frames.path()
+                bases.append(end)
                 for offset, size in frames.kept():
-                    _write(self._scratch, frames.read(size), base + offset)
-                self._replaced.setdefault(path, []).append((content, base))
+                    _write(self._scratch, frames.read(size), end + offset)
+                self._replaced.setdefault(path, []).append((content, end))
+                end += number
             elif kind == b"R":
-                path, number = frames.path(), frames.number()
                 if number >= len(bases):
                     raise _Broken("the recipe is damaged")
                 self._replaced.setdefault(path, []).append((content, bases[number]))
-            else:
-                raise _Broken(f"the recipe has a frame {kind!r}")
+            content += kind in (b"F", b"S")
 
     def find(self, path: bytes, content: int) -> tuple[int, int] | None:
         """Descriptor and offset of what the content-th F or S frame (from 0) means, if that was replaced."""
@@ -280,32 +290,19 @@ class _Files:
 
 def _write_archive(frames: _Frames, files: _Files, kept: _Kept, out: BinaryIO) -> None:
     written = content = 0
-    while (kind := frames.read(1)) != b".":
+    for kind, number, path in frames:
         if kind == b"L":
-            size = frames.number()
-            frames.copy(size, out.write)
-            written += size
+            frames.copy(number, out.write)
+            written += number
         elif kind in (b"F", b"S"):
-            if kind == b"F":
-                size, path = frames.long(), frames.path()
-                pieces = iter([(0, size)])
-            else:
-                count, path = frames.number(), frames.path()
-                pieces = frames.pieces(count)
+            pieces = frames.pieces(number) if kind == b"S" else iter([(0, number)])
             written += _write_file(path, pieces, kept.find(path, content), files, out)
             content += 1
         elif kind == b"K":
-            frames.long()
-            frames.path()
             for _, size in frames.kept():
                 frames.copy(size, _nothing)
-        elif kind == b"R":
-            frames.path()
-            frames.number()
-        else:
-            raise _Broken(f"the recipe has a frame {kind!r}")
-    if frames.long() != written:
-        raise _Broken("the recipe does not add up")
+        elif kind == b"." and number != written:
+            raise _Broken("the recipe does not add up")
 
 
 def _write_file(

@@ -17,17 +17,15 @@ import subprocess
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from holdfast.errors import HoldfastError, NotPermitted, TryAgain, UnfitHost, WrongState
 from holdfast.files import remove_tree
-from holdfast.images.unpacking.tree import MAX_LINKS, OPAQUE_XATTR, is_whiteout
 from holdfast.images.unpacking.worker import COMMAND
-
-__all__ = ["MAX_LINKS", "OPAQUE_XATTR", "Expected", "Limits", "Unpacked", "discard", "is_whiteout", "unpack_stream"]
 
 LONGEST_MESSAGE = 64 << 10
 ERRORS: dict[str, type[HoldfastError]] = {
@@ -126,6 +124,35 @@ def discard(folder: Path) -> None:
         remove_tree(folder)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def piped(write: Callable[[BinaryIO], object]) -> Iterator[int]:
+    """Have write write into a pipe, in a thread, while the block reads it; yields the descriptor to read from.
+
+    What write raises is raised at the end, instead of what the block raises because of that.
+    """
+    ours, theirs = os.pipe()
+    failures: list[BaseException] = []
+
+    def fill() -> None:
+        try:
+            with os.fdopen(theirs, "wb") as pipe:
+                write(pipe)
+        except BrokenPipeError:
+            pass  # the reader had enough, and says why
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=fill, name="pipe", daemon=True)
+    thread.start()
+    try:
+        yield ours
+    finally:
+        os.close(ours)
+        thread.join()
+        if failures:
+            raise failures[0]
 
 
 def _run_worker(
