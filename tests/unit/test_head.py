@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from holdfast.images.formats.references import parse
-from holdfast.images.registry.head import Limits, Place, places, waiting
+from holdfast.images.registry.head import Place, RateLimits, places, waiting
 
 NOW = 1_700_000_000.0
 
@@ -36,7 +36,7 @@ def test_an_answer_says_how_long_a_registry_is_left_alone(status: int, headers: 
 
 
 def test_a_registry_is_left_alone_until_its_time_has_come() -> None:
-    limits = Limits()
+    limits = RateLimits()
     limits.heed("r", 429, {"retry-after": "120"}, NOW)
     assert (limits.left("r", NOW + 20), limits.left("r", NOW + 120), limits.left("other", NOW)) == (100, 0, 0)
 

@@ -32,21 +32,30 @@ class Locks:
     def hold(self, name: str, *, shared: bool = False, wait: float = math.inf) -> Iterator[bool]:
         """Hold the lock while the block runs; yields whether it is held. wait: seconds after which it is not."""
         path = self.folder / f"{name}.lock"
-        while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            if not lock(descriptor, wait, shared=shared):
-                os.close(descriptor)
-                yield False
-                return
-            if is_at(path, descriptor):
-                break
-            os.close(descriptor)
+        descriptor = open_lock(path, wait, shared=shared)
+        if descriptor < 0:
+            yield False
+            return
         try:
             yield True
         finally:
             if name not in self.lasting:
                 path.unlink(missing_ok=True)
             os.close(descriptor)
+
+
+def open_lock(path: Path, wait: float = math.inf, *, shared: bool = False) -> int:
+    """Open and lock a file, which its holder may delete; -1 where it is not had within wait seconds."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if not lock(descriptor, wait, shared=shared):
+            os.close(descriptor)
+            return -1
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        os.close(descriptor)  # a former holder has deleted it meanwhile
 
 
 def lock(descriptor: int, wait: float = math.inf, *, shared: bool = False) -> bool:
@@ -123,11 +132,3 @@ def _opened(folder: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def is_at(path: Path, descriptor: int) -> bool:
-    """Whether the lock file at a path is the one that is open: a former holder may have deleted it meanwhile."""
-    try:
-        return path.stat().st_ino == os.fstat(descriptor).st_ino
-    except FileNotFoundError:
-        return False

@@ -33,10 +33,10 @@ from typing import IO, Any, Literal, cast
 
 from holdfast.drivers import Host
 from holdfast.errors import Stopping, TryAgain, UnfitHost, WrongState
-from holdfast.files import remove_tree
+from holdfast.files import BENEATH, NO_SYMLINKS, openat2, remove_tree
 from holdfast.images.builds import fence
 from holdfast.images.builds.outside import Cage, Outside
-from holdfast.images.disk import is_at, lock
+from holdfast.images.disk import open_lock
 
 QUIET = 3600.0  # seconds without a word after which a build is given up
 KEPT_LINES = 20_000  # of what a program says, for who asked; the longest answer is an image's configuration
@@ -218,18 +218,13 @@ class Buildah:
     def _locked(self, wait: float = 0) -> Iterator[bool]:
         """Hold the lock of all processes that build, waiting so many seconds at most; yields whether it is held. A
         killed agent's processes are gone once it can be had."""
-        while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.folder.parent.parent.chmod(0o700)
-            self._lock_file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            held = lock(self._lock_file, wait)
-            if not held or is_at(self.folder / "lock", self._lock_file):
-                break
-            os.close(self._lock_file)  # `remove` has taken it away meanwhile, in another process
+        self._lock_file = open_lock(self.folder / "lock", wait)
+        self.folder.parent.parent.chmod(0o700)
         try:
-            yield held
+            yield self._lock_file >= 0
         finally:
-            os.close(self._lock_file)
+            if self._lock_file >= 0:
+                os.close(self._lock_file)
             self._lock_file = -1
 
     def _open(self) -> None:
@@ -389,13 +384,8 @@ def read_plain(folder: Path, path: str) -> bytes:
     """Read a file below a folder, through no link. Raises OSError, ValueError (it is too large, or no file)."""
     descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        *folders, name = path.split("/")
-        for each in folders:
-            inner = os.open(each, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor)
-            os.close(descriptor)
-            descriptor = inner
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with os.fdopen(os.open(name, flags, dir_fd=descriptor), "rb") as file:
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        with os.fdopen(openat2(path, flags, BENEATH | NO_SYMLINKS, dir_fd=descriptor), "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST_INDEX:
                 raise ValueError(f"{path!r} is no file that can be read")

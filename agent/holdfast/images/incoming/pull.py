@@ -47,7 +47,7 @@ from holdfast.images.registry.faults import REFUSED, UNFIT, failure
 from holdfast.images.registry.skopeo import Skopeo, is_loopback
 
 if TYPE_CHECKING:
-    from holdfast.images.registry.head import Limits, Place
+    from holdfast.images.registry.head import Place, RateLimits
 
 Told = Callable[..., None]  # (kind, subject, message, **more), as `store.event`
 
@@ -91,7 +91,7 @@ class Puller:
         self.told = told
         self.skopeo = Skopeo(settings)
         self._flights = Flights(settings.concurrent_downloads)
-        self._limits: Limits | None = None
+        self._limits: RateLimits | None = None
 
     @property
     def settings(self) -> ImageSettings:
@@ -185,7 +185,7 @@ class Puller:
         from holdfast.images.registry import head  # its modules are needed once in a while
 
         reference = self._reference(ref)
-        self._limits = self._limits or head.Limits()
+        self._limits = self._limits or head.RateLimits()
         return head.ask(reference, self._places(reference), self.settings.authfile, self._limits)
 
     def _time_to_wait(self, ref: str) -> float:

@@ -21,12 +21,20 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, unquote, urlencode, urlsplit
-from urllib.request import getproxies_environment, proxy_bypass
+from urllib.error import HTTPError
+from urllib.parse import urlencode, urlsplit
+from urllib.request import (
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    ProxyHandler,
+    Request,
+    build_opener,
+    getproxies_environment,
+)
 
 from holdfast.errors import TryAgain
 from holdfast.grammar.images import DIGEST, Reference
-from holdfast.images.registry.skopeo import is_loopback
+from holdfast.images.registry.skopeo import entry_of, is_loopback, prefix_of
 
 ACCEPT = ", ".join(
     (
@@ -54,7 +62,7 @@ class Place:
 
 
 @dataclass(slots=True)
-class Limits:
+class RateLimits:
     """Until when registries want to be left alone, by host (seconds since the epoch)."""
 
     until: dict[str, float] = field(default_factory=dict)
@@ -95,11 +103,8 @@ def places(reference: Reference, documents: Iterable[Mapping[str, Any]], *, loop
 
     loopback: whether the registry is on this host, and so may be without TLS where registries.conf does not name it.
     """
-    entry: Mapping[str, Any] = {}
-    for each in (each for document in documents for each in document.get("registry") or ()):
-        if len(_prefix(each)) > len(_prefix(entry)) and _within(reference, _prefix(each)):
-            entry = each
-    prefix = _prefix(entry)
+    entry = entry_of(reference.repository, documents)
+    prefix = prefix_of(entry)
     if entry.get("blocked") or prefix.startswith("*."):
         return []
     rest = reference.repository.removeprefix(prefix) if entry else ""
@@ -110,22 +115,12 @@ def places(reference: Reference, documents: Iterable[Mapping[str, Any]], *, loop
     return [*found, _place(location, insecure=bool(entry.get("insecure")) if entry else loopback)]
 
 
-def _prefix(entry: Mapping[str, Any]) -> str:
-    return str(entry.get("prefix") or entry.get("location") or "")
-
-
-def _within(reference: Reference, prefix: str) -> bool:
-    if prefix.startswith("*."):
-        return re.sub(r":\d+$", "", reference.host).endswith(prefix[1:])
-    return reference.repository == prefix or reference.repository.startswith(f"{prefix}/")
-
-
 def _place(name: str, *, insecure: bool) -> Place:
     host, _, path = name.partition("/")
     return Place(HUB_HOST if host == DOCKER_HUB else host, path, insecure)
 
 
-def ask(reference: Reference, where: Iterable[Place], authfile: Path | None, limits: Limits) -> str:
+def ask(reference: Reference, where: Iterable[Place], authfile: Path | None, limits: RateLimits) -> str:
     """The digest that a registry has for a reference; "" where that can't be said simply.
 
     Raises TryAgain, with the time to wait, where one that might know wants to be left alone.
@@ -160,20 +155,20 @@ def _head(place: Place, reference: Reference, login: str) -> tuple[int, dict[str
     """Ask, with a token if one is wanted; without TLS only where that is allowed and TLS is not spoken."""
     path = f"/v2/{place.path}/manifests/{reference.digest or reference.tag}"
     headers = {"Accept": ACCEPT, "User-Agent": "holdfast"}
-    secure = True
+    scheme = "https"
     try:
-        status, said, _ = _request("HEAD", place.host, path, headers, secure=secure, insecure=place.insecure)
+        status, said, _ = _request("HEAD", f"{scheme}://{place.host}{path}", headers, insecure=place.insecure)
     except (OSError, http.client.HTTPException):
         if not place.insecure:
             raise
-        secure = False
-        status, said, _ = _request("HEAD", place.host, path, headers, secure=secure, insecure=True)
+        scheme = "http"
+        status, said, _ = _request("HEAD", f"{scheme}://{place.host}{path}", headers, insecure=True)
     if status == 401:
         try:
             headers["Authorization"] = _permit(said.get("www-authenticate", ""), login, insecure=place.insecure)
         except Refused as error:
             return error.status, error.headers
-        status, said, _ = _request("HEAD", place.host, path, headers, secure=secure, insecure=place.insecure)
+        status, said, _ = _request("HEAD", f"{scheme}://{place.host}{path}", headers, insecure=place.insecure)
     return status, said
 
 
@@ -194,13 +189,12 @@ def _permit(challenge: str, login: str, *, insecure: bool) -> str:
         raise ValueError(f"a login of kind {scheme!r}")
     given = {key.lower(): value for key, value in re.findall(r'(\w+)="([^"]*)"', rest)}
     realm = urlsplit(given["realm"])
-    if realm.scheme != "https" and not insecure:
-        raise ValueError("a token over plain HTTP")
+    if realm.scheme not in (("https", "http") if insecure else ("https",)):
+        raise ValueError(f"a token from {realm.scheme}")
     query = urlencode({key: given[key] for key in ("service", "scope") if key in given})
-    path = f"{realm.path or '/'}?{'&'.join(filter(None, (realm.query, query)))}"
+    address = realm._replace(query="&".join(filter(None, (realm.query, query)))).geturl()
     headers = {"User-Agent": "holdfast"} | ({"Authorization": f"Basic {login}"} if login else {})
-    secure = realm.scheme == "https"
-    status, said, body = _request("GET", realm.netloc, path, headers, secure=secure, insecure=insecure)
+    status, said, body = _request("GET", address, headers, insecure=insecure)
     if status in REFUSALS:
         raise Refused(status, said)
     if status != 200:
@@ -210,51 +204,30 @@ def _permit(challenge: str, login: str, *, insecure: bool) -> str:
 
 
 def _request(
-    method: str, host: str, path: str, headers: Mapping[str, str], *, secure: bool, insecure: bool
+    method: str, address: str, headers: dict[str, str], *, insecure: bool
 ) -> tuple[int, dict[str, str], bytes]:
-    connection: http.client.HTTPConnection
-    proxy = _proxy_for(host, "https" if secure else "http")
-    through, more = (proxy.netloc.rpartition("@")[2], _login_at(proxy)) if proxy else (host, {})
-    headers = dict(headers)
-    if secure:
-        context = _context(host, insecure=insecure)
-        connection = http.client.HTTPSConnection(through, timeout=PATIENCE, context=context)
-        if proxy:
-            target = urlsplit(f"//{host}")
-            connection.port = proxy.port or 80
-            connection.set_tunnel(target.hostname or "", target.port or 443, headers=more)
-    else:
-        connection = http.client.HTTPConnection(through, timeout=PATIENCE)
-        path, headers = (f"http://{host}{path}", {"Host": host, **headers, **more}) if proxy else (path, headers)
+    """Send a request, by the proxy of the environment; this host itself is never behind one, as with skopeo."""
+    place = urlsplit(address)
+    proxies = {} if is_loopback(place.hostname or "") else getproxies_environment()
+    kind, _, rest = proxies.get(place.scheme, "").rpartition("://")
+    if rest and kind not in ("", "http"):
+        raise ValueError(f"a proxy of kind {kind!r}")
+    context = _context(place.netloc, insecure=insecure)
+    opener = build_opener(ProxyHandler(proxies), HTTPSHandler(context=context), _NoRedirects)
     try:
-        connection.request(method, path, headers=headers)
-        answer = connection.getresponse()
-        said = {key.lower(): value for key, value in answer.getheaders()}
+        answer = opener.open(Request(address, headers=headers, method=method), timeout=PATIENCE)
+    except HTTPError as error:
+        answer = error
+    with answer:
+        said = {key.lower(): value for key, value in answer.headers.items()}
         return answer.status, said, answer.read(LARGEST_ANSWER)
-    finally:
-        connection.close()
 
 
-def _proxy_for(host: str, scheme: str) -> SplitResult | None:
-    """The proxy that the environment names for a host, by the rules of skopeo: this host itself is never behind one.
+class _NoRedirects(HTTPRedirectHandler):
+    """Leaves it to skopeo to go where a registry points to."""
 
-    Raises ValueError for one that is not plain HTTP.
-    """
-    name = urlsplit(f"//{host}").hostname or ""
-    found = getproxies_environment().get(scheme, "")
-    if not found or is_loopback(name) or proxy_bypass(host):
+    def redirect_request(self, *_: Any) -> None:
         return None
-    proxy = urlsplit(found if "//" in found else f"//{found}", "http")
-    if proxy.scheme != "http" or not proxy.hostname:
-        raise ValueError(f"a proxy of kind {proxy.scheme!r}")
-    return proxy
-
-
-def _login_at(proxy: SplitResult) -> dict[str, str]:
-    if proxy.username is None:
-        return {}
-    login = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-    return {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
 
 
 def _context(host: str, *, insecure: bool) -> ssl.SSLContext:

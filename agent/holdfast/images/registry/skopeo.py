@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -307,17 +307,31 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def configured(repository: str, files: Iterator[dict[str, Any]]) -> bool:
-    """Whether a registries.conf has an entry for a repository (containers-registries.conf(5)): that one decides."""
-    for document in files:
-        for entry in document.get("registry") or ():
-            prefix = str(entry.get("prefix") or entry.get("location") or "")
-            if prefix and (repository == prefix or repository.startswith((f"{prefix}/", f"{prefix}:"))):
-                return True
-        old = (document.get("registries") or {}) if isinstance(document.get("registries"), dict) else {}
-        if any(repository.partition("/")[0] in (kind.get("registries") or ()) for kind in old.values()):
-            return True
-    return False
+def entry_of(repository: str, files: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Find the entry of registries.conf that decides about a repository: the one with the longest prefix."""
+    entries = [entry for document in files for entry in document.get("registry") or ()]
+    fitting = [entry for entry in entries if _is_within(repository, prefix_of(entry))]
+    return max(fitting, key=lambda entry: len(prefix_of(entry)), default={})
+
+
+def prefix_of(entry: Mapping[str, Any]) -> str:
+    """Read which repositories an entry of registries.conf is about."""
+    return str(entry.get("prefix") or entry.get("location") or "")
+
+
+def _is_within(repository: str, prefix: str) -> bool:
+    host = re.sub(r":\d+$", "", repository.partition("/")[0])
+    if prefix.startswith("*."):
+        return host.endswith(prefix[1:])
+    return bool(prefix) and (repository == prefix or repository.startswith((f"{prefix}/", f"{prefix}:")))
+
+
+def configured(repository: str, files: Iterable[Mapping[str, Any]]) -> bool:
+    """Check whether a registries.conf has an entry for a repository, also in its older form."""
+    files = list(files)
+    older = [kinds for document in files if isinstance(kinds := document.get("registries"), dict)]
+    named = [host for kinds in older for kind in kinds.values() for host in kind.get("registries") or ()]
+    return bool(entry_of(repository, files)) or repository.partition("/")[0] in named
 
 
 def noise(reference: Reference, as_written: str) -> tuple[str, ...]:
