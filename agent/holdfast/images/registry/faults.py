@@ -147,5 +147,8 @@ def message_of(text: str) -> str:
 def last_cause(text: str) -> str:
     """Cut a chain of causes to its end, on one line: the last two links say what was tried and why it failed."""
     links = [link for link in re.split(r":\s+", text.strip()) if link and not REQUEST.match(link)]
-    text = ": ".join(" ".join(link.split()) for link in dict.fromkeys(links[-2:])) or "it failed without a word"
+    text = (
+        ": ".join(" ".join(link.split()) for link in dict.fromkeys(links[-2:])).rstrip(".")
+        or "it failed without a word"
+    )
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
