@@ -201,7 +201,7 @@ def test_apply_ends_at_once_where_only_a_commit_helps(agent: LiveAgent, registry
     agent.write("shop.toml", state(registry, tag="gone"))
     done = agent.cli("apply", "--timeout", "50", check=False, timeout=30)
     assert done.returncode == 65
-    assert "the registry has no such image" in done.stderr
+    assert "the registry does not have it" in done.stderr
     assert agent.cli("plan", check=False).returncode == 2
     agent.stop()
     assert agent.cli("apply", "--timeout", "50", check=False, timeout=30).returncode == 65
