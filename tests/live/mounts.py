@@ -13,9 +13,9 @@ class Mounts:
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
 
-    def tmpfs(self, point: Path, name: str = "disk") -> None:
+    def tmpfs(self, point: Path, name: str = "disk", options: str = "rw") -> None:
         """Mount a new, empty file system."""
-        self._mount("-t", "tmpfs", name, str(point))
+        self._mount("-t", "tmpfs", "-o", options, name, str(point))
 
     def bind(self, folder: Path, point: Path) -> None:
         self._mount("--bind", str(folder), str(point))

@@ -602,7 +602,7 @@ def test_a_link_of_a_stage_is_mounted_by_no_build(workshop: Workshop) -> None:
         with pytest.raises(WrongState, match=r"line \d+: RUN --mount: source '/link' in 'stage': .*CVE-2024-1753"):
             workshop.build(files)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hazards, "is_safe", lambda version: True)
+        patch.setattr(hazards, "SAFE", (0, 0, 0))  # any buildah counts as one that has the repair
         with suppress(WrongState):
             workshop.build(files)
     assert not (secret / "new").exists()

@@ -310,7 +310,8 @@ def test_a_version_is_found_in_what_a_program_prints(answer: str, version: str) 
 
 
 def test_a_host_without_skopeo_is_warned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binaries, "find_program", lambda name: None)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(binaries, "_PATH", "/nowhere")
     [check] = [check for check in programs() if check.subject == "skopeo"]
     assert (check.verdict, check.detail) == ("warn", "not installed: needed to pull images")
     assert check.remedy == "apt-get install skopeo"

@@ -7,8 +7,10 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -595,12 +597,18 @@ def test_an_empty_name_is_a_wrong_call(run: Run, capsys: pytest.CaptureFixture[s
 def test_who_stops_watching_a_pull_hears_that_it_goes_on(
     agent: PaperAgent, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(steps: Iterator[Any], *, quiet: bool) -> None:
-        list(steps)
-        raise KeyboardInterrupt
+    heard = threading.Event()
 
-    monkeypatch.setattr("holdfast.cli.images.followed", interrupted)
-    assert run("image", "pull", "app:1") == 130
+    def pull_image(ref: str) -> Iterator[dict[str, Any]]:
+        yield {"transfers": []}
+        os.kill(os.getpid(), signal.SIGINT)  # while the command waits for more
+        assert heard.wait(30)
+        yield {"image": {"ref": ref, "digest": "sha256:abc"}}
+
+    monkeypatch.setattr(agent, "pull_image", pull_image)
+    code = run("image", "pull", "app:1")
+    heard.set()
+    assert code == 130
     assert capsys.readouterr().err == (
         "holdfast: pull 'app:1': the agent goes on pulling it (see 'holdfast status')\n"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import posixpath
 import subprocess
 from pathlib import Path
@@ -338,7 +339,7 @@ def test_apparmor_profile_of_an_earlier_version_is_loaded_anew_once(
     (tmp_path / "profiles").write_text("y-default (enforce)\n")
     monkeypatch.setattr(apparmor, "ENABLED", tmp_path / "enabled")
     monkeypatch.setattr(apparmor, "LOADED", tmp_path / "profiles")
-    monkeypatch.setattr(apparmor, "find_program", lambda name: parser)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert [apparmor.ensure("y-default") for _ in range(3)] == [("y-default", "")] * 3
     assert (tmp_path / "calls").read_text() == "--replace --skip-cache\n"
 

@@ -99,6 +99,8 @@ def test_a_module_says_what_it_is_for_and_stays_readable(path: Path) -> None:
 
 def newer_than_debian(text: str) -> Iterator[str]:
     """What a module uses that Python 3.11.2 of Debian 12 lacks and later releases of 3.11 have, as NAME:LINE."""
+    if not any(name in text for name in (*NEW_ARGUMENTS, *NEW_NAMES)):
+        return
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Call):
             called = getattr(node.func, "attr", getattr(node.func, "id", ""))
@@ -108,6 +110,59 @@ def newer_than_debian(text: str) -> Iterator[str]:
             yield f"{node.attr}:{node.lineno}"
         elif isinstance(node, ast.alias) and node.name in NEW_NAMES:
             yield f"{node.name}:{node.lineno}"
+
+
+def pretended(text: str) -> Iterator[str]:
+    """Where a test waits for time to pass, or replaces something of ours that acts, as WHAT:LINE.
+
+    A constant in capitals may be another one: that is a limit or a place, and what works with it is the real thing.
+    """
+    tree, ours = ast.parse(text), {"holdfast", "holdfast_plugins"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            module = getattr(node, "module", None) or ""
+            whole = [f"{module}.{name.name}".strip(".") for name in node.names]
+            yield from (f"{each}:{node.lineno}" for each in whole if re.search(r"(^|\.|_)mock|^time\.sleep$", each))
+            if whole[0].split(".")[0] in ours:
+                ours |= {name.asname or name.name for name in node.names}
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        called = ast.unparse(call.func)
+        if called == "time.sleep":
+            yield f"{called}:{call.lineno}"
+        elif called.endswith(".setattr"):
+            what = ".".join(ast.unparse(word).strip("'") for word in call.args[: max(len(call.args) - 1, 1)])
+            first, _, name = what.partition(".")
+            if first in ours and not name.rpartition(".")[2].strip("_").isupper():
+                yield f"{what}:{call.lineno}"
+
+
+TESTS = sorted((TOP / "tests").rglob("*.py"))
+
+
+def test_no_test_sleeps_or_mocks_code_of_ours() -> None:
+    waits = TOP / "tests/ground.py"  # `wait_for`, which everybody uses
+    exempt = {waits, TOP / "tests/unit/test_images.py"}
+    found = [f"{ids(path)}: {what}" for path in TESTS if path not in exempt for what in pretended(path.read_text())]
+    assert found == []
+
+
+def test_what_is_pretended_is_found() -> None:
+    text = """
+import time
+from unittest import mock
+from holdfast.runtime import filling, logs
+from holdfast.store import Store
+def test(patch, agent):
+    time.sleep(1)
+    patch.setattr(filling, "_open_below", None)
+    patch.setattr("holdfast.store.Store.event", None)
+    patch.setattr(Store, "event", None)
+    patch.setattr(logs, "_BLOCK", 1)
+    patch.setattr(agent, "images", None)
+"""
+    assert [each.partition(":")[0] for each in pretended(text)] == [
+        "unittest.mock", "time.sleep", "filling._open_below", "holdfast.store.Store.event", "Store.event",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("folder", ["agent", "plugins", "examples", "tests", "bench"])

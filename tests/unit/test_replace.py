@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ground import wait_for
+from holdfast import mounts
 from holdfast.errors import Conflict, TryAgain, UnfitHost
 from holdfast.source import replace
 from holdfast.source.directory import DirectorySource
@@ -79,8 +80,13 @@ def test_a_git_work_tree_and_a_file_are_left_alone(state: Path) -> None:
     assert files(state) == OLD
 
 
-def test_a_directory_with_a_mount_inside_is_left_alone(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replace, "mount_points", lambda: iter(["/", "/proc", str(state), f"{state}/conf"]))
+def test_a_directory_with_a_mount_inside_is_left_alone(
+    state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = enumerate(("/", "/proc", state, state / "conf"))
+    lines = (f"{number} 1 0:{number} / {point} rw - tmpfs none rw\n" for number, point in points)
+    (tmp_path / "mountinfo").write_text("".join(lines))
+    monkeypatch.setattr(mounts, "MOUNTINFO", tmp_path / "mountinfo")
     with pytest.raises(Conflict, match=r"mounted inside of it, at '.*/conf'"):
         replace_tree(state, NEW, NONE)
     assert files(state) == OLD
