@@ -7,6 +7,7 @@ they are, without these checks, so that what an earlier version has stored can a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 from holdfast.grammar import quantities
-from holdfast.words import named, shown
+from holdfast.words import shown
 
 JsonSchema = dict[str, Any]
 T = TypeVar("T")
@@ -81,14 +82,24 @@ class Table(BaseModel):
         shared = {name: getattr(self, name) for name in kind.model_fields if name in own}
         return kind.model_validate({**shared, **resolved})
 
-    @classmethod
-    def names(cls) -> Iterator[tuple[str, str]]:
-        """Each key as it is written, with the name of its field."""
-        return ((field.alias or name, name) for name, field in cls.model_fields.items())
+
+def keys_of(kind: type[BaseModel]) -> dict[str, str]:
+    """Every key of a table as it is written → the name of its field."""
+    return {field.alias or name: name for name, field in kind.model_fields.items()}
+
+
+class _Marker:
+    """Says more about how a field is written than its type does; `read` turns a value into another, or raises."""
+
+    read: Callable[[Any], Any]
+
+    def read_if_written(self, value: Any, info: ValidationInfo) -> Any:
+        """The value as `read` has it, where a person wrote it."""
+        return self.read(value) if info.context is WRITTEN else value
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Short:
+class Short(_Marker):
     """Marks a field that also takes a shorter form: `read` turns that into the long one and leaves others alone.
 
     read raises ValueError with a message for people. schema: the JSON Schemas of the short forms. show: a value as
@@ -100,27 +111,21 @@ class Short:
     show: Callable[[Any], str] | None = None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        def read(value: Any, info: ValidationInfo) -> Any:
-            return self.read(value) if info.context is WRITTEN else value
-
-        return core_schema.with_info_before_validator_function(read, handler(source))
+        return core_schema.with_info_before_validator_function(self.read_if_written, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchema:
         return {"anyOf": [*self.schema, handler(schema)]} if self.schema else handler(schema)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Checked:
-    """Marks a field whose value `check` reads once its type is right; it returns the canonical value or raises."""
+class Checked(_Marker):
+    """Marks a field whose value `read` takes once its type is right; it returns the canonical value or raises."""
 
-    check: Callable[[Any], Any]
+    read: Callable[[Any], Any]
     schema: JsonSchema
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        def check(value: Any, info: ValidationInfo) -> Any:
-            return self.check(value) if info.context is WRITTEN else value
-
-        return core_schema.with_info_after_validator_function(check, handler(source))
+        return core_schema.with_info_after_validator_function(self.read_if_written, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchema:
         return {**handler(schema), **self.schema}
@@ -194,23 +199,11 @@ def text_of(value: Any) -> Any:
 def _option(value: Any) -> Any:
     """Read an option of a driver: a scalar as text, a list or a table as it is."""
     found = text_of(value)
-    if not isinstance(found, str | list | dict):
-        raise ValueError(f"expected text, a list or a table, not {named(value)}")  # noqa: TRY004 - pydantic's terms
-    if date := next((each for each in _scalars(found) if not isinstance(each, str | int | float)), None):
-        raise ValueError(f"'{date}' is {named(date)}, which drivers do not take (expected quotes around it)")
+    try:
+        json.dumps(found)
+    except TypeError:
+        raise ValueError("a date or time is no option (expected quotes around it)") from None
     return found
-
-
-def _scalars(value: Any) -> Iterator[Any]:
-    match value:
-        case dict():
-            for inner in value.values():
-                yield from _scalars(inner)
-        case list():
-            for inner in value:
-                yield from _scalars(inner)
-        case _:
-            yield value
 
 
 def _nonempty(value: str) -> str:
@@ -226,11 +219,8 @@ def size_text(value: int) -> str:
 
 Items = Annotated[tuple[T, ...], _Listed()]
 Unique = Annotated[tuple[T, ...], _Listed(), Checked(lambda items: tuple(dict.fromkeys(items)), {})]
-Strings = Annotated[
-    tuple[str, ...],
-    _Listed(),
-    Short(lambda value: [value] if isinstance(value, str) else value, ({"type": "string"},)),
-]
+OrOne = Short(lambda value: [value] if isinstance(value, str) else value, ({"type": "string"},))
+Strings = Annotated[tuple[str, ...], _Listed(), OrOne]
 Size = Annotated[
     int, Short(size, ({"title": "size", "type": "string", "examples": ["64MiB", "64MB", "64m"]},), show=size_text)
 ]

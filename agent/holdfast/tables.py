@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from holdfast.keys import WRITTEN, Contradiction, Table
+from holdfast.keys import WRITTEN, Contradiction, Table, keys_of
 from holdfast.toml import KeyPath, dotted
 from holdfast.words import named, shown, suggestion
 
@@ -136,7 +136,7 @@ def _unknown_key(table: type[Table] | None, key: str) -> str:
         return "not supported yet (leave it out)"
     if key in table.hints:
         return f"unknown key '{key}' (write {table.hints[key]})"
-    known = [key for key, _ in table.names()]
+    known = list(keys_of(table))
     few = (
         f" (expected one of {', '.join(known)})" if len(known) <= 12 else " ('holdfast schema' lists the known ones)"
     )
@@ -148,7 +148,8 @@ def _table_at(kind: Any, path: KeyPath) -> type[Table] | None:
     for step in path:
         table = _table_in(kind)
         if table is not None:
-            kind = next((table.model_fields[name].annotation for key, name in table.names() if key == step), None)
+            name = keys_of(table).get(str(step))
+            kind = table.model_fields[name].annotation if name else None
         else:
             kind = _item_of(kind)
     return _table_in(kind)

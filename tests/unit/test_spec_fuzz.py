@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from holdfast.keys import keys_of
 from holdfast.spec import NodeFacts, load
 from holdfast.spec.authored import ContainerTable, ImageTable, PortTable, StateFile
 from holdfast.spec.model import Mount, Resources
@@ -76,7 +77,7 @@ def toml(value: Any) -> str:
 
 
 def tables(kind: Any, extra: st.SearchStrategy[Any] = VALUES) -> st.SearchStrategy[dict[str, Any]]:
-    return st.dictionaries(st.sampled_from([key for key, _ in kind.names()]), extra, max_size=4)
+    return st.dictionaries(st.sampled_from(list(keys_of(kind))), extra, max_size=4)
 
 
 CONTAINERS = tables(

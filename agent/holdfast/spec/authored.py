@@ -11,13 +11,15 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from holdfast.grammar import images, network
-from holdfast.keys import Checked, Items, NonEmpty, Short, Table, Text, or_text
+from holdfast.grammar import images, kernel, network
+from holdfast.keys import Checked, Items, NonEmpty, OrOne, Short, Table, Text, or_text
 from holdfast.spec import forms, model
 from holdfast.spec.parts import Attachment, Mount, RestartTable
-from holdfast.spec.values import STRING, STRINGS, Absolute, Address, AppNetwork, Id, Mode, Name, OnChange, Reference
+from holdfast.spec.values import STRINGS, Absolute, Address, AppNetwork, Id, Mode, Name, OnChange, Reference
 
 Ports = Annotated[Text, Checked(forms.ports_text, {"title": "port or range", "examples": ["8000-8010"]})]
+Tmpfs = Annotated[str, Checked(lambda v: forms.tmpfs(v) and v, {"description": "TARGET[:size=64m,mode=1777]"})]
+Restart = Annotated[str, Checked(lambda v: forms.restart(v) and v, {"examples": ["always", "on-failure:5"]})]
 
 
 class AppTable(Table):
@@ -111,20 +113,11 @@ class ContainerTable(model.ContainerKeys):
     volumes: Items[Annotated[Mount, or_text(forms.volume, "SOURCE:TARGET[:ro]")]] = Field(
         (), description="volumes, files and directories that are mounted into it"
     )
-    tmpfs: Annotated[
-        Items[
-            Annotated[
-                str, Checked(lambda text: forms.tmpfs(text) and text, {"description": "TARGET[:size=64m,mode=1777]"})
-            ]
-        ],
-        Short(forms.several, (STRING,)),
-    ] = Field((), description="file systems in memory, empty at each start")
+    tmpfs: Annotated[Items[Tmpfs], OrOne] = Field((), description="file systems in memory, empty at each start")
     configs: Items[Annotated[ConfigUse, or_text(lambda name: {"source": name}, "a name of [configs]")]] = Field(
         (), description="configs of this app that are mounted into it"
     )
-    restart: (
-        Annotated[str, Checked(lambda v: forms.restart(v) and v, {"examples": ["always", "on-failure:5"]})] | None
-    ) = Field(
+    restart: Restart | None = Field(
         None,
         description="when it runs again after it has ended: `no`, `on-failure[:N]`, `always` or `unless-stopped`; "
         "absent: only after a reboot",
@@ -142,10 +135,10 @@ class ContainerTable(model.ContainerKeys):
         if self.seccomp not in ("default", "unconfined") and not self.seccomp.startswith("/"):
             yield "seccomp", f"'{self.seccomp}' is not known (expected default, unconfined or an absolute path)"
         yield from self._wrong_networks()
-        if self.ipc == "host":
-            for key in self.sysctls:
-                if not key.startswith("net."):
-                    yield "sysctls", f"'{key}' belongs to the host with ipc = \"host\" (leave one of them out)"
+        for key in self.sysctls:
+            asked = {"ipc": self.ipc == "host" and 'ipc = "host"', "net": "host" in (self.networks or ()) and _HOST}
+            if shared := asked.get(kernel.namespace_of(key)):
+                yield "sysctls", f"'{key}' belongs to the host with {shared} (leave one of them out)"
 
     def _wrong_fetching(self) -> Iterator[tuple[str, str]]:
         """pull and update_image are about images that a registry has."""
@@ -177,10 +170,9 @@ class ContainerTable(model.ContainerKeys):
                     "ports",
                     f"can't be published from network '{alone}' (expected a network with addresses, as default)",
                 )
-        if "host" in self.networks:
-            for key in self.sysctls:
-                if key.startswith("net."):
-                    yield "sysctls", f"'{key}' belongs to the host with networks = [\"host\"] (leave one of them out)"
+
+
+_HOST = 'networks = ["host"]'
 
 
 def _not_builtin(name: str) -> str:

@@ -15,8 +15,8 @@ from holdfast.grammar.images import built
 from holdfast.spec.dockerfile import Use, images_in
 from holdfast.spec.dockerignore import Ignore
 from holdfast.spec.links import Finding, Neighbours, cycles, place, unknown
-from holdfast.spec.model import App, Build, digest_of
-from holdfast.spec.resolve import Draft, ImageDraft, digest
+from holdfast.spec.model import App, Build, digest_of, digest_of_file
+from holdfast.spec.resolve import Draft, ImageDraft
 from holdfast.tables import Fault
 from holdfast.toml import KeyPath
 
@@ -62,7 +62,7 @@ class Folder:
         content = self.files[path]
         known = self.digests.get(path)
         if known is None or known[0] is not content:
-            known = self.digests[path] = (content, digest(content))
+            known = self.digests[path] = (content, digest_of_file(content))
         return known[1]
 
 
@@ -244,11 +244,11 @@ class Builds:
         listing = {p.removeprefix(prefix): [folder.digest(p), p in folder.executable] for p in sorted(paths)}
         # Names that are not UTF-8 are surrogates here, which only the ASCII form can carry.
         content = json.dumps(listing, sort_keys=True, separators=(",", ":")).encode()
-        blobs[digest(content)] = content
+        blobs[digest_of_file(content)] = content
         # buildah before 1.30 looks a name up as it is written, later ones with its variables replaced.
         meant = {name: base for use, base in bases for name in (use.name, use.written)}
         parts = {
-            "tree": digest(content),
+            "tree": digest_of_file(content),
             "instructions": folder.digest(dockerfile),
             "args": table.args,
             "target": table.target,

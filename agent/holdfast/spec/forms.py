@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 from holdfast.grammar import images, signals
@@ -15,6 +16,7 @@ from holdfast.grammar.names import absolute, check_id, reference
 from holdfast.grammar.network import ipv4, ports
 from holdfast.grammar.quantities import number
 from holdfast.keys import size
+from holdfast.words import named as words_for
 from holdfast.words import shown
 
 Parts = dict[str, Any]
@@ -33,18 +35,57 @@ def words(value: Any) -> Any:
         raise ValueError(f"'{value}': {str(error).lower()} (expected words as a shell reads them)") from None
 
 
-def pairs(value: Any) -> Any:
-    """`["K=V", …]` as a table; a table stays."""
+def keyed(value: Any, read: Callable[[str], tuple[str, Any]]) -> Any:
+    """Make a list of short forms a table, each read as its key and value; a table stays."""
     if not isinstance(value, list):
         return value
-    table: dict[str, str] = {}
+    table: dict[str, Any] = {}
     for item in value:
-        if not isinstance(item, str) or "=" not in item:
-            raise ValueError(f"{shown(item)}: no value is given (expected NAME=VALUE)")
-        key, _, text = item.partition("=")
+        if not isinstance(item, str):
+            raise ValueError(f"expected a list of text, or a table, not a list with {words_for(item)}")  # noqa: TRY004
+        key, inner = read(item)
         if key in table:
-            raise ValueError(f"'{item}': {key} is given twice")
-        table[key] = text
+            raise ValueError(f"'{key}' is named twice")
+        table[key] = inner
+    return table
+
+
+def pairs(value: Any) -> Any:
+    """`["K=V", …]` as a table; a table stays."""
+    return keyed(value, _pair)
+
+
+def _pair(item: str) -> tuple[str, str]:
+    key, equals, text = item.partition("=")
+    if not equals:
+        raise ValueError(f"'{item}': no value is given (expected NAME=VALUE)")
+    return key, text
+
+
+def volumes_from(value: Any) -> Any:
+    """`["db", "db:ro"]` as a table; a table stays."""
+    return keyed(value, _access)
+
+
+def _access(item: str) -> tuple[str, str]:
+    container, _, access = item.partition(":")
+    if access not in ("", "rw", "ro"):
+        raise ValueError(f"'{item}': option '{access}' is not known (expected CONTAINER[:ro])")
+    return container, access or "rw"
+
+
+def named(value: Any) -> Any:
+    """A list of names as a table of them, each without settings; a table stays."""
+    return keyed(value, lambda name: (name, {}))
+
+
+def dependencies(value: Any) -> Any:
+    """A list of containers as a table of what each must have reached, started; a table stays."""
+    table = keyed(value, lambda name: (name, "started"))
+    for other, condition in table.items() if isinstance(table, dict) else ():
+        if isinstance(condition, dict):
+            right = f'{other} = "started" or "completed"'
+            raise ValueError(f"'{other}' leads to a table (expected {right})")  # noqa: TRY004 - pydantic's terms
     return table
 
 
@@ -121,21 +162,6 @@ def volume(value: str) -> Parts:
         return {"source": source, "target": absolute(target), "read_only": option == "ro"}
     except ValueError as error:
         raise ValueError(f"'{value}': target {error}") from None
-
-
-def volumes_from(value: Any) -> Any:
-    """`["db", "db:ro"]` as a table; a table stays."""
-    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-        return value
-    found: dict[str, str] = {}
-    for each in value:
-        container, _, access = each.partition(":")
-        if access not in ("", "rw", "ro"):
-            raise ValueError(f"'{each}': option '{access}' is not known (expected CONTAINER[:ro])")
-        if container in found:
-            raise ValueError(f"'{container}' is named twice")
-        found[container] = access or "rw"
-    return found
 
 
 def tmpfs(value: str) -> Parts:
@@ -225,35 +251,6 @@ def cpuset(value: str) -> str:
         if int(last) >= MOST_CPUS:
             raise ValueError(f"'{part}' is out of range (expected CPUs from 0 to {MOST_CPUS - 1})")
     return value
-
-
-def several(value: Any) -> Any:
-    """A string as a list of one; a list stays."""
-    return [value] if isinstance(value, str) else value
-
-
-def named(value: Any) -> Any:
-    """A list of names as a table of them, each without settings."""
-    if not isinstance(value, list):
-        return value
-    if not all(isinstance(item, str) for item in value):
-        raise ValueError("expected a list of names, or a table of them")
-    twice = next((item for index, item in enumerate(value) if item in value[:index]), None)
-    if twice is not None:
-        raise ValueError(f"'{twice}' is named twice")
-    return {item: {} for item in value}
-
-
-def dependencies(value: Any) -> Any:
-    """`["a", "b"]` as a table of what each must have reached: started."""
-    table = named(value)
-    if isinstance(value, list):
-        return dict.fromkeys(table, "started")
-    for other, condition in table.items() if isinstance(table, dict) else ():
-        if isinstance(condition, dict):
-            right = f'{other} = "started" or "completed"'
-            raise ValueError(f"'{other}' leads to a table (expected {right})")  # noqa: TRY004 - pydantic's terms
-    return table
 
 
 def reached(value: Any) -> Any:

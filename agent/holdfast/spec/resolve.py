@@ -349,7 +349,3 @@ def restart_policy(table: ContainerTable) -> model.RestartPolicy:
     if table.restart_policy is not None:
         return table.restart_policy.passed_to(model.RestartPolicy, once=table.restart_policy.policy == "no")
     return model.RestartPolicy()
-
-
-def digest(content: bytes) -> str:
-    return model.digest_of_file(content)
