@@ -59,7 +59,6 @@ from holdfast.spec.model import (
     RestartPolicy,
     Spec,
     Volume,
-    digest_of,
 )
 
 CASES = sorted((Path(__file__).parent / "plan").glob("*.toml"))
@@ -222,7 +221,7 @@ def _networks(otherwise: Mapping[str, Any], was: Mapping[str, App]) -> Iterator[
             continue
         owner, _, name = key.rpartition("/")
         defined = was[owner].networks.get(name, Network()) if owner in was else Network()
-        made = digest_of(defined.model_dump(mode="json"))
+        made = defined.digest
         data = ({} if facts.get("earlier") else {"joined": 1}) | facts.get("data", {})
         yield key, NetworkState(key, "bridge", made, data, tuple(facts.get("faults", ())))
 

@@ -164,3 +164,16 @@ def test_a_byte_order_mark_is_no_part_of_the_text() -> None:
     assert load({"shop.toml": text}, NodeFacts("node")).problems == ()
     (problem,) = load({"shop.toml": "[app]".encode("utf-16")}, NodeFacts("node")).problems
     assert "UTF-16 (expected UTF-8)" in problem.message
+
+
+class Later(Network):
+    """A network of a later version."""
+
+    mode: str = "plain"
+
+
+def test_the_digest_of_a_network_is_that_of_earlier_versions() -> None:
+    earlier = "4308ac5d9cb737297ae4c69a829bb998"
+    assert Network().digest.startswith(earlier)
+    assert Later().digest == Network().digest != Later(mode="other").digest
+    assert len({Network().digest, Network(internal=True).digest, Network(driver_opts={"mtu": "1400"}).digest}) == 3

@@ -203,8 +203,12 @@ class Network(Table):
 
     @cached_property
     def digest(self) -> str:
-        """The sha256 (hex) of the definition: a network made of another one is made anew."""
-        return digest_of(self.model_dump(mode="json"))
+        """The sha256 (hex) of the definition. It is stored: a network made of another definition is made anew.
+
+        Keys of later versions count only where they are set, so that no network is made anew for an upgrade.
+        """
+        first = self.model_dump(mode="json", include={"driver", "subnet", "gateway", "internal", "driver_opts"})
+        return digest_of({**first, **self.model_dump(mode="json", exclude_defaults=True)})
 
 
 class Volume(Table):
