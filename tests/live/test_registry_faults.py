@@ -16,6 +16,8 @@ import pytest
 from holdfast.drivers import Host
 from holdfast.errors import HoldfastError, NotFound, Throttled, TryAgain, UnfitHost, Unreachable, WrongState
 from holdfast.images.incoming.pull import Puller
+from holdfast.node.images import ImageAnswers
+from image_node import image_node
 from layouts import INDEX, MANIFEST, Layout, digest_of, make_layout
 from live.conftest import QUICK
 from live.faulty import Answer, FaultyRegistry, error
@@ -382,3 +384,32 @@ def test_a_disk_that_fills_up_under_way_is_said_and_left_clean(
     make_layout(tmp_path / "layout", [{f"zeros-{number}": b"\1" * (1 << 20) for number in range(8)}])
     registry.push(tmp_path / "layout", "app")
     fails(new_puller(root=small_disk), f"{registry.address}/app", UnfitHost, "o space left", 60)
+
+
+def test_a_pull_by_hand_is_shown_while_it_waits_and_told_of_when_it_fails(
+    faulty: FaultyRegistry, tmp_path: Path
+) -> None:
+    ref = f"{faulty.address}/app"
+    faulty.answer("manifests", Answer(mute=True))
+    with image_node(tmp_path, QUICK.model_copy(update={"stall_timeout": 2.0})) as context:
+        steps = ImageAnswers(context).pull_image(ref)
+        shown = next(step["transfers"] for step in steps if step["transfers"])
+        assert [(each["ref"], each["state"]) for each in shown] == [(ref, "resolving")]
+        with pytest.raises(Unreachable) as raised:
+            list(steps)
+        told = [(event["kind"], event["subject"], event["message"]) for event in context.store.events()]
+    assert told == [("failed", ref, str(raised.value))]
+
+
+def test_a_name_without_a_tag_says_which_one_was_asked_for(faulty: FaultyRegistry, puller: Puller) -> None:
+    faulty.answer("manifests", Answer(404, error("MANIFEST_UNKNOWN", "x")))
+    absent = "(404: the registry does not have it)"
+    for name, end in {
+        "app": f"{absent} as ':latest', for no tag is written (expected {faulty.address}/app:TAG)",
+        "app:latest": absent,
+        f"app@sha256:{'0' * 64}": absent,
+    }.items():
+        with pytest.raises(NotFound) as raised:
+            puller.resolve(f"{faulty.address}/{name}")
+        assert str(raised.value).endswith(end)
+        assert raised.value.wait == 60.0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from holdfast.errors import WrongCall
 from holdfast.grammar.images import Reference, familiar
-from holdfast.images.formats.references import parse
+from holdfast.images.formats.references import parse, parse_changes
 
 HEX = "0123456789abcdef" * 4
 PINNED = f"sha256:{HEX}"
@@ -117,3 +117,61 @@ def test_any_text_is_a_reference_or_one_line_of_what_is_wrong(text: str) -> None
         assert "\n" not in str(error)
     else:
         assert parse(reference.name).name == reference.name
+
+
+@pytest.mark.parametrize(
+    ("reference", "full"),
+    [
+        ("app", "docker.io/library/app:latest"),
+        ("app:1", "docker.io/library/app:1"),
+        ("shop/web", "docker.io/shop/web:latest"),
+        ("docker.io/app", "docker.io/library/app:latest"),
+        ("index.docker.io/library/app", "docker.io/library/app:latest"),
+        ("localhost/app", "localhost/app:latest"),
+        ("registry.example:5000/shop/web:1.27", "registry.example:5000/shop/web:1.27"),
+        ("ghcr.io/a/b_c--d.e:V1_x", "ghcr.io/a/b_c--d.e:V1_x"),
+    ],
+)
+def test_names_are_completed_as_docker_does(reference: str, full: str) -> None:
+    assert parse(reference).name == full
+    assert parse(familiar(full)).name == full
+
+
+@pytest.mark.parametrize("reference", ["", "App", "a b", "app:", "/app", "app/", "../x", "a:b:c", "-a"])
+def test_malformed_names_are_refused(reference: str) -> None:
+    with pytest.raises(WrongCall, match="image name"):
+        parse(reference)
+
+
+def test_dockerfile_instructions_become_configuration() -> None:
+    config = parse_changes(
+        [
+            "CMD echo hi",
+            'entrypoint ["/init"]',
+            'ENV A=1 B="x y"',
+            "ENV C d e",
+            "WORKDIR /w",
+            "EXPOSE 80 53/udp",
+            "LABEL k=v",
+            'VOLUME ["/a b"]',
+            "STOPSIGNAL SIGINT",
+            "USER 1:2",
+        ]
+    )
+    assert config == {
+        "Cmd": ["/bin/sh", "-c", "echo hi"],
+        "Entrypoint": ["/init"],
+        "Env": ["A=1", "B=x y", "C=d e"],
+        "WorkingDir": "/w",
+        "ExposedPorts": {"80/tcp": {}, "53/udp": {}},
+        "Labels": {"k": "v"},
+        "Volumes": {"/a b": {}},
+        "StopSignal": "SIGINT",
+        "User": "1:2",
+    }
+
+
+@pytest.mark.parametrize("change", ["COPY a b", "ENV", "ENV A=1 b", 'ENV A="', "VOLUME [1"])
+def test_wrong_instructions_are_refused(change: str) -> None:
+    with pytest.raises(WrongCall, match="change"):
+        parse_changes([change])

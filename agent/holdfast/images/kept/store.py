@@ -250,13 +250,13 @@ class ImageStore:
             again = digest in {each.digest for each in self.names().values()}  # somebody has named it meanwhile
             return self.delete([digest], in_use) if alone and not again else Freed()
 
-    def prune(self, in_use: InUse = (), *, all: bool = False) -> Freed:
+    def prune(self, in_use: InUse = (), *, all: bool = False, patience: float = PATIENCE) -> Freed:
         """Delete the images without a name that nobody uses, and layers that no image needs; with all, the unused
         images with names, too.
 
-        Raises TryAgain while something is being put in, after a moment's patience.
+        Raises TryAgain where something is still being put in after so many seconds (patience).
         """
-        with self.alone(PATIENCE) as alone:
+        with self.alone(patience) as alone:
             if not alone:
                 raise TryAgain(
                     "prune images: an image is being pulled, built or loaded (try again when that is done)"
