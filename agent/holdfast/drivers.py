@@ -140,13 +140,13 @@ class RootfsWant(OfContainer):
 class VolumeWant:
     """A named volume. A new one is empty: the core fills it from the image, once, and before anything runs on it.
 
-    options: driver_opts as the driver's model reads them (`Optioned`), None without one. app: the first part of id.
+    driver_opts: tables and lists as they are written, numbers and booleans as text; `tables.read_options` reads them
+    with a model (`Optioned`). app: the first part of id.
     Receipt: kind "volume", id = `app/name`, owner "", data["path"] = the directory to mount.
     """
 
     id: str
     driver_opts: Mapping[str, Any] = field(default_factory=dict)
-    options: Any = None
 
     @property
     def app(self) -> str:
@@ -162,7 +162,7 @@ class VolumeWant:
 class MountWant(OfContainer):
     """A mount of one instance that is not a named volume. mount.kind is the driver's name: bind, tmpfs, file, …
 
-    options: mount.driver_opts as the driver's model reads them (`Optioned`), None without one.
+    mount.driver_opts: as of a VolumeWant.
     content: for kind file, where the revision's content is stored (file or directory). roots: for kind bind, where on
     this host the source may lie once its links are followed (`files.open_source`); None: anywhere.
     Receipt: kind "volume", id = `instance:target`, owner = instance, data = {"type", "source", "options"} as an
@@ -173,15 +173,13 @@ class MountWant(OfContainer):
     mount: Mount
     content: Path | None = None
     roots: tuple[str, ...] | None = None
-    options: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkWant:
     """A network. subnet None: taken from Host.pool, and kept. hosts: how many containers are to have addresses.
 
-    options: driver_opts as the driver's model reads them (`Optioned`), None without one. app: whose it is, "" for the
-    networks of the agent (`bridge`, `build`).
+    driver_opts: as of a VolumeWant. app: whose it is, "" for the networks of the agent (`bridge`, `build`).
     Receipt: kind "network", id = `app/name` or `bridge`, owner "", data["interface"], data["subnet"],
     data["gateway"], data["internal"], data["hosts"] (how many containers it has addresses for now, where it can grow:
     it is ensured again when more are to join it; absent where it can't).
@@ -193,7 +191,6 @@ class NetworkWant:
     internal: bool = False
     driver_opts: Mapping[str, Any] = field(default_factory=dict)
     hosts: int = 0
-    options: Any = None
 
     @property
     def app(self) -> str:
@@ -258,9 +255,9 @@ class Driver(Protocol[W]):
 
 
 class Optioned(Protocol):
-    """What a driver may have besides: a model of its `driver_opts`, by which state files are checked."""
+    """What a driver may have besides: a model of its `driver_opts`, a `keys.Table`; state files are checked by it."""
 
-    options: type[BaseModel] | None
+    options: type[BaseModel]
 
 
 class Versioned(Protocol):

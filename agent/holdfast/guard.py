@@ -16,10 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
+from pydantic import BaseModel
+
 from holdfast.drivers import Driver
 from holdfast.errors import HoldfastError, UnfitHost, WrongState
 from holdfast.kinds import KINDS, DriverKind, kind_of_want
 from holdfast.observed import Finding, Receipt
+from holdfast.tables import WrongOptions, read_options
 from holdfast.workers import Answer, NoAnswer, Worker, answer_of
 
 UNASKED = ("observe", "findings", "watch", "migrate")  # verbs without a want that could be at fault
@@ -45,6 +48,9 @@ def unsound(offered: Any, kind: DriverKind[Any]) -> str:
     version = getattr(offered, "receipt_version", 1)
     if type(version) is not int or version < 1:
         return f"receipt_version is {version!r} (expected a whole number from 1)"
+    options = getattr(offered, "options", None)
+    if options is not None and not (isinstance(options, type) and issubclass(options, BaseModel)):
+        return f"options is {options!r} (expected a class derived from holdfast.keys.Table)"
     verbs = (*kind.verbs, "migrate") if version > 1 else kind.verbs
     for verb in verbs:
         method = getattr(offered, verb, None)
@@ -100,7 +106,7 @@ class Guarded:
 
     __slots__ = (
         *("_fault", "_faulty", "_observer", "_running"),
-        *("driver", "kind", "last", "name", "receipt_version", "tells", "title"),
+        *("driver", "kind", "last", "name", "options", "receipt_version", "tells", "title"),
     )
 
     def __init__(self, driver: Any, kind: DriverKind[Any], fault: Fault, observer: Worker) -> None:
@@ -108,6 +114,7 @@ class Guarded:
         self.kind = kind
         self.name: str = driver.name
         self.title = kind.title(self.name)
+        self.options: type[BaseModel] | None = getattr(driver, "options", None)
         self.receipt_version: int = getattr(driver, "receipt_version", 1)
         self.tells = hasattr(driver, "findings")
         self.last: list[Receipt] = []
@@ -124,9 +131,11 @@ class Guarded:
         return lambda *arguments: self._call(name, lambda: found(*arguments))
 
     def check(self, want: Any) -> None:
+        self._check_options(want)
         self._call("check", lambda: self.driver.check(want))
 
     def ensure(self, want: Any) -> Receipt:
+        self._check_options(want)
         receipt: Receipt = self._call(
             "ensure", lambda: self.driver.ensure(want), lambda made: breach(self.name, want, made)
         )
@@ -189,6 +198,15 @@ class Guarded:
             for verb, since in list(self._running.values())
             if now - since > SLOW
         ]
+
+    def _check_options(self, want: Any) -> None:
+        """Raise WrongState for options that the driver's model refuses: an older version may have taken them."""
+        if self.options is not None and self.kind.driver_opts is not None:
+            title, driver_opts = self.kind.driver_opts(want)
+            try:
+                read_options(self.options, driver_opts)
+            except WrongOptions as error:
+                raise WrongState(f"{title}: {error}") from error
 
     def _read(self) -> list[Receipt]:
         return list(self.driver.observe())

@@ -6,7 +6,7 @@ this table. A new kind is its want (`drivers`), its hook (`hookspecs`) and an en
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, Generic, TypeVar
@@ -43,6 +43,7 @@ class DriverKind(Generic[D]):
     required      the keys of a receipt's data that others read, all of them text
     misfit        what else in the data others could not make sense of, "" if nothing
     kept          the keys that the core adds to the data of a receipt that it stores
+    driver_opts   want → what messages call it, and the options in it; None if it has none
     chosen        whether state files name its drivers; reserved: names that a driver can't have
     observed      whether every pass asks its drivers what is there; if not, only receipts say so
     conformance   the class in `holdfast.testing` that its drivers have to pass, "" if there is none
@@ -59,6 +60,7 @@ class DriverKind(Generic[D]):
     required: tuple[str, ...] = ()
     misfit: Callable[[Json], str] = lambda data: ""
     kept: tuple[str, ...] = ()
+    driver_opts: Callable[[Any], tuple[str, Mapping[str, Any]]] | None = None
     chosen: bool = False
     reserved: tuple[str, ...] = ()
     observed: bool = True
@@ -110,6 +112,7 @@ VOLUME: DriverKind[Driver[VolumeWant]] = DriverKind(
     subject=lambda want: (want.id, ""),
     required=("path",),
     kept=("content", "asked", "defined_as"),
+    driver_opts=lambda want: (f"volume {want.id!r}", want.driver_opts),
     chosen=True,
 )
 MOUNT: DriverKind[Driver[MountWant]] = DriverKind(
@@ -122,6 +125,7 @@ MOUNT: DriverKind[Driver[MountWant]] = DriverKind(
     subject=lambda want: (f"{want.instance}:{want.mount.target}", want.instance),
     required=("type", "source"),
     misfit=_no_options,
+    driver_opts=lambda want: (f"{want.mount.kind} mount at {want.mount.target!r}", want.mount.driver_opts),
     chosen=True,
     reserved=("volume",),
     observed=False,
@@ -135,6 +139,7 @@ NETWORK: DriverKind[Driver[NetworkWant]] = DriverKind(
     required=("interface", "subnet", "gateway"),
     misfit=_no_subnet,
     kept=("want", "joined"),
+    driver_opts=lambda want: (f"network {want.id!r}", want.driver_opts),
     chosen=True,
 )
 ENDPOINT: DriverKind[Driver[EndpointWant]] = DriverKind(

@@ -11,7 +11,7 @@ import copy
 import inspect
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,8 +24,9 @@ import pluggy
 from pydantic import BaseModel
 
 from holdfast import hookspecs
+from holdfast.config import Config
 from holdfast.drivers import Host, VolumeWant
-from holdfast.errors import TryAgain, UnfitHost, WrongState
+from holdfast.errors import TryAgain, UnfitHost, WrongConfig, WrongState
 from holdfast.guard import (
     OBSERVE_DEADLINE,
     Guarded,
@@ -38,12 +39,12 @@ from holdfast.guard import (
 )
 from holdfast.hookspecs import API_VERSION, OLDEST_API
 from holdfast.keys import Table
-from holdfast.kinds import KINDS, VOLUME, DriverKind, offers
+from holdfast.kinds import FIREWALL, KINDS, POLICY, ROOTFS, VOLUME, DriverKind, offers
 from holdfast.observed import Finding, Json
 from holdfast.patches import merge_patch, unfit_patch
 from holdfast.tables import Fault, read_table
-from holdfast.toml import dotted
-from holdfast.words import suggestion
+from holdfast.toml import KeyPath, dotted
+from holdfast.words import one_line, suggestion
 from holdfast.workers import BACKLOG, Teller, Worker
 
 D = TypeVar("D")
@@ -152,7 +153,11 @@ class Plugins:
 
     def names(self) -> dict[str, dict[str, type[BaseModel] | None]]:
         """The drivers that state files may name, by kind, each with the table of its options."""
-        return {kind.name: dict.fromkeys(self._drivers[kind]) for kind in KINDS if kind.chosen}
+        return {
+            kind.name: {name: driver.options for name, driver in self._drivers[kind].items()}
+            for kind in KINDS
+            if kind.chosen
+        }
 
     def of_kind(self, kind: DriverKind[D]) -> Mapping[str, D]:
         """Every driver of a kind, by name, in the order of loading."""
@@ -177,6 +182,20 @@ class Plugins:
                 left = tuple(each for each in plugin.state.drivers if each != f"{kind.name} {name}")
                 error = "; ".join([*filter(None, [plugin.state.error]), f"{gone.title}: {why}"])
                 plugin.state = replace(plugin.state, state="refused", drivers=left, error=error)
+
+    def check_config(self, config: Config, known: Container[str] = ()) -> None:
+        """Raise WrongConfig for what agent.toml says that no plugin here knows, a line for each thing.
+
+        known: drivers, as `rootfs overlay`, that are missed by others: their plugin is gone, or can't be loaded.
+        """
+        wrong = [(fault.path, fault.message) for fault in self.wrong]
+        for kind, path, name in chosen_drivers(config):
+            if name not in self._drivers[kind] and f"{kind.name} {name}" not in known:
+                expected = f" (expected {' or '.join(sorted(self._drivers[kind]))}, or its plugin to be installed)"
+                hint = suggestion(name, self._drivers[kind]) or expected
+                wrong.append((path, f"no plugin offers the {kind.name} driver '{name}'{hint}"))
+        if wrong:
+            raise WrongConfig("\n".join(f"{config.where(path)}: {one_line(message)}" for path, message in wrong))
 
     # -- what drivers do together --
 
@@ -446,6 +465,14 @@ def load_plugins(
         hint = suggestion(name, plugins._plugins) or " (leave the table out, or install the plugin)"
         plugins.wrong.append(Fault(("plugins", name), f"no plugin is called '{name}'{hint}"))
     return plugins
+
+
+def chosen_drivers(config: Config) -> Iterator[tuple[DriverKind[Any], KeyPath, str]]:
+    """Every driver that agent.toml chooses, and where."""
+    yield ROOTFS, ("storage", "driver"), config.storage.driver
+    yield FIREWALL, ("network", "firewall"), config.network.firewall
+    for index, name in enumerate(config.cgroup.policy):
+        yield POLICY, ("cgroup", "policy", index), name
 
 
 def _new_manager() -> pluggy.PluginManager:

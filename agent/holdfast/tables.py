@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from holdfast.errors import WrongState
 from holdfast.keys import WRITTEN, Contradiction, Table, keys_of
 from holdfast.toml import KeyPath, dotted
 from holdfast.words import named, shown, suggestion
@@ -54,7 +55,7 @@ def read_table(kind: type[T], data: Mapping[str, Any], known: Iterable[Fault] = 
     return None, faults
 
 
-class WrongOptions(ValueError):
+class WrongOptions(WrongState):
     """Options that a driver does not take."""
 
     def __init__(self, faults: list[Fault]) -> None:

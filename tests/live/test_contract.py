@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
 from ipaddress import IPv4Network
+from pathlib import Path
 
 import pytest
 
+from holdfast.drivers import Host
 from live.agent import LiveAgent
 
 pytestmark = pytest.mark.live
@@ -43,3 +48,197 @@ def test_a_fixed_address_passes_to_the_successor_and_is_refused_to_others_before
     agent.wait_until(lambda now: f"address '{taken}' is taken by" in " ".join(now["blockers"]))
     assert agent.pid("rest/api") == api
     assert agent.instances("rest/api")[0]["addresses"] == {"shop/front": other}
+
+
+PLUGIN = """
+import os
+import signal
+import shutil
+from typing import Annotated
+from urllib.parse import quote
+
+from pydantic import Field
+
+from holdfast.files import remove_tree
+from holdfast.hookspecs import hookimpl
+from holdfast.keys import Table
+from holdfast.observed import Receipt
+from holdfast.tables import read_options
+
+api_version = 2
+
+
+class Settings(Table):
+    motto: Annotated[str, Field(description="what stands in every root file system")]
+
+
+class Copy:
+    name = "copy"
+
+    def __init__(self, host, settings):
+        self.host, self.settings, self.root = host, settings, host.root / "copies"
+
+    def check(self, want): ...
+
+    def ensure(self, want):
+        place = self.root / want.instance
+        if not place.exists():
+            made = self.root / f".{want.instance}"
+            for layer in want.layers:
+                shutil.copytree(layer, made, symlinks=True, dirs_exist_ok=True)
+            (made / "motto").write_text(f"{self.settings.motto} {want.app}/{want.container} {want.labels['tier']}")
+            made.rename(place)
+        return self.receipt(want.instance)
+
+    def observe(self):
+        return [self.receipt(each.name) for each in self.root.glob("[!.]*")]
+
+    def remove(self, receipt):
+        if (self.root / receipt.id).exists():
+            remove_tree(self.root / receipt.id)
+
+    def receipt(self, id):
+        return Receipt("rootfs", self.name, id, id, {"path": str(self.root / id)})
+
+
+class Line(Table):
+    text: Annotated[str, Field(description="what it says")]
+
+
+class Options(Table):
+    lines: Annotated[tuple[Line, ...], Field(description="what is in the file")]
+
+
+class Greeting:
+    name = "greeting"
+    options = Options
+
+    def __init__(self, host):
+        self.host = host
+
+    def check(self, want): ...
+
+    def ensure(self, want):
+        folder = self.place(want.instance, want.mount.target)
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [line.text for line in read_options(Options, want.mount.driver_opts).lines]
+        (folder / "words").write_text(" ".join([want.mount.source, *lines]))
+        data = {"type": "bind", "source": str(folder), "options": ["rbind", "ro"]}
+        return Receipt("volume", self.name, f"{want.instance}:{want.mount.target}", want.instance, data)
+
+    def observe(self):
+        return ()
+
+    def remove(self, receipt):
+        instance, _, target = receipt.id.partition(":")
+        if self.place(instance, target).exists():
+            remove_tree(self.place(instance, target))
+
+    def place(self, instance, target):
+        return self.host.files(instance) / quote(target, safe="")
+
+
+@hookimpl
+def register_rootfs_drivers(register, host, settings):
+    register(Copy(host, settings))
+
+
+@hookimpl
+def register_mount_drivers(register, host):
+    register(Greeting(host))
+"""
+CHOSEN = 'storage.driver = "copy"\nplugins.doors.motto = "hello"'
+WEB = f"""
+[containers.web]{SLEEPER}networks = ["none"]
+labels = {{ tier = "front" }}
+[[containers.web.volumes]]
+type = "greeting"
+source = "to you"
+target = "/greeting"
+driver_opts = {{ lines = [{{ text = "a" }}, {{ text = "b" }}] }}
+"""
+
+
+@pytest.fixture
+def doors(
+    new_agent: Callable[[Host], LiveAgent], site: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> LiveAgent:
+    """An agent with a plugin that offers the root file system driver `copy` and the mount kind `greeting`."""
+    info = tmp_path / "site/holdfast_doors-1.0.dist-info"
+    info.mkdir(parents=True)
+    (tmp_path / "site/doors_plugin.py").write_text(PLUGIN)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: holdfast-doors\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[holdfast]\ndoors = doors_plugin\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{os.environ.get('PYTHONPATH', '')}")
+    agent = new_agent(site)
+    agent.configure(more='plugins.doors.motto = "hello"')
+    agent.start()
+    agent.image("busybox:1")
+    return agent
+
+
+def root_of(agent: LiveAgent, container: str) -> str:
+    """The type of file system that a container has at its root."""
+    lines = agent.exec(container, "cat", "/proc/mounts").splitlines()
+    return next(line.split()[2] for line in reversed(lines) if line.split()[1] == "/")
+
+
+def test_agent_toml_chooses_who_makes_root_file_systems_of_new_containers(doors: LiveAgent) -> None:
+    doors.write("old.toml", f'[containers.one]{SLEEPER}networks = ["none"]')
+    doors.converge()
+    old = doors.pid("old/one")
+    doors.configure(more=CHOSEN)
+    doors.restart()
+    doors.write("shop.toml", WEB)
+    doors.converge()
+    (web,) = doors.instances("shop/web")
+    copy = doors.host.root / "copies" / web["id"]
+    assert (copy / "motto").read_text() == doors.exec("shop/web", "cat", "/motto") == "hello shop/web front"
+    assert root_of(doors, "shop/web") != "overlay"
+    assert (doors.pid("old/one"), root_of(doors, "old/one")) == (old, "overlay")
+    doors.exec("old/one", "touch", "/written")
+    doors.cli("restart", "old/one")
+    doors.converge()
+    assert (root_of(doors, "old/one"), doors.exec("old/one", "ls", "/written")) == ("overlay", "/written\n")
+    doors.exec("shop/web", "touch", "/kept")
+    doors.configure(more='plugins.doors.motto = "hello"')
+    doors.restart()
+    doors.cli("restart", "shop/web")
+    doors.converge()
+    assert doors.exec("shop/web", "ls", "/kept") == "/kept\n"
+    doors.remove("shop.toml")
+    doors.converge()
+    assert not copy.exists()
+
+
+def test_a_mount_kind_of_a_plugin_is_mounted_in_a_container_with_its_options(doors: LiveAgent) -> None:
+    doors.write("shop.toml", WEB)
+    doors.converge()
+    assert doors.exec("shop/web", "cat", "/greeting/words") == "to you a b"
+    pid = doors.pid("shop/web")
+    doors.write("shop.toml", WEB.replace('text = "b"', 'text = "c"'))
+    doors.converge()
+    assert doors.exec("shop/web", "cat", "/greeting/words") == "to you a c"
+    assert doors.pid("shop/web") != pid
+    doors.remove("shop.toml")
+    doors.converge()  # while the plugin is there
+
+
+def test_what_agent_toml_says_wrongly_of_plugins_is_refused_before_anything_is_done(doors: LiveAgent) -> None:
+    doors.write("shop.toml", WEB.replace("text", "txt", 1))
+    checked = doors.cli("check", str(doors.state), check=False)
+    assert "driver_opts.lines[0].txt: unknown key" in checked.stdout
+    doors.stop()
+    doors.configure(more='storage.driver = "copi"\nplugins.doors.moto = "hello"')
+    for words in (("apply",), ("check", str(doors.state))):
+        done = doors.cli(*words, check=False)
+        assert done.returncode != 0
+        assert "plugins.doors.moto: unknown key 'moto' (did you mean 'motto'?)" in done.stderr
+        assert "storage.driver: no plugin offers the rootfs driver 'copi'" in done.stderr
+    doors.configure(more='plugins.doors.motto = "hello"')
+    doors.start()
+    doors.configure(more='plugins.doors.motto = "hello"\ncgroup.policy = ["limits", "golden"]')
+    assert doors.process is not None
+    doors.process.send_signal(signal.SIGHUP)
+    wrong = "cgroup.policy[1]: no plugin offers the policy driver 'golden'"
+    doors.wait(lambda: any(wrong in str(event) for event in doors.events()), "the reload is refused")

@@ -188,7 +188,7 @@ def test_network_without_port_security_lets_addresses_through_but_never_loopback
     assert party.arrives(FORBIDDEN["an ARP answer for the gateway"](party)) == ["neighbour"]
     for what in ("127.0.0.1 as the sender", "127.0.0.1 as the target", "two VLAN tags of no VLAN"):
         assert party.arrives(FORBIDDEN[what](party)) == []
-    with pytest.raises(WrongState, match=r"port_security 'maybe': unknown \(on, off\)"):
+    with pytest.raises(WrongState, match=r"port_security: 'maybe' is not known \(expected 'on' or 'off'\)"):
         lab.network.check(NetworkWant(id="shop/back", driver_opts={"port_security": "maybe"}))
 
 

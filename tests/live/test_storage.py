@@ -224,7 +224,7 @@ def test_deletion_that_was_cut_off_is_no_volume_and_is_finished_later(host: Host
 
 def test_volume_options_and_names_are_checked(host: Host) -> None:
     driver = ManagedVolume(host)
-    with pytest.raises(WrongState, match=r"driver_opts\.colour: unknown option \(expected size\)"):
+    with pytest.raises(WrongState, match=r"driver_opts\.colour: unknown key 'colour' \(expected one of size\)"):
         driver.check(VolumeWant(id="a/v", driver_opts={"colour": "red"}))
     for name in ("v", "../v", "a/..", "a/b/c", "/etc"):
         with pytest.raises(WrongCall, match="not a volume's name"):

@@ -13,17 +13,21 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field
 
+from holdfast.config import Config, load_config
 from holdfast.drivers import EndpointWant, Host, VolumeWant
-from holdfast.errors import UnfitHost, WrongState
+from holdfast.errors import UnfitHost, WrongConfig, WrongState
 from holdfast.hookspecs import API_VERSION, hookimpl
-from holdfast.keys import Table
+from holdfast.keys import Size, Table
 from holdfast.kinds import MOUNT, VOLUME
 from holdfast.node.installed import migrate, refuse_newer
 from holdfast.node.stage import predecessor
 from holdfast.observed import Instance, InstanceId, Receipt
 from holdfast.plugins import Plugins, load_plugins
+from holdfast.spec import NodeFacts
+from holdfast.spec import load as load_state
 from holdfast.spec.model import App, Attachment, Container
 from holdfast.store import Store
+from holdfast.tables import read_options
 from holdfast.testing import temporary_host
 
 Load = Callable[..., Plugins]
@@ -152,6 +156,148 @@ def test_settings_that_no_plugin_takes_are_told(load: Load) -> None:
         (("plugins", "mien"), "no plugin is called 'mien' (did you mean 'mine'?)"),
     ]
     assert [each.state for each in plugins.states] == ["ok"]
+
+
+# -- options of drivers, and the drivers that agent.toml chooses ----------------------------------------------
+
+
+class Tier(Table):
+    name: Annotated[str, Field(description="what it is called")]
+    replicas: Annotated[int, Field(description="how many copies")] = 1
+
+
+class Options(Table):
+    size: Annotated[Size, Field(description="how much it holds")]
+    fast: Annotated[bool, Field(description="whether it is fast")] = False
+    tiers: Annotated[tuple[Tier, ...], Field(description="where it is kept")] = ()
+
+
+class Choosy(PlainVolume):
+    options = Options
+
+    def check(self, want: VolumeWant) -> None:
+        self.read = read_options(Options, want.driver_opts)
+
+
+STATE = """
+[containers.web]
+image = "busybox:1"
+volumes = ["data:/data"]
+[volumes.data]
+driver = "plain"
+driver_opts = {opts}
+"""
+
+
+def problems(plugins: Plugins, opts: str) -> list[str]:
+    facts = NodeFacts(name="node", drivers=plugins.names())
+    return [str(each) for each in load_state({"shop.toml": STATE.format(opts=opts).encode()}, facts).problems]
+
+
+@pytest.mark.parametrize(
+    ("opts", "wrong"),
+    [
+        ('{ size = "1GiB", colour = "red" }', "colour: unknown key 'colour' (expected one of size, fast, tiers)"),
+        ("{ fast = true }", "size: is missing"),
+        (
+            '{ size = "big" }',
+            "size: 'big' is not a size (expected a number and one of KiB, MiB, GiB, KB, MB, GB, k, m, g)",
+        ),
+        (
+            '{ size = "1GiB", tiers = [{ name = "a", replicas = "two" }] }',
+            "tiers[0].replicas: expected a whole number",
+        ),
+        ('{ size = "1GiB", tiers = "a" }', "tiers: expected a list, not the string 'a'"),
+    ],
+)
+def test_options_are_checked_by_the_drivers_own_model_without_a_host(load: Load, opts: str, wrong: str) -> None:
+    (found,) = problems(load(offering(Choosy())), opts)
+    assert found.startswith("shop.toml:7")
+    assert f"volumes.data.driver_opts.{wrong}" in found
+
+
+def test_options_may_be_tables_and_lists_and_are_anything_for_a_driver_without_a_model(load: Load) -> None:
+    opts = '{ size = "1GiB", fast = true, tiers = [{ name = "a", replicas = 2 }] }'
+    assert problems(load(offering(Choosy())), opts) == []
+    assert problems(load(offering(PlainVolume())), '{ any = [1, { thing = "x" }], b = 2 }') == []
+
+
+def test_a_driver_reads_its_options_and_is_never_asked_with_others(load: Load) -> None:
+    raw = Choosy()
+    driver = load(offering(raw)).driver(VOLUME, "plain")
+    opts = {"size": "1KiB", "fast": "true", "tiers": [{"name": "a"}]}
+    driver.check(VolumeWant(id="a/v", driver_opts=opts))
+    assert raw.read == Options(size=1024, fast=True, tiers=(Tier(name="a"),))
+    for verb in (driver.check, driver.ensure):
+        with pytest.raises(WrongState, match=r"volume 'a/v': driver_opts\.size: is missing"):
+            verb(VolumeWant(id="a/v"))
+
+
+def test_the_models_that_the_manual_shows_read_what_it_says() -> None:
+    manual = (Path(__file__).parents[2] / "plugins/README.md").read_text()
+    shown: dict[str, Any] = {"__name__": "manual"}
+    code = manual.partition("```python options\n")[2].partition("```")[0]
+    exec(compile(code, "plugins/README.md", "exec", dont_inherit=True), shown)
+    options = read_options(shown["Options"], {"size": "1GiB", "copies": ["a"]})
+    assert (options.size, options.timeout, options.copies) == (1 << 30, 5.0, ("a",))
+
+
+def test_a_driver_whose_options_are_no_model_is_refused(load: Load) -> None:
+    assert "options is {'size': 'text'}" in load(offering(PlainVolume(options={"size": "text"}))).states[0].error
+
+
+def test_options_of_the_built_in_drivers_are_known_before_anything_is_made(host: Host) -> None:
+    found = problems(load_plugins(host), '{ size = "0" }') + [
+        str(each)
+        for each in load_state(
+            {"net.toml": b"[networks.front]\ndriver_opts = { mtu = 20, port_security = 'maybe' }\n"},
+            NodeFacts(name="node", drivers=load_plugins(host).names()),
+        ).problems
+    ]
+    assert "no plugin offers the volume driver 'plain'" in found[0]
+    assert ["driver_opts.mtu: 20 is too small" in found[1], "'maybe' is not known" in found[2]] == [True, True]
+
+
+def config(folder: Path, text: str) -> Config:
+    (folder / "agent.toml").write_text(text)
+    return load_config(folder / "agent.toml")
+
+
+def test_agent_toml_is_held_against_the_plugins_with_file_line_and_key(host: Host, tmp_path: Path) -> None:
+    written = config(
+        tmp_path,
+        """
+[storage]
+driver = "overlai"
+[network]
+firewall = "iptables"
+[cgroup]
+policy = ["limits", "golden"]
+[plugins.storage]
+x = 1
+[plugins.stroage]
+""",
+    )
+    with pytest.raises(WrongConfig) as raised:
+        load_plugins(host, settings=written.plugins).check_config(written)
+    assert str(raised.value).splitlines() == [
+        f"{tmp_path}/agent.toml:8: plugins.storage: plugin 'storage' takes no settings (leave the table out)",
+        f"{tmp_path}/agent.toml:10: plugins.stroage: no plugin is called 'stroage' (did you mean 'storage'?)",
+        f"{tmp_path}/agent.toml:3: storage.driver: no plugin offers the rootfs driver 'overlai' "
+        "(did you mean 'overlay'?)",
+        f"{tmp_path}/agent.toml:5: network.firewall: no plugin offers the firewall driver 'iptables' "
+        "(did you mean 'nftables'?)",
+        f"{tmp_path}/agent.toml:7: cgroup.policy[1]: no plugin offers the policy driver 'golden' "
+        "(expected limits or qos, or its plugin to be installed)",
+    ]
+
+
+def test_an_agent_starts_without_a_driver_that_was_there_when_it_ran_before(host: Host, tmp_path: Path) -> None:
+    written = config(tmp_path, 'storage.driver = "copy"')
+    plugins = load_plugins(host)
+    plugins.check_config(written, {"rootfs copy": "holdfast-copy"})
+    with pytest.raises(WrongConfig, match="no plugin offers the rootfs driver 'copy'"):
+        plugins.check_config(written, {"volume copy": "holdfast-copy"})
 
 
 # -- versions of receipts ------------------------------------------------------------------------------------

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 def check(paths: tuple[Path, ...], any_driver: bool) -> None:
     """Print everything that is wrong with state files.
 
-    PATH is a state file or a directory of them. Needs neither an agent nor root. Drivers and policies must be offered
-    by a plugin that is installed here, unless --any-driver is given. Reports if images must be built and this host
-    has no buildah.
+    PATH is a state file or a directory of them. Needs neither an agent nor root. Drivers and policies, also those
+    that agent.toml names, must be offered by a plugin that is installed here, unless --any-driver is given. Reports
+    if images must be built and this host has no buildah.
     """
     from holdfast.runtime.binaries import find_program
     from holdfast.spec import load
@@ -59,11 +59,17 @@ def check(paths: tuple[Path, ...], any_driver: bool) -> None:
 
 
 def installed(config: Config) -> Mapping[str, Mapping[str, type[BaseModel] | None]]:
-    """The drivers that the plugins of this installation offer, by kind."""
+    """The drivers that the plugins of this installation offer, by kind.
+
+    Raises WrongConfig for what agent.toml says of plugins and drivers that they do not know.
+    """
     from holdfast.drivers import Host
     from holdfast.plugins import load_plugins
 
-    return load_plugins(Host(config.name, config.root, config.run_root, config.network.pool)).names()
+    host = Host(config.name, config.root, config.run_root, config.network.pool)
+    plugins = load_plugins(host, settings=config.plugins)
+    plugins.check_config(config)
+    return plugins.names()
 
 
 def snapshot(paths: tuple[Path, ...], facts: NodeFacts) -> tuple[Part, Path]:

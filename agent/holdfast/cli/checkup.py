@@ -259,7 +259,7 @@ def findings(config: Config) -> Iterator[Check]:
 
     if os.geteuid() == 0:
         host = Host(config.name, config.root, config.run_root, config.network.pool)
-        for found in load_plugins(host).findings():
+        for found in load_plugins(host, settings=config.plugins).findings():
             yield Check(found.subject, "warn", found.text, found.remedy)
 
 

@@ -35,6 +35,7 @@ from holdfast.errors import HoldfastError, NotFound, TryAgain
 from holdfast.guard import described
 from holdfast.node import Node
 from holdfast.node.answers import Answers
+from holdfast.node.installed import check_settings
 from holdfast.observed import Hold
 from holdfast.questions import NOBODY, Caller, Json
 from holdfast.reconcile import Pass
@@ -194,7 +195,9 @@ class Daemon(Answers, Agent):
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         async with self._reloading:
             try:
-                await self._take_over(await asyncio.to_thread(load_config, self._path))
+                config = await asyncio.to_thread(load_config, self._path)
+                check_settings(self.context, config)
+                await self._take_over(config)
             except HoldfastError as error:
                 self.context.store.event("agent", "node", f"agent.toml is not taken over: {error}")
         notify("READY=1")

@@ -23,7 +23,7 @@ from holdfast.images.kept.store import ImageStore
 from holdfast.node import Context, Node
 from holdfast.node.builds import BuildServices
 from holdfast.node.claim import record_of
-from holdfast.node.installed import expect
+from holdfast.node.installed import check_settings, expect
 from holdfast.plugins import load_plugins
 from holdfast.questions import Json
 from holdfast.reconcile import SOURCE_FACT, Reconciler
@@ -49,6 +49,7 @@ def acting_node(config: Config) -> Iterator[Node]:
     with hold_name(config.name, config.root) as name, only_agent(config):
         id = make_id(config.root)
         with node_of(config) as node:
+            check_settings(node.context, config)
             node.check_claim(name.known)
             name.bind(config.root, id, config.run_root)
             become_subreaper()
@@ -124,13 +125,14 @@ def node_of(config: Config) -> Iterator[Node]:
         context = Context(
             host=host,
             store=store,
-            plugins=load_plugins(host),
+            plugins=load_plugins(host, settings=config.plugins),
             images=images,
             puller=puller,
             builder=Builder(images, config.images, host, store.event, Outside(images, puller), config.builds),
             transfers=transfers,
             content=ContentStore(config.root / "content"),
             runtime=Runtime(host, runtime, conmon.path),
+            storage_driver=config.storage.driver,
             firewall=config.network.firewall,
             policies=config.cgroup.policy,
             bind_roots=config.policy.bind_roots,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
+from holdfast.config import Config
 from holdfast.errors import Conflict, NotFound
 from holdfast.guard import Guarded, described
 from holdfast.kinds import KINDS, DriverKind, kind_of
@@ -63,6 +64,11 @@ def _versioned(store: Store, plugins: Plugins) -> Iterator[tuple[Receipt, Driver
         driver = cast(Guarded | None, kind and plugins.of_kind(kind).get(receipt.driver))
         if kind and driver and driver.receipt_version != receipt.version:
             yield receipt, kind, driver
+
+
+def check_settings(context: Context, config: Config) -> None:
+    """Raise WrongConfig for what agent.toml says that no plugin knows now, or knew when the agent last ran."""
+    context.plugins.check_config(config, (context.store.fact(FACT) or {}).get("drivers", {}))
 
 
 def expect(context: Context) -> None:

@@ -6,10 +6,15 @@ import threading
 from collections.abc import Callable, Iterable
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from holdfast.drivers import Host, NetworkWant
 from holdfast.errors import UnfitHost, WrongState
+from holdfast.keys import Table, within
 from holdfast.observed import Finding, Receipt
+from holdfast.tables import read_options
 from holdfast_plugins.network import flows, messages, sysctls
 from holdfast_plugins.network.addresses import Ledger, room
 from holdfast_plugins.network.collisions import Collisions
@@ -28,19 +33,24 @@ from holdfast_plugins.network.links import (
 from holdfast_plugins.network.netlink import Link
 from holdfast_plugins.network.subnets import Subnets, gateway_of
 
-OPTIONS = ("mtu", "port_security")
-MTU = range(68, 65536)
-DEFAULT_MTU = 1500
 IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 
 
-class BridgeNetwork:
-    """The network driver `bridge`.
+class BridgeOptions(Table):
+    """The `driver_opts` of the driver `bridge`."""
 
-    Options: mtu (bytes); port_security ("off" lets containers send with addresses and MACs that are not theirs).
-    """
+    mtu: Annotated[int, within(68, 65535), Field(description="the largest packet, in bytes")] = 1500
+    port_security: Annotated[
+        Literal["on", "off"],
+        Field(description="off: containers can send with addresses and MACs that are not theirs"),
+    ] = "on"
+
+
+class BridgeNetwork:
+    """The network driver `bridge`."""
 
     name = "bridge"
+    options = BridgeOptions
 
     def __init__(self, host: Host, conntrack: Conntrack | None = None) -> None:
         self.ledger = Ledger(host.root)
@@ -53,7 +63,7 @@ class BridgeNetwork:
 
     def check(self, want: NetworkWant) -> None:
         """Raise WrongState for impossible options and addresses, Conflict for a subnet that is in use."""
-        _options(want)
+        read_options(BridgeOptions, want.driver_opts)
         subnet = self._subnets.of(want)
         gateway_of(want, subnet)
         if want.subnet and want.hosts > room(subnet):
@@ -65,7 +75,7 @@ class BridgeNetwork:
 
     def ensure(self, want: NetworkWant) -> Receipt:
         """Have the bridge up with its address; turn on ip_forward when the network leads out of the host."""
-        mtu, secured = _options(want)
+        options = read_options(BridgeOptions, want.driver_opts)
         with self._choosing:
             subnet = self._subnets.of(want)
             gateway = gateway_of(want, subnet)
@@ -75,7 +85,7 @@ class BridgeNetwork:
         if not want.internal and _enable_forwarding():
             self.ledger.note_forwarding(want.id)
         try:
-            name = self._bring_up(want.id, link, subnet, gateway, mtu)
+            name = self._bring_up(want.id, link, subnet, gateway, options.mtu)
         except OSError as error:
             raise explained(error, f"make network '{want.id}'") from error
         data = {
@@ -83,11 +93,11 @@ class BridgeNetwork:
             "subnet": str(subnet),
             "gateway": str(gateway),
             "internal": want.internal,
-            "mtu": mtu,
+            "mtu": options.mtu,
         }
         if not want.subnet:
             data["hosts"] = room(subnet)
-        if not secured:
+        if options.port_security == "off":
             data["port_security"] = "off"
         if self.ledger.noted_forwarding(want.id):
             data["enabled"] = "net.ipv4.ip_forward"
@@ -177,21 +187,6 @@ class BridgeNetwork:
         host.request(*wanted, messages.link_up(name))
         self._closed.add(link.index)
         return name
-
-
-def _options(want: NetworkWant) -> tuple[int, bool]:
-    """The MTU, and whether containers may send as themselves only. Raises WrongState."""
-    for option in want.driver_opts:
-        if option not in OPTIONS:
-            raise WrongState(
-                f"network '{want.id}': driver_opts '{option}': unknown to driver 'bridge' ({', '.join(OPTIONS)})"
-            )
-    mtu, security = want.driver_opts.get("mtu", str(DEFAULT_MTU)), want.driver_opts.get("port_security", "on")
-    if not mtu.isdecimal() or int(mtu) not in MTU:
-        raise WrongState(f"network '{want.id}': mtu '{mtu}': not a size in bytes ({MTU.start} to {MTU.stop - 1})")
-    if security not in ("on", "off"):
-        raise WrongState(f"network '{want.id}': port_security '{security}': unknown (on, off)")
-    return int(mtu), security == "on"
 
 
 def _enable_forwarding() -> bool:

@@ -9,20 +9,33 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from holdfast.drivers import COMPLETE_CONTENT, Host, Receipt, VolumeWant
-from holdfast.errors import UnfitHost, WrongCall, WrongState
+from holdfast.errors import UnfitHost, WrongCall
 from holdfast.files import remove_tree
-from holdfast.grammar.quantities import size
+from holdfast.keys import Size, Table, within
+from holdfast.tables import read_options
 from holdfast_plugins.storage import quota
 
 ID = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}/[a-z0-9][a-z0-9_.-]{0,62}")
+
+
+class ManagedOptions(Table):
+    """The `driver_opts` of the driver `managed`."""
+
+    size: Annotated[Annotated[Size, within(1)] | None, Field(description="how much it holds; absent: no limit")] = (
+        None
+    )
 
 
 class ManagedVolume:
     """The volume driver `managed`."""
 
     name = "managed"
+    options = ManagedOptions
 
     def __init__(self, host: Host) -> None:
         self.host = host
@@ -30,12 +43,12 @@ class ManagedVolume:
     def check(self, want: VolumeWant) -> None:
         """Raise WrongState for what is not a size, UnfitHost where the file system can't limit one."""
         folder = self._folder(want.id)
-        if _size(want) is not None:
+        if read_options(ManagedOptions, want.driver_opts).size is not None:
             quota.check(folder, f"volume {want.id!r}: driver_opts.size")
 
     def ensure(self, want: VolumeWant) -> Receipt:
         """Create it, empty; limit it to the size that is asked for by now."""
-        size = _size(want)
+        size = read_options(ManagedOptions, want.driver_opts).size
         folder = self._folder(want.id)
         data = folder / "_data"
         folder.parents[1].mkdir(mode=0o700, parents=True, exist_ok=True)  # set-user-ID programs may lie below
@@ -76,22 +89,6 @@ class ManagedVolume:
 
     def _receipt(self, id: str) -> Receipt:
         return Receipt("volume", self.name, id, data={"path": str(self._folder(id) / "_data")})
-
-
-def _size(want: VolumeWant) -> int | None:
-    """The bytes of driver_opts.size, None without. Raises WrongState for other options and for what is no size."""
-    unknown = want.driver_opts.keys() - {"size"}
-    if unknown:
-        raise WrongState(f"volume {want.id!r}: driver_opts.{min(unknown)}: unknown option (expected size)")
-    if "size" not in want.driver_opts:
-        return None
-    try:
-        found = size(want.driver_opts["size"])
-    except ValueError as error:
-        raise WrongState(f"volume {want.id!r}: driver_opts.size: {error}") from error
-    if found < 1:
-        raise WrongState(f"volume {want.id!r}: driver_opts.size: 0 holds nothing (expected a size as 10GiB)")
-    return found
 
 
 def _delete(folder: Path) -> None:
