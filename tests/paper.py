@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from holdfast.api import Agent, serving
+from holdfast.api import serving
 from holdfast.errors import Conflict, NotFound
 from holdfast.node.answers import Answers
 from holdfast.observed import Exit, Generation, History, Hold, Instance, InstanceId, Observed
 from holdfast.plan.actions import Plan
-from holdfast.questions import NOBODY, Caller, Json, Lines, Question, Sink, Steps
+from holdfast.questions import NOBODY, Caller, Json, Lines, Question, Questions, Sink, Steps
 from holdfast.spec.model import App, Container, Port, RestartPolicy, Spec
 from holdfast.status import make_status, plan_json
 
@@ -85,7 +85,7 @@ SOURCE = {
 }
 
 
-class Echo(Agent):
+class Echo(Questions):
     """Answers every question with its name and arguments, in the shape that the question promises."""
 
     def ask(self, question: Question, given: dict[str, Any]) -> Any:
@@ -106,15 +106,6 @@ class Echo(Agent):
                 return told
         return [told]
 
-    async def wait_sync(self, accept_rewrite: bool) -> Json:
-        return self.sync(accept_rewrite)
-
-    async def wait_events(self, after: int) -> None:
-        for _ in range(6000):
-            if any(True for _ in self.events(after, 1)):
-                return
-            await asyncio.sleep(0.01)
-
 
 class PaperAgent(Echo):
     """Answers from values that a test sets; a hold changes them as the agent would."""
@@ -123,6 +114,7 @@ class PaperAgent(Echo):
         self.holds: dict[str, Hold] = {}
         self.log = [{"seq": 1, "at": NOW, "kind": "start", "subject": "shop/web", "message": "started"}]
         self.log_path = logs
+        self.news = threading.Event()
         self.plan_now: tuple[Plan, ...] = (Plan(),)
         self.problems: tuple[str, ...] = ()
         self.hints: tuple[str, ...] = ()
@@ -154,7 +146,15 @@ class PaperAgent(Echo):
         return self.status()
 
     def events(self, after: int = 0, limit: int = 1000, follow: bool = False, beat: float = 1.0) -> Lines:
-        return iter([event for event in self.log if int(str(event["seq"])) > after][-limit:])
+        while True:
+            found = [event for event in self.log if int(str(event["seq"])) > after][-limit:]
+            yield from found
+            if not follow:
+                return
+            if not found:
+                yield None
+            after = max((int(str(event["seq"])) for event in found), default=after)
+            self.news.wait(min(beat, 0.05))
 
     def stop(self, target: str, by: Caller = NOBODY) -> None:
         self._known(target)
@@ -279,7 +279,7 @@ class PaperAgent(Echo):
 
 
 @contextmanager
-def served(agent: Agent, path: Path) -> Iterator[None]:
+def served(agent: Questions, path: Path) -> Iterator[None]:
     """Serve an agent on a socket, on a loop in a thread of its own."""
     ready, loop = threading.Event(), asyncio.new_event_loop()
     over = asyncio.Event()

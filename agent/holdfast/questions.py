@@ -53,7 +53,7 @@ class Sink(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Question:
     """One question. names: its parameters in order; since: those that came later, each with the first `API`."""
 
@@ -190,7 +190,7 @@ class Questions(ImageQuestions):
         """Yield the events with a seq above `after`, oldest first, the newest `limit` of them.
 
         An event is {"seq", "at" (epoch seconds), "kind", "subject", "message", …}. follow: go on as they happen, and
-        yield None each `beat` seconds while there are none.
+        yield None each `beat` seconds (0.05 to 1) while there are none.
         """
 
     @question("POST", f"/v1/containers/{TARGET}/stop")

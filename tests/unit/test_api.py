@@ -95,7 +95,6 @@ def test_every_question_arrives_with_all_that_was_said(question: Question, tmp_p
         expected["by"] = pwd.getpwuid(os.getuid()).pw_name
     told = echo.told if told is None else dict(told)
     expected |= {name: told[name] for name in told if name == "seq"}
-    expected.pop("beat", None)  # what the agent's own loop sees to
     assert told == expected
 
 
@@ -103,7 +102,7 @@ def test_an_agent_answers_every_question_and_without_one_all_but_few() -> None:
     def left(answers: type[Questions]) -> set[str]:
         return {each.name for each in QUESTIONS if hasattr(getattr(answers, each.name), "question")}
 
-    assert left(Daemon) == {"sync"}, "which waits in the loop"
+    assert left(Daemon) == set()
     assert left(Offline) == {"sync", "stop", "start", "restart", "release"}
     offline = Offline.__new__(Offline)
     with pytest.raises(NoAgent, match="stop: no agent runs"):
@@ -120,7 +119,7 @@ def test_archives_come_whole_through_the_agent_or_not_at_all(client: Client) -> 
     assert client.export("shop/web", out, pause=False) == {"target": "shop/web", "pause": False}
     client.export_image("app:1", out)
     assert out.getvalue() == b"shop/webexport_image"
-    with pytest.raises(WrongCall, match="'ref' is missing"):
+    with pytest.raises(WrongCall, match="'ref': string should have at least 1 character"):
         client.export_image("", io.BytesIO())
 
 
@@ -320,19 +319,24 @@ def answer_to(path: Path, method: str, target: str, body: bytes = b"") -> bytes:
     ("method", "target", "body", "told"),
     [
         ("POST", "/v1/images/pull", b"\xff\xfe\xfd", b"body is not JSON"),
-        ("POST", "/v1/images/pull", b'{"ref": 5}', b"body 'ref': not a string"),
-        ("POST", "/v1/images/pull", b'{"ref": ""}', b"'ref' is missing"),
-        ("POST", "/v1/containers/shop/web/exec", b'{"command": "ls"}', b"body 'command': not a list of strings"),
-        ("POST", "/v1/containers/shop/web/exec", b'{"command": ["a"], "env": 5}', b"body 'env': not a list"),
-        ("POST", "/v1/containers/shop/web/exec", b'{"command": ["a"], "tty": "no"}', b"body 'tty': neither true"),
-        ("POST", "/v1/containers/shop/web/commit", b'{"name": "a:1", "changes": [5]}', b"body 'changes': not a list"),
-        ("POST", "/v1/images/prune", b'{"all": "false"}', b"body 'all': neither true nor false"),
-        ("POST", "/v1/prune", b'{"volumes": 1}', b"body 'volumes': neither true nor false"),
-        ("DELETE", "/v1/volumes/shop/data?force=no", b"", b"query 'force=no' (1 or 0): neither true nor false"),
-        ("GET", "/v1/logs?target=shop/web&tail=-5", b"", b"query 'tail=-5': not a whole number"),
-        ("GET", "/v1/logs?target=shop/web&tail=1.5", b"", b"query 'tail=1.5': not a whole number"),
-        ("GET", "/v1/events?limit=-1", b"", b"query 'limit=-1': not a whole number"),
-        ("GET", "/v1/events?follow=1&beat=soon", b"", b"query 'beat=soon': not a number"),
+        ("POST", "/v1/images/pull", b'{"ref": 5}', b"'ref': input should be a valid string"),
+        ("POST", "/v1/images/pull", b'{"ref": ""}', b"'ref': string should have at least 1 character"),
+        ("POST", "/v1/images/pull", b"{}", b"'ref': field required"),
+        ("POST", "/v1/containers/shop/web/exec", b'{"command": []}', b"'command': value should have at least 1 item"),
+        ("POST", "/v1/containers/shop/web/exec", b'{"command": "ls"}', b"'command': 'str' instances are not allowed"),
+        ("POST", "/v1/containers/shop/web/exec", b'{"command": ["a"], "env": 5}', b"'env': input should be"),
+        ("POST", "/v1/containers/shop/web/exec", b'{"command": ["a"], "tty": "no"}', b"'tty': input should be"),
+        ("POST", "/v1/containers/shop/web/commit", b'{"name": "a:1", "changes": [5]}', b"'changes': input should be"),
+        ("POST", "/v1/images/prune", b'{"all": "false"}', b"'all': input should be a valid boolean"),
+        ("POST", "/v1/prune", b'{"volumes": 1}', b"'volumes': input should be a valid boolean"),
+        ("DELETE", "/v1/volumes/shop/data?force=perhaps", b"", b"'force': input should be a valid boolean"),
+        ("GET", "/v1/logs?target=shop/web&tail=-5", b"", b"'tail': input should be greater than or equal to 0"),
+        ("GET", "/v1/logs?target=shop/web&tail=1.5", b"", b"'tail': input should be a valid integer"),
+        ("GET", "/v1/logs?tail=1", b"", b"'target': field required"),
+        ("GET", "/v1/events?limit=-1", b"", b"'limit': input should be greater than or equal to 0"),
+        ("GET", "/v1/events?follow=1&beat=soon", b"", b"'beat': input should be a valid number"),
+        ("GET", "/v1/events?follow=1&beat=nan", b"", b"'beat': input should be"),
+        ("GET", "/v1/events?follow=1&beat=1e308", b"", b"'beat': input should be less than"),
     ],
 )
 def test_a_value_of_another_kind_is_a_wrong_call_and_never_guessed_at(

@@ -39,11 +39,7 @@ class Older(PaperAgent):
 
     def __getattribute__(self, name: str) -> Any:
         found = super().__getattribute__(name)
-        if (
-            name.startswith("_")
-            or not callable(found)
-            or name in ("ask", "stop", "release", "wait_sync", "wait_events", "events", "logs")
-        ):
+        if name.startswith("_") or not callable(found) or name in ("ask", "stop", "release", "events", "logs"):
             return found
         return lambda *words, **more: self._without(found(*words, **more))
 

@@ -4,7 +4,6 @@ Bodies are JSON; an error is `{"error": line, "class": name, "exit_code": number
 error that was raised here.
 """
 
-from holdfast.api.agent import Agent
 from holdfast.api.server import PER_USER, answers, listen, serving
 
-__all__ = ["PER_USER", "Agent", "answers", "listen", "serving"]
+__all__ = ["PER_USER", "answers", "listen", "serving"]

@@ -1,4 +1,4 @@
-"""Read and check the arguments of a request by the types of the question's parameters."""
+"""Read the arguments of a request, and check them against the types of the question's parameters."""
 
 from __future__ import annotations
 
@@ -8,74 +8,50 @@ import pwd
 import socket
 import struct
 from collections.abc import Sequence
-from typing import Any, get_args
+from functools import cache
+from typing import Any
 
 from aiohttp import web
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from holdfast.errors import WrongCall
 from holdfast.questions import Caller, Question, Sink
 
-WRONG = {
-    str: "not a string",
-    bool: "neither true nor false",
-    int: "not a whole number of 0 or more",
-    float: "not a number",
-    Sequence[str]: "not a list of strings",
-}
-LARGEST = 2**53  # a larger float is not exact; nan, which confuses timers, is not below it either
+EXACT = 2**53  # as far as a float counts whole numbers; what is larger would confuse clocks
+
+
+@cache
+def model_of(question: Question) -> type[BaseModel]:
+    """The arguments of a question as a model, without those that no caller gives."""
+    fields: dict[str, Any] = {}
+    for name, declared in inspect.signature(question.declared).parameters.items():
+        hint = question.hints().get(name)
+        if hint is None or hint in (Caller, Sink):  # self, and what the agent fills in
+            continue
+        required = declared.default is inspect.Parameter.empty
+        limits: dict[str, Any] = {"min_length": 1} if required else {}
+        if hint in (int, float, int | None, float | None):
+            limits = {"ge": 0, "le": EXACT}
+        fields[name] = (hint, Field(... if required else declared.default, **limits))
+    return create_model(question.name, **fields)
 
 
 async def arguments_of(request: web.Request, question: Question) -> dict[str, Any]:
-    """The arguments of a request. Raises WrongCall for one of another type, or that is missing."""
-    given = await body(request) if question.method == "POST" else {}
-    hints, declared = question.hints(), inspect.signature(question.declared).parameters
-    found: dict[str, Any] = {}
-    for name in question.names:
-        hint = get_args(hints[name])[0] if type(None) in get_args(hints[name]) else hints[name]
-        if hint is Caller:
-            found[name] = caller(request)
-        elif name in request.match_info:
-            found[name] = request.match_info[name]
-        elif hint is not Sink:
-            place = f"body '{name}'"
-            value = given.get(name)
-            if question.method != "POST" and name in request.query:
-                place, value = from_query(request, name, hint)
-            if declared[name].default is inspect.Parameter.empty and value in (None, "", []):
-                raise WrongCall(f"{request.method} '{request.path}': '{name}' is missing")
-            if value is not None:
-                found[name] = checked(value, hint, place)
-    return found
-
-
-def from_query(request: web.Request, name: str, hint: Any) -> tuple[str, Any]:
-    """A value of the query as JSON would have it, and where it stands; one of another type stays text."""
-    text = request.query[name]
-    place = f"query '{name}={text}'"
-    if hint == Sequence[str]:
-        return place, request.query.getall(name)
-    if hint is bool:
-        return f"{place} (1 or 0)", {"1": True, "0": False}.get(text, text)
-    if hint in (int, float):
-        try:
-            return place, float(text)
-        except ValueError:
-            return place, text
-    return place, text
-
-
-def checked(value: Any, hint: Any, place: str) -> Any:
-    """The value, if it is of the type. Raises WrongCall."""
-    if hint == Sequence[str]:
-        right = isinstance(value, list) and all(isinstance(each, str) for each in value)
-    elif hint in (int, float):
-        right = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
-        right = right and (hint is float or (value >= 0 and value == int(value)))
+    """The arguments of a request. Raises WrongCall for one that is missing or of another type."""
+    posted, hints = question.method == "POST", question.hints()
+    if posted:
+        given = await body(request)
     else:
-        right = isinstance(value, hint)
-    if not right:
-        raise WrongCall(f"{place}: {WRONG[hint]}")
-    return int(value) if hint is int else value
+        lists = {name for name, hint in hints.items() if hint == Sequence[str]}
+        given = {name: request.query.getall(name) if name in lists else request.query[name] for name in request.query}
+    given = {name: value for name, value in given.items() if value is not None} | request.match_info
+    try:
+        found = model_of(question).model_validate(given, strict=posted)
+    except ValidationError as error:
+        wrong = [f"'{each['loc'][0]}': {each['msg'][:1].lower()}{each['msg'][1:]}" for each in error.errors()]
+        raise WrongCall(f"{request.method} '{request.path}': {'; '.join(wrong)}") from error
+    seen = {name: Caller(caller(request)) for name, hint in hints.items() if hint is Caller}
+    return {name: getattr(found, name) for name in found.model_fields_set} | seen
 
 
 async def body(request: web.Request) -> dict[str, Any]:
@@ -92,17 +68,16 @@ async def body(request: web.Request) -> dict[str, Any]:
     return value
 
 
-def caller(request: web.Request) -> Caller:
+def caller(request: web.Request) -> str:
     """Who asks: a user's name, or `uid N`."""
-    transport = request.transport
-    peer = transport.get_extra_info("socket") if transport else None
+    peer = request.transport.get_extra_info("socket") if request.transport else None
     if peer is None:
-        return Caller("")
+        return ""
     uid = user_of(peer)
     try:
-        return Caller(pwd.getpwuid(uid).pw_name)
+        return pwd.getpwuid(uid).pw_name
     except KeyError:
-        return Caller(f"uid {uid}")
+        return f"uid {uid}"
 
 
 def user_of(connection: socket.socket) -> int:

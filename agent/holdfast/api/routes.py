@@ -1,6 +1,4 @@
-"""Make a route of each question: read its arguments, call the agent, write what it returns.
-
-`sync` and `events` wait for the agent's loop and have handlers of their own; all others block, and run in threads.
+"""Make a route of each question: read its arguments, call the agent in a thread, write what it returns.
 
 Archives come in frames, because their length is not known in advance: a line with the size of what follows, in
 hexadecimal; after 0 comes the result, or an error, as a line.
@@ -9,52 +7,30 @@ hexadecimal; after 0 comes the result, or an error, as a line.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import structlog
 from aiohttp import web
 
 from holdfast import __version__
-from holdfast.api.agent import Agent
 from holdfast.api.arguments import arguments_of
-from holdfast.errors import (
-    Conflict,
-    HoldfastError,
-    NoProgram,
-    NotExecutable,
-    NotFound,
-    NotPermitted,
-    TryAgain,
-    UnfitHost,
-    WrongCall,
-    WrongState,
-)
-from holdfast.questions import QUESTIONS, ROOT_HEADER, Json, Lines, Question, Questions, Sink, Steps, question_of
+from holdfast.errors import Conflict, HoldfastError, NotFound, NotPermitted, TryAgain, UnfitHost, WrongCall
+from holdfast.questions import QUESTIONS, ROOT_HEADER, Json, Lines, Question, Questions, Sink, Steps
 
-HTTP_STATUS: tuple[tuple[type[HoldfastError], int], ...] = (
-    (NotFound, 404),
-    (WrongCall, 400),
-    (WrongState, 422),
-    (NotPermitted, 403),
-    (Conflict, 409),
-    (NotExecutable, 422),
-    (NoProgram, 404),
-    (TryAgain, 503),
-    (UnfitHost, 503),
-)
-AGENT: web.AppKey[Agent] = web.AppKey("agent")
+HTTP_STATUS = {NotFound: 404, WrongCall: 400, NotPermitted: 403, Conflict: 409, TryAgain: 503, UnfitHost: 503}
+UNPROCESSABLE = 422  # for all other errors
+AGENT: web.AppKey[Questions] = web.AppKey("agent")
 ROOT: web.AppKey[Path] = web.AppKey("root")
-HEARTBEAT = 1.0  # seconds: a reader of lines gets an empty one that often, and so knows that the agent lives
-SHORTEST_BEAT = 0.05
 STALLED = 60.0  # seconds until a reader who takes nothing is given up: a container may be frozen meanwhile
 FRAME = 1 << 18  # bytes, about
+T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 log = structlog.get_logger("holdfast")
@@ -67,11 +43,6 @@ def routes() -> list[web.RouteDef]:
 
 def handler(question: Question) -> Handler:
     """What answers a question, by the way in which its result travels."""
-    match question:
-        case _ if question == question_of(Questions.sync):
-            return sync
-        case _ if question == question_of(Questions.events):
-            return events
     hints = question.hints()
     write = lines if hints["return"] in (Lines, Steps) else frames if Sink in hints.values() else value
 
@@ -88,8 +59,8 @@ async def report(request: web.Request, handler: Handler) -> web.StreamResponse:
         _refuse_other_root(request)
         return await handler(request)
     except HoldfastError as error:
-        code = next((code for kind, code in HTTP_STATUS if isinstance(error, kind)), 500)
-        return web.json_response(error_json(error), status=code)
+        codes = (HTTP_STATUS[kind] for kind in type(error).__mro__ if kind in HTTP_STATUS)
+        return web.json_response(error_json(error), status=next(codes, UNPROCESSABLE))
     except web.HTTPException as error:
         told = f"{request.method} '{request.path}': {error.reason.lower()}"
         if error.status in (404, 405):
@@ -118,12 +89,22 @@ def error_json(error: HoldfastError) -> dict[str, Any]:
 async def value(request: web.Request, question: Question, given: dict[str, Any]) -> web.StreamResponse:
     """Write one JSON value."""
     call = getattr(request.app[AGENT], question.name)
-    return web.json_response(await asyncio.to_thread(call, **given))
+    return web.json_response(await in_thread(lambda: call(**given)))
 
 
-async def sync(request: web.Request) -> web.StreamResponse:
-    given = await arguments_of(request, question_of(Questions.sync))
-    return web.json_response(await request.app[AGENT].wait_sync(given.get("accept_rewrite", False)))
+async def in_thread(call: Callable[[], T]) -> T:
+    """Call in a thread of its own: many may wait for long at the same time, and none of them holds up the agent."""
+    done: Future[T] = Future()
+    done.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="answer", daemon=True).start()
+    return await asyncio.wrap_future(done)
 
 
 # -- lines ---------------------------------------------------------------------------------------------------
@@ -131,34 +112,26 @@ async def sync(request: web.Request) -> web.StreamResponse:
 
 async def lines(request: web.Request, question: Question, given: dict[str, Any]) -> web.StreamResponse:
     """Write what an iterator yields, line by line, until the caller goes; an error is the last line."""
-    found = await asyncio.to_thread(getattr(request.app[AGENT], question.name), **given)
-    response = await begun(request)
+    call = getattr(request.app[AGENT], question.name)
+    found = await in_thread(lambda: call(**given))
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+    await response.prepare(request)
     stop = threading.Event()
-    queue = pumped(found, stop)
+    queue, line = pumped(found, stop), b"\n"
     try:
-        while line := await next_line(queue):
+        while line := await queue.get():
             await response.write(line)
     except ConnectionError:
         pass  # the reader has gone, as readers do
     finally:
         stop.set()
-        while await queue.get():
-            pass
+        while line:  # so that the thread is never held up by a full queue
+            line = await queue.get()
     return response
-
-
-async def begun(request: web.Request) -> web.StreamResponse:
-    """An answer of JSON lines."""
-    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-    await response.prepare(request)
-    return response
-
-
-END = b""  # of a queue of lines
 
 
 def pumped(found: Iterator[Json | None], stop: threading.Event) -> asyncio.Queue[bytes]:
-    """Read a blocking iterator in a thread of its own: a silent log must not hold one of the pool's. END ends it."""
+    """Read a blocking iterator in a thread of its own; b"" ends the lines. stop: until when."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[bytes] = asyncio.Queue(256)
 
@@ -170,14 +143,13 @@ def pumped(found: Iterator[Json | None], stop: threading.Event) -> asyncio.Queue
             for each in found:
                 if stop.is_set():
                     break
-                if each is not None:
-                    put(line_of(each))
+                put(b"\n" if each is None else line_of(each))
         except HoldfastError as error:
             put(line_of(error_json(error)))
         except Exception as error:
             log.error("bug", what="an answer", exc_info=error)
         finally:
-            put(END)
+            put(b"")
 
     threading.Thread(target=pump, name="line reader", daemon=True).start()
     return queue
@@ -185,44 +157,6 @@ def pumped(found: Iterator[Json | None], stop: threading.Event) -> asyncio.Queue
 
 def line_of(found: Json) -> bytes:
     return json.dumps(found).encode() + b"\n"
-
-
-async def next_line(queue: asyncio.Queue[bytes]) -> bytes:
-    """The next line, an empty one when there was none for a while; END stays in the queue."""
-    try:
-        line = await asyncio.wait_for(queue.get(), HEARTBEAT)
-    except TimeoutError:
-        return b"\n"
-    if not line:
-        queue.put_nowait(END)
-    return line
-
-
-async def events(request: web.Request) -> web.StreamResponse:
-    """Write events, with follow until the caller goes, and an empty line when nothing happens for a beat."""
-    agent, given = request.app[AGENT], await arguments_of(request, question_of(Questions.events))
-    follow, beat = given.pop("follow", False), max(given.pop("beat", HEARTBEAT), SHORTEST_BEAT)
-    quiet = follow
-    response = await begun(request)
-    with contextlib.suppress(ConnectionError):
-        while True:
-            found = await asyncio.to_thread(lambda: [each for each in agent.events(**given) if each])
-            given["after"] = max((int(event["seq"]) for event in found), default=given.get("after", 0))
-            if found or quiet:
-                await response.write(b"".join(map(line_of, found)) or b"\n")
-            if not follow:
-                break
-            quiet = not await arrives(agent, given["after"], beat)
-    return response
-
-
-async def arrives(agent: Agent, after: int, beat: float) -> bool:
-    """Whether there is another event before the next heartbeat."""
-    try:
-        await asyncio.wait_for(agent.wait_events(after), beat)
-    except TimeoutError:
-        return False
-    return True
 
 
 # -- archives ------------------------------------------------------------------------------------------------
@@ -249,7 +183,7 @@ async def frames(request: web.Request, question: Question, given: dict[str, Any]
         return found
 
     try:
-        end = await asyncio.to_thread(work)
+        end = await in_thread(work)
         await asyncio.wait_for(response.write(b"0\n" + line_of(end)), STALLED)
     except (ConnectionError, TimeoutError):
         if request.transport is not None:  # the reader has gone, or reads no more

@@ -15,11 +15,10 @@ from pathlib import Path
 import structlog
 from aiohttp import web
 
-from holdfast.api.agent import Agent
 from holdfast.api.arguments import user_of
 from holdfast.api.routes import AGENT, ROOT, error_json, report, routes
 from holdfast.errors import Conflict, TryAgain, UnfitHost, WrongConfig
-from holdfast.questions import API, API_HEADER
+from holdfast.questions import API, API_HEADER, Questions
 
 PER_USER = 128  # connections that one user may have open
 
@@ -27,7 +26,7 @@ log = structlog.get_logger("holdfast")
 
 
 @asynccontextmanager
-async def serving(agent: Agent, path: Path, *, root: Path, group: str | None = None) -> AsyncIterator[None]:
+async def serving(agent: Questions, path: Path, *, root: Path, group: str | None = None) -> AsyncIterator[None]:
     """Answer on a unix socket at `path` until the block ends. root: the agent's; who means another one is refused.
 
     The socket is its owner's alone (0600), or also its group's (0660). A socket that nobody listens on is replaced;

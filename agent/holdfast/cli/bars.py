@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -52,38 +52,32 @@ def followed(steps: Steps, *, quiet: bool) -> Json:
 
 
 class _Lines:
-    """A line when an image begins to come, and one for each quarter of it; one for each step of a build; one for
-    what is waited for."""
+    """Prints a line for each quarter of an image, each step of a build, and what is waited for."""
 
     def __init__(self) -> None:
-        self._told: dict[tuple[str, float], int] = {}
-        self._steps: dict[tuple[str, float], str] = {}
+        self._told: dict[object, object] = {}
+        self._building: set[tuple[str, float]] = set()
         self._waits = _Waits()
 
     def show(self, status: Json) -> None:
-        self._show_transfers(status.get("transfers", ()))
-        self._show_builds(status.get("builds", ()))
-        for line in self._waits.news(status):
-            render.echo(f"waiting: {line}", err=True)
-
-    def _show_builds(self, builds: Sequence[Json]) -> None:
-        now = {(each["image"], each["began"]): each["error"] or each["step"] for each in builds}
-        for key, step in now.items():
-            if self._steps.get(key) != step:
-                render.echo(f"building {key[0]}  {step}".rstrip(), err=True)
-        for image, began in self._steps.keys() - now.keys():
+        for each in status.get("transfers", ()):
+            if each["state"] == "pulling" and each["total"]:
+                quarter = 4 * each["done"] // each["total"]
+                self._tell((each["ref"], each["began"]), quarter, f"pulling {each['ref']}  {amount(each)}")
+        builds = {(each["image"], each["began"]): each["error"] or each["step"] for each in status.get("builds", ())}
+        for build, step in builds.items():
+            self._tell(build, step, f"building {build[0]}  {step}".rstrip())
+        for image, began in self._building - builds.keys():
             render.echo(f"building {image}  ended after {render.span(time.time() - began)}", err=True)
-        self._steps = now
+        self._building = set(builds)
+        for line in self._waits.lasting(status):
+            self._tell(line, line, f"waiting: {line}")
 
-    def _show_transfers(self, transfers: Sequence[Json]) -> None:
-        for each in transfers:
-            total = each["total"]
-            if each["state"] != "pulling" or not total:
-                continue
-            quarter, key = 4 * each["done"] // total, (each["ref"], each["began"])
-            if self._told.get(key, -1) < quarter:
-                self._told[key] = quarter
-                render.echo(f"pulling {each['ref']}  {amount(each)}", err=True)
+    def _tell(self, subject: object, news: object, line: str) -> None:
+        """Print a line if there is news of the subject."""
+        if self._told.get(subject) != news:
+            self._told[subject] = news
+            render.echo(line, err=True)
 
 
 class _Waits:
@@ -91,19 +85,12 @@ class _Waits:
 
     def __init__(self) -> None:
         self._since: dict[str, float] = {}
-        self._told: set[str] = set()
 
     def lasting(self, status: Json) -> list[str]:
         """The lines that have been true for a while."""
         now = time.monotonic()
         self._since = {line: self._since.get(line, now) for line in lines_of(status)}
         return [line for line, since in self._since.items() if now - since >= PATIENCE]
-
-    def news(self, status: Json) -> list[str]:
-        """Of those, what was not told before."""
-        found = [line for line in self.lasting(status) if line not in self._told]
-        self._told.update(found)
-        return found
 
 
 def lines_of(status: Json) -> list[str]:
@@ -150,35 +137,32 @@ class _Drawing:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._tasks: dict[tuple[str, float, str], TaskID] = {}
+        self._tasks: dict[object, TaskID] = {}
         self._waits = _Waits()
 
     def show(self, status: Json) -> None:
-        seen = self._show_transfers(status.get("transfers", ()))
-        for each in status.get("builds", ()):
-            told = f"failed: {each['error']}" if each["error"] else each["step"]
-            seen.add(self._bar((each["image"], each["began"], ""), f"{each['image']}  {told}", 0, None))
-        for line in self._waits.lasting(status)[:MOST_WAITS]:
-            seen.add(self._bar((line, 0.0, ""), f"waiting: {line}", 0, None))
+        seen = set()
+        for key, name, done, total in self._bars(status):
+            seen.add(key)
+            if key not in self._tasks:
+                self._tasks[key] = self._progress.add_task(name, total=total)
+            self._progress.update(self._tasks[key], completed=done, total=total, description=render.plain(name))
         for key in self._tasks.keys() - seen:
             self._progress.remove_task(self._tasks.pop(key))
 
-    def _show_transfers(self, transfers: Sequence[Json]) -> set[tuple[str, float, str]]:
-        seen = set()
-        for each in transfers:
+    def _bars(self, status: Json) -> Iterator[tuple[object, str, int, int | None]]:
+        """Every bar: what it is of, its title, and how much of what is done."""
+        for each in status.get("transfers", ()):
             image = (each["ref"], each["began"])
             if each["state"] == "resolving":
-                seen.add(self._bar((*image, ""), f"{each['ref']}: asking", 0, None))
+                yield image, f"{each['ref']}: asking", 0, None
                 continue
-            seen.add(self._bar((*image, ""), each["ref"], each["done"], each["total"]))
+            yield image, each["ref"], each["done"], each["total"]
             coming = [layer for layer in each["layers"] if layer["state"] == "pulling"]
             for layer in coming[:MOST_LAYERS]:
-                name = f"  {layer['digest'].removeprefix('sha256:')[:12]}"
-                seen.add(self._bar((*image, layer["digest"]), name, layer["done"], layer["total"]))
-        return seen
-
-    def _bar(self, key: tuple[str, float, str], name: str, done: int, total: int | None) -> tuple[str, float, str]:
-        if key not in self._tasks:
-            self._tasks[key] = self._progress.add_task(name, total=total)
-        self._progress.update(self._tasks[key], completed=done, total=total, description=render.plain(name))
-        return key
+                yield (image, layer["digest"]), f"  {render.digest(layer['digest'])}", layer["done"], layer["total"]
+        for each in status.get("builds", ()):
+            told = f"failed: {each['error']}" if each["error"] else each["step"]
+            yield (each["image"], each["began"], "build"), f"{each['image']}  {told}", 0, None
+        for line in self._waits.lasting(status)[:MOST_WAITS]:
+            yield line, f"waiting: {line}", 0, None

@@ -41,6 +41,13 @@ class Check:
     remedy: str = ""
 
 
+def judged(
+    subject: str, good: object, detail: str, otherwise: str, remedy: str, verdict: Literal["warn", "bad"] = "warn"
+) -> Check:
+    """A check that went well, or otherwise."""
+    return Check(subject, "ok", detail) if good else Check(subject, verdict, otherwise, remedy)
+
+
 def checkup(config: Config | None) -> Iterator[Check]:
     """Look at everything that the agent needs here; config None stands for its defaults."""
     yield root()
@@ -99,9 +106,8 @@ def name(config: Config | None) -> Check:
 
 def kernel() -> Check:
     release = platform.release()
-    if numbers(release) < NEEDED_KERNEL:
-        return Check("kernel", "bad", release, "5.3 or newer is needed (pidfd_open)")
-    return Check("kernel", "ok", release)
+    remedy = "5.3 or newer is needed (pidfd_open)"
+    return judged("kernel", numbers(release) >= NEEDED_KERNEL, release, release, remedy, "bad")
 
 
 def numbers(release: str) -> tuple[int, ...]:
@@ -177,10 +183,7 @@ def programs() -> Iterator[Check]:
     yield program("skopeo", "warn", "skopeo", "needed to pull images")
     yield program("buildah", "warn", "buildah", "needed for [images.*], which are built here")
     init = binaries.find_init()
-    if init:
-        yield Check("init", "ok", str(init))
-    else:
-        yield Check("init", "warn", "neither catatonit nor tini (for init = true)", "apt-get install catatonit")
+    yield judged("init", init, str(init), "neither catatonit nor tini (for init = true)", "apt-get install catatonit")
 
 
 def builds() -> Iterator[Check]:
@@ -214,20 +217,17 @@ def program(name: str, without: Literal["warn", "bad"], package: str, told: str 
 
 
 def seccomp() -> Check:
-    if SECCOMP.is_file():
-        return Check("seccomp profile", "ok", str(SECCOMP))
-    return Check("seccomp profile", "bad", f"no {SECCOMP}", "apt-get install golang-github-containers-common")
+    package = "apt-get install golang-github-containers-common"
+    return judged("seccomp profile", SECCOMP.is_file(), str(SECCOMP), f"no {SECCOMP}", package, "bad")
 
 
 def confinement() -> Iterator[Check]:
-    """AppArmor, where the kernel has it."""
-    if not apparmor.enabled():
-        return
-    if parser := binaries.find_program("apparmor_parser"):
-        yield Check("AppArmor", "ok", f"on; {parser} loads the profile of the containers")
-    else:
-        told = "on, but without apparmor_parser containers get no profile"
-        yield Check("AppArmor", "warn", told, "apt-get install apparmor")
+    """Whether AppArmor profiles can be loaded, where the kernel has AppArmor."""
+    if apparmor.enabled():
+        parser = binaries.find_program("apparmor_parser")
+        good = f"on; {parser} loads the profile of the containers"
+        without = "on, but without apparmor_parser containers get no profile"
+        yield judged("AppArmor", parser, good, without, "apt-get install apparmor")
 
 
 def overlay(known: Path = FILE_SYSTEMS, modules: Path = MODULES) -> Check:
@@ -240,17 +240,14 @@ def overlay(known: Path = FILE_SYSTEMS, modules: Path = MODULES) -> Check:
 
 
 def firewall() -> Check:
-    library = ctypes.util.find_library("nftables")
-    path = binaries.find_program("nft")
-    if library is None and path is None:
-        return Check("nftables", "bad", "neither libnftables nor nft", "apt-get install nftables")
-    return Check("nftables", "ok", " and ".join(filter(None, (library, str(path) if path else ""))))
+    found = [str(each) for each in (ctypes.util.find_library("nftables"), binaries.find_program("nft")) if each]
+    without = "neither libnftables nor nft"
+    return judged("nftables", found, " and ".join(found), without, "apt-get install nftables", "bad")
 
 
 def forwarding() -> Check:
-    if read("/proc/sys/net/ipv4/ip_forward") == "1":
-        return Check("ip_forward", "ok", "on")
-    return Check("ip_forward", "ok", "off: turned on when the first bridge needs it")
+    on = read("/proc/sys/net/ipv4/ip_forward") == "1"
+    return Check("ip_forward", "ok", "on" if on else "off: turned on when the first bridge needs it")
 
 
 def findings(config: Config) -> Iterator[Check]:
@@ -296,9 +293,8 @@ def space(place: Path) -> Check:
 
 def watches() -> Check:
     limit = int(read("/proc/sys/fs/inotify/max_user_watches") or 0)
-    if limit < FEW_WATCHES:
-        return Check("inotify watches", "warn", f"{limit} allowed", "sysctl fs.inotify.max_user_watches=65536")
-    return Check("inotify watches", "ok", f"{limit} allowed")
+    told, remedy = f"{limit} allowed", "sysctl fs.inotify.max_user_watches=65536"
+    return judged("inotify watches", limit >= FEW_WATCHES, told, told, remedy)
 
 
 def answers() -> Iterator[Check]:

@@ -50,7 +50,7 @@ class Configured(click.Command):
 
 
 class Group(Configured, click.Group):
-    """A group of commands. Those that `imported` names are imported when they are needed: name → module.attribute."""
+    """A group of commands. imported: those that are imported from a module when they are needed, name → module."""
 
     command_class = Configured
     imported: Mapping[str, str] = {}
@@ -64,8 +64,7 @@ class Group(Configured, click.Group):
             return super().get_command(ctx, name)
         from importlib import import_module
 
-        module, _, attribute = self.imported[name].partition(".")
-        found: click.Command = getattr(import_module(f"holdfast.cli.{module}"), attribute)
+        found: click.Command = getattr(import_module(f"holdfast.cli.{self.imported[name]}"), name)
         return found
 
 

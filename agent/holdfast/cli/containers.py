@@ -16,7 +16,7 @@ from holdfast.cli import options, render
 from holdfast.cli.archives import written
 from holdfast.cli.client import Answer
 from holdfast.cli.command import client, command, reach, watch
-from holdfast.cli.since import Moment, Seconds
+from holdfast.cli.since import DURATION, MOMENT
 from holdfast.cli.targets import complete_target, resolve, resolve_all
 from holdfast.errors import NotPermitted, TryAgain, WrongCall
 from holdfast.questions import Json, Questions
@@ -28,8 +28,8 @@ INTERVAL = 0.5  # seconds between the two looks from which the CPU's use is comp
 @click.argument("targets", metavar="APP[/NAME]...", nargs=-1, required=True, shell_complete=complete_target)
 @click.option("-f", "--follow", is_flag=True, help="Go on as the containers write.")
 @click.option("--tail", type=click.IntRange(min=0), metavar="N", help="Only the last N lines of each container.")
-@click.option("--since", type=Moment(), help="Only what was written since then.")
-@click.option("--until", type=Moment(), help="Only what was written until then.")
+@click.option("--since", type=MOMENT, help="Only what was written since then.")
+@click.option("--until", type=MOMENT, help="Only what was written until then.")
 @click.option("-t", "--timestamps", is_flag=True, help="Show when each line was written.")
 @options.as_json
 def logs(
@@ -75,7 +75,7 @@ def logs(
 @click.option("-w", "--workdir", default="", metavar="PATH", help="Run in this directory of the container.")
 @options.target
 @click.argument("words", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND [ARGUMENT]...")
-def exec_(
+def exec(
     interactive: bool,
     tty: bool,
     detach: bool,
@@ -138,7 +138,7 @@ def holding(ask: Callable[[Questions, str], None], reached: Callable[[Json, froz
 
     @command(verb, help=ask.__doc__)
     @options.target
-    @click.option("--timeout", type=Seconds(), default=60.0, show_default="60s", help="How long to wait at most.")
+    @click.option("--timeout", type=DURATION, default=60.0, show_default="60s", help="How long to wait at most.")
     @click.option("--no-wait", is_flag=True, help="Do not wait until it is done.")
     def act(target: str, timeout: float, no_wait: bool) -> None:
         agent, deadline = client(), time.monotonic() + timeout

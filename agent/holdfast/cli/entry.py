@@ -30,36 +30,24 @@ ELSEWHERE = {  # commands of docker and podman → what to use here
 }
 
 
-COMMANDS = {  # → module.attribute, imported when it is needed
-    "agent": "agent.agent",
-    "apply": "converge.apply",
-    "bundle": "bundle.bundle",
-    "check": "check.check",
-    "commit": "containers.commit",
-    "completion": "program.completion",
-    "doctor": "doctor.doctor",
-    "events": "events.events",
-    "exec": "containers.exec_",
-    "export": "containers.export",
-    "image": "images.image",
-    "inspect": "containers.inspect",
-    "logs": "containers.logs",
-    "network": "networks.network",
-    "plan": "plan.plan",
-    "plugin": "plugins.plugin",
-    "release": "containers.release",
-    "restart": "containers.restart",
-    "schema": "program.schema",
-    "shutdown": "agent.shutdown",
-    "start": "containers.start",
-    "stats": "containers.stats",
-    "status": "status.status",
-    "stop": "containers.stop",
-    "sync": "converge.sync",
-    "system": "system.system",
-    "version": "program.version",
-    "volume": "volumes.volume",
+MODULES = {  # → its commands; it is imported when one of them is called
+    "agent": "agent shutdown",
+    "bundle": "bundle",
+    "check": "check",
+    "containers": "commit exec export inspect logs release restart start stats stop",
+    "converge": "apply sync",
+    "doctor": "doctor",
+    "events": "events",
+    "images": "image",
+    "networks": "network",
+    "plan": "plan",
+    "plugins": "plugin",
+    "program": "completion schema version",
+    "status": "status",
+    "system": "system",
+    "volumes": "volume",
 }
+COMMANDS = {name: module for module, names in MODULES.items() for name in names.split()}
 
 
 class Top(Group):

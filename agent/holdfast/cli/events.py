@@ -8,7 +8,7 @@ import click
 
 from holdfast.cli import render
 from holdfast.cli.command import client, command, reach
-from holdfast.cli.since import Moment
+from holdfast.cli.since import MOMENT
 from holdfast.questions import Json
 
 
@@ -17,7 +17,7 @@ from holdfast.questions import Json
 @click.option(
     "-n", "--tail", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="How many."
 )
-@click.option("--since", type=Moment(), help="Only what happened since then.")
+@click.option("--since", type=MOMENT, help="Only what happened since then.")
 @click.option("--json", "json_", is_flag=True, help="Print each event as one line of JSON.")
 def events(follow: bool, tail: int, since: float | None, json_: bool) -> None:
     """Show what the agent did and found, and why."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from holdfast.cli import render
-from holdfast.cli.since import Seconds
+from holdfast.cli.since import DURATION
 from holdfast.cli.targets import complete_target
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,14 +41,14 @@ pause = click.option(
 )
 timeout = click.option(
     "--timeout",
-    type=Seconds(),
+    type=DURATION,
     default=TIMEOUT,
     show_default="5m",
     help="How long to wait at most. Pulling and building images does not count.",
 )
 connect_timeout = click.option(
     "--connect-timeout",
-    type=Seconds(),
+    type=DURATION,
     default=None,
     help="How long to wait for a registry that does not answer.  [default: connect_timeout of agent.toml, 60s]",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from datetime import datetime
 
 import click
@@ -12,21 +13,20 @@ from holdfast.grammar.quantities import SECONDS, duration
 
 
 class Seconds(click.ParamType[float]):
-    """A duration as state files write it, or a number of seconds: 30s, 1m30s, 30."""
+    """An argument that a function reads as seconds. expected: what is right, for an error."""
 
-    name = "duration"
+    def __init__(self, name: str, read: Callable[[str], float], expected: str) -> None:
+        self.name, self._read, self._expected = name, read, expected
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float):
-            return value
         try:
-            return seconds(str(value))
+            return value if isinstance(value, float) else self._read(str(value))
         except ValueError:
-            self.fail(f"'{value}' is not a duration (expected 30s, 1m30s or seconds)", param, ctx)
+            self.fail(f"'{value}' is not understood (expected {self._expected})", param, ctx)
 
 
 def seconds(text: str) -> float:
-    """Read a duration, or a number of seconds. Raises ValueError."""
+    """Read a duration as state files write it, or a number of seconds: 30s, 1m30s, 30. Raises ValueError."""
     if text.endswith(tuple(SECONDS)):
         return duration(text)
     found = float(text)
@@ -35,25 +35,11 @@ def seconds(text: str) -> float:
     return found
 
 
-class Moment(click.ParamType[float]):
-    """A moment: a duration before now, an ISO 8601 time (local unless it says where), or seconds since the epoch."""
-
-    name = "10m|TIME"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float):
-            return value
-        text = str(value)
-        try:
-            return moment(text, time.time())
-        except ValueError:
-            self.fail(
-                f"'{text}' is not a moment (expected 10m, 2h, 2026-11-21T07:30:00 or epoch seconds)", param, ctx
-            )
-
-
 def moment(text: str, now: float) -> float:
-    """Read a moment; raises ValueError. Several parts add up: 1h30m."""
+    """Read a duration before now, an ISO 8601 time (local unless it has a zone), or seconds since the epoch.
+
+    Raises ValueError.
+    """
     if text.endswith(tuple(SECONDS)):
         return now - seconds(text)
     try:
@@ -63,3 +49,9 @@ def moment(text: str, now: float) -> float:
     if not math.isfinite(found):
         raise ValueError(text)
     return found
+
+
+DURATION = Seconds("duration", seconds, "30s, 1m30s or seconds")
+MOMENT = Seconds(
+    "10m|TIME", lambda text: moment(text, time.time()), "10m, 2h, 2026-11-21T07:30:00 or seconds since the epoch"
+)

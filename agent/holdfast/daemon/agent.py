@@ -17,6 +17,7 @@ import contextlib
 import gc
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from typing import Literal
 import structlog
 
 from holdfast import __version__
-from holdfast.api import Agent, serving
+from holdfast.api import serving
 from holdfast.config import Config, load_config
 from holdfast.daemon.compose import acting_node, coming, need_root, reconciler_of, source_of
 from holdfast.daemon.systemd import notify
@@ -37,7 +38,7 @@ from holdfast.node import Node
 from holdfast.node.answers import Answers
 from holdfast.node.installed import check_settings
 from holdfast.observed import Hold
-from holdfast.questions import NOBODY, Caller, Json
+from holdfast.questions import NOBODY, Caller, Json, Lines
 from holdfast.reconcile import Pass
 from holdfast.source import Source, Watch
 
@@ -46,6 +47,7 @@ SHORT, LONGEST_REST = 0.005, 0.1  # seconds: a pass that takes no longer needs n
 HOUSEKEEPING = 10.0  # seconds between looks at the size of logs
 COLLECT = 60.0  # seconds between looks at how full the disk is
 ANSWERS = 64  # that are given at a time
+SHORTEST_BEAT, LONGEST_BEAT = 0.05, 1.0  # seconds: a reader who has gone is noticed at a beat
 NO_ROOM = 1.0  # seconds between looks at a disk that was full
 NO_SOURCE = 5.0  # seconds between looks at a source that can't be read
 
@@ -61,7 +63,7 @@ def run_agent(path: Path | None) -> int:
         return asyncio.run(Daemon(config, path, node).serve())
 
 
-class Daemon(Answers, Agent):
+class Daemon(Answers):
     """A running agent: the loop, and the answers that need it."""
 
     def __init__(self, config: Config, path: Path | None, node: Node) -> None:
@@ -69,22 +71,23 @@ class Daemon(Answers, Agent):
         self._config, self._path, self._node = config, path, node
         self._reconciler = reconciler_of(config, node)
         self._last: Pass | None = None
-        self._begun = self._done = 0  # passes
+        self._begun = self._done = 0  # the numbers of the last pass, and of the last deep one that is over
         self._passer = ThreadPoolExecutor(1, "pass")  # of its own: answers that block must not hold up a pass
-        self._asking, self._asked_at = asyncio.Lock(), 0.0  # of the source, by whoever syncs
+        self._news, self._told = threading.Condition(), 0  # events, and passes that are done
+        self._asking, self._asked_at = threading.Lock(), 0.0  # of the source, by whoever syncs
         self._deep = True
 
     async def serve(self) -> int:
         """Make passes until told to end."""
         self._loop = asyncio.get_running_loop()
         self._loop.set_default_executor(Answering(ANSWERS, "answer"))
-        self._slot, self._stop, self._change = asyncio.Event(), asyncio.Event(), asyncio.Condition()
+        self._slot, self._stop = asyncio.Event(), asyncio.Event()
         self._reloading = asyncio.Lock()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._end)
         self._loop.add_signal_handler(signal.SIGHUP, lambda: self._loop.create_task(self._reload()))
         self._node.wake = self._wake
-        self.context.store.listen(lambda _: self._from_thread(self._tell))
+        self.context.store.listen(lambda _: self._tell())
         self._watch = await asyncio.to_thread(self._watch_source, self._reconciler.source)
         try:
             async with serving(self, self._config.socket, root=self._config.root, group=self._config.group):
@@ -152,10 +155,10 @@ class Daemon(Answers, Agent):
             self._deep |= deep  # what was to be looked at still is
             self._report("a pass", error)
             await asyncio.sleep(1)
-        self._done = number
         if number == 1:
             notify(f"READY=1\nMAINPID={os.getpid()}")
-        await self._told()
+        self._done = number if deep else self._done
+        self._tell()
 
     def _published(self, made: Pass) -> None:
         before, self._last = self._last, made
@@ -219,11 +222,14 @@ class Daemon(Answers, Agent):
         self._slot.set()
 
     def _tell(self) -> None:
-        self._loop.create_task(self._told())
+        """Wake those who wait for an event or a pass; from any thread."""
+        with self._news:
+            self._told += 1
+            self._news.notify_all()
 
-    async def _told(self) -> None:
-        async with self._change:
-            self._change.notify_all()
+    def _look_deep(self) -> None:
+        self._deep = True
+        self._slot.set()
 
     # -- answers --
 
@@ -242,43 +248,58 @@ class Daemon(Answers, Agent):
         """A preview, made now."""
         return self._reconciler.preview_json()
 
-    async def wait_sync(self, accept_rewrite: bool) -> Json:
+    def sync(self, accept_rewrite: bool = False) -> Json:
         """Ask the source, try at once what waits for its next try, and return the status of the pass that follows."""
         with contextlib.suppress(TryAgain):  # the status says so
-            await self._refresh(accept_rewrite)
-        await asyncio.to_thread(self.context.store.retry_now)
-        self._deep = True
+            self._refresh(accept_rewrite)
+        self.context.store.retry_now()
         before = self._begun
-        self._slot.set()
-        async with self._change:
-            await self._change.wait_for(lambda: self._done > before)
+        self._from_thread(self._look_deep)
+        with self._news:
+            self._news.wait_for(lambda: self._done > before)
         return self.status()
 
-    async def _refresh(self, accept_rewrite: bool) -> None:
-        """Ask the source, once for all who want that meanwhile: a remote that hangs takes one thread."""
+    def _refresh(self, accept_rewrite: bool) -> None:
+        """Ask the source, once for all who want that meanwhile."""
         wanted_at = time.monotonic()
-        async with self._asking:
+        with self._asking:
             if self._asked_at > wanted_at and not accept_rewrite:
                 return
             self._asked_at = time.monotonic()
             source = self._reconciler.source
             failed = source.state().failures
-            await asyncio.to_thread(source.refresh, accept_rewrite=accept_rewrite)
+            source.refresh(accept_rewrite=accept_rewrite)
             if failed:
                 self._watch.poke()  # it waits out a back-off that has no cause any more
 
-    async def wait_events(self, after: int) -> None:
-        """Return when there is an event above `after`."""
-        async with self._change:
-            await self._change.wait_for(lambda: bool(self.context.store.events(after, 1)))
+    def events(self, after: int = 0, limit: int = 1000, follow: bool = False, beat: float = 1.0) -> Lines:
+        """Yield what happened, and with follow what happens; None when nothing does for a beat."""
+        quiet = follow  # the caller hears at once that the agent is there
+        while True:
+            told, found = self._told, self.context.store.events(after, limit)
+            yield from found
+            if quiet and not found:
+                yield None
+            if not follow:
+                return
+            after = max((int(event["seq"]) for event in found), default=after)
+            quiet = not self._hears(told, min(max(beat, SHORTEST_BEAT), LONGEST_BEAT))
+
+    def _hears(self, told: int, seconds: float) -> bool:
+        """Wait until there is news since it was `told` last; whether there is in time."""
+        with self._news:
+            return self._news.wait_for(lambda: self._told != told, seconds)
 
     def stop(self, target: str, by: Caller = NOBODY) -> None:
+        """Hold a container stopped."""
         self._hold(target, "stopped", by)
 
     def start(self, target: str, by: Caller = NOBODY) -> None:
+        """Hold a container started, until it is."""
         self._hold(target, "started", by)
 
     def restart(self, target: str, by: Caller = NOBODY) -> None:
+        """Hold a container restarted, until it is."""
         self._hold(target, "restarted", by)
 
     def _hold(self, target: str, kind: Literal["stopped", "started", "restarted"], by: Caller) -> None:
