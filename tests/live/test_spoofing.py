@@ -7,11 +7,13 @@ import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import pytest
 
+from ground import wait_for
 from holdfast.drivers import Host, NetworkWant
 from holdfast.errors import WrongState
 from holdfast.observed import Receipt
@@ -22,6 +24,7 @@ from live.netlab import PATIENCE, Lab, in_namespace
 pytestmark = pytest.mark.live
 
 ETH_P_ALL, PACKET_VNET_HDR, SOL_PACKET = 3, 15, 263
+FORWARDING = "3"  # BR_STATE_FORWARDING
 EVERYBODY = "ff:ff:ff:ff:ff:ff"
 END = b"that was all of it"
 
@@ -42,6 +45,8 @@ class Party:
         self.peer, self.peer_mac = peer["address"], peer["mac"]
         self.gateway = network.data["gateway"]
         self.gateway_mac = "02:42:" + IPv4Address(self.gateway).packed.hex(":")
+        for port in (evil["host_interface"], peer["host_interface"]):
+            wait_for(partial(_forwards, port), f"port {port} forwards")
 
     def arrives(self, *frames: bytes, huge: bool = False) -> list[str]:
         """Send frames from the attacker; who saw one of them: the neighbour, or the host on its bridge."""
@@ -72,6 +77,11 @@ class Party:
             return ear
 
         return in_namespace(namespace, open_ear)
+
+
+def _forwards(port: str) -> bool:
+    """Whether the bridge has noticed that both ends of a pair are up, which it does a moment afterwards."""
+    return Path(f"/sys/class/net/{port}/brport/state").read_text().strip() == FORWARDING
 
 
 def _until_end(ear: socket.socket) -> Iterator[bytes]:

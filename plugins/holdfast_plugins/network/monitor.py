@@ -1,8 +1,8 @@
-"""A thread that hears what anybody changes in the rule set, and has it looked at when our own table is concerned.
+"""A thread that hears every change to the rule set, and has our table checked when the change is about it.
 
-The kernel tells every change to a multicast group (nft monitor shows it). Most of it is about the tables of others:
-that costs a search for our table's name, and nothing more. Who changes our table over and over is answered more and
-more rarely, so that two programs that undo each other's work don't take the processor.
+The kernel reports each change to a multicast group (nft monitor shows it). Most changes are about tables of others:
+they cost a search for our table's name. If somebody changes our table again and again, the answers come more and more
+rarely, so that two programs that undo each other's work do not use up the processor.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ SHORTEST, LONGEST = 0.05, 10.0  # seconds between two answers, while somebody go
 
 
 class Monitor:
-    """Calls altered(who) in a thread of its own after a change of table inet NAME; who: a process in words, or "".
+    """Calls altered(who) in a thread of its own after a change of table inet NAME. who: the process, or "".
 
-    altered returns whether it had to put anything right.
+    altered returns whether it had to repair anything.
     """
 
     def __init__(self, table: str, altered: Callable[[str], bool]) -> None:
@@ -41,7 +41,7 @@ class Monitor:
                 return
             if self._hear():
                 due = True
-                if not self._who and self._news.wait(AUTHOR):  # who it was comes last, in a message of its own
+                if not self._who and self._news.wait(AUTHOR):  # the author comes last, in a message of its own
                     self._hear()
             now = time.monotonic()
             if not due or now < answered + pause:
@@ -52,7 +52,7 @@ class Monitor:
                 answered = time.monotonic()
 
     def _hear(self) -> bool:
-        """Read what has come; whether our table was in it."""
+        """Read what has come; return whether our table was in it."""
         ours = False
         for heard in self._news.read():
             ours = ours or not heard or self._mark in heard  # of what was lost, any may have been about our table
@@ -61,7 +61,7 @@ class Monitor:
 
 
 def _author(heard: bytes) -> str:
-    """Who made the change, as the message at its end says; "" when that is not in here."""
+    """Who made the change, from the message at its end; "" when that is not in here."""
     for kind, _, body in wire.messages(heard):
         if kind == NFT_MSG_NEWGEN:
             found = dict(wire.attributes(body, 4))
