@@ -49,10 +49,25 @@ def read_table(kind: type[T], data: Mapping[str, Any], known: Iterable[Fault] = 
             few = [fault for detail in details[: MOST_FAULTS - 1] for fault in _faults(kind, detail)]
             left = f"{len(details) - MOST_FAULTS + 1} more problems (mend these first)"
             return None, [*faults, *few, Fault((), left)]
-        found = [fault for detail in details for fault in _faults(kind, detail)]
+        found = [_of_short_form(fault, rest.data) for detail in details for fault in _faults(kind, detail)]
         faults.extend(fault for fault in found if not rest.tore(fault.path))
         rest.cut(found)
     return None, faults
+
+
+def _of_short_form(fault: Fault, data: Any) -> Fault:
+    """The fault as a person sees it who wrote a table as one text: about the text, and which part of it."""
+    for length, step in enumerate(fault.path):
+        if isinstance(data, str):
+            return Fault(fault.path[:length], f"'{data}': {dotted(fault.path[length:])}: {fault.message}")
+        match data, step:
+            case dict(), str():
+                data = data.get(step)
+            case list(), int():
+                data = data[step]
+            case _:
+                break
+    return fault
 
 
 class WrongOptions(WrongState):

@@ -8,18 +8,24 @@ import re
 from holdfast.grammar.quantities import number
 
 
-def ports(value: str | int, what: str, form: str = "expected a port or a range as 8000-8010") -> range:
-    """One port or a range of them; what and form go into the error."""
-    first, dash, last = str(value).partition("-")
+def ports(value: str) -> range:
+    """One port or a range of them."""
+    first, dash, last = value.partition("-")
     last = last if dash else first
     if not (number(first) and number(last)):
-        raise ValueError(f"{what} is not a number ({form})")
+        raise ValueError(f"'{value}' is not a number (expected a port or a range as 8000-8010)")
     found = range(int(first), int(last) + 1)
     if not found:
-        raise ValueError(f"{what} range ends before it begins ({form})")
+        raise ValueError(f"'{value}' ends before it begins (expected a port or a range as 8000-8010)")
     if found.start < 1 or found.stop > 65536:
-        raise ValueError(f"{what} is out of range (expected 1 to 65535)")
+        raise ValueError(f"'{value}' is out of range (expected 1 to 65535)")
     return found
+
+
+def ports_text(value: str) -> str:
+    """One port or a range of them, checked."""
+    ports(value)
+    return value
 
 
 def port_text(host_ip: str, host_port: int, container_port: int, protocol: str, count: int = 1) -> str:
@@ -30,16 +36,12 @@ def port_text(host_ip: str, host_port: int, container_port: int, protocol: str, 
     return f"{host_ip + ':' if host_ip else ''}{host}:{inner}/{protocol}"
 
 
-def ipv4(value: str, what: str, form: str) -> str:
+def address(value: str) -> str:
+    """An IPv4 address in canonical form."""
     try:
         return str(ipaddress.IPv4Address(value))
     except ValueError:
-        raise ValueError(f"{what} is not an IPv4 address ({form})") from None
-
-
-def address(value: str) -> str:
-    """An IPv4 address in canonical form."""
-    return ipv4(value, f"'{value}'", "expected four numbers as 10.90.1.2")
+        raise ValueError(f"'{value}' is not an IPv4 address (expected four numbers as 10.90.1.2)") from None
 
 
 def subnet(value: str) -> str:

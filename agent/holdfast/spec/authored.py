@@ -17,7 +17,7 @@ from holdfast.spec import forms, model
 from holdfast.spec.parts import Attachment, Mount, RestartTable
 from holdfast.spec.values import STRINGS, Absolute, Address, AppNetwork, Id, Mode, Name, OnChange, Reference
 
-Ports = Annotated[Text, Checked(forms.ports_text, {"title": "port or range", "examples": ["8000-8010"]})]
+Ports = Annotated[Text, Checked(network.ports_text, {"title": "port or range", "examples": ["8000-8010"]})]
 Tmpfs = Annotated[str, Checked(lambda v: forms.tmpfs(v) and v, {"description": "TARGET[:size=64m,mode=1777]"})]
 Restart = Annotated[str, Checked(lambda v: forms.restart(v) and v, {"examples": ["always", "on-failure:5"]})]
 
@@ -51,7 +51,7 @@ class PortTable(Table):
             yield "", f"{len(host)} host ports lead to {len(inner)} container ports (expected as many)"
 
     def _ranges(self) -> tuple[range, range]:
-        return network.ports(self.published, "published"), network.ports(self.target, "target")
+        return network.ports(self.published), network.ports(self.target)
 
     def port(self) -> model.Port:
         """The port as the rest of the program knows it."""

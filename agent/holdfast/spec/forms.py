@@ -13,7 +13,6 @@ from typing import Any
 
 from holdfast.grammar import images, signals
 from holdfast.grammar.names import absolute, check_id, reference
-from holdfast.grammar.network import ipv4, ports
 from holdfast.grammar.quantities import number
 from holdfast.keys import size
 from holdfast.words import named as words_for
@@ -120,48 +119,27 @@ def tag(value: str) -> str:
     return value
 
 
-def ports_text(value: str) -> str:
-    """A port or a range of them."""
-    ports(value, f"'{value}'")
-    return value
-
-
 def port(value: str) -> Parts:
-    """`[HOST_IP:]HOST:CONTAINER[/PROTOCOL]`; HOST and CONTAINER may be ranges of one length."""
-    form = "expected [HOST_IP:]HOST:CONTAINER[/PROTOCOL]"
-    text, _, protocol = value.partition("/")
+    """`[HOST_IP:]HOST:CONTAINER[/PROTOCOL]`."""
+    text, slash, protocol = value.partition("/")
     match text.rsplit(":", 2):
         case [published, target]:
-            host_ip = None
+            parts = {"published": published, "target": target}
         case [host_ip, published, target]:
-            host_ip = ipv4(host_ip, f"'{value}': host address", form)
+            parts = {"host_ip": host_ip, "published": published, "target": target}
         case _:
-            raise ValueError(f"'{value}': the host port is missing ({form})")
-    if protocol not in ("", "tcp", "udp"):
-        raise ValueError(f"'{value}': protocol '{protocol}' is not known (expected tcp or udp)")
-    host = ports(published, f"'{value}': host port", form)
-    inner = ports(target, f"'{value}': container port", form)
-    if len(host) != len(inner):
-        raise ValueError(f"'{value}': {len(host)} host ports lead to {len(inner)} container ports (expected as many)")
-    return {"host_ip": host_ip, "published": published, "target": target, "protocol": protocol or "tcp"}
+            raise ValueError(f"'{value}': the host port is missing (expected [HOST_IP:]HOST:CONTAINER[/PROTOCOL])")
+    return {**parts, "protocol": protocol} if slash else parts
 
 
 def volume(value: str) -> Parts:
     """`SOURCE:TARGET[:ro|rw]`."""
-    form = "expected SOURCE:TARGET[:ro]"
     match value.split(":"):
-        case [source, target] if source and target:
-            option = "rw"
+        case [source, target, *option] if source and target and option in ([], ["ro"], ["rw"]):
+            return {"source": source, "target": target, "read_only": option == ["ro"]}
         case [source, target, option] if source and target:
-            pass
-        case _:
-            raise ValueError(f"'{value}' is not a volume ({form})")
-    if option not in ("ro", "rw"):
-        raise ValueError(f"'{value}': option '{option}' is not known (expected ro or rw)")
-    try:
-        return {"source": source, "target": absolute(target), "read_only": option == "ro"}
-    except ValueError as error:
-        raise ValueError(f"'{value}': target {error}") from None
+            raise ValueError(f"'{value}': option '{option}' is not known (expected ro or rw)")
+    raise ValueError(f"'{value}' is not a volume (expected SOURCE:TARGET[:ro])")
 
 
 def tmpfs(value: str) -> Parts:
@@ -198,16 +176,13 @@ def device(value: str) -> Parts:
     permissions = rest.pop() if rest and not rest[-1].startswith("/") else "rwm"
     if len(rest) > 1 or not source.startswith("/"):
         raise ValueError(f"'{value}' is not a device (expected /dev/NAME[:/dev/NAME[:rwm]])")
-    try:
-        return {"source": source, "target": rest[0] if rest else source, "permissions": access(permissions)}
-    except ValueError as error:
-        raise ValueError(f"'{value}': {error}") from None
+    return {"source": source, "target": (rest or [source])[0], "permissions": permissions}
 
 
 def access(value: str) -> str:
     """What may be done with a device: some of r (read), w (write) and m (mknod)."""
     if not value or set(value) - set("rwm") or len(set(value)) != len(value):
-        raise ValueError(f"permissions '{value}' are not known (expected some of r, w and m)")
+        raise ValueError(f"'{value}' is not known (expected some of r, w and m)")
     return value
 
 
