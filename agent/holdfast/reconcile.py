@@ -83,12 +83,15 @@ class Reconciler:
         self._told = ""  # of the source's errors, the last one that there is an event of
         self._reading = threading.Lock()  # passes, previews and a reload meet here
 
-    def run(self, *, deep: bool = False) -> Pass:
-        """Make one pass. deep: read every cgroup, too. What it decides goes on in the node's lanes."""
+    def run(self, *, deep: bool = False, light: bool = False) -> Pass:
+        """Make one pass. deep: read every cgroup, too. light: trust the records where that is safe (`Node.look`).
+
+        What it decides goes on in the node's lanes.
+        """
         spec = self.wanted()
         self._announce()
         self._announce_error()
-        observed = self.node.observe(deep=deep, spec=spec)
+        observed = self.node.look(deep=deep, light=light, spec=spec)
         history = self.node.context.store.history()
         plan = decide(spec, observed, history, time.time(), self._memory)
         self.node.apply(plan, observed, spec)
@@ -97,12 +100,12 @@ class Reconciler:
     def preview(self) -> Sequence[Plan]:
         """Every plan from here to rest, touching nothing. Looks at the newest commit, fetched or not."""
         spec = self._newest()
-        return self._preview(spec, self.node.observe(deep=True, spec=spec))
+        return self._preview(spec, self.node.observe(spec=spec))
 
     def preview_json(self) -> Json:
         """What `holdfast plan --json` prints."""
         spec = self._newest()
-        observed = self.node.observe(deep=True, spec=spec)
+        observed = self.node.observe(spec=spec)
         plans = self._preview(spec, observed)
         images = images_needed(self.node.context, plans, spec.blobs if spec else {})
         problems = (*(spec.problems if spec else ()), *([self._error] if self._error else []))

@@ -44,6 +44,7 @@ from holdfast.source import Source, Watch
 
 REST = 2.0  # after a long pass, rest that many times as long: in a burst, passes get a third of a core at most
 SHORT, LONGEST_REST = 0.005, 0.1  # seconds: a pass that takes no longer needs no rest; nobody waits longer than that
+SETTLED = 1.0  # seconds without a trigger after which everything is looked at, where passes were content with less
 HOUSEKEEPING = 10.0  # seconds between looks at the size of logs
 COLLECT = 60.0  # seconds between looks at how full the disk is
 ANSWERS = 64  # that are given at a time
@@ -103,6 +104,7 @@ class Daemon(Answers):
     async def _passes(self) -> None:
         """The loop: one slot, the latest wins."""
         full_at = rotate_at = 0.0
+        woken = False  # by a trigger, so that the pass follows from something known; else it looks at everything
         while not self._stop.is_set():
             self._slot.clear()
             began = time.monotonic()
@@ -113,7 +115,7 @@ class Daemon(Answers):
             if began >= rotate_at:
                 rotate_at = began + HOUSEKEEPING
                 await self._tidy(self._node.rotate_logs)
-            await self._pass()
+            await self._pass(light=woken)
             took = time.monotonic() - began
             await asyncio.sleep(min(max(REST * (took - SHORT), 0.0), LONGEST_REST))
             wake_at = self._last.plan.wake_at if self._last else None
@@ -122,7 +124,9 @@ class Daemon(Answers):
                 timer = min(timer, NO_ROOM)
             if self._last and self._last.source["error"] and self._last.source["kind"] == "directory":
                 timer = min(timer, NO_SOURCE)
-            await self._wait(timer if wake_at is None else min(timer, wake_at - time.time()))
+            if self._node.skipped:
+                timer = min(timer, SETTLED)
+            woken = await self._wait(timer if wake_at is None else min(timer, wake_at - time.time()))
 
     async def _tidy(self, work: Callable[[], None]) -> None:
         """Do some housekeeping, in the thread of the passes."""
@@ -145,12 +149,14 @@ class Daemon(Answers):
         log.error("bug", what=what, exc_info=error)
         self.context.store.event("failed", "node", f"{what} failed: {described(error)}")
 
-    async def _pass(self) -> None:
+    async def _pass(self, *, light: bool) -> None:
         """One pass, in a thread. What it raises is a bug: reported, and the next pass tries again."""
         self._begun += 1
         number, deep, self._deep = self._begun, self._deep, False
         try:
-            self._published(await self._loop.run_in_executor(self._passer, partial(self._reconciler.run, deep=deep)))
+            self._published(
+                await self._loop.run_in_executor(self._passer, partial(self._reconciler.run, deep=deep, light=light))
+            )
         except Exception as error:
             self._deep |= deep  # what was to be looked at still is
             self._report("a pass", error)
@@ -167,9 +173,12 @@ class Daemon(Answers):
             if before is None or {**before.status.json(), "at": 0} != {**now, "at": 0}:
                 self.context.plugins.tell("after_pass", status=now)
 
-    async def _wait(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._slot.wait(), max(seconds, 0.0))
+    async def _wait(self, seconds: float) -> bool:
+        """Wait for a trigger; False when none came in time."""
+        try:
+            return await asyncio.wait_for(self._slot.wait(), max(seconds, 0.0))
+        except TimeoutError:
+            return False
 
     # -- triggers --
 

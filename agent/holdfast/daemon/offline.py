@@ -57,7 +57,7 @@ class Offline(Answers):
     def status(self) -> Json:
         """How the node stands, read now."""
         spec = self._reconciler.wanted()
-        observed = self._node.observe(deep=True, spec=spec)
+        observed = self._node.observe(spec=spec)
         plans = self._reconciler.preview()
         made = self._reconciler.seen(spec, observed, self.context.store.history(), plans[0])
         note = "the agent does not run: nothing is being put right"

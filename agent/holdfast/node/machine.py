@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -27,6 +27,7 @@ from holdfast.node.images import Collector
 from holdfast.node.installed import migrate, remember
 from holdfast.node.lanes import Lanes
 from holdfast.node.logkeeper import LogKeeper
+from holdfast.node.lookout import Lookout
 from holdfast.node.newer import NewerWatch
 from holdfast.node.observe import observe
 from holdfast.node.oom import OomWatch
@@ -63,7 +64,7 @@ from holdfast.plan.restart import wait_before
 from holdfast.plan.targets import current
 from holdfast.runtime.conmon import reopen_log
 from holdfast.runtime.logs import keep
-from holdfast.spec.model import App, RestartPolicy, Spec
+from holdfast.spec.model import App, Container, RestartPolicy, Spec
 
 PATIENCE = 5.0  # seconds that actions have to come to an end when the agent does; what is cut short is gone on with
 LAST_WORDS = 2.0  # seconds that plugins have to hear the rest when the agent ends
@@ -90,6 +91,7 @@ class Node:
         self._lanes = Lanes(self._do, lambda action: self.wake(action.subject), starts=starts)
         self._collector = Collector(context)
         self._exits = ExitWatch(lambda instance: self.wake(instance))
+        self._lookout = Lookout(context, self._exits)
         self._newer: NewerWatch | None = None
         self._logs = LogKeeper(self._max_log_files)
         self._watches: list[Callable[[], None]] | None = None  # what ends those of drivers
@@ -118,11 +120,16 @@ class Node:
         remember(self.context)
         recover(self.context)
 
-    def observe(self, *, deep: bool = False, spec: Spec | None = None) -> Observed:
-        """Read the host, and what the containers of spec lack. deep: every cgroup, too. Changes nothing on it."""
+    def observe(self, *, spec: Spec | None) -> Observed:
+        """Read the whole host, every cgroup too, and what the containers of spec lack. Changes nothing on it."""
         busy, over = self._lanes.look()
-        wanted = [want for app in spec.apps.values() for want in app.containers.values()] if spec else []
-        return replace(observe(self.context, self._exits.watches, busy=busy, deep=deep, wanted=wanted), over=over)
+        found = observe(self.context, self._exits.watches, busy=busy, deep=True, wanted=_wanted(spec))
+        return replace(found, over=over)
+
+    def look(self, *, deep: bool, light: bool, spec: Spec | None) -> Observed:
+        """Read the host for a pass. deep: every cgroup, too. light: the records will do where they are trusted."""
+        busy, over = self._lanes.look()
+        return replace(self._lookout.look(busy, _wanted(spec), deep=deep, light=light), over=over)
 
     def apply(self, plan: Plan, observed: Observed, spec: Spec | None) -> None:
         """Put what is planned on the lanes and return at once; what is under way already is left to itself."""
@@ -188,6 +195,11 @@ class Node:
         return shut_down(self.context, total, beat)
 
     @property
+    def skipped(self) -> bool:
+        """Whether the last look was content with the agent's records."""
+        return self._lookout.skipped
+
+    @property
     def busy(self) -> frozenset[Subject]:
         """The subjects that are being worked on."""
         return self._lanes.busy
@@ -214,15 +226,17 @@ class Node:
 
     def _noticed(self, subject: str, what: str) -> None:
         """A driver saw that something was altered."""
+        self._lookout.distrust()
         if what:
             self.context.store.event("host", subject, what)
         self.wake(subject)
 
     def _watch_over(self, observed: Observed) -> None:
         for instance in observed.instances:
-            run = self.context.run_of(instance.id) if instance.phase == "running" else None
-            if run is not None:
-                self._exits.add(instance.id, run)
+            if instance.phase == "running" and instance.id not in self._exits.watching:
+                run = self.context.run_of(instance.id)
+                if run is not None:
+                    self._exits.add(instance.id, run)
 
     def _watch_files(self, instance: Instance) -> None:
         self._logs.add(self.context.log_path(instance).parent)
@@ -261,6 +275,8 @@ class Node:
                 log.exception("bug", action=action.verb, subject=action.subject)
         took = time.monotonic() - began
         outcome = Outcome(action, not error, took, time.time(), error, retry, detail)
+        if error or isinstance(action, RemoveOrphan):
+            self._lookout.distrust()
         self._settle(outcome, least, code)
         if outcome.ok and isinstance(action, StopInstance | RemoveInstance):
             store.catch_up(give_up=True)
@@ -302,6 +318,11 @@ class Node:
         wait = max(wait_before(RETRY, count + 1, action.subject), least)
         retry_at = outcome.at + wait if outcome.retry else None
         store.put_failure(action.subject, Failure(action.tried, outcome.error, count, outcome.at, retry_at, code))
+
+
+def _wanted(spec: Spec | None) -> Iterator[Container]:
+    for app in spec.apps.values() if spec else ():
+        yield from app.containers.values()
 
 
 def _journal(event: Json) -> None:

@@ -41,6 +41,7 @@ from holdfast.runtime.mountpoints import Mounted, lacking
 from holdfast.spec.model import Container, digest_of
 
 Things = Mapping[tuple[str, str], Receipt]
+Find = Callable[[str, str], Receipt | None]  # kind, id → what is there
 Watches = Callable[[str, Run], bool]
 
 
@@ -66,7 +67,9 @@ def observe(
     things: Things = {(each.kind, each.id): each for each in everything(context, looked.seen, deep=deep)}
     same_boot = context.same_boot()
     seen = tuple(
-        _instance(context, instance, things, watches, same_boot=same_boot, deep=deep)
+        seen_instance(
+            context, instance, lambda kind, id: things.get((kind, id)), watches, same_boot=same_boot, deep=deep
+        )
         if instance.key not in busy
         else instance
         for instance in instances
@@ -125,15 +128,16 @@ def _lacking(wants: Iterable[Container]) -> Iterator[tuple[str, str]]:
 # -- instances -----------------------------------------------------------------------------------------------
 
 
-def _instance(
+def seen_instance(
     context: Context,
     instance: Instance,
-    things: Things,
+    find: Find,
     watches: Watches,
     *,
     same_boot: bool,
     deep: bool,
 ) -> Instance:
+    """An instance as it is now: the very same object when nothing about it is new."""
     if not same_boot and instance.phase in ("running", "creating"):
         return (
             context.store.change_instance(instance.id, phase="lost")
@@ -149,7 +153,7 @@ def _instance(
     watched = watches(instance.id, run)
     if not watched and not context.runtime.alive(run):
         return _ended(context, instance)
-    faults, drifted = list(_faults(context, instance, things)), list(_altered(context, instance, things))
+    faults, drifted = list(_faults(context, instance, find)), list(_altered(context, instance, find))
     if "limits" in receipt.data and receipt.data["limits"] is None:
         drifted.append("writing its limits was cut short or refused")
     elif deep:
@@ -183,13 +187,13 @@ def _ended(context: Context, instance: Instance) -> Instance:
     return changed
 
 
-def _faults(context: Context, instance: Instance, things: Things) -> Iterator[str]:
+def _faults(context: Context, instance: Instance, find: Find) -> Iterator[str]:
     """What only a new start puts right."""
     rootfs = context.store.receipt("rootfs", instance.id)
-    if rootfs is not None and not _healthy(rootfs, things):
+    if rootfs is not None and not _healthy(rootfs, find):
         yield "its root file system is not mounted any more"
     for mount in instance.mounts:
-        if mount.kind == "volume" and ("volume", mount.source) not in things:
+        if mount.kind == "volume" and find("volume", mount.source) is None:
             yield f"volume {mount.source} is gone"
     if instance.patched is not None and (lacking := context.plugins.lacking(instance.patched)):
         with suppress(OSError, ValueError):  # without its configuration, nothing can be tried
@@ -198,22 +202,22 @@ def _faults(context: Context, instance: Instance, things: Things) -> Iterator[st
                 yield f"plugin '{', '.join(lacking)}' has not adjusted its configuration"
 
 
-def _altered(context: Context, instance: Instance, things: Things) -> Iterator[str]:
+def _altered(context: Context, instance: Instance, find: Find) -> Iterator[str]:
     """What can be put right while it runs."""
     for receipt in context.store.owned(instance.id):
-        if receipt.kind == "netns" and not _healthy(receipt, things):
+        if receipt.kind == "netns" and not _healthy(receipt, find):
             yield "its network namespace was unbound"
         elif receipt.kind == "endpoint" and receipt.driver not in BARE:
             id = receipt.id.partition("/")[2]
             network = context.store.receipt("network", id)
-            if not _healthy(receipt, things):
+            if not _healthy(receipt, find):
                 yield f"its link to network {id} was removed or altered"
             elif network and receipt.data.get("subnet", network.data.get("subnet")) != network.data.get("subnet"):
                 yield f"network {id} has grown to {network.data.get('subnet')}"
 
 
-def _healthy(receipt: Receipt, things: Things) -> bool:
-    found = things.get((receipt.kind, receipt.id))
+def _healthy(receipt: Receipt, find: Find) -> bool:
+    found = find(receipt.kind, receipt.id)
     return found is not None and bool(found.data)
 
 
@@ -254,12 +258,14 @@ def _networks(context: Context, things: Things) -> dict[str, NetworkState]:
     found = {}
     for receipt in context.store.receipts("network"):
         seen = things.get(("network", receipt.id))
-        faults = () if seen and seen.data else ("it was removed or altered",)
-        if receipt.driver in BARE:
-            faults = ()
-        want = str(receipt.data.get("want", ""))
-        found[receipt.id] = NetworkState(receipt.id, receipt.driver, want, receipt.data, faults)
+        whole = receipt.driver in BARE or (seen and seen.data)
+        found[receipt.id] = network_state(receipt, () if whole else ("it was removed or altered",))
     return found
+
+
+def network_state(receipt: Receipt, faults: tuple[str, ...] = ()) -> NetworkState:
+    """A network as its receipt says."""
+    return NetworkState(receipt.id, receipt.driver, str(receipt.data.get("want", "")), receipt.data, faults)
 
 
 def _volumes(context: Context, things: Things) -> dict[str, VolumeState]:
@@ -280,6 +286,11 @@ def _firewall(context: Context, things: Things) -> FirewallWant | None:
     seen = things.get(("firewall", context.host.name))
     if kept is None or seen is None or seen.data.get("digest") != digest_of(kept):
         return None
+    return firewall_kept(kept)
+
+
+def firewall_kept(kept: Json) -> FirewallWant:
+    """What the table held when it was written last, as the store has it."""
     return FirewallWant(
         tuple(FirewallNetwork(**network) for network in kept["networks"]),
         tuple(PublishedPort(**port) for port in kept["ports"]),

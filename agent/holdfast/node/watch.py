@@ -25,6 +25,7 @@ class ExitWatch:
         self._epoll = select.epoll()
         self._watched: dict[int, tuple[str, int]] = {}  # pidfd → instance, pid
         self._known: set[tuple[str, int]] = set()
+        self.watching: set[str] = set()  # instances of whose run both processes are watched
         self._lock = threading.Lock()
         self._doorbell, self._bell = os.pipe()
         self._epoll.register(self._doorbell, select.EPOLLIN)
@@ -41,6 +42,9 @@ class ExitWatch:
             self._add(instance, pid, ticks)
             for pid, ticks in ((run.pid, run.started_ticks), (run.conmon_pid, run.conmon_ticks))
         ]
+        with self._lock:
+            if self.watches(instance, run):
+                self.watching.add(instance)
         if not any(there):
             self._wake(instance)
 
@@ -85,6 +89,7 @@ class ExitWatch:
                 with self._lock:
                     instance, pid = self._watched.pop(fd)
                     self._known.discard((instance, pid))
+                    self.watching.discard(instance)
                     self._epoll.unregister(fd)
                     os.close(fd)
                 reap(pid)
