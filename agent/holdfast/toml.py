@@ -85,6 +85,13 @@ class Document:
             if wrong := _unfit(value):
                 raise Unreadable(f"{dotted(self.written(path))}: {wrong}", self.line(path))
 
+    @classmethod
+    def of(cls, text: str, data: dict[str, Any]) -> Document:
+        """A document whose data is known already."""
+        self = cls.__new__(cls)
+        self.text, self.data = text, data
+        return self
+
     def line(self, path: KeyPath) -> int:
         """The line of a key path, or of the nearest table around it that the text has; 1 if there is none."""
         path = self.written(path)

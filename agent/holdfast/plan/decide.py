@@ -444,19 +444,18 @@ def _names(draft: PlanDraft) -> None:
     """Have the hosts files written whose networks have other members now. A network that a container is just about
     to join is left for when it has: one that is replaced comes back with the address that it had."""
     memory, joining = draft.memory, set(_about_to_join(draft))
-    moved = None if memory.index.moved is None else (memory.index.moved | memory.unwritten) - joining
-    readers = (
-        [
-            each
-            for each in draft.observed.instances
-            if (moved is None or not moved.isdisjoint(each.want.networks))
-            and each.phase == "running"
-            and any(each.addresses.values())
-            and joining.isdisjoint(each.want.networks)
-        ]
-        if moved is None or moved
-        else []
-    )
+    index = memory.index
+    moved = None if index.moved is None else (index.moved | memory.unwritten) - joining
+    readers = [
+        each
+        for each in (
+            draft.observed.instances if moved is None or moved else map(index.by_id.__getitem__, index.fresh)
+        )
+        if (moved is None or each.id in index.fresh or not moved.isdisjoint(each.want.networks))
+        and each.phase == "running"
+        and any(each.addresses.values())
+        and joining.isdisjoint(each.want.networks)
+    ]
     known = name_table(draft.observed.instances, {network for each in readers for network in each.want.networks})
     stale = {each.id: names for each in readers if (names := names_of(each, known)).digest != each.names}
     memory.unwritten = frozenset(net for each in readers if each.id in stale for net in each.want.networks) | joining

@@ -22,11 +22,13 @@ Containers = Mapping[str, list[Instance]]
 class Index:
     """Instances by id, and by app and container, oldest first.
 
-    moved: the networks whose members may be others than in the index before; None where there was none.
+    fresh: those that are others than in the index before. moved: the networks whose members, or what these are
+    called, may be others than before; None where there was no index.
     """
 
     by_id: Mapping[InstanceId, Instance] = field(default_factory=dict)
     by_app: Mapping[str, Containers] = field(default_factory=dict)
+    fresh: frozenset[InstanceId] = frozenset()
     moved: frozenset[str] | None = None
 
     def follow(self, instances: Iterable[Instance]) -> Index:
@@ -48,8 +50,23 @@ class Index:
                     there[name] = sorted(found, key=lambda each: (each.created_at, each.id))
             if there:
                 by_app[app] = there
-        moved = frozenset(net for each in (*fresh, *stale) for net in (*each.want.networks, *each.addresses))
-        return Index(by_id, by_app, moved if self.by_id else None)
+        moved = {
+            network
+            for each in (*fresh, *stale)
+            if not _is_called_the_same(self.by_id.get(each.id), by_id.get(each.id))
+            for network in (*each.want.networks, *each.addresses)
+        }
+        known = frozenset(moved) if self.by_id else None
+        return Index(by_id, by_app, frozenset(each.id for each in fresh), known)
+
+
+def _is_called_the_same(before: Instance | None, after: Instance | None) -> bool:
+    """Whether an instance has kept its addresses and its names."""
+    return (
+        before is not None
+        and after is not None
+        and (before.addresses, before.want.networks) == (after.addresses, after.want.networks)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import islice
 from types import MappingProxyType
+from typing import Any
 
 from holdfast.keys import text_of
 from holdfast.spec import links
 from holdfast.spec.authored import StateFile
 from holdfast.spec.builds import Builds, Folder
+from holdfast.spec.edits import edited_draft, looks_alike
 from holdfast.spec.interpolate import interpolated
 from holdfast.spec.model import App, Build, NodeFacts, Problem, Spec, When, digest_of_file
 from holdfast.spec.resolve import Draft, app_name, draft_of
@@ -40,7 +43,9 @@ class Reading:
 class Cache:
     """What a caller keeps from one `load` to the next, so that only changed files are read again.
 
-    It answers for one set of facts at a time, and is not for several threads at once.
+    It answers for one set of facts at a time, and is not for several threads at once. shared: the facts with the
+    vars of the repository. alone: whether each state file is sound, and none builds an image or is itself mounted,
+    so that an edit of one may concern no other.
     """
 
     facts: NodeFacts | None = None
@@ -51,6 +56,8 @@ class Cache:
     spec: Spec = field(default_factory=Spec)
     readings: dict[str, Reading] = field(default_factory=dict)
     digests: dict[str, tuple[bytes, str]] = field(default_factory=dict)
+    shared: NodeFacts = field(default_factory=lambda: NodeFacts(name=""))
+    alone: bool = False
 
 
 def load(
@@ -76,6 +83,9 @@ def load(
     known = cache.facts, cache.files, cache.executable, cache.left_out, cache.ignored
     if known == (facts, files, executable, left_out, ignored):
         return cache.spec
+    same_around = (facts, executable, left_out, ignored) == (*known[:1], *known[2:])
+    if same_around and cache.alone and files.keys() == cache.files.keys() and _take_edits(cache, files):
+        return cache.spec
     shared, faulty = _with_vars(files, left_out, facts)
     old = cache.readings if cache.facts == facts and cache.files.get(VARS_FILE) == files.get(VARS_FILE) else {}
     readings = {path: _reading(path, files[path], shared, old.get(path)) for path in sorted(filter(is_state, files))}
@@ -96,8 +106,45 @@ def load(
     spec = Spec(apps, broken, tuple(problems), blobs, hints)
     cache.facts, cache.files, cache.executable, cache.spec = facts, dict(files), executable, spec
     cache.left_out, cache.ignored = dict(left_out), ignored
-    cache.readings, cache.digests = readings, dict(folder.digests)
+    cache.readings, cache.digests, cache.shared = readings, dict(folder.digests), shared
+    building = any(reading.draft.images for reading in readings.values() if reading.draft)
+    mounted = any(_is_in(path, wanted) for wanted in {*needed} for path in readings)
+    cache.alone = not (problems or broken or building or mounted)
     return spec
+
+
+def _take_edits(cache: Cache, files: Mapping[str, bytes]) -> bool:
+    """Bring the cache to files of which only state files differ; False, and nothing is done, where an edit may
+    concern other files than its own."""
+    folder = Folder(files, cache.executable, {}, {})
+    readings: dict[str, Reading] = {}
+    apps = dict(cache.spec.apps)
+    for path, raw in files.items():
+        if (before := cache.files[path]) is raw or before == raw:
+            continue
+        known = cache.readings.get(path)
+        if known is None or known.draft is None:
+            return False
+        draft = edited_draft(known.draft, raw, partial(_faultless, path, cache.shared))
+        reading = _reading(path, raw, cache.shared, None) if draft is None else replace(known, raw=raw, draft=draft)
+        if reading.problems or reading.draft is None or not looks_alike(known.draft, reading.draft):
+            return False
+        readings[path] = reading
+        if (app := apps.get(reading.name)) is not None and app.path == path:
+            apps[reading.name] = _finished(reading.draft, folder, {}, {}, None)
+    cache.files, cache.spec = dict(files), replace(cache.spec, apps=apps)
+    cache.readings.update(readings)
+    return True
+
+
+def _faultless(path: str, facts: NodeFacts, document: Document, data: Mapping[str, Any]) -> Draft | None:
+    """The draft of some of a state file's data; None if anything is wrong with it."""
+    faults: list[Fault] = []
+    table, faults = read_table(StateFile, interpolated(data, facts, faults), faults)
+    if table is None or faults:
+        return None
+    draft, found = draft_of(path, table, document, facts)
+    return None if found else draft
 
 
 def is_yaml(path: str) -> bool:
