@@ -20,19 +20,20 @@ HOLDFAST = Path(sys.executable).with_name("holdfast")
 
 
 class Holdfast:
-    """One state file, `bench.toml`, holds all containers."""
+    """One state file, `bench.toml`, holds all containers; with apart, each is an app in a file of its own."""
 
     name = "holdfast"
 
     def __init__(self, home: Path, image: Path, gate: Path, runtime: str) -> None:
         self.home, self.image, self.gate, self.runtime = home, image, gate, runtime
-        self.host = Host("hfbench", home / "root", Path("/run/hfbench"), "10.212.0.0/20")
+        self.host = Host("hfbench", home / "root", Path("/run/hfbench"), "10.212.0.0/16")
         self.state, self.config = home / "state", home / "agent.toml"
         self.agent: subprocess.Popen[bytes] | None = None
         self.asked: Sequence[str] = ()
         self.shape = NO_NETWORK
         self.round = 0
         self.image_name = IMAGE
+        self.apart = False
 
     def open(self) -> str:
         self.start()
@@ -67,17 +68,24 @@ class Holdfast:
 
     def change(self, name: str) -> None:
         self.round += 1
-        self._write({name: str(self.round)})
+        self._write({name: str(self.round)}, [name])
+
+    def strangers(self, count: int) -> None:
+        """Have so many state files of other nodes beside its own."""
+        for number in range(count):
+            self._put(f"stranger{number}", f'[app]\nwhen.nodes = ["elsewhere"]\n[containers.c]\nimage = "{IMAGE}"\n')
 
     def pid(self, name: str) -> int:
-        (instance,) = self._status()["apps"]["bench"]["containers"][name]["instances"]
+        app = name if self.apart else "bench"
+        (instance,) = self._status()["apps"][app]["containers"][name]["instances"]
         return int(instance["pid"])
 
     def show(self) -> None:
         self.call("status")
 
     def down(self) -> None:
-        (self.state / "bench.toml").unlink(missing_ok=True)
+        for file in self.state.glob("*.toml"):
+            file.unlink()
         deadline = time.monotonic() + 180
         while any(any(True for _ in found(self.host)) for found in (netns, links, cgroups, mounts)):
             if time.monotonic() > deadline:
@@ -102,11 +110,19 @@ class Holdfast:
                 self.agent.wait(30)
         sweep(self.host)
 
-    def _write(self, rounds: dict[str, str]) -> None:
-        """One rename puts the whole state in place."""
-        fresh = self.state / ".bench.toml.new"
-        fresh.write_text("\n".join(self._container(name, rounds.get(name, "")) for name in self.asked))
-        fresh.rename(self.state / "bench.toml")
+    def _write(self, rounds: dict[str, str], changed: Sequence[str] = ()) -> None:
+        """Put the state in place: one rename for each file. changed: those that alone have to be written again."""
+        texts = {name: self._container(name, rounds.get(name, "")) for name in self.asked}
+        if self.apart:
+            for name in changed or self.asked:
+                self._put(name, texts[name])
+        else:
+            self._put("bench", "\n".join(texts.values()))
+
+    def _put(self, app: str, text: str) -> None:
+        fresh = self.state / f".{app}.toml.new"
+        fresh.write_text(text)
+        fresh.rename(self.state / f"{app}.toml")
 
     def _container(self, name: str, round: str) -> str:
         shape = self.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,25 @@ def busy_seconds() -> float:
         int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     )
     return (user + nice + system + irq + softirq + steal) * TICK
+
+
+def facts() -> dict[str, str]:
+    """What somebody has to know who compares figures of two machines."""
+    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
+    system = dict(
+        line.partition("=")[::2] for line in Path("/etc/os-release").read_text().splitlines() if "=" in line
+    )
+    name, host = system.get("PRETTY_NAME", "Linux").strip('"'), os.uname()
+    unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "system": f"{name}, Linux {host.release}, {host.machine}",
+        "processor": f"{os.cpu_count()} × {model.partition(':')[2].strip() or 'unknown'}",
+        "memory": f"{int(memory.split()[1]) / 2**20:.1f} GiB",
+        "cgroup": "v2" if unified else "v1 or hybrid",
+        "python": platform.python_version(),
+    }
 
 
 def idle_rate(seconds: float) -> float:

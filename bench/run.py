@@ -4,13 +4,15 @@
     make bench                 whoever is installed
     make bench PEERS=yes       install Debian's Docker, Compose and podman first
     make bench BENCH="--counts 10,100 --only holdfast,docker"         or --quick
-    make bench BENCH="--rows images,stacks"                           or containers: what to measure
+    make bench BENCH="--rows images,stacks"                           or containers, growth: what to measure
 
 Method. Everyone runs in this one session, on the same workload (see `workload`), one after the other. A figure is the
 median of several rounds. Time begins when the state file is renamed into place (or the command is called) and ends
 when the last program has said itself that it runs. CPU is that of the whole machine, less its idle rate, because an
-engine's work is not done by its client. How pulling is measured, `images` says. Ratios of one session mean something;
-absolute figures only on a quiet host.
+engine's work is not done by its client. Growth is measured of holdfast and the floor alone: one container changed, in
+one app of so many and among so many apps of one, and a look that finds nothing changed. How pulling is measured,
+`images` says. Ratios of one session mean something; absolute figures only on a quiet host. The table is also written
+to bench.md and bench.json, in .bench or --output.
 
 A hybrid host on which cgroup v2 still owns hugetlb makes crun refuse to run; the bench then mounts hugetlb as v1 on a
 folder of its own for as long as it runs, and says so.
@@ -38,7 +40,7 @@ import images
 import machine
 from contestant import BRIDGE, NO_NETWORK, Contestant, Shape, Unsupported, full
 from engines import Docker, Podman, mounts_below
-from figures import Figures, show
+from figures import Figures, Report
 from floor import Floor
 from forge import stacks
 from holdfast_agent import HOLDFAST, Holdfast
@@ -47,7 +49,9 @@ from workload import Gate, write_image
 PR_SET_CHILD_SUBREAPER = 36
 REST = 0.3  # seconds after each removal, for everyone: the kernel takes namespaces apart behind the scenes
 NAMES = ["holdfast", "docker", "podman", "floor"]
-ROWS = ["containers", "images", "stacks"]
+ROWS = ["containers", "growth", "images", "stacks"]
+GROWTH = [10, 300, 1000]  # containers
+STRANGERS = 2000  # state files of other nodes
 HIGH = 20  # layers of a stack
 PEERS = {"docker": ("dockerd", "docker"), "podman": ("podman",)}
 
@@ -95,6 +99,26 @@ class Bench:
         ):  # fmt: skip
             self._put(row, unit, values)
 
+    def growth(self, count: int, shape: str) -> None:
+        """One of many changed, and nothing changed, as often as a median takes."""
+        names = [f"c{number}" for number in range(count)]
+        took = self._up(names, BRIDGE) / 1000
+        self._put(f"{shape}: all up", "s", [took])
+        changed = []
+        for turn in range(self.rounds + 1):
+            changed.append(self._change(names[turn % count]))
+            self._settle()
+        self._put(f"{shape}: one changed, up", "ms", changed[1:])
+        if isinstance(self.who, Holdfast):
+            self._put(f"{shape}: nothing changed", "ms", [self._timed(self.who.same) for _ in range(self.rounds)])
+            self._standing(count, of=shape)
+
+    def beside_strangers(self) -> None:
+        """One of ten changed, beside many state files of other nodes."""
+        assert isinstance(self.who, Holdfast)
+        self.who.strangers(STRANGERS)
+        self.growth(10, f"10 apps beside {STRANGERS} files of other nodes")
+
     def first(self, image: str) -> float:
         """One container of an image, up and away again; milliseconds until it ran."""
         assert isinstance(self.who, Holdfast)
@@ -123,13 +147,13 @@ class Bench:
     def nothing(self) -> None:
         self._standing(0)
 
-    def _standing(self, count: int, seconds: float = 5.0) -> None:
+    def _standing(self, count: int, seconds: float = 5.0, of: str = "") -> None:
         """Memory and CPU of what stands there while nothing happens."""
         pids = self.who.standing()
-        self._put(f"{count}: memory (PSS)", "MB", [machine.pss_bytes(pids) / 1e6])
+        self._put(f"{of or count}: memory (PSS)", "MB", [machine.pss_bytes(pids) / 1e6])
         before = machine.cpu_seconds(pids)
         time.sleep(seconds)
-        self._put(f"{count}: idle CPU", "% of a core", [(machine.cpu_seconds(pids) - before) / seconds * 100])
+        self._put(f"{of or count}: idle CPU", "% of a core", [(machine.cpu_seconds(pids) - before) / seconds * 100])
 
     def _up(self, names: list[str], shape: Shape) -> float:
         self.gate.clear()
@@ -249,6 +273,7 @@ class Session:
     counts: list[int]
     names: list[str]
     idle: float
+    sizes: list[int]
     figures: Figures = field(default_factory=Figures)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -269,6 +294,30 @@ class Session:
             finally:
                 close(who)
         return f"containers: {program}"
+
+    def growth(self) -> str:
+        """One change in ever more containers: holdfast in both shapes, and the floor, which knows no apps."""
+        image = self.home / "image.tar"
+        write_image(image)
+        for name in (name for name in ("holdfast", "floor") if name in self.names):
+            for apart in (False, True):
+                home = self.home / f"{name}-{'apart' if apart else 'together'}"
+                who = contestant(name, home, image, self.gate.folder, self.runtime)
+                bench = Bench(who, self.gate, self.figures, self.rounds, self.idle)
+                try:
+                    self.versions.setdefault(name, f"{name}: {who.open()}")
+                    if isinstance(who, Holdfast):
+                        who.apart = apart
+                    for count in self.sizes:
+                        bench.growth(count, f"{count} apps of one" if apart else f"one app of {count}")
+                        who.down()
+                    if apart and isinstance(who, Holdfast):
+                        bench.beside_strangers()
+                except (RuntimeError, TimeoutError, OSError) as error:
+                    print(f"bench: {name} gave up: {error}", file=sys.stderr)
+                finally:
+                    close(who)
+        return "growth: what a change costs where there is more"
 
     def images(self) -> str:
         """Pulling into an empty store, and what shares layers; returns what was pulled."""
@@ -310,14 +359,17 @@ def measure(arguments: argparse.Namespace, home: Path) -> None:
             file=sys.stderr,
         )
     with fit_runtime(arguments.runtime, home) as runtime:
-        session = Session(home, gate, runtime, arguments.rounds, arguments.counts, names, idle)
-        about = [f"medians of {arguments.rounds} rounds; {os.cpu_count()} cores, Linux {os.uname().release}"]
+        session = Session(home, gate, runtime, arguments.rounds, arguments.counts, names, idle, arguments.sizes)
+        about = [f"medians of {arguments.rounds} rounds; runtime {runtime}; {idle:.2f} cores busy without us"]
         for row in arguments.rows:
             try:
                 about.append(getattr(session, row)())
             except (RuntimeError, OSError) as error:  # no registry, no loop devices, no Debian
                 print(f"bench: {row} can't be measured here: {error}", file=sys.stderr)
-    show(session.figures, [name for name in names if name in session.versions], session.versions, "\n".join(about))
+    who = [name for name in names if name in session.versions]
+    report = Report(session.figures, who, session.versions, about, machine.facts())
+    report.show()
+    print("written:", *report.write(arguments.output))
 
 
 def reap_orphans() -> None:
@@ -346,10 +398,14 @@ def main() -> None:
     parser.add_argument(
         "--only", type=lambda text: text.split(","), default=NAMES, help="who takes part: %(default)s"
     )
+    parser.add_argument(
+        "--sizes", type=lambda text: [int(part) for part in text.split(",")], default=GROWTH, help="of growth"
+    )
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / ".bench", help="folder")
     parser.add_argument("--rows", type=lambda text: text.split(","), default=ROWS, help="what: %(default)s")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.rounds, arguments.counts = 2, [10]
+        arguments.rounds, arguments.counts, arguments.sizes = 2, [10], [10]
     if unknown := {*arguments.rows} - {*ROWS}:
         raise SystemExit(f"bench: there are no rows '{unknown.pop()}' (expected {', '.join(ROWS)})")
     if os.geteuid() != 0:
