@@ -88,7 +88,7 @@ class Reconciler:
 
         What it decides goes on in the node's lanes.
         """
-        spec = self.wanted()
+        spec = self.wanted(light=light)
         self._announce()
         self._announce_error()
         observed = self.node.look(deep=deep, light=light, spec=spec)
@@ -115,11 +115,11 @@ class Reconciler:
     def _preview(self, spec: Spec | None, observed: Observed) -> Sequence[Plan]:
         return preview(spec, observed, self.node.context.store.history(), time.time())
 
-    def wanted(self) -> Spec | None:
+    def wanted(self, *, light: bool = False) -> Spec | None:
         """What the newest readable revision asks for. A source that can't be read leaves the last answer in force."""
         with self._reading:
             try:
-                revision = self.source.current()
+                revision = self.source.current(light=light)
             except HoldfastError as error:
                 self._error = str(error)
                 return self._spec

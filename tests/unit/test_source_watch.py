@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ground import wait_for
+from holdfast.errors import TryAgain
 from holdfast.source.directory import DirectorySource
 from holdfast.source.revision import Watch
 
@@ -56,13 +59,13 @@ class Watched:
         while True:
             count = len(self.wakes.reasons)
             with self.wakes._came:
-                if count == 0 or dict(self.source.current().files) != files:
+                if count == 0 or dict(self.source.current(light=True).files) != files:
                     left = deadline - time.monotonic()
                     assert left > 0 and self.wakes._came.wait(left), f"no wake: {self.wakes.reasons}"
                     continue
             break
         self.wakes.wait_quiet()
-        assert dict(self.source.current().files) == files
+        assert dict(self.source.current(light=True).files) == files
 
 
 @pytest.fixture
@@ -287,6 +290,51 @@ def test_an_open_file_that_is_written_all_the_time_does_not_put_the_wake_off_for
 def test_a_poke_wakes(watched: Watched) -> None:
     watched.watch.poke()
     assert watched.wakes.reasons == ["asked to look"]
+
+
+@pytest.mark.parametrize("count", [10, 2000])
+def test_an_edit_reads_one_file_of_many(tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(count):
+        (tmp_path / f"app{number}.toml").write_text("[app]")
+    watched = Watched(tmp_path)
+    whole = watched.source.current()
+    listed, opened = counting(monkeypatch, "scandir"), counting(monkeypatch, "open")
+    try:
+        assert watched.source.current(light=True) is whole
+        replace(tmp_path / "app3.toml", "[app] # another")
+        watched.wakes.wait_for(1)
+        edited = watched.source.current(light=True)
+        assert (len(listed), opened) == (0, [str(tmp_path / "app3.toml")])
+        assert edited.files["app3.toml"] == b"[app] # another"
+        assert edited.id != whole.id
+        assert watched.source.current() is edited  # the next listing finds the same
+        assert DirectorySource(tmp_path).current().id == edited.id
+    finally:
+        watched.watch.close()
+
+
+def counting(monkeypatch: pytest.MonkeyPatch, name: str) -> list[object]:
+    """What a function of os is called with from now on."""
+    calls: list[object] = []
+    real = getattr(os, name)
+
+    def noting(first: object, *more: Any, **named: Any) -> Any:
+        calls.append(first)
+        return real(first, *more, **named)
+
+    monkeypatch.setattr(os, name, noting)
+    return calls
+
+
+def test_a_tree_that_is_being_replaced_is_not_read_file_by_file(state: Path, watched: Watched) -> None:
+    before = watched.source.current()
+    (state / "..replacing").write_bytes(b"out\n")
+    replace(state / "shop.toml", "[app] # of another tree")
+    watched.wakes.wait_for(1)
+    with pytest.raises(TryAgain, match="being replaced"):
+        watched.source.current(light=True)
+    (state / "..replacing").unlink()
+    assert watched.source.current(light=True).files["shop.toml"] != before.files["shop.toml"]
 
 
 def test_a_closed_watch_is_silent_and_leaves_nothing(state: Path) -> None:

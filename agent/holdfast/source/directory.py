@@ -1,6 +1,7 @@
 """A plain directory → Revision: the tree is listed each time, and only what changed is read.
 
-`reconcile` calls `current` at the start of every pass, so an unchanged tree must cost next to nothing.
+`reconcile` calls `current` at the start of every pass. A pass that follows from a trigger reads the files alone that
+the watch has named; the others list the tree, which finds what the watch has missed, too.
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ class DirectorySource:
         self._listing = Listing()
         self._settled = False
         self._known: dict[str, Content] = {}
+        self._lines: dict[str, bytes] = {}  # what each file adds to the digest, in order
+        self._places: set[str] = set()  # where the files really are
         self._revision: Revision | None = None
         self._lies_on: LiesOn = {}
         self._watch: DirectoryWatch | None = None
@@ -104,12 +107,14 @@ class DirectorySource:
         """Go on from where the last revision lay that another process read here."""
         self._lies_on = place
 
-    def current(self) -> Revision:
+    def current(self, *, light: bool = False) -> Revision:
         """Read what changed since the last call; see Source.current."""
         with self._lock:
             before = self._revision
+            touched = self._watch.touched() if self._watch else None
             try:
-                revision = self._reader.call(self._read)
+                revision = self._touched_up(touched) if light and touched is not None else None
+                revision = revision or self._reader.call(self._read)
             except NoAnswer as error:
                 silent = TryAgain(f"read '{self._path}': its file system {error} (what runs stays)")
                 self._fail(silent)
@@ -122,6 +127,12 @@ class DirectorySource:
                     kind="directory", url=self._path, revision=revision.id, fetched_at=time.time()
                 )
             return revision
+
+    def _touched_up(self, touched: set[str]) -> Revision | None:
+        """The last revision with the files that were touched as they are now; None where a listing is needed."""
+        if self._revision is None or self._state.error:
+            return None
+        return self._reader.call(lambda: self._edited(touched)) if touched else self._revision
 
     def newest(self) -> Revision:
         """What is in the directory now; see Source.newest."""
@@ -184,6 +195,37 @@ class DirectorySource:
             return self._revision
         raise TryAgain(f"read '{self._path}': it keeps changing while it is read")
 
+    def _edited(self, touched: set[str]) -> Revision | None:
+        """The last revision with other contents of these files; None when more than that has changed."""
+        last, real = self._revision, self._listing.real
+        assert last is not None
+        fresh: dict[str, Content] = {}
+        check_whole(self._path)
+        for file in touched:
+            path = file[len(real) + 1 :]
+            known = self._known.get(path)
+            if known is None and not os.path.lexists(file):  # it came and went
+                continue
+            if known is None or self._listing.files[path][0] != file or path not in last.files:
+                return None
+            try:
+                fresh[path] = content = read_file(file)
+            except (OSError, Torn):
+                return None
+            if content.executable != known.executable or is_lfs_pointer(content.data):
+                return None
+        if len(self._places) != len(self._listing.files) or GITMODULES in map(os.path.basename, fresh):
+            return None  # a file has several names
+        check_whole(self._path)
+        fresh = {path: each for path, each in fresh.items() if each.digest != self._known[path].digest}
+        if fresh:
+            self._known = {**self._known, **fresh}
+            self._lines.update({path: digest_line(path, each) for path, each in fresh.items()})
+            files = {**last.files, **{path: each.data for path, each in fresh.items()}}
+            self._settled = False  # the next listing has another look at them
+            self._revision = replace(last, id=self._id(), files=MappingProxyType(files))
+        return self._revision
+
     def _list(self) -> Listing:
         try:
             return list_tree(self._path)
@@ -220,7 +262,7 @@ class DirectorySource:
     def _revise(self, listing: Listing, known: dict[str, Content], place: LiesOn) -> Revision:
         before, self._known = self._known, known
         moved, self._lies_on = place != self._lies_on, place
-        self._listing = listing
+        self._listing, self._places = listing, {real for real, _ in listing.files.values()}
         self._settled = all(content.settled for content in known.values())
         last, left_out = self._revision, {**listing.aside.left_out, **not_checked_out(known)}
         inner = (
@@ -234,8 +276,9 @@ class DirectorySource:
             same = not moved and last.ignored == ignored
             return last if same else replace(last, lies_on=place, ignored=ignored)
         files = {path: known[path].data for path in sorted(known) if path not in left_out}
+        self._lines = {path: digest_line(path, known[path]) for path in sorted(known)}
         return Revision(
-            id=f"dir:{digest(known)[:12]}",
+            id=self._id(),
             files=MappingProxyType(files),
             left_out=MappingProxyType(left_out),
             url=self._path,
@@ -243,6 +286,10 @@ class DirectorySource:
             lies_on=place,
             ignored=ignored,
         )
+
+    def _id(self) -> str:
+        """What the revision is called: the start of a digest of all paths, contents and modes."""
+        return f"dir:{hashlib.sha256(b''.join(self._lines.values())).hexdigest()[:12]}"
 
 
 @cache
@@ -269,13 +316,9 @@ def alike(one: dict[str, Content], other: dict[str, Content]) -> bool:
     )
 
 
-def digest(known: dict[str, Content]) -> str:
-    """A digest of all paths, contents and modes; independent of order."""
-    total = hashlib.sha256()
-    for path in sorted(known):
-        mode = b"x" if known[path].executable else b""
-        total.update(os.fsencode(path) + b"\0" + known[path].digest + mode)
-    return total.hexdigest()
+def digest_line(path: str, content: Content) -> bytes:
+    """What a file adds to the digest of its tree."""
+    return os.fsencode(path) + b"\0" + content.digest + (b"x" if content.executable else b"")
 
 
 def not_checked_out(known: dict[str, Content]) -> dict[str, str]:

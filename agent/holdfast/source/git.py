@@ -83,7 +83,7 @@ class GitSource:
     def state(self) -> SourceState:
         return self._state
 
-    def current(self) -> Revision:
+    def current(self, *, light: bool = False) -> Revision:
         """Read the commit that was last accepted; see Source.current."""
         with self._reading:
             commit = self._accepted()

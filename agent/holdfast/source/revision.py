@@ -105,10 +105,11 @@ class Watch(Protocol):
 class Source(Protocol):
     """Where revisions come from. Every method is thread-safe; current and refresh block."""
 
-    def current(self) -> Revision:
+    def current(self, *, light: bool = False) -> Revision:
         """Read the newest revision that is here, without touching the network.
 
-        The same object is returned as long as nothing changed. Raises TryAgain (nothing readable just now: what
+        light: to look where the watch has noticed something is enough. The same object is returned as long as
+        nothing changed. Raises TryAgain (nothing readable just now: what
         runs stays), UnfitHost, WrongState (it is too large).
         """
         ...

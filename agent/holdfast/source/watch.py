@@ -2,7 +2,8 @@
 
 Built on watchdog's inotify descriptor and not on its observer: the observer pairs renames through a queue and two
 more threads, and is deaf to what happens on the way to its root (a flipped link, a directory replaced).
-Events only cost or save time: each wake makes a pass look at the whole tree again, whatever the event said.
+Events only cost or save time: a pass that follows from one looks at the files that were named, and the passes that
+follow from nothing look at the whole tree.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class DirectoryWatch:
         self._latest_at = 0.0
         self._woken_at = 0.0
         self._reason = ""
+        self._touched: set[str] | None = None  # files since somebody asked; None: it may be anything
         self._covered = False
         self._closed = False
         self._covering = threading.Lock()
@@ -69,12 +71,20 @@ class DirectoryWatch:
 
     def poke(self) -> None:
         self._covered = False
+        self._note(None)
         self._fire("asked to look")
 
     def look_again(self) -> None:
         """Find anew what there is to watch, soon and in a thread of the watch, and wake then."""
         self._covered = False
+        self._note(None)
         self._settle("it is another directory")
+
+    def touched(self) -> set[str] | None:
+        """The files of the tree that something has happened to since the last call; None when it may be more."""
+        with self._changed:
+            found, self._touched = self._touched, set()
+            return found if self._covered and not self._closed else None
 
     def close(self) -> None:
         with self._changed:
@@ -93,8 +103,10 @@ class DirectoryWatch:
         name = os.fsdecode(event.name)
         if not decides and (event.wd not in self._content or is_noise(name)):
             return
+        folder = self._watched.get(event.wd)
         if decides or event.is_directory or self._is_new_link(event):
             self._covered = False
+        self._note(f"{folder}/{name}" if folder and name and self._covered else None)
         reason = f"{name or self._path} changed"
         if event.is_moved_to and time.monotonic() - self._woken_at > self._debounce:
             self._fire(reason)
@@ -103,10 +115,19 @@ class DirectoryWatch:
 
     def on_watch_deleted(self, wd: WatchDescriptor) -> None:
         self._covered = False
+        self._note(None)
 
     def on_queue_overflow(self) -> None:
         self._covered = False
+        self._note(None)
         self._settle("too many changes to count")
+
+    def _note(self, file: str | None) -> None:
+        with self._changed:
+            if file is None or self._touched is None:
+                self._touched = None
+            else:
+                self._touched.add(file)
 
     def _is_new_link(self, event: InotifyEvent) -> bool:
         folder = self._watched.get(event.wd)
