@@ -36,7 +36,7 @@ class _Source:
         self.files.answers.set()
         self.revision = Revision(id="1" * 40, files=self.files)
 
-    def current(self) -> Revision:
+    def current(self, *, light: bool = False) -> Revision:
         return self.revision
 
 
@@ -59,7 +59,7 @@ def test_a_source_that_can_not_be_read_leaves_the_last_answer_in_force(source: _
     reconciler = _reconciler(source)
     before = reconciler.wanted()
 
-    def unreadable() -> Revision:
+    def unreadable(*, light: bool = False) -> Revision:
         raise TryAgain("no answer")
 
     source.current = unreadable  # type: ignore[method-assign]
