@@ -39,7 +39,7 @@ unit: setup
 	@$(bin)/pytest tests/unit -q -n 2
 
 test: setup
-	@$(bin)/pytest -n $(jobs) --dist worksteal --durations 10
+	@$(bin)/pytest -n $(jobs) --dist loadgroup --durations 10
 
 # By hand: no part of CI. VM: suites, and arguments for pytest.
 test-vm:

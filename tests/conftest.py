@@ -19,6 +19,7 @@ from busybox_image import unpack_tar, write_busybox_tar
 from ground import PATIENCE, Rootfs, find_port, make_site, patient
 from holdfast.drivers import Host
 
+LONGEST = ("test_crash.py", "test_build.py", "test_names.py", "test_ending.py", "test_demo.py", "test_shutdown.py")
 PROGRAMS = ("conmon", "nft", "ip", "git", "busybox", "skopeo", "buildah")
 
 os.environ["PATH"] += os.pathsep + "/usr/local/sbin:/usr/sbin:/sbin"
@@ -34,9 +35,16 @@ def why_not_live() -> str | None:
     return f"missing: {', '.join(missing)} (make setup)" if missing else None
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give a test more time where everything takes longer."""
+    """Begin with what takes longest, so that no worker is left with it, and keep what waits for one lock together.
+
+    Give a test more time where everything takes longer.
+    """
+    items.sort(key=lambda item: (item.path.name not in LONGEST, item.get_closest_marker("live") is None))
     for item in items:
+        if "mounts_alone" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("mounts"))
         if PATIENCE != 1 and (limit := item.get_closest_marker("timeout")):
             item.add_marker(pytest.mark.timeout(patient(limit.args[0])), append=False)
 

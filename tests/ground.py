@@ -59,15 +59,23 @@ def patient(seconds: float) -> float:
     return seconds * PATIENCE
 
 
-def wait_for(condition: Callable[[], T], what: str, seconds: float = 20.0, state: Callable[[], object] = str) -> T:
+def wait_for(
+    condition: Callable[[], T],
+    what: str,
+    seconds: float = 20.0,
+    state: Callable[[], object] = str,
+    *,
+    pause: float = 0.01,
+) -> T:
     """Call condition until it returns something true, and return that. The one place where tests wait for time.
 
-    Raises AssertionError when the time is up, with what state() returns then.
+    Raises AssertionError when the time is up, with what state() returns then. pause: seconds between two calls, more
+    for what costs more to ask.
     """
     deadline = time.monotonic() + patient(seconds)
     while not (found := condition()):
         assert time.monotonic() < deadline, f"waited {seconds} s in vain until {what}\n{state()}"
-        time.sleep(patient(0.01))
+        time.sleep(patient(pause))
     return found
 
 

@@ -168,7 +168,7 @@ class LiveAgent:
             assert self.process is None or self.process.poll() is None, f"the agent died:\n{self.log()}"
             return condition()
 
-        wait_for(met, what, timeout, state)
+        wait_for(met, what, timeout, state, pause=0.03)
 
     def log(self) -> str:
         """The last 16 KiB of what the agent wrote."""

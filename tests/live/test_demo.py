@@ -19,7 +19,7 @@ from holdfast.drivers import Host
 
 DEMO = Path(__file__).parents[2] / "examples/demo.py"
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.live, pytest.mark.timeout(300), pytest.mark.xdist_group("demo")]
 
 
 @pytest.fixture(autouse=True)
