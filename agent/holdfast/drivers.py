@@ -1,4 +1,4 @@
-"""The driver contracts: what a driver is given, what it hands back, and the four verbs of them all.
+"""The driver contracts: what a driver gets, what it returns, and the four verbs that all drivers have.
 
     check(want)    raises what would go wrong, touches nothing
     ensure(want)   makes it so, idempotent → Receipt
@@ -57,7 +57,7 @@ BASE36 = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What a driver may know of the agent it serves: its name and the places that are its own.
+    """What a driver may know of its agent: its name and its folders.
 
     root: survives a reboot (volumes, layers, writable layers). run_root: on tmpfs, does not.
     pool: the IPv4 range that subnets are taken from. name is [a-z][a-z0-9]{0,7}.
@@ -274,7 +274,7 @@ class Versioned(Protocol):
 
 
 class Watching(Protocol):
-    """What a driver may have besides: it notices by itself when something that it made is altered."""
+    """What a driver may have besides: it notices by itself when something that it made is changed."""
 
     def watch(self, tell: Callable[[str, str], None]) -> Callable[[], None]:
         """Start to look, in a thread of the driver's own, and return a function that ends it.
@@ -293,7 +293,7 @@ class Releasing(Protocol):
 
 
 class Telling(Protocol):
-    """What a driver may have besides: it sees what others did to the host that keeps its work from being of use."""
+    """What a driver may have besides: it reports what others did to the host that defeats its work."""
 
     def findings(self) -> Iterable[Finding]:
         """Say what a person should know now. Part of every pass: quick, and without a process."""

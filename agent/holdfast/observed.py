@@ -1,4 +1,4 @@
-"""What is really there, and what happened before: the two values that a plan is made from besides the Spec.
+"""What exists on the host, and what happened before: besides the Spec, a plan is made from these two values.
 
 `node` makes Observed from the kernel, the runtime and the receipts; `store` makes History.
 All of it is frozen and JSON-able. Times are seconds since the epoch.
@@ -25,7 +25,7 @@ Phase = Literal["creating", "running", "exited", "lost"]
 
 
 class Subject(str):
-    """What two actions must not do at once, as people write it: `shop`, `shop/web`, `network shop/front`, `firewall`.
+    """What an action acts on, as people write it: `shop`, `shop/web`, `network shop/front`, `firewall`.
 
     It knows its parts, so that nobody takes it apart. kind: app, container, network, volume, image, or what the
     node's own things are called. app: "" for what belongs to the node. name: below the app; of the node's things, all
@@ -70,7 +70,7 @@ OF_THE_NODE = ("firewall", "names")
 
 @lru_cache(maxsize=65_536)
 def container_of(app: str, name: str) -> Subject:
-    """A container as a subject; asked for in every pass, for each of them, several times."""
+    """Return a container as a subject. It is asked for several times for each container in every pass."""
     return Subject("container", app, name)
 
 
@@ -103,7 +103,7 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a process ended. code: as wait(2) and a shell count it, 128 + signal after a signal; None: nobody saw it.
+    """How a process ended. code: 128 + signal after a signal, as in a shell; None: nobody saw it.
 
     signal: the one that ended it, where that is known (our own stop, want of memory): the code alone proves nothing,
     because a program may exit with 143 by itself. oom: it was killed for want of memory. asked: by our own stop.
@@ -287,7 +287,7 @@ class FirewallWant:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that others did to the host, which drivers can't mend and a person should know.
+    """Something that others did to the host, that drivers can't repair and a person should know.
 
     subject: that of the plan which it is about: `network shop/front`, `firewall`. breaks: something that should work
     certainly does not, so the node is not converged.
@@ -337,7 +337,7 @@ class Observed:
 
 
 def lack_key(mount: Mount) -> str:
-    """What tells one bind mount from another in `Observed.lacking`."""
+    """Return the key of a bind mount in `Observed.lacking`."""
     return f"{mount.source} {mount.require_mount}"
 
 
@@ -370,14 +370,14 @@ class Generation:
 
 
 def free_slot(instances: Iterable[Instance], app: str, container: str) -> int:
-    """The lowest slot of a container that no instance has: two that stand side by side share no address or volume."""
+    """Return the lowest slot of a container that no instance has: two instances share no address or volume."""
     taken = {each.slot for each in instances if each.container == container and each.app == app}
     return next(slot for slot in count(1) if slot not in taken)
 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """What a person asked for by hand, which overrules the commit until it is released."""
+    """What a person asked for by hand. It overrules the commit until it is released."""
 
     kind: Literal["stopped", "started", "restarted"]
     at: float
@@ -415,7 +415,7 @@ class NewerImage:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What survives a restart of the agent, as far as decisions need it.
+    """What decisions need to know of the past. It survives a restart of the agent.
 
     generations: app → its kept generations, oldest first. holds: `app/container` → hold.
     failures: action subject → failure. newer: `app/container` → what a registry has for it by now.

@@ -1,4 +1,4 @@
-"""Threads that call functions which may not return, such as those of plugins; callers wait until a deadline."""
+"""Call functions that may not return, such as those of plugins, in threads; callers wait until a deadline only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NoAnswer(TryAgain):
 
 
 class Answer(Generic[T]):
-    """What came of a call: what it returned, or what it raised."""
+    """The result of a call: what it returned, or what it raised."""
 
     __slots__ = ("_error", "_result")
 
@@ -38,7 +38,7 @@ class Answer(Generic[T]):
 
 
 def answer_of(work: Callable[[], T]) -> Answer[T]:
-    """Call work."""
+    """Call work and return its result."""
     try:
         return Answer(work())
     except BaseException as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tarfile
 from collections.abc import Callable
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -206,6 +207,12 @@ def test_agent_toml_chooses_who_makes_root_file_systems_of_new_containers(doors:
     doors.cli("restart", "shop/web")
     doors.converge()
     assert doors.exec("shop/web", "ls", "/kept") == "/kept\n"
+    doors.cli("export", "shop/web", "-o", str(doors.home / "root.tar"))
+    with tarfile.open(doors.home / "root.tar") as tar:
+        names = tar.getnames()
+    assert ({"motto", "kept"} <= {*names}, [name for name in names if name.startswith("proc/")]) == (True, [])
+    refused = doors.cli("commit", "shop/web", "web:2", check=False).stderr
+    assert "rootfs driver 'copy' keeps no writable layer of its own" in refused
     doors.remove("shop.toml")
     doors.converge()
     assert not copy.exists()

@@ -18,7 +18,7 @@ from holdfast.drivers import EndpointWant, Host, VolumeWant
 from holdfast.errors import UnfitHost, WrongConfig, WrongState
 from holdfast.hookspecs import API_VERSION, hookimpl
 from holdfast.keys import Size, Table
-from holdfast.kinds import MOUNT, VOLUME
+from holdfast.kinds import KINDS, MOUNT, VOLUME
 from holdfast.node.installed import migrate, refuse_newer
 from holdfast.node.stage import predecessor
 from holdfast.observed import Instance, InstanceId, Receipt
@@ -469,6 +469,21 @@ def test_no_plugin_takes_the_name_of_what_the_core_mounts_itself(load: Load) -> 
     plugins = load(offering(PlainVolume(name="volume"), "mount"))
     assert plugins.of_kind(MOUNT) == {}
     assert plugins.states[0].error == "mount driver 'volume': refused, that name is taken by the core"
+
+
+def test_architecture_names_the_files_that_a_new_kind_of_driver_touches() -> None:
+    top = Path(__file__).parents[2]
+    section = (top / "ARCHITECTURE.md").read_text().partition("## Add a kind of driver")[2].partition("\n## ")[0]
+    files = [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert [
+        name for name in files if not any((place / name).exists() for place in (top, top / "agent/holdfast"))
+    ] == []
+    for kind in KINDS:
+        entry = {"drivers.py": kind.want.__name__, "hookspecs.py": kind.hook.__name__, "kinds.py": kind.want.__name__}
+        for name, word in (*entry.items(), ("plugins/README.md", kind.want.__name__), ("node/wants.py", "Want")):
+            assert name in files
+            place = top if name.startswith("plugins") else top / "agent/holdfast"
+            assert word in (place / name).read_text()
 
 
 def test_a_verb_that_migrates_wrongly_is_a_fault_of_the_plugin(load: Load) -> None:

@@ -15,7 +15,7 @@ from holdfast.images.kept.image import Image
 from holdfast.images.outgoing.commit import Note, changed, commit_image
 from holdfast.images.outgoing.pack import pack_changes, pack_merged
 from holdfast.node.context import ROOTFS, Context
-from holdfast.observed import Instance
+from holdfast.observed import Instance, Receipt
 from holdfast.questions import Sink
 from holdfast.runtime import cgroup
 from holdfast.spec.model import Container
@@ -30,12 +30,16 @@ def commit_container(
 
     Its configuration is the image's, with what the state file says of the container's process, and with changes (as
     `docker commit --change`). What lies in volumes and mounts is not in it. Raises Conflict when the container has
-    no root file system just now, WrongCall for one that is no image's.
+    no root file system just now, or its driver keeps no writable layer; WrongCall for one that is no image's.
     """
     full = parse(name)
     if full.transport != "docker" or full.digest:
         raise WrongCall(f"commit '{target}': {name!r} is not a name to give (expected [HOST/]NAME[:TAG])")
-    instance, upper = _writable(context, target, "commit")
+    instance, made = _rootfs(context, target, "commit")
+    if not made.data.get("upper"):
+        told = f"rootfs driver '{made.driver}' keeps no writable layer of its own"
+        raise Conflict(f"commit '{target}': {told} ('holdfast export' writes all of it)")
+    upper = Path(made.data["upper"])
     if instance.image.startswith(ROOTFS):
         raise WrongCall(
             f"commit '{target}': its root file system is a directory of this host, and no image "
@@ -58,9 +62,10 @@ def export_container(context: Context, target: str, out: Sink, *, pause: bool) -
 
     Raises Conflict when it has none just now.
     """
-    instance, upper = _writable(context, target, "export")
+    instance, made = _rootfs(context, target, "export")
     with context.images.keep():
-        layers = (*context.base(instance.image).layers, upper)
+        upper = made.data.get("upper")
+        layers = (*context.base(instance.image).layers, Path(upper)) if upper else (Path(made.data["path"]),)
         with paused(context, instance) if pause else nullcontext():
             pack_merged(layers, out, _mount_points(context, instance))
 
@@ -93,20 +98,18 @@ def paused(context: Context, instance: Instance) -> Iterator[None]:
             context.store.drop_intent(subject)
 
 
-def _writable(context: Context, target: str, verb: str) -> tuple[Instance, Path]:
-    """The newest instance of a container that has a writable layer, and where that is."""
+def _rootfs(context: Context, target: str, verb: str) -> tuple[Instance, Receipt]:
+    """Find the newest instance of a container, and its root file system."""
     found = sorted(
         (each for each in context.store.instances.values() if each.key == target),
         key=lambda each: (each.phase == "running", each.created_at),
     )
     if not found:
         raise NotFound(f"{verb} '{target}': it has no instance (see 'holdfast status')")
-    receipts = [each for each in context.store.owned(found[-1].id) if each.kind == "rootfs"]
-    upper = next((Path(each.data["upper"]) for each in receipts if each.data.get("upper")), None)
-    if upper is None:
-        told = f"driver '{receipts[0].driver}' keeps no writable layer" if receipts else "it has none just now"
-        raise Conflict(f"{verb} '{target}': no root file system to read: {told} (expected overlay)")
-    return found[-1], upper
+    made = context.store.receipt("rootfs", found[-1].id)
+    if made is None:
+        raise Conflict(f"{verb} '{target}': it has no root file system just now (start it)")
+    return found[-1], made
 
 
 def _mount_points(context: Context, instance: Instance) -> list[str]:

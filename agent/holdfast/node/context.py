@@ -238,23 +238,24 @@ def init_program() -> Path | None:
     return find_init()
 
 
-def network_of(context: Context, network: str) -> Network:
-    """How a network is defined by the newest generation of its app that names it."""
-    app, _, name = network.rpartition("/")
-    newest = _newest(context, app)
-    return newest.networks.get(name, Network()) if newest else Network()
+def network_of(context: Context, network: str, app: App | None = None) -> Network:
+    """How a network is defined: by the app itself, or by the newest generation of the app that it belongs to."""
+    definer, name = _definer(context, network, app)
+    return definer.networks.get(name, Network()) if definer else Network()
 
 
 def volume_of(context: Context, app: App, volume: str) -> Volume:
     """How a volume is defined: by the app itself, or by the newest generation of the app that it belongs to."""
-    owner, _, name = volume.partition("/")
-    definer = app if owner == app.name else _newest(context, owner)
+    definer, name = _definer(context, volume, app)
     return definer.volumes.get(name, Volume()) if definer else Volume()
 
 
-def _newest(context: Context, app: str) -> App | None:
-    known = context.store.history().generations.get(app, ())
-    return known[-1].app if known else None
+def _definer(context: Context, thing: str, app: App | None) -> tuple[App | None, str]:
+    owner, _, name = thing.rpartition("/")
+    if app is not None and owner == app.name:
+        return app, name
+    known = context.store.history().generations.get(owner, ())
+    return known[-1].app if known else None, name
 
 
 def fallback_receipts(context: Context, instance: Instance) -> list[Receipt]:

@@ -1,7 +1,7 @@
-"""Which plugins this node relies on → what is missing when one of them is gone.
+"""Remember which plugins this node relies on, and tell what is missing when one of them is gone.
 
-What a plugin that is not loaded did can't be asked of it. So each start of the agent writes down which distribution
-offers each driver, and which plugins adjust every container; `holdfast plugin forget` takes one of the latter back.
+A plugin that is not loaded can't be asked what it did. So each start of the agent stores which distribution offers
+each driver, and which plugins adjust every container; `holdfast plugin forget` removes one of the latter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FACT = "plugins"
 
 
 def remember(context: Context) -> None:
-    """Write down what the plugins that are loaded now offer, beside what others offered before them."""
+    """Store what the loaded plugins offer, next to what other plugins offered before."""
     known = context.store.fact(FACT) or {}
     loaded = context.plugins.loaded()
     adjusting = {name: origin for name, origin in known.get("adjusting", {}).items() if name not in loaded}
@@ -36,7 +36,7 @@ def remember(context: Context) -> None:
 
 
 def refuse_newer(store: Store, plugins: Plugins) -> None:
-    """Use no driver that made something in a newer version than it is: its receipts can't be read, and are kept."""
+    """Stop using each driver that is older than the receipts of what it made: it could not read them."""
     for receipt, kind, driver in _versioned(store, plugins):
         if receipt.version > driver.receipt_version:
             why = f"what it made has receipts of version {receipt.version}, and it knows {driver.receipt_version}"
@@ -46,7 +46,7 @@ def refuse_newer(store: Store, plugins: Plugins) -> None:
 def migrate(store: Store, plugins: Plugins) -> None:
     """Bring receipts of older versions to the one that their drivers have by now.
 
-    A driver that fails at one of them is not used: what it made is left as it is, as if its plugin were gone.
+    A driver whose `migrate` fails is not used any more: what it made stays as it is, as if its plugin were gone.
     """
     for receipt, kind, driver in _versioned(store, plugins):
         if receipt.version < driver.receipt_version:
@@ -58,7 +58,7 @@ def migrate(store: Store, plugins: Plugins) -> None:
 
 
 def _versioned(store: Store, plugins: Plugins) -> Iterator[tuple[Receipt, DriverKind[Any], Guarded]]:
-    """Every receipt whose driver is here and counts its versions otherwise."""
+    """Yield every receipt that has another version than its driver."""
     for receipt in list(made(store)):
         kind = kind_of(receipt)
         driver = cast(Guarded | None, kind and plugins.of_kind(kind).get(receipt.driver))
@@ -72,7 +72,7 @@ def check_settings(context: Context, config: Config) -> None:
 
 
 def expect(context: Context) -> None:
-    """Start no container without the plugins that adjust every one, and use no driver that is older than its work."""
+    """Start no container without the plugins that adjust all of them, and use no driver that is too old."""
     refuse_newer(context.store, context.plugins)
     adjusting = (context.store.fact(FACT) or {}).get("adjusting", {})
     loaded = context.plugins.loaded()
@@ -80,7 +80,7 @@ def expect(context: Context) -> None:
 
 
 def forget(context: Context, name: str) -> None:
-    """Expect a plugin that is gone no more. Raises NotFound, or Conflict for one that is installed."""
+    """Stop expecting a plugin that is gone. Raises NotFound, or Conflict for one that is installed."""
     known = context.store.fact(FACT) or {}
     if name not in known.get("adjusting", {}):
         raise NotFound(f"plugin '{name}': containers do not depend on one of that name (see 'holdfast plugin list')")
@@ -92,9 +92,9 @@ def forget(context: Context, name: str) -> None:
 
 
 def missing_drivers(context: Context, made: Iterable[Receipt]) -> tuple[MissingDriver, ...]:
-    """The drivers that no plugin offers now, of what was made and is in use.
+    """Return the drivers that no plugin offers now although something in use was made by them.
 
-    A volume that nobody mounts is not in use: nothing suffers while its driver is gone.
+    A volume that no container mounts is not in use.
     """
     used: dict[tuple[str, str], list[str]] = {}
     for receipt in made:
@@ -114,13 +114,13 @@ def missing_drivers(context: Context, made: Iterable[Receipt]) -> tuple[MissingD
 
 
 def states(context: Context, missing: Iterable[MissingDriver]) -> tuple[PluginState, ...]:
-    """Every plugin that was found, and every driver that is missing."""
+    """Return every plugin that was found, and every driver that is missing."""
     gone = (PluginState(each.title, each.distribution, "", "missing", str(each)) for each in missing)
     return (*context.plugins.states, *gone)
 
 
 def made(store: Store) -> Iterator[Receipt]:
-    """Every receipt that a driver could have been asked for."""
+    """Yield every receipt that was made by a driver."""
     for kind in dict.fromkeys(each.receipt for each in KINDS if each.receipt):
         yield from store.receipts(kind)
 

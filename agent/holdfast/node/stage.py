@@ -1,4 +1,4 @@
-"""StageGeneration: everything that can fail without touching what runs is tried here.
+"""StageGeneration: try everything that can fail before anything that runs is touched.
 
 Images are resolved to digests, mounted files are stored, and every driver and policy, the user names, the entry
 points and the ports are checked. All that is wrong is said at once.
@@ -52,7 +52,7 @@ from holdfast.runtime.oci import (
 )
 from holdfast.runtime.ports import check_free
 from holdfast.runtime.sysctls import try_sysctls
-from holdfast.spec.model import App, Container, Mount, Network, digest_of_file
+from holdfast.spec.model import App, Container, Mount, digest_of_file
 from holdfast.store import Store
 
 MOST = 16  # images of one app that are asked for at once
@@ -71,7 +71,7 @@ def stage_generation(context: Context, action: StageGeneration) -> Json:
 
 @contextmanager
 def _told_at_once(context: Context, app: App) -> Iterator[None]:
-    """Images of the app that can't be built are told by the builder until the app itself tells of them."""
+    """Let the builder report images of the app that fail to build, until the app's own failure reports them."""
     try:
         yield
     finally:
@@ -84,7 +84,7 @@ def _stage(
     made: dict[str, str],
     checks: _Checks,
 ) -> Json:
-    """Have all that the app needs besides the images that were made, check it and write the generation down."""
+    """Fetch what the app needs besides the images that were built, check it, and write the generation down."""
     app = action.spec
     with context.images.keep():  # what is fetched here counts as used by nobody until the generation is written down
         images = {name: _still_here(context, name, digest) for name, digest in made.items()}
@@ -120,7 +120,7 @@ def _stage(
 
 @dataclass
 class _Checks:
-    """Collects failures, so that all of them are reported together.
+    """Collect failures, so that all of them are reported together.
 
     views: what containers without mounts of their own find, by image and what the runtime mounts: it is read only.
     """
@@ -158,7 +158,7 @@ def _store_files(context: Context, app: App, blobs: Mapping[str, bytes]) -> None
 
 
 def build_images(context: Context, app: App, blobs: Mapping[str, bytes], checks: _Checks) -> dict[str, str]:
-    """Container → digest of the image that the state files build for it. What the app only pushes is built, too.
+    """Build images; return container → digest of its image. What the app only pushes is built, too.
 
     What can't be built, or pushed, is a failure, and its containers are left out.
     """
@@ -176,7 +176,7 @@ def build_images(context: Context, app: App, blobs: Mapping[str, bytes], checks:
 
 
 def _still_here(context: Context, container: str, digest: str) -> str:
-    """The digest, unless somebody has taken the image away since it was built."""
+    """Return the digest. Raises TryAgain if the image was removed since it was built."""
     try:
         return context.images.get(digest).digest
     except NotFound as error:
@@ -184,7 +184,7 @@ def _still_here(context: Context, container: str, digest: str) -> str:
 
 
 def fetch_images(context: Context, app: App, newer: Mapping[str, str], checks: _Checks) -> dict[str, str]:
-    """Container → digest of its image, which is then wholly here; different images come side by side.
+    """Fetch images, several at a time; return container → digest of its image.
 
     newer: container → what its registry is known to have by now.
     """
@@ -207,7 +207,7 @@ def fetch_images(context: Context, app: App, newer: Mapping[str, str], checks: _
 
 
 def resolve_image(context: Context, want: Container, newer: str = "") -> str:
-    """The digest of what a container is to run, fetched where its `pull` says so.
+    """Return the digest of what a container is to run, and fetch it where its `pull` says so.
 
     newer: the reference to run instead of the committed one. Raises TryAgain, NotFound, WrongState as `Puller.pull`.
     """
@@ -237,7 +237,7 @@ def resolve_image(context: Context, want: Container, newer: str = "") -> str:
 
 
 def _pull_newer(context: Context, newer: str) -> str:
-    """What was found to be newer, under its tag while that still leads there."""
+    """Fetch what was found to be newer: by its tag while that still leads there, else by its digest."""
     name, _, digest = newer.partition("@")
     remote = context.puller.resolve(name)
     if remote.digest != digest:  # the tag has moved on meanwhile: the next question finds that
@@ -253,7 +253,7 @@ def _here(context: Context, reference: str) -> str | None:
 
 
 def _newer(context: Context, reference: str, here: str) -> str:
-    """What the registry has, or, as long as it can't be reached, what is here."""
+    """Fetch what the registry has. While it can't be reached, use what is here."""
     try:
         return context.puller.pull(reference, needed=False).digest
     except Stopping:
@@ -265,7 +265,7 @@ def _newer(context: Context, reference: str, here: str) -> str:
 
 
 def _from_archive(context: Context, reference: str) -> str:
-    """The image of an archive of this host, read each time: the archive may be another by now."""
+    """Load the image of an archive of this host. It is read each time, because it may have changed."""
     path = archive_path(reference) or ""
     try:
         handle = open_source(path, context.bind_roots)
@@ -280,7 +280,7 @@ def _from_archive(context: Context, reference: str) -> str:
 
 
 def _is_as_in(earlier: Generation, app: App, name: str, image: str, volumes: tuple[Mount, ...]) -> bool:
-    """Whether a container is to be just what an earlier generation has, whose staging has checked it."""
+    """Whether a container is the same as in an earlier generation, whose staging has checked it."""
     then, want = earlier.app, app.containers[name]
     if (then.depends_on, then.volumes, then.networks) != (app.depends_on, app.volumes, app.networks):
         return False
@@ -322,11 +322,11 @@ def _check_container(
 
 
 def _check_endpoints(context: Context, app: App, stand_in: Instance) -> None:
-    """Have the drivers check the attachments to networks that stay as they stand; what is made anew has room."""
+    """Let drivers check the attachments to networks that exist and stay as they are."""
     for network, want in endpoint_wants(context, stand_in, context.host.netns(stand_in.id)):
         if want is None:
             continue
-        if network in BARE or want.network.data.get("want") == _definition(context, app, network).digest:
+        if network in BARE or want.network.data.get("want") == network_of(context, network, app).digest:
             asked = replace(want, predecessor=predecessor(context.store, app, want))
             context.plugins.driver(kinds.ENDPOINT, want.network.driver).check(asked)
 
@@ -366,7 +366,7 @@ def _check_mount(context: Context, app: App, stand_in: Instance, mount: Mount) -
 def _check_inside(
     context: Context, app: App, stand_in: Instance, base: Base, contents: Mapping[str, Content], checks: _Checks
 ) -> None:
-    """Go through what the runtime will do inside the container. contents: target → what is mounted there."""
+    """Check what the runtime will do inside the container. contents: target → what is mounted there."""
     want, what = stand_in.want, stand_in.key
     own, theirs = Path("/"), tuple({"destination": target} for target in contents)
     request = replace(
@@ -408,7 +408,7 @@ def _check_program(app: App, want: Container, base: Base, view: View) -> None:
 
 
 def _check_unused_volumes(context: Context, app: App, checks: _Checks) -> None:
-    """Let drivers check the volumes of the app that only other apps, or nobody, mounts."""
+    """Let drivers check the app's volumes that none of its containers mounts."""
     mounted = {mount.source for want in app.containers.values() for mount in want.mounts}
     for name, spec in app.volumes.items():
         if (volume := f"{app.name}/{name}") not in mounted:
@@ -417,13 +417,8 @@ def _check_unused_volumes(context: Context, app: App, checks: _Checks) -> None:
 
 
 def _check_network(context: Context, app: App, network: str) -> None:
-    """Let the driver check a network that is new or defined otherwise than it stands."""
-    spec, standing = _definition(context, app, network), context.store.receipt("network", network)
+    """Let the driver check a network that is new or has changed."""
+    spec, standing = network_of(context, network, app), context.store.receipt("network", network)
     joining = sum(network in want.networks for want in app.containers.values())
     if standing is None or standing.data.get("want") != spec.digest:
         context.plugins.driver(kinds.NETWORK, spec.driver).check(network_want(network, spec, joining))
-
-
-def _definition(context: Context, app: App, network: str) -> Network:
-    owner, _, name = network.rpartition("/")
-    return app.networks[name] if owner == app.name else network_of(context, network)

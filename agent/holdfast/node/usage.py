@@ -115,10 +115,9 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _container(context: Context, id: str, key: str, phase: str) -> Row:
-    places = [
-        each.data["upper"] for each in context.store.owned(id) if each.kind == "rootfs" and each.data.get("upper")
-    ]
-    size = sum(allocated(Path(place)) for place in places)
+    made = context.store.receipt("rootfs", id)
+    place = made and (made.data.get("upper") or made.data["path"])  # without a writable layer, all of it is its own
+    size = allocated(Path(place)) if place else 0
     return {"container": key, "instance": id, "state": phase, "size": size}
 
 

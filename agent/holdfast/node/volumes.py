@@ -1,4 +1,4 @@
-"""Volumes as the core handles them, whatever driver makes them: made once, filled once, one thread at a time.
+"""Make and fill volumes: once, by one thread at a time, whatever their driver.
 
 A driver makes an empty volume; its first content is brought by `runtime.filling`, and what is kept beside the
 receipt says how far that is:
@@ -34,7 +34,7 @@ DEFINED_AS = "defined_as"
 
 
 def altered(kept: Receipt, seen: Receipt) -> tuple[str, ...]:
-    """How a volume differs from what its driver made, in words. What the driver can't read back is unknown."""
+    """Describe how a volume differs from what its driver made. What the driver does not read back is ignored."""
     if all(kept.data.get(key) == value for key, value in seen.data.items()):
         return ()
     before, now = (json.loads(json.dumps(dict(each.data))) for each in (kept, seen))  # a tuple is a list by now
@@ -46,7 +46,7 @@ def altered(kept: Receipt, seen: Receipt) -> tuple[str, ...]:
 
 
 def change_volume(context: Context, action: EnsureVolume) -> Json:
-    """Bring a volume to what is asked for by now. Raises UnfitHost for a driver that finds another than it made."""
+    """Bring a volume to its new definition. Raises UnfitHost if its driver then observes something else."""
     made = ensure_volume(context, action.volume, action.spec)
     driver = context.plugins.driver(kinds.VOLUME, action.spec.driver)
     for seen in found_by(driver) or ():
@@ -58,7 +58,7 @@ def change_volume(context: Context, action: EnsureVolume) -> Json:
 def ensure_volume(
     context: Context, volume: str, spec: Volume, *, seed: Path | None = None, defined: str = ""
 ) -> Receipt:
-    """Have a volume there, as it is defined now, and filled from seed (a directory of an image) if it is new.
+    """Make sure a volume exists as it is defined now; fill a new one from seed, a directory of an image.
 
     defined: the volume that is defined so, where that is another.
     Whoever else starts on it waits until that is done. A volume that is empty but was in use, or is somebody's by its
@@ -78,7 +78,7 @@ def ensure_volume(
 
 
 def _defined(known: Receipt | None, volume: str, defined: str) -> Json:
-    """What is kept of whose definition a volume has."""
+    """Return what is stored about whose definition a volume has."""
     name = defined or (known.data.get(DEFINED_AS) if known else None) or volume
     return {} if name == volume else {DEFINED_AS: name}
 
@@ -113,7 +113,7 @@ def _keep(context: Context, made: Receipt, content: object, spec: Volume) -> Rec
 
 
 def declared_volumes(context: Context, app: App, images: Mapping[str, str]) -> dict[str, tuple[Mount, ...]]:
-    """Container → what it has mounted because its image declares volumes. images: container → digest."""
+    """Return container → the mounts that its image declares. images: container → digest."""
     declared = {}
     for name, image in images.items():
         found = (context.base(image).config.get("config") or {}).get("Volumes")
@@ -125,7 +125,7 @@ def declared_volumes(context: Context, app: App, images: Mapping[str, str]) -> d
 
 
 def save_volumes(context: Context, instance: Instance) -> None:
-    """Before a container of an earlier version goes: bring what its image declares as volumes into such volumes.
+    """Copy what a container of an earlier version wrote below its image's volumes into real volumes, before it goes.
 
     There it lies in the writable layer, which goes with the container.
     """
