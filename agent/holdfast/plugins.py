@@ -380,7 +380,7 @@ class Plugins:
             _refuse_other_contract(module)
             _refuse_unknown(module)
             plugin.optional = _is_optional(module)
-            plugin.settings = self._settings(name, module)
+            plugin.settings = worker.call(partial(self._settings, name, module))
             self._manager.register(module, name=name)
             self._manager.check_pending()
             plugin.state = replace(plugin.state, hooks=self._hooks_of(name))

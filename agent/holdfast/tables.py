@@ -84,6 +84,8 @@ def read_options(kind: type[T], driver_opts: Mapping[str, Any]) -> T:
         return kind.model_validate(dict(driver_opts), extra="forbid", by_name=False, context=WRITTEN)
     except ValidationError as error:
         faults = [fault for detail in _details(error) for fault in _faults(kind, detail)]
+    except Exception as error:  # a plugin's model may do anything
+        faults = [Fault((), f"its plugin fails to read them: {type(error).__name__}: {error}")]
     raise WrongOptions(faults)
 
 

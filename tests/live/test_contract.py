@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
+import sqlite3
 import tarfile
 from collections.abc import Callable
 from ipaddress import IPv4Network
@@ -160,17 +163,22 @@ driver_opts = {{ lines = [{{ text = "a" }}, {{ text = "b" }}] }}
 """
 
 
+def install(site: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str) -> None:
+    """Install a plugin where the agents of this test find it."""
+    info = site / f"holdfast_{name}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / f"{name}_plugin.py").write_text(code)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: holdfast-{name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[holdfast]\n{name} = {name}_plugin\n")
+    monkeypatch.setenv("PYTHONPATH", f"{site}:{os.environ.get('PYTHONPATH', '')}")
+
+
 @pytest.fixture
 def doors(
     new_agent: Callable[[Host], LiveAgent], site: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> LiveAgent:
     """An agent with a plugin that offers the root file system driver `copy` and the mount kind `greeting`."""
-    info = tmp_path / "site/holdfast_doors-1.0.dist-info"
-    info.mkdir(parents=True)
-    (tmp_path / "site/doors_plugin.py").write_text(PLUGIN)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: holdfast-doors\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[holdfast]\ndoors = doors_plugin\n")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{os.environ.get('PYTHONPATH', '')}")
+    install(tmp_path / "site", monkeypatch, "doors", PLUGIN)
     agent = new_agent(site)
     agent.configure(more='plugins.doors.motto = "hello"')
     agent.start()
@@ -249,3 +257,94 @@ def test_what_agent_toml_says_wrongly_of_plugins_is_refused_before_anything_is_d
     doors.process.send_signal(signal.SIGHUP)
     wrong = "cgroup.policy[1]: no plugin offers the policy driver 'golden'"
     doors.wait(lambda: any(wrong in str(event) for event in doors.events()), "the reload is refused")
+
+
+VERSIONED = """
+from pathlib import Path
+
+from holdfast.files import remove_tree
+from holdfast.hookspecs import hookimpl
+from holdfast.observed import Receipt
+
+VERSION = int((Path(__file__).parent / "version").read_text())
+
+
+class Versioned:
+    name = "versioned"
+    receipt_version = VERSION
+
+    def __init__(self, host):
+        self.root = host.root / "volumes-versioned"
+
+    def check(self, want): ...
+
+    def ensure(self, want):
+        self.place(want.id).mkdir(parents=True, exist_ok=True)
+        return self.receipt(want.id)
+
+    def observe(self):
+        return [self.receipt(each.name.replace("@", "/")) for each in self.root.glob("*@*")]
+
+    def remove(self, receipt):
+        if self.place(receipt.id).exists():
+            remove_tree(self.place(receipt.id))
+
+    def migrate(self, receipt):
+        return Receipt("volume", self.name, receipt.id, data={**receipt.data, "form": VERSION})
+
+    def place(self, id):
+        return self.root / id.replace("/", "@")
+
+    def receipt(self, id):
+        return Receipt("volume", self.name, id, data={"path": str(self.place(id)), "form": VERSION})
+
+
+@hookimpl
+def register_volume_drivers(register, host):
+    register(Versioned(host))
+"""
+
+
+def stored(agent: LiveAgent, volume: str) -> dict[str, object]:
+    """The receipt of a volume, as the agent has stored it."""
+    with contextlib.closing(sqlite3.connect(agent.host.root / "state.db")) as database:
+        (value,) = database.execute(
+            "SELECT value FROM receipts WHERE kind = 'volume' AND id = ?", (volume,)
+        ).fetchone()
+        return dict(json.loads(value))
+
+
+def test_another_version_of_a_driver_takes_over_or_leaves_alone_what_was_made_and_stops_nothing(
+    new_agent: Callable[[Host], LiveAgent], site: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path / "site", monkeypatch, "versioned", VERSIONED)
+    version = tmp_path / "site/version"
+    version.write_text("2")
+    agent = new_agent(site)
+    agent.start()
+    agent.image("busybox:1")
+    web = f'[containers.web]{SLEEPER}networks = ["none"]\nvolumes = ["data:/data"]\n'
+    agent.write("shop.toml", f'{web}[volumes.data]\ndriver = "versioned"\n')
+    agent.converge()
+    pid = agent.pid("shop/web")
+    agent.exec("shop/web", "touch", "/data/kept")
+    before = stored(agent, "shop/data")
+    assert before["version"] == 2
+    agent.stop()
+    version.write_text("1")
+    agent.start()
+    status = agent.wait_until(lambda now: any(each["state"] == "refused" for each in now["plugins"]))
+    assert "receipts of version 2, and it knows 1" in str(status["plugins"])
+    agent.sync()
+    assert (agent.pid("shop/web"), stored(agent, "shop/data")) == (pid, before)
+    agent.stop()
+    version.write_text("3")
+    agent.start()
+    agent.converge()
+    assert agent.pid("shop/web") == pid
+    now = stored(agent, "shop/data")
+    assert now["version"] == 3
+    assert agent.exec("shop/web", "ls", "/data") == "kept\n"
+    agent.remove("shop.toml")
+    agent.converge()
+    agent.cli("volume", "remove", "shop/data")

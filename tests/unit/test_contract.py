@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from holdfast.config import Config, load_config
 from holdfast.drivers import EndpointWant, Host, VolumeWant
@@ -240,6 +240,17 @@ def test_the_models_that_the_manual_shows_read_what_it_says() -> None:
     exec(compile(code, "plugins/README.md", "exec", dont_inherit=True), shown)
     options = read_options(shown["Options"], {"size": "1GiB", "copies": ["a"]})
     assert (options.size, options.timeout, options.copies) == (1 << 30, 5.0, ("a",))
+
+
+class Broken(Table):
+    size: Annotated[str, Field(description="how much it holds"), AfterValidator(lambda size: {}[size])]
+
+
+def test_a_model_that_fails_is_a_problem_of_what_uses_it_and_of_nothing_else(load: Load) -> None:
+    (found,) = problems(load(offering(PlainVolume(options=Broken))), '{ size = "1" }')
+    assert found.endswith("volumes.data.driver_opts: its plugin fails to read them: KeyError: '1'")
+    plugins = load(offering(PlainVolume()), Settings=Broken, settings={"mine": {"size": "1"}})
+    assert [(each.state, each.error) for each in plugins.states] == [("failed", "KeyError: '1'")]
 
 
 def test_a_driver_whose_options_are_no_model_is_refused(load: Load) -> None:
