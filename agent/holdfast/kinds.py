@@ -37,6 +37,7 @@ class DriverKind(Generic[D]):
     name          as in `holdfast plugin list`
     want          what its verbs are asked for
     hook          the hook that offers its drivers; kinds that share a hook are offered together
+    conformance   the class in `holdfast.testing` that its drivers have to pass
     verbs         what each driver must have; optional: what it may have besides
     receipt       the kind of its receipts, None if it makes none; owned: whether they belong to an instance
     subject       want → the id and the owner that its receipt must have
@@ -46,12 +47,12 @@ class DriverKind(Generic[D]):
     driver_opts   want → what messages call it, and the options in it; None if it has none
     chosen        whether state files name its drivers; reserved: names that a driver can't have
     observed      whether every pass asks its drivers what is there; if not, only receipts say so
-    conformance   the class in `holdfast.testing` that its drivers have to pass, "" if there is none
     """
 
     name: str
     want: type
     hook: Callable[..., None]
+    conformance: str
     verbs: tuple[str, ...] = VERBS
     optional: tuple[str, ...] = ()
     receipt: Kind | None = None
@@ -64,7 +65,6 @@ class DriverKind(Generic[D]):
     chosen: bool = False
     reserved: tuple[str, ...] = ()
     observed: bool = True
-    conformance: str = "DriverConformance"
 
     def title(self, driver: str) -> str:
         """What messages call a driver of this kind."""
@@ -99,6 +99,7 @@ ROOTFS: DriverKind[Driver[RootfsWant]] = DriverKind(
     name="rootfs",
     want=RootfsWant,
     hook=hookspecs.register_rootfs_drivers,
+    conformance="RootfsConformance",
     receipt="rootfs",
     owned=True,
     subject=lambda want: (want.instance, want.instance),
@@ -108,6 +109,7 @@ VOLUME: DriverKind[Driver[VolumeWant]] = DriverKind(
     name="volume",
     want=VolumeWant,
     hook=hookspecs.register_volume_drivers,
+    conformance="VolumeConformance",
     receipt="volume",
     subject=lambda want: (want.id, ""),
     required=("path",),
@@ -119,6 +121,7 @@ MOUNT: DriverKind[Driver[MountWant]] = DriverKind(
     name="mount",
     want=MountWant,
     hook=hookspecs.register_mount_drivers,
+    conformance="MountConformance",
     optional=("release", "refresh"),
     receipt="volume",
     owned=True,
@@ -134,6 +137,7 @@ NETWORK: DriverKind[Driver[NetworkWant]] = DriverKind(
     name="network",
     want=NetworkWant,
     hook=hookspecs.register_network_drivers,
+    conformance="NetworkConformance",
     receipt="network",
     subject=lambda want: (want.id, ""),
     required=("interface", "subnet", "gateway"),
@@ -146,6 +150,7 @@ ENDPOINT: DriverKind[Driver[EndpointWant]] = DriverKind(
     name="endpoint",
     want=EndpointWant,
     hook=hookspecs.register_network_drivers,
+    conformance="EndpointConformance",
     receipt="endpoint",
     owned=True,
     subject=lambda want: (f"{want.instance}/{want.network.id}", want.instance),
@@ -153,16 +158,20 @@ ENDPOINT: DriverKind[Driver[EndpointWant]] = DriverKind(
     misfit=_no_address,
 )
 FIREWALL: DriverKind[Driver[FirewallWant]] = DriverKind(
-    name="firewall", want=FirewallWant, hook=hookspecs.register_firewall_drivers, receipt="firewall"
+    name="firewall",
+    want=FirewallWant,
+    hook=hookspecs.register_firewall_drivers,
+    conformance="FirewallConformance",
+    receipt="firewall",
 )
 POLICY: DriverKind[CgroupPolicy] = DriverKind(
     name="policy",
     want=CgroupWant,
     hook=hookspecs.register_cgroup_policies,
+    conformance="PolicyConformance",
     verbs=("check", "settings"),
     chosen=True,
     observed=False,
-    conformance="",
 )
 
 #: In the order in which drivers are offered.

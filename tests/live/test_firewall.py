@@ -18,6 +18,7 @@ import pytest
 from ground import wait_for
 from holdfast.drivers import Host, NetworkWant
 from holdfast.observed import Finding, FirewallNetwork, FirewallWant, PublishedPort, Receipt
+from holdfast.testing import FirewallConformance
 from holdfast_plugins.network.firewall import NftablesFirewall
 from holdfast_plugins.network.monitor import Monitor
 from holdfast_plugins.network.nftables import LIBRARY, Library, Program
@@ -459,3 +460,22 @@ def test_forward_policy_in_a_table_of_nftables_is_told_until_a_rule_there_names_
     assert strict == elsewhere
     assert "chain 'inet filter forward' drops what is forwarded by policy" in strict[0]
     assert f"'{lab.host.name}-*'" in strict[0]
+
+
+@pytest.mark.usefixtures("mounts_alone")
+class TestNftablesFirewall(FirewallConformance):
+    @pytest.fixture
+    def host(self, site: Host) -> Host:
+        return site
+
+    @pytest.fixture
+    def another_host(self, new_site: Callable[[], Host]) -> Host:
+        return new_site()
+
+    def make_driver(self, host: Host) -> NftablesFirewall:
+        return NftablesFirewall(host)
+
+    def make_want(self, host: Host, number: int) -> FirewallWant:
+        front = FirewallNetwork("shop/front", host.link("bridge", "shop/front"), host.pool)
+        web = str(IPv4Network(host.pool)[2])
+        return FirewallWant(networks=(front,), ports=(PublishedPort("tcp", "0.0.0.0", 8080, web, 80),))

@@ -4,7 +4,7 @@ import queue
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from ipaddress import IPv4Network
@@ -17,7 +17,7 @@ from holdfast.drivers import EndpointWant, Host, NetworkWant
 from holdfast.errors import Conflict, TryAgain, WrongState
 from holdfast.observed import Receipt
 from holdfast.runtime import netns
-from holdfast.testing import DriverConformance
+from holdfast.testing import DriverConformance, EndpointConformance, NetworkConformance
 from holdfast_plugins.network.bridge import BridgeNetwork
 from holdfast_plugins.network.endpoint import BridgeEndpoint
 from holdfast_plugins.network.none_host import BareNetwork
@@ -355,77 +355,55 @@ def test_two_hundred_endpoints_stand_side_by_side(lab: Lab, capsys: pytest.Captu
         print(f", observed in {observed * 1e3:.1f} ms")
 
 
-class TestBridgeNetwork(DriverConformance):
+@pytest.mark.usefixtures("mounts_alone")
+class OnSites(DriverConformance):
+    """Runs on the test's own site; a second one is another agent."""
+
     @pytest.fixture
     def host(self, site: Host) -> Host:
         return site
 
     @pytest.fixture
-    def driver(self, site: Host) -> BridgeNetwork:
-        return BridgeNetwork(site)
-
-    @pytest.fixture
-    def want(self) -> NetworkWant:
-        return NetworkWant(id="shop/front")
-
-    @pytest.fixture
-    def another_want(self) -> NetworkWant:
-        return NetworkWant(id="shop/back", internal=True)
+    def another_host(self, new_site: Callable[[], Host]) -> Host:
+        return new_site()
 
 
-class TestBareNetwork(DriverConformance):
+class TestBridgeNetwork(OnSites, NetworkConformance):
+    def make_driver(self, host: Host) -> BridgeNetwork:
+        return BridgeNetwork(host)
+
+    def make_want(self, host: Host, number: int) -> NetworkWant:
+        return NetworkWant(id=f"shop/net-{number}", internal=bool(number % 2))
+
+
+class TestBareNetwork(OnSites, NetworkConformance):
     leaves_traces = False
 
-    @pytest.fixture
-    def host(self, site: Host) -> Host:
-        return site
-
-    @pytest.fixture
-    def driver(self) -> BareNetwork:
+    def make_driver(self, host: Host) -> BareNetwork:
         return BareNetwork("none")
 
-    @pytest.fixture
-    def want(self) -> NetworkWant:
-        return NetworkWant(id="none")
-
-    @pytest.fixture
-    def another_want(self) -> NetworkWant:
-        return NetworkWant(id="host")
+    def make_want(self, host: Host, number: int) -> NetworkWant:
+        return NetworkWant(id=f"none-{number}")
 
 
-class TestBridgeEndpoint(DriverConformance):
-    @pytest.fixture
-    def host(self, site: Host) -> Host:
-        return site
+class TestBridgeEndpoint(OnSites, EndpointConformance):
+    """A pair goes with its namespace, so that is taken away, too."""
 
-    @pytest.fixture
-    def lab(self, site: Host) -> Iterator[Lab]:
-        with ExitStack() as stack:
-            lab = Lab(site, stack)
-            for instance in ("web", "api"):
-                netns.ensure(site, instance)
-            yield lab
+    def make_driver(self, host: Host) -> BridgeEndpoint:
+        return BridgeEndpoint(host, BridgeNetwork(host))
 
-    @pytest.fixture
-    def network(self, lab: Lab) -> Receipt:
-        return lab.make("shop/front")
+    def make_want(self, host: Host, number: int) -> EndpointWant:
+        network = BridgeNetwork(host).ensure(NetworkWant(id="shop/front", hosts=self.many))
+        instance = f"{host.id}-{number:08}"
+        return EndpointWant(
+            instance=instance,
+            network=network,
+            netns=Path(netns.ensure(host, instance).data["path"]),
+            interface="eth0",
+            default_route=True,
+        )
 
-    @pytest.fixture
-    def driver(self, lab: Lab) -> BridgeEndpoint:
-        return lab.endpoint
-
-    @pytest.fixture
-    def want(self, lab: Lab, network: Receipt) -> EndpointWant:
-        return lab.want("web", network)
-
-    @pytest.fixture
-    def another_want(self, lab: Lab, network: Receipt) -> EndpointWant:
-        return lab.want("api", network)
-
-    def test_remove_brings_the_host_back(self, lab: Lab, network: Receipt) -> None:  # type: ignore[override]
-        """A pair goes with its namespace, so both are taken away."""
-        before = links(lab)
-        receipt = lab.attach("db", network)
-        lab.endpoint.remove(receipt)
-        netns.remove(lab.host, Receipt("netns", "kernel", "db", "db"))
-        wait_for(lambda: links(lab) == before, "its link is gone")
+    def clean_up(self, host: Host) -> None:
+        for namespace in netns.observe(host):
+            netns.remove(host, namespace)
+        BridgeNetwork(host).remove(Receipt("network", "bridge", "shop/front"))

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,13 @@ from holdfast.plugins import load_plugins
 from holdfast.runtime.content import ContentStore
 from holdfast.spec.model import Mount
 from holdfast.syscalls import is_mounted, unmount
-from holdfast.testing import DriverConformance, host_fingerprint
+from holdfast.testing import (
+    DriverConformance,
+    MountConformance,
+    RootfsConformance,
+    VolumeConformance,
+    host_fingerprint,
+)
 from holdfast.workers import Worker
 from holdfast_plugins.storage import BindMount, FileMount, ManagedVolume, OverlayRootfs, TmpfsMount
 from holdfast_plugins.storage.mounts import _by_descriptor, _mount_by_page
@@ -44,87 +51,69 @@ def make_layers(root: Path, count: int) -> tuple[Path, ...]:
     return tuple(layers)
 
 
-class TestOverlayRootfs(DriverConformance):
+@pytest.mark.usefixtures("mounts_alone")
+class OnSites(DriverConformance):
+    """Runs on the test's own site; a second one is another agent."""
+
     @pytest.fixture
-    def driver(self, host: Host) -> OverlayRootfs:
+    def host(self, site: Host) -> Host:
+        return site
+
+    @pytest.fixture
+    def another_host(self, new_site: Callable[[], Host]) -> Host:
+        return new_site()
+
+
+class TestOverlayRootfs(OnSites, RootfsConformance):
+    def make_driver(self, host: Host) -> OverlayRootfs:
         return OverlayRootfs(host)
 
-    @pytest.fixture
-    def want(self, host: Host) -> RootfsWant:
-        return RootfsWant(instance="one", layers=make_layers(host.root / "a", 3))
 
-    @pytest.fixture
-    def another_want(self, host: Host) -> RootfsWant:
-        return RootfsWant(instance="two", layers=make_layers(host.root / "b", 1))
-
-
-class TestManagedVolume(DriverConformance):
-    @pytest.fixture
-    def driver(self, host: Host) -> ManagedVolume:
+class TestManagedVolume(OnSites, VolumeConformance):
+    def make_driver(self, host: Host) -> ManagedVolume:
         return ManagedVolume(host)
 
-    @pytest.fixture
-    def want(self) -> VolumeWant:
-        return VolumeWant(id="shop/data")
-
-    @pytest.fixture
-    def another_want(self) -> VolumeWant:
-        return VolumeWant(id="shop/cache")
+    def make_want(self, host: Host, number: int) -> VolumeWant:
+        return VolumeWant(id=f"shop/data-{number}")
 
 
-class TestBindMount(DriverConformance):
-    @pytest.fixture
-    def driver(self, host: Host) -> BindMount:
+class TestBindMount(OnSites, MountConformance):
+    def make_driver(self, host: Host) -> BindMount:
         return BindMount(host)
 
-    @pytest.fixture
-    def want(self, tmp_path: Path) -> MountWant:
-        (tmp_path / "source").mkdir()  # never a directory of the host: a faulty test could reach it through the mount
-        source = str(tmp_path / "source")
-        return MountWant(instance="one", mount=Mount(kind="bind", source=source, target="/a", read_only=True))
-
-    @pytest.fixture
-    def another_want(self, host: Host) -> MountWant:
-        mount = Mount(kind="bind", source=str(host.root / "made/here"), target="/b", create_host_path=True)
+    def make_want(self, host: Host, number: int) -> MountWant:
+        source = host.root / "made" / str(number)
+        mount = Mount(kind="bind", source=str(source), target=f"/b/{number}", create_host_path=True)
         return MountWant(instance="one", mount=mount)
 
 
-class TestTmpfsMount(DriverConformance):
+class TestTmpfsMount(OnSites, MountConformance):
     leaves_traces = False
 
-    @pytest.fixture
-    def driver(self) -> TmpfsMount:
+    def make_driver(self, host: Host) -> TmpfsMount:
         return TmpfsMount()
 
-    @pytest.fixture
-    def want(self) -> MountWant:
-        return MountWant(instance="one", mount=Mount(kind="tmpfs", target="/run", size=1 << 20))
-
-    @pytest.fixture
-    def another_want(self) -> MountWant:
-        return MountWant(instance="one", mount=Mount(kind="tmpfs", target="/tmp"))
+    def make_want(self, host: Host, number: int) -> MountWant:
+        return MountWant(instance="one", mount=Mount(kind="tmpfs", target=f"/run/{number}", size=1 << 20))
 
 
-class TestFileMount(DriverConformance):
-    @pytest.fixture
-    def driver(self, host: Host) -> FileMount:
+class TestFileMount(OnSites, MountConformance):
+    def make_driver(self, host: Host) -> FileMount:
         return FileMount(host)
 
-    @pytest.fixture
-    def want(self, host: Host) -> MountWant:
+    def make_want(self, host: Host, number: int) -> MountWant:
         store = ContentStore(host.root / "content")
-        mount = Mount(kind="file", source="a.conf", target="/etc/a.conf", on_change="SIGHUP", mode=0o640, uid=33)
-        return MountWant(instance="one", mount=mount, content=store.path(store.store_file(b"first\n")))
+        target = f"/etc/{number}.conf"
+        mount = Mount(kind="file", source="a.conf", target=target, on_change="SIGHUP", mode=0o640, uid=33)
+        return MountWant(instance=f"i{number}", mount=mount, content=store.path(store.store_file(b"first\n")))
 
-    @pytest.fixture
-    def another_want(self, host: Host) -> MountWant:
+
+class TestFileMountOfAFolder(TestFileMount):
+    def make_want(self, host: Host, number: int) -> MountWant:
         store = ContentStore(host.root / "content")
         tree = store.store_tree({"x/y": store.store_file(b"y"), "z": store.store_file(b"z")})
-        return MountWant(
-            instance="two",
-            mount=Mount(kind="file", source="conf.d", target="/etc/conf.d", on_change="none"),
-            content=store.path(tree),
-        )
+        mount = Mount(kind="file", source="conf.d", target=f"/etc/{number}.d", on_change="none")
+        return MountWant(instance="one", mount=mount, content=store.path(tree))
 
 
 def test_a_hundred_layers_on_long_paths_are_stacked_in_order(host: Host) -> None:

@@ -12,6 +12,7 @@ from holdfast.errors import WrongState
 from holdfast.observed import Limits
 from holdfast.runtime import cgroup
 from holdfast.spec.model import Resources
+from holdfast.testing import PolicyConformance
 from holdfast_plugins.cgroup import LimitsPolicy, QosPolicy, service_class
 
 MIB = 1024 * 1024
@@ -243,3 +244,19 @@ def test_cpuset_that_is_lifted_becomes_the_parents(tmp_path: Path, monkeypatch: 
         (box / "cpuset.cpus").write_text(held)
         cgroup.apply("/holdfast/box", {})
         assert (box / "cpuset.cpus").read_text() == lifted
+
+
+class TestLimitsPolicy(PolicyConformance):
+    def make_policy(self) -> LimitsPolicy:
+        return LimitsPolicy(numbers)
+
+    def wants(self) -> list[CgroupWant]:
+        return [want(version, memory=64 * MIB, cpus=0.5, pids=100) for version in (1, 2)]
+
+
+class TestQosPolicy(PolicyConformance):
+    def make_policy(self) -> QosPolicy:
+        return QosPolicy()
+
+    def wants(self) -> list[CgroupWant]:
+        return [want(version, service_class="burstable", memory=64 * MIB) for version in (1, 2)]

@@ -11,7 +11,7 @@ from holdfast_ext4 import Ext4Volume
 from holdfast.drivers import Host, VolumeWant
 from holdfast.errors import UnfitHost, WrongState
 from holdfast.observed import Receipt
-from holdfast.testing import DriverConformance, temporary_host
+from holdfast.testing import VolumeConformance, temporary_host
 
 MIB = 1 << 20
 
@@ -30,14 +30,14 @@ def volume(size: str = "4MiB", id: str = "shop/data") -> VolumeWant:
     return VolumeWant(id=id, driver_opts={"size": size})
 
 
-class TestExt4Volume(DriverConformance):
-    @pytest.fixture
-    def want(self) -> VolumeWant:
-        return volume()
+class TestExt4Volume(VolumeConformance):
+    many = 10
 
-    @pytest.fixture
-    def another_want(self) -> VolumeWant:
-        return volume(id="shop/cache")
+    def make_driver(self, host: Host) -> Ext4Volume:
+        return Ext4Volume(host)
+
+    def make_want(self, host: Host, number: int) -> VolumeWant:
+        return volume(id=f"shop/data-{number}")
 
 
 def test_a_volume_takes_no_more_than_its_size(driver: Ext4Volume) -> None:
