@@ -9,8 +9,9 @@ import pytest
 
 from holdfast.drivers import EndpointWant, NetworkWant
 from holdfast.errors import Conflict, TryAgain, WrongState
+from holdfast.leases import REST, parse_subnet, room
 from holdfast.observed import Receipt
-from holdfast_plugins.network.addresses import REST, SMALLEST, Ledger, parse_subnet, place, prefixes, room
+from holdfast_plugins.network.addresses import SMALLEST, Ledger, place, prefixes
 from holdfast_plugins.network.none_host import BareEndpoint, BareNetwork
 
 SUBNET = IPv4Network("10.1.0.0/29")

@@ -13,10 +13,11 @@ from pydantic import Field
 from holdfast.drivers import Host, NetworkWant
 from holdfast.errors import UnfitHost, WrongState
 from holdfast.keys import Table, within
+from holdfast.leases import room
 from holdfast.observed import Finding, Receipt
 from holdfast.tables import read_options
 from holdfast_plugins.network import flows, messages, sysctls
-from holdfast_plugins.network.addresses import Ledger, room
+from holdfast_plugins.network.addresses import Ledger
 from holdfast_plugins.network.collisions import Collisions
 from holdfast_plugins.network.conntrack import Conntrack
 from holdfast_plugins.network.links import (

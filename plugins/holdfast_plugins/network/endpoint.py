@@ -9,9 +9,9 @@ from ipaddress import IPv4Address, IPv4Network
 
 from holdfast.drivers import EndpointWant, Host
 from holdfast.errors import Conflict, TryAgain
+from holdfast.leases import parse_address
 from holdfast.observed import Finding, Receipt
 from holdfast_plugins.network import flows, ingress, messages, sysctls
-from holdfast_plugins.network.addresses import parse_address
 from holdfast_plugins.network.bridge import BridgeNetwork
 from holdfast_plugins.network.links import (
     ENDPOINT,

@@ -10,17 +10,9 @@ from ipaddress import IPv4Address, IPv4Network
 
 from holdfast.drivers import Host, NetworkWant
 from holdfast.errors import Conflict, WrongState
+from holdfast.leases import NOT_CONTAINERS, parse_address, parse_subnet, room, waiting
 from holdfast_plugins.network import hostuse
-from holdfast_plugins.network.addresses import (
-    NOT_CONTAINERS,
-    Ledger,
-    parse_address,
-    parse_subnet,
-    place,
-    prefixes,
-    room,
-    waiting,
-)
+from holdfast_plugins.network.addresses import Ledger, place, prefixes
 from holdfast_plugins.network.hostuse import Use
 from holdfast_plugins.network.links import sockets
 
