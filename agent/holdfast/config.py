@@ -127,10 +127,10 @@ class StateSource(Table):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if ("directory" in self.model_fields_set) == bool(self.git):
-            yield "", 'names nothing or two things (expected a directory, or git = "URL or path")'
+            yield "", 'has neither or both of directory and git (expected a directory, or git = "URL or path")'
         if not self.git:
             for key in sorted(self.model_fields_set & {"branch", "path", "interval"}):
-                yield key, "does not apply to a directory (expected git beside it)"
+                yield key, "does not apply to a directory (expected git as well)"
 
 
 class NodeTable(Table):
@@ -317,7 +317,7 @@ class Written:
     document: Document = field(compare=False)
 
     def where(self, path: KeyPath) -> str:
-        """The file, line and key of what stands at a key path."""
+        """Return the file, line and key of what is at a key path, as errors name it."""
         return f"{self.file}:{self.document.line(path)}: {one_line(dotted(self.document.written(path)))}"
 
 
@@ -335,7 +335,7 @@ class Config(AgentTable):
         return self._written.where(path)
 
     def reloaded(self, new: Config) -> tuple[Config, list[str]]:
-        """What the agent goes on with when agent.toml has changed, and which keys of new need a restart."""
+        """Return the settings after a reload, and the changed keys that need a restart and stay as they were."""
         waiting = [key for key in FIXED if attrgetter(key)(self) != attrgetter(key)(new)]
         for table, _, key in (path.rpartition(".") for path in waiting):
             if table:
@@ -346,7 +346,7 @@ class Config(AgentTable):
         return new, waiting
 
     def facts(self) -> NodeFacts:
-        """What state files may ask about this node."""
+        """Return what state files may ask about this node."""
         return NodeFacts(
             name=self.node.name,
             labels=self.node.labels,

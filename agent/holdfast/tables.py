@@ -47,7 +47,7 @@ def read_table(kind: type[T], data: Mapping[str, Any], known: Iterable[Fault] = 
             details = _details(error)
         if len(details) > MOST_FAULTS:  # cutting out so many would take longer than anybody waits
             few = [fault for detail in details[: MOST_FAULTS - 1] for fault in _faults(kind, detail)]
-            left = f"{len(details) - MOST_FAULTS + 1} more problems (mend these first)"
+            left = f"{len(details) - MOST_FAULTS + 1} more problems (correct these first)"
             return None, [*faults, *few, Fault((), left)]
         found = [_of_short_form(fault, rest.data) for detail in details for fault in _faults(kind, detail)]
         faults.extend(fault for fault in found if not rest.tore(fault.path))
@@ -56,10 +56,11 @@ def read_table(kind: type[T], data: Mapping[str, Any], known: Iterable[Fault] = 
 
 
 def _of_short_form(fault: Fault, data: Any) -> Fault:
-    """The fault as a person sees it who wrote a table as one text: about the text, and which part of it."""
+    """Make a fault within a text that stands for a table one of the text, and name the part."""
     for length, step in enumerate(fault.path):
         if isinstance(data, str):
-            return Fault(fault.path[:length], f"'{data}': {dotted(fault.path[length:])}: {fault.message}")
+            where = "" if f"'{data}'" in fault.message else f"'{data}': {dotted(fault.path[length:])}: "
+            return Fault(fault.path[:length], f"{where}{fault.message}")
         match data, step:
             case dict(), str():
                 data = data.get(step)
@@ -97,7 +98,7 @@ class Remainder:
         self.torn: set[KeyPath] = set()
 
     def tore(self, path: KeyPath) -> bool:
-        """Whether a fault may come of the cutting: its table lost another key."""
+        """Say whether a fault may come from the cutting, because its table lost another key."""
         return path in self.torn or path[:-1] in self.torn
 
     def cut(self, faults: Iterable[Fault]) -> None:
@@ -113,14 +114,14 @@ class Remainder:
             self.data = self._without(self.data, steps, ())
 
     def _table(self, steps: list[Any]) -> Any:
-        """What the data has at these steps; nothing where they lead nowhere."""
+        """Return the table at these steps; an empty one if there is none."""
         table = self.data
         for step in steps:
             table = table.get(step) if isinstance(table, dict) else None
         return table if isinstance(table, dict) else ()
 
     def _without(self, table: Any, steps: list[Any], at: KeyPath) -> Any:
-        """table without what steps lead to: the key, or what it is missing from; the original stays as it is."""
+        """Return a table without what the steps lead to: the key, or what it is missing from. The original stays."""
         inner = table.get(steps[0]) if steps else None
         if len(steps) > 1 and isinstance(inner, dict) and steps[1] in inner:
             return {**table, steps[0]: self._without(inner, steps[1:], (*at, steps[0]))}
@@ -129,7 +130,7 @@ class Remainder:
 
 
 def _details(error: ValidationError) -> list[dict[str, Any]]:
-    """pydantic's findings, without those that only follow from others."""
+    """Return pydantic's findings, without those that only follow from others."""
     found = [dict(detail) for detail in error.errors(include_url=False)]
     return [detail for detail in found if detail["type"] != "default_factory_not_called"]
 
@@ -162,7 +163,7 @@ def _unknown_key(table: type[Table] | None, key: str) -> str:
 
 
 def _table_at(kind: Any, path: KeyPath) -> type[Table] | None:
-    """The table that stands at a key path below a type."""
+    """Return the table at a key path below a type."""
     for step in path:
         table = _table_in(kind)
         if table is not None:
@@ -174,7 +175,7 @@ def _table_at(kind: Any, path: KeyPath) -> type[Table] | None:
 
 
 def _table_in(kind: Any) -> type[Table] | None:
-    """The table that a type is, seen through Annotated and Optional."""
+    """Return the table that a type is, seen through Annotated and Optional."""
     if isinstance(kind, type) and get_origin(kind) is None:
         return kind if issubclass(kind, Table) else None
     if get_origin(kind) in (tuple, dict, Literal):
@@ -183,7 +184,7 @@ def _table_in(kind: Any) -> type[Table] | None:
 
 
 def _item_of(kind: Any) -> Any:
-    """What a tuple or dict type, seen through Annotated and Optional, holds."""
+    """Return what a tuple or dict type holds, seen through Annotated and Optional."""
     if get_origin(kind) in (tuple, dict):
         return next(part for part in reversed(get_args(kind)) if part is not Ellipsis)
     return next((item for part in get_args(kind) if (item := _item_of(part)) is not None), None)
@@ -200,7 +201,7 @@ _EXPECTED = {
 
 
 def _plain(kind: str, detail: Mapping[str, Any]) -> str:
-    """pydantic's finding in our words."""
+    """Say pydantic's finding in our words."""
     match kind:
         case "missing":
             return "is missing"

@@ -93,14 +93,14 @@ class Document:
         return self
 
     def line(self, path: KeyPath) -> int:
-        """The line of a key path, or of the nearest table around it that the text has; 1 if there is none."""
+        """Return the line of a key path, or of the nearest table around it in the text; 1 if there is none."""
         path = self.written(path)
         while path and path not in self._offsets:
             path = path[:-1]
         return self.text.count("\n", 0, self._offsets.get(path, 0)) + 1
 
     def written(self, path: KeyPath) -> KeyPath:
-        """path as the text has it: a name in a list of names becomes its index, and a short form has no parts."""
+        """Return a path as the text has it: a name in a list becomes its index; short forms have no parts."""
         here: Any = self.data
         steps: list[str | int] = []
         for step in path:
@@ -123,7 +123,7 @@ class Document:
 
 
 def _scalars(data: dict[str, Any]) -> Iterator[tuple[KeyPath, Any]]:
-    """Every value that is no table or list, without recursion; raise Unreadable where they are nested too deeply."""
+    """Yield every value that is no table or list, without recursion; raise Unreadable for too deep nesting."""
     todo: list[tuple[KeyPath, Any]] = [((), data)]
     while todo:
         path, value = todo.pop()
@@ -139,7 +139,7 @@ def _scalars(data: dict[str, Any]) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def _unfit(value: Any) -> str:
-    """What keeps a value from being stored as JSON, or handed to the kernel; empty if nothing does."""
+    """Say why a value can't be stored as JSON or given to the kernel; "" if it can."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value} is not a number to count with (expected a finite one)"
     if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
@@ -150,7 +150,7 @@ def _unfit(value: Any) -> str:
 
 
 def dotted(path: KeyPath) -> str:
-    """A key path as a person writes it: `containers.web.ports[0]`."""
+    """Write a key path as a person does: `containers.web.ports[0]`."""
     text = ""
     for step in path:
         if isinstance(step, int):
@@ -163,7 +163,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def _unreadable(message: str, text: str) -> Unreadable:
-    """tomllib's error with its position taken out of the words."""
+    """Take the position out of the text of tomllib's error."""
     match = _WHERE.search(message)
     line, column = text.count("\n") + 1, 0
     if match and match[1]:
@@ -203,7 +203,7 @@ class _Places:
         return table
 
     def inside(self, steps: tuple[str, ...]) -> KeyPath:
-        """The path of a header's steps: below an array of tables, its last table is meant."""
+        """Return the path of a header's steps; in an array of tables, the last table is meant."""
         path: KeyPath = ()
         for step in steps:
             path = (*path, step)
@@ -225,7 +225,7 @@ class _Places:
         return tuple(self.steps())
 
     def steps(self) -> Iterator[str]:
-        """The parts of a dotted key; stops behind it and the white space that follows."""
+        """Yield the parts of a dotted key; stop behind it and the white space that follows."""
         while True:
             self.skip(_SPACE)
             start = self.at
@@ -270,7 +270,7 @@ class _Places:
         self.at += 1
 
     def note(self, path: KeyPath, at: int) -> None:
-        """A path begins here, and so do the tables around it that have no place of their own."""
+        """Note where a path starts; tables around it that have no place of their own start there, too."""
         self.found[path] = at
         for length in range(1, len(path)):
             self.found.setdefault(path[:length], at)

@@ -12,7 +12,7 @@ MAX_KNOWN = 200  # words that are compared with it, because comparing takes time
 
 
 def one_line(message: str) -> str:
-    """A message on one line of bounded length, whatever it quotes: what it begins and what it ends with.
+    """Put a message on one line of bounded length: its start and its end.
 
     Values that it quotes can't break the line, or steer the terminal of whoever reads it.
     """
@@ -22,7 +22,7 @@ def one_line(message: str) -> str:
 
 
 def named(value: Any) -> str:
-    """What TOML calls the kind of a value: `a string`, `a table`."""
+    """Say what TOML calls the kind of a value: `a string`, `a table`."""
     match value:
         case bool():
             return "a boolean"
@@ -39,14 +39,14 @@ def named(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as an error quotes it."""
+    """Quote a value as an error does."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return f"'{value}'" if isinstance(value, str) else str(value) if isinstance(value, int | float) else named(value)
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the nearest known word, or the empty string."""
+    """Return ` (did you mean 'x'?)` for the nearest known word, or ""."""
     from difflib import get_close_matches  # slow to import, and most runs have no errors
 
     near = get_close_matches(word[:LONGEST_WORD], list(islice(known, MAX_KNOWN)), n=1)

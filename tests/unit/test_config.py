@@ -197,11 +197,14 @@ def test_a_directory_is_no_settings_file(tmp_path: Path) -> None:
             'name = "Edge"\n',
             "1: name: 'Edge' is not an agent's name (expected a-z and 0-9, at most 8, beginning with a letter)",
         ),
-        ('state = "state"\n', "1: state: 'state' is not an absolute path (expected it to begin with /)"),
-        ("state = {}\n", '1: state: names nothing or two things (expected a directory, or git = "URL or path")'),
+        ('state = "state"\n', "1: state: 'state' is not an absolute path (expected it to start with /)"),
+        (
+            "state = {}\n",
+            '1: state: has neither or both of directory and git (expected a directory, or git = "URL or path")',
+        ),
         (
             '[state]\ndirectory = "/x"\nbranch = "y"\n',
-            "3: state.branch: does not apply to a directory (expected git beside it)",
+            "3: state.branch: does not apply to a directory (expected git as well)",
         ),
         (
             'state = { git = "/x", path = "../y" }\n',
@@ -243,7 +246,7 @@ def test_a_directory_is_no_settings_file(tmp_path: Path) -> None:
         ),
         (
             '[policy]\nbind_roots = ["srv"]\n',
-            "2: policy.bind_roots[0]: 'srv' is not an absolute path (expected it to begin with /)",
+            "2: policy.bind_roots[0]: 'srv' is not an absolute path (expected it to start with /)",
         ),
         ("[vars]\na = [1]\n", "2: vars.a: expected a string, not a list"),
     ],

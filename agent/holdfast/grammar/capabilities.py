@@ -17,7 +17,7 @@ ALL = (
 
 
 def canonical(text: str) -> str:
-    """`net_admin`, `NET_ADMIN` or `CAP_NET_ADMIN` as the last, `all` as ALL."""
+    """Return `net_admin`, `NET_ADMIN` or `CAP_NET_ADMIN` as the last, `all` as ALL."""
     found = text.upper()
     if found == "ALL":
         return found

@@ -58,7 +58,7 @@ class Reference:
         return self.at(self.digest) if self.digest else self.name
 
     def at(self, digest: str) -> str:
-        """The full name of one manifest: `docker.io/library/app@sha256:…`."""
+        """Return the full name of one manifest: `docker.io/library/app@sha256:…`."""
         return f"{self.repository}@{digest}"
 
 
@@ -107,7 +107,7 @@ def _docker(text: str) -> Reference:
 
 
 def _check_outside(text: str) -> None:
-    """What is often written around a name, and what is no name of a registry at all."""
+    """Refuse what people often write around a name, and what is no name in a registry."""
     scheme, _, rest = text.partition(":")
     if scheme in ("http", "https") and rest.startswith("//"):
         raise ValueError(f"an address, not a name (leave {scheme}:// out)")
@@ -130,7 +130,7 @@ def _split_host(name: str) -> tuple[str, str]:
 
 
 def familiar(name: str) -> str:
-    """The short form of a full name, as people write it: what `parse` reads as the same full name."""
+    """Shorten a full name as people write it; `parse` reads the short form as the same name."""
     for prefix in ("docker.io/library/", "docker.io/"):
         short = name.removeprefix(prefix)
         with suppress(ValueError):
@@ -140,7 +140,7 @@ def familiar(name: str) -> str:
 
 
 def built(image: str) -> str | None:
-    """The `[app/]name` of an image that the state files build; None for any other.
+    """Return the `[app/]name` of an image that the state files build; None for any other.
 
     Without a tag or a digest: an image of a registry whose name begins with `images.` is written with its tag.
     """
@@ -149,19 +149,19 @@ def built(image: str) -> str | None:
 
 
 def archive_path(image: str) -> str | None:
-    """The path of the host that an image is read from; None for an image of a registry."""
+    """Return the path of the host that an image is read from; None for an image of a registry."""
     transport, _, path = image.partition(":")
     return path.partition(":")[0] if transport in TRANSPORTS else None
 
 
 def is_version(image: str) -> bool:
-    """Whether the tag of a reference begins like a version."""
+    """Say whether the tag of a reference starts like a version."""
     tag = image.rpartition("/")[2].partition(":")[2]
     return re.match(r"v?\d", tag) is not None
 
 
 def platform(text: str) -> str:
-    """`linux/ARCHITECTURE[/VARIANT]`, as images name them (GOARCH, GOARM)."""
+    """Check `linux/ARCHITECTURE[/VARIANT]`, as images name them (GOARCH, GOARM)."""
     if not re.fullmatch(r"linux/[a-z0-9]+(/v[0-9]+)?", text):
         raise ValueError(f"'{text}' is not a platform (expected linux/ARCHITECTURE[/VARIANT], as linux/amd64)")
     return text

@@ -30,7 +30,7 @@ _SYSCTLS: dict[str, Namespace] = {
 
 
 def ulimit(text: str) -> str:
-    """A resource that getrlimit(2) limits."""
+    """Check the name of a limit of getrlimit(2)."""
     if text not in ULIMITS:
         near = suggestion(text, ULIMITS) or f" (expected one of {', '.join(sorted(ULIMITS))})"
         raise ValueError(f"'{text}' is not a limit{near}")
@@ -38,13 +38,13 @@ def ulimit(text: str) -> str:
 
 
 def sysctl(text: str) -> str:
-    """A kernel setting that is the container's own; others would change the host."""
+    """Check a kernel setting that is the container's own; others would change the host."""
     namespace_of(text)
     return text
 
 
 def namespace_of(sysctl: str) -> Namespace:
-    """The namespace that a kernel setting belongs to."""
+    """Return the namespace that a kernel setting belongs to."""
     # Runtimes make a path below /proc/sys of it, some of them with '/' and '.' exchanged.
     if re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+", sysctl):
         if sysctl.startswith("net."):

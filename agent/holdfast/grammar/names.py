@@ -13,7 +13,7 @@ _LABEL = re.compile(r"[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?")
 
 
 def name(value: str) -> str:
-    """The name of an app, container, network, volume or config."""
+    """Check the name of an app, container, network, volume or config."""
     if not NAME.fullmatch(value):
         raise ValueError(
             f"'{value}' is not a name (expected a-z, 0-9, '_', '.', '-', at most 63, first a letter or digit)"
@@ -22,7 +22,7 @@ def name(value: str) -> str:
 
 
 def reference(value: str) -> str:
-    """A name, or `app/name` for what another app defines."""
+    """Check a name, or `app/name` for what another app defines."""
     app, slash, inner = value.rpartition("/")
     if slash:
         name(app)
@@ -31,23 +31,23 @@ def reference(value: str) -> str:
 
 
 def variable(value: str) -> str:
-    """The name of an environment variable."""
+    """Check the name of an environment variable."""
     if not value or "=" in value or "\0" in value:
         raise ValueError(f"'{value}' is not the name of a variable (expected no '=' and at least one character)")
     return value
 
 
 def absolute(value: str) -> str:
-    """An absolute path, normalised."""
+    """Normalise an absolute path."""
     if not value.startswith("/"):
-        raise ValueError(f"'{value}' is not an absolute path (expected it to begin with /)")
+        raise ValueError(f"'{value}' is not an absolute path (expected it to start with /)")
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
         raise ValueError(f"{value!r} holds control characters (expected a path that can be printed)")
     return "/" + "/".join(_collapsed(value))
 
 
 def _collapsed(path: str) -> list[str]:
-    """The steps of a path without `.` and `..`; above the top there is the top."""
+    """Return the steps of a path without `.` and `..`; above the top is the top."""
     steps: list[str] = []
     for step in path.split("/"):
         if step == "..":
@@ -58,21 +58,21 @@ def _collapsed(path: str) -> list[str]:
 
 
 def hostname(value: str) -> str:
-    """A host name: RFC 1123 labels, at most 64 characters in all (HOST_NAME_MAX of Linux)."""
+    """Check a host name: RFC 1123 labels, at most 64 characters in all (HOST_NAME_MAX of Linux)."""
     if len(value) > 64 or not all(map(_LABEL.fullmatch, value.split("."))):
         raise ValueError(f"'{value}' is not a host name (expected letters, digits, '-' and '.', at most 64)")
     return value
 
 
 def alias(value: str) -> str:
-    """A further name in a network: one word of a hosts file, which neighbours read."""
+    """Check an alias in a network: one word of a hosts file, which other containers read."""
     if not re.fullmatch(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?", value) or value == "localhost":
         raise ValueError(f"'{value}' is not a name for a network (expected letters, digits, '-', '_' and '.')")
     return value
 
 
 def user(value: str) -> str:
-    """`USER[:GROUP]`, names or numbers."""
+    """Check `USER[:GROUP]`, names or numbers."""
     if not re.fullmatch(r"[^\s:/]+(:[^\s:/]+)?", value):
         raise ValueError(f"'{value}' is not a user (expected USER[:GROUP], names or numbers)")
     for part in value.split(":"):
@@ -81,7 +81,7 @@ def user(value: str) -> str:
 
 
 def group(value: str) -> str:
-    """A group, name or number."""
+    """Check a group, name or number."""
     if not re.fullmatch(r"[^\s:/]+", value):
         raise ValueError(f"'{value}' is not a group (expected a name or a number)")
     check_id(value)

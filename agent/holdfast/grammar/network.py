@@ -9,7 +9,7 @@ from holdfast.grammar.quantities import number
 
 
 def ports(value: str) -> range:
-    """One port or a range of them."""
+    """Read one port or a range of them."""
     first, dash, last = value.partition("-")
     last = last if dash else first
     if not (number(first) and number(last)):
@@ -23,13 +23,13 @@ def ports(value: str) -> range:
 
 
 def ports_text(value: str) -> str:
-    """One port or a range of them, checked."""
+    """Check one port or a range of them."""
     ports(value)
     return value
 
 
 def port_text(host_ip: str, host_port: int, container_port: int, protocol: str, count: int = 1) -> str:
-    """A published port, or a range of count ports, as state files write it: [HOST_IP:]HOST:CONTAINER/PROTOCOL."""
+    """Write a published port, or a range of count ports, as state files do: [HOST_IP:]HOST:CONTAINER/PROTOCOL."""
     host, inner = (
         f"{first}-{first + count - 1}" if count > 1 else str(first) for first in (host_port, container_port)
     )
@@ -37,7 +37,7 @@ def port_text(host_ip: str, host_port: int, container_port: int, protocol: str, 
 
 
 def address(value: str) -> str:
-    """An IPv4 address in canonical form."""
+    """Read an IPv4 address; return its canonical form."""
     try:
         return str(ipaddress.IPv4Address(value))
     except ValueError:
@@ -45,7 +45,7 @@ def address(value: str) -> str:
 
 
 def subnet(value: str) -> str:
-    """An IPv4 network in canonical form; /30 is the smallest that holds a gateway and a container."""
+    """Read an IPv4 network; /30 is the smallest that holds a gateway and a container."""
     try:
         network = ipaddress.IPv4Network(value)
     except ValueError as error:
@@ -64,7 +64,7 @@ _NOBODYS = tuple(map(ipaddress.IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "169.25
 
 
 def mac(value: str) -> str:
-    """A unicast MAC address in lower case."""
+    """Read a unicast MAC address; return it in lower case."""
     if not re.fullmatch(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", value):
         raise ValueError(f"'{value}' is not a MAC address (expected six hexadecimal pairs as 02:42:ac:11:00:02)")
     if int(value[:2], 16) & 1:
@@ -73,7 +73,7 @@ def mac(value: str) -> str:
 
 
 def unusable(address: str, subnet: str | ipaddress.IPv4Network) -> str:
-    """Why an address can't be given to a machine of a subnet; empty if it can."""
+    """Say why an address can't be given to a machine of a subnet; "" if it can."""
     found, subnet = ipaddress.IPv4Address(address), ipaddress.IPv4Network(subnet)
     if found not in subnet:
         return f"'{address}' is outside the subnet (expected an address of {subnet})"

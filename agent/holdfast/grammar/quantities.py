@@ -20,12 +20,12 @@ _BYTES = {
 
 
 def number(text: str) -> bool:
-    """Whether a text is a number in decimal digits, of a length that anything counts."""
+    """Say whether a text is a decimal number of at most 15 digits."""
     return text.isascii() and text.isdigit() and len(text) <= LONGEST_NUMBER
 
 
 def size(text: str) -> int:
-    """Bytes of a size: `64MiB` (and `64m`, as Docker has it) is 1024-based, `64MB` 1000-based; a number is bytes."""
+    """Read a size in bytes: `64MiB` (and `64m`, as in Docker) is 1024-based, `64MB` 1000-based; a number is bytes."""
     match = _SIZE.fullmatch(text.strip())
     factor = _BYTES.get(match[2].lower()) if match else None
     if match is None or factor is None:
@@ -39,14 +39,14 @@ def size(text: str) -> int:
 
 
 def size_text(number: int) -> str:
-    """A size in the largest unit that gives a whole number: 64MiB."""
+    """Write a size in the largest unit that gives a whole number: 64MiB."""
     powers = (power for power in (4, 3, 2, 1) if number and number % 1024**power == 0)
     power = next(powers, 0)
     return f"{number // 1024**power}{'KMGT'[power - 1]}iB" if power else f"{number} bytes"
 
 
 def about(count: float) -> str:
-    """A number of bytes as people read it, in three digits: 512B, 1.5KiB, 10MiB."""
+    """Write a number of bytes in three digits: 512B, 1.5KiB, 10MiB."""
     if count < 1024:
         return f"{count:.0f}B"
     for unit in ("KiB", "MiB", "GiB"):
@@ -57,7 +57,7 @@ def about(count: float) -> str:
 
 
 def duration(text: str) -> float:
-    """Seconds of a duration: `1m30s`, `100ms`, `0`."""
+    """Read a duration in seconds: `1m30s`, `100ms`, `0`."""
     if text == "0":
         return 0.0
     if not text or len(text) > 2 * LONGEST_NUMBER or _DURATION.sub("", text):

@@ -10,7 +10,7 @@ from holdfast.words import suggestion
 
 
 def canonical(value: str | int) -> str:
-    """The name of a signal: SIGTERM; SIGRTMIN+N and SIGRTMAX-N stay as they are."""
+    """Return the name of a signal: SIGTERM; SIGRTMIN+N and SIGRTMAX-N stay as they are."""
     text = str(value).upper()
     if is_number(text) and (name := name_of(int(text))):
         return name
@@ -22,12 +22,12 @@ def canonical(value: str | int) -> str:
 
 
 def number_of(value: str | int) -> int:
-    """The number of a signal, however it is written."""
+    """Return the number of a signal, however it is written."""
     return _number(canonical(value))
 
 
 def name_of(number: int) -> str:
-    """What a signal is called, "" if there is none of that number."""
+    """Return the name of a signal, "" if none has that number."""
     if signal.SIGRTMIN < number < signal.SIGRTMAX:
         return f"SIGRTMIN+{number - signal.SIGRTMIN}"
     try:
@@ -37,7 +37,7 @@ def name_of(number: int) -> str:
 
 
 def _number(name: str) -> int:
-    """The number of a canonical name; 0 if there is no such signal."""
+    """Return the number of a canonical name; 0 if there is no such signal."""
     match = re.fullmatch(r"(\w+?)(?:([+-])(\d{1,2}))?", name, re.ASCII)
     base = signal.Signals.__members__.get(match[1]) if match else None
     if match is None or base is None:

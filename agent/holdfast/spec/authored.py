@@ -48,7 +48,7 @@ class PortTable(Table):
     def conflicts(self) -> Iterator[tuple[str, str]]:
         host, inner = self._ranges()
         if len(host) != len(inner):
-            yield "", f"{len(host)} host ports lead to {len(inner)} container ports (expected as many)"
+            yield "", f"{len(host)} host ports for {len(inner)} container ports (expected the same number)"
 
     def _ranges(self) -> tuple[range, range]:
         return network.ports(self.published), network.ports(self.target)
@@ -128,7 +128,7 @@ class ContainerTable(model.ContainerKeys):
         if self.image is not None and self.rootfs is not None:
             yield "image", "and rootfs exclude each other (expected one of them)"
         if self.rootfs is not None and not (self.command or self.entrypoint):
-            yield "rootfs", "says nothing about what to run (expected command or entrypoint beside it)"
+            yield "rootfs", "does not say what to run (expected command or entrypoint as well)"
         yield from self._wrong_fetching()
         if self.restart is not None and self.restart_policy is not None:
             yield "restart", "and restart_policy exclude each other (expected one of them)"
@@ -162,7 +162,7 @@ class ContainerTable(model.ContainerKeys):
             if alone not in self.networks:
                 continue
             if len(self.networks) > 1:
-                yield "networks", f"'{alone}' stands alone (expected no other network beside it)"
+                yield "networks", f"'{alone}' can't be combined with other networks (expected it alone)"
             if self.networks[alone] != Attachment():
                 yield "networks", f"'{alone}' takes no settings (expected networks = [\"{alone}\"])"
             if self.ports:
@@ -177,7 +177,7 @@ _HOST = 'networks = ["host"]'
 
 def _not_builtin(name: str) -> str:
     if name in model.BUILTIN_NETWORKS:
-        raise ValueError(f"'{name}' is always there and can't be defined (expected another name)")
+        raise ValueError(f"'{name}' is built in and can't be defined (expected another name)")
     return name
 
 
@@ -189,7 +189,7 @@ class ConfigTable(Table):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if (self.file is None) == (self.content is None):
-            yield "", "holds nothing or two things (expected either file or content)"
+            yield "", "has neither or both of file and content (expected one of them)"
         if self.file is not None and (not self.file or self.file.startswith("/")):
             yield "file", f"'{self.file}' is not a path in the repository (expected ./path)"
 
@@ -217,7 +217,7 @@ class ImageTable(model.BuildKeys):
         if self.dockerfile is not None and self.dockerfile.startswith("/"):
             yield "dockerfile", f"'{self.dockerfile}' is not a path in the context (expected one relative to it)"
         if self.push and not self.tags:
-            yield "push", 'leads nowhere (expected tags = ["REGISTRY/PATH:TAG"] beside it)'
+            yield "push", 'needs a name to push to (expected tags = ["REGISTRY/PATH:TAG"] as well)'
         for key, values in (("tags", self.tags), ("platforms", self.platforms)):
             twice = next((value for index, value in enumerate(values) if value in values[:index]), None)
             if twice is not None:

@@ -37,12 +37,12 @@ class Folder:
     digests: MutableMapping[str, tuple[bytes, str]]
 
     def below(self, folder: str) -> Iterator[str]:
-        """The paths of all files in a folder."""
+        """Return the paths of all files in a folder."""
         prefix = f"{folder}/" if folder else ""
         return (path for path in self.files if path.startswith(prefix))
 
     def lacks(self, path: str, spared: Callable[[str], bool] = lambda path: False) -> str:
-        """What the revision lacks of a file or folder, and why; "" if nothing. spared: says what nobody needs."""
+        """Say what the revision lacks of a file or folder, and why; "" if nothing. spared: what nobody needs."""
         prefix = f"{path}/" if path else ""
         found = [
             (each, why)
@@ -58,7 +58,7 @@ class Folder:
         return f"is not whole in this revision, it lacks: {several}" + ("; and more" if found[MOST_TOLD:] else "")
 
     def digest(self, path: str) -> str:
-        """The sha256 (hex) of a file."""
+        """Return the sha256 (hex) of a file."""
         content = self.files[path]
         known = self.digests.get(path)
         if known is None or known[0] is not content:
@@ -82,7 +82,7 @@ class Builds:
         self._made: dict[str, Build] = {}
 
     def faults(self, draft: Draft, around: Neighbours) -> Iterator[Finding]:
-        """What is wrong with the images of one file: contexts, Dockerfiles and what these start from."""
+        """Find what is wrong with the images of one file: contexts, Dockerfiles, and what these start from."""
         for name, image in draft.images.items():
             at: KeyPath = ("images", name)
             wrong = self._wrong_context(image)
@@ -105,7 +105,7 @@ class Builds:
                     yield draft, Fault((*at, "dockerfile"), f"{path}:{use.line}: '{use.name}': {wrong}")
 
     def taken_tags(self) -> Iterator[Finding]:
-        """Names that two images are to have: the first by the state file's path keeps it."""
+        """Find names that two images have: the first by the state file's path keeps it."""
         owners: dict[str, tuple[Draft, KeyPath]] = {}
         for draft in sorted(self.drafts.values(), key=lambda draft: draft.app.path):
             for name, image in draft.images.items():
@@ -116,19 +116,19 @@ class Builds:
                         yield draft, Fault(path, f"'{tag}' is taken by {place(*owner)} (expected another name)")
 
     def rings(self) -> Iterator[Finding]:
-        """Images that are built from each other; every file of the ring is told."""
+        """Find images that are built from each other; every file concerned gets a finding."""
         edges = {name: [base for _, base in self._sound_bases(name) if base in self.images] for name in self.images}
         for cycle in cycles(edges):
             for index, qualified in enumerate(cycle[:-1]):
                 turned = " → ".join([*cycle[index:-1], *cycle[: index + 1]])
                 app, _, name = qualified.partition("/")
                 fault = Fault(
-                    ("images", name, "dockerfile"), f"a ring: {turned} (one must start from something else)"
+                    ("images", name, "dockerfile"), f"a cycle: {turned} (one of them must start from another image)"
                 )
                 yield self.drafts[app], fault
 
     def orphans(self, broken: Iterable[str]) -> Iterator[Finding]:
-        """Files that need an image of an app that does not load: what that image is can't be known."""
+        """Find files that need an image of an app that does not load, because nobody knows what that image is."""
         lost = set(broken)
         while found := [
             (draft, where, app) for draft, where, app in self._needed() if app in lost - {draft.app.name}
@@ -137,11 +137,11 @@ class Builds:
             if not found:
                 return
             for draft, where, app in found:
-                yield draft, Fault(where, f"app '{app}', whose image this is, does not load (mend that one)")
+                yield draft, Fault(where, f"app '{app}', whose image this is, does not load (correct that one first)")
             lost |= {draft.app.name for draft, _, _ in found}
 
     def _needed(self) -> Iterator[tuple[Draft, KeyPath, str]]:
-        """Each place where a file needs an image of an app."""
+        """Yield each place where a file needs an image of an app."""
         for draft in self.drafts.values():
             for name, container in draft.app.containers.items():
                 if image := built(container.image or ""):
@@ -151,7 +151,7 @@ class Builds:
                     yield draft, ("images", name, "dockerfile"), base.partition("/")[0]
 
     def images_of(self, app: App, blobs: dict[str, bytes]) -> dict[str, Build]:
-        """All that must be built for an app that loads; contents go to blobs."""
+        """Return everything that must be built for an app that loads; contents go to blobs."""
         wanted = [image for container in app.containers.values() if (image := built(container.image or ""))]
         wanted += [f"{app.name}/{name}" for name, image in self.drafts[app.name].images.items() if image.table.push]
         found: dict[str, Build] = {}
@@ -164,7 +164,7 @@ class Builds:
         return dict(sorted(found.items()))
 
     def bases(self, qualified: str) -> tuple[tuple[Use, str], ...]:
-        """What of an image's Dockerfile are images of the state files, as written and as qualified names.
+        """Return what a Dockerfile names of the images of state files, as written and as qualified names.
 
         Raises ValueError where the Dockerfile is missing or can't be read.
         """
@@ -186,20 +186,20 @@ class Builds:
             return ()
 
     def _meant(self, name: str, app: str) -> str:
-        """The qualified name of the image that a Dockerfile of an app names; "" for one of a registry."""
+        """Return the qualified name of an image that a Dockerfile of an app names; "" for one of a registry."""
         ours = built(name)
         if ours:
             return ours if "/" in ours else f"{app}/{ours}"
         return self.tags.get(_full(name), "")
 
     def _lack(self, image: ImageDraft) -> str:
-        """What the revision lacks of a context; what .dockerignore leaves out is not needed."""
+        """Say what the revision lacks of a context; what .dockerignore leaves out is not needed."""
         ignore, prefix = self._ignore(image), image.prefix
         lack = self.folder.lacks(image.context, lambda path: ignore.leaves_out(path.removeprefix(prefix).rstrip("/")))
         return f"'{image.context}' {lack}" if lack else ""
 
     def spares(self, image: ImageDraft, path: str) -> bool:
-        """Whether .dockerignore leaves a path out of an image's context."""
+        """Say whether .dockerignore leaves a path out of an image's context."""
         try:
             return self._ignore(image).leaves_out(path.removeprefix(image.prefix))
         except ValueError:  # a problem, which is told as such
@@ -215,14 +215,14 @@ class Builds:
         return ""
 
     def _dockerfile(self, image: ImageDraft) -> str:
-        """The path of the Dockerfile. Raises ValueError."""
+        """Return the path of the Dockerfile. Raises ValueError."""
         found = next((path for path in image.dockerfiles if path in self.folder.files), None)
         if found is None:
             raise ValueError(f"'{image.dockerfiles[0] if image.dockerfiles else ''}' is not in this revision")
         return found
 
     def _ignore(self, image: ImageDraft) -> Ignore:
-        """What the context leaves out: DOCKERFILE.dockerignore, else .dockerignore. Raises ValueError."""
+        """Read what the context leaves out: DOCKERFILE.dockerignore, else .dockerignore. Raises ValueError."""
         own = f"{self._dockerfile(image)}{IGNORE}"
         path = own if own in self.folder.files else f"{image.prefix}{IGNORE}"
         try:
@@ -269,6 +269,6 @@ class Builds:
 
 
 def _full(name: str) -> str:
-    """A name with its tag, as Docker completes it."""
+    """Complete a name with its tag, as Docker does."""
     short = re.sub(r"^(index\.)?docker\.io/(library/)?", "", name)
     return short if ":" in short.rpartition("/")[2] else f"{short}:latest"

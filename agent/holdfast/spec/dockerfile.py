@@ -41,7 +41,7 @@ class RunMount:
 
 
 def images_in(text: str, args: Mapping[str, str]) -> tuple[Use, ...]:
-    """Every image named, in order; names of earlier stages are none. args: given from outside, they beat defaults."""
+    """Find every image that is named, except earlier stages. args: given from outside, they win over defaults."""
     known: dict[str, str] = {}
     stages: set[str] = set()
     found: list[Use] = []
@@ -71,8 +71,8 @@ def images_in(text: str, args: Mapping[str, str]) -> tuple[Use, ...]:
 
 
 def mounts_in(text: str, *, heredocs: bool = True) -> tuple[RunMount, ...]:
-    """What the RUN instructions mount, in order. heredocs: whether who builds knows here-documents; buildah before
-    1.33 takes their lines for instructions."""
+    """Find what the RUN instructions mount, in order. heredocs: whether the builder knows here-documents; buildah
+    before 1.33 takes their lines for instructions."""
     return tuple(
         RunMount(line, {key: value for key, _, value in (each.partition("=") for each in _parts(option))})
         for line, word, rest in _instructions(text, heredocs=heredocs)
@@ -82,12 +82,12 @@ def mounts_in(text: str, *, heredocs: bool = True) -> tuple[RunMount, ...]:
 
 
 def _parts(option: str) -> list[str]:
-    """The parts of a list with commas, without quotes."""
+    """Split a list with commas, without quotes."""
     return [each.replace('"', "").replace("'", "") for each in option.split(",")]
 
 
 def keyed(text: str, args: Mapping[str, str]) -> str:
-    """The Dockerfile with an ARG in each stage, before the first instruction that a build argument may change.
+    """Add an ARG to each stage, before the first instruction that a build argument may change.
 
     The name of the ARG is made of all arguments: buildah compares most instructions (ENV, LABEL, COPY, …) as they
     are written, and would take a layer of its cache that was made with other values. What comes before stays cached.
@@ -113,7 +113,7 @@ def keyed(text: str, args: Mapping[str, str]) -> str:
 
 
 def _options(rest: str, prefix: str) -> list[str]:
-    """The values of an instruction's options that begin so."""
+    """Return the values of an instruction's options that start with a prefix."""
     options = takewhile(lambda each: each.startswith("--"), rest.split())
     return [each.removeprefix(prefix) for each in options if each.startswith(prefix)]
 
@@ -144,7 +144,7 @@ def _instructions(text: str, *, heredocs: bool = True) -> Iterator[tuple[int, st
 
 
 def _escape(lines: list[str]) -> str:
-    """The character that continues a line: a directive at the top may choose another."""
+    """Return the character that continues a line; a directive at the top may choose another."""
     for line in lines:
         match = re.fullmatch(r"#\s*([a-zA-Z]+)\s*=\s*(\S+)\s*", line)
         if match is None:
@@ -155,7 +155,7 @@ def _escape(lines: list[str]) -> str:
 
 
 def _replaced(text: str, values: Mapping[str, str]) -> str:
-    """The text with $NAME, ${NAME}, ${NAME:-word} and ${NAME:+word} replaced; what has no value becomes nothing."""
+    """Replace $NAME, ${NAME}, ${NAME:-word} and ${NAME:+word}; a name without a value becomes nothing."""
 
     def value(match: re.Match[str]) -> str:
         found = values.get(match["plain"] or match["name"])

@@ -21,14 +21,14 @@ class Ignore:
         self._folders: dict[str, tuple[bool, ...]] = {"": (False,) * len(self.rules)}
 
     def leaves_out(self, path: str) -> bool:
-        """Whether a file, by its path below the context, is left out."""
+        """Say whether a file is left out, by its path below the context."""
         out = False
         for (keeps, _), fits in zip(self.rules, self._fits(path), strict=True):
             out = not keeps if fits else out
         return out
 
     def _fits(self, path: str) -> tuple[bool, ...]:
-        """Rule by rule, whether it fits the path or a folder above it."""
+        """Say for each rule whether it fits the path or a folder above it."""
         folder = posixpath.dirname(path)
         if folder not in self._folders:
             self._folders[folder] = self._fits(folder)
@@ -40,7 +40,7 @@ class Ignore:
 
 
 def _rules(text: str) -> Iterator[tuple[bool, re.Pattern[str]]]:
-    """(takes back?, pattern) of each line that is one."""
+    """Read each line that is a pattern: (takes back?, pattern)."""
     for number, raw in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
         line = raw.strip()
         if raw.startswith("#") or not line:
@@ -59,7 +59,7 @@ def _rules(text: str) -> Iterator[tuple[bool, re.Pattern[str]]]:
 
 @lru_cache(maxsize=512)
 def _expression(pattern: str) -> str:
-    """The regular expression of one pattern."""
+    """Turn one pattern into a regular expression."""
     parts: list[str] = []
     at = 0
     while at < len(pattern):
@@ -89,7 +89,7 @@ def _expression(pattern: str) -> str:
 
 
 def _set(inner: str) -> str:
-    """The set between [ and ]: single characters and ranges, what any of them means to Python aside."""
+    """Turn the set between [ and ] into that of a regular expression: single characters and ranges."""
     negated = inner.startswith("^")
     characters = re.findall(r"\\(.)|(.)", inner[negated:], re.DOTALL)
     plain = [escaped or bare for escaped, bare in characters]

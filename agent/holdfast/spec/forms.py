@@ -25,7 +25,7 @@ MOST_PIDS = 4_194_304  # PID_MAX_LIMIT of Linux
 
 
 def words(value: Any) -> Any:
-    """A command: a list stays, a string is split as a shell would and run by none."""
+    """Read a command: a list stays, a string is split as a shell would and run by none."""
     if not isinstance(value, str):
         return value
     try:
@@ -35,7 +35,7 @@ def words(value: Any) -> Any:
 
 
 def keyed(value: Any, read: Callable[[str], tuple[str, Any]]) -> Any:
-    """Make a list of short forms a table, each read as its key and value; a table stays."""
+    """Turn a list of short forms into a table; read returns the key and value of each. A table stays."""
     if not isinstance(value, list):
         return value
     table: dict[str, Any] = {}
@@ -50,7 +50,7 @@ def keyed(value: Any, read: Callable[[str], tuple[str, Any]]) -> Any:
 
 
 def pairs(value: Any) -> Any:
-    """`["K=V", …]` as a table; a table stays."""
+    """Read `["K=V", …]` as a table; a table stays."""
     return keyed(value, _pair)
 
 
@@ -62,7 +62,7 @@ def _pair(item: str) -> tuple[str, str]:
 
 
 def volumes_from(value: Any) -> Any:
-    """`["db", "db:ro"]` as a table; a table stays."""
+    """Read `["db", "db:ro"]` as a table; a table stays."""
     return keyed(value, _access)
 
 
@@ -74,22 +74,22 @@ def _access(item: str) -> tuple[str, str]:
 
 
 def named(value: Any) -> Any:
-    """A list of names as a table of them, each without settings; a table stays."""
+    """Read a list of names as a table of them, each without settings; a table stays."""
     return keyed(value, lambda name: (name, {}))
 
 
 def dependencies(value: Any) -> Any:
-    """A list of containers as a table of what each must have reached, started; a table stays."""
+    """Read a list of containers as a table in which each must have started; a table stays."""
     table = keyed(value, lambda name: (name, "started"))
     for other, condition in table.items() if isinstance(table, dict) else ():
         if isinstance(condition, dict):
             right = f'{other} = "started" or "completed"'
-            raise ValueError(f"'{other}' leads to a table (expected {right})")  # noqa: TRY004 - pydantic's terms
+            raise ValueError(f"'{other}' is a table (expected {right})")  # noqa: TRY004 - pydantic's terms
     return table
 
 
 def image(value: str) -> str:
-    """A Docker-style reference, an archive of the host, `oci:/path[:REF]`, or `images.[APP/]NAME`, built here."""
+    """Read a reference, an archive of the host (`oci:/path[:REF]`), or `images.[APP/]NAME`, which is built here."""
     if (ours := images.built(value)) is not None:
         reference(ours)
         return value
@@ -105,14 +105,14 @@ def _image(value: str) -> images.Reference:
 
 
 def not_of_a_registry(image: str) -> str:
-    """What an image is that no registry has, in words; "" if one may have it."""
+    """Say in words what an image is that no registry has; "" if a registry may have it."""
     if images.archive_path(image) is not None:
         return "an archive of the host"
     return "" if images.built(image) is None else "an image that is built here"
 
 
 def tag(value: str) -> str:
-    """A further name of an image that is built: `[REGISTRY/]PATH[:TAG]`."""
+    """Read one more name of an image that is built: `[REGISTRY/]PATH[:TAG]`."""
     if "@" in value or not_of_a_registry(value):
         raise ValueError(f"'{value}' is not a name for an image (expected [REGISTRY/]PATH[:TAG], in lower case)")
     _image(value)
@@ -120,7 +120,7 @@ def tag(value: str) -> str:
 
 
 def port(value: str) -> Parts:
-    """`[HOST_IP:]HOST:CONTAINER[/PROTOCOL]`."""
+    """Take apart `[HOST_IP:]HOST:CONTAINER[/PROTOCOL]`."""
     text, slash, protocol = value.partition("/")
     match text.rsplit(":", 2):
         case [published, target]:
@@ -133,7 +133,7 @@ def port(value: str) -> Parts:
 
 
 def volume(value: str) -> Parts:
-    """`SOURCE:TARGET[:ro|rw]`."""
+    """Take apart `SOURCE:TARGET[:ro|rw]`."""
     match value.split(":"):
         case [source, target, *option] if source and target and option in ([], ["ro"], ["rw"]):
             return {"source": source, "target": target, "read_only": option == ["ro"]}
@@ -143,7 +143,7 @@ def volume(value: str) -> Parts:
 
 
 def tmpfs(value: str) -> Parts:
-    """`TARGET[:size=…,mode=…,uid=…,gid=…,ro|rw]`, as Compose has it."""
+    """Read `TARGET[:size=…,mode=…,uid=…,gid=…,ro|rw]`, as in Compose."""
     target, _, options = value.partition(":")
     parts: Parts = {"target": absolute(target)}
     for option in filter(None, options.split(",")):
@@ -164,14 +164,14 @@ def tmpfs(value: str) -> Parts:
 
 
 def mode(value: Any) -> Any:
-    """Permission bits, as an octal string: a bare number would read as decimal."""
+    """Read permission bits as an octal string; a bare number would be decimal."""
     if isinstance(value, str) and re.fullmatch(r"(0o?)?[0-7]{1,4}", value):
         return int(value.removeprefix("0o"), 8)
     raise ValueError(f'{shown(value)} is not a mode (expected an octal string as "0644")')
 
 
 def device(value: str) -> Parts:
-    """`SOURCE[:TARGET][:PERMISSIONS]`."""
+    """Take apart `SOURCE[:TARGET][:PERMISSIONS]`."""
     source, *rest = value.split(":")
     permissions = rest.pop() if rest and not rest[-1].startswith("/") else "rwm"
     if len(rest) > 1 or not source.startswith("/"):
@@ -180,19 +180,19 @@ def device(value: str) -> Parts:
 
 
 def access(value: str) -> str:
-    """What may be done with a device: some of r (read), w (write) and m (mknod)."""
+    """Read what may be done with a device: some of r (read), w (write) and m (mknod)."""
     if not value or set(value) - set("rwm") or len(set(value)) != len(value):
         raise ValueError(f"'{value}' is not known (expected some of r, w and m)")
     return value
 
 
 def stop_signal(value: Any) -> Any:
-    """A signal's name, or its number."""
+    """Read a signal's name or number."""
     return value if isinstance(value, bool) or not isinstance(value, str | int) else signals.canonical(value)
 
 
 def on_change(value: str) -> str:
-    """What follows when a mounted file changes: restart, none, or a signal's name."""
+    """Read what to do when a mounted file changes: restart, none, or a signal's name."""
     if value in ("restart", "none"):
         return value
     try:
@@ -202,7 +202,7 @@ def on_change(value: str) -> str:
 
 
 def restart(value: str) -> Parts:
-    """`no | on-failure[:N] | always | unless-stopped`."""
+    """Read `no | on-failure[:N] | always | unless-stopped`."""
     policy, colon, attempts = value.partition(":")
     if policy not in ("no", "on-failure", "always", "unless-stopped"):
         known = "expected no, on-failure[:N], always or unless-stopped"
@@ -217,7 +217,7 @@ def restart(value: str) -> Parts:
 
 
 def cpuset(value: str) -> str:
-    """CPUs as cpuset(7) lists them: `0-3,6`."""
+    """Read a list of CPUs as in cpuset(7): `0-3,6`."""
     for part in value.split(","):
         first, dash, last = part.partition("-")
         last = last if dash else first
@@ -229,7 +229,7 @@ def cpuset(value: str) -> str:
 
 
 def reached(value: Any) -> Any:
-    """What a container waits for another to have reached, in Compose's words or ours."""
+    """Read what a container waits for another to have reached; Compose's words lead to ours."""
     meant = {"service_started": "started", "service_completed_successfully": "completed"}
     if value == "healthy":
         raise ValueError("'healthy' is not supported yet (expected 'started' or 'completed')")
@@ -239,15 +239,15 @@ def reached(value: Any) -> Any:
 
 
 def both(value: Any) -> Any:
-    """One number as the soft and the hard limit."""
+    """Read one number as both limits, soft and hard."""
     return {"soft": value, "hard": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def swap(value: Any) -> Any:
-    """A size, or -1 for no limit, which `unlimited` says too."""
+    """Read a size; -1 and `unlimited` are no limit."""
     return -1 if value in ("unlimited", -1) else size(value)
 
 
 def pids(value: Any) -> Any:
-    """A number of processes, or -1 for no limit, which `max` says too."""
+    """Read a number of processes; -1 and `max` are no limit."""
     return -1 if value == "max" else value

@@ -18,7 +18,7 @@ _MARK = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<inner>[^}]*)\})")
 
 
 def interpolated(value: Any, facts: NodeFacts, faults: list[Fault], path: KeyPath = ()) -> Any:
-    """value with every variable replaced; what has no value is noted in faults and stays as it was."""
+    """Replace every variable in a value; one without a value is noted in faults and stays as it was."""
     match value:
         case str() if "$" in value:
             return _text(value, facts, faults, path)
@@ -52,7 +52,7 @@ def _text(text: str, facts: NodeFacts, faults: list[Fault], path: KeyPath) -> st
 
 
 def _lookup(name: str, facts: NodeFacts) -> str | None:
-    """The value of a variable, None if it has none; raise ValueError if there can be no such variable."""
+    """Return the value of a variable, None if it has none. Raises ValueError for a name that can't be a variable."""
     if name == "node.name":
         return facts.name
     for prefix, values in _places(facts).items():

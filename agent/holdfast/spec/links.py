@@ -37,12 +37,12 @@ class Neighbours:
 
 
 def place(draft: Draft, path: KeyPath) -> str:
-    """A key path with its file and line, as findings name the other side."""
+    """Return a key path with its file and line, as findings name the other side."""
     return f"{dotted(draft.document.written(path))} ({draft.app.path}:{draft.document.line(path)})"
 
 
 def duplicate_names(drafts: Iterable[Draft]) -> Iterator[Finding]:
-    """Two files that describe an app of one name: neither can be preferred, so both are refused."""
+    """Find files whose apps have the same name: neither can be preferred, so both are refused."""
     by_name: dict[str, list[Draft]] = {}
     for draft in drafts:
         by_name.setdefault(draft.app.name, []).append(draft)
@@ -56,7 +56,7 @@ def duplicate_names(drafts: Iterable[Draft]) -> Iterator[Finding]:
 
 
 def missing_files(draft: Draft, lacks: Callable[[str], str], is_there: Callable[[str], bool]) -> Iterator[Finding]:
-    """Paths that are mounted and not in the revision, or not all of it. lacks: what is left out of one, and why."""
+    """Find mounted paths that the revision lacks, or part of them. lacks: what is left out of a path, and why."""
     for path, wanted in draft.wanted.items():
         if lack := lacks(wanted):
             yield draft, Fault(path, f"'{wanted}' {lack}")
@@ -65,7 +65,7 @@ def missing_files(draft: Draft, lacks: Callable[[str], str], is_there: Callable[
 
 
 def dangling(draft: Draft, around: Neighbours) -> Iterator[Finding]:
-    """References to apps, networks and volumes that nobody defines."""
+    """Find references to apps, networks and volumes that no file defines."""
     app = draft.app
     for other in app.depends_on:
         wrong = _unknown_app(other, around)
@@ -103,7 +103,7 @@ def _unknown_app(name: str, around: Neighbours) -> str:
 
 
 def unknown(qualified: str, asking: Draft, kind: str, around: Neighbours) -> str:
-    """What is wrong with a reference to a network, volume or image; empty if nothing is."""
+    """Say what is wrong with a reference to a network, volume or image; "" if nothing is."""
     owner, _, name = qualified.partition("/")
     if owner != asking.app.name:
         if owner in around.broken:
@@ -125,7 +125,7 @@ def unknown(qualified: str, asking: Draft, kind: str, around: Neighbours) -> str
 
 
 def cycles_of_containers(draft: Draft) -> Iterator[Finding]:
-    """Containers that wait for each other."""
+    """Find containers that wait for each other."""
     edges = {name: tuple(container.depends_on) for name, container in draft.app.containers.items()}
     for cycle in cycles(edges):
         path = ("containers", cycle[0], "depends_on", cycle[1])
@@ -133,7 +133,7 @@ def cycles_of_containers(draft: Draft) -> Iterator[Finding]:
 
 
 def cycles_of_apps(drafts: Mapping[str, Draft]) -> Iterator[Finding]:
-    """Apps that wait for each other; each of them is told."""
+    """Find apps that wait for each other; each of them gets a finding."""
     for cycle in cycles({name: draft.app.depends_on for name, draft in drafts.items()}):
         for index, name in enumerate(cycle[:-1]):
             turned = [*cycle[index:-1], *cycle[: index + 1]]
@@ -142,7 +142,7 @@ def cycles_of_apps(drafts: Mapping[str, Draft]) -> Iterator[Finding]:
 
 
 def cycles(edges: Mapping[str, Iterable[str]]) -> Iterator[list[str]]:
-    """Every cycle that a depth-first walk meets, closed (its first node is its last), without recursion."""
+    """Yield every cycle that a depth-first walk finds, closed (first node = last node). No recursion."""
     done: set[str] = set()
     for start in edges:
         if start in done:
@@ -162,12 +162,12 @@ def cycles(edges: Mapping[str, Iterable[str]]) -> Iterator[list[str]]:
 
 
 def networks_of(drafts: Iterable[Draft]) -> dict[str, Network]:
-    """Every network that these files define, by its qualified name."""
+    """Return every network that these files define, by its qualified name."""
     return {f"{draft.app.name}/{name}": net for draft in drafts for name, net in draft.app.networks.items()}
 
 
 def claims_of(app: App) -> set[str]:
-    """Everything that only one app of a node can have, in words that can be compared."""
+    """Return everything that only one app of a node can have, as text that can be compared."""
     ports = {str(port) for container in app.containers.values() for port in container.ports}
     subnets = {str(network.subnet) for network in app.networks.values() if network.subnet}
     addresses = {
@@ -180,7 +180,7 @@ def claims_of(app: App) -> set[str]:
 
 
 def newcomer(app: App, in_force: App | None) -> int:
-    """How much of what an app claims is new: 0 for nothing, 1 for some of it, 2 for all."""
+    """Return how much of what an app claims is new: 0 nothing, 1 some of it, 2 all of it."""
     wanted = claims_of(app)
     had = claims_of(in_force) & wanted if in_force else set()
     return 0 if had == wanted else 1 if had else 2
@@ -195,7 +195,7 @@ class Claims:
         self.subnets: list[tuple[ipaddress.IPv4Network, Draft, KeyPath]] = []
 
     def claim(self, draft: Draft, networks: Mapping[str, Network]) -> list[Finding]:
-        """Note what a file wants, or say what of it is taken; a refused file has claimed nothing that matters."""
+        """Note what a file claims, or say who has it already. What a refused file claims does not count."""
         return [*self.claim_subnets(draft), *self.claim_ports(draft), *self.claim_addresses(draft, networks)]
 
     def claim_subnets(self, draft: Draft) -> Iterator[Finding]:

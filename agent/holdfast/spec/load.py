@@ -148,7 +148,7 @@ def _faultless(path: str, facts: NodeFacts, document: Document, data: Mapping[st
 
 
 def is_yaml(path: str) -> bool:
-    """Whether a path has the ending of a YAML file."""
+    """Say whether a path has the ending of a YAML file."""
     return path.endswith((".yaml", ".yml"))
 
 
@@ -165,7 +165,7 @@ def _hints(files: Mapping[str, bytes], readings: Mapping[str, Reading]) -> Itera
 
 
 def _hints_of_ignored(ignored: frozenset[str], readings: Mapping[str, Reading], builds: Builds) -> Iterator[str]:
-    """Name what is left out for its name and may be missed: in mounts and contexts, and hidden TOML files."""
+    """Name files that are ignored for their name and may be missed: in mounts, in contexts, hidden TOML files."""
     drafts = [reading.draft for reading in readings.values() if reading.draft is not None]
     mounted = {wanted for draft in drafts for wanted in draft.wanted.values()}
     contexts = [image for draft in drafts for image in draft.images.values()]
@@ -192,7 +192,7 @@ def _is_in(path: str, folder: str) -> bool:
 
 
 def needs_of(path: str, raw: bytes, facts: NodeFacts) -> set[str]:
-    """The files and folders of a revision that a state file names: to mount them, or to build from them."""
+    """Return the files and folders of a revision that a state file mounts or builds from."""
     draft = _reading(path, raw, facts, None).draft
     if draft is None:
         return set()
@@ -208,13 +208,13 @@ NOT_YAML = "this is YAML, and state files are TOML: it is not read (expected NAM
 
 
 def is_state(path: str) -> bool:
-    """Whether a path of the revision is a state file."""
+    """Say whether a path of the revision is a state file."""
     hidden = any(step.startswith(".") and step != ".." for step in path.split("/"))
     return path.endswith(".toml") and path != VARS_FILE and not hidden
 
 
 def _outside_contexts(readings: Mapping[str, Reading]) -> dict[str, Reading]:
-    """The readings without those of files that only belong to a program that some image is built from.
+    """Leave out the readings of TOML files that only belong to a program that an image is built from.
 
     A file that has any table of a state file is one wherever it lies: no context makes an app vanish.
     """
@@ -227,7 +227,7 @@ def _outside_contexts(readings: Mapping[str, Reading]) -> dict[str, Reading]:
 
 
 def _contexts(readings: Mapping[str, Reading]) -> tuple[str, ...]:
-    """The folders that images are built from."""
+    """Return the folders that images are built from."""
     return tuple(
         image.prefix
         for path, reading in readings.items()
@@ -239,7 +239,7 @@ def _contexts(readings: Mapping[str, Reading]) -> tuple[str, ...]:
 def _lacking(
     readings: Mapping[str, Reading], folder: Folder, in_force: Mapping[str, App]
 ) -> Iterator[tuple[str, Reading]]:
-    """State files that the revision leaves out, as files that do not load: else their apps would be taken away.
+    """Return state files that the revision leaves out as files that do not load; else their apps would be removed.
 
     What lies in a folder that is left out is known by the apps that were read from there.
     """
@@ -257,7 +257,7 @@ _TABLES = frozenset(StateFile.model_fields)
 def _with_vars(
     files: Mapping[str, bytes], left_out: Mapping[str, str], facts: NodeFacts
 ) -> tuple[NodeFacts, tuple[Problem, ...]]:
-    """The facts with the vars of the whole repository below the node's own."""
+    """Return the facts with the variables of the repository; those of the node win."""
     if VARS_FILE in left_out:
         return facts, (Problem(VARS_FILE, 1, f"is not in this revision: it is {left_out[VARS_FILE]}"),)
     if VARS_FILE not in files:
@@ -283,7 +283,7 @@ def _with_vars(
 
 
 def _reading(path: str, raw: bytes, facts: NodeFacts, before: Reading | None) -> Reading:
-    """Read one state file, unless it was read before with this very text."""
+    """Read one state file, unless exactly this text was read before."""
     if before is not None and before.raw == raw:
         return before
     try:
@@ -307,7 +307,7 @@ def _problems(path: str, document: Document, faults: Iterable[Fault]) -> Iterato
     for fault in listed[:MOST_FAULTS]:
         yield Problem(path, document.line(fault.path), fault.message, key=dotted(document.written(fault.path)))
     if len(listed) > MOST_FAULTS:
-        yield Problem(path, 1, f"{len(listed) - MOST_FAULTS} more problems (mend these first)")
+        yield Problem(path, 1, f"{len(listed) - MOST_FAULTS} more problems (correct these first)")
 
 
 def _linked(
@@ -369,18 +369,18 @@ def _linked(
 
 
 def _names_in_force(in_force: Mapping[str, App]) -> dict[str, str]:
-    """State file → the app that came from it: what stays when the file does not load, whatever name it has now."""
+    """Return, by state file, the app that came from it: it stays when the file does not load any more."""
     return {app.path: name for name, app in in_force.items()}
 
 
 def matches(when: When, facts: NodeFacts) -> bool:
-    """Whether an app is for this node."""
+    """Say whether an app is for this node."""
     named = not when.nodes or any(fnmatchcase(facts.name, glob) for glob in when.nodes)
     return named and all(facts.labels.get(key) == value for key, value in when.labels.items())
 
 
 def below(files: Mapping[str, bytes], path: str) -> list[str]:
-    """The file at path, or all files in the directory of that name."""
+    """Return the file at a path, or all files of the directory there."""
     if path in files:
         return [path]
     prefix = f"{path}/" if path else ""
@@ -390,7 +390,7 @@ def below(files: Mapping[str, bytes], path: str) -> list[str]:
 def _finished(
     draft: Draft, folder: Folder, images: dict[str, Build], blobs: dict[str, bytes], before: App | None
 ) -> App:
-    """The draft's app with its images and the digests of what it mounts; their contents go to blobs."""
+    """Complete the draft's app with its images and the digests of its files; contents go to blobs."""
     files = folder.files
     contents = {path: files[path] for wanted in draft.wanted.values() for path in below(files, wanted)}
     contents |= draft.inline

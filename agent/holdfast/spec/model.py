@@ -197,7 +197,7 @@ class Network(Table):
         if self.gateway is None:
             return
         if self.subnet is None:
-            yield "gateway", "needs a subnet (expected subnet beside it)"
+            yield "gateway", "needs a subnet (expected subnet as well)"
         elif reason := network.unusable(self.gateway, self.subnet):
             yield "gateway", reason
 
@@ -356,11 +356,11 @@ class Spec:
 
 
 def digest_of_file(content: bytes, *, executable: bool = False) -> str:
-    """The sha256 (hex) of a file of the revision; that of a program is another one than that of its bytes alone."""
+    """Return the sha256 (hex) of a file of the revision; the same bytes as a program have another one."""
     return hashlib.sha256(b"executable\0" + content if executable else content).hexdigest()
 
 
 def digest_of(value: Any) -> str:
-    """The sha256 (hex) of a JSON-able value in canonical form (sorted keys, no white space)."""
+    """Return the sha256 (hex) of a JSON-able value in canonical form (sorted keys, no white space)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -30,14 +30,14 @@ class Port(Table):
         return network.port_text(self.host_ip, self.host_port, self.container_port, self.protocol, self.count)
 
     def overlaps(self, other: Port) -> bool:
-        """Say whether both can't be published at once."""
+        """Say whether two ports can't be published at the same time."""
         places = {self.host_ip, other.host_ip}
         near = -other.count < other.host_port - self.host_port < self.count
         return self.protocol == other.protocol and near and ("" in places or len(places) == 1)
 
 
 def _kind_of(read: dict[str, Any]) -> str:
-    """What a source without a type is: a path of the host, one of the repository, or a volume."""
+    """Return the kind of a mount without a type: its source is a path of the host or the repository, or a volume."""
     source = read.get("source", "")
     return "bind" if source.startswith("/") else "file" if source.startswith(".") else "volume"
 
@@ -110,14 +110,14 @@ class Mount(Table):
             case "file" if source.startswith("/"):
                 return f"'{source}' is not a path in the repository (expected ./path; /path is type bind)"
             case "volume" if source.startswith("~"):
-                return f"'{source}': '~' stands for nobody's home here (expected /path or ./path)"
+                return f"'{source}': '~' has no meaning here (expected /path or ./path)"
         try:
             if self.kind == "bind":
                 names.absolute(source)
             elif self.kind == "volume":
                 names.reference(source)
         except ValueError as error:
-            return f"{error}; a path begins with / or ./" if self.kind == "volume" else str(error)
+            return f"{error}; a path starts with / or ./" if self.kind == "volume" else str(error)
         return ""
 
 

@@ -32,7 +32,7 @@ IMPLIED = frozenset({"cap-add", "devices", "seccomp-unconfined", "apparmor-uncon
 
 
 def broken_rules(container: Container, facts: NodeFacts) -> Iterator[tuple[str, str]]:
-    """The rules of this node that a container breaks: (key, message) pairs."""
+    """Find the rules of this node that a container breaks: (key, message) pairs."""
     for rule in sorted(facts.forbid):
         key, breaks = RULES[rule]
         if breaks(container):
@@ -42,7 +42,7 @@ def broken_rules(container: Container, facts: NodeFacts) -> Iterator[tuple[str, 
 
 
 def broken_build_rules(network: str | None, facts: NodeFacts) -> Iterator[tuple[str, str]]:
-    """The rules of this node that an image to be built breaks: (key, message) pairs; "" for the image as a whole."""
+    """Find the rules that an image to be built breaks: (key, message) pairs; "" for the image as a whole."""
     if "builds" in facts.forbid:
         yield "", "building is forbidden by the rule 'builds' in [policy] forbid of agent.toml"
     if "host-network" in facts.forbid and network == "host":
@@ -50,7 +50,7 @@ def broken_build_rules(network: str | None, facts: NodeFacts) -> Iterator[tuple[
 
 
 def outside_roots(path: str, facts: NodeFacts) -> str | None:
-    """What is wrong with taking a path of the host into a container; None if it may be."""
+    """Say what is wrong with taking a path of the host into a container; None if it is allowed."""
     if facts.bind_roots is None or any(_within(path, root) for root in facts.bind_roots):
         return None
     allowed = " or ".join(facts.bind_roots) or "nowhere"
@@ -58,7 +58,7 @@ def outside_roots(path: str, facts: NodeFacts) -> str | None:
 
 
 def foreign_subnet(subnet: str, facts: NodeFacts) -> str | None:
-    """What is wrong with taking a range of addresses for containers; None if it may be taken."""
+    """Say what is wrong with a range of addresses for containers; None if it is allowed."""
     asked = IPv4Network(subnet)
     if any(asked.subnet_of(IPv4Network(allowed)) for allowed in facts.subnets):
         return None

@@ -34,7 +34,7 @@ class ImageDraft:
 
     @property
     def prefix(self) -> str:
-        """What the path of every file of the context begins with."""
+        """What the path of every file of the context starts with."""
         return f"{self.context}/" if self.context else ""
 
 
@@ -55,7 +55,7 @@ class Draft:
     images: Mapping[str, ImageDraft] = field(default_factory=dict)
 
     def names(self, table: str) -> Iterable[str]:
-        """What the file defines in a table of tables, faulty or not: what points there does not dangle."""
+        """Return what the file defines in a table of tables, whether it is faulty or not."""
         implied = self.app.networks if table == "networks" else ()
         return dict.fromkeys((*names_in(self.document, table), *implied))
 
@@ -66,12 +66,12 @@ def names_in(document: Document, table: str) -> Iterable[str]:
 
 
 def draft_of(path: str, table: StateFile, document: Document, facts: model.NodeFacts) -> tuple[Draft, list[Fault]]:
-    """The draft of a state file at path, and what is wrong with it."""
+    """Make the draft of a state file at path; return it with everything that is wrong."""
     return _Resolver(path, table, document, facts).draft()
 
 
 def app_name(path: str, document: Document | None) -> str:
-    """The name of the app that a file describes, even of one that does not load: [app] name, or the file's stem."""
+    """Return the name of a file's app, even if the file does not load: [app] name, or the file name without .toml."""
     app = document.data.get("app") if document else None
     written = app.get("name") if isinstance(app, dict) else None
     return written if isinstance(written, str) else path.rpartition("/")[2].removesuffix(".toml")
@@ -122,7 +122,7 @@ class _Resolver:
             self.fault(("app", "depends_on", self.name), f"'{self.name}' depends on itself (leave it out)")
 
     def driver(self, at: KeyPath, key: str | int, kind: str, name: str, options: Mapping[str, Any] = {}) -> None:
-        """Make sure that this installation has a driver, and that it takes the options, where that is known."""
+        """Check that some plugin offers a driver, and that it takes the options, if the plugins are known."""
         known = (self.facts.drivers or {}).get(kind)
         if known is None:
             return
@@ -145,7 +145,7 @@ class _Resolver:
         return {self.inline_path(name): text.encode() for name, text in contents.items() if text is not None}
 
     def inline_path(self, config: str) -> str:
-        """Where an inline config is kept: below the state file, where the revision itself can't have a file."""
+        """Return where an inline config is kept: below the state file, where the revision can't have a file."""
         return f"{self.path}/configs/{config}"
 
     def image_draft(self, name: str, table: ImageTable) -> ImageDraft | None:
@@ -189,14 +189,14 @@ class _Resolver:
         return self.with_defaults(container)
 
     def with_defaults(self, container: model.Container) -> model.Container:
-        """The container with the capabilities that agent.toml gives all; what it drops stays dropped."""
+        """Add the capabilities that agent.toml gives to all containers, except what the container drops."""
         given = tuple(name for name in self.facts.cap_add if not {name, "ALL"} & set(container.cap_drop))
         if not given:
             return container
         return container.model_copy(update={"cap_add": tuple(dict.fromkeys((*container.cap_add, *given)))})
 
     def own_networks(self, containers: Mapping[str, model.Container]) -> dict[str, model.Network]:
-        """What the file defines, and the default network if a container joins it."""
+        """Return what the file defines, and the default network if a container joins it."""
         joined = {network for container in containers.values() for network in container.networks}
         implied = {model.DEFAULT_NETWORK} if self.network(model.DEFAULT_NETWORK) in joined else set()
         return (
@@ -209,12 +209,12 @@ class _Resolver:
         return {self.network(network): given for network, given in table.networks.items()}
 
     def image(self, written: str | None) -> str | None:
-        """A reference as it is, or `images.app/name` for what the state files build."""
+        """Return a reference as it is, or `images.app/name` for what the state files build."""
         ours = None if written is None else images.built(written)
         return written if ours is None else f"images.{self.qualified(ours)}"
 
     def qualified(self, reference: str, always_there: Iterable[str] = ()) -> str:
-        """`app/name` of what an app defines; names that are always there stay as they are."""
+        """Return `app/name` of what an app defines; names that are always there stay as they are."""
         return reference if "/" in reference or reference in always_there else f"{self.name}/{reference}"
 
     def network(self, reference: str) -> str:
@@ -243,7 +243,7 @@ class _Resolver:
         )
 
     def mounts(self, at: KeyPath, table: ContainerTable) -> Iterator[model.Mount]:
-        """volumes, tmpfs and configs, in this order; each target once."""
+        """Yield the mounts of volumes, tmpfs and configs, in this order; each target once."""
         taken: dict[str, KeyPath] = {}
         for path, target, mount in self.all_mounts(at, table):
             if target in taken:
@@ -264,7 +264,7 @@ class _Resolver:
             yield path, use.target, self.config(path, use)
 
     def source(self, path: KeyPath, mount: model.Mount) -> str:
-        """What the source of a mount stands for."""
+        """Return what the source of a mount stands for."""
         match mount.kind:
             case "volume":
                 return self.qualified(mount.source)
@@ -293,7 +293,7 @@ class _Resolver:
         return use.passed_to(model.Mount, kind="file", source=source, read_only=True)
 
     def file(self, path: KeyPath, source: str) -> str:
-        """A path beside the state file as a path of the revision."""
+        """Return the path of the revision that a path relative to the state file means."""
         found = resolved(self.path, source)
         if found is None:
             self.fault(path, f"'{source}' leaves the repository's state (expected a path inside it)")
@@ -305,7 +305,7 @@ class _Resolver:
 
 
 def with_others(name: str, containers: Mapping[str, model.Container]) -> model.Container:
-    """A container with the mounts that it has from others, directly or through them; its own come first."""
+    """Give a container the mounts that it has from others, directly or through them; its own come first."""
     want = containers[name]
     mounts = {mount.target: mount for mount in want.mounts}
     seen = {name}
@@ -329,7 +329,7 @@ _HERE = " in this file (expected one that it defines)"
 
 
 def resolved(state_file: str, path: str) -> str | None:
-    """A path relative to a state file's folder, as a path of the revision; None if it leaves that. "" is the top."""
+    """Turn a path relative to a state file into a path of the revision ("" is the top); None if it leaves that."""
     steps = state_file.split("/")[:-1]
     for step in path.split("/"):
         if step == ".." and not steps:
@@ -342,7 +342,7 @@ def resolved(state_file: str, path: str) -> str | None:
 
 
 def restart_policy(table: ContainerTable) -> model.RestartPolicy:
-    """The restart policy that a container asks for, in the short form or the long one."""
+    """Return the restart policy that a container asks for, in the short form or the long one."""
     if table.restart is not None:
         written = forms.restart(table.restart)
         return model.RestartPolicy(**written, once=written["policy"] == "no")

@@ -64,7 +64,7 @@ class Resources(Table):
             yield "pids", "0 leaves no process (expected at least 1, or max for no limit)"
         memory, swap, reservation = self.memory, self.memory_swap, self.memory_reservation
         if swap is not None and memory is None:
-            yield "memory_swap", "needs a memory limit (expected memory beside it)"
+            yield "memory_swap", "needs a memory limit (expected memory as well)"
         if memory is not None and swap is not None and swap != -1 and swap < memory:
             wrong = f"{size_text(swap)} is less than memory, which it includes"
             yield "memory_swap", f"{wrong} (expected at least {size_text(memory)})"

@@ -11,7 +11,7 @@ from holdfast.spec.authored import StateFile
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of a state file as it is written, short forms included."""
+    """Return the JSON Schema (2020-12) of a state file as it is written, short forms included."""
     return {
         "$schema": GenerateJsonSchema.schema_dialect,
         **StateFile.model_json_schema(schema_generator=AsWritten),

@@ -19,7 +19,7 @@ PLAIN = re.compile(r"(/[a-z0-9_]+)+")  # a target whose name can be nobody else'
 
 
 def image_volumes(app: App, declared: Mapping[str, Iterable[str]]) -> dict[str, tuple[Mount, ...]]:
-    """Container → the mounts that it has beyond those of its state file.
+    """Return the mounts that each container has beyond those of its state file.
 
     declared: container → what its image declares as volumes. What is mounted by the state file at the same place
     comes instead; what a container takes over by `volumes_from` is the other's. Raises ValueError for a path that
@@ -48,12 +48,12 @@ def image_volumes(app: App, declared: Mapping[str, Iterable[str]]) -> dict[str, 
 
 
 def taken_over(mount: Mount, access: str) -> Mount:
-    """Another container's mount as `volumes_from` gives it; a new volume is for the other one's image to fill."""
+    """Return another container's mount as `volumes_from` gives it. The other's image fills a new volume."""
     return mount.model_copy(update={"read_only": mount.read_only or access == "ro", "nocopy": True})
 
 
 def of_slot(app: str, container: str, mounts: Iterable[Mount], slot: int) -> tuple[Mount, ...]:
-    """The mounts of a container that `image_volumes` found, as the instance in a slot has them.
+    """Return the mounts that `image_volumes` found as the instance in a slot has them.
 
     What it takes over by `volumes_from` is the same for all.
     """
@@ -66,13 +66,13 @@ def of_slot(app: str, container: str, mounts: Iterable[Mount], slot: int) -> tup
 
 
 def defined_as(app: str, container: str, mount: Mount, slot: int) -> str:
-    """The volume whose definition holds for a mount of the instance in a slot: that of the first slot, for all."""
+    """Return the volume whose definition counts for a mount of an instance: that of the first slot, for all."""
     own = mount.source == f"{app}/{volume_name(container, mount.target, slot)}"
     return f"{app}/{volume_name(container, mount.target)}" if own else mount.source
 
 
 def volume_name(container: str, target: str, slot: int = 1) -> str:
-    """The name of the volume at a target of a container: `db.var-lib-mysql`; with a digest where it takes one."""
+    """Return the name of the volume at a target: `db.var-lib-mysql`, with a digest where names could clash."""
     readable = re.sub(r"[^a-z0-9_.-]", "-", target.strip("/").lower())
     which = f"--{slot}" if slot > 1 else ""
     name = f"{container}.{readable}{which}"
