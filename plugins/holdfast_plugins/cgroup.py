@@ -1,7 +1,6 @@
-"""The built-in cgroup policies: `limits`, a resources table word for word, and `qos`, its service class.
+"""The built-in cgroup policies: `limits` sets what a resources table says, `qos` what its service class means.
 
-Both are pure arithmetic on the table, but for the numbers of block devices, which are read from their nodes.
-Come in by the entry point `cgroup`.
+Both only compute, except that numbers of block devices are read from their nodes. Entry point: `cgroup`.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def device_numbers(path: str) -> tuple[int, int]:
 
 
 class LimitsPolicy:
-    """Every field of the table as the kernel's setting of that name, read as `docker run` reads it."""
+    """Sets the kernel's value for every field of the table, as `docker run` does."""
 
     name = "limits"
 
@@ -57,7 +56,7 @@ class LimitsPolicy:
         self._numbers = numbers
 
     def check(self, want: CgroupWant) -> None:
-        """Raise WrongState for limits that contradict each other or the host, and for unknown devices."""
+        """Raise WrongState for limits that contradict each other or exceed the host, and for unknown devices."""
         resources = want.resources
         _check_memory(resources)
         if resources.cpus is not None and not 0 < resources.cpus <= want.cpus:
@@ -71,7 +70,7 @@ class LimitsPolicy:
         _block_io(resources, self._numbers)
 
     def settings(self, want: CgroupWant) -> Json:
-        """Turn the table into `linux.resources`; what it does not name is not in there."""
+        """Turn the table into `linux.resources`, without what it does not name."""
         resources = want.resources
         tables: dict[str, Any] = {
             "memory": _memory(resources),
@@ -106,7 +105,7 @@ def _check_cpuset(text: str, cpus: int) -> None:
 
 
 def _memory(resources: Resources) -> dict[str, int]:
-    """As Docker does, a memory limit alone allows as much swap again."""
+    """As with Docker, a memory limit alone allows the same amount of swap."""
     swap = resources.memory_swap
     if swap is None and resources.memory is not None:
         swap = 2 * resources.memory
@@ -145,21 +144,21 @@ def _throttle(path: str, rate: int, numbers: DeviceNumbers) -> dict[str, int]:
 
 
 class QosPolicy:
-    """Kubernetes' service classes: who gets CPU first, whose memory is kept, who dies first when there is none.
+    """Kubernetes' service classes: who gets CPU first, whose memory is protected, who is killed first.
 
-    memory and cpus are a container's limits, memory_reservation and cpu_weight its requests. Compose it after
-    `limits`: it adds weights and protection, and an explicit cpu_weight or oom_score_adj stays as it was asked for.
+    memory and cpus are a container's limits, memory_reservation and cpu_weight its requests. It comes after `limits`
+    and adds weights and protection; an explicit cpu_weight or oom_score_adj is kept.
     """
 
     name = "qos"
 
     def check(self, want: CgroupWant) -> None:
-        """Raise WrongState for a class that the rest of the table contradicts."""
+        """Raise WrongState for a class that contradicts the rest of the table."""
         if want.resources.service_class == "guaranteed" and want.resources.memory is None:
             raise WrongState("service_class 'guaranteed': no memory limit (memory = …, which is what it guarantees)")
 
     def settings(self, want: CgroupWant) -> Json:
-        """The class's CPU weight, memory protection and oom_score_adj."""
+        """Set the CPU weight, the memory protection and the oom_score_adj of the class."""
         resources, quality = want.resources, service_class(want.resources)
         table: dict[str, Any] = {"cpu": {"shares": _shares(resources, quality)}}
         request = _memory_request(resources)
@@ -172,7 +171,7 @@ class QosPolicy:
 def service_class(resources: Resources) -> ServiceClass:
     """The class that a table names, or that follows from it as in Kubernetes.
 
-    guaranteed: memory and CPU are limited, and all of the memory is asked for; besteffort: nothing is asked for.
+    guaranteed: memory and CPU are limited, and all of the memory is requested. besteffort: nothing is requested.
     """
     if resources.service_class is not None:
         return resources.service_class
@@ -196,14 +195,14 @@ def _shares(resources: Resources, quality: ServiceClass) -> int:
 
 
 def _protection(request: int, version: int, *, hard: bool) -> dict[str, Any]:
-    """cgroup v1 knows no protection: its soft limit at least spares who stays below its request."""
+    """Protect memory. cgroup v1 can't: its soft limit at least spares containers that stay below their request."""
     if version == 2:
         return {"unified": {"memory.min" if hard else "memory.low": str(request)}}
     return {"memory": {"reservation": request}}
 
 
 def _score(want: CgroupWant, quality: ServiceClass) -> int:
-    """Kubernetes' formula: the more of the node's memory a burstable container asks for, the later it dies."""
+    """Kubernetes' formula: the more of the node's memory a burstable container requests, the later it is killed."""
     match quality:
         case "guaranteed":
             return GUARANTEED_SCORE

@@ -1,7 +1,7 @@
-"""AppArmor: the profile of an agent's containers, loaded into the kernel where AppArmor is on.
+"""AppArmor: load the profile of an agent's containers into the kernel, if AppArmor is on.
 
-It denies what the other barriers deny, too: mounts, and writing to /proc and /sys beyond what is a container's own.
-So it counts where one of them has a hole. Called by the node before a start, and when no container is left.
+It denies what other barriers deny, too: mounts, and writing to parts of /proc and /sys that are not the container's.
+So it helps where one of them has a hole. Called by the node before a start, and when no container is left.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _ours: set[str] = set()  # the profiles that this process has loaded
 
 
 def enabled() -> bool:
-    """Whether the kernel asks AppArmor."""
+    """Whether AppArmor is on."""
     try:
         return ENABLED.read_text().startswith("Y")
     except OSError:
@@ -58,14 +58,14 @@ def enabled() -> bool:
 def text(name: str) -> str:
     """The profile in apparmor.d(5)'s language.
 
-    It is written for AppArmor 3: a parser of version 4 would otherwise have it deny user namespaces and io_uring,
-    which it does not name.
+    It is written for AppArmor 3: a parser of version 4 would otherwise let it deny user namespaces and io_uring,
+    which it does not mention.
     """
     return (f"abi <abi/{ABI.name}>,\n" if ABI.exists() else "") + _TEXT.format(name=name)
 
 
 def loaded() -> frozenset[str]:
-    """The profiles that the kernel has."""
+    """The profiles that are loaded."""
     try:
         lines = LOADED.read_text().splitlines()
     except OSError:
@@ -74,9 +74,9 @@ def loaded() -> frozenset[str]:
 
 
 def ensure(name: str) -> tuple[str, str]:
-    """Have a profile loaded. Return its name, "" where there is none to apply, and a warning, "" if there is none.
+    """Load a profile unless it is loaded. Return its name, "" if none applies, and a warning or "".
 
-    The first time in the life of a process it is loaded anew: another version may have loaded another text.
+    Each process loads it once: another version of the agent may have loaded another text.
     """
     if not enabled():
         return "", ""
@@ -92,7 +92,7 @@ def ensure(name: str) -> tuple[str, str]:
 
 
 def require(name: str) -> str:
-    """The name of a profile that the host has loaded; WrongState if it has not."""
+    """The name of a profile, if it is loaded; WrongState if not."""
     if not enabled():
         raise WrongState(f"apparmor '{name}': AppArmor is off on this host (default or unconfined)")
     if name not in loaded():
@@ -101,7 +101,7 @@ def require(name: str) -> str:
 
 
 def remove(name: str) -> None:
-    """Take a profile out of the kernel; succeeds where it is not there."""
+    """Unload a profile; succeed when it is not loaded."""
     with _lock:
         if enabled() and name in loaded() and (parser := find_program("apparmor_parser")):
             _parse(parser, "--remove", name)

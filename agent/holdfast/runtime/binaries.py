@@ -1,4 +1,4 @@
-"""The programs that run containers: which are installed, which of them work on this host, and what to do if none.
+"""Find the programs that run containers, and check that they work on this host.
 
 Called by the agent when it starts, and by `holdfast doctor`.
 """
@@ -36,7 +36,7 @@ class RuntimeBinary:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of `holdfast doctor`: what was looked at, whether it will do, and what to do if not."""
+    """One line of `holdfast doctor`: what was checked, whether it is good, and what to do if not."""
 
     subject: str
     ok: bool
@@ -45,7 +45,7 @@ class Finding:
 
 
 def find_program(name: str) -> Path | None:
-    """Find a program in the places where root's programs are, whatever PATH the agent was started with."""
+    """Find a program in PATH and in the usual directories of root's programs."""
     found = shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), _PATH)))
     return Path(found).resolve() if found else None
 
@@ -53,7 +53,7 @@ def find_program(name: str) -> Path | None:
 def find_runtime(setting: str = "auto") -> RuntimeBinary:
     """Find the runtime that agent.toml names: a path, a name, or `auto`, the first of crun and runc that works here.
 
-    Starts the program once, for its version. Raises UnfitHost with the reason for each that will not do.
+    Runs the program once, for its version. Raises UnfitHost with the reason against each.
     """
     if setting != "auto":
         return _named(setting)
@@ -78,9 +78,9 @@ def _named(setting: str) -> RuntimeBinary:
 
 
 def obstacle_for(name: str, cgroup_root: Path = _CGROUP_ROOT) -> str:
-    """Say why a runtime can't work on this host, "" if nothing speaks against it.
+    """Why a runtime can't work on this host, "" if it can.
 
-    crun refuses a host whose controllers are mounted as cgroup v1 while the v2 tree still owns some.
+    crun refuses a host that uses cgroup v1 while the v2 tree still owns some controllers.
     """
     try:
         owned = (cgroup_root / "unified" / "cgroup.controllers").read_text().split()
@@ -105,7 +105,7 @@ def find_init() -> Path | None:
 
 
 def foreign_formats() -> bool:
-    """Whether this host runs more than scripts and programs of its own machine (binfmt_misc), as by qemu."""
+    """Whether this host runs programs of other formats or machines (binfmt_misc), for example by qemu."""
     try:
         return bool(set(os.listdir("/proc/sys/fs/binfmt_misc")) - {"register", "status"})  # noqa: PTH208
     except OSError:
@@ -128,7 +128,7 @@ def version_in(answer: str) -> str:
 
 
 def host_limits() -> HostLimits:
-    """Read what this process may hand on to containers."""
+    """Read what this process may give to containers."""
     status = Path("/proc/self/status").read_text()
     masks = dict(line.split(":\t", 1) for line in status.splitlines() if line.startswith("Cap"))
     numbers = {name: getattr(resource, f"RLIMIT_{name.upper()}", None) for name in ULIMITS}

@@ -1,7 +1,7 @@
-"""What a container may write to below the run root, as a small file system of its own. Called by node.
+"""A small file system for what a container may write to below the run root. Called by node.
 
-Its hosts, hostname and resolv.conf and its copies of files of the revision are there (`Host.files`). The run root is
-the host's /run, as a rule, which every other container needs room in, too. The bundle lies beside it, out of reach.
+It holds hosts, hostname, resolv.conf and copies of files of the revision (`Host.files`). The run root is usually the
+host's /run, in which every other container needs room, too. The bundle is outside of it, out of reach.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from holdfast.errors import UnfitHost
 from holdfast.syscalls import MS_NODEV, MS_NOSUID, MS_REMOUNT, is_mounted, mount, unmount
 
 ROOM, ENTRIES = 4 << 20, 1024  # bytes and files that a container may add
-_ENOUGH = "size=1t,nr_inodes=1000000"  # while only the agent writes; no limit at all can't be limited later
+_ENOUGH = "size=1t,nr_inodes=1000000"  # while only the agent writes; a tmpfs without limits can't get one later
 
 
 def renew(place: Path) -> None:
-    """Have an empty file system at place, without a bound for now; whoever has what was there before keeps that.
+    """Mount an empty file system at place, without a limit for now. Raises UnfitHost.
 
-    Raises UnfitHost.
+    Who has the previous one mounted keeps it.
     """
     remove(place)
     place.mkdir(mode=0o700, exist_ok=True)
@@ -28,14 +28,14 @@ def renew(place: Path) -> None:
 
 
 def bound(place: Path) -> None:
-    """Let no more be added than a container may: as much again as is there, and ROOM. Raises UnfitHost."""
+    """Limit it to twice what is there, plus ROOM. Raises UnfitHost."""
     found = os.statvfs(place)
     used, entries = (found.f_blocks - found.f_bfree) * found.f_frsize, found.f_files - found.f_ffree
     _mount(place, MS_REMOUNT, f"size={2 * used + ROOM},nr_inodes={2 * entries + ENTRIES}")
 
 
 def make_room(place: Path, size: int, entries: int = 0) -> None:
-    """Let the agent add size bytes in so many files, whatever the container has filled. Raises UnfitHost."""
+    """Make room for size bytes in so many files of the agent, even if the container filled it. Raises UnfitHost."""
     if not is_mounted(place):  # an earlier version began this run
         return
     found = os.statvfs(place)
@@ -48,7 +48,7 @@ def make_room(place: Path, size: int, entries: int = 0) -> None:
 
 
 def remove(place: Path) -> None:
-    """Take it away, at once for whoever comes by its name; succeeds when nothing is there. Raises UnfitHost."""
+    """Unmount it, even while it is in use; succeed when it is not there. Raises UnfitHost."""
     try:
         unmount(place, lazily=True)
     except OSError as error:

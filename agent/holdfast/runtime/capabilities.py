@@ -1,6 +1,6 @@
-"""Capabilities of a container (capabilities(7)): from what a state file adds and drops to the set that it gets.
+"""Compute the capabilities(7) of a container from what its state file adds and drops.
 
-Called by `runtime.oci`; the seccomp profile asks for the same set.
+Called by `runtime.oci`; the seccomp profile depends on the same set.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from holdfast.errors import UnfitHost
 from holdfast.grammar.capabilities import ALL
 
-#: What a container has that asks for nothing: Docker's set less NET_RAW, with which packets can be forged.
+#: The capabilities of a container that asks for none: Docker's set without NET_RAW, which allows to forge packets.
 DEFAULT = frozenset(
     (
         *("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_SETGID", "CAP_SETUID"),
@@ -22,7 +22,7 @@ DEFAULT = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """The capabilities of a container, sorted, and those it would have had on a host that has them."""
+    """The capabilities of a container, sorted. missing: those that this host can't give."""
 
     names: tuple[str, ...]
     missing: tuple[str, ...] = ()

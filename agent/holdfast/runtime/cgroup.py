@@ -1,8 +1,8 @@
-"""Control groups: the settings that policies make, what the kernel really holds, and taking cgroups away.
+"""Control groups: merge what policies set, write limits, read what the kernel has, remove cgroups.
 
-Files are cgroup v1's (Documentation/admin-guide/cgroup-v1) or v2's (cgroup-v2.rst), whichever tree owns the memory
-and cpu controllers. Paths are relative to each hierarchy's root, as `Host.cgroup` is. Called by the node and
-by `runtime.conmon`.
+Files are those of cgroup v1 (Documentation/admin-guide/cgroup-v1) or v2 (cgroup-v2.rst), depending on which tree owns
+the memory and cpu controllers. Paths are relative to each hierarchy's root, as `Host.cgroup` is. Called by the node
+and by `runtime.conmon`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LARGEST_MEMORY = 2**62  # bytes; v1 says "no limit" as the largest multiple of a
 LINKS_OF_A_LEAF = 2  # its own name and `.`; each cgroup in it adds one
 _mounted: tuple[tuple[str, ...], tuple[Path, ...]] = ((), ())  # the kernel's hierarchies, and where they are
 
-#: What limits touch, as controller → files. Weights have one name or another, depending on the I/O scheduler.
+#: The files that limits are written to, by controller. Weights have different names with each I/O scheduler.
 _FILES: Mapping[int, Mapping[str, tuple[str, ...]]] = {
     1: {
         "memory": ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.soft_limit_in_bytes"),
@@ -67,7 +67,7 @@ _THROTTLES = {
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the policies of a container come to: `linux.resources`, oom_score_adj, and what this host leaves out."""
+    """The result of a container's policies. warnings: what this host can't do and is left out."""
 
     resources: Json
     oom_score_adj: int | None = None
@@ -75,13 +75,13 @@ class Settings:
 
     @property
     def digest(self) -> str:
-        """What tells whether the policies come to something else by now."""
+        """Equal for equal settings: it shows when the policies set something else."""
         return digest_of({"resources": self.resources, "oom_score_adj": self.oom_score_adj})
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What a host's cgroups can do beyond the ordinary."""
+    """Optional features of a host's cgroups."""
 
     swap: bool = True
     io_weight: bool = True
@@ -89,7 +89,7 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a container uses: bytes of memory, seconds of CPU so far, processes. None: not known here."""
+    """What a container uses: bytes of memory, seconds of CPU so far, processes. None: not known on this host."""
 
     memory: int | None
     cpu: float | None
@@ -97,12 +97,12 @@ class Usage:
 
 
 def policy_names(resources: Resources) -> tuple[str, ...]:
-    """The policies that turn a table into settings: those it names, else `limits`, with `qos` if it has a class."""
+    """The policies for a table: those it names, else `limits`, and `qos` if it has a service class."""
     return resources.policy or (("limits", "qos") if resources.service_class else ("limits",))
 
 
 def compose(policies: Iterable[CgroupPolicy], want: CgroupWant, features: Features | None = None) -> Settings:
-    """Merge what the policies contribute, later ones winning key by key, and leave out what the host can't do."""
+    """Merge the settings of policies, later ones win key by key, and leave out what the host can't do."""
     merged: dict[str, Any] = {}
     for policy in policies:
         merged = _merge(merged, policy.settings(want))
@@ -134,12 +134,12 @@ def _without(resources: Json, table: str, key: str) -> Json:
 
 
 def version() -> int:
-    """Which cgroup tree owns the memory and cpu controllers: 2 where the v2 tree is at the root, else 1."""
+    """The version of the tree that owns the memory and cpu controllers: 2 if the v2 tree is at the root, else 1."""
     return 2 if os.path.exists(f"{ROOT}/cgroup.controllers") else 1  # noqa: PTH110 - asked ten times in a start
 
 
 def features(runtime: str = "runc") -> Features:
-    """Read what this host's cgroups can do with a runtime: crun does not know v1's weights of the BFQ scheduler."""
+    """Detect the features of this host. crun does not know v1's weights of the BFQ scheduler."""
     if version() == 2:
         owned = (ROOT / "cgroup.controllers").read_text().split()
         weighs = (ROOT / "io.cost.qos").exists() or Path("/sys/module/bfq").exists()
@@ -156,10 +156,10 @@ def _names_bfq() -> bool:
 
 
 def hierarchies() -> tuple[Path, ...]:
-    """The mount points of every cgroup hierarchy of this host, wherever they are.
+    """The mount points of every cgroup hierarchy of this host.
 
-    They are looked for again when the kernel has other hierarchies (cgroups(7), /proc/PID/cgroup), and as long as one
-    of those is not mounted: the table of mounts has a line for each container, and every start asks.
+    Cached, because every start asks and mountinfo has lines for each container. Searched again when the kernel has
+    other hierarchies (/proc/self/cgroup), and while one of them is not mounted.
     """
     global _mounted
     own = (_read("/proc/self/cgroup") or "").splitlines()
@@ -192,7 +192,7 @@ def _folders(path: str) -> list[str]:
 
 
 def children(place: Path | str) -> list[str]:
-    """The names of the cgroups right below one; none when it has just gone."""
+    """The names of the cgroups directly below one; none if it does not exist."""
     try:
         with os.scandir(place) as entries:
             return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
@@ -201,9 +201,9 @@ def children(place: Path | str) -> list[str]:
 
 
 def snapshot(path: str) -> dict[str, str]:
-    """Read every file that limits touch: file name → content. Files that this kernel lacks are left out.
+    """Read every file that limits are written to: name → content. Files that this kernel lacks are left out.
 
-    A later snapshot that differs from the one taken right after the limits were applied is drift.
+    If it differs from the snapshot that was taken right after limits were written, somebody changed them.
     """
     found, tree = {}, version()
     for controller, names in _FILES[tree].items():
@@ -224,9 +224,9 @@ def _read(path: str) -> str | None:
 
 
 def values(resources: Json, version: int) -> dict[str, str]:
-    """Say what each file that limits touch is to hold (see `apply`), but for throttles; pure.
+    """The content for each file that limits are written to (see `apply`), except throttles; pure.
 
-    What resources leave out is what the kernel gives a new cgroup: no limit.
+    What resources leave out gets the value of a new cgroup: no limit.
     """
     memory, cpu = resources.get("memory", {}), resources.get("cpu", {})
     limit, swap = memory.get("limit", NO_LIMIT), memory.get("swap", NO_LIMIT)
@@ -262,12 +262,12 @@ def values(resources: Json, version: int) -> dict[str, str]:
 
 
 def limits(path: str) -> Limits:
-    """Read the limits that a container has now."""
+    """Read the limits that a container has."""
     return limits_of(snapshot(path))
 
 
 def limits_of(held: Mapping[str, str]) -> Limits:
-    """The limits that a cgroup's files say (see `snapshot`), of either version; pure."""
+    """The limits in a snapshot, of either version; pure."""
     pids = _number(held.get("pids.max"))
     if "cpu.max" in held or "memory.max" in held:
         memory, swap = _number(held.get("memory.max")), _number(held.get("memory.swap.max"))
@@ -281,7 +281,7 @@ def limits_of(held: Mapping[str, str]) -> Limits:
 
 
 def _number(text: str | None) -> int | None:
-    """A limit as a cgroup's file says it; None for no limit, which v1 writes as the largest number of pages."""
+    """Read a limit; None for no limit, which v1 writes as the largest number of pages."""
     if text is None or not text.isdecimal() or int(text) > LARGEST_MEMORY:
         return None
     return int(text)
@@ -292,10 +292,10 @@ def _or_max(limit: int) -> str:
 
 
 def apply(path: str, resources: Json) -> None:
-    """Give a cgroup these resources (OCI `linux.resources`) and no others: limits left out are lifted.
+    """Write these resources (OCI `linux.resources`) to a cgroup; limits that are left out are lifted.
 
-    Written here, not by the runtimes' own `update`: crun 1.8 can't lift a limit on v1, runc lifts memory.low by
-    making it absolute, and neither knows throttles. Raises UnfitHost with the file and value that the kernel refuses.
+    The runtimes' own `update` is not used: crun 1.8 can't lift a limit on v1, runc sets memory.low to its maximum
+    instead of lifting it, and neither knows throttles. Raises UnfitHost with the file and value that is refused.
     """
     tree = version()
     wanted = values(resources, tree)
@@ -309,7 +309,7 @@ def apply(path: str, resources: Json) -> None:
 
 
 def _any_cpu(path: str, tree: int) -> str:
-    """What lifts a cpuset: with processes in it, it can be widened to its parent's CPUs, but not emptied (ENOSPC)."""
+    """The value that lifts a cpuset. With processes in it, it can be set to its parent's CPUs, but not emptied."""
     place = folder("cpuset", path)
     if tree == 2 and not _read(f"{place}/cpuset.cpus"):
         return ""
@@ -317,7 +317,7 @@ def _any_cpu(path: str, tree: int) -> str:
 
 
 def _in_order(path: str, wanted: Mapping[str, str]) -> list[str]:
-    """On v1, memory must never be above memory + swap, not even between two writes."""
+    """The files in the order of writing: on v1, memory must never exceed memory + swap, not even for a moment."""
     both = "memory.memsw.limit_in_bytes"
     held = int(_read(str(folder("memory", path) / both)) or 0)
     limit = int(wanted.get("memory.limit_in_bytes", 0))
@@ -356,7 +356,7 @@ def pids(path: str) -> set[int]:
 
 
 def processes(place: Path | str) -> list[int]:
-    """The processes right in one cgroup; none when it is gone."""
+    """The processes directly in one cgroup; none if it does not exist."""
     return list(map(int, (_read(f"{place}/cgroup.procs") or "").split()))
 
 
@@ -377,7 +377,7 @@ def counts(place: Path | str) -> dict[str, int]:
 
 
 def usage(path: str) -> Usage:
-    """Read what a container uses now."""
+    """Read what a container uses."""
     if version() == 2:
         place = folder("memory", path)
         memory, count = _read(str(place / "memory.current")), _read(str(place / "pids.current"))
@@ -392,17 +392,17 @@ def usage(path: str) -> Usage:
 
 
 def freeze(path: str, *, timeout: float = 10.0) -> None:
-    """Stop the processes of a cgroup where they are (freezer-subsystem.rst; cgroup-v2.rst, cgroup.freeze).
+    """Freeze the processes of a cgroup (freezer-subsystem.rst; cgroup-v2.rst, cgroup.freeze).
 
-    Raises TryAgain, and lets them go on, when they do not all stop within timeout (seconds): one that waits for a
-    disk or a network file system can't be stopped.
+    Raises TryAgain, and thaws them, if they do not all stop within timeout (seconds): a process that waits for a disk
+    or a network file system can't be frozen.
     """
     place, deadline = folder("freezer", path), time.monotonic() + timeout
     try:
         if version() == 2:
             _write(place / "cgroup.freeze", "1")
             stopped = wait_event(place, "frozen", 1, deadline)
-        else:  # v1 tells nobody; writing it again makes it look again
+        else:  # v1 sends no event, and looks again only when it is written again
             _write(place / "freezer.state", "FROZEN")
             while not (stopped := _read(f"{place}/freezer.state") == "FROZEN") and time.monotonic() < deadline:
                 time.sleep(BRIEF)
@@ -416,7 +416,7 @@ def freeze(path: str, *, timeout: float = 10.0) -> None:
 
 
 def thaw(path: str) -> None:
-    """Let the frozen processes of a cgroup go on: on v1, even SIGKILL waits for that."""
+    """Let the frozen processes of a cgroup run again: on v1, even SIGKILL waits for that."""
     for name, value in (("freezer.state", "THAWED"), ("cgroup.freeze", "0")):
         state = folder("freezer", path) / name
         if state.exists():
@@ -424,7 +424,7 @@ def thaw(path: str) -> None:
 
 
 def wait_event(place: Path | str, name: str, value: int, deadline: float) -> bool:
-    """Wait until cgroup.events (v2) says so of a name, or the cgroup is gone; False at the deadline (monotonic)."""
+    """Wait for a value in cgroup.events (v2), or until the cgroup is gone; False at the deadline (monotonic)."""
     try:
         with open(f"{place}/cgroup.events", "rb", buffering=0) as events:  # noqa: PTH123 - one for each removal
             poller = select.poll()
@@ -454,17 +454,17 @@ def remove(path: str, *, timeout: float = 2.0) -> None:
                     raise UnfitHost(f"removal of cgroup '{current}': processes are left in it")
                 if not wait_event(current, "populated", 0, deadline):
                     continue
-                time.sleep(BRIEF)  # v1 tells nobody; and on v2 the last process may still be on its way out
+                time.sleep(BRIEF)  # v1 sends no event; on v2 the last process may still be exiting
 
 
 def remove_if_empty(path: str) -> None:
-    """Remove an agent's parent cgroup from every hierarchy, where no container is left in it."""
+    """Remove an agent's parent cgroup from every hierarchy, unless a container is left in it."""
     for place in _folders(path):
         _rmdir(place)
 
 
 def _with_all_below(place: str) -> list[str]:
-    """A cgroup and all below it, each before those that are in it. The kernel counts them in the links of each."""
+    """A cgroup and all below it, outer ones first. The number of links tells whether there are any below."""
     found = [place]
     for each in found:
         with suppress(FileNotFoundError):

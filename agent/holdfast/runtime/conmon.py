@@ -1,8 +1,8 @@
-"""Runs containers: one conmon each, with crun or runc below it; what lives on when the agent does not.
+"""Run containers: one conmon for each, with crun or runc below it. They go on when the agent ends.
 
 Everything about a container is on disk under `Host.run_root` (the runtime's own state, conmon's pid and exit files,
 a record of the run), so an agent that starts again adopts what it finds. Called by the node, from worker threads.
-Conmon's arguments and its sync pipe are those of conmon(8); exit files hold what wait(2) said, as a shell counts it.
+Conmon's arguments and its sync pipe are those of conmon(8). Exit files hold the exit code as a shell counts it.
 """
 
 from __future__ import annotations
@@ -35,13 +35,11 @@ from holdfast.syscalls import call
 
 LONGEST_POLL = 2**31 - 1  # milliseconds that poll(2) can wait: 24 days
 CREATE_TIMEOUT = 60.0  # seconds
-EXEC_READ = 60.0  # seconds after which the runtime has read what it was to run
-#: How long conmon may need to write the last output and the exit file after its container ended.
-CONMON_GRACE = 10.0
+EXEC_READ = 60.0  # seconds after which the runtime has surely read the file of a command
+CONMON_GRACE = 10.0  # seconds that conmon may need to write the last output and the exit file
 
-#: The file that conmon makes when the kernel kills in the container's cgroup for want of memory.
-OOM_FILE = "oom"
-OOM_WINDOW = 5.0  # seconds between a kill for want of memory and the end of a container that it caused
+OOM_FILE = "oom"  # made by conmon when the kernel kills a process of the container because memory is short
+OOM_WINDOW = 5.0  # seconds between such a kill and the end of a container that it caused
 
 _TOLD = "oom-told"
 _PR_SET_CHILD_SUBREAPER = 36
@@ -50,7 +48,7 @@ _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One life of a container: enough to tell its processes from later ones with the same numbers.
+    """One run of a container: enough to tell its processes from later ones with the same numbers.
 
     started_ticks and conmon_ticks: field 22 of /proc/PID/stat. boot_id: /proc/sys/kernel/random/boot_id.
     """
@@ -64,7 +62,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """Creates, starts, updates and deletes the containers of one agent; every verb blocks, and is thread-safe."""
+    """Creates, starts, updates and deletes the containers of one agent. Every method blocks and is thread-safe."""
 
     host: Host
     binary: RuntimeBinary
@@ -77,13 +75,13 @@ class Runtime:
 
     @property
     def exits(self) -> Path:
-        """Where conmon leaves the exit status of each container, in a file named after it."""
+        """Where conmon writes the exit status of each container, in a file named after it."""
         return self.host.run_root / "exits"
 
     def cgroup(self, id: str) -> str:
         """The cgroup of a container, relative to each hierarchy's root.
 
-        One that an earlier version started at the root of systemd's tree stays there until its next start.
+        A container that an earlier version started at the root of systemd's tree stays there until its next start.
         """
         if self.host.cgroup_root and (cgroup.ROOT / self.host.name / id).is_dir():
             return f"/{self.host.name}/{id}"
@@ -94,10 +92,10 @@ class Runtime:
         return f"{self.host.cgroup}/{id}"
 
     def leave_root(self, id: str) -> None:
-        """Remove the cgroup at the root of systemd's tree in which an earlier version ran a container that ended."""
+        """Remove the cgroup at the root of systemd's tree that an earlier version made for a container."""
         if self.host.cgroup_root:
             for place in (cgroup.ROOT / self.host.name / id, cgroup.ROOT / self.host.name):
-                with contextlib.suppress(OSError):  # it is not there, as nearly always, or others are in it
+                with contextlib.suppress(OSError):  # nearly always it is not there; or others are in it
                     place.rmdir()
 
     def prepare(self) -> None:
@@ -106,7 +104,7 @@ class Runtime:
             place.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def settle(self) -> None:
-        """Have a place for containers in the cgroup tree, and in it every conmon that is somewhere else."""
+        """Prepare the place for containers in the cgroup tree, and move every conmon into it."""
         delegation.ensure(self.host)
         for id in cgroup.children(cgroup.ROOT / self.host.name) if self.host.cgroup_root else ():
             self.leave_root(id)
@@ -115,11 +113,11 @@ class Runtime:
                 delegation.adopt(self.host, run.conmon_pid)
 
     def create(self, id: str, bundle: Path, log_path: Path, *, name: str = "", log_size: int = -1) -> Run:
-        """Create a container from the config.json in bundle: its process waits for `start`.
+        """Create a container from the config.json in bundle; its process waits for `start`.
 
-        name: what it is called in errors (default: id). log_size: bytes after which conmon begins a new log file.
-        Raises WrongState if its program can't be run, and UnfitHost for every other refusal, with the runtime's own
-        words; what was begun stays for `delete`.
+        name: used in errors (default: id). log_size: bytes after which conmon begins a new log file. Raises
+        WrongState if its program can't be run, and UnfitHost for every other refusal, with the runtime's own words.
+        What was begun is left for `delete`.
         """
         delegation.ensure(self.host)
         self.leave_root(id)
@@ -139,7 +137,7 @@ class Runtime:
             delegation.adopt(self.host, run.conmon_pid)  # only now: moving a process takes milliseconds
 
     def kill(self, id: str, signal: int | str, *, all: bool = False) -> None:
-        """Send a signal to the first process of a container, or to all of them; nothing happens if it has ended."""
+        """Send a signal to the first process of a container, or to all; do nothing if it has ended."""
         number = signal_number(signal)
         if all:
             kill_each(cgroup.pids(self.cgroup(id)), number)
@@ -147,18 +145,18 @@ class Runtime:
             kill_each((run.pid,), number)
 
     def delete(self, id: str, *, force: bool = False) -> None:
-        """Forget a container that has ended; with force, whatever is left of it is ended first.
+        """Delete what is left of a container that has ended; with force, end it first.
 
-        Copes with all that a create can leave when it is cut off: processes of the runtime, conmon, state half
-        written, cgroups in some hierarchies. Succeeds when nothing is there. Starts a process only where the
-        configuration has `poststop` hooks: the runtime's own `delete` runs them. Raises UnfitHost where processes
-        are left and force is not given.
+        Handles everything that an interrupted create can leave: processes of the runtime, conmon, half-written
+        state, cgroups in some hierarchies. Succeeds when nothing is there. Starts a process only if the configuration
+        has `poststop` hooks: the runtime's own `delete` runs them. Raises UnfitHost if processes are left and force
+        is not given.
         """
         if force:
             self._end(id)
         self._reap(id)
         if self._has_poststop(id):
-            with contextlib.suppress(HoldfastError):  # as the runtime spec asks: what a hook does wrong stops nothing
+            with contextlib.suppress(HoldfastError):  # the runtime spec says so: a failing hook stops nothing
                 self._call("delete", id, name=id)
         cgroup.remove(self.cgroup(id))
         discard_tree(self.root / id)
@@ -167,7 +165,7 @@ class Runtime:
         discard_tree(self.record(id))
 
     def update(self, id: str, resources: Json) -> None:
-        """Give a running container these resources (OCI `linux.resources`) and no others: limits left out end."""
+        """Give a running container these resources (OCI `linux.resources`); limits that are left out are lifted."""
         cgroup.apply(self.cgroup(id), resources)
 
     def set_oom_score_adj(self, id: str, value: int) -> None:
@@ -177,9 +175,9 @@ class Runtime:
                 _write_oom_score_adj(id, pid, value)
 
     def state(self) -> frozenset[str]:
-        """The ids of all containers that the runtime or conmon left something of on disk.
+        """The ids of all containers of which the runtime or conmon has something on disk.
 
-        What is hidden is no container: crun keeps `.cache` beside them.
+        Hidden names are no containers: crun keeps `.cache` beside them.
         """
         known = (*_listed(self.root), *_listed(self.host.run_root / "runs"))
         return frozenset(id for id in known if not id.startswith("."))
@@ -198,29 +196,29 @@ class Runtime:
             return None
 
     def process(self, id: str) -> dict[str, Any]:
-        """What a container's first process was started as: `process` of its config.json."""
+        """How a container's first process was started: `process` of its config.json."""
         found: dict[str, Any] = json.loads((self.host.instance(id) / "config.json").read_text())["process"]
         return found
 
     def exec_argv(self, id: str, process: Json, *, detach: bool = False) -> list[str]:
-        """The command line that runs a process (`runtime.execs`) in a running container, for the CLI to become.
+        """The command line that runs a process (`runtime.execs`) in a running container; the CLI executes it.
 
-        The process is spelled out in a file, for what crun is not told it does not take from the container: its user,
-        limits and environment. The file goes with the bundle.
+        The whole process is described in a file, because crun does not take what is missing (user, limits,
+        environment) from the container. The file is deleted with the bundle.
         """
         text = json.dumps(process)
         bundle = self.host.instance(id)
         place = bundle / f"exec-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
         _leave(place, text)
         command = self._command("exec")
-        if self.binary.name == "runc":  # else it prints a line of its log beside its message
+        if self.binary.name == "runc":  # it would print a line of its log besides its message
             command[1:1] = ["--log", os.devnull]
         return [*command, *(["--detach"] if detach else []), "--process", str(place), id]
 
     def exit_of(self, id: str) -> Exit | None:
-        """How a container ended, as conmon wrote it down; None if it did not (it runs, or conmon was killed).
+        """How a container ended, as conmon recorded it; None if it did not (it runs, or conmon was killed).
 
-        Call it before `delete`, which takes the cgroup's memory of an OOM away.
+        Call it before `delete`, which removes the cgroup and with it the count of OOM kills.
         """
         place = self.exits / id
         try:
@@ -234,11 +232,11 @@ class Runtime:
         return Exit(code, signal.SIGKILL if oom else None, oom, at)
 
     def oom_kills(self, id: str) -> int:
-        """How many processes of a container the kernel has killed for want of memory."""
+        """How many processes of a container the kernel has killed because memory was short."""
         return cgroup.oom_kills(self.cgroup(id))
 
     def new_oom_kills(self, id: str) -> int:
-        """How many of them nobody was told of: those that `tell_oom_kills` did not count."""
+        """How many of these kills `tell_oom_kills` has not counted yet."""
         try:
             told = int((self.record(id) / _TOLD).read_text())
         except (FileNotFoundError, ValueError):
@@ -246,7 +244,7 @@ class Runtime:
         return max(self.oom_kills(id) - told, 0)
 
     def tell_oom_kills(self, id: str) -> int:
-        """Count the kills of a container that lives on as told, so that its end is not taken for one; how many."""
+        """Count the kills of a container that runs on, so that its end is not taken for one; return the number."""
         (self.record(id) / OOM_FILE).unlink(missing_ok=True)  # conmon makes it anew at the next one
         new = self.new_oom_kills(id)
         if new:
@@ -254,11 +252,11 @@ class Runtime:
         return new
 
     def outlives(self, run: Run, seconds: float) -> bool:
-        """Whether the first process of a run is still there after so many seconds."""
+        """Whether the first process of a run still exists after this many seconds."""
         return self.alive(run) and not wait_end(run.pid, time.monotonic() + seconds)
 
     def _died_for_memory(self, id: str, at: float) -> bool:
-        """Whether a kill counts for an end at `at`: one alone, and long before it, was that of a child."""
+        """Whether a container that ended at `at` was killed for memory: a single kill long before was a child's."""
         new = self.new_oom_kills(id)
         try:
             first = (self.record(id) / OOM_FILE).stat().st_mtime
@@ -271,14 +269,13 @@ class Runtime:
         return run.boot_id == boot_id() and is_running(run.pid, run.started_ticks)
 
     def supervised(self, run: Run) -> bool:
-        """Whether conmon is still there to write down how the run ends."""
+        """Whether conmon still runs, and will record how the run ends."""
         return run.boot_id == boot_id() and is_running(run.conmon_pid, run.conmon_ticks)
 
     def wait_exit(self, id: str, run: Run, timeout: float | None = None, *, unless: int | None = None) -> Exit | None:
-        """Wait until a run has ended, however it did; None if it has not within timeout (seconds).
+        """Wait until a run has ended; return None if it has not within timeout (seconds).
 
-        Exit.code is None when conmon did not live to see the end. unless: a file descriptor; once it is readable,
-        the wait is over, too.
+        Exit.code is None if conmon ended before. unless: a file descriptor that ends the wait when it is readable.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         if self.alive(run) and not wait_end(run.pid, deadline, unless):
@@ -288,12 +285,12 @@ class Runtime:
         return self.exit_of(id) or Exit(None, at=time.time())
 
     def remove_parent_cgroup(self) -> None:
-        """Remove the agent's own cgroup from every hierarchy unless containers are left; succeed when it is gone."""
+        """Remove the agent's own cgroup from every hierarchy, unless containers are left in it."""
         for top in self.host.cgroups:
             cgroup.remove_if_empty(top)
 
     def leave(self) -> None:
-        """Give the place in the cgroup tree back, unless something runs in it, and take the runtime's cache away."""
+        """Give up the place in the cgroup tree, unless something runs in it, and delete the runtime's cache."""
         discard_tree(self.root / ".cache")  # crun's, of seccomp filters
         self.remove_parent_cgroup()
         delegation.dissolve(self.host)
@@ -303,7 +300,7 @@ class Runtime:
         return self.host.run_root / "attach"
 
     def record(self, id: str) -> Path:
-        """Where conmon and this module write down what becomes of a run."""
+        """Where conmon and this module record a run."""
         return self.host.run_root / "runs" / id
 
     def _command(self, verb: str) -> list[str]:
@@ -356,7 +353,7 @@ class Runtime:
         return [str(self.conmon), *pairs, "--no-sync-log"]
 
     def _call(self, verb: str, id: str, *, name: str) -> None:
-        """Run a verb of the runtime that starts no lasting process, and turn what it says into an error."""
+        """Run a command of the runtime that leaves no process; turn its message into an error."""
         try:
             answer = subprocess.run(
                 [*self._command(verb), id],
@@ -373,7 +370,7 @@ class Runtime:
             raise runtime_error(verb, name, answer.stderr)
 
     def _end(self, id: str) -> None:
-        """End whatever runs in a container's name: its processes, then conmon and the runtime's own."""
+        """End every process of a container: its own, then conmon and the runtime's."""
         deadline = time.monotonic() + CONMON_GRACE
         cgroup.thaw(self.cgroup(id))
         known, inside = list(self._processes(id)), cgroup.pids(self.cgroup(id))
@@ -399,18 +396,18 @@ class Runtime:
         return False
 
     def _reap(self, id: str) -> None:
-        """Take the exit status of processes that have ended unwatched: a subreaper is their parent by now."""
+        """Collect the exit status of ended processes whose parent is this process, as a subreaper."""
         run = self.run_of(id)
         for name in ("conmon.pid", "pid"):
             with contextlib.suppress(FileNotFoundError, ValueError):
                 pid = int((self.record(id) / name).read_text())
-                if run is None or _ticks(pid) in (run.conmon_ticks, run.started_ticks):  # else another's by now
+                if run is None or _ticks(pid) in (run.conmon_ticks, run.started_ticks):  # else the pid was reused
                     reap(pid)
 
     def _processes(self, id: str) -> Iterator[tuple[int, str]]:
-        """The conmon and the runtime processes of a container that are alive: pid and program.
+        """The conmon and the runtime processes of a container that run: pid and program.
 
-        Once a run is on record only its conmon can be left; before that, every process of the host is asked.
+        Once a run is recorded only its conmon can be left. Before that, all processes of the host are searched.
         """
         if run := self.run_of(id):
             if self.supervised(run):
@@ -427,7 +424,7 @@ class Runtime:
 
 
 def _leave(place: Path, text: str) -> None:
-    """Put a file where the runtime reads it soon, and take away others of its kind that have been read long ago."""
+    """Write the file of a command, which the runtime reads soon, and delete those that were read long ago."""
     now = time.time()
     for old in place.parent.glob("exec-*"):
         with contextlib.suppress(FileNotFoundError):
@@ -455,7 +452,7 @@ def boot_id() -> str:
 
 
 def reopen_log(bundle: Path) -> None:
-    """Make the conmon of a bundle open its log file anew, by its control FIFO; nothing happens if it has ended."""
+    """Make the conmon of a bundle reopen its log file, by its control FIFO; do nothing if it has ended."""
     try:
         control = os.open(bundle / "ctl", os.O_WRONLY | os.O_NONBLOCK)
     except OSError as error:
@@ -467,12 +464,12 @@ def reopen_log(bundle: Path) -> None:
 
 
 def become_subreaper() -> None:
-    """Become the parent of processes whose own has ended (prctl(2)), so that `reap` can take them at once."""
+    """Become the parent of processes whose own parent has ended (prctl(2)), so that `reap` works on them."""
     call("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def reap(pid: int) -> bool:
-    """Take the exit status of a child that has ended; False if it runs, or is no child of ours."""
+    """Collect the exit status of a child that has ended; False if it runs, or is no child of ours."""
     try:
         return os.waitpid(pid, os.WNOHANG)[0] == pid
     except ChildProcessError:
@@ -495,7 +492,7 @@ def _pid_from(answer: bytes, name: str) -> int:
     try:
         said: dict[str, Any] = json.loads(answer)
     except ValueError as error:
-        raise UnfitHost(f"start of '{name}': conmon ended without a word (see `holdfast doctor`)") from error
+        raise UnfitHost(f"start of '{name}': conmon ended without a message (see `holdfast doctor`)") from error
     pid = int(said.get("data", said.get("pid", -1)))
     if pid > 0:
         return pid
@@ -519,7 +516,7 @@ def runtime_error(verb: str, name: str, text: str) -> HoldfastError:
 
 
 def _stat(pid: int) -> list[str]:
-    """/proc/PID/stat from field 3 on; [] if there is no such process."""
+    """The fields of /proc/PID/stat from the third on; [] if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -540,7 +537,7 @@ def _ticks(pid: int) -> int:
 
 
 def is_running(pid: int, ticks: int) -> bool:
-    """Whether the process of that number and start time runs: a zombie does not, nor does whoever came after."""
+    """Whether the process with this number and start time runs; a zombie does not."""
     fields = _stat(pid)
     return bool(fields) and fields[0] not in "ZX" and int(fields[19]) == ticks
 
@@ -566,12 +563,12 @@ def wait_end(pid: int, deadline: float | None, unless: int | None = None) -> boo
 
 
 def _milliseconds(deadline: float | None) -> float | None:
-    """What is left until a moment (monotonic), as far as poll(2) can wait."""
+    """The time until a deadline (monotonic), limited to what poll(2) can wait."""
     return None if deadline is None else min(max(0.0, deadline - time.monotonic()) * 1000, LONGEST_POLL)
 
 
 def kill_each(pids: Iterable[int], number: int) -> None:
-    """Send a signal to processes; those that have ended are left out."""
+    """Send a signal to processes; ignore those that have ended."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)

@@ -1,7 +1,7 @@
-"""The revision's mounted files → content-addressed, immutable copies that containers can mount.
+"""Store the revision's mounted files by their digest, as copies that never change and that containers can mount.
 
-`node` stores files while it stages a generation and prunes what no generation names any more; the `file` mount
-driver mounts what it is given from here.
+`node` stores files while it stages a generation, and prunes those that no generation names. The mount driver `file`
+mounts them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FOLDER_MODE = 0o755
 class ContentStore:
     """Files and trees by their sha256 (hex). Safe for several threads and processes at once.
 
-    An entry appears whole or not at all, and never changes; storing it again costs one stat(2).
+    An entry is complete when it appears, and never changes. Storing it again costs one stat(2).
     """
 
     def __init__(self, root: Path) -> None:
@@ -35,13 +35,13 @@ class ContentStore:
         self._partial.mkdir(parents=True, exist_ok=True)
 
     def store_file(self, data: bytes, *, executable: bool = False) -> str:
-        """Store one file; its digest is that of its bytes and, for a program, of its being one."""
+        """Store one file; the digest covers its bytes and whether it is executable."""
         digest = digest_of_file(data, executable=executable)
         self._store(digest, lambda path: _write(path, data, PROGRAM_MODE if executable else FILE_MODE))
         return digest
 
     def store_tree(self, files: Mapping[str, str]) -> str:
-        """Store a directory of stored files, {relative path: digest}; its digest is that of this mapping."""
+        """Store a directory of stored files, {relative path: digest}; the digest covers this mapping."""
         for name in files:
             if name.startswith("/") or not name or {"", ".", ".."} & set(name.split("/")):
                 raise WrongState(f"store tree: {name!r}: is not a path below the tree")
@@ -51,7 +51,7 @@ class ContentStore:
         return digest
 
     def path(self, digest: str) -> Path:
-        """Where the file or directory lies. Raises NotFound for what was never stored, or is pruned."""
+        """The path of a file or directory. Raises NotFound if it was never stored, or is pruned."""
         path = self._entry(digest)
         if not path.exists():
             raise NotFound(f"find content {digest!r}: it is not stored")
@@ -60,7 +60,7 @@ class ContentStore:
     def prune(self, keep: Collection[str]) -> None:
         """Delete every entry that keep does not name.
 
-        The files of a kept tree are links of their own, so they need not be kept as well.
+        A kept tree has hard links to its files, so these need not be named as well.
         """
         for folder in self.root.glob("[0-9a-f][0-9a-f]"):
             for path in folder.iterdir():
@@ -79,7 +79,7 @@ class ContentStore:
         make(temporary)
         try:
             temporary.rename(path)
-        except OSError:  # another thread's tree, just now: a directory is not replaced
+        except OSError:  # another thread stored the same tree: a directory is not replaced
             if not path.is_dir():
                 raise
             remove_tree(temporary)
@@ -96,7 +96,7 @@ class ContentStore:
             sync_folder(Path(folder))
 
     def _delete(self, path: Path) -> None:
-        """Out of sight first: a reader sees an entry whole or not at all."""
+        """Rename it first: a reader sees a complete entry or none."""
         doomed = self._partial / f"{path.name}.{uuid.uuid4().hex}"
         with suppress(FileNotFoundError):
             path.rename(doomed)

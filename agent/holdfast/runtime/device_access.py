@@ -1,7 +1,7 @@
-"""Takes the access to a device away from a cgroup: both runtimes allow /dev/net/tun to every container.
+"""Deny a cgroup the access to a device: both runtimes allow /dev/net/tun to every container.
 
-The rules of a config.json can't say otherwise, because crun and runc (before 1.2) append their own list to them.
-Called by the node between the creation of a container and its start.
+The rules of config.json can't deny it, because crun and runc (before 1.2) append their own list to them. Called by
+the node between the creation of a container and its start.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def asked_for(config: Mapping[str, Any], device: tuple[int, int] = TUN) -> bool:
 
 
 def deny(path: str, device: tuple[int, int] = TUN) -> None:
-    """Take a character device away from the processes of a cgroup; what they have open stays open."""
+    """Deny the processes of a cgroup a character device; open files stay open."""
     rule = Rule("c", *device, "rwm")
     if cgroup.version() == 1:
         _write(cgroup.folder("devices", path) / "devices.deny", str(rule))
@@ -63,7 +63,7 @@ def deny(path: str, device: tuple[int, int] = TUN) -> None:
 
 
 def allow_only(path: str, rules: Sequence[Rule]) -> None:
-    """Take every device away from the processes of a cgroup but what the rules allow; all of it without devices."""
+    """Allow the processes of a cgroup only the devices that the rules name."""
     if cgroup.version() == 2:
         attach(str(cgroup.folder("devices", path)), rules, allowed=True)
     elif (place := cgroup.folder("devices", path)).is_dir():
@@ -73,8 +73,8 @@ def allow_only(path: str, rules: Sequence[Rule]) -> None:
 
 
 def attach(folder: str, rules: Sequence[Rule], *, allowed: bool) -> None:
-    """Attach a program to a cgroup v2, asked beside the runtime's own: what a rule has is allowed or not, the rest
-    is the opposite."""
+    """Attach a program to a cgroup v2, in addition to the runtime's. allowed: whether it allows what the rules name
+    and denies the rest, or the other way round."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         program = _program(tuple(rules), allowed)
@@ -92,10 +92,10 @@ def _write(place: Path, text: str) -> None:
 
 @lru_cache(maxsize=8)
 def _program(rules: tuple[Rule, ...], allowed: bool) -> int:
-    """The descriptor of a program that returns 1 for what it allows, and 0.
+    """The descriptor of a program that returns 1 for what it allows, and 0 for the rest.
 
-    Its context is struct bpf_cgroup_dev_ctx: access_type (the kind in the lower half, what is asked for in the
-    upper), major, minor. A rule that allows has all of what is asked for, one that refuses any of it.
+    Its context is struct bpf_cgroup_dev_ctx: access_type (the kind in the lower half, the wanted access in the
+    upper), major, minor. An allowing rule must have all of the wanted access, a denying rule any of it.
     """
     code = [
         _instruction(0x61, 2, 1, 0),  # r2 = access_type

@@ -1,6 +1,6 @@
-"""Device nodes of the host, as a container is to find them: from paths to type, numbers and permissions.
+"""Find the device nodes of the host that a container asks for: their type, numbers and permissions.
 
-Called by the node before it makes a config.json, and by whoever needs the numbers of a block device.
+Called by the node before it makes a config.json.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from holdfast.errors import WrongState
 from holdfast.spec.model import Container
 
-#: Below /dev, what a container has of its own.
+#: Names below /dev of which a container has its own.
 _OWN = frozenset(("pts", "shm", "mqueue", "fd", "stdin", "stdout", "stderr", "core", "ptmx", "console", "init"))
 
 

@@ -1,6 +1,6 @@
-"""A command beside the first process of a container → `process` of the OCI runtime spec, as for `docker exec`. Pure.
+"""Describe a command in a running container as `process` of the OCI runtime spec, as `docker exec` does. Pure.
 
-Imports little: `holdfast exec` waits for it.
+It imports little, because `holdfast exec` waits for it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecWant:
-    """What is to run. user: "" for that of the first process. environment: beside that of the first process."""
+    """The command. user: "" is the first process's. environment: in addition to the first process's."""
 
     argv: Sequence[str]
     user: str = ""
@@ -27,10 +27,9 @@ class ExecWant:
 
 
 def exec_process(first: Json, want: ExecWant, user: User | None, *, home_is_set: bool) -> dict[str, Any]:
-    """The process of a command; first: the container's first one, whose limits and confinement it shares.
+    """Describe the process of a command. first: the container's first process, whose limits and confinement it has.
 
-    user: whom it runs as, None for the user of the first process. home_is_set: whether the image or the state file
-    says what HOME is, which then holds for every user.
+    user: None is the first process's. home_is_set: the image or the state file sets HOME, for every user.
     """
     environment = dict(entry.partition("=")[::2] for entry in first["env"])
     changed: dict[str, Any] = {"args": list(want.argv), "terminal": want.tty}
@@ -48,12 +47,12 @@ def exec_process(first: Json, want: ExecWant, user: User | None, *, home_is_set:
 
 
 def user_of(process: Json) -> User:
-    """Whom a process runs as."""
+    """The user of a process."""
     found = process["user"]
     return User(found["uid"], found["gid"], tuple(found.get("additionalGids") or ()))
 
 
 def path_of(process: Json) -> str:
-    """The PATH that a process has."""
+    """The PATH of a process."""
     environment: dict[str, str] = dict(entry.partition("=")[::2] for entry in process["env"])
     return environment.get("PATH", "")

@@ -1,11 +1,11 @@
-"""The first content of a new volume: copied from the image, whole or not at all.
+"""Copy the first content of a new volume from the image, completely or not at all.
 
-The copy is made in a directory inside the volume (PARTIAL), synced, declared whole by a rename (COMPLETE), and its
-entries are then moved to where they belong. A crash leaves a PARTIAL, which is thrown away, or a COMPLETE, which
-`finish` moves on; it needs no image for that. Nothing that was in the volume before is touched.
+The copy is made in a directory inside the volume (PARTIAL), synced, marked complete by a rename (COMPLETE), and its
+entries are then moved up. A crash leaves a PARTIAL, which is deleted, or a COMPLETE, which `finish` moves up without
+the image. Nothing that was in the volume before is touched.
 
-A running container may have the volume mounted already and may be hostile, so everything in the volume is reached
-by descriptors, below the directory that was made here, and no link is followed.
+A hostile container may have the volume mounted already. So everything in the volume is reached by descriptors, below
+the directory that was made here, and no link is followed.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ CHUNK = 1 << 30
 
 
 def is_empty(path: Path) -> bool:
-    """Whether nobody has put anything into a volume."""
+    """Whether a volume has no content."""
     with os.scandir(path) as entries:
         return all(entry.name in (PARTIAL, LOST_FOUND) for entry in entries)
 
 
 def owner_and_mode(path: Path) -> list[int]:
-    """What the directory of a volume looks like: uid, gid, permissions."""
+    """The uid, gid and permissions of a volume's directory."""
     found = path.stat()
     return [found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)]
 
 
 def fill(path: Path, seed: Path) -> None:
-    """Bring the content of seed, with its own owner, mode and attributes, into an empty volume. Raises OSError."""
+    """Copy the content of seed, and its owner, mode and attributes, into an empty volume. Raises OSError."""
     volume = os.open(path, FOLDER)
     try:
         for name in (PARTIAL, COMPLETE):
@@ -60,7 +60,7 @@ def fill(path: Path, seed: Path) -> None:
 
 
 def finish(path: Path) -> None:
-    """Move in what `fill` has copied, where that was cut off; nothing to do without a COMPLETE. Raises OSError."""
+    """Move up what `fill` has copied, if there is a COMPLETE. Raises OSError."""
     volume = os.open(path, FOLDER)
     try:
         try:
@@ -81,13 +81,13 @@ def finish(path: Path) -> None:
 
 
 def copy_tree(source: Path, target: int) -> None:
-    """Copy the content of a directory into the one that target has open, which then looks like source, too.
+    """Copy the content and the attributes of a directory into the open directory target. Raises OSError.
 
-    Owners, modes, times, extended attributes, hard links, links, devices and fifos are kept. Raises OSError.
+    Owners, modes, times, extended attributes, hard links, links, devices and fifos are kept.
     """
     twins: dict[tuple[int, int], str] = {}
     folders = ["."]
-    for folder in folders:  # grows on the way
+    for folder in folders:  # it grows meanwhile
         inner = _open_below(target, folder, FOLDER)
         try:
             with os.scandir(source / folder) as entries:
@@ -100,7 +100,7 @@ def copy_tree(source: Path, target: int) -> None:
                         _copy_entry(entry, relative, target, inner, twins)
         finally:
             os.close(inner)
-    for folder in reversed(folders):  # what is written into a directory changes its times
+    for folder in reversed(folders):  # afterwards, because writing into a directory changes its times
         inner = _open_below(target, folder, FOLDER)
         try:
             _copy_looks(source / folder, (source / folder).lstat(), inner)
@@ -120,7 +120,7 @@ def _copy_entry(
         _copy_file(entry.path, inner, name)
     elif stat.S_ISLNK(found.st_mode):
         os.symlink(Path(entry.path).readlink(), name, dir_fd=inner)
-    elif stat.S_ISSOCK(found.st_mode):  # a socket without its process is nothing
+    elif stat.S_ISSOCK(found.st_mode):  # of no use without its process
         return
     else:
         os.mknod(name, found.st_mode, found.st_rdev, dir_fd=inner)
@@ -147,7 +147,7 @@ def _copy_file(source: str, inner: int, name: str) -> None:
 
 
 def _link(target: int, twin: str, inner: int, name: str) -> None:
-    """Give a copied file its second name: by descriptor, for somebody may have put links on the way to it."""
+    """Give a copied file a second name, by descriptor: a container may have put links into its path."""
     there = _open_below(target, twin, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         os.link(f"/proc/self/fd/{there}", name, dst_dir_fd=inner, follow_symlinks=True)
@@ -156,7 +156,7 @@ def _link(target: int, twin: str, inner: int, name: str) -> None:
 
 
 def _copy_looks(source: Path | str, found: os.stat_result, target: int) -> None:
-    """Owner before mode and attributes: chown(2) takes set-user-ID bits and security.capability away."""
+    """Copy owner, mode, attributes and times. Owner first: chown(2) removes set-user-ID and security.capability."""
     made = f"/proc/self/fd/{target}"
     os.chown(made, found.st_uid, found.st_gid)
     if not stat.S_ISLNK(found.st_mode):
@@ -169,7 +169,7 @@ def _copy_looks(source: Path | str, found: os.stat_result, target: int) -> None:
 
 
 def _set_attribute(made: str, name: str, value: bytes) -> None:
-    """What the volume's file system has no room for is left out, but for what makes a program privileged."""
+    """Set an attribute. What the file system does not support is left out, except what makes a program privileged."""
     try:
         os.setxattr(made, name, value)
     except OSError as error:

@@ -1,7 +1,7 @@
-"""A look into a running container: its files as its own processes see them, mounts included.
+"""Read files of a running container as its own processes see them, mounts included.
 
-Every path is resolved below the container's root by the kernel (openat2(2), RESOLVE_IN_ROOT): no link leads out, and
-nothing but a regular file is opened. Called by the node for `exec`.
+The kernel resolves every path below the container's root (openat2(2), RESOLVE_IN_ROOT): no link leads out, and only
+regular files are opened. Called by the node for `exec`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from holdfast.runtime.binaries import foreign_formats
 from holdfast.runtime.executables import HEAD, Candidate, judge
 from holdfast.runtime.users import User
 
-LARGEST_READ = 8 << 20  # bytes of a file that the agent itself looks into
+LARGEST_READ = 8 << 20  # bytes of a file that the agent reads
 
 
 class Inside:
@@ -28,12 +28,12 @@ class Inside:
         self._root = root
 
     def mode(self, path: str) -> int | None:
-        """The st_mode of what a path leads to, None if there is nothing."""
+        """The st_mode of what is at a path, None if nothing is."""
         found = self._stat(path)
         return found.st_mode if found else None
 
     def read_file(self, path: str, size: int = LARGEST_READ) -> bytes | None:
-        """The beginning of a regular file, None if there is none; WrongState for one that would fill memory."""
+        """The beginning of a regular file, None if there is none. Raises WrongState if it would fill memory."""
         with suppress(FileNotFoundError), self._open(path) as handle:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 return None
@@ -74,7 +74,7 @@ class Inside:
 
     @contextmanager
     def _open(self, path: str) -> Iterator[int]:
-        """A handle of what a path leads to (O_PATH); FileNotFoundError where it leads nowhere."""
+        """Open what is at a path (O_PATH). Raises FileNotFoundError if nothing is."""
         try:
             handle = openat2(path or ".", os.O_PATH | os.O_CLOEXEC, IN_ROOT | NO_MAGICLINKS, dir_fd=self._root)
         except OSError as error:
@@ -89,7 +89,7 @@ class Inside:
 
 @contextmanager
 def inside(pid: int) -> Iterator[Inside]:
-    """Look into the container that a process runs in."""
+    """Open the root of the container in which a process runs."""
     root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield Inside(root)

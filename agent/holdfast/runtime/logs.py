@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-LINE = 64 << 10  # bytes of a line that are handed on at once: an endless line comes in pieces
+LINE = 64 << 10  # bytes after which an unfinished line is yielded in pieces
 _BLOCK = 256 << 10  # bytes that are read at once from the end backwards
 _WHOLE_LINE = re.compile(rb"\n\S+ \S+ F")  # begins with a byte that is found fast: rows have 8 KiB
 
@@ -29,7 +29,7 @@ _WHOLE_LINE = re.compile(rb"\n\S+ \S+ F")  # begins with a byte that is found fa
 class LogLine:
     """A line of output, or a piece of one. time: RFC 3339, as conmon wrote it. target: the container.
 
-    partial: what follows of this stream goes on in the same line.
+    partial: the next piece of this stream continues the same line.
     """
 
     time: str
@@ -45,11 +45,11 @@ class LogLine:
 
     @property
     def text(self) -> str:
-        """The line for people; bytes that are no UTF-8 are replaced."""
+        """The line as text; bytes that are not UTF-8 are replaced."""
         return self.data.decode(errors="replace")
 
     def json(self) -> dict[str, Any]:
-        """The line as the API has it; with the bytes in base64 where they are no UTF-8."""
+        """The line as the API returns it; with the bytes in base64 where they are not UTF-8."""
         value = {"time": self.time, "stream": self.stream, "text": self.text, "partial": self.partial}
         if self.text.encode() != self.data:
             value["base64"] = base64.b64encode(self.data).decode()
@@ -66,9 +66,9 @@ def line_of(value: Mapping[str, Any]) -> LogLine:
 
 
 def begin(log_path: Path, max_size: int, max_files: int) -> int:
-    """Prepare a log for another run; return the size at which conmon is to begin a new file.
+    """Prepare a log for another run; return the size at which conmon begins a new file.
 
-    What is kept takes at most max_size * max_files, the file counted in that `roll` has not yet seen.
+    All files together take at most max_size * max_files, including the one that `roll` has not seen yet.
     """
     full = max(max_size * max_files // (max_files + 1), 1)
     log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,9 +84,9 @@ def begin(log_path: Path, max_size: int, max_files: int) -> int:
 
 
 def roll(log_path: Path, max_files: int) -> None:
-    """Number the file that conmon has left, forget what is more than max_files, and give its file a second name.
+    """Number the file that conmon has left, delete what exceeds max_files, and give the new file a second name.
 
-    Repeating it after a crash finishes what was begun.
+    It can be repeated after a crash.
     """
     held = _older(log_path, 0)
     inode = _inode(log_path)
@@ -98,19 +98,19 @@ def roll(log_path: Path, max_files: int) -> None:
                 file.rename(_older(log_path, _number(file) + 1))
             else:
                 file.unlink(missing_ok=True)
-    with suppress(OSError):  # without the second name less is kept, and the container runs all the same
+    with suppress(OSError):  # without the second name less is kept, but the container runs
         os.link(log_path, held)
 
 
 def keep(log_path: Path, max_size: int, max_files: int, reopen: Callable[[], None]) -> None:
-    """Do what `roll` does; make a conmon that knows of no limit, or of a larger one, begin a new file by `reopen`."""
+    """Do what `roll` does. A conmon with no limit, or a larger one, is made to begin a new file by `reopen`."""
     roll(log_path, max_files)
     if _size(log_path) > max_size:
         reopen()
 
 
 def log_files(log_path: Path) -> list[Path]:
-    """The files of a log that exist, oldest first; one that has two names once."""
+    """The files of a log that exist, oldest first; a file with two names once."""
     current = _inode(log_path)
     older = sorted(_numbered(log_path), key=_number, reverse=True)
     if older and _number(older[-1]) == 0 and _inode(older[-1]) == current:
@@ -160,19 +160,19 @@ def _size(file: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which lines are asked for: the last tail ones of each log, written not before since and not after until."""
+    """Which lines are asked for: the last `tail` of each log, written between `since` and `until`."""
 
     tail: int | None = None
     since: float | None = None
     until: float | None = None
 
     def of(self, lines: Iterable[LogLine]) -> Iterator[LogLine]:
-        """Those of a log's lines that are asked for."""
+        """Select the lines of a log that are asked for."""
         found = self.within(lines)
         return found if self.tail is None else iter(deque(found, maxlen=self.tail))
 
     def within(self, lines: Iterable[LogLine]) -> Iterator[LogLine]:
-        """Those that were written in the time that is asked for."""
+        """Select the lines that were written between since and until."""
         if self.since is not None:
             lines = (line for line in lines if line.at >= (self.since or 0))
         if self.until is not None:
@@ -181,7 +181,7 @@ class Wanted:
 
     @property
     def over(self) -> bool:
-        """Whether nothing that is yet to be written is asked for."""
+        """Whether no future line is asked for."""
         return self.until is not None and time.time() > self.until
 
 
@@ -193,7 +193,7 @@ def read(log_path: Path, wanted: Wanted | None = None, target: str = "") -> Iter
 
 
 class Cursor:
-    """A place in a log that moves on from file to file."""
+    """A position in a log, which moves from file to file."""
 
     def __init__(self, log_path: Path, wanted: Wanted, target: str = "") -> None:
         self._path = log_path
@@ -214,15 +214,15 @@ class Cursor:
             self._file.close()
 
     def lines(self, *, last: bool = False) -> Iterator[LogLine]:
-        """Yield what is written by now, also of a line that is not ended. last: nobody will ask again."""
+        """Yield what has been written, an unfinished line too. last: this is the last call."""
         for row in self._rows():
             yield from self._joiner.add(row)
         yield from self._joiner.rest(last=last)
 
     def _rows(self) -> Iterator[bytes]:
-        """Yield every whole row up to what is written by now."""
+        """Yield every whole row that has been written."""
         while True:
-            following = self._following()  # before reading: what is written to a file ends before the next begins
+            following = self._following()  # before reading: a file is complete when the next one exists
             if self._file is not None:
                 yield from self._drain(self._file)
             if following is None:
@@ -252,11 +252,11 @@ class Cursor:
                 opened = file.open("rb")
                 if os.fstat(opened.fileno()).st_ino == inode and _inodes(self._path) == seen:
                     return opened
-                opened.close()  # files were renamed meanwhile: it may be one that was read already
+                opened.close()  # files were renamed meanwhile: this may be one that was already read
 
 
 def _start(files: list[Path], tail: int | None) -> tuple[Path | None, int]:
-    """The file, and the place in it, after which there are tail whole lines with all of their parts."""
+    """The file, and the offset in it, after which there are `tail` whole lines with all of their parts."""
     if tail is None or not files:
         return (files[0] if files else None), 0
     left = tail
@@ -270,7 +270,7 @@ def _start(files: list[Path], tail: int | None) -> tuple[Path | None, int]:
 
 
 def _backwards(file: Path, count: int) -> tuple[int | None, int]:
-    """Where the last count whole lines of a file begin; None if it has no more than them; and how many it has."""
+    """The offset of the last `count` whole lines of a file, None if it has no more, and how many it has."""
     found = 0
     with file.open("rb") as source:
         end = source.seek(0, os.SEEK_END)
@@ -290,7 +290,7 @@ def _backwards(file: Path, count: int) -> tuple[int | None, int]:
 
 @dataclass(slots=True)
 class _Open:
-    """A line that is not ended yet, as far as it was not handed on."""
+    """A line that has no end yet, as far as it was not yielded."""
 
     time: str
     parts: list[bytes] = field(default_factory=list)
@@ -305,7 +305,7 @@ class _Joiner:
         self._open: dict[str, _Open] = {}
 
     def add(self, row: bytes) -> Iterator[LogLine]:
-        """Take one row of a log; yield what it completes."""
+        """Add one row of a log; yield what it completes."""
         fields = row.rstrip(b"\n").lstrip(b"\0").split(b" ", 3)  # a power cut may leave zeros
         if len(fields) < 3 or fields[2][:1] not in (b"F", b"P", b"R"):
             return  # torn by a crash of the host
@@ -326,19 +326,19 @@ class _Joiner:
             yield from self._piece(stream, line)
 
     def rest(self, *, last: bool) -> Iterator[LogLine]:
-        """Yield what is there of lines that are not ended."""
+        """Yield what there is of unfinished lines."""
         for stream, line in self._open.items():
             if line.size:
                 yield from self._piece(stream, line, whole=last)
 
     def _ended(self) -> Iterator[LogLine]:
-        """End the lines that a run has left without an end."""
+        """Finish the lines that a run has left unfinished."""
         for stream, line in self._open.items():
             yield self._line(stream, line)
         self._open.clear()
 
     def _piece(self, stream: str, line: _Open, *, whole: bool = False) -> Iterator[LogLine]:
-        """Hand on what there is of a line; the first bytes of a character wait for its last, unless whole."""
+        """Yield what there is of a line; an incomplete character waits for its last byte, unless whole."""
         data = b"".join(line.parts)
         cut = len(data) if whole else len(data) - _incomplete(data)
         if cut:

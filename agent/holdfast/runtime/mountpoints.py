@@ -1,8 +1,8 @@
-"""Which file system a path of the host is meant to be on, and whether that is mounted.
+"""Find the file system that a path of the host should be on, and whether it is mounted.
 
-A bind whose source lies below a mount point that is not mounted would write to the disk underneath. fstab(5) says
-what is meant to be mounted, /proc/self/mountinfo what is. `lacking` and `unmounted` are asked in every pass, so they
-touch no file system that may not answer, as that of a server which is gone.
+A bind whose source is below a mount point that is not mounted would write to the disk underneath. fstab(5) says what
+should be mounted, mountinfo what is. `lacking` and `unmounted` are called in every pass, so they touch no file system
+that might not answer, like that of a server which is gone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from holdfast.mounts import MountPoint, mount_points, unescaped
 from holdfast.spec.model import Mount
 
 FSTAB = Path("/etc/fstab")
-#: File systems of this host's own disks and memory. Others may wait for a server, or a process, that is gone.
+#: File systems on this host's own disks and memory. Others may wait for a server or a process that is gone.
 LOCAL = frozenset(
     (
         *("bcachefs", "btrfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "iso9660", "jfs", "nilfs2", "ntfs3"),
@@ -24,13 +24,13 @@ LOCAL = frozenset(
         *("devtmpfs", "overlay", "proc", "ramfs", "rootfs", "sysfs", "tmpfs"),
     )
 )
-AUTOMOUNT = "autofs"  # the kind of what waits for a file system, and is none
+AUTOMOUNT = "autofs"  # stands where a file system is mounted on demand
 MOST_LINKS = 40
 _cache: tuple[tuple[int, int, int], tuple[str, ...]] = ((0, 0, 0), ())
 
 
 class Mounted:
-    """What this host has mounted, read at one moment and only if somebody asks."""
+    """What this host has mounted, read once, when it is first needed."""
 
     @classmethod
     def now(cls) -> Mounted:
@@ -62,12 +62,12 @@ class Mounted:
         return self._by_id.get(id)
 
     def covering(self, path: str) -> MountPoint | None:
-        """What a path without links lies on, so far as mount points tell."""
+        """The mount that a path without links is on, judged by mount points."""
         return next((self.at(above) for above in _above(path) if above in self), None)
 
 
 def mount_id(path: str) -> int:
-    """The id of the mount that a path of this host lies on. Raises OSError."""
+    """The id of the mount that a path of this host is on. Raises OSError."""
     handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         lines = Path(f"/proc/self/fdinfo/{handle}").read_text().splitlines()
@@ -77,12 +77,12 @@ def mount_id(path: str) -> int:
 
 
 def lacking(mount: Mount, mounted: Mounted) -> str:
-    """Why a bind must not be made now: what its source is meant to lie on is not mounted. "" if it may be made."""
+    """Why a bind must not be made now, "" if it may: the file system of its source is not mounted."""
     if mount.kind != "bind" or mount.require_mount is False:
         return ""
     missing = unmounted(mount.source, mounted)
     if missing:
-        return f"{missing} is not mounted, which {FSTAB} names and '{mount.source}' lies on"
+        return f"{missing} is not mounted, which {FSTAB} names and '{mount.source}' is on"
     above = _above(real_path(mount.source, mounted)) if mount.require_mount else ()
     if mount.require_mount and not any(point in mounted for point in above if point != "/"):
         return f"nothing is mounted at or above '{mount.source}' (require_mount = true)"
@@ -90,7 +90,7 @@ def lacking(mount: Mount, mounted: Mounted) -> str:
 
 
 def unmounted(path: str, mounted: Mounted) -> str:
-    """The mount point of fstab that a path lies on, if it is not mounted; "" otherwise."""
+    """The mount point of fstab that a path is below, if it is not mounted; "" otherwise."""
     points = fstab_points()
     if not points:
         return ""
@@ -100,7 +100,7 @@ def unmounted(path: str, mounted: Mounted) -> str:
 
 
 def real_path(path: str, mounted: Mounted) -> str:
-    """A path without links, as os.path.realpath has it; of what lies on others than LOCAL file systems, as it is."""
+    """Resolve links as os.path.realpath does, but none on file systems that are not LOCAL."""
     real, left, links = "", path.split("/")[::-1], 0
     while left:
         name = left.pop()
@@ -120,7 +120,7 @@ def real_path(path: str, mounted: Mounted) -> str:
 
 
 def mount_point(real: str) -> str:
-    """The mount point that a path without links lies on. Raises OSError."""
+    """The mount point that a path without links is below. Raises OSError."""
     id, found = mount_id(real), real
     for above in _above(real):
         if mount_id(above) != id:
@@ -130,14 +130,14 @@ def mount_point(real: str) -> str:
 
 
 def fstab_points() -> tuple[str, ...]:
-    """The mount points that fstab names below /, read again when the file has changed."""
+    """The mount points below / in fstab; the file is read again when it has changed."""
     global _cache
     try:
         found = FSTAB.stat()
         key = found.st_mtime_ns, found.st_size, found.st_ino
         if _cache[0] != key:
             _cache = key, tuple(_points(FSTAB.read_text(errors="surrogateescape").splitlines()))
-    except OSError:  # there is none, as in many containers and images
+    except OSError:  # there is no fstab
         return ()
     return _cache[1]
 
@@ -156,5 +156,5 @@ def _covers(point: str, path: str) -> bool:
 
 
 def _above(path: str) -> Iterator[str]:
-    """A path, and every folder that it lies in."""
+    """A path, and every folder above it."""
     return map(str, (Path(path), *Path(path).parents))

@@ -1,7 +1,6 @@
-"""Addresses and names → the hosts and resolv.conf files of instances, kept current in place. Called by node.
+"""Make the hosts and resolv.conf files of instances from addresses and names, and update them. Called by node.
 
-The texts are pure. The files are bind-mounted into containers, so they must stay the same inode: they are
-overwritten, never replaced.
+The files are bind-mounted into containers, so they must keep their inode: they are overwritten, never replaced.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ UPSTREAM_RESOLV_CONF = Path("/run/systemd/resolve/resolv.conf")
 
 
 def hosts_text(hostname: str, own: Names, others: Names) -> str:
-    """Write a hosts(5) file: localhost, the instance's own addresses, then its peers, in the order given.
+    """The text of a hosts(5) file: localhost, the instance's own addresses, then its peers, in the order given.
 
-    hostname leads the names of each own address; an instance without one finds its hostname at 127.0.1.1, as Debian
-    does. Repeated names on a line are written once, lines without an address or names not at all.
+    hostname is the first name of each own address; without an address it is at 127.0.1.1, as in Debian. Repeated
+    names on a line are written once, lines without an address or names not at all.
     """
     lines = ["127.0.0.1 localhost", "::1 localhost ip6-localhost ip6-loopback"]
     mine = [_hosts_line(address, (hostname, *names)) for address, names in own if address]
@@ -33,11 +32,11 @@ def hosts_text(hostname: str, own: Names, others: Names) -> str:
 
 
 def resolv_conf(host_text: str, upstream_text: str = "") -> str:
-    """Follow the host's resolv.conf(5) without resolvers on loopback, which a container can't reach.
+    """The host's resolv.conf(5) without resolvers on loopback, which a container can't reach.
 
-    When none is left, upstream_text (what systemd-resolved keeps in UPSTREAM_RESOLV_CONF) takes the host's place.
-    When that has none either, no nameserver is written: a libc then asks 127.0.0.1 and fails at once, and no
-    resolver that the operator did not choose hears of the names. search, options and sortlist are kept.
+    If none is left, upstream_text (UPSTREAM_RESOLV_CONF of systemd-resolved) is used instead. If that has none
+    either, no nameserver is written: a libc then asks 127.0.0.1 and fails at once, and no resolver that the operator
+    did not choose learns the names. search, options and sortlist are kept.
     """
     own, upstream = _reachable(host_text), _reachable(upstream_text)
     chosen = upstream if not _has_resolver(own) and _has_resolver(upstream) else own

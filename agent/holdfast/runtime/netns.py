@@ -1,7 +1,7 @@
-"""Instances → network namespaces bound under /run/netns, where ip-netns(8) sees them. Called by node.
+"""Make network namespaces for instances, bound under /run/netns, where ip-netns(8) sees them. Called by node.
 
-A namespace is made by a thread that unshares its own, brings lo up in it, binds it to a file and ends: no process
-is forked, and the namespace lives on by the mount alone. Nothing here reads or changes what others keep there.
+A thread unshares its network, brings lo up, binds the namespace to a file and ends: no process is forked, and the
+mount alone keeps the namespace. Namespaces of others are neither read nor changed.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ BUSY_TRIES = 200
 
 
 def ensure(host: Host, instance: str, pid: int | None = None) -> Receipt:
-    """Have a network namespace with lo up for an instance. Idempotent; raises NotPermitted, UnfitHost.
+    """Ensure that an instance has a network namespace with lo up. Raises NotPermitted, UnfitHost.
 
-    pid: a process that lives in the namespace already: if its binding was lost, it is bound again.
+    pid: a process that is in the namespace already; the namespace is bound again if its binding was lost.
     Receipt: kind "netns", id = owner = instance, data["path"] = the file that it is bound to.
     """
     path = host.netns(instance)
@@ -65,7 +65,7 @@ def ensure(host: Host, instance: str, pid: int | None = None) -> Receipt:
 
 
 def observe(host: Host) -> Iterable[Receipt]:
-    """List the namespaces that bear the agent's name, and files of that name which lost their namespace."""
+    """List the namespaces with the agent's name, and (with empty data) files that lost their namespace."""
     prefix = f"{host.name}-"
     try:
         names = os.listdir(FOLDER)  # noqa: PTH208 - names, not paths, and a thousand of them
@@ -77,7 +77,7 @@ def observe(host: Host) -> Iterable[Receipt]:
 
 
 def remove(host: Host, receipt: Receipt) -> None:
-    """Let go of a namespace; the kernel takes it apart, with its links, once no process is left in it."""
+    """Unbind a namespace; the kernel removes it with its links once no process is left in it."""
     path = host.netns(receipt.id)
     unmount(path, lazily=True)
     path.unlink(missing_ok=True)
@@ -109,7 +109,7 @@ def _raise_loopback() -> None:
 
 
 def _refuse_redirects() -> None:
-    """Let no neighbour change the routes of a container, on whichever links a driver gives it."""
+    """Keep neighbours from changing the routes of a container, on all links that drivers give it."""
     for setting in REDIRECTS:
         try:
             with open(setting, "wb", buffering=0) as file:  # noqa: PTH123 - on the way of every start
@@ -119,7 +119,7 @@ def _refuse_redirects() -> None:
 
 
 def _claim(host: Host, path: Path) -> None:
-    """Have the shared folder with the file in it, in one step: a folder that is not empty is taken away by nobody."""
+    """Make the shared folder and the file in it under one lock: nobody removes a folder that is not empty."""
     with _folder_lock():
         FOLDER.mkdir(mode=0o755, exist_ok=True)
         _share_folder(host)
@@ -127,8 +127,8 @@ def _claim(host: Host, path: Path) -> None:
 
 
 def _share_folder(host: Host) -> None:
-    """Make /run/netns a shared mount of its own, as ip-netns(8) does on first use: were it to do so later, its mount
-    would hide ours. That we did it is noted in the run root, for `_unshare_folder`.
+    """Make /run/netns a shared mount, as ip-netns(8) does on first use: if it did so later, its mount would hide
+    ours. A mark in the run root tells `_unshare_folder` that we did it.
     """
     try:
         mount("none", FOLDER, flags=MS_SHARED | MS_REC)
@@ -143,7 +143,7 @@ def _share_folder(host: Host) -> None:
 
 
 def _unshare_folder(host: Host) -> None:
-    """Undo `_share_folder` if it was ours and nobody has a namespace left there."""
+    """Undo `_share_folder` if we did it and nobody has a namespace there."""
     mark = host.run_root / MARK
     if not mark.exists():
         return
@@ -165,7 +165,7 @@ def _unshare_folder(host: Host) -> None:
 
 @contextlib.contextmanager
 def _folder_lock() -> Iterator[None]:
-    """Keep every agent of this host from the folder. Its parent is locked: an open folder could not be unmounted."""
+    """Keep other agents from the folder. Its parent is locked, because an open folder can't be unmounted."""
     folder = os.open(FOLDER.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)

@@ -1,7 +1,7 @@
-"""The OCI runtime configuration: a resolved container and what was prepared for it → config.json. Pure.
+"""Make config.json of the OCI runtime from a resolved container and what was prepared for it. Pure.
 
-The semantics of every field are Docker's; the words are those of the OCI runtime spec 1.0.2 (config.md,
-config-linux.md). Called by the node when it stages (to hear what is wrong) and when it starts an instance.
+Every field means what it means in Docker; the keys are those of the OCI runtime spec 1.0.2 (config.md,
+config-linux.md). Called by the node when it stages (to find errors) and when it starts an instance.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Json = Mapping[str, Any]
 
 OCI_VERSION = "1.0.2"
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-INIT_PATH = "/dev/init"  # on the container's own /dev: leaves nothing behind in its root file system
+INIT_PATH = "/dev/init"  # on the container's own /dev: nothing is left in its root file system
 FILE_TARGETS = ("/etc/hosts", "/etc/resolv.conf", "/etc/hostname")
 
 MASKED_PATHS = (
@@ -42,7 +42,7 @@ MASKED_PATHS = (
 )
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
-#: Character devices of every container: (major, minor, access); None stands for all.
+#: The devices of every container: (kind, major, minor, access); None stands for all.
 _DEVICE_RULES: tuple[tuple[str, int | None, int | None, str], ...] = (
     ("c", None, None, "m"),
     ("b", None, None, "m"),
@@ -59,7 +59,7 @@ _DEVICE_RULES: tuple[tuple[str, int | None, int | None, str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class HostLimits:
-    """What this agent may hand on: its capabilities, hard rlimits (name → value, -1 unlimited), oom_score_adj."""
+    """What this agent may give: its capabilities, hard rlimits (name → value, -1 unlimited), oom_score_adj."""
 
     capabilities: frozenset[str] = frozenset(ALL)
     rlimits: Mapping[str, int] = field(default_factory=dict)
@@ -67,13 +67,13 @@ class HostLimits:
 
     @property
     def may_exceed(self) -> bool:
-        """Whether hard limits can be raised and oom_score_adj be lowered."""
+        """Whether hard limits can be raised and oom_score_adj lowered."""
         return "CAP_SYS_RESOURCE" in self.capabilities
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OciRequest:
-    """Everything that a config.json is made from.
+    """Everything that config.json is made from.
 
     image: the OCI image configuration (its `config` object is read). rootfs: the mounted root file system.
     netns: path of the network namespace, None for the host's. mounts: OCI mounts, as the receipts hold them.
@@ -105,7 +105,7 @@ class OciRequest:
 
 @dataclass(frozen=True, slots=True)
 class OciConfig:
-    """A config.json, and what of it is less than was meant, in words."""
+    """A config.json, and warnings about what it can't have."""
 
     config: dict[str, Any]
     warnings: tuple[str, ...] = ()
@@ -132,12 +132,12 @@ def oci_config(request: OciRequest) -> OciConfig:
 
 
 def granted_capabilities(want: Container, limits: HostLimits) -> capabilities.Granted:
-    """Say which capabilities a container gets on this host; its seccomp profile depends on them."""
+    """The capabilities that a container gets on this host; its seccomp profile depends on them."""
     return capabilities.grant(want.cap_add, want.cap_drop, privileged=want.privileged, available=limits.capabilities)
 
 
 def command_line(want: Container, image: Json) -> tuple[str, ...]:
-    """Combine entrypoint and command as Docker does: an entrypoint of our own makes the image's command void."""
+    """Combine entrypoint and command as Docker does: with an entrypoint, the image's command does not count."""
     config = image.get("config") or {}
     if want.entrypoint is not None:
         cleared = want.entrypoint in ((), ("",))
@@ -151,7 +151,7 @@ def command_line(want: Container, image: Json) -> tuple[str, ...]:
 
 
 def environment(want: Container, image: Json, hostname: str, home: str = "") -> dict[str, str]:
-    """Merge, later wins: PATH and HOSTNAME, the image's, the state file's; HOME where nobody set it."""
+    """Merge, later wins: PATH and HOSTNAME, the image's, the state file's; HOME if nobody set it."""
     merged = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
     for entry in (image.get("config") or {}).get("Env") or ():
         name, _, value = entry.partition("=")
@@ -176,7 +176,7 @@ def stop_signal(want: Container, image: Json) -> str:
 
 
 def signal_number(text: int | str) -> int:
-    """The number of a signal, as an image names it, too. Raises WrongState."""
+    """The number of a signal, from a state file or an image. Raises WrongState."""
     try:
         return signals.number_of(text if isinstance(text, int) else text[:40])
     except ValueError as error:
@@ -219,10 +219,10 @@ def _unsigned(value: int) -> int:
 
 
 def oom_score_adj(want: Container, composed: int | None, limits: HostLimits) -> tuple[int, tuple[str, ...]]:
-    """What a container's processes get, clamped to what is allowed, and a warning where it is; pure.
+    """The oom_score_adj of a container, raised to what is allowed, and a warning if it was; pure.
 
-    composed: what the cgroup policies made of it. There is always a value: a container must not inherit the agent's.
-    Raises UnfitHost for one that the state file asks for by value and this host does not allow.
+    composed: the value of the cgroup policies. There is always a value: a container must not inherit the agent's.
+    Raises UnfitHost if the state file asks for a value that this host does not allow.
     """
     asked = want.resources.oom_score_adj
     wanted = asked if asked is not None else composed or 0
@@ -239,7 +239,7 @@ def oom_score_adj(want: Container, composed: int | None, limits: HostLimits) -> 
 def ordered_mounts(request: OciRequest) -> list[dict[str, Any]]:
     """The mounts in order: the container's own file systems, our files, then the state file's, parents first.
 
-    What the state file mounts at the place of one of ours replaces it.
+    A mount of the state file replaces one of ours at the same place.
     """
     ours = [*_default_mounts(request), *_files(request)]
     theirs = sorted((dict(mount) for mount in request.mounts), key=lambda mount: _depth(mount["destination"]))
@@ -328,7 +328,7 @@ def _namespaces(request: OciRequest) -> list[dict[str, str]]:
 
 
 def _sysctls(request: OciRequest) -> dict[str, str]:
-    """Check that each is of a namespace of the container's own, and add Docker's two defaults of the network's."""
+    """Check that each sysctl is of a namespace of the container, and add Docker's two defaults."""
     want = request.want
     shared = {"net": request.netns is None, "ipc": want.ipc == "host", "uts": False}
     for name in want.sysctls:

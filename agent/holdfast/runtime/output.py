@@ -1,4 +1,4 @@
-"""The logs of containers → their output, merged by time. Called by the API, and by `holdfast logs`."""
+"""Merge the logs of containers by time. Called by the API, and by `holdfast logs`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from holdfast.runtime.inotify import CREATE, MODIFY, MOVED_TO, Inotify
 from holdfast.runtime.logs import Cursor, LogLine, Wanted, read
 
-_STOP_INTERVAL = 1.0  # seconds in which a follower notices that it is to stop
+_STOP_INTERVAL = 1.0  # seconds after which a follower notices that it has to stop
 
 Sources = Sequence[tuple[str, Path]]  # the name of a container, "" where there is only one, and its log
 
@@ -19,9 +19,9 @@ Sources = Sequence[tuple[str, Path]]  # the name of a container, "" where there 
 def output(
     sources: Sources, wanted: Wanted | None = None, stop: threading.Event | None = None
 ) -> Iterator[LogLine | None]:
-    """Yield what containers wrote, the oldest first.
+    """Yield what containers wrote, oldest first.
 
-    With stop, go on as they write until it is set: each time that nothing is left for now, yield None and sleep.
+    With stop, follow them until it is set: whenever there is nothing more for now, yield None and wait.
     """
     wanted = wanted or Wanted()
     if stop is not None:
@@ -48,7 +48,7 @@ def _followed(sources: Sources, wanted: Wanted, stop: threading.Event) -> Iterat
 
 
 def _watches(watch: Inotify, folder: Path) -> bool:
-    """Watch a folder; where it is not there, as before the first start, the nearest one above it, and say so."""
+    """Watch a folder and return True; if it does not exist yet, watch the nearest one above it and return False."""
     for place in (folder, *folder.parents):
         with suppress(FileNotFoundError):
             watch.add(place)

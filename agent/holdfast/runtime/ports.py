@@ -1,6 +1,6 @@
-"""Ports that are to be published → the processes of the host that listen on them already. Called by node at staging.
+"""Find processes of the host that listen on ports that are to be published. Called by node at staging.
 
-The sockets come from /proc/net (proc(5)); who holds one is looked up only to name it in the error.
+The sockets come from /proc/net (proc(5)). The holder of one is looked up only for the error.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 from holdfast.errors import Conflict
 from holdfast.spec.model import Port
 
-LISTEN, UNCONNECTED = "0A", "07"  # the states in which a TCP and a UDP socket take what comes
+LISTEN, UNCONNECTED = "0A", "07"  # states of TCP and UDP sockets that receive from anybody
 ANY = ("0.0.0.0", "::")
 
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A socket that takes what arrives at a port; address is that of the socket, IPv4-mapped ones as IPv4."""
+    """A socket that receives what arrives at a port. address: the socket's; IPv4-mapped ones as IPv4."""
 
     protocol: str
     address: str
@@ -31,10 +31,10 @@ class Listener:
 
 
 def check_free(ports: Iterable[Port]) -> None:
-    """Raise Conflict, naming the port and its holder, if a process of the host listens on any of the ports.
+    """Raise Conflict, with the port and its holder, if a process of the host listens on one of the ports.
 
-    Ports published by the agent itself are rules, not sockets, and never seen here. The kernel is asked by binding
-    for a moment: reading its tables costs milliseconds, and is done only to name a holder.
+    Ports that the agent publishes are rules, not sockets, so they don't count. Each port is bound for a moment, which
+    is cheaper than reading the kernel's tables; these are read only to name the holder.
     """
     for port in ports:
         for offset in range(port.count):
@@ -43,7 +43,7 @@ def check_free(ports: Iterable[Port]) -> None:
 
 
 def _is_free(port: Port, number: int) -> bool:
-    """Whether the port can be bound; a port on every address has to be free for IPv6 too: `localhost` means both."""
+    """Whether a port can be bound. On all addresses it must be free for IPv6, too: `localhost` means both."""
     wide = not port.host_ip or port.host_ip in ANY
     places = [(socket.AF_INET, port.host_ip), *([(socket.AF_INET6, "::")] if wide and socket.has_ipv6 else [])]
     return all(_can_bind(family, address, number, port) for family, address in places)
@@ -55,7 +55,7 @@ def _can_bind(family: socket.AddressFamily, address: str, number: int, port: Por
         with socket.socket(family, kind) as probe:
             if family == socket.AF_INET6:
                 probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            if port.protocol == "tcp":  # connections that linger (TIME_WAIT) do not hold a port, listeners still do
+            if port.protocol == "tcp":  # then only listeners hold a port, and not connections in TIME_WAIT
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((address, number))
     except OSError as error:
@@ -111,7 +111,7 @@ def _address(text: str) -> str:
 
 
 def _holder(inode: int) -> str:
-    """Name the program that has a socket open; another's process may hide it, then it is 'another process'."""
+    """The program that has a socket open; 'another process' if that can't be seen."""
     link = f"socket:[{inode}]"
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and link in _open_files(process):

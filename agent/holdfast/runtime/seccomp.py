@@ -1,8 +1,8 @@
-"""Seccomp: from a profile in the containers project's format to `linux.seccomp` of one container.
+"""Make `linux.seccomp` of one container from a profile in the format of the containers project.
 
-The profile file (seccomp.json(5): rules with `includes` and `excludes`) comes with the host's
-golang-github-containers-common package. It allows what nested containers need; `harden` takes that away again unless
-the container has the capability that Docker's profile asks for. Called by the node before it makes a config.json.
+The profile (seccomp.json(5): rules with `includes` and `excludes`) comes with the host's package
+golang-github-containers-common. It allows what nested containers need; `harden` denies that, unless the container has
+the capability that Docker's profile asks for. Called by the node before it makes a config.json.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ _NATIVE = {go: f"SCMP_ARCH_{scmp}" for go, scmp in _ARCHITECTURES.values()}
 
 
 class Filters:
-    """What crun compiled of profiles, handed to it again: compiling is a third of what a start costs it.
+    """Keeps filters that crun has compiled, and gives them to it again: compiling is a third of crun's start.
 
-    crun leaves the compiled filter in its state of a container and takes one from an annotation (crun(1),
-    `run.oci.seccomp_bpf_data`). Kept in memory only: nobody who can write to a disk can weaken a filter. Thread-safe.
+    crun leaves the compiled filter in its state of a container, and accepts one in an annotation (crun(1),
+    `run.oci.seccomp_bpf_data`). They are kept in memory only, so that nobody can weaken one on a disk. Thread-safe.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class Filters:
                 self._known[key] = b64encode((state / "seccomp.bpf").read_bytes()).decode()
 
     def dumps(self, config: Mapping[str, Any]) -> str:
-        """A config.json as text. Its filter is half of it, is the same for nearly all, and is written once."""
+        """A config.json as text. The filter is half of it and usually the same, so its text is made once."""
         text = self._text(config)
         if not text:
             return json.dumps(config, separators=(",", ":"))
@@ -94,7 +94,7 @@ class Filters:
         return json.dumps(bare, separators=(",", ":")).replace(f'"{self._mark}"', text)
 
     def _text(self, config: Mapping[str, Any]) -> str:
-        """The filter of a config.json, by which its compiled form is known, too; "" if it has none."""
+        """The text of a config.json's filter, which is the key of its compiled form, too; "" if it has none."""
         wanted = config.get("linux", {}).get("seccomp")
         if not wanted:
             return ""
@@ -110,8 +110,8 @@ class Filters:
 def profile(name: str, capabilities: Collection[str], *, privileged: bool = False) -> Mapping[str, Any] | None:
     """Resolve `default`, `unconfined` or a profile's path for a container with these capabilities; None: no filter.
 
-    Cached: the answer is shared, and not to be changed. Raises UnfitHost without Debian's profile, WrongState for a
-    path that can't be read.
+    Cached: callers share the result and must not change it. Raises UnfitHost without Debian's profile, WrongState
+    for a path that can't be read.
     """
     if name == "unconfined" or privileged:
         return None
@@ -155,10 +155,10 @@ def resolve(
 
 
 def harden(profile: Mapping[str, Any], capabilities: Collection[str], arch: str) -> dict[str, Any]:
-    """Refuse what Docker's profile refuses to a container with these capabilities; pure.
+    """Deny what Docker's profile denies a container with these capabilities; pure.
 
-    profile: as `resolve` made it. clone3 hides its flags behind a pointer, so it does not exist (ENOSYS): the C
-    library then uses clone, whose flags can be looked at.
+    profile: the result of `resolve`. clone3 passes its flags by a pointer, so it fails with ENOSYS: the C library
+    then uses clone, whose flags can be compared.
     """
     held = set(capabilities)
     allowed = [name for needed, names in _GUARDED if held & set(needed) for name in names.split()]
@@ -180,7 +180,7 @@ def harden(profile: Mapping[str, Any], capabilities: Collection[str], arch: str)
 
 
 def _sockets(held: set[str]) -> list[dict[str, Any]]:
-    """No sockets to the machine below this one (vsock), and to the audit log only with CAP_AUDIT_WRITE."""
+    """Allow no sockets to the hypervisor (vsock), and to the audit log only with CAP_AUDIT_WRITE."""
     vsock = _refuse(["socket"], errno.EPERM, (0, "EQ", _AF_VSOCK))
     if "CAP_AUDIT_WRITE" in held:
         return [vsock, _allow("socket", (0, "NE", _AF_VSOCK))]
@@ -230,8 +230,8 @@ def _rule(rule: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _architectures(source: Mapping[str, Any], arch: str) -> list[str]:
-    """The native architecture and those that run beside it, but for x32: no distribution's kernel runs it, and every
-    architecture makes the runtime compile the whole filter once more (about 10 ms with runc).
+    """The native architecture and those that run beside it, except x32: no distribution's kernel runs it, and the
+    runtime compiles the whole filter for every architecture (about 10 ms with runc).
     """
     native = _NATIVE.get(arch)
     if native is None:

@@ -1,7 +1,7 @@
-"""Kernel settings of containers, tried before anything is stopped.
+"""Try kernel settings of containers before anything is stopped.
 
-A thread unshares its network and IPC namespaces, writes the settings there as the runtime will, and ends; the
-kernel alone knows which names and values it takes. Called by the node when it stages.
+Only the kernel knows which names and values it accepts: a thread unshares its namespaces, writes the settings there
+as the runtime will, and ends. Called by the node when it stages.
 """
 
 from __future__ import annotations
@@ -37,5 +37,5 @@ def _write(settings: Mapping[str, str]) -> None:
 
 
 def _anywhere(name: str) -> str:
-    """The setting of an interface as one that every namespace has: eth0 is made only by the start."""
+    """Replace the name of an interface by `default`, which every namespace has: eth0 is made by the start."""
     return re.sub(r"^(net\.ipv[46]\.(?:conf|neigh))\.(?!all\.)[^.]+\.", r"\1.default.", name)

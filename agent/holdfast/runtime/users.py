@@ -1,7 +1,7 @@
-"""Users of a container: from `user[:group]` and `group_add` to numbers, by its own passwd and group.
+"""Resolve `user[:group]` and `group_add` to numbers, by the container's own passwd and group.
 
-Docker's rules: a name must be known; a number need not be. Without a group, a known user has the one of passwd and
-the groups that list it; an unknown number has group 0. Called by the node with a reader of the files: at a start
+Docker's rules: a name must be known, a number need not be. Without a group, a known user has its group of passwd and
+the groups that list it; an unknown number has group 0. The node passes a function that reads the files: for a start
 those of the image, for `exec` those of the running container.
 """
 
@@ -19,7 +19,7 @@ _LARGEST_ID = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """Whom a container's first process runs as. groups: the additional ones. home: "" if nobody knows."""
+    """The user of a process. groups: the additional ones. home: "" if not known."""
 
     uid: int = 0
     gid: int = 0
@@ -63,7 +63,7 @@ def _account(name: str, accounts: list[_Account]) -> _Account:
         if account.name == name:
             return account
     if not name.isdecimal():
-        raise WrongState(f"user '{name}': /etc/passwd of the container does not know it (a name in it, or a number)")
+        raise WrongState(f"user '{name}': not in the container's /etc/passwd (expected a name in it, or a number)")
     uid = _number("user", name)
     for account in accounts:
         if account.uid == uid:
@@ -76,7 +76,7 @@ def _gid(name: str, groups: list[_Group]) -> int:
         if group.name == name:
             return group.gid
     if not name.isdecimal():
-        raise WrongState(f"group '{name}': /etc/group of the container does not know it (a name in it, or a number)")
+        raise WrongState(f"group '{name}': not in the container's /etc/group (expected a name in it, or a number)")
     return _number("group", name)
 
 
@@ -87,7 +87,7 @@ def _number(what: str, text: str) -> int:
 
 
 def _is_number(text: str) -> bool:
-    """Whether a text of the container's is a number, and one that Python reads."""
+    """Whether a text from the container is a number that is short enough to read."""
     return text.isdecimal() and len(text) <= len(str(_LARGEST_ID))
 
 
@@ -105,7 +105,7 @@ def _groups(read_file: ReadFile) -> Iterator[_Group]:
 
 
 def _records(content: bytes | None, least: int) -> Iterator[list[str]]:
-    """The records of a passwd(5)-like file; lines that are none are skipped, as the C library does."""
+    """The records of a file like passwd(5). Other lines are skipped, as the C library does."""
     for line in (content or b"").decode(errors="replace").splitlines():
         fields = line.strip().split(":")
         if len(fields) >= least and not line.startswith("#"):

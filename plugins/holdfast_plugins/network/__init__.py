@@ -1,6 +1,6 @@
 """Built-in networking: the networks none, host and bridge with their endpoints, and the nftables firewall.
 
-Found by the entry point `network`. What speaks to the kernel is imported when the drivers are offered.
+Entry point: `network`. Modules that talk to the kernel are imported when the drivers are registered.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Routes and addresses of others that came up later over the subnet of one of our networks: a VPN, a LAN.
+"""Find routes that others made later over the subnet of one of our networks: a VPN, a LAN.
 
-A new network is refused such a subnet. One that stands can't be moved, so it is told. Whether a route really takes
-traffic away is asked of the kernel, which knows metrics and rules. A thread hears of new routes; as long as none of
-them lies in a range of ours, nothing is looked at.
+A new network can't get such a subnet. An existing one can't be moved, so the collision is reported. The kernel is
+asked whether a route really takes traffic away, because it knows metrics and rules. A thread listens for new routes;
+while none of them is in our ranges, nothing is read.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from holdfast_plugins.network.netlink import Route, Sockets, route_news
 
 RTNLGRP_IPV4_ROUTE = 7
 RTN_LOCAL = 2
-WIDE = 8  # prefix lengths below are ways to everywhere, not to a network that somebody looks for
-AGAIN = 1.0  # seconds between two looks, while there is something to tell or routes come and go
+WIDE = 8  # routes with a shorter prefix lead everywhere, not to one network
+AGAIN = 1.0  # seconds between two looks, while there are findings or routes change
 
 _sockets = Sockets()
 
 
 class Collisions:
-    """What to tell of the networks of one agent. Thread-safe."""
+    """The collisions of one agent's networks. Thread-safe."""
 
     def __init__(self, host: Host, ledger: Ledger) -> None:
         self._host = host
@@ -40,7 +40,7 @@ class Collisions:
         self._watched = False
 
     def findings(self) -> tuple[Finding, ...]:
-        """The collisions that there are. Looks at the routes only if there is a reason to."""
+        """The collisions. The routes are read only if there is a reason."""
         with self._lock:
             due = self._heard or bool(self._found) or not self._watched
             if due and time.monotonic() >= self._looked + AGAIN:
@@ -50,7 +50,7 @@ class Collisions:
             return self._found
 
     def watch(self, tell: Callable[[str, str], None]) -> Callable[[], None]:
-        """Listen to what changes about routes; tell(subject, what) of new collisions, and of some that are over."""
+        """Listen for changes of routes; call tell(subject, what) for new collisions, and for those that are over."""
         news = wire.News(socket.NETLINK_ROUTE, RTNLGRP_IPV4_ROUTE)
         self._watched = True
         news.start(lambda: self._run(news, tell), "watch routes")
@@ -80,7 +80,7 @@ class Collisions:
             told = found
 
     def _hear(self, news: wire.News) -> bool:
-        """Read what has come; whether a route of others in our ranges was in it, or may have been."""
+        """Read what has come; return whether a route of others in our ranges was, or may have been, in it."""
         heard, ours = list[Route](), False
         for datagram in news.read():
             heard.extend(route_news(datagram))
@@ -126,7 +126,7 @@ def _finding(id: str, subnet: IPv4Network, bridge: int, route: Route, link: str)
 
 
 def _leads_elsewhere(subnet: IPv4Network, bridge: int) -> bool:
-    """Whether what the host sends to containers in this part of a subnet goes by another link than the bridge."""
+    """Whether the host sends to containers in this part of a subnet by another link than the bridge."""
     samples = (subnet[1], subnet[2]) if subnet.num_addresses > 2 else tuple(subnet)
     ways = [_sockets.host.way_to(sample) for sample in samples]
     others = [way for way in ways if way is None or way.kind != RTN_LOCAL]  # else it is our own gateway's address

@@ -1,9 +1,8 @@
-"""The kernel's IPv4 connection tracking, read and cut through nfnetlink in process. Called by `flows` and `bridge`.
+"""List and delete tracked IPv4 flows by nfnetlink. Called by `flows` and `bridge`.
 
-The kernel picks out what matches, where it can (Linux 5.9); what it sends is looked at again, for an older one sends
-everything. A flow is deleted by its own tuple and id, never by a pattern: kernels that do not know the pattern would
-delete all flows of the host. A kernel without nf_conntrack_netlink has no flows to tell of: nothing is deleted then,
-and `findings` says what comes of it.
+The kernel filters flows since Linux 5.9; older ones send everything, so answers are filtered again. A flow is deleted
+by its own tuple and id, never by a pattern: kernels that do not know the pattern would delete all flows of the host.
+Without nf_conntrack_netlink nothing is listed or deleted, and `findings` says what follows.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ CTA_FILTER_ORIG_FLAGS, CTA_FILTER_REPLY_FLAGS = 1, 2
 BY_SOURCE, BY_PROTOCOL, BY_DESTINATION_PORT = 1 << 0, 1 << 3, 1 << 5
 FAMILY = struct.pack("=BBH", socket.AF_INET, 0, 0)  # struct nfgenmsg
 BATCH = 256  # deletions in one datagram
-AGAIN = 60.0  # seconds after which a kernel that can't is asked again: a module may have come
+AGAIN = 60.0  # seconds after which a kernel that lacks it is asked again: the module may be loaded by then
 UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT)
 LACKING = Finding(
     "flows",
@@ -46,9 +45,9 @@ NAMES = {number: name for name, number in NUMBERS.items()}
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """One tracked flow: what its sender wrote to (to, port), and who answers (answered_by, answering_port).
+    """One tracked flow: where its sender sends (to, port), and who answers (answered_by, answering_port).
 
-    Both are the same unless the destination was translated. key: what deletes exactly this flow.
+    Both are the same unless the destination was translated. key: identifies exactly this flow.
     """
 
     protocol: str
@@ -65,13 +64,10 @@ class Flow:
 
 
 class Conntrack:
-    """One socket, kept for as long as it is needed. Thread-safe.
-
-    Where the kernel can't tell of flows (`findings`), there are none, and none is deleted.
-    """
+    """One socket, opened when it is needed. Thread-safe. A kernel that can't list flows (`findings`) has none."""
 
     def __init__(self, subsystem: int = CTNETLINK) -> None:
-        """subsystem: of nfnetlink, that is spoken to."""
+        """subsystem: of nfnetlink."""
         self._subsystem = subsystem
         self._able: bool | None = None
         self._asked_at = 0.0
@@ -79,7 +75,7 @@ class Conntrack:
         self._socket: Socket | None = None
 
     def findings(self) -> list[Finding]:
-        """Tell what this kernel lacks. It is asked once, and where it lacks something, now and then again."""
+        """Report what this kernel lacks. It is asked once, and again now and then if it lacks something."""
         with self._lock:
             return [] if self._can() else [LACKING]
 
@@ -115,7 +111,7 @@ class Conntrack:
                     raise _unfit("delete a flow", min(refused))
 
     def _can(self) -> bool:
-        """Whether the kernel answers: asked for a number, since a list may be refused for other reasons."""
+        """Whether the kernel answers. It is asked for statistics, because a list may be refused for other reasons."""
         now = time.monotonic()
         if self._able is None or (not self._able and now > self._asked_at + AGAIN):
             self._asked_at = now
@@ -156,7 +152,7 @@ def _unfit(what: str, code: int) -> UnfitHost:
 
 
 def _flow(body: bytes) -> Flow | None:
-    """Read one flow; None for one that has no ports' worth of addresses."""
+    """Read one flow; None if it lacks addresses."""
     found = dict(attributes(body))
     original, reply = found.get(CTA_TUPLE_ORIG), found.get(CTA_TUPLE_REPLY)
     if original is None or reply is None:

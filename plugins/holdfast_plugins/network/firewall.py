@@ -1,8 +1,7 @@
-"""FirewallWant → the agent's own nftables table, written whole and found again unaltered. Called by node.
+"""Write the agent's own nftables table, and notice when somebody alters it. Called by node.
 
-Whether the table is still what we wrote is told by the rule set's generation while nobody else changes any rule, and
-by the table's fingerprint after somebody did. Both are kept in the run root, so that a restarted agent need not
-write the table again.
+While nobody changes any rule, the generation of the rule set shows that the table is as we wrote it; afterwards the
+table's fingerprint does. Both are kept in the run root, so that a restarted agent need not write the table again.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from holdfast_plugins.network.published import published
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What we wrote last, the generation that it made, and what came of it: the table's fingerprint and its frame."""
+    """What we wrote last, and the rule set's generation, the table's fingerprint and its frame right afterwards."""
 
     want: FirewallWant
     digest: str
@@ -40,7 +39,7 @@ class Snapshot:
 
 
 class NftablesFirewall:
-    """One table `inet NAME`; id of its receipt is the table's name, data["digest"] that of the want it holds."""
+    """The firewall driver `nftables`: one table `inet NAME`. data["digest"] of its receipt: of the want in it."""
 
     name = "nftables"
 
@@ -60,13 +59,13 @@ class NftablesFirewall:
         self._layout = digest_of(rules.script(host.name, FirewallWant()))
 
     def check(self, want: FirewallWant) -> None:
-        """Raise WrongState for a bad address, Conflict for two that publish one port, UnfitHost without nft."""
+        """Raise WrongState for a bad address, Conflict if one port is published twice, UnfitHost without nft."""
         _refuse_bad_addresses(want)
         _refuse_doubles(want)
         _ = self._nft
 
     def ensure(self, want: FirewallWant) -> Receipt:
-        """Have exactly the wanted table, or none when nothing is wanted; nothing is written if it stands."""
+        """Write the wanted table, or delete it when nothing is wanted; do nothing if it is there unaltered."""
         with self._lock:
             intact = self._intact()
             if self._snapshot is None or not intact or self._snapshot.want != want:
@@ -80,7 +79,7 @@ class NftablesFirewall:
             return self._receipt(self._snapshot.digest)
 
     def observe(self) -> Iterable[Receipt]:
-        """The table's receipt; its data is empty if the table, or an accept that it needs elsewhere, was altered."""
+        """The table's receipt. If the table, or an accept that it needs elsewhere, was altered, it has no digest."""
         with self._lock:
             if self._intact() and self._snapshot is not None:
                 return [self._receipt(self._snapshot.digest)]
@@ -90,7 +89,7 @@ class NftablesFirewall:
             return [replace(receipt, data={"ports": [asdict(port) for port in self._published()]})]
 
     def _published(self) -> tuple[PublishedPort, ...]:
-        """What the altered table publishes: nothing while one of our rules is missing, else what its maps hold."""
+        """The ports that the altered table publishes: none if one of our rules is missing, else those of its maps."""
         now, table = self._rules.generation(), self._host.name
         if now != self._listed_at:
             wrote = self._snapshot or self._load(of_any_version=True)
@@ -100,12 +99,12 @@ class NftablesFirewall:
         return self._listed
 
     def applied(self) -> FirewallWant | None:
-        """What the table holds; None when it is not there or was altered."""
+        """What is in the table; None if it is not there or was altered."""
         with self._lock:
             return self._snapshot.want if self._intact() and self._snapshot is not None else None
 
     def remove(self, receipt: Receipt) -> None:
-        """Delete it, unless it is another root's."""
+        """Delete the table, unless it belongs to another root."""
         with self._lock:
             if not self._foreign():
                 forwarding.withdraw(self._host, self._nft)
@@ -120,7 +119,7 @@ class NftablesFirewall:
                 self._file.unlink(missing_ok=True)
 
     def findings(self) -> Iterable[Finding]:
-        """Tell what other firewalls do to containers; looked at anew only after somebody changed a rule."""
+        """Report what other firewalls do to containers; checked again only after somebody changed a rule."""
         with self._lock:
             now = self._rules.generation()
             if now != self._found_at:
@@ -131,9 +130,9 @@ class NftablesFirewall:
             return (*self._found, *able, *((Finding("firewall", lacking),) if lacking else ()))
 
     def watch(self, tell: Callable[[str, str], None]) -> Callable[[], None]:
-        """Put the table back as soon as somebody alters it, and tell who did; returns what ends that.
+        """Restore the table as soon as somebody alters it, and tell who did; return a function that ends this.
 
-        Tells, too, what the kernel lacks: once, since nothing changes it while an agent runs.
+        It also tells what the kernel lacks, once, because that does not change while an agent runs.
         """
         for found in self._conntrack.findings():
             tell(found.subject, f"{found.text} ({found.remedy})")
@@ -172,17 +171,17 @@ class NftablesFirewall:
         return self._rule_set
 
     def _receipt(self, digest: str, root: str | None = None) -> Receipt:
-        """root: what the table itself says; one that is as we wrote it last is ours."""
+        """root: the id in the table's comment; a table that is as we wrote it is ours."""
         data, root = {"digest": digest} if digest else {}, self._host.id if root is None else root
         return Receipt("firewall", self.name, self._host.name, data=data, root=root)
 
     def _mark(self) -> str | None:
-        """The id of the root that the table was written for, "" if it does not say; None without a table."""
+        """The id of the root that the table belongs to, "" if it has none; None without a table."""
         comment = self._rules.comment(self._host.name)
         return None if comment is None else comment.removeprefix(rules.MARK)
 
     def _foreign(self) -> str:
-        """The id of the other root that the table belongs to, "" if it is ours by its mark or its content."""
+        """The id of the other root that the table belongs to, "" if its comment or its content is ours."""
         mark = self._mark() or self._host.id
         return "" if mark == self._host.id or self._intact() else mark
 
@@ -194,7 +193,7 @@ class NftablesFirewall:
             )
 
     def _intact(self) -> bool:
-        """Whether the table is what the snapshot says."""
+        """Whether the table is as in the snapshot."""
         self._snapshot = self._snapshot or self._load()
         if self._snapshot is None or not self._loopback.intact(self._snapshot.want):
             return False
@@ -207,7 +206,7 @@ class NftablesFirewall:
         return True
 
     def _write(self, want: FirewallWant, old: FirewallWant | None) -> None:
-        """Write the table and note what came of it; only the difference where old stands."""
+        """Write the table and take a snapshot. old: what is in it unaltered; only the difference is written then."""
         if old is None:
             forwarding.allow(self._host, self._nft)
         text = (
@@ -219,7 +218,7 @@ class NftablesFirewall:
         self._run(text)
         fingerprint = self._fingerprint()
         after = self._rules.generation()
-        if fingerprint is None or after != before + bool(text):  # someone wrote meanwhile, perhaps to our table
+        if fingerprint is None or after != before + bool(text):  # somebody wrote meanwhile, perhaps to our table
             self._run(rules.script(self._host.name, want, self._host.id))
             fingerprint = self._fingerprint() or ""
             after = self._rules.generation()
@@ -229,7 +228,7 @@ class NftablesFirewall:
         self._keep(Snapshot(want, digest_of(_plain(want)), fingerprint, after, frame))
 
     def _settle(self, want: FirewallWant, *, altered: bool) -> None:
-        """Cut the flows that go elsewhere than the table says, which holds want by now."""
+        """Delete the flows that do not go where the table, which contains want by now, sends them."""
         snapshot = self._snapshot or self._load(of_any_version=True)
         before = snapshot.want if snapshot else FirewallWant()
         flows.settle(self._conntrack, before, want, self._host.pool, altered=altered)
@@ -257,7 +256,7 @@ class NftablesFirewall:
         write_whole(self._file, json.dumps(kept))
 
     def _load(self, *, of_any_version: bool = False) -> Snapshot | None:
-        """Read what `_keep` wrote; None if it is not there, not whole, or of a version that writes another table."""
+        """Read what `_keep` wrote; None if it is missing, damaged, or of a version that writes another table."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             want, fingerprint, generation, *more = json.loads(self._file.read_text())
             layout, frame = more if len(more) == 2 else ("", ())  # an earlier version wrote no frame
@@ -271,7 +270,7 @@ class NftablesFirewall:
 
 
 def _plain(want: FirewallWant) -> dict[str, Any]:
-    """As dataclasses.asdict, which copies deeply and takes ten times as long for a thousand ports."""
+    """Like dataclasses.asdict, which makes deep copies and takes ten times as long for a thousand ports."""
     networks = [{name: getattr(network, name) for name in NETWORK_FIELDS} for network in want.networks]
     return {
         "networks": networks,
@@ -293,7 +292,7 @@ def _refuse_bad_addresses(want: FirewallWant) -> None:
 
 
 def _refuse_doubles(want: FirewallWant) -> None:
-    """A host port leads to one place: the same one twice, or a range over it, is a conflict."""
+    """Raise Conflict if a port of the host is published twice, alone or in a range."""
     seen: dict[tuple[str, str, int], PublishedPort] = {}
     for port in want.ports:
         for step in range(port.count):

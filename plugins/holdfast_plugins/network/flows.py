@@ -1,12 +1,12 @@
-"""Tracked flows that no longer go where they should → gone. Called by `firewall` and `bridge`.
+"""Delete tracked flows that no longer go where the rules send them. Called by `firewall`, `bridge` and `endpoint`.
 
-The kernel decides once for a flow where it goes. A UDP sender that never pauses keeps its flow alive, and with it a
-decision that was right for a container which has been replaced, or wrong from the start because the port was not
-published yet. So after each change of published ports the flows to these ports are compared with what the table says
-now. TCP needs none of that: its next connection is a new flow, and what is open belongs to a process that goes on.
+The kernel decides once for each flow where it goes. A UDP sender that never pauses keeps its flow, and with it a
+decision for a container that was replaced, or for a port that was not published yet. So after each change of
+published ports the flows to these ports are compared with the table. TCP does not need this: its next connection is a
+new flow.
 
-First the rules, then the flows, then the flows once more: a packet that was on its way while the rules changed may
-have begun one after the first look.
+First the rules are changed, then the flows are compared twice: a packet that was on its way while the rules changed
+may have begun a flow after the first time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from holdfast_plugins.network.netlink import Sockets
 from holdfast_plugins.network.rules import WILDCARDS
 
 LOOKS = 2
-SINGLY = 4  # so many ports are asked for one by one; for more, all flows of the protocol are
+SINGLY = 4  # up to so many ports are asked for one by one; for more, all flows of the protocol are listed
 
 Target = tuple[str, int]
 _sockets = Sockets()
@@ -30,7 +30,7 @@ _sockets = Sockets()
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Where the table sends UDP. bound: (address, port) of the host → target; wildcard: port of any address."""
+    """Where the table sends UDP. bound: (address, port) of the host → target. wildcard: port → target."""
 
     bound: Mapping[Target, Target]
     wildcard: Mapping[int, Target]
@@ -40,7 +40,7 @@ class Targets:
 
 
 def targets(ports: Iterable[PublishedPort]) -> Targets:
-    """The table's maps, as `rules` writes them."""
+    """The maps of the table, as `rules` writes them."""
     bound: dict[Target, Target] = {}
     wildcard: dict[int, Target] = {}
     for port in ports:
@@ -54,7 +54,7 @@ def targets(ports: Iterable[PublishedPort]) -> Targets:
 
 
 def changed_ports(old: Targets, new: Targets) -> frozenset[int]:
-    """The ports of the host that lead elsewhere than before."""
+    """The ports of the host whose target has changed."""
     wildcard = {port for port in old.wildcard.keys() | new.wildcard.keys() if old.of("", port) != new.of("", port)}
     bound = {key for key in old.bound.keys() | new.bound.keys() if old.bound.get(key) != new.bound.get(key)}
     return frozenset(wildcard | {port for _, port in bound})
@@ -66,10 +66,10 @@ def all_ports(*several: Targets) -> frozenset[int]:
 
 
 def is_stale(flow: Flow, now: Targets, ours: Callable[[str], bool], local: Callable[[str], bool]) -> bool:
-    """Whether a UDP flow goes elsewhere than the table says.
+    """Whether a UDP flow does not go where the table sends it.
 
-    ours: whether an address is on one of our networks. local: whether it is the host's own. What others have
-    translated, and what the host forwards or answers itself where nothing is published, is not ours to judge.
+    ours: whether an address is on one of our networks. local: whether it is the host's own. Flows that others have
+    translated, and flows to ports that are not published and were not translated, are left alone.
     """
     if flow.translated and not ours(flow.answered_by):
         return False
@@ -80,9 +80,9 @@ def is_stale(flow: Flow, now: Targets, ours: Callable[[str], bool], local: Calla
 
 
 def settle(conntrack: Conntrack, old: FirewallWant, new: FirewallWant, pool: str, *, altered: bool) -> None:
-    """Delete the UDP flows that the change from old to new has made stale. The rules are in force already.
+    """Delete the UDP flows that are stale after the change from old to new. The rules are already in force.
 
-    altered: others have changed the table meanwhile, so that a flow to any port of it may have begun wrongly.
+    altered: others have changed the table meanwhile, so a flow to any of its ports may be wrong.
     """
     before, now = targets(old.ports), targets(new.ports)
     ports = all_ports(before, now) if altered else changed_ports(before, now)
@@ -98,20 +98,20 @@ def settle(conntrack: Conntrack, old: FirewallWant, new: FirewallWant, pool: str
 
 
 def vacate(conntrack: Conntrack, address: str) -> None:
-    """Delete every flow that an address began or answers, before it goes to another owner."""
+    """Delete every flow from or to an address, before it gets another owner."""
     for _ in range(LOOKS):
         conntrack.delete(conntrack.of_address(address))
 
 
 def vacate_subnets(conntrack: Conntrack, subnets: Iterable[IPv4Network]) -> None:
-    """Delete every flow that an address of these subnets began or answers."""
+    """Delete every flow from or to an address of these subnets."""
     within = _within(tuple(subnets))
     for _ in range(LOOKS):
         conntrack.delete(flow for flow in conntrack.all() if within(flow.source) or within(flow.answered_by))
 
 
 def _within(networks: Iterable[IPv4Network]) -> Callable[[str], bool]:
-    """Tell whether an address is in any of these networks; each address is looked up once."""
+    """A function that says whether an address is in any of these networks; it is computed once for each address."""
     ranges = [(int(network.network_address), int(network.netmask)) for network in networks]
 
     @cache

@@ -1,8 +1,8 @@
-"""The accept that our bridges need where another product drops what the host forwards (dockerd does, ufw may).
+"""Accept our bridges' traffic where another product drops what the host forwards (dockerd does, ufw may).
 
-An accept in our own table does not undo a drop in another's, so the one rule goes where it counts: the chain
-DOCKER-USER if there is one, else FORWARD of the table filter. Its comment bears the agent's name. Through the program
-iptables, since the tables are its own; nothing of this runs on a host that does not drop.
+An accept in our own table does not undo a drop in another. So one rule is put into the chain DOCKER-USER, or else
+into FORWARD of the table filter, with the agent's name in its comment. The program iptables does it, because the
+tables are its own. Nothing of this runs on a host that does not drop.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ FAMILIES = {1: "inet", 2: "ip", 7: "bridge"}
 
 
 def dropping_chain(nft: Nft) -> str | None:
-    """The chain that needs our accept; None where iptables' table does not drop by policy."""
+    """The chain that needs our accept; None if iptables' table does not drop by policy."""
     if "policy drop" not in _listing(nft, FORWARD):
         return None
     return DOCKER_USER if _listing(nft, DOCKER_USER) else FORWARD
 
 
 def allowed(host: Host, nft: Nft) -> bool:
-    """Whether nothing stands in the way of what our own table lets through."""
+    """Whether what our own table lets through is not dropped elsewhere."""
     chain = dropping_chain(nft)
     return chain is None or all(_run("-C", chain, *rule) for rule in _rules(host))
 
 
 def allow(host: Host, nft: Nft) -> None:
-    """Have the accept where it is needed. Idempotent; raises UnfitHost."""
+    """Add the accept where it is needed. Idempotent; raises UnfitHost."""
     chain = dropping_chain(nft)
     if chain is None:
         return
@@ -44,7 +44,7 @@ def allow(host: Host, nft: Nft) -> None:
 
 
 def withdraw(host: Host, nft: Nft) -> None:
-    """Take the accept away wherever it is. Idempotent."""
+    """Remove the accept wherever it is. Idempotent."""
     for chain in (FORWARD, DOCKER_USER):
         if _listing(nft, chain):
             for rule in _rules(host):
@@ -53,9 +53,9 @@ def withdraw(host: Host, nft: Nft) -> None:
 
 
 def findings(host: Host, rule_set: RuleSet) -> Iterator[Finding]:
-    """The chains of others that drop what is forwarded by policy, where no rule beside them names our bridges.
+    """The chains of others that drop forwarded packets by policy, in tables where no rule names our bridges.
 
-    A rule that does is somebody's decision, our own accept in iptables' table among them.
+    A rule that names them is somebody's decision, or our own accept in iptables' table.
     """
     for family, table, chain in rule_set.dropping_forward():
         if f"{host.name}-".encode() not in b"".join(rule_set.rules(family, table)):
@@ -65,7 +65,7 @@ def findings(host: Host, rule_set: RuleSet) -> Iterator[Finding]:
 
 
 def _listing(nft: Nft, chain: str) -> str:
-    """The chain of iptables' table filter as nft prints it; "" if it is not there."""
+    """A chain of iptables' table filter as nft prints it; "" if it does not exist."""
     try:
         return nft.run(f"list chain ip filter {chain}")
     except NftError:

@@ -1,6 +1,6 @@
-"""Which IPv4 addresses this host uses: its own, those that it has routes to, its gateways, name servers and peers.
+"""List the IPv4 addresses that this host uses: its own, its routes, gateways, name servers and peers.
 
-A network of containers must hold none of them: what the host sends there would go to a container.
+A network of containers must not contain any of them: what the host sends there would go to a container.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ RESOLVERS = (Path("/etc/resolv.conf"), Path("/run/systemd/resolve/resolv.conf"))
 CONNECTIONS = Path("/proc/thread-self/net/tcp")
 ESTABLISHED = "01"
 
-Use = tuple[str, IPv4Network]  # (who or what has it, the range)
+Use = tuple[str, IPv4Network]  # (what uses it, the range)
 
 
 def of_links(netlink: Netlink, but: str) -> Iterator[Use]:
-    """Every address and route of the host, except those of the link `but`, and the gateways of routes."""
+    """Every address, route and gateway of the host, except those of the link `but`."""
     names = {link.index: link.name for link in netlink.links()}
     for index, subnet in netlink.addresses():
         if names.get(index) != but and not subnet.is_loopback:
@@ -33,7 +33,7 @@ def of_links(netlink: Netlink, but: str) -> Iterator[Use]:
 
 
 def of_resolver(files: Iterable[Path] = RESOLVERS) -> Iterator[Use]:
-    """The name servers that the host asks."""
+    """The name servers of the host."""
     for file in files:
         try:
             lines = file.read_text(errors="replace").splitlines()
@@ -48,7 +48,7 @@ def of_resolver(files: Iterable[Path] = RESOLVERS) -> Iterator[Use]:
 
 
 def of_peers(file: Path = CONNECTIONS) -> Iterator[Use]:
-    """Whom the host has TCP connections with: who administers it, its git server, its registry."""
+    """The peers of the host's TCP connections: its administrators, its git server, its registry."""
     try:
         lines = file.read_text().splitlines()[1:]
     except OSError:

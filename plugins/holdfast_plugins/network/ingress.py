@@ -1,8 +1,8 @@
-"""What a link may send to the host: classic BPF programs at tc(8) ingress, before bridge and netfilter see a frame.
+"""Filter what a link sends to the host: classic BPF programs at tc(8) ingress, before bridge and netfilter.
 
-They are part of the link and not of nftables: flushing the rule set does not remove them, and they work from the
-moment that the link is up. A program returns TC_ACT_OK or TC_ACT_SHOT; one that reads beyond a frame returns 0, which
-lets it pass: nothing shorter than the headers that are read here is accepted by anybody.
+They belong to the link and not to nftables: flushing the rule set does not remove them, and they work as soon as the
+link is up. A program returns TC_ACT_OK or TC_ACT_SHOT. One that reads beyond a frame returns 0, which lets it pass:
+nobody accepts a frame that is shorter than the headers read here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ipaddress import IPv4Address
 from holdfast_plugins.network.wire import attribute, message
 
 OK, DROP = 0, 2  # TC_ACT_OK, TC_ACT_SHOT
-UNSUPPORTED = (errno.ENOENT, errno.EOPNOTSUPP)  # what a kernel without clsact or cls_bpf says
+UNSUPPORTED = (errno.ENOENT, errno.EOPNOTSUPP)  # errors of a kernel without clsact or cls_bpf
 ETHERNET = 14  # length of the header; 0 on links that carry plain IP
 
 RTM_NEWQDISC, RTM_NEWTFILTER, CREATE = 36, 44, 0x400
@@ -36,7 +36,7 @@ ICMP, UDP, REDIRECT, DHCP_CLIENT = 1, 17, 5, 68
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One instruction; a jump names the label of its target, "" is the next instruction."""
+    """One instruction. A jump names the label of its target; "" is the next instruction."""
 
     code: int
     value: int
@@ -46,10 +46,10 @@ class Step:
 
 
 def endpoint_program(mac: str, address: IPv4Address) -> bytes:
-    """Let a container send as itself only: IPv4 and ARP with its own MAC and address, untagged.
+    """Let a container send only as itself: IPv4 and ARP with its own MAC and address, untagged.
 
-    Dropped are the addresses of others (neighbours, the gateway, 127.0.0.0/8), IPv6, VLAN tags, BPDUs and everything
-    else that is not IPv4 or ARP, ICMP redirects, and what answers DHCP clients.
+    Dropped are addresses of others (neighbours, the gateway, 127.0.0.0/8), everything that is not IPv4 or ARP (IPv6,
+    VLAN tags, BPDUs), ICMP redirects, and answers to DHCP clients.
     """
     high, low = _split(mac)
     own = int(address)
@@ -88,7 +88,7 @@ def endpoint_program(mac: str, address: IPv4Address) -> bytes:
 
 
 def loopback_program(header: int) -> bytes:
-    """Drop what comes from or goes to 127.0.0.0/8; header: bytes before that of IPv4."""
+    """Drop what comes from or goes to 127.0.0.0/8. header: the number of bytes before the IPv4 header."""
     kind = (
         (
             Step(HALF, 12),
@@ -109,7 +109,7 @@ def loopback_program(header: int) -> bytes:
 
 
 def guard(index: int, program: bytes) -> tuple[bytes, bytes]:
-    """Requests for rtnetlink that put a program on what a link receives, in place of an earlier one."""
+    """Requests of rtnetlink that put a program on what a link receives, in place of an earlier one."""
     qdisc = _traffic(index, CLSACT_HANDLE, TC_H_CLSACT, 0) + attribute(TCA_KIND, b"clsact\0")
     options = (
         attribute(TCA_BPF_OPS_LEN, struct.pack("=H", len(program) // 8))

@@ -1,10 +1,10 @@
-"""route_localnet where published ports on 127.0.0.1 need it, behind a guard that a flush of nftables does not remove.
+"""Turn route_localnet on where ports published on 127.0.0.1 need it, behind a guard.
 
-What the host sends to such a port leaves by the network's link, and its replies come back there for 127.0.0.1: the
-kernel takes them only where route_localnet is on. With it on, a container could also reach the host's own services on
-127.0.0.1, so the link gets its guard first (`ingress`). A link that no such port leads to keeps route_localnet off.
-Works for the link of any network, whichever driver made it. Where that is a bridge, its ports have the guard: with
-br_netfilter, what comes up from a bridge bears the 127.0.0.1 of a reply by then.
+What the host sends to such a port leaves by the network's link, and replies to 127.0.0.1 come back there: the kernel
+accepts them only if route_localnet is on. With it, a container could also reach the host's own services on 127.0.0.1,
+so the link gets a guard first (`ingress`), which `nft flush ruleset` does not remove. Links that need none keep
+route_localnet off. This works for links of all network drivers. On a bridge its ports have the guard: with
+br_netfilter, replies from a bridge already have the address 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _sockets = Sockets()
 
 
 class Loopback:
-    """The links of one agent's networks, as far as loopback is concerned. Not for two threads at once."""
+    """Guards and settings of the links of one agent's networks. Not for two threads at once."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[int, bool]] = {}  # link → its index, and whether route_localnet is on there
@@ -42,7 +42,7 @@ class Loopback:
             link = network.interface
             index = _index(link)
             if not index:
-                continue  # the network is being made anew; `intact` finds the new link
+                continue  # the network is being recreated; `intact` finds the new link
             on = link in needed and self._guard(link, index)
             if self._known.get(link) != (index, on):
                 sysctls.write(link, {"ipv4/route_localnet": str(int(on))})
@@ -50,7 +50,7 @@ class Loopback:
         self._known = {network.interface: self._known[network.interface] for network in _in(want, self._known)}
 
     def intact(self, want: FirewallWant) -> bool:
-        """Whether every link stands as `ensure` leaves it; a link is looked at once, and again when it is another."""
+        """Whether every link is as `ensure` left it. A link is checked once, and again when it was recreated."""
         needed = needing(want)
         for network in want.networks:
             link = network.interface
@@ -64,13 +64,13 @@ class Loopback:
         return True
 
     def withdraw(self, want: FirewallWant) -> None:
-        """Turn route_localnet off on every link; the guards may stay."""
+        """Turn route_localnet off on every link; the guards stay."""
         for network in want.networks:
             sysctls.write(network.interface, {"ipv4/route_localnet": "0"})
         self._known = {}
 
     def _guard(self, link: str, index: int) -> bool:
-        """Have the guard on; False where the kernel has no way to."""
+        """Put the guard on a link; False if the kernel can't."""
         try:
             for bare in self._bare(link, index) if self._known.get(link) != (index, True) else ():
                 _put(bare, ingress.loopback_program(_header(link)))
@@ -93,12 +93,12 @@ def _put(index: int, program: bytes) -> None:
     try:
         _sockets.host.request(*ingress.guard(index, program))
     except OSError as error:
-        if error.errno != errno.ENODEV:  # a port that goes just now
+        if error.errno != errno.ENODEV:  # the port has just gone
             raise
 
 
 def needing(want: FirewallWant) -> frozenset[str]:
-    """The links that replies to 127.0.0.0/8 come back by."""
+    """The links by which replies to 127.0.0.0/8 come back."""
     networks = {IPv4Network(network.subnet): network.interface for network in want.networks}
     lengths = {subnet.prefixlen for subnet in networks}
     targets = {port.address for port in want.ports if _on_loopback(port)}
@@ -122,6 +122,6 @@ def _index(link: str) -> int:
 
 
 def _header(link: str) -> int:
-    """How many bytes come before the IPv4 header of what the link receives."""
+    """The number of bytes before the IPv4 header in what a link receives."""
     kind = Path("/sys/class/net", link, "type").read_text().strip()
     return ingress.ETHERNET if kind == ARPHRD_ETHER else 0

@@ -109,7 +109,7 @@ class Netlink(Socket):
         return [route for body in self.ask(RTM_GETROUTE, asked) for route in read_routes(body)]
 
     def way_to(self, address: IPv4Address) -> Route | None:
-        """The route by which the host sends to an address; None if it has no way there."""
+        """The route by which the host sends to an address; None if it has none."""
         body = struct.pack("=BBBBBBBBI", socket.AF_INET, 32, 0, 0, 0, 0, 0, 0, 0)
         with suppress(OSError):
             answer = next(self.ask(RTM_GETROUTE, body + attribute(RTA_DST, address.packed), dump=False))
@@ -117,7 +117,7 @@ class Netlink(Socket):
         return None
 
     def local_subnets(self) -> list[IPv4Network]:
-        """List the IPv4 ranges that the host takes for its own addresses, whatever interface they are on."""
+        """List the IPv4 ranges of the host's own addresses, on all interfaces."""
         found = []
         asked = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, RT_TABLE_LOCAL, 0, 0, 0, 0)
         for body in self.ask(RTM_GETROUTE, asked):
@@ -143,7 +143,7 @@ class Sockets(threading.local):
 def open_in(netns: Path, before: Callable[[], None] = lambda: None) -> Netlink:
     """Open a socket in another network namespace. Raises OSError, and what before() raises, which is called there.
 
-    A thread enters it, opens the socket and ends there; the socket stays in that namespace, the caller in its own.
+    A thread enters the namespace, opens the socket and ends; the socket stays there, the caller in its own.
     """
 
     def work() -> Netlink:
@@ -188,7 +188,7 @@ def read_routes(body: bytes) -> Iterator[Route]:
 
 
 def route_news(heard: bytes) -> Iterator[Route]:
-    """The routes that a datagram of the group for IPv4 routes says came or went."""
+    """The routes that were added or deleted, from a datagram of the group for IPv4 routes."""
     for kind, _, body in messages(heard):
         if kind in (RTM_NEWROUTE, RTM_DELROUTE):
             yield from read_routes(body)

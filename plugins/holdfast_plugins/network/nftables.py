@@ -1,7 +1,7 @@
-"""nft(8) scripts → the kernel's rule set, in process through libnftables(3), or by the program nft where it lacks;
-and the rule set → its generation and the fingerprint of a table, straight from the kernel.
+"""Run nft(8) scripts, and read the kernel's rule set.
 
-One script is one transaction: all of it stands, or nothing changed.
+Scripts run in process by libnftables(3), or else by the program nft. One script is one transaction: all of it is
+done, or nothing. The rule set is read by nfnetlink.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_DATA, NFTA_DATA_VALUE = 1, 2, 1
 
 
 class NftError(Exception):
-    """What nft(8) has to say about a script, in its own words."""
+    """The message of nft(8) about a script."""
 
 
 class Nft(Protocol):
@@ -44,18 +44,18 @@ class Nft(Protocol):
 
 
 def open_nft() -> Nft:
-    """The library if it is there, else the program; raise UnfitHost when neither is."""
+    """Open the library if it is installed, else the program; raise UnfitHost if neither is."""
     try:
         return Library(ctypes.CDLL(LIBRARY))
     except OSError:
         program = shutil.which("nft", path="/usr/sbin:/sbin:/usr/bin:/bin")
     if program is None:
-        raise UnfitHost(f"open '{LIBRARY}': neither it nor the program nft is there (apt install nftables)")
+        raise UnfitHost(f"open '{LIBRARY}': neither it nor the program nft is installed (apt install nftables)")
     return Program(program)
 
 
 class Library:
-    """libnftables: 0.1 ms for a small script. One context, which takes one script at a time."""
+    """libnftables: 0.1 ms for a small script. It has one context, for one script at a time."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -94,32 +94,32 @@ class Program:
 
 
 class RuleSet:
-    """The kernel's rule set as nfnetlink tells it, without nft: whether it changed, and what one table is made of.
+    """Reads the kernel's rule set by nfnetlink: whether it changed, and what is in one table.
 
-    Not for two threads at once. The socket is kept: closing one waits until the kernel has freed what was
-    deleted, some 20 ms.
+    Not for two threads at once. The socket stays open: closing it waits some 20 ms, until the kernel has freed what
+    was deleted.
     """
 
     def __init__(self) -> None:
         self._socket = Socket(NETLINK_NETFILTER)
 
     def generation(self) -> int:
-        """A number that every change in this network namespace, whoever makes it, adds one to."""
+        """A number that grows by one with every change in this network namespace, whoever makes it."""
         for body in self._ask(NFT_MSG_GETGEN, dump=False):
             return int.from_bytes(dict(attributes(body))[NFTA_GEN_ID], "big")
         raise UnfitHost("read the rule set's generation: the kernel does not tell (a kernel with nf_tables)")
 
     def fingerprint(self, table: str) -> str | None:
-        """The digest of all that is in a table of family inet, its handles too; None when there is no such table.
+        """The digest of all that is in a table of family inet, handles included; None without such a table.
 
-        Any other program's change shows, even one that writes the same rules again. Order shows among rules, where
-        it matters, and not among the elements of a set.
+        It differs after any change by another program, even if the same rules are written again. The order of rules
+        counts, the order of a set's elements does not.
         """
         name = attribute(NFTA_TABLE, table.encode() + b"\0")
         while True:
             before = self.generation()
             found = self._everything(name)
-            if self.generation() == before:  # else it changed under our eyes
+            if self.generation() == before:  # else it changed meanwhile
                 return hashlib.sha256(b"".join(found)).hexdigest() if found else None
 
     def comment(self, table: str) -> str | None:
@@ -131,7 +131,7 @@ class RuleSet:
         return None
 
     def dropping_forward(self) -> list[tuple[int, str, str]]:
-        """The chains (family, table, name) that see what is forwarded and drop by policy what no rule takes."""
+        """The chains (family, table, name) that see forwarded packets and have the policy drop."""
         found = []
         for family in FORWARDING:
             for body in self._ask(NFT_MSG_GETCHAIN, b"", family):
@@ -167,7 +167,7 @@ class RuleSet:
         return [(_value(each[NFTA_SET_ELEM_KEY]), _value(each[NFTA_SET_ELEM_DATA])) for each in elements]
 
     def rules(self, family: int, table: str) -> list[bytes]:
-        """The rules of a table, and the elements of its sets, as the kernel tells them."""
+        """The rules of a table, and the elements of its sets, as the kernel encodes them."""
         name = attribute(NFTA_TABLE, table.encode() + b"\0")
         found = self._ask(NFT_MSG_GETRULE, name, family)
         for body in self._ask(NFT_MSG_GETSET, name, family):
@@ -212,7 +212,7 @@ def _digest(body: bytes, *kinds: int) -> str:
 
 
 def _comment(userdata: bytes) -> str:
-    """The comment in what nft(8) keeps with an object: (kind, length, bytes), one after the other."""
+    """The comment in the user data of an object: a list of (kind, length, bytes)."""
     at = 0
     while at + 2 <= len(userdata):
         kind, length = userdata[at], userdata[at + 1]

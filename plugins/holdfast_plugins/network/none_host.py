@@ -1,6 +1,6 @@
-"""The networks that need no link: `none` (a namespace with loopback only) and `host` (no namespace of its own).
+"""The networks without a link: `none` (a namespace with loopback only) and `host` (the host's namespace).
 
-Node makes the namespace or does without it; there is nothing left to do here but to say so in receipts.
+The node makes the namespace, or none; these drivers only return receipts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from holdfast.observed import Receipt
 
 
 class BareNetwork:
-    """A network without interface and addresses; it is always there and takes no options."""
+    """A network without interface and addresses, which always exists and has no options."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -35,7 +35,7 @@ class BareNetwork:
 
 
 class BareEndpoint:
-    """An attachment that changes nothing; it can't be asked for an address."""
+    """An attachment that changes nothing and has no address."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -1,14 +1,15 @@
-"""FirewallWant → the nft(8) script that replaces the agent's own table. Pure; called by `firewall`.
+"""Make the nft(8) script that replaces the agent's own table. Pure; called by `firewall`.
 
-    raw          nothing from a container reaches the host's 127.0.0.0/8, though replies to it are let back in; no
-                 address from outside the network, no ICMP redirect
-    prerouting   what others, and containers, send to a published port of the host goes to its container
-    output       what the host itself sends there, by any of its addresses or 127.0.0.1, does too
-    postrouting  what leaves the host bears its address; so does what would come back past us (loopback, same bridge)
-    forward      a network talks with itself; out, if it is not internal; in, through published ports only
+    raw          drop what containers send to the host's 127.0.0.0/8 (replies pass), with an address from outside
+                 their network, and ICMP redirects
+    prerouting   send what others, and containers, send to a published port of the host to its container
+    output       the same for what the host itself sends there, by any of its addresses or 127.0.0.1
+    postrouting  give the host's address to what leaves it, and to what would come back without passing the host
+                 (loopback, same bridge)
+    forward      allow traffic within a network; out of it, if it is not internal; into it, by published ports only
 
-Ports and networks are elements of maps and sets: a packet costs the same whether there is one or a thousand.
-The chains judge only what comes from or goes to our own bridges; the host's own traffic is not touched.
+Ports and networks are elements of maps and sets: a packet costs the same with one and with a thousand. The chains
+apply only to what comes from or goes to our own bridges; the host's own traffic is not touched.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ CHAINS = """
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """A named set or map of the table and the type of its elements."""
+    """A named set or map of the table, with the type of its elements."""
 
     head: str
     type: str
@@ -81,15 +82,15 @@ class Collection:
 
 
 def script(table: str, want: FirewallWant, root: str = "") -> str:
-    """Replace the whole table in one transaction. root: the id of the root, which the table bears as its comment."""
+    """Replace the whole table in one transaction. root: the id of the root, the table's comment."""
     mark = f'  comment "{MARK}{root}"\n' if root else ""
     return f"{deletion(table)}table inet {table} {{\n{mark}{''.join(map(str, _collections(table, want)))}{CHAINS}}}\n"
 
 
 def update(table: str, old: FirewallWant, new: FirewallWant) -> str:
-    """Turn a table that holds old into one that holds new, in one transaction: only elements differ.
+    """Change a table that contains old to new, in one transaction. Only elements differ; "" if nothing does.
 
-    Much cheaper than replacing it, for hooking chains in and out makes the kernel wait. Empty if nothing differs.
+    It is much cheaper than replacing the table, because the kernel waits when chains are hooked in and out.
     """
     lines = []
     for before, after in zip(_collections(table, old), _collections(table, new), strict=True):

@@ -15,7 +15,7 @@ NO_IPV6 = {
     "ipv6/autoconf": "0",
     "ipv6/accept_redirects": "0",
 }
-"""No IPv6: nobody's advertisement makes its sender our router."""
+"""No IPv6, so that nobody's advertisement makes its sender our router."""
 
 GATEWAY = {
     **NO_IPV6,
@@ -24,27 +24,27 @@ GATEWAY = {
     "ipv4/accept_source_route": "0",
     "ipv4/rp_filter": "1",
 }
-"""What the host believes of what containers send to it: no routes, and no addresses that are elsewhere."""
+"""The host accepts no routes from containers, and no source addresses that are elsewhere."""
 
 INSIDE = {**NO_IPV6, "ipv4/accept_redirects": "0"}
-"""The same for a container's own link; it is applied before the link is up."""
+"""The same for a container's own link, before it is up."""
 
 
 def write(link: str, settings: Mapping[str, str]) -> None:
-    """Write settings of a link, in their order, leaving out those that the kernel lacks. Raises UnfitHost."""
+    """Write settings of a link in their order, without those that the kernel lacks. Raises UnfitHost."""
     for name, value in settings.items():
         path = _path(link, name)
         try:
             with open(path, "wb", buffering=0) as file:  # noqa: PTH123 - on the way of every start
                 file.write(value.encode())
-        except FileNotFoundError:  # no IPv6; or no such link, which the next request for it tells
+        except FileNotFoundError:  # no IPv6; or no such link, which the next request for it reports
             continue
         except OSError as error:
             raise UnfitHost(f"write '{path}': {(error.strerror or str(error)).lower()}") from error
 
 
 def differs(link: str, settings: Mapping[str, str]) -> bool:
-    """Whether a link has other settings than these; one that is gone has none."""
+    """Whether a link has other settings than these; False for a link that is gone."""
     for name, value in settings.items():
         try:
             with open(_path(link, name)) as file:  # noqa: PTH123 - of every link, in every pass

@@ -1,8 +1,8 @@
-"""Bind mounts of the host's own directories and files.
+"""Bind mounts of directories and files of the host.
 
-A source is opened once. What was opened is checked, and mounted at a place of our own (run_root/binds/), which the
-runtime is given: whoever can write to the folders above the source can't have another one mounted. Once the container
-has its own mount, ours is taken away (`release`).
+A source is opened once. The open file is checked and mounted at a place of our own (run_root/binds/), and the runtime
+gets that path: who can write to the folders above the source can't have something else mounted. When the container
+has its own mount, ours is removed (`release`).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ LONGEST_TARGET = 200  # bytes of a quoted target in a file's name
 def bind_receipt(
     driver: str, want: MountWant, source: Path, *, read_only: bool, directory: bool | None = None
 ) -> Receipt:
-    """The receipt of a bind mount: recursive, private, and read-only all the way down (`rro`, Linux 5.12).
+    """The receipt of a bind mount: recursive, private, and read-only with all mounts below (`rro`, Linux 5.12).
 
-    Nothing is mounted below a file, and crun before 1.14.4 takes what `rro` is asked of for a directory.
+    Not for files: nothing is mounted below them, and crun before 1.14.4 takes an `rro` source for a directory.
     """
     deep = read_only and (source.is_dir() if directory is None else directory)
     options = ["rbind", "rprivate", "ro" if read_only else "rw", *(["rro"] if deep else [])]
@@ -47,7 +47,7 @@ class BindMount:
         self.folder = host.run_root / "binds"
 
     def check(self, want: MountWant) -> None:
-        """Raise UnfitHost when the source is missing and may not be created, WrongState when it is out of bounds."""
+        """Raise UnfitHost if the source is missing and may not be created, WrongState if it is not allowed."""
         source = want.mount.source
         if not source.startswith("/"):
             raise WrongState(f"mount {source!r}: not an absolute path of the host")
@@ -60,7 +60,7 @@ class BindMount:
                 _check_creatable(source, want.roots)
 
     def ensure(self, want: MountWant) -> Receipt:
-        """Open the source, created if that is asked for (what is created stays: it is the host's), and mount it."""
+        """Open the source and mount it. It is created if that is asked for, and belongs to the host then."""
         self.check(want)
         place = self._place(want.instance, want.mount.target)
         with _told(want):
@@ -78,17 +78,17 @@ class BindMount:
         return bind_receipt(self.name, want, place, read_only=want.mount.read_only, directory=directory)
 
     def release(self, receipt: Receipt) -> None:
-        """Take our own mount away; the container's is not touched."""
+        """Remove our own mount; the container's is not touched."""
         self.remove(receipt)
 
     def observe(self) -> Iterable[Receipt]:
-        """What is mounted at places of our own, and only for as long as a start takes."""
+        """List our own mounts, which exist only during a start."""
         for place in sorted(self.folder.glob("*:*")):
             instance, _, target = place.name.partition(":")
             yield Receipt("volume", self.name, f"{instance}:{unquote(target)}", instance)
 
     def remove(self, receipt: Receipt) -> None:
-        """Take our own mount away. The source belongs to the host."""
+        """Remove our own mount. The source belongs to the host."""
         instance, _, target = receipt.id.partition(":")
         self._take_away(self._place(instance, target))
 
@@ -105,7 +105,7 @@ class BindMount:
 
 
 def _is(place: Path, found: os.stat_result) -> bool:
-    """Whether what was opened is mounted at a place already."""
+    """Whether what was opened is already mounted at a place."""
     try:
         return os.path.samestat(place.stat(), found)
     except FileNotFoundError:
@@ -113,7 +113,7 @@ def _is(place: Path, found: os.stat_result) -> bool:
 
 
 def _check_creatable(source: str, roots: Sequence[str] | None) -> None:
-    """Raise unless the nearest folder above the source that is there may hold it."""
+    """Raise unless the source can be created in the nearest folder above it that exists."""
     folder, roots = str(Path(source).parent), roots_above(source, roots)
     try:
         handle = open_source(folder, roots)
@@ -131,7 +131,7 @@ def _check_creatable(source: str, roots: Sequence[str] | None) -> None:
 
 @contextmanager
 def _told(want: MountWant) -> Iterator[None]:
-    """Say of what the kernel refuses which mount it belongs to."""
+    """Name the mount in errors of the kernel."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,8 @@
 """Mounts of files that are in the revision.
 
-A read-only file that the container restarts for is mounted straight from the content store. Every other one is a
-copy of the instance's own, in `Host.files`, because something may change it: the container, or `refresh`, in place.
-The copy's name is the quoted target, so that `observe` can tell it.
+A read-only file whose change restarts the container is mounted from the content store. Every other one is a copy for
+the instance, in `Host.files`, because the container or `refresh` may change it. The copy's name is the quoted target,
+so that `observe` can read it back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What a mount says of its files' mode and owner; without, they are root's and readable by all."""
+    """The mode and owner of a mount's files; by default they are root's and readable by all."""
 
     mode: int | None
     uid: int | None
@@ -43,14 +43,14 @@ class FileMount:
         self.host = host
 
     def check(self, want: MountWant) -> None:
-        """Raise WrongState for content that is not stored, or a target that is too long to name a copy after."""
+        """Raise WrongState for content that is not stored, or a target that is too long for a file name."""
         if want.content is None or not want.content.exists():
             raise WrongState(f"mount {want.mount.source!r}: its content is not stored (it is not in the revision)")
         if len(quote(want.mount.target, safe="")) > LONGEST_NAME:
             raise WrongState(f"mount {want.mount.source!r} at {want.mount.target!r}: the target is too long")
 
     def ensure(self, want: MountWant) -> Receipt:
-        """Bring the copy, where there has to be one, to the wanted content."""
+        """Update the copy, if there has to be one, to the wanted content."""
         self.check(want)
         assert want.content is not None
         mount = want.mount
@@ -64,14 +64,14 @@ class FileMount:
         return replace(receipt, data={**receipt.data, "look": asdict(look)})
 
     def refresh(self, receipt: Receipt, content: Path) -> None:
-        """Rewrite the copy of a running instance in place: same inodes, so the container sees it at once."""
+        """Rewrite the copy of a running instance in place: inodes stay, so the container sees it at once."""
         copy = Path(str(receipt.data["source"]))
         if not copy.is_relative_to(self.host.run_root):
             raise WrongCall(f"refresh {receipt.id!r}: it is mounted from the content store (on_change = 'restart')")
         _bring(copy, content, Look(**receipt.data["look"]))
 
     def observe(self) -> Iterable[Receipt]:
-        """The copies; how they are mounted is not to be read back."""
+        """List the copies; how they are mounted can't be read back."""
         for path in sorted(self.host.instance("x").parent.glob("*/files/%2F*")):
             instance = path.parent.parent.name
             yield Receipt("volume", self.name, f"{instance}:{unquote(path.name)}", instance)
@@ -95,7 +95,7 @@ class FileMount:
 
 
 def _bring(copy: Path, content: Path, look: Look) -> None:
-    """Make copy equal to content, touching only what differs."""
+    """Make copy equal to content; change only what differs."""
     folder = os.open(copy.parent, FOLDER)
     try:
         _bring_entry(folder, copy.name, content, look)
@@ -104,7 +104,7 @@ def _bring(copy: Path, content: Path, look: Look) -> None:
 
 
 def _bring_entry(folder: int, name: str, content: Path, look: Look) -> None:
-    """Bring one entry, by its folder's descriptor: the container may have put links where files were."""
+    """Update one entry, by its folder's descriptor: the container may have replaced files by links."""
     is_folder = content.is_dir()
     _clear_way(folder, name, stat.S_ISDIR if is_folder else stat.S_ISREG)
     if is_folder:
@@ -144,7 +144,7 @@ def _clear_way(folder: int, name: str, fits: Callable[[int], bool]) -> None:
 
 
 def _dress(descriptor: int, content: Path, look: Look) -> None:
-    """Set owner and mode where they differ, which leaves the time of change alone where they don't."""
+    """Set owner and mode only where they differ, so that the time of change stays otherwise."""
     found, stored = os.fstat(descriptor), stat.S_IMODE(content.stat().st_mode) | stat.S_IWUSR
     owner = (look.uid or 0, look.gid or 0)
     if owner != (found.st_uid, found.st_gid):

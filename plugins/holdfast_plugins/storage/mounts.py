@@ -25,9 +25,9 @@ LONGEST_OPTION = 255  # fsconfig(2) takes 256 bytes with the terminating zero
 def mount_overlay(source: str, layers: Sequence[Path], upper: Path, work: Path, target: Path) -> None:
     """Mount layers (lowest first) under upper at target.
 
-    Takes the fsopen(2) family with one `lowerdir+` a layer, which bears any number of layers that the kernel allows
-    (500); kernels before 6.5 get mount(2), whose one page of options bears about 200.
-    Raises OSError; its text is the kernel's own account where there is one.
+    It uses fsopen(2) with one `lowerdir+` for each layer, for as many layers as the kernel allows (500). Kernels
+    before 6.5 need mount(2), whose page of options has room for about 200. Raises OSError, with the kernel's own
+    message if there is one.
     """
     names = [*layers[::-1], upper, work]
     descriptors: list[int] = []
@@ -44,13 +44,13 @@ def mount_overlay(source: str, layers: Sequence[Path], upper: Path, work: Path, 
 
 
 def bind_descriptor(descriptor: int, target: Path) -> None:
-    """Mount what a descriptor (O_PATH) leads to at target, with all that is mounted below it, private (Linux 5.2)."""
+    """Mount an open file (O_PATH), with all mounts below it, privately at target (Linux 5.2)."""
     tree = _syscall(OPEN_TREE, descriptor, b"", OPEN_TREE_CLONE | AT_EMPTY_PATH | AT_RECURSIVE | os.O_CLOEXEC)
     try:
         _syscall(MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
     finally:
         os.close(tree)
-    # Else, where the host shares its mounts, unmounting it would unmount what is mounted below the source.
+    # If the host shares its mounts, unmounting it would otherwise unmount what is mounted below the source.
     mount("none", target, flags=MS_REC | MS_PRIVATE)
 
 
@@ -59,16 +59,16 @@ def _fits(path: Path) -> bool:
 
 
 def _by_descriptor(path: Path, descriptors: list[int]) -> str:
-    """A short name for path, without a colon or comma, that is good until its descriptor is closed."""
+    """A short name for path, without a colon or comma, valid until its descriptor is closed."""
     descriptors.append(os.open(path, os.O_PATH | os.O_CLOEXEC))
     return f"/proc/self/fd/{descriptors[-1]}"
 
 
 @lru_cache(maxsize=1)
 def _takes_single_layers() -> bool:
-    """Whether this kernel's overlayfs takes its layers one by one (Linux 6.5 does); asked once.
+    """Whether this kernel's overlayfs accepts layers one by one (Linux 6.5 does); asked once.
 
-    An older one takes every option as a word, known or not, and refuses them all at the end without a reason.
+    An older one accepts every option, known or not, and fails at the end without a reason.
     """
     try:
         context = _syscall(FSOPEN, b"overlay", CLOEXEC)
@@ -123,7 +123,7 @@ def _mount_by_page(source: str, lowers: Sequence[str], upper: str, work: str, ta
 
 
 def _account(context: int) -> str:
-    """What the kernel wrote into the context's log: lines such as `e overlay: …`."""
+    """The messages in the context's log, lines like `e overlay: …`."""
     lines = []
     try:
         while line := os.read(context, 4096):

@@ -1,4 +1,4 @@
-"""Root file systems out of layers, by overlayfs: shared layers below, one writable layer per instance above.
+"""Root file systems by overlayfs: shared read-only layers, and one writable layer for each instance.
 
 root/instances/ID/{upper,work}    survive a reboot
 run_root/instances/ID/rootfs      where it is mounted
@@ -31,7 +31,7 @@ class OverlayRootfs:
         self.host = host
 
     def check(self, want: RootfsWant) -> None:
-        """Raise UnfitHost without overlayfs, WrongState for layers that are missing or too many."""
+        """Raise WrongState for layers that are missing or too many, UnfitHost where a size can't be limited."""
         if os.geteuid() != 0:
             raise NotPermitted(f"mount root file system of {want.instance!r}: only root may mount")
         if not 0 < len(want.layers) <= MOST_LAYERS:
@@ -46,7 +46,7 @@ class OverlayRootfs:
             quota.check(self.host.root, "storage_opt.size")
 
     def ensure(self, want: RootfsWant) -> Receipt:
-        """Mount it; where it is mounted already, that costs two stat(2)."""
+        """Mount it. If it is mounted already, this costs two stat(2)."""
         target, upper, work = self._places(want.instance)
         if not is_mounted(target):
             for folder in (target, work):
@@ -64,7 +64,7 @@ class OverlayRootfs:
         return self._receipt(want.instance)
 
     def observe(self) -> Iterable[Receipt]:
-        """What is mounted, and (with an empty data) what has a writable layer but is not mounted."""
+        """List what is mounted and, with empty data, what has a writable layer but is not mounted."""
         parent = str(self.host.instance("x").parent) + "/"
         mounted = {
             point.removeprefix(parent).removesuffix("/rootfs")
@@ -77,7 +77,7 @@ class OverlayRootfs:
             yield Receipt("rootfs", self.name, instance, instance, data, self.host.id)  # it lies in this root
 
     def remove(self, receipt: Receipt) -> None:
-        """Unmount it and delete what was written into it."""
+        """Unmount it and delete its writable layer."""
         target, upper, _ = self._places(receipt.id)
         if is_mounted(target):
             unmount(target)
@@ -117,7 +117,7 @@ def _names_in(folder: str) -> list[str]:
 
 
 def _make_upper(upper: Path, top: Path) -> None:
-    """The merged root directory takes its owner and mode from the upper one, so that has to look like the image's."""
+    """Make the upper directory with the image's owner and mode, because the merged root takes them from it."""
     if not upper.exists():
         like = top.stat()
         upper.mkdir(mode=0o700)

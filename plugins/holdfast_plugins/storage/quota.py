@@ -1,7 +1,7 @@
-"""Project quotas: how much a directory and all below it may hold, kept by ext4 and xfs themselves.
+"""Project quotas: limit the size of a directory with all below it, on ext4 and xfs.
 
-A directory gets a project id, which what is made below inherits, and the id a limit in blocks (quotactl(2),
-ioctl_fsgetxattr). The id is on disk with the directory; nothing else has to be remembered.
+A directory gets a project id, which everything below inherits, and the id gets a limit in blocks (quotactl(2),
+ioctl_fsgetxattr). The id is stored with the directory; nothing else has to be remembered.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ HOW = {
 
 
 def check(path: Path, what: str) -> None:
-    """Raise UnfitHost unless the file system of a path (or of what it will lie in) enforces project quotas."""
+    """Raise UnfitHost unless the file system of a path (which may not exist yet) enforces project quotas."""
     there = next(each for each in (path, *path.parents) if each.exists()).resolve()
     with _opened(there) as folder:
         state = ctypes.create_string_buffer(256)
@@ -54,24 +54,21 @@ def check(path: Path, what: str) -> None:
 
 
 def limit(path: Path, size: int, key: str) -> None:
-    """Let a directory hold at most size bytes, with all that is in it. key: names it on this file system.
-
-    Raises OSError.
-    """
+    """Limit a directory with its content to size bytes. key: its name on this file system. Raises OSError."""
     with _opened(path) as folder:
         project = _project(folder)
         if project not in _candidates(key):
             project = next((each for each in _candidates(key) if _is_free(folder, each)), 0)
             if not project:
                 raise OSError(errno.EDQUOT, "no project id is free", str(path))
-            _set_limit(folder, project, size)  # first: nothing is ever of the project and without a limit
+            _set_limit(folder, project, size)  # first, so that nothing is in the project without a limit
             _join(path, project)
         else:
             _set_limit(folder, project, size)
 
 
 def unlimit(path: Path, key: str) -> None:
-    """Take the limit off a directory, if it has one. Raises OSError."""
+    """Remove the limit of a directory, if it has one. Raises OSError."""
     with _opened(path) as folder:
         project = _project(folder)
         if project and project in _candidates(key):
@@ -80,7 +77,7 @@ def unlimit(path: Path, key: str) -> None:
 
 @contextmanager
 def freed(path: Path, key: str) -> Iterator[None]:
-    """Forget the limit of a directory that is deleted meanwhile; nothing to do where there is none."""
+    """Remove the limit, if any, of a directory that the block deletes."""
     project = 0
     with suppress(OSError), _opened(path) as folder:
         project = _project(folder)
@@ -91,7 +88,7 @@ def freed(path: Path, key: str) -> Iterator[None]:
 
 
 def _candidates(key: str) -> list[int]:
-    """The project ids that a directory may have: the first that is free."""
+    """The project ids for a directory, which gets the first that is free."""
     found = (hashlib.sha256(f"{key} {number}".encode()).digest() for number in range(TRIES))
     return [int.from_bytes(digest[:4], "big") % (2**31 - 2**17) + 2**16 for digest in found]
 
@@ -116,7 +113,7 @@ def _set_limit(folder: int, project: int, size: int) -> None:
 
 
 def _join(path: Path, project: int) -> None:
-    """Give a directory, the folders and the files in it a project id; no link is followed."""
+    """Give a directory, and folders and files in it, a project id; no link is followed."""
     for _, folders, files, folder in os.fwalk(path, follow_symlinks=False):
         _set_project(folder, project, inherit=True)
         for name in files:
@@ -162,7 +159,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _file_system(path: Path) -> tuple[str, str]:
-    """The type and the mount point of what a path lies on."""
+    """The type and the mount point of the file system of a path."""
     real = path.resolve()
     there = {each.point: each.kind for each in mount_points()}
     return next(((there[str(each)], str(each)) for each in (real, *real.parents) if str(each) in there), ("?", "/"))

@@ -1,4 +1,4 @@
-"""Mounts of memory, which end with the container."""
+"""Mounts of memory, which disappear with the container."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class TmpfsMount:
     name = "tmpfs"
 
     def check(self, want: MountWant) -> None:
-        """Raise WrongState for a size that holds nothing."""
+        """Raise WrongState for a size of nothing."""
         if want.mount.size is not None and want.mount.size <= 0:
             raise WrongState(
                 f"mount tmpfs at {want.mount.target!r}: size {want.mount.size} (expected 1 byte or more)"
             )
 
     def ensure(self, want: MountWant) -> Receipt:
-        """Say how the runtime is to mount it (tmpfs(5)); without a size, half of the memory at most."""
+        """Describe the mount for the runtime (tmpfs(5)); without a size, it is half of the memory at most."""
         mount = want.mount
         options = ["nosuid", "nodev", "noexec", f"mode={MODE if mount.mode is None else mount.mode:o}"]
         options += [
@@ -36,7 +36,7 @@ class TmpfsMount:
         return Receipt("volume", self.name, f"{want.instance}:{mount.target}", want.instance, data)
 
     def observe(self) -> Iterable[Receipt]:
-        """Nothing: the mount lives and dies with the container's mount namespace."""
+        """Nothing: the mount exists only in the container's mount namespace."""
         return ()
 
     def remove(self, receipt: Receipt) -> None:
