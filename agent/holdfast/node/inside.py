@@ -1,4 +1,4 @@
-"""What a container will find where: its image, and everything that is mounted over it, before anything is mounted.
+"""Predict what a container will see at each path: its image and all mounts over it, before anything is mounted.
 
 Staging checks with it every path that the start will need: mount points, working directory, program, users' files.
 """
@@ -35,7 +35,7 @@ RUNC_PROC = frozenset(
 
 
 def content_of_mount(context: Context, base: Base, mount: Mount, stored: Path | None) -> Content:
-    """What a mount of a state file will show. stored: where the content of a file of the revision lies."""
+    """What a mount of a state file will show. stored: the path of the content of a file of the revision."""
     match mount.kind:
         case "tmpfs":
             return Content(f"the tmpfs at '{mount.target}'", known=True, fixed=True, read_only=mount.read_only)
@@ -68,7 +68,7 @@ def _on_host(what: str, path: Path, mount: Mount, *, fixed: bool = False) -> Con
 def mount_all(
     view: View, mounts: Iterable[Json], theirs: Mapping[str, Content], runtime: str
 ) -> Iterator[HoldfastError]:
-    """Mount what a config.json names into the view, in its order; yield what the runtime would fail at.
+    """Add the mounts of a config.json to the view, in their order; yield the errors that the runtime would have.
 
     theirs: target → what the state file mounts there; the rest are the runtime's own file systems and files.
     """
@@ -86,7 +86,7 @@ def mount_all(
 
 
 def mounted(base: Base, mounts: Iterable[Mapping[str, Any]]) -> View:
-    """The view of a container whose mounts have all been made ready, as its start sees it."""
+    """The view of a container whose mounts are all prepared, as its start sees it."""
     view = View(base.layers)
     for mount in sorted(mounts, key=lambda each: str(each["destination"]).rstrip("/").count("/")):
         path = Path(str(mount["source"]))
@@ -97,13 +97,13 @@ def mounted(base: Base, mounts: Iterable[Mapping[str, Any]]) -> View:
 
 
 def _own(target: str) -> Content:
-    """What every container has: file systems of the kernel's, and a few files."""
+    """What every container has: file systems of the kernel, and a few files."""
     what = "the container's own " + ("file" if target in (*FILE_TARGETS, INIT_PATH) else "file system")
     return Content(what, directory=what.endswith("system"), known=False, read_only=target.startswith(KERNELS))
 
 
 def _in_kernels(found: Found) -> Found:
-    """What is below /proc and /sys is what this host has there."""
+    """Below /proc and /sys, a container sees what this host has there."""
     if found.kind != "unknown" or not found.path.startswith(KERNELS):
         return found
     here = Path(found.path)
@@ -115,7 +115,7 @@ def _refused_by_runc(found: Found) -> bool:
 
 
 def _wrong_target(target: str, found: Found, content: Content) -> str:
-    """Why content can't be mounted where a path leads to; "" if it can."""
+    """Why content can't be mounted at a path; "" if it can."""
     if len(os.fsencode(target)) > LONGEST_PATH or any(
         len(os.fsencode(step)) > LONGEST_NAME for step in target.split("/")
     ):
@@ -140,7 +140,7 @@ def _a(content: Content) -> str:
 
 
 def check_working_dir(view: View, folder: str) -> None:
-    """Raise for a working directory that neither is one nor can be made."""
+    """Raise for a working directory that is none and can't be made."""
     found = view.resolve(folder)
     where = found.content.what
     if found.kind in ("file", "blocked"):
@@ -150,7 +150,7 @@ def check_working_dir(view: View, folder: str) -> None:
 
 
 def check_devices(view: View, nodes: Iterable[DeviceNode]) -> None:
-    """Raise for devices that can't be made where they are to be."""
+    """Raise for devices that can't be made at their paths."""
     for node in nodes:
         found = view.resolve(node.path)
         if found.kind in ("blocked", "file", "directory") and found.content.known:
@@ -161,7 +161,7 @@ def check_devices(view: View, nodes: Iterable[DeviceNode]) -> None:
 
 
 def look(view: View, waits: bool, path: str) -> Candidate:
-    """What is to be executed at a path. waits: something else runs first, and may put it there."""
+    """What would be executed at a path. waits: something else runs first, and may put it there."""
     found = view.resolve(path)
     content = found.content
     fixed, missing = content.fixed, found.kind in ("missing", "blocked")
@@ -198,5 +198,5 @@ def read_file(view: View, path: str) -> bytes | None:
 
 
 def _error(message: str, *contents: Content) -> HoldfastError:
-    """Of what only a commit changes, or of what this host may mend."""
+    """The error for what only a commit changes, or for what this host may repair."""
     return WrongState(message) if all(each.fixed for each in contents) else UnfitHost(message)

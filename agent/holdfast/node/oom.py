@@ -1,7 +1,7 @@
-"""Tells of a process that the kernel killed for want of memory while its container lives on.
+"""Report processes that the kernel killed because memory was short while their container runs on.
 
-conmon makes a file when that happens (`runtime.conmon.OOM_FILE`). What is told here is counted, so that a later end
-of the container is not taken for one for want of memory.
+conmon makes a file when that happens (`runtime.conmon.OOM_FILE`). Reported kills are counted, so that a later end of
+the container is not taken for an OOM kill.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from holdfast.node.filewatch import FileWatch
 from holdfast.runtime.conmon import OOM_FILE, Run, Runtime
 from holdfast.runtime.inotify import CREATE
 
-SETTLE = 2.0  # seconds in which a container ends that was itself meant, or that ends because of its child
+SETTLE = 2.0  # seconds within which a container ends if the kill hit it, or if it ends because of its child
 
 
 class OomWatch:
-    """Calls tell(instance, kills) when processes of an instance were killed that it outlives."""
+    """Calls tell(instance, kills) when processes of an instance were killed and the instance runs on."""
 
     def __init__(
         self, runtime: Runtime, run_of: Callable[[str], Run | None], tell: Callable[[str, int], None]
@@ -30,7 +30,7 @@ class OomWatch:
         self.close = self._watch.close
 
     def add(self, instance: str) -> None:
-        """Watch a running instance, and look at what happened to it while nobody did. Idempotent."""
+        """Watch a running instance, and check what happened before. Idempotent."""
         place = self._runtime.record(instance)
         self._watch.add(place)
         if (place / OOM_FILE).exists():
@@ -42,11 +42,11 @@ class OomWatch:
             threading.Thread(target=self._judge, args=(folder.name,), name="oom", daemon=True).start()
 
     def _judge(self, instance: str) -> None:
-        """Wait whether it ends: its end tells of the want of memory by itself."""
+        """Wait a moment: if the instance ends, its end is reported as an OOM kill anyway."""
         try:
             run = self._run_of(instance)
             outlives = run is not None and self._runtime.outlives(run, SETTLE)
-            self._judged.discard(instance)  # before the count: what comes after it makes the file anew
+            self._judged.discard(instance)  # before the count: a later kill makes the file again
             if outlives and (kills := self._runtime.tell_oom_kills(instance)):
                 self._tell(instance, kills)
         except (HoldfastError, OSError):

@@ -1,4 +1,4 @@
-"""StopInstance, RemoveInstance: how a process is asked to end, and how everything it stood on is taken away."""
+"""StopInstance and RemoveInstance: ask a process to end, and remove everything that was made for it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ AFTER_KILL = 30.0  # seconds: a process in uninterruptible sleep can outlive SIG
 
 
 def stop_instance(context: Context, action: StopInstance) -> Json:
-    """Send the stop signal, wait out the grace period, then SIGKILL. Raises TryAgain if even that does not end it.
+    """Send the stop signal, wait for the grace period, then send SIGKILL. Raises TryAgain if that does not end it.
 
-    Raises Stopping when the agent ends meanwhile. The next one then waits for what is left of the grace period,
-    and sends no second signal: to some programs that means to end at once.
+    Raises Stopping if the agent ends meanwhile. The next agent then waits for the rest of the grace period and sends
+    no second signal, which some programs understand as "end at once".
     """
     instance = context.store.instances.get(action.instance)
     run = context.run_of(action.instance)
@@ -36,9 +36,7 @@ def stop_instance(context: Context, action: StopInstance) -> Json:
     signal = action.signal or _image_signal(context, instance)
     kills = context.runtime.oom_kills(instance.id)
     if not asked:
-        context.store.change_instance(
-            instance.id, exit=Exit(None, asked=True)
-        )  # whoever sees the end, it is our doing
+        context.store.change_instance(instance.id, exit=Exit(None, asked=True))  # before the end can be seen
         context.runtime.kill(instance.id, signal)
         asked = time.time()
         context.store.change_instance(instance.id, exit=Exit(None, asked=True, at=asked))
@@ -60,7 +58,7 @@ def stop_instance(context: Context, action: StopInstance) -> Json:
 
 
 def _stopped(ended: Exit, sent: str, *, oom: bool) -> Exit:
-    """An end that we asked for: by the signal that was sent last, unless the kernel was faster."""
+    """The end that we asked for: by the signal that was sent last, unless the kernel killed it first."""
     number = signal_number(sent)
     if ended.code != 128 + number:
         return replace(ended, asked=True, oom=ended.oom and oom, signal=ended.signal if ended.oom and oom else None)
@@ -68,7 +66,7 @@ def _stopped(ended: Exit, sent: str, *, oom: bool) -> Exit:
 
 
 def tell_exit(context: Context, instance: Instance, ended: Exit) -> None:
-    """Report the end of a process to whoever listens."""
+    """Report the end of a process to the event log and to plugins."""
     fields = {"code": ended.code, "signal": ended.signal, "oom": ended.oom, "asked": ended.asked, "at": ended.at}
     context.store.event(
         "exited", instance.key, f"it {ended}", instance=instance.id, **{**fields, "at_exit": ended.at}
@@ -79,7 +77,7 @@ def tell_exit(context: Context, instance: Instance, ended: Exit) -> None:
 
 
 def _image_signal(context: Context, instance: Instance) -> str:
-    """What asks it to end. The image may be gone by now, or name no signal: the process must end all the same."""
+    """The signal that asks it to end. Without the image, or if it names none, there is still a signal."""
     try:
         config = context.base(instance.image).config
         signal_number(stop_signal(instance.want, config))
@@ -115,7 +113,7 @@ def remove_instance(context: Context, instance: Instance) -> None:
 
 
 def remove_thing(context: Context, receipt: Receipt) -> None:
-    """Let the driver that made a thing take it away."""
+    """Let the driver that made a thing remove it."""
     match receipt.kind:
         case "netns":
             netns.remove(context.host, receipt)
@@ -126,7 +124,7 @@ def remove_thing(context: Context, receipt: Receipt) -> None:
 
 
 def release_mount(context: Context, receipt: Receipt) -> None:
-    """Have the driver of a mount let go of what only the start needed."""
+    """Let the driver of a mount release what only the start needed."""
     driver = context.plugins.of_kind(kinds.MOUNT).get(receipt.driver)
     if driver is None or not hasattr(driver, "release"):
         return
@@ -137,7 +135,7 @@ def release_mount(context: Context, receipt: Receipt) -> None:
 
 
 def remove_orphan(context: Context, receipt: Receipt) -> None:
-    """Remove what nobody has a receipt for, unless somebody has one by now; a table is known by its content alone."""
+    """Remove a thing without a receipt, unless it has one by now; a table is recognised by its content alone."""
     known = context.store.receipt(receipt.kind, receipt.id) or InstanceId(receipt.owner) in context.store.instances
     if known and receipt.kind != "firewall":
         return
@@ -149,7 +147,7 @@ def remove_orphan(context: Context, receipt: Receipt) -> None:
 
 
 def sweep(context: Context) -> None:
-    """Take the agent's own cgroup and AppArmor profile off the host once no container is left."""
+    """Remove the agent's own cgroup and AppArmor profile when no container is left."""
     if not context.store.instances:
         context.runtime.remove_parent_cgroup()
         apparmor.remove(context.apparmor_profile)

@@ -1,7 +1,7 @@
-"""What takes up the disk, and how much of it nobody needs: `holdfast system df`, `holdfast system prune`.
+"""Measure what uses the disk, and what could be deleted: `holdfast system df`, `holdfast system prune`.
 
-Kinds are Docker's, with layers, which images share, and logs besides. Sizes are bytes: of images and layers those of
-their plain archives, of anything else what is allocated on disk.
+The kinds are Docker's, plus layers, which images share, and logs. Sizes are in bytes: for images and layers those of
+their uncompressed archives, for everything else what is allocated on disk.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def usage(context: Context, volumes: Sequence[Json]) -> Json:
 
 
 def prune_logs(context: Context) -> int:
-    """Delete the output of apps that are gone; returns the bytes that are free then."""
+    """Delete the output of apps that are gone; return the freed bytes."""
     doomed = [
         each for each in (_log(context, path) for path in _folders(context.host.root / "logs")) if each["orphan"]
     ]
@@ -72,7 +72,7 @@ def prune_logs(context: Context) -> int:
 
 
 def prune_build_cache(context: Context) -> int:
-    """Empty the layer caches of all apps but those whose images are being built; returns what is free then."""
+    """Empty the layer caches of all apps, except those that are building; return the freed bytes."""
     freed = 0
     for app in context.builder.apps():
         size = allocated(context.builder.caches / app)
@@ -81,7 +81,7 @@ def prune_build_cache(context: Context) -> int:
 
 
 def allocated(path: Path) -> int:
-    """Bytes that a file, or a directory and all that is in it, takes up on disk; hard links count once.
+    """The bytes that a file, or a directory with its content, uses on disk; hard links count once.
 
     What can't be read, or goes meanwhile, counts for nothing.
     """
