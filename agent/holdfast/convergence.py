@@ -55,7 +55,7 @@ def moving(status: Json) -> bool:
 
 
 def overdue(unanswered: Sequence[Json], began: float, patience: float, now: float) -> list[Json]:
-    """Of questions without an answer, those that whoever began then has waited for longer than patience.
+    """Of questions without an answer, those that have been waited for longer than patience since `began`.
 
     What is not asked any more does not count: another commit may need it no longer.
     """
@@ -67,7 +67,7 @@ def overdue(unanswered: Sequence[Json], began: float, patience: float, now: floa
 
 
 def obstacle(status: Json) -> type[HoldfastError]:
-    """The class of what keeps the node from its state: one that asks for somebody to act comes first."""
+    """The class of the error that keeps the node from its state, first one that needs somebody to act."""
     codes = {app["exit_code"] for app in status["apps"].values() if app["exit_code"] is not None}
     if status["problems"]:
         codes.add(WrongState.exit_code)

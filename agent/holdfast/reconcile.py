@@ -1,11 +1,11 @@
-"""One pass: read what is asked for, read what is there, decide, hand over. The file to read first.
+"""Make one pass: read what is asked for, read what is there, decide, hand over. The file to read first.
 
     source ──▶ Revision ──load──▶ Spec ─┐
     node ──observe──▶ Observed ─────────┼──decide──▶ Plan ──apply──▶ the node's lanes
     store ──▶ History ──────────────────┘                  └──make_status──▶ Status
 
-A pass waits for nothing and assumes nothing: it can be made at any time, as often as anyone likes, and after any
-crash. `daemon` makes one whenever something may have changed, and one every so often though nothing seems to have.
+A pass waits for nothing and assumes nothing: it can be made at any time, any number of times, and after any crash.
+`daemon` makes one whenever something may have changed, and now and then one that reads everything.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SOURCE_FACT = "source"  # in the store: what is remembered of the revision in fo
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass saw and decided. Its status is made when somebody asks: most passes nobody asks about."""
+    """What one pass saw and decided. Its status is made only when it is asked for, which is rare."""
 
     spec: Spec | None
     observed: Observed
@@ -48,7 +48,7 @@ class Pass:
 
     @cached_property
     def status(self) -> Status:
-        """How the node stood."""
+        """The status of the node at this pass."""
         return make_status(
             spec=self.spec,
             observed=self.observed,
@@ -62,7 +62,7 @@ class Pass:
 
 
 class Reconciler:
-    """Makes passes. Keeps what need not be read twice: the spec of the newest readable revision, and its files'."""
+    """Makes passes. Keeps the spec of the newest readable revision and of its files, so that they are read once."""
 
     def __init__(
         self,
@@ -84,9 +84,9 @@ class Reconciler:
         self._reading = threading.Lock()  # passes, previews and a reload meet here
 
     def run(self, *, deep: bool = False, light: bool = False) -> Pass:
-        """Make one pass. deep: read every cgroup, too. light: trust the records where that is safe (`Node.look`).
+        """Make one pass. deep: also read every cgroup. light: trust the records where that is safe (`Node.look`).
 
-        What it decides goes on in the node's lanes.
+        The lanes of the node carry out what it decides.
         """
         spec = self.wanted(light=light)
         self._announce()
@@ -98,12 +98,12 @@ class Reconciler:
         return self.seen(spec, observed, history, plan)
 
     def preview(self) -> Sequence[Plan]:
-        """Every plan from here to rest, touching nothing. Looks at the newest commit, fetched or not."""
+        """Return every plan until there is nothing left to do. Reads the newest commit and changes nothing."""
         spec = self._newest()
         return self._preview(spec, self.node.observe(spec=spec))
 
     def preview_json(self) -> Json:
-        """What `holdfast plan --json` prints."""
+        """Return what `holdfast plan --json` prints."""
         spec = self._newest()
         observed = self.node.observe(spec=spec)
         plans = self._preview(spec, observed)
@@ -116,7 +116,7 @@ class Reconciler:
         return preview(spec, observed, self.node.context.store.history(), time.time())
 
     def wanted(self, *, light: bool = False) -> Spec | None:
-        """What the newest readable revision asks for. A source that can't be read leaves the last answer in force."""
+        """Return what the newest readable revision asks for. If the source can't be read, the last answer stays."""
         with self._reading:
             try:
                 revision = self.source.current(light=light)
@@ -129,7 +129,7 @@ class Reconciler:
             return self._spec
 
     def _newest(self) -> Spec | None:
-        """What the newest revision asks for; what is in force, when it can't be had or would be refused."""
+        """Return what the newest revision asks for, or what is in force if that can't be read or would be refused."""
         wanted = self.wanted()
         try:
             revision = self.source.newest()
@@ -140,13 +140,13 @@ class Reconciler:
         return self._judged(self._load(revision, Cache()))
 
     def reload(self, source: Source, config: Config) -> None:
-        """Go on with other settings: what was read by the old ones is read anew."""
+        """Use other settings, and read everything again."""
         with self._reading:
             self.source, self.config = source, config
             self._cache, self._revision = Cache(), None
 
     def seen(self, spec: Spec | None, observed: Observed, history: History, plan: Plan) -> Pass:
-        """A pass's account of itself."""
+        """Make the record of a pass."""
         state = asdict(self.source.state())
         state["error"] = state["error"] or self._error
         plugins = installed.states(self.node.context, observed.missing)
@@ -156,7 +156,7 @@ class Reconciler:
         )
 
     def _accept(self, revision: Revision) -> None:
-        """Read a new revision's files; a refused one (on_invalid) changes nothing but the status."""
+        """Read the files of a new revision. One that is refused (on_invalid) changes only the status."""
         spec = self._load(revision, self._cache)
         self._revision = revision
         self._spec = self._judged(spec)
@@ -177,13 +177,13 @@ class Reconciler:
         return replace(self.config.facts(), drivers=self._drivers)
 
     def _judged(self, spec: Spec) -> Spec:
-        """The spec, or with on_invalid = "reject-revision" and a problem in it, the one in force."""
+        """Return the spec, or the one in force if it has a problem and on_invalid is "reject-revision"."""
         if not spec.problems or self.config.on_invalid != "reject-revision":
             return spec
         return replace(self._spec, problems=spec.problems) if self._spec else _nothing_of(spec)
 
     def _announce(self) -> None:
-        """Tell of a revision once, when a pass acts on it: a preview leaves no trace."""
+        """Write an event for a revision once, when a pass acts on it; a preview leaves no trace."""
         revision, store = self._revision, self.node.context.store
         if revision is not None:
             store.put_fact(SOURCE_FACT, known_of(revision))
@@ -198,7 +198,7 @@ class Reconciler:
             store.event("hint", "node", hint)
 
     def _announce_error(self) -> None:
-        """Tell once that the source can't be read, and that it can be again."""
+        """Write an event once when the source can't be read, and when it can be read again."""
         error = self.source.state().error or self._error
         if error == self._told:
             return
@@ -210,6 +210,6 @@ class Reconciler:
 
 
 def _nothing_of(spec: Spec) -> Spec:
-    """A revision that is refused before any was accepted: every app of it stays at the generation it has."""
+    """The spec of a revision that is refused before any was accepted: each app stays at its generation."""
     names = {app.path: name for name, app in spec.apps.items()}
     return Spec(broken={**names, **spec.broken}, problems=spec.problems)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
@@ -43,6 +44,21 @@ def answer_of(work: Callable[[], T]) -> Answer[T]:
         return Answer(work())
     except BaseException as error:
         return Answer(error=error)
+
+
+def in_background(work: Callable[[], T], name: str) -> Future[T]:
+    """Call work in a daemon thread of this name. The future has what it returns or raises; it can't be cancelled."""
+    done: Future[T] = Future()
+    done.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return done
 
 
 @dataclass(slots=True)

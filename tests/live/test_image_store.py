@@ -201,7 +201,7 @@ def test_who_stops_watching_a_pull_leaves_it_to_the_agent_and_prune_takes_what_i
     )
     assert "removed 1 layer that no image needs\n" in agent.cli("image", "prune", "--force").stdout
     gone = next(each for each in reversed(agent.events()) if each["kind"] == "removed")
-    assert gone["message"] == "1 layer of broken pulls, by hand"
+    assert gone["message"] == "1 layer of interrupted pulls, by hand"
 
 
 def connections(socket: Path) -> int:

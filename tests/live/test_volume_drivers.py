@@ -130,7 +130,7 @@ def test_a_removal_says_what_came_of_it(sized: LiveAgent) -> None:
     removal = sized.host.root / "volumes-sized/removal"
     assert "mounted by shop/web (expected: holdfast stop shop/web)" in remove("--force")
     sized.cli("stop", "shop/web")
-    assert "mounted by shop/web, stopped (--force deletes the data all the same)" in remove()
+    assert "mounted by shop/web, stopped (--force deletes the data anyway)" in remove()
     removal.write_text("raise")
     assert remove("--force") == (
         "holdfast: remove volume 'shop/data': volume driver 'sized': ValueError: the array is offline\n"

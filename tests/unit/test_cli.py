@@ -428,9 +428,7 @@ def test_a_reader_that_goes_away_gets_no_traceback(agent: PaperAgent, config: Pa
     assert (done.returncode, done.stderr.decode()) == (1, "")
 
 
-LIGHT = {f"holdfast.{name}" for name in ("cli", "convergence", "errors", "grammar", "questions", "toml")} | {
-    "holdfast"
-}
+LIGHT = {f"holdfast.{name}" for name in ("cli", "convergence", "errors", "grammar", "questions")} | {"holdfast"}
 HEAVY = {
     *("asyncio", "sqlite3", "subprocess", "logging", "tempfile", "shutil", "email", "http", "ssl", "traceback"),
     *("difflib", "importlib.metadata"),

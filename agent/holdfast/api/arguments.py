@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 from holdfast.errors import WrongCall
 from holdfast.questions import Caller, Question, Sink
 
-EXACT = 2**53  # as far as a float counts whole numbers; what is larger would confuse clocks
+EXACT = 2**53  # the largest whole number that a float has exactly; larger ones overflow clocks
 
 
 @cache

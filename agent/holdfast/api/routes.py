@@ -11,7 +11,6 @@ import json
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
@@ -23,12 +22,13 @@ from holdfast import __version__
 from holdfast.api.arguments import arguments_of
 from holdfast.errors import Conflict, HoldfastError, NotFound, NotPermitted, TryAgain, UnfitHost, WrongCall
 from holdfast.questions import QUESTIONS, ROOT_HEADER, Json, Lines, Question, Questions, Sink, Steps
+from holdfast.workers import in_background
 
 HTTP_STATUS = {NotFound: 404, WrongCall: 400, NotPermitted: 403, Conflict: 409, TryAgain: 503, UnfitHost: 503}
 UNPROCESSABLE = 422  # for all other errors
 AGENT: web.AppKey[Questions] = web.AppKey("agent")
 ROOT: web.AppKey[Path] = web.AppKey("root")
-STALLED = 60.0  # seconds until a reader who takes nothing is given up: a container may be frozen meanwhile
+STALLED = 60.0  # seconds until a reader who does not read is given up: a container may be frozen for it
 FRAME = 1 << 18  # bytes, about
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -42,7 +42,7 @@ def routes() -> list[web.RouteDef]:
 
 
 def handler(question: Question) -> Handler:
-    """What answers a question, by the way in which its result travels."""
+    """Make the handler of a question, by the way in which its result travels."""
     hints = question.hints()
     write = lines if hints["return"] in (Lines, Steps) else frames if Sink in hints.values() else value
 
@@ -54,7 +54,7 @@ def handler(question: Question) -> Handler:
 
 @web.middleware
 async def report(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn what a handler raises on purpose into its JSON."""
+    """Turn deliberate errors into their JSON."""
     try:
         _refuse_other_root(request)
         return await handler(request)
@@ -69,7 +69,7 @@ async def report(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 def _refuse_other_root(request: web.Request) -> None:
-    """Raise Conflict for a caller who means the agent of another root: two agent.toml may lead to one socket."""
+    """Raise Conflict if the caller means the agent of another root: two agent.toml can name one socket."""
     meant, root = Path(unquote(request.headers.get(ROOT_HEADER, ""))), request.app[ROOT]
     if ROOT_HEADER in request.headers and meant != root and os.path.realpath(meant) != os.path.realpath(root):
         raise Conflict(
@@ -93,18 +93,8 @@ async def value(request: web.Request, question: Question, given: dict[str, Any])
 
 
 async def in_thread(call: Callable[[], T]) -> T:
-    """Call in a thread of its own: many may wait for long at the same time, and none of them holds up the agent."""
-    done: Future[T] = Future()
-    done.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            done.set_result(call())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, name="answer", daemon=True).start()
-    return await asyncio.wrap_future(done)
+    """Call in a new thread: many callers may wait for long at the same time, and a pool of threads has an end."""
+    return await asyncio.wrap_future(in_background(call, "answer"))
 
 
 # -- lines ---------------------------------------------------------------------------------------------------
@@ -122,7 +112,7 @@ async def lines(request: web.Request, question: Question, given: dict[str, Any])
         while line := await queue.get():
             await response.write(line)
     except ConnectionError:
-        pass  # the reader has gone, as readers do
+        pass  # the reader has gone
     finally:
         stop.set()
         while line:  # so that the thread is never held up by a full queue
@@ -131,7 +121,7 @@ async def lines(request: web.Request, question: Question, given: dict[str, Any])
 
 
 def pumped(found: Iterator[Json | None], stop: threading.Event) -> asyncio.Queue[bytes]:
-    """Read a blocking iterator in a thread of its own; b"" ends the lines. stop: until when."""
+    """Read a blocking iterator in a new thread until `stop` is set; b"" is the end."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[bytes] = asyncio.Queue(256)
 

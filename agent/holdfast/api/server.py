@@ -1,4 +1,4 @@
-"""Listen on the agent's socket, and give each user a fair share of it."""
+"""Listen on the socket of the agent, and limit the connections of each user."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ log = structlog.get_logger("holdfast")
 
 @asynccontextmanager
 async def serving(agent: Questions, path: Path, *, root: Path, group: str | None = None) -> AsyncIterator[None]:
-    """Answer on a unix socket at `path` until the block ends. root: the agent's; who means another one is refused.
+    """Answer on a unix socket at `path` until the block ends. root: callers who mean another root are refused.
 
-    The socket is its owner's alone (0600), or also its group's (0660). A socket that nobody listens on is replaced;
-    raises Conflict when somebody does.
+    Only the owner can connect (0600), or also the group (0660). A socket without a listener is replaced; raises
+    Conflict if an agent listens.
     """
     application = web.Application(middlewares=[report])
     application[AGENT], application[ROOT] = agent, root
@@ -54,12 +54,12 @@ async def serving(agent: Questions, path: Path, *, root: Path, group: str | None
 
 
 async def say_api(_: web.Request, response: web.StreamResponse) -> None:
-    """Say with each answer what this agent can be asked: a command may be newer than it."""
+    """Say in each answer which questions this agent knows: a command may be newer than it."""
     response.headers[API_HEADER] = str(API)
 
 
 async def accept(listener: socket.socket, server: web.Server) -> None:
-    """Hand connections to the server, at most PER_USER of each user's: nobody can keep others from asking."""
+    """Hand connections to the server, at most PER_USER for each user, so that no user can block the others."""
     loop = asyncio.get_running_loop()
     listener.setblocking(False)
     while True:
@@ -81,7 +81,7 @@ async def accept(listener: socket.socket, server: web.Server) -> None:
 
 
 def refuse(connection: socket.socket, count: int) -> None:
-    """Say that there are too many connections, as any other error is said, and hang up."""
+    """Answer that there are too many connections, and hang up."""
     error = TryAgain(f"ask the agent: {count} connections of this user are open already (at most {PER_USER})")
     text = json.dumps(error_json(error))
     with connection, contextlib.suppress(OSError):
@@ -89,7 +89,7 @@ def refuse(connection: socket.socket, count: int) -> None:
 
 
 def listen(path: Path, *, group: str | None = None) -> socket.socket:
-    """Bind a unix socket that nobody but the owner and the group can connect to."""
+    """Bind a unix socket that only the owner and the group can connect to."""
     if answers(path):
         raise Conflict(f"listen on '{path}': another agent answers there (two agents need two names in agent.toml)")
     gid = group_id(group) if group else -1
@@ -97,7 +97,7 @@ def listen(path: Path, *, group: str | None = None) -> socket.socket:
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        os.fchmod(listener.fileno(), 0o600)  # Linux gives the file this mode at bind: a chmod after it leaves a gap
+        os.fchmod(listener.fileno(), 0o600)  # the file gets this mode at bind; a chmod afterwards would leave a gap
         listener.bind(str(path))
         if group:
             os.chown(path, -1, gid)

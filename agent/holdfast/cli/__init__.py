@@ -1,4 +1,4 @@
-"""The command `holdfast`: arguments → calls on the agent, or on the node itself when no agent runs.
+"""The command `holdfast`, which asks the agent, or the node itself if no agent runs.
 
 Exit codes are those of the error tree (`holdfast.errors`, sysexits.h), and besides these: 0 done; 2 `plan` has
 changes; 70 a bug, with its traceback; 130 interrupted.

@@ -1,7 +1,6 @@
-"""Long work, drawn while it goes on: a bar for each image and layer that comes and each image that is built, and what
-is waited for; plain lines where nobody looks.
+"""Show the progress of long work: bars for images, layers, builds and what is waited for; lines without a terminal.
 
-`apply`, `sync --wait` and `image pull` hand in a status, or its part about images, again and again. rich is imported
+`apply`, `sync --wait` and `image pull` pass a status, or its part about images, again and again. rich is imported
 only when there is something to draw: that takes longer than most commands.
 """
 
@@ -25,13 +24,15 @@ Show = Callable[[Json], None]
 
 MOST_LAYERS = 12  # bars: more of them scroll away
 MOST_WAITS = 8
-PATIENCE = 2.0  # seconds: what is waited for longer is told
+PATIENCE = 2.0  # seconds: what is waited for longer is shown
 
 
 @contextmanager
 def bars(*, quiet: bool = False) -> Iterator[Show]:
-    """Yield what draws a status (its transfers, builds, unanswered and blockers, as far as they are given); call it
-    every tenth of a second or so. On stderr, always."""
+    """Yield a function that shows a status (its transfers, builds, unanswered and blockers, those that are given).
+
+    Call it about ten times a second. Prints to standard error.
+    """
     if quiet:
         yield lambda status: None
     elif sys.stderr.isatty():
@@ -42,7 +43,7 @@ def bars(*, quiet: bool = False) -> Iterator[Show]:
 
 
 def followed(steps: Steps, *, quiet: bool) -> Json:
-    """Draw transfers as they come, and return what comes last."""
+    """Show transfers as they come, and return the last step, which is the result."""
     last: Json = {}
     with bars(quiet=quiet) as show:
         for last in steps:
@@ -81,7 +82,7 @@ class _Lines:
 
 
 class _Waits:
-    """What is in the way of the state, apart from images, once that has lasted for a moment."""
+    """What keeps the node from its state, apart from images, once that has lasted for a moment."""
 
     def __init__(self) -> None:
         self._since: dict[str, float] = {}
@@ -94,7 +95,7 @@ class _Waits:
 
 
 def lines_of(status: Json) -> list[str]:
-    """What is waited for: the registries that are asked and do not answer, then why the node is not converged."""
+    """What is waited for: registries that do not answer, then why the node is not converged."""
     unanswered = (each for each in status.get("unanswered", ()) if each["asking"])
     asked = [f"{each['ref']}: the registry does not answer" for each in unanswered]
     return [*asked, *status.get("blockers", ())]
@@ -133,7 +134,7 @@ def _drawn() -> Iterator[Show]:
 
 
 class _Drawing:
-    """The bars of all that is under way; those of what is over go."""
+    """The bars of all that is under way; a bar is removed when its work is over."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress

@@ -103,7 +103,7 @@ def folder(path: Path) -> Revision:
 
 
 def state_file(part: Part, path: Path, facts: NodeFacts) -> None:
-    """Add a state file, and whatever lies beside it that it names."""
+    """Add a state file, and the files beside it that it names."""
     from holdfast.source.directory import top_of, within
     from holdfast.spec.load import NOT_YAML, is_yaml, needs_of
 

@@ -1,4 +1,4 @@
-"""This host → a list of checks: what `holdfast doctor` prints. Reads; starts programs for their versions only."""
+"""Check this host, for `holdfast doctor`. Only reads; starts programs only to ask for their versions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONTROLLERS = ("cpu", "memory", "pids", "cpuset", "blkio")
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at. warn: containers run, and something is less than it could be."""
+    """The result of one check. warn: containers run, with limitations."""
 
     subject: str
     verdict: Literal["ok", "warn", "bad"]
@@ -44,12 +44,12 @@ class Check:
 def judged(
     subject: str, good: object, detail: str, otherwise: str, remedy: str, verdict: Literal["warn", "bad"] = "warn"
 ) -> Check:
-    """A check that went well, or otherwise."""
+    """A check that is ok if `good`, and else `verdict`."""
     return Check(subject, "ok", detail) if good else Check(subject, verdict, otherwise, remedy)
 
 
 def checkup(config: Config | None) -> Iterator[Check]:
-    """Look at everything that the agent needs here; config None stands for its defaults."""
+    """Check everything that the agent needs on this host. config: None for its defaults."""
     yield root()
     yield name(config)
     yield kernel()
@@ -72,7 +72,7 @@ def checkup(config: Config | None) -> Iterator[Check]:
 
 
 def read(path: Path | str) -> str:
-    """A small file of the kernel's, "" if it is not there or not for us."""
+    """Read a small file; "" if it does not exist or is not readable."""
     try:
         return Path(path).read_text().strip()
     except OSError:
@@ -90,7 +90,7 @@ def root() -> Check:
 
 
 def name(config: Config | None) -> Check:
-    """Whose the agent's name is on this host."""
+    """Whether the agent's name is free on this host."""
     if config is None:
         return Check("name", "ok", "not looked at")
     if os.geteuid() != 0:
@@ -116,7 +116,7 @@ def numbers(release: str) -> tuple[int, ...]:
 
 
 def cgroups() -> Iterator[Check]:
-    """The layout, and which tree owns the controllers that limits need."""
+    """The layout of cgroups, and which tree has the controllers that limits need."""
     unified = read(CGROUP / "cgroup.controllers").split()
     hybrid = read(CGROUP / "unified" / "cgroup.controllers").split()
     v1 = sorted(line.split()[0] for line in read("/proc/cgroups").splitlines()[1:] if line.split()[1] != "0")
@@ -141,7 +141,7 @@ def cgroups() -> Iterator[Check]:
 
 
 def service_manager(name: str) -> Iterator[Check]:
-    """On a host of systemd: whether containers have a cgroup of their own, and whether a shutdown stops them."""
+    """With systemd: whether containers have their own cgroup, and whether a shutdown stops them."""
     if not delegation.BOOTED.is_dir():
         return
     host = Host(name, Path(), Path(), cgroup_root=delegation.place_of(name))
@@ -187,7 +187,7 @@ def programs() -> Iterator[Check]:
 
 
 def builds() -> Iterator[Check]:
-    """Whether the fence of builds can stand here, and what this buildah is not trusted with."""
+    """Whether images can be built in a sandbox here, and what is refused with this version of buildah."""
     from holdfast.images.builds.hazards import KNOWN, SAFE, buildah_version, is_safe
 
     path = binaries.find_program("buildah")
@@ -251,7 +251,7 @@ def forwarding() -> Check:
 
 
 def findings(config: Config) -> Iterator[Check]:
-    """What the drivers find that others did to this host, as `status` and `plan` show it."""
+    """What drivers find that others did to this host, as in `status` and `plan`."""
     from holdfast.plugins import load_plugins
 
     if os.geteuid() == 0:
@@ -298,7 +298,7 @@ def watches() -> Check:
 
 
 def answers() -> Iterator[Check]:
-    """What the agent, or without one the node itself, knows."""
+    """What the agent knows, or the node itself if no agent runs."""
     try:
         with reach() as node:
             status = node.status()
@@ -309,7 +309,7 @@ def answers() -> Iterator[Check]:
 
 
 def plugins(found: Sequence[Mapping[str, str]]) -> Iterator[Check]:
-    """What is wrong with plugins, and what this node depends on and is not installed."""
+    """What is wrong with plugins, and which ones this node needs but lacks."""
     wrong = [each for each in found if each["state"] != "ok"]
     for each in wrong:
         yield Check(f"plugin {each['name']}", "warn", f"{each['state']}: {each['error']}")
@@ -318,7 +318,7 @@ def plugins(found: Sequence[Mapping[str, str]]) -> Iterator[Check]:
 
 
 def not_ours(foreign: Mapping[str, str]) -> Iterator[Check]:
-    """What bears the agent's name and was made for another root, or by somebody else: in one line, however many."""
+    """What has the agent's name but belongs to another root, or was made by somebody else, all in one line."""
     if foreign:
         shown = "; ".join(f"{subject}: {why}" for subject, why in list(foreign.items())[:SHOWN])
         more = f"; {len(foreign) - SHOWN} more in `holdfast status`" if len(foreign) > SHOWN else ""

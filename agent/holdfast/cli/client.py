@@ -1,7 +1,7 @@
-"""Put questions to the agent on its unix socket: what every command asks the agent with (see `holdfast.questions`).
+"""Send questions to the agent on its unix socket (see `holdfast.questions`).
 
-Speaks HTTP/1.0, one connection a request, so that an answer ends where the connection does: twenty lines instead of
-an HTTP library, whose import alone would take a fifth of the time that `holdfast status` may take.
+Speaks HTTP/1.0 with one connection for each request, so that an answer ends where the connection does. That takes
+twenty lines; to import an HTTP library would take a fifth of the time that `holdfast status` may take.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PLACE = re.compile(r"{(\w+):[^}]+}")  # a parameter in a path
 
 
 class Answer(dict[str, Any]):
-    """An object of an answer. Raises OlderAgent for a key that it lacks: no agent of this version leaves one out."""
+    """An object of an answer. Raises OlderAgent for a missing key: agents of this version send all of them."""
 
     def __missing__(self, key: str) -> Any:
         raise OlderAgent(
@@ -46,7 +46,7 @@ def decoded(text: bytes | str) -> Any:
 class Client(Questions):
     """The agent behind a socket. All calls block.
 
-    root: whose agent is meant. One that holds another root refuses whatever it is asked (`api.routes.report`).
+    root: whose agent is meant. The agent of another root refuses every request (`api.routes.report`).
     """
 
     def __init__(self, path: Path, root: Path | None = None) -> None:
@@ -112,15 +112,15 @@ class Client(Questions):
 
     @contextmanager
     def _answer(self, method: str, target: str, body: Any, needs: int) -> Iterator[IO[bytes]]:
-        """Send a request and hand out the body of its answer; raise the error that the agent answered with.
+        """Send a request and yield the body of its answer; raise the error that the agent answered with.
 
-        needs: the lowest `API` of an agent that does not overlook a part of this.
+        needs: the lowest `API` of an agent that knows all parts of this request.
         """
         payload = b"" if body is None else json.dumps(body).encode()
         meant = f"{ROOT_HEADER}: {quote(str(self.root))}\r\n" if self.root else ""
         head = f"{method} {target} HTTP/1.0\r\nHost: holdfast\r\n{meant}Content-Length: {len(payload)}\r\n\r\n"
         with self.connect() as connection, connection.makefile("rb") as answer:
-            with suppress(BrokenPipeError, ConnectionResetError):  # it has answered already: it refuses
+            with suppress(BrokenPipeError, ConnectionResetError):  # it has refused before reading all
                 connection.sendall(head.encode() + payload)
             words = answer.readline().split()
             head_of = dict(header(line) for line in iter(lambda: answer.readline().strip(), b""))
@@ -166,13 +166,13 @@ def header(line: bytes) -> tuple[str, str]:
 
 
 def error_of(told: dict[str, Any]) -> HoldfastError:
-    """The error that the agent raised, as it was raised there."""
+    """The error that the agent raised."""
     kind = getattr(errors, told["class"], HoldfastError)
     return kind(told["error"]) if issubclass(kind, HoldfastError) else HoldfastError(told["error"])
 
 
 def error_in(answer: bytes) -> HoldfastError:
-    """The error that an answer is, whatever it looks like."""
+    """The error in an answer that is not a success, whatever it looks like."""
     try:
         return error_of(json.loads(answer))
     except (ValueError, KeyError, TypeError):

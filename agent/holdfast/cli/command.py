@@ -94,13 +94,13 @@ def settings() -> Config:
 def places() -> tuple[Path, Path | None]:
     """Where the agent listens, and its root; None where agent.toml names the socket alone.
 
-    Reads the keys that say so, and leaves the rest of agent.toml to the agent.
+    Reads only these keys, so that no schema library must be imported.
     """
     path = config_path() or Path(os.environ.get("HOLDFAST_CONFIG") or DEFAULT_CONFIG)
     try:
         table = tomllib.loads(path.read_text())
     except (OSError, ValueError):
-        table = {"name": None}  # the defaults, or what is wrong in the words of whoever validates the file
+        table = {"name": None}  # the defaults, or the error of whoever validates the file
     name = table.get("name", "holdfast")
     match table.get("socket"), table.get("run_root", f"/run/{name}"), table.get("root", f"/var/lib/{name}"):
         case _ if not isinstance(name, str):
@@ -114,12 +114,12 @@ def places() -> tuple[Path, Path | None]:
 
 
 def agent_client() -> Client:
-    """The agent that agent.toml leads to, whether it runs or not."""
+    """The agent that agent.toml names, running or not."""
     return Client(*places())
 
 
 def client() -> Client:
-    """The agent that agent.toml leads to; raises NoAgent if it does not run."""
+    """The agent that agent.toml names; raises NoAgent if it does not run."""
     found = agent_client()
     found.connect().close()
     return found
@@ -129,7 +129,7 @@ def client() -> Client:
 def reach(*, makes: bool = False) -> Iterator[Questions]:
     """Give the running agent, or without one the node itself, which answers most of the same questions.
 
-    makes: whether it is asked to put something into a root that no agent has used yet; else nothing is made there.
+    makes: whether something may be stored in a root that no agent has used yet.
     """
     found = agent_client()
     if found.listens():

@@ -210,7 +210,7 @@ STATS = {
 
 
 def limit(row: Json, name: str, text: Callable[[Any], str]) -> str:
-    """A limit as the kernel has it, beside what was asked for where that reads otherwise."""
+    """A limit as the kernel has it, and what was asked for if that differs."""
     limits = row["limits"]
     now, asked = ("-" if each[name] is None else text(each[name]) for each in (limits["observed"], limits["asked"]))
     return now if now == asked else f"{now} (asked {asked})"

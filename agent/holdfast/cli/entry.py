@@ -1,4 +1,4 @@
-"""From the process to a command and back to an exit code: the one place where errors become lines."""
+"""Run a command, and turn errors into lines and exit codes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has gone; Python would say so once more at exit, when it flushes.
+        # The reader has gone; Python would report it again at exit, when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     if arguments is None:

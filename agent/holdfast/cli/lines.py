@@ -1,4 +1,4 @@
-"""The output of containers → standard output and standard error, byte for byte."""
+"""Print the output of containers to standard output and standard error, byte for byte."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def _flush(streams: Iterable[BinaryIO]) -> None:
 
 
 def end_when_unread() -> None:
-    """End this process once nobody reads its output any more, though nothing is written meanwhile."""
+    """End this process when its output has no reader any more, even if nothing is written."""
     poller = select.poll()
-    poller.register(sys.stdout.fileno(), 0)  # tells of a reader that has gone, and of nothing else
+    poller.register(sys.stdout.fileno(), 0)  # reports only that the reader has gone
 
     def watch() -> None:
         poller.poll()

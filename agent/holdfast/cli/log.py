@@ -35,7 +35,7 @@ def log_to_stderr(*, only_warnings: bool = False) -> None:
 
 
 class Printer:
-    """Prints the lines of the log; where they can't be written (a full disk, a closed pipe), the work goes on."""
+    """Prints the lines of the log; if they can't be written (a full disk, a closed pipe), the work continues."""
 
     def msg(self, line: str) -> None:
         with suppress(OSError, ValueError):  # ValueError: it was closed

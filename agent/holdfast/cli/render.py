@@ -1,10 +1,10 @@
-"""JSON of the API → lines on a terminal: aligned columns without frames, colour only where a terminal shows it.
+"""Print text, tables and JSON: aligned columns without frames, colour only on a terminal.
 
-Plain on purpose: to import a table library takes as long as the rest of `holdfast status` together.
+Simple on purpose: to import a table library takes as long as all of `holdfast status`.
 
-`echo` is the one place where text goes to a terminal. Names, messages and what containers say may hold control
-sequences; `echo` shows them escaped, all but the colours that `paint` gave. Nobody else prints, but for the bytes of
-`logs` and `exec`, archives and progress bars.
+`echo` is the one place where text goes to a terminal. Names, messages and output of containers may contain control
+sequences; `echo` escapes them, except for the colours of `paint`. Only the bytes of `logs` and `exec`, archives and
+progress bars are printed elsewhere.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COLOURS = {
 }
 NOT_STATES = frozenset({"", "-"})
 
-_SECRET = os.urandom(8).hex()  # what marks our own colours: text from elsewhere can't know it
+_SECRET = os.urandom(8).hex()  # marks our own colours; other text can't know it
 _COLOUR = re.compile(f"(\x1b{_SECRET}\\[[0-9;]*m)")
 #: What a terminal obeys or that turns the order of text: C0 without tab and line end, DEL, C1, bidi controls, line
 #: separators; and lone surrogates, which can't be written.
@@ -98,12 +98,12 @@ def paint(text: str, colour: str | None, *, bold: bool = False) -> str:
 
 
 def state(word: str) -> str:
-    """A state in its colour; what is neither good nor on its way is red."""
+    """A state in its colour; what is neither good nor in progress is red."""
     return paint(word, COLOURS.get(word, None if word in NOT_STATES else BAD))
 
 
 def width() -> int | None:
-    """How wide lines may be: as the terminal, or as COLUMNS says; None for neither, and no limit."""
+    """The width of the terminal, or what COLUMNS says; None without a limit."""
     return terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None
 
 
@@ -165,7 +165,7 @@ def details(found: Json, *, json: bool) -> None:
 
 
 def _widths(head: Sequence[str], rows: Sequence[Sequence[str]], kept: Sequence[int], limit: int | None) -> list[int]:
-    """How wide each column is, so that all of them fit if words may go on lines of their own."""
+    """The width of each column, so that all fit if lines are folded between words."""
     columns = [[head[column], *(_bare(row[column]) for row in rows)] for column in kept]
     widths = [max(map(len, cells)) for cells in columns]
     least = [max(len(word) for cell in cells for word in cell.split(" ")) for cells in columns]
@@ -203,7 +203,7 @@ def note(text: str, indent: int = 0, colour: str | None = QUIET) -> None:
 
 
 class _Page(io.StringIO):
-    """What is to be shown on a terminal at once."""
+    """Text that is shown on a terminal at once."""
 
     def isatty(self) -> bool:
         return True
@@ -211,7 +211,7 @@ class _Page(io.StringIO):
 
 @contextmanager
 def screen() -> Iterator[None]:
-    """Show what is printed meanwhile instead of what the terminal shows, as far as it fits."""
+    """Replace what the terminal shows by what is printed in this block, as much as fits."""
     if not sys.stdout.isatty():
         yield
         return
@@ -260,7 +260,7 @@ def size(count: float | None) -> str:
 
 
 def digest(text: str, *, whole: bool = False) -> str:
-    """The first digits of a digest, which tell images apart."""
+    """The first digits of a digest, which are enough to tell images apart."""
     return text if whole else text.removeprefix("sha256:")[:12]
 
 

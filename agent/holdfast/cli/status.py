@@ -89,7 +89,7 @@ def images_coming(status: Json) -> list[str]:
 
 
 def show_apps(status: Json) -> None:
-    """A row for each app and each of its instances; what needs words follows below its row."""
+    """Print a row for each app and each of its instances, with remarks below."""
     rows: list[tuple[list[str], list[str]]] = []
     for name, app in status["apps"].items():
         generation = "" if app["generation"] is None else str(app["generation"])
@@ -168,7 +168,7 @@ LIMITS: Mapping[str, tuple[Callable[[Any], str], str, bool]] = {
 
 
 def image(container: Json, instance: Json | None) -> str:
-    """What a container runs, or would: the reference, and the beginning of the digest that it stands for."""
+    """The image of a container: its reference, and the beginning of its digest."""
     shown = instance or container
     name, digest = str(shown["image"]).partition("@")[0], str(shown["digest"])
     return f"{name} ({digest[7:19]})" if digest.startswith("sha256:") else name
@@ -185,7 +185,7 @@ def instance_cells(instance: Json | None, at: float) -> list[str]:
 
 
 def container_notes(container: Json, at: float, above: str) -> Iterator[str]:
-    """What there is to say of a container that its app, above it, does not say of all."""
+    """What is to be said of a container, unless the line of its app says the same."""
     due = container["next_at"] is not None and container["next_at"] > at
     later = f" (next try {render.ago(container['next_at'], at)})" if due else ""
     reason = "" if above and container["reason"].startswith(above) else container["reason"]

@@ -63,7 +63,7 @@ def prune(force: bool) -> None:
     if not orphans:
         render.echo("no orphans")
     elif force or options.agreed(f"delete {', '.join(sorted(orphans))} and their data?"):
-        with reach() as node:  # again: an agent may have started meanwhile, or another volume become an orphan
+        with reach() as node:  # again: an agent may have been started, or another volume may be an orphan now
             for each in node.volumes():
                 if each["id"] in orphans and unused(each):
                     node.remove_volume(each["id"])

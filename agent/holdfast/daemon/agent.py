@@ -43,7 +43,7 @@ from holdfast.reconcile import Pass
 from holdfast.source import Source, Watch
 
 REST = 2.0  # after a long pass, rest that many times as long: in a burst, passes get a third of a core at most
-SHORT, LONGEST_REST = 0.005, 0.1  # seconds: a pass that takes no longer needs no rest; nobody waits longer than that
+SHORT, LONGEST_REST = 0.005, 0.1  # seconds: a pass that takes no longer needs no rest; the longest rest
 SETTLED = 1.0  # seconds without a trigger after which everything is looked at, where passes were content with less
 HOUSEKEEPING = 10.0  # seconds between looks at the size of logs
 COLLECT = 60.0  # seconds between looks at how full the disk is
@@ -65,7 +65,7 @@ def run_agent(path: Path | None) -> int:
 
 
 class Daemon(Answers):
-    """A running agent: the loop, and the answers that need it."""
+    """A running agent: the loop that makes passes, and the answers that need it."""
 
     def __init__(self, config: Config, path: Path | None, node: Node) -> None:
         super().__init__(node.context)
@@ -73,13 +73,13 @@ class Daemon(Answers):
         self._reconciler = reconciler_of(config, node)
         self._last: Pass | None = None
         self._begun = self._done = 0  # the numbers of the last pass, and of the last deep one that is over
-        self._passer = ThreadPoolExecutor(1, "pass")  # of its own: answers that block must not hold up a pass
+        self._passer = ThreadPoolExecutor(1, "pass")  # its own: answers that block must not delay a pass
         self._news, self._told = threading.Condition(), 0  # events, and passes that are done
-        self._asking, self._asked_at = threading.Lock(), 0.0  # of the source, by whoever syncs
+        self._asking, self._asked_at = threading.Lock(), 0.0  # the source, for `sync`
         self._deep = True
 
     async def serve(self) -> int:
-        """Make passes until told to end."""
+        """Make passes until a signal ends the agent."""
         self._loop = asyncio.get_running_loop()
         self._loop.set_default_executor(Answering(ANSWERS, "answer"))
         self._slot, self._stop = asyncio.Event(), asyncio.Event()
@@ -102,7 +102,7 @@ class Daemon(Answers):
         return 0
 
     async def _passes(self) -> None:
-        """The loop: one slot, the latest wins."""
+        """Make a pass whenever the slot is filled or a timer ends."""
         full_at = rotate_at = 0.0
         woken = False  # by a trigger, so that the pass follows from something known; else it looks at everything
         while not self._stop.is_set():
@@ -129,14 +129,14 @@ class Daemon(Answers):
             woken = await self._wait(timer if wake_at is None else min(timer, wake_at - time.time()))
 
     async def _tidy(self, work: Callable[[], None]) -> None:
-        """Do some housekeeping, in the thread of the passes."""
+        """Do housekeeping, in the thread of the passes."""
         try:
             await self._loop.run_in_executor(self._passer, work)
         except Exception as error:
             self._report("housekeeping", error)
 
     async def _collect(self) -> None:
-        """Look now and then whether images have to go, beside the passes: deleting many files takes a while."""
+        """Delete unused images when the disk is full, beside the passes: deleting many files takes a while."""
         while True:
             try:
                 await asyncio.to_thread(self._node.collect_images)
@@ -145,12 +145,12 @@ class Daemon(Answers):
             await asyncio.sleep(COLLECT)
 
     def _report(self, what: str, error: Exception) -> None:
-        """Tell of a bug; what broke off is done again later."""
+        """Report a bug; what it interrupted is done again later."""
         log.error("bug", what=what, exc_info=error)
         self.context.store.event("failed", "node", f"{what} failed: {described(error)}")
 
     async def _pass(self, *, light: bool) -> None:
-        """One pass, in a thread. What it raises is a bug: reported, and the next pass tries again."""
+        """Make one pass, in a thread. What it raises is a bug: it is reported, and the next pass tries again."""
         self._begun += 1
         number, deep, self._deep = self._begun, self._deep, False
         try:
@@ -183,11 +183,11 @@ class Daemon(Answers):
     # -- triggers --
 
     def _wake(self, what: str) -> None:
-        """Have another look soon; from any thread."""
+        """Make another pass soon; callable from any thread."""
         self._from_thread(self._slot.set)
 
     def _watch_source(self, source: Source) -> Watch:
-        """Have the source watched; where that can't be, the slow pass sees what changed, and an event says so."""
+        """Watch the source; if that is impossible, the slow pass finds changes, and an event says so."""
         try:
             return source.watch(self._wake)
         except HoldfastError as error:
@@ -195,7 +195,7 @@ class Daemon(Answers):
             return Unwatched()
 
     def _from_thread(self, call: Callable[[], object]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(call)
 
     def _end(self) -> None:
@@ -203,7 +203,7 @@ class Daemon(Answers):
         self._slot.set()
 
     async def _reload(self) -> None:
-        """Read agent.toml again. What objects on the host are named after needs a restart, and is left as it was."""
+        """Read agent.toml again, except for what needs a restart (`config.FIXED`)."""
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         async with self._reloading:
             try:
@@ -243,7 +243,7 @@ class Daemon(Answers):
     # -- answers --
 
     def status(self) -> Json:
-        """How the node stood at the last pass."""
+        """Return the status of the last pass."""
         if self._last is None:
             raise TryAgain("status: the agent has just started, its first pass is under way")
         agent = {
@@ -254,11 +254,11 @@ class Daemon(Answers):
         return {**self._last.status.json(), "agent": agent, **coming(self.context)}
 
     def plan(self) -> Json:
-        """A preview, made now."""
+        """Return a preview, made now."""
         return self._reconciler.preview_json()
 
     def sync(self, accept_rewrite: bool = False) -> Json:
-        """Ask the source, try at once what waits for its next try, and return the status of the pass that follows."""
+        """Read the source, retry what failed, and return the status of the next pass."""
         with contextlib.suppress(TryAgain):  # the status says so
             self._refresh(accept_rewrite)
         self.context.store.retry_now()
@@ -269,7 +269,7 @@ class Daemon(Answers):
         return self.status()
 
     def _refresh(self, accept_rewrite: bool) -> None:
-        """Ask the source, once for all who want that meanwhile."""
+        """Read the source, once for all who ask for it at the same time."""
         wanted_at = time.monotonic()
         with self._asking:
             if self._asked_at > wanted_at and not accept_rewrite:
@@ -283,7 +283,7 @@ class Daemon(Answers):
 
     def events(self, after: int = 0, limit: int = 1000, follow: bool = False, beat: float = 1.0) -> Lines:
         """Yield what happened, and with follow what happens; None when nothing does for a beat."""
-        quiet = follow  # the caller hears at once that the agent is there
+        quiet = follow  # the caller learns at once that the agent is there
         while True:
             told, found = self._told, self.context.store.events(after, limit)
             yield from found
@@ -295,7 +295,7 @@ class Daemon(Answers):
             quiet = not self._hears(told, min(max(beat, SHORTEST_BEAT), LONGEST_BEAT))
 
     def _hears(self, told: int, seconds: float) -> bool:
-        """Wait until there is news since it was `told` last; whether there is in time."""
+        """Wait until something is told after `told`; return whether it is in time."""
         with self._news:
             return self._news.wait_for(lambda: self._told != told, seconds)
 
@@ -312,7 +312,7 @@ class Daemon(Answers):
         self._hold(target, "restarted", by)
 
     def _hold(self, target: str, kind: Literal["stopped", "started", "restarted"], by: Caller) -> None:
-        """Record what a person asks for."""
+        """Record a hold, and make a pass."""
         self.instances_of(target)
         self.context.store.hold(target, Hold(kind, time.time(), by))
         self.context.store.event("held", target, f"{kind} by hand", by=by)
@@ -327,7 +327,7 @@ class Daemon(Answers):
 
 
 class Answering(ThreadPoolExecutor):
-    """The threads that answers are made in. An agent that ends does not wait for them."""
+    """The threads of blocking work. An agent that ends does not wait for them."""
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         super().shutdown(wait=False, cancel_futures=True)
@@ -337,7 +337,7 @@ class Unwatched:
     """The watch of a source that can't be watched (`holdfast.source.Watch`)."""
 
     def poke(self) -> None:
-        """There is nothing to look with."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Do nothing."""

@@ -120,7 +120,7 @@ def node_of(config: Config) -> Iterator[Node]:
     try:
         store, transfers = Store(config.root / STORE), Transfers()
         images = ImageStore(config.root / "images", config.images)
-        told = partial(store.event, app="", container="")  # a reference is the name of neither
+        told = partial(store.event, app="", container="")  # the subject is a reference
         puller = Puller(images, config.images, transfers, told)
         context = Context(
             host=host,
@@ -162,7 +162,7 @@ def source_of(config: Config, node: Node) -> Source:
 
 
 def coming(context: Context) -> dict[str, list[Json]]:
-    """The part of a status that changes between passes: the images on their way."""
+    """The part of a status that changes between passes: images being pulled or built."""
     return {
         "transfers": one_each(context.transfers.look()),
         "builds": context.builder.look(),
@@ -171,7 +171,7 @@ def coming(context: Context) -> dict[str, list[Json]]:
 
 
 def one_each(transfers: Sequence[Json]) -> list[Json]:
-    """Of several transfers of one reference, which share their layers, the one that has come farthest."""
+    """Of several transfers of one reference, which share their layers, keep the most advanced one."""
     found: dict[str, Json] = {}
     for each in transfers:
         best = found.get(each["ref"])

@@ -37,7 +37,7 @@ def _unused(root: Path) -> bool:
     try:
         return not (root / STORE).exists()
     except PermissionError:
-        return False  # whoever opens it says so
+        return False  # opening it raises the error
 
 
 class Offline(Answers):
@@ -55,7 +55,7 @@ class Offline(Answers):
         raise NoAgent(f"{question.name}: no agent runs (start it with 'holdfast agent')")
 
     def status(self) -> Json:
-        """How the node stands, read now."""
+        """Return the status, as read now."""
         spec = self._reconciler.wanted()
         observed = self._node.observe(spec=spec)
         plans = self._reconciler.preview()
@@ -64,7 +64,7 @@ class Offline(Answers):
         return {**made.status.json(), "agent": {"note": f"{note}; {self._refused}" if self._refused else note}}
 
     def plan(self) -> Json:
-        """What an agent would do. Raises Conflict where it would not start."""
+        """Return what an agent would do. Raises Conflict if it would not start."""
         if self._refused:
             raise Conflict(f"plan: {self._refused} (another name in agent.toml)")
         return self._reconciler.preview_json()

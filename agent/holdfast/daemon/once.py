@@ -61,5 +61,5 @@ def shut_down(config: Config) -> list[str]:
 
 
 def _beat(left: float) -> None:
-    """Have systemd wait for what is left of the time (sdnotify(3)), and for the last kills."""
+    """Have systemd wait for what is left of the time (sd_notify(3)), and for the last kills."""
     notify(f"EXTEND_TIMEOUT_USEC={int((left + LAST_KILLS) * 1e6)}")

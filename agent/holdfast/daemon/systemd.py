@@ -1,4 +1,4 @@
-"""Tell systemd how far this process is (sd_notify(3))."""
+"""Report the state of this process to systemd (sd_notify(3))."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 
 
 def notify(state: str) -> None:
-    """Tell systemd (sdnotify(3)); without it, nobody."""
+    """Send systemd a state (sd_notify(3)); do nothing without systemd."""
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
         kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC

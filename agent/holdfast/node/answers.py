@@ -1,4 +1,4 @@
-"""Answer the questions that need no loop: about containers, volumes, networks, the disk and plugins.
+"""Answer the questions that need no running agent: about containers, volumes, networks, the disk and plugins.
 
 Called by the API in threads, and by the CLI itself when no agent runs.
 """
@@ -31,7 +31,7 @@ from holdfast.status.actual import LimitsStatus, Published, by_address, limits_s
 
 
 class Answers(ImageAnswers, Questions):
-    """The answers that need no loop."""
+    """The answers that need no running agent."""
 
     # -- containers --
 
@@ -46,7 +46,7 @@ class Answers(ImageAnswers, Questions):
         return found
 
     def inspect(self, target: str) -> Json:
-        """Everything known of a container; its limits and published ports as the kernel has them now."""
+        """Return all that is known of a container; limits and published ports as the kernel has them now."""
         instances, published = self.instances_of(target), by_address(published_now(self.context))
         subject = Subject.parse(target)
         generations = self.context.store.history().generations.get(subject.app, ())
@@ -61,7 +61,7 @@ class Answers(ImageAnswers, Questions):
         }
 
     def logs_of(self, target: str) -> Json:
-        """Where the output of a container is."""
+        """Return where the output of a container is."""
         instances = self.instances_of(target)
         if instances:
             return {"paths": [str(self.context.log_path(instances[-1]))]}
@@ -76,14 +76,14 @@ class Answers(ImageAnswers, Questions):
         until: float | None = None,
         follow: bool = False,
     ) -> Lines:
-        """The output of containers; where there are several, each line with the name of its container."""
+        """Yield the output of containers; of several, each line with the name of its container."""
         paths = [(each, Path(path)) for each in target for path in self.logs_of(each)["paths"]]
         sources = [(each if len(target) > 1 else "", path) for each, path in paths]
         lines = output(sources, Wanted(tail, since, until), Event() if follow else None)
         return (line.json() if line else None for line in lines)
 
     def events(self, after: int = 0, limit: int = 1000, follow: bool = False, beat: float = 1.0) -> Lines:
-        """What happened so far; `api` follows what happens from now on."""
+        """Yield what happened so far; only a running agent can follow."""
         return iter(self.context.store.events(after, limit))
 
     def exec_of(
@@ -96,9 +96,9 @@ class Answers(ImageAnswers, Questions):
         tty: bool = False,
         detach: bool = False,
     ) -> Json:
-        """What runs a command inside a container.
+        """Return what runs a command inside a container.
 
-        Raises Conflict if it does not run, NoProgram and NotExecutable where the command can't.
+        Raises Conflict if the container does not run, NoProgram and NotExecutable if the command can't.
         """
         environment = dict(each.partition("=")[::2] for each in env)
         want = ExecWant(argv=command, user=user, environment=environment, workdir=workdir, tty=tty)
@@ -118,12 +118,12 @@ class Answers(ImageAnswers, Questions):
         """Whether the image or the state file says what HOME is."""
         try:
             image = self.context.base(instance.image).config.get("config") or {}
-        except (HoldfastError, OSError):  # it may be gone by now
+        except (HoldfastError, OSError):  # it may have been deleted
             image = {}
         return "HOME" in instance.want.environment or any(each.startswith("HOME=") for each in image.get("Env") or ())
 
     def stats(self) -> Sequence[Json]:
-        """What every running container uses, and may use."""
+        """Return what every running container uses, and its limits."""
         running = (each for each in self.context.store.instances.values() if each.phase == "running")
         return [self._stats_of(each) for each in sorted(running, key=lambda each: each.key)]
 
@@ -161,7 +161,7 @@ class Answers(ImageAnswers, Questions):
     # -- volumes --
 
     def volumes(self) -> Sequence[Json]:
-        """Every volume, with who uses it; an orphan is one that no app declares."""
+        """Return every volume, with its users; an orphan is one that no app declares."""
         declared = self._declared()
         return [
             {
@@ -175,7 +175,7 @@ class Answers(ImageAnswers, Questions):
         ]
 
     def volume(self, id: str) -> Json:
-        """One volume."""
+        """Return one volume."""
         found = next((each for each in self.volumes() if each["id"] == id), None)
         if found is None:
             raise NotFound(f"volume '{id}': there is no such volume (see 'holdfast volume list')")
@@ -192,9 +192,9 @@ class Answers(ImageAnswers, Questions):
                 raise Conflict(f"remove volume '{id}': mounted by {', '.join(running)} (expected: {stop})")
             if users and not force:
                 stopped = f"mounted by {', '.join(users)}, stopped"
-                raise Conflict(f"remove volume '{id}': {stopped} (--force deletes the data all the same)")
+                raise Conflict(f"remove volume '{id}': {stopped} (--force deletes the data anyway)")
             if not found["orphan"] and not force:
-                raise Conflict(f"remove volume '{id}': its app declares it (--force deletes the data all the same)")
+                raise Conflict(f"remove volume '{id}': its app declares it (--force deletes the data anyway)")
 
         remove_volume(self.context, id, check=check)
         self.context.store.event("removed", f"volume {id}", "removed by hand, with its data")
@@ -207,7 +207,7 @@ class Answers(ImageAnswers, Questions):
         return doomed
 
     def _volumes(self) -> dict[str, Receipt]:
-        """What the drivers find, and what was made by one that can't say or that no plugin offers any more."""
+        """What drivers find, and what was made by a driver that can't list its volumes or is missing now."""
         made = {each.id: each for each in self.context.store.receipts("volume") if not each.owner}
         for name, driver in self.context.plugins.of_kind(kinds.VOLUME).items():
             found = found_by(driver)
@@ -229,7 +229,7 @@ class Answers(ImageAnswers, Questions):
         return str(kept.data.get(DEFINED_AS, "")) if kept else ""
 
     def _running(self, containers: Sequence[str]) -> list[str]:
-        """Those of some containers that run, or are being started."""
+        """Those containers that run or are being started."""
         begun = {
             subject for subject, intent in self.context.store.intents().items() if intent["verb"] == "StartInstance"
         }
@@ -246,7 +246,7 @@ class Answers(ImageAnswers, Questions):
     # -- networks --
 
     def networks(self) -> Sequence[Json]:
-        """Every network that stands, with what is attached to it."""
+        """Return every network, with what is attached to it."""
         return [
             {
                 "id": receipt.id,
@@ -258,7 +258,7 @@ class Answers(ImageAnswers, Questions):
         ]
 
     def network(self, id: str) -> Json:
-        """One network."""
+        """Return one network."""
         found = next((each for each in self.networks() if each["id"] == id), None)
         if found is None:
             raise NotFound(f"network '{id}': there is no such network (see 'holdfast network list')")
@@ -274,14 +274,14 @@ class Answers(ImageAnswers, Questions):
     # -- the disk --
 
     def usage(self) -> Json:
-        """What takes up the disk, and what of it could go."""
+        """Return what uses the disk, and what of it can be deleted."""
         return usage(self.context, self.volumes())
 
     def prune(self, all: bool = False, volumes: bool = False) -> Json:
-        """Delete what nobody needs, named images and volumes only if that is asked for."""
+        """Delete what nobody needs; named images and volumes only if asked for."""
         found = self._volume_sizes() if volumes else {}
         gone = list(self.prune_volumes()) if volumes else []
-        logs = prune_logs(self.context)  # these at once, by what is known now: images may have to wait for a lock
+        logs = prune_logs(self.context)  # first, by what is known now: images may have to wait for a lock
         images = self.prune_images(all)
         freed = {
             "images": images["freed"],
@@ -297,11 +297,11 @@ class Answers(ImageAnswers, Questions):
     # -- plugins --
 
     def plugins(self) -> Sequence[Json]:
-        """Every plugin that was found, and how it fares."""
+        """Return the state of every plugin that was found, and of missing drivers."""
         missing = installed.missing_drivers(self.context, installed.made(self.context.store))
         return [asdict(state) for state in installed.states(self.context, missing)]
 
     def forget_plugin(self, name: str) -> None:
-        """Start containers without a plugin that adjusted them and is gone."""
+        """Start containers without a plugin that adjusted them and is not installed any more."""
         installed.forget(self.context, name)
         self.context.store.event("removed", f"plugin {name}", "containers are started without it from now on")

@@ -1,13 +1,12 @@
-"""What a person may ask about images, and do to them; who uses which, and when unused ones go.
+"""Answer the questions about images, and delete unused ones when the disk is full.
 
-Part of `answers`; `machine` collects what is no longer used. Everything returned is JSON-able; what takes long is an
-iterator that tells how far it is.
+What takes long is an iterator that yields its progress.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +27,7 @@ from holdfast.node.capture import commit_container, export_container, export_ima
 from holdfast.node.context import Context
 from holdfast.node.newer import outdated
 from holdfast.questions import ImageQuestions, Json, Sink, Steps
+from holdfast.workers import in_background
 
 BEAT = 0.1  # seconds between looks at a transfer
 
@@ -41,7 +41,7 @@ class ImageAnswers(ImageQuestions):
     # -- looking --
 
     def images(self) -> Sequence[Json]:
-        """Every image, a line for each of its names; one without a name has the ref ""."""
+        """Return every image, once for each of its names; one without a name has the ref ""."""
         users = image_users(self.context)
         names = self.context.images.names()
         return [
@@ -51,7 +51,7 @@ class ImageAnswers(ImageQuestions):
         ]
 
     def image(self, ref: str) -> Json:
-        """One image, in the words of `docker image inspect`."""
+        """Return one image in the shape of `docker image inspect`."""
         store = self.context.images
         image = store.resolve(ref)
         names = [each for each in store.names().values() if each.digest == image.digest]
@@ -85,7 +85,7 @@ class ImageAnswers(ImageQuestions):
         return history_of(image, lambda diff_id: self.context.images.layers.facts(diff_id).size)
 
     def outdated(self) -> Sequence[Json]:
-        """Ask the registries what they have by now."""
+        """Ask the registries what they have now."""
         return outdated(self.context)
 
     # -- taking in --
@@ -124,7 +124,7 @@ class ImageAnswers(ImageQuestions):
         return {**image_json(image), "ref": ref}
 
     def load_image(self, path: str) -> Sequence[Json]:
-        """Take in the images of an archive or layout."""
+        """Load the images of an archive or layout."""
         images = self.context.puller.load_all(Path(path))
         self._images_changed()
         return [{**image_json(image), "ref": image.names[0] if image.names else image.digest} for image in images]
@@ -149,7 +149,7 @@ class ImageAnswers(ImageQuestions):
         author: str = "",
         pause: bool = True,
     ) -> Json:
-        """Make an image of what a container has become."""
+        """Make an image of a container's file system."""
         image = commit_container(self.context, target, name, changes, message=message, author=author, pause=pause)
         self.context.store.event("committed", target, f"to image {name}", digest=image.digest)
         self._images_changed()
@@ -176,55 +176,49 @@ class ImageAnswers(ImageQuestions):
     # -- taking away --
 
     def remove_image(self, ref: str) -> Json:
-        """Forget a reference; Conflict if a container, or a generation that may come back, needs it."""
+        """Forget a name; Conflict if a container or a kept generation needs it."""
         return {"ref": ref, **freed_json(self.context.images.remove(ref, lambda: image_users(self.context)))}
 
     def prune_images(self, all: bool = False) -> Json:
-        """Delete what has no name, with all also what has one, if nobody uses it, and layers of broken pulls."""
+        """Delete unused images without a name (all: also named ones), and layers of interrupted pulls."""
         freed = self.context.images.prune(lambda: image_users(self.context), all=all)
         if freed.images or freed.layers:
             self.context.store.event("removed", "images", f"{_what(freed)}, by hand", freed=freed.size)
         return freed_json(freed)
 
     def _watched(self, ref: str, work: Callable[[], Json], mine: Sequence[Transfer]) -> Steps:
-        """Do the work in a thread, and tell how its transfers fare meanwhile: mine, to which the work may add.
+        """Do the work in a thread, and yield the progress of its transfers: mine, to which the work may add.
 
-        It goes on when nobody listens any more; what comes of it is told as an event then, too.
+        The work continues if the caller goes. A failure is an event, too.
         """
-        done: list[Json] = []
-        failures: list[BaseException] = []
 
-        def run() -> None:
+        def run() -> Json:
             try:
-                done.append(work())
-            except BaseException as error:
-                failures.append(error)
-                if isinstance(error, HoldfastError) and type(error) is not WrongCall:
+                return work()
+            except HoldfastError as error:
+                if type(error) is not WrongCall:
                     self.context.store.event("failed", ref, str(error))
+                raise
 
-        thread = threading.Thread(target=run, name="transfer", daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(BEAT)
+        done = in_background(run, "transfer")
+        while wait([done], BEAT).not_done:
             yield {"transfers": [each.json() for each in list(mine) if each.state in ("resolving", "pulling")]}
-        if failures:
-            raise failures[0]
-        yield done[0]
+        yield done.result()
 
     def _images_changed(self) -> None:
-        """What could not be staged for want of an image can be tried at once."""
+        """Retry at once what could not be staged because an image was missing."""
         self.context.store.retry_now()
 
 
 class Collector:
-    """Frees what nobody uses when the disk is full, and says so: once, however long it stays full."""
+    """Deletes unused images when the disk is full. An event says so once, however long it stays full."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self._full = False
 
     def collect(self) -> None:
-        """Look how full the disk is, and do what is to be done. What fails is told, and tried the next time."""
+        """Delete unused images if the disk is full. A failure is reported, and tried again the next time."""
         try:
             done = collect(self.context.images, lambda: image_users(self.context))
         except (HoldfastError, OSError) as error:
@@ -249,12 +243,12 @@ class Collector:
         why = f" (the disk was above {limit:g}%)" if freed.images else ""
         more = {"digests": list(freed.images), "freed": freed.size}
         self.context.store.event(
-            "removed", "images", f"{_what(freed)} went, {about(freed.size)} are free{why}", **more
+            "removed", "images", f"{_what(freed)} deleted, {about(freed.size)} freed{why}", **more
         )
 
 
 def image_users(context: Context) -> Mapping[str, set[str]]:
-    """digest → APP/NAME of whoever needs it: instances, ended ones too, and all generations that are kept."""
+    """digest → APP/NAME of what needs it: instances, also ended ones, and all kept generations."""
     found: dict[str, set[str]] = {}
     for user, digest in context.store.images():
         found.setdefault(digest, set()).add(user)
@@ -280,7 +274,7 @@ def freed_json(freed: Freed) -> dict[str, Any]:
 
 
 def history_of(image: Image, size: Callable[[str], int]) -> list[Json]:
-    """The steps of an image, newest first, each with its layer, if it made one. Layers without a step have no words.
+    """The steps of an image, newest first, each with its layer, if it made one.
 
     config.md says which steps made none (`empty_layer`); images whose steps do not add up are shown layer by layer.
     """
@@ -314,8 +308,8 @@ def _moment(text: Any) -> float | None:
 
 
 def _what(freed: Freed) -> str:
-    """What went, in words: images with their layers, or layers alone."""
+    """What was deleted, in words: images with their layers, or layers alone."""
     if count := len(freed.images):
         return f"{count} unused {'image' if count == 1 else 'images'}"
     count = len(freed.layers)
-    return f"{count} {'layer' if count == 1 else 'layers'} of broken pulls"
+    return f"{count} {'layer' if count == 1 else 'layers'} of interrupted pulls"
