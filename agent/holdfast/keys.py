@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 from holdfast.grammar import quantities
-from holdfast.words import shown
+from holdfast.words import named, shown
 
 JsonSchema = dict[str, Any]
 T = TypeVar("T")
@@ -173,7 +173,11 @@ def or_text(read: Callable[[str], Any], form: str) -> Short:
 
 def size(value: Any) -> Any:
     """Read a size in text; a number is bytes."""
-    return quantities.size(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return quantities.size(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"expected a size as '64MiB', not {named(value)}")  # noqa: TRY004
+    return value
 
 
 def duration(value: Any) -> Any:
