@@ -244,7 +244,7 @@ from holdfast.images.unpacking.unpack import Expected
 from holdfast.images.kept.store import ImageStore
 store = ImageStore(Path(sys.argv[1]))
 print("ready", flush=True)
-store.add_layer(0, Expected(diff_id=sys.argv[2] or None))
+store.layers.add(0, Expected(diff_id=sys.argv[2] or None))
 print("done", flush=True)
 """
 
@@ -310,9 +310,9 @@ def test_a_kill_at_any_moment_leaves_no_half_layer(site: Host, victim: str) -> N
         agent.wait()
         agent.stdout.close()
         store = clean_store(site)
-        if store.has_layer(whole.diff_id):
+        if store.layers.has(whole.diff_id):
             assert part == len(stream)
-            assert store.add_layer(0, Expected(diff_id=whole.diff_id)).files == whole.files
+            assert store.layers.add(0, Expected(diff_id=whole.diff_id)).files == whole.files
 
 
 def send(writer: int, data: bytes) -> None:

@@ -166,9 +166,9 @@ def test_nothing_goes_while_something_is_put_in(world: World) -> None:
 def test_layers_of_a_pull_that_broke_off_wait_for_its_next_try_but_not_for_ever(world: World) -> None:
     (world.root / "x.tar").write_bytes(tar_of(entry("x", b"x")))
     with (world.root / "x.tar").open("rb") as stream:
-        layer = world.store.add_layer(stream)
+        layer = world.store.layers.add(stream)
     collect(world.store, (), look=world.look)
-    assert world.store.has_layer(layer.diff_id)
+    assert world.store.layers.has(layer.diff_id)
     done = collect(world.store, (), look=world.look, now=time.time() + ORPHANS + 1)
     assert (done.freed.layers, done.freed.size) == ((layer.diff_id,), layer.size)
     assert not list((world.store.root / "layers/sha256").iterdir())

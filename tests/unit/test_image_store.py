@@ -173,7 +173,7 @@ def pulled(store: ImageStore, layout: Layout, *names: str, source: Source = "reg
     top = json.dumps({"schemaVersion": 2, "manifests": [{"digest": "sha256:" + "0" * 64}, descriptor]}).encode()
     with store.keep():
         for layer in manifest["layers"]:
-            store.add_layer(io.BytesIO(layout.read(layer["digest"])))
+            store.layers.add(io.BytesIO(layout.read(layer["digest"])))
         documents = layout.read(descriptor["digest"]), layout.read(manifest["config"]["digest"])
         return store.add_image(*documents, names, source=source, top=top), digest_of(top)
 
@@ -262,11 +262,11 @@ def test_of_two_who_bring_a_layer_one_works_and_the_other_waits_for_it(store: Im
     diff_id = digest_of(ROOTFS)
     (first, feed), (second, unused) = os.pipe(), os.pipe()
     with ThreadPoolExecutor(2) as threads:
-        one = threads.submit(store.add_layer, first, Expected(diff_id))
+        one = threads.submit(store.layers.add, first, Expected(diff_id))
         while not any(path.is_dir() for path in store.partial.iterdir()):
             assert not one.done()
         other = ImageStore(store.root)
-        two = threads.submit(other.add_layer, second, Expected(diff_id))  # nothing ever comes out of that pipe
+        two = threads.submit(other.layers.add, second, Expected(diff_id))  # nothing ever comes out of that pipe
         os.write(feed, ROOTFS)
         os.close(feed)
         found = one.result(20)
@@ -289,7 +289,7 @@ def test_what_loses_its_name_while_something_is_put_in_goes_later(store: ImageSt
 def test_prune_by_hand_takes_what_a_pull_that_broke_off_has_left(store: ImageStore, rootfs: Path) -> None:
     kept = import_rootfs(store, rootfs, "app")
     with store.keep():
-        left = store.add_layer(io.BytesIO(tar_of(entry("left", b"1"))))
+        left = store.layers.add(io.BytesIO(tar_of(entry("left", b"1"))))
     freed = store.prune()
     assert (freed.images, freed.layers, freed.size) == ((), (left.diff_id,), left.size)
     assert store.layers.all() == list(kept.diff_ids)
@@ -326,7 +326,7 @@ def test_a_layer_that_others_need_is_not_freed(store: ImageStore, layout: Layout
 
 
 def test_a_scratch_folder_goes_with_its_block_and_is_not_swept_before(store: ImageStore) -> None:
-    with store.scratch() as folder:
+    with store.layers.scratch() as folder:
         (folder / "x").write_text("x")
         ImageStore(store.root)
         assert (folder / "x").exists()

@@ -71,7 +71,7 @@ def unpacked(tmp_path: Path, archive: bytes) -> Path:
     (tmp_path / "layer.tar").write_bytes(archive)
     store = ImageStore(tmp_path / "images")
     with (tmp_path / "layer.tar").open("rb") as stream:
-        return store.layers.folder(store.add_layer(stream).diff_id)
+        return store.layers.folder(store.layers.add(stream).diff_id)
 
 
 def test_a_writable_layer_survives_the_archive(upper: Path, tmp_path: Path) -> None:

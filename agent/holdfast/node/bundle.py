@@ -71,7 +71,7 @@ def _add_layers(store: ImageStore, bundle: Bundle, transfer: Transfer) -> None:
     """Unpack what is missing, several at once. After a failure nothing new is begun."""
     missing = []
     for layer in bundle.layers():
-        here = store.has_layer(layer.diff_id)
+        here = store.layers.has(layer.diff_id)
         transfer.expect(layer.digest, layer.size, here=here)
         missing += [] if here else [layer]
     if missing:
@@ -86,7 +86,7 @@ def _add_layer(store: ImageStore, bundle: Bundle, transfer: Transfer, layer: Bun
     try:
         with bundle.open_layer(layer.digest) as stream:
             expected = Expected(layer.diff_id, layer.digest, layer.size)
-            store.add_layer(stream, expected, lambda done: transfer.advance(layer.digest, done))
+            store.layers.add(stream, expected, lambda done: transfer.advance(layer.digest, done))
     except HoldfastError as error:
         raise type(error)(f"load bundle '{bundle.path}': {error}") from error
     transfer.finish(layer.digest)

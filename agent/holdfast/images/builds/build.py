@@ -30,7 +30,7 @@ from holdfast.errors import HoldfastError, NotFound, Stopping, TryAgain, UnfitHo
 from holdfast.files import remove_tree
 from holdfast.images.builds.buildah import Buildah, Failed, find, give, read_plain
 from holdfast.images.builds.buildlog import RETRY, Log, failed, hint_of
-from holdfast.images.builds.hazards import buildah_version, check_mounts, check_triggers
+from holdfast.images.builds.hazards import buildah_version, check_mounts
 from holdfast.images.builds.outside import Outside
 from holdfast.images.disk import check_room
 from holdfast.images.formats.layout import (
@@ -46,6 +46,7 @@ from holdfast.images.formats.layout import (
 from holdfast.images.formats.manifests import architecture
 from holdfast.images.kept.image import Image, whole_history
 from holdfast.images.kept.store import ImageStore
+from holdfast.images.outgoing.push import push, push_index
 from holdfast.images.outgoing.write import write_layout
 from holdfast.images.registry.faults import failure
 from holdfast.images.unpacking.unpack import Expected
@@ -211,7 +212,7 @@ class Builder:
                 check_mounts(_dockerfile(build, blobs), version)
             bases = self._bases(name, build, blobs, ours)
             for written, base in bases.items() if program else ():
-                check_triggers(written, base.triggers, version)
+                check_mounts("\n".join(base.triggers), version, f"ONBUILD of '{written}'")
             with self.buildah(name.partition("/")[0]).alone():
                 if made := self.find(name, build):
                     return made
@@ -354,7 +355,7 @@ class Builder:
         """Copy an image from buildah's storage into ours; of its layers, those that are not here yet."""
         path = folder / "layout"
         for diff_id in buildah.config(id)["rootfs"]["diff_ids"]:
-            if self.store.has_layer(diff_id):  # a file of holes stands for it: skopeo takes it for the layer
+            if self.store.layers.has(diff_id):  # a file of holes stands for it: skopeo takes it for the layer
                 place = path / member_of(diff_id)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with place.open("wb") as holes:
@@ -363,9 +364,9 @@ class Builder:
         layout = Layout(Folder(path))
         manifest, config, layers = layout.image(layout.index()["manifests"][0]["digest"])
         for layer, diff_id in zip(layers, json.loads(config)["rootfs"]["diff_ids"], strict=True):
-            if not self.store.has_layer(diff_id):
+            if not self.store.layers.has(diff_id):
                 with layout.files.open(member_of(layer["digest"])) as file:
-                    self.store.add_layer(file, Expected(diff_id, layer["digest"], layer["size"]))
+                    self.store.layers.add(file, Expected(diff_id, layer["digest"], layer["size"]))
         return self.store.add_image(manifest, config, [name], source="build")
 
     def _named(self, image: Image, build: Build) -> Image:
@@ -393,7 +394,7 @@ class Builder:
                 self._push_index(name, images, blobs, others, left)
         for tag in left:
             if not others:
-                self.outside.push(image, tag)
+                push(self.store, self.outside.puller.skopeo, image, tag, self.outside.puller.told)
             done[tag] = mark
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(json.dumps({each: done[each] for each in build.tags if each in done}))
@@ -416,7 +417,7 @@ class Builder:
             with self._scratch(buildah) as folder:
                 buildah.take_index(f"{own}-index", ids, folder / "index")
                 for tag in tags:
-                    self.outside.push_index(folder / "index", tag)
+                    push_index(self.outside.puller.skopeo, folder / "index", tag)
                     self.told("pushed", tag, f"{own} is there for {', '.join(build.platforms)}")
 
     def _bases_for(self, buildah: Buildah, build: Build, blobs: Blobs, platform: str) -> dict[str, Base]:
@@ -433,7 +434,7 @@ class Builder:
                 continue
             base = Base(f"{STORED}{sha256(f'{use.name} {platform}'.encode()).hexdigest()}")
             with self._scratch(buildah) as folder:
-                self.outside.image_for(use.name, platform, folder / "layout")
+                self.outside.puller.fetch_for(use.name, platform, folder / "layout")
                 buildah.take_in(folder / "layout", base.name, "image")
             found[use.name] = found[use.written] = base
         return found

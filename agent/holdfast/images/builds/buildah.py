@@ -12,7 +12,6 @@ folders may have been written by a build that broke out of its step: it is read 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
@@ -37,6 +36,7 @@ from holdfast.files import BENEATH, NO_SYMLINKS, openat2, remove_tree
 from holdfast.images.builds import fence
 from holdfast.images.builds.outside import Cage, Outside
 from holdfast.images.disk import open_lock
+from holdfast.syscalls import call
 
 QUIET = 3600.0  # seconds without a word after which a build is given up
 KEPT_LINES = 20_000  # of what a program says, for who asked; the longest answer is an image's configuration
@@ -57,8 +57,6 @@ FILES = {
 }
 
 Network = Literal["default", "host", "none"]
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Failed(Exception):
@@ -471,6 +469,6 @@ def _sync(folder: Path) -> None:
     """Have everything on the folder's file system on disk (syncfs(2)): buildah syncs nothing."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        _libc.syncfs(descriptor)
+        call("syncfs", descriptor)
     finally:
         os.close(descriptor)

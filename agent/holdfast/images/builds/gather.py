@@ -24,14 +24,12 @@ from holdfast.images.formats.manifests import (
     Unfit,
     architecture,
     check_digest,
-    choose,
-    is_index,
+    find_manifest,
     read_diff_ids,
-    read_document,
     read_manifest,
 )
 from holdfast.images.formats.references import parse
-from holdfast.images.kept.image import Image
+from holdfast.images.kept.image import Image, listing
 from holdfast.images.kept.store import ImageStore
 from holdfast.images.outgoing.write import write_layout
 from holdfast.images.registry.skopeo import Skopeo
@@ -208,7 +206,14 @@ class Gatherer:
         top = self._skopeo.manifest(reference, reference.remote, written)
         if reference.digest:
             check_digest(top, reference.digest)
-        manifest = self._for_platform(reference, top, written)
+        manifest = find_manifest(
+            top,
+            lambda chosen: self._skopeo.manifest(reference, reference.at(chosen.digest), written),
+            self._architecture,
+            self._variant,
+        )
+        if listing(top) and digest_of(manifest) not in (listing(top) or ()):
+            raise Unfit(f"is an index in an index, which no bundle holds (expected as {reference.repository}@DIGEST)")
         parts = read_manifest(manifest)
         name = reference.at(digest_of(manifest))
         config = self._skopeo.configuration(reference, name, written)
@@ -224,18 +229,6 @@ class Gatherer:
                 raise Unfit(f"skopeo has not brought its layer {digest}")
         ordered = tuple((layer.digest, layer.size) for layer in parts.layers)
         return Gathered(written, reference.remote, top, manifest, config, ordered)
-
-    def _for_platform(self, reference: Reference, top: bytes, written: str) -> bytes:
-        """The manifest for the platform: top itself, or what it leads to where it is an index."""
-        document = read_document(top)
-        if not is_index(document):
-            return top
-        chosen = choose(document, self._architecture, self._variant).digest
-        manifest = self._skopeo.manifest(reference, reference.at(chosen), written)
-        check_digest(manifest, chosen)
-        if is_index(read_document(manifest)):
-            raise Unfit(f"is an index in an index, which no bundle holds (expected as {reference.repository}@DIGEST)")
-        return manifest
 
     def _fetch(self, reference: Reference, name: str, written: str, *, exact: bool) -> None:
         """Bring what is missing of the layers."""

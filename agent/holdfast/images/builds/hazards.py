@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,18 +27,14 @@ def is_safe(version: Version | None) -> bool:
     return version >= SAFE or version[2] >= MENDED.get(version[:2], version[2] + 1)
 
 
-def check_mounts(text: str, version: Version | None) -> None:
-    """Raise WrongState for a mount of a Dockerfile that is refused, with its line."""
+def check_mounts(text: str, version: Version | None, what: str = "") -> None:
+    """Raise WrongState for a mount of a Dockerfile that is refused, with its line.
+
+    what: where the instructions come from, if not from lines of a Dockerfile (ONBUILD of a base image).
+    """
     for mount in mounts_in(text, heredocs=is_safe(version)):
         if wrong := _wrong(mount, version):
-            raise WrongState(f"line {mount.line}: RUN --mount: {wrong}")
-
-
-def check_triggers(base: str, triggers: Sequence[str], version: Version | None) -> None:
-    """Raise WrongState for a mount in what an image makes of every Dockerfile that begins FROM it (ONBUILD)."""
-    for mount in mounts_in("\n".join(triggers), heredocs=is_safe(version)):
-        if wrong := _wrong(mount, version):
-            raise WrongState(f"ONBUILD of '{base}': RUN --mount: {wrong}")
+            raise WrongState(f"{what or f'line {mount.line}'}: RUN --mount: {wrong}")
 
 
 def _wrong(mount: RunMount, version: Version | None) -> str:

@@ -16,7 +16,6 @@ from holdfast.images.formats.references import parse
 from holdfast.images.incoming.pull import Puller
 from holdfast.images.kept.image import Image
 from holdfast.images.kept.store import ImageStore
-from holdfast.images.outgoing.push import push, push_index
 
 Pull = Literal["missing", "newer", "always", "never"]
 RESOLV_CONF = Path("/etc/resolv.conf")
@@ -58,18 +57,6 @@ class Outside:
             if pull == "always":
                 raise
             return here
-
-    def image_for(self, reference: str, platform: str, layout: Path) -> None:
-        """Fetch an image for another platform into a new OCI layout, under the tag `image`."""
-        self.puller.fetch_for(reference, platform, layout)
-
-    def push(self, image: Image, name: str) -> None:
-        """Send an image of our store to a registry."""
-        push(self.store, self.puller.skopeo, image, name, self.puller.told)
-
-    def push_index(self, layout: Path, name: str) -> None:
-        """Send the index of an OCI layout (tag `latest`) to a registry, with all images in it."""
-        push_index(self.puller.skopeo, layout, name)
 
     @contextmanager
     def cgroup(self, id: str) -> Iterator[Cage]:

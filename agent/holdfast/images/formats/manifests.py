@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +115,24 @@ def choose(index: Mapping[str, Any], architecture: str, variant: str | None = No
     raise Unfit(
         f"there is no image for linux/{architecture} (it has {', '.join(there[:LISTED]) or 'none at all'}{more})"
     )
+
+
+def find_manifest(
+    top: bytes, fetch: Callable[[Descriptor], bytes], architecture: str, variant: str | None = None
+) -> bytes:
+    """Follow an index, and the indexes in it, to the manifest for an architecture. Raises Unfit.
+
+    fetch: called for what an index lists. variant: as in `choose`.
+    """
+    manifest = top
+    for _ in range(DEEPEST_INDEX + 1):
+        document = read_document(manifest)
+        if not is_index(document):
+            return manifest
+        chosen = choose(document, architecture, variant)
+        manifest = fetch(chosen)
+        check_digest(manifest, chosen.digest)
+    raise Unfit(f"its indexes are nested deeper than {DEEPEST_INDEX}")
 
 
 def read_manifest(data: bytes) -> Manifest:

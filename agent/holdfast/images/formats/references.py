@@ -48,12 +48,8 @@ def _apply(config: dict[str, Any], word: str, value: str) -> None:
             config.setdefault("Env", []).extend(f"{key}={text}" for key, text in _pairs(value))
         case "LABEL":
             config.setdefault("Labels", {}).update(_pairs(value))
-        case "WORKDIR":
-            config["WorkingDir"] = value
-        case "USER":
-            config["User"] = value
-        case "STOPSIGNAL":
-            config["StopSignal"] = value
+        case "WORKDIR" | "USER" | "STOPSIGNAL":
+            config[{"WORKDIR": "WorkingDir", "USER": "User", "STOPSIGNAL": "StopSignal"}[word.upper()]] = value
         case "EXPOSE":
             ports = (port if "/" in port else f"{port}/tcp" for port in value.split())
             config.setdefault("ExposedPorts", {}).update({port: {} for port in ports})

@@ -120,23 +120,13 @@ class Fetch:
         self._lock = threading.Lock()
 
     def small(self, blob: Descriptor) -> bytes:
-        """A blob that is no layer, verified. Raises HoldfastError."""
-        proxy = None
-        try:
-            proxy = self._proxy()
-            data = proxy.read(blob.digest, blob.size)
-        except BaseException as error:
-            if proxy:
-                self._skopeo.end(proxy)
-            if isinstance(error, SkopeoError):
-                raise self._skopeo.explain(error, self._reference, self._as_written) from error
-            raise
-        self._put_back(proxy)
-        return data
+        """Fetch a blob that is no layer. Raises HoldfastError."""
+        with self._lent() as proxy:
+            return proxy.read(blob.digest, blob.size)
 
     def warm_up(self) -> None:
         """Start skopeo before it is known what is to be asked of it."""
-        self._put_back(self._skopeo.proxy(self._reference))
+        self._idle.append(self._skopeo.proxy(self._reference))
 
     def layers(self, jobs: Sequence[Job]) -> None:
         """Have every layer in the store, the largest first. Raises the first error when those under way are done."""
@@ -167,7 +157,7 @@ class Fetch:
     def _persist(self, job: Job, progress: Callable[[int], None]) -> None:
         """Fetch a layer, and again after faults that may pass at once."""
         for pause in (*PAUSES, None):
-            if self._store.has_layer(job.diff_id):
+            if self._store.layers.has(job.diff_id):
                 return
             try:
                 self._fetch(job, progress)
@@ -180,22 +170,15 @@ class Fetch:
     def _fetch(self, job: Job, progress: Callable[[int], None]) -> None:
         blob = job.blob
         expected = Expected(job.diff_id, blob.digest, blob.size)
-        proxy = None
         try:
-            proxy = self._proxy()
-            with proxy.blob(blob.digest, blob.size) as pipe:
-                self._store.add_layer(pipe, expected, progress, stall=self._skopeo.settings.stall_timeout)
-        except BaseException as error:
-            if proxy:
-                self._skopeo.end(proxy)
-            if isinstance(error, SkopeoError):
-                if self._store.has_layer(job.diff_id):  # another process was faster, and so nobody read the rest
-                    return
-                raise self._skopeo.explain(error, self._reference, self._as_written) from error
-            if isinstance(error, HoldfastError):
-                raise self._blame(error) from error
-            raise
-        self._put_back(proxy)
+            with self._lent() as proxy, proxy.blob(blob.digest, blob.size) as pipe:
+                try:
+                    self._store.layers.add(pipe, expected, progress, stall=self._skopeo.settings.stall_timeout)
+                except HoldfastError as error:
+                    raise self._blame(error) from error
+        except HoldfastError:
+            if not self._store.layers.has(job.diff_id):  # else another process was faster, and nobody read the rest
+                raise
 
     def _blame(self, error: HoldfastError) -> HoldfastError:
         """The store's error as one of this pull."""
@@ -204,18 +187,19 @@ class Fetch:
         least = UNFIT if isinstance(error, WrongState) else REFUSED if isinstance(error, UnfitHost) else 0.0
         return failure(type(error), f"pull {self._as_written!r}: {error}", max(error.wait, least))
 
-    def _proxy(self) -> Proxy:
-        """A process that has the image open."""
+    @contextmanager
+    def _lent(self) -> Iterator[Proxy]:
+        """Lend a process that has the image open; after an error of the block it is ended."""
         with self._lock:
             proxy = self._idle.pop() if self._idle else None
         proxy = proxy or self._skopeo.proxy(self._reference)
         try:
             proxy.open(self.source)
-        except BaseException:
+            yield proxy
+        except BaseException as error:
             self._skopeo.end(proxy)
+            if isinstance(error, SkopeoError):
+                raise self._skopeo.explain(error, self._reference, self._as_written) from error
             raise
-        return proxy
-
-    def _put_back(self, proxy: Proxy) -> None:
         with self._lock:
             self._idle.append(proxy)

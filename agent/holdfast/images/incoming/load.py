@@ -29,14 +29,14 @@ def import_rootfs(store: ImageStore, tar: Path | int, name: str, changes: Sequen
     config = parse_changes(changes)
     with store.keep():
         if isinstance(tar, int):
-            layer = store.add_layer(tar)
+            layer = store.layers.add(tar)
         else:
             try:
                 stream = open_regular(tar)
             except FileNotFoundError as error:
                 raise NotFound(f"open {str(tar)!r}: no such file") from error
             with stream:
-                layer = store.add_layer(stream)
+                layer = store.layers.add(stream)
         created = datetime.fromtimestamp(layer.newest, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         document = {
             "architecture": architecture(),
@@ -105,10 +105,10 @@ def _add(store: ImageStore, archive: ImageArchive, found: ArchivedImage, path: P
 
 
 def _add_layer(store: ImageStore, archive: ImageArchive, diff_id: str, member: str) -> Unpacked:
-    if store.has_layer(diff_id):
+    if store.layers.has(diff_id):
         return store.layers.facts(diff_id)
     with reading(f"load {str(archive.path)!r}"), archive.layout.files.open(member) as stream:
-        return store.add_layer(stream, Expected(diff_id))
+        return store.layers.add(stream, Expected(diff_id))
 
 
 def _means(ref: str, name: str) -> bool:

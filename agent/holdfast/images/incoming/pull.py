@@ -25,16 +25,13 @@ from holdfast.images.disk import check_room
 from holdfast.images.formats.archives import path_of
 from holdfast.images.formats.layout import digest_of
 from holdfast.images.formats.manifests import (
-    DEEPEST_INDEX,
     Descriptor,
     Manifest,
     Unfit,
     architecture,
     check_digest,
-    choose,
-    is_index,
+    find_manifest,
     read_diff_ids,
-    read_document,
     read_manifest,
 )
 from holdfast.images.formats.references import parse
@@ -53,7 +50,7 @@ Told = Callable[..., None]  # (kind, subject, message, **more), as `store.event`
 
 DEFAULTS = ImageSettings()
 GROWTH = 3  # bytes on disk that one compressed byte comes to, at a guess
-NEWS_EVERY, NEWS_AT_LEAST = 10.0, 1.0  # seconds between two events of one pull
+NEWS_EVERY = 5.0  # seconds between two events of one pull
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +116,7 @@ class Puller:
         """
         reference = self._reference(ref)
         try:
-            top = manifest = self.skopeo.manifest(reference, reference.remote, ref, deadline)
+            top = self.skopeo.manifest(reference, reference.remote, ref, deadline)
         except NotFound as error:
             if reference.digest or ref.endswith(f":{reference.tag}"):
                 raise
@@ -128,15 +125,9 @@ class Puller:
         with _unfit(ref):
             if reference.digest:
                 check_digest(top, reference.digest)
-            document = read_document(top)
-            for _ in range(DEEPEST_INDEX):
-                if not is_index(document):
-                    break
-                chosen = choose(document, architecture())
-                manifest = self._document(reference, chosen, ref, deadline)
-                document = read_document(manifest)
-            else:
-                raise Unfit(f"its indexes are nested deeper than {DEEPEST_INDEX}")
+            manifest = find_manifest(
+                top, lambda chosen: self._document(reference, chosen, ref, deadline), architecture()
+            )
             read_manifest(manifest)
         return Remote(reference, top, digest_of(top), manifest, digest_of(manifest))
 
@@ -214,7 +205,7 @@ class Puller:
                 return load_reference(self.store, ref, opened)
             if not os.path.exists(place):  # noqa: PTH110
                 raise NotFound(f"load {reference.path!r}: no such file or directory")
-            with self.store.keep(), self.store.scratch() as folder:
+            with self.store.keep(), self.store.layers.scratch() as folder:
                 layout = folder / "admitted"
                 self.skopeo.admit(replace(reference, path=place), ref, layout)
                 return load_reference(self.store, f"oci:{layout}")
@@ -226,7 +217,7 @@ class Puller:
         """Every image of an archive, under the names that it has there, if policy.json allows all of them."""
         if self.skopeo.policy_is_open():
             return load_archive(self.store, path)
-        with self.store.keep(), self.store.scratch() as folder:
+        with self.store.keep(), self.store.layers.scratch() as folder:
             admitted: list[tuple[Path, tuple[str, ...]]] = []
             for reference, names in list_archive(self.store, path):
                 layout = folder / str(len(admitted))
@@ -264,9 +255,7 @@ class Puller:
         """A manifest, or an index in an index: from the store where it is here."""
         with suppress(NotFound):
             return self.store.read_blob(blob.digest)
-        data = self.skopeo.manifest(reference, reference.at(blob.digest), ref, deadline)
-        check_digest(data, blob.digest)
-        return data
+        return self.skopeo.manifest(reference, reference.at(blob.digest), ref, deadline)
 
     def _pull(self, ref: str, remote: Remote, fetch: Fetch, transfer: Transfer, news: _News) -> Image:
         with _unfit(ref):
@@ -302,7 +291,7 @@ class Puller:
     def _missing(self, manifest: Manifest, diff_ids: Sequence[str], transfer: Transfer) -> list[Job]:
         jobs: dict[str, Job] = {}
         for diff_id, blob in zip(diff_ids, manifest.layers, strict=True):
-            here = self.store.has_layer(diff_id)
+            here = self.store.layers.has(diff_id)
             if diff_id not in jobs:
                 transfer.expect(blob.digest, blob.size, here=here)
             if not here:
@@ -316,7 +305,7 @@ class Puller:
 
     def _check_policy(self, ref: str, remote: Remote, manifest: Manifest) -> None:
         layers = [layer.digest for layer in manifest.layers]
-        with self.store.scratch() as scratch:
+        with self.store.layers.scratch() as scratch:
             checked = self.skopeo.check_policy(remote.reference, layers, ref, scratch)
         if digest_of(checked) != remote.digest:
             raise TryAgain(f"pull {ref!r}: the tag has moved to {digest_of(checked)} meanwhile")
@@ -328,7 +317,7 @@ class _News:
     def __init__(self, told: Told, ref: str, transfer: Transfer) -> None:
         self._told, self._ref, self._transfer = told, ref, transfer
         self._lock = threading.Lock()
-        self._last, self._quarter = time.monotonic(), 0
+        self._last = time.monotonic()
 
     def begin(self, layers: int) -> None:
         total = self._transfer.total
@@ -341,14 +330,11 @@ class _News:
     def moved(self) -> None:
         """Some bytes have come."""
         now = time.monotonic()
-        if now - self._last < NEWS_AT_LEAST:
-            return
         with self._lock:
-            done, total = self._transfer.done, self._transfer.total
-            quarter = 4 * done // max(total, 1)
-            if now - self._last < NEWS_EVERY and (quarter == self._quarter or now - self._last < NEWS_AT_LEAST):
+            if now - self._last < NEWS_EVERY:
                 return
-            self._last, self._quarter = now, quarter
+            self._last = now
+        done, total = self._transfer.done, self._transfer.total
         self._told("pulling", self._ref, f"{about(done)} of {about(total)}", bytes=done, total=total)
 
     def end(self, digest: str, took: float) -> None:

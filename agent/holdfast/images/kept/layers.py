@@ -74,7 +74,12 @@ class LayerStore:
         *,
         stall: float = 0,
     ) -> Unpacked:
-        """See `ImageStore.add_layer`."""
+        """Unpack a layer's archive, compressed or not, and verify it while it is read; returns its figures.
+
+        A layer that is here already is not read at all. Of several threads or processes that bring the same diff id,
+        one unpacks it; the others wait and get the result. Hold `ImageStore.keep` until `add_image` has been called.
+        progress, stall and errors: as for `unpack_stream`. After an error nothing of the layer is left.
+        """
         key = expected.diff_id.removeprefix("sha256:") if expected.diff_id else uuid.uuid4().hex
         with self._locks.hold(key):
             if expected.diff_id and self.has(expected.diff_id):
@@ -129,7 +134,7 @@ class LayerStore:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """See `ImageStore.scratch`."""
+        """Make a folder on the store's disk for the block; it goes afterwards, or with the `sweep` after a crash."""
         key = uuid.uuid4().hex
         with self._locks.hold(key):
             (self.partial / key).mkdir(mode=0o700)

@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from holdfast.config import ImageSettings
 from holdfast.errors import Conflict, NotFound, TryAgain, WrongCall, WrongState
@@ -45,8 +45,7 @@ from holdfast.images.kept.image import (
     read_name,
     users_of,
 )
-from holdfast.images.kept.layers import HEX, LayerStore, Progress
-from holdfast.images.unpacking.unpack import Expected, Unpacked
+from holdfast.images.kept.layers import HEX, LayerStore
 
 PATIENCE = 5.0  # seconds
 SHORT = re.compile("(?:sha256:)?([0-9a-f]{6,64})")  # of a digest, as people copy it from a list
@@ -155,26 +154,6 @@ class ImageStore:
 
     # -- putting images in --
 
-    def has_layer(self, diff_id: str) -> bool:
-        """Whether a layer is wholly here."""
-        return self.layers.has(diff_id)
-
-    def add_layer(
-        self,
-        stream: int | BinaryIO,
-        expected: Expected = Expected(),
-        progress: Progress | None = None,
-        *,
-        stall: float = 0,
-    ) -> Unpacked:
-        """Unpack a layer's archive, compressed or not, and verify it while it is read; returns its figures.
-
-        A layer that is here already is not read at all. Of several that bring the same diff id, threads or processes,
-        one works; the others wait and get the result. Hold `keep` until `add_image` has been called. Raises what
-        `unpack_stream` does; then nothing is left of it. progress and stall: as there.
-        """
-        return self.layers.add(stream, expected, progress, stall=stall)
-
     def add_image(
         self, manifest: bytes, config: bytes, names: Sequence[str], *, source: Source, top: bytes | None = None
     ) -> Image:
@@ -193,7 +172,7 @@ class ImageStore:
                 raise WrongState(f"its configuration is {found} (its manifest says {parsed.config.digest})")
             diff_ids = read_diff_ids(config, len(parsed.layers), architecture())
         with self.keep():
-            missing = [each for each in diff_ids if not self.has_layer(each)]
+            missing = [each for each in diff_ids if not self.layers.has(each)]
             if missing:
                 raise NotFound(f"store image {what!r}: its layer {missing[0]} is not here")
             self._add_blob(config)
@@ -218,10 +197,6 @@ class ImageStore:
     def keep(self) -> AbstractContextManager[bool]:
         """Keep everything that is here while the block runs: what it has put in or found, and no image needs yet."""
         return self.locks.hold("store", shared=True)
-
-    def scratch(self) -> AbstractContextManager[Path]:
-        """A folder on the store's disk for whatever is needed while the block runs; it goes after it, or a crash."""
-        return self.layers.scratch()
 
     def remove(self, reference: str, in_use: InUse = ()) -> Freed:
         """Take a name away, or (by digest) all names; an image that no name leads to any more goes.
@@ -297,7 +272,7 @@ class ImageStore:
             self._known.pop(digest, None)
             gone.append(digest)
         needed = self._needed()
-        layers = [each for each in candidates - needed if self.has_layer(each)]
+        layers = [each for each in candidates - needed if self.layers.has(each)]
         freed = Freed(tuple(gone), tuple(sorted(layers)), sum(self.layers.facts(each).size for each in layers))
         for each in candidates - needed:
             self.layers.drop(each)

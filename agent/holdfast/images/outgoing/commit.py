@@ -33,11 +33,11 @@ def commit_image(
     """Make an image of base and one more layer, whose archive write writes, and give it a name.
 
     The layer goes straight into the store: there is no other copy of it. config: the whole `config` object of the new
-    image. Raises what write raises, and what `ImageStore.add_layer` does.
+    image. Raises what write raises, and what `LayerStore.add` does.
     """
     with store.keep():
         with piped(write) as stream:
-            layer = store.add_layer(stream)
+            layer = store.layers.add(stream)
         made = datetime.fromtimestamp(note.at, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         step = {"created": made, "created_by": note.by, "comment": note.message, "author": note.author}
         below = whole_history(base.history, len(base.diff_ids))

@@ -20,7 +20,7 @@ def push(store: ImageStore, skopeo: Skopeo, image: Image, ref: str, told: Callab
     reference = skopeo.reference(ref, "push")
     if reference.digest:
         raise WrongCall(f"push {ref!r}: the digest of a push can't be chosen (expected [HOST/]NAME[:TAG])")
-    with store.keep(), store.scratch() as folder:
+    with store.keep(), store.layers.scratch() as folder:
         digest = write_layout(store, image, folder)
         skopeo.send(folder, "latest", reference, ref)
     told("pushed", ref, f"{image.digest} is there as {digest}", digest=digest)

@@ -120,7 +120,7 @@ def _save_oci(store: ImageStore, chosen: Chosen, archive: ArchiveWriter) -> None
     out = LayoutWriter(archive)
     written: dict[str, Json] = {}
     entries: list[Json] = []
-    with store.scratch() as scratch:
+    with store.layers.scratch() as scratch:
         for image, names in chosen:
             entry = _add_plain(store, image, out) or _add_image(store, image, out, scratch, written)
             entry = {**entry, "platform": {"os": "linux", "architecture": image.architecture}}

@@ -7,7 +7,6 @@ hostile layer breaks is nobody else's, and what it makes grow is not the agent.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -26,6 +25,8 @@ from typing import BinaryIO
 from holdfast.errors import HoldfastError, NotPermitted, TryAgain, UnfitHost, WrongState
 from holdfast.files import remove_tree
 from holdfast.images.unpacking.worker import COMMAND
+from holdfast.syscalls import call
+from holdfast.words import one_line
 
 LONGEST_MESSAGE = 64 << 10
 ERRORS: dict[str, type[HoldfastError]] = {
@@ -36,8 +37,6 @@ ERRORS: dict[str, type[HoldfastError]] = {
 }
 # The worker takes and frees large buffers all the time: they need not go back to the kernel each time.
 ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": str(64 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +97,7 @@ def unpack_stream(
             raise WrongState(f"{what}: its size is {fields[0]} (expected {expected.size})")
         raise TryAgain(f"{what}: the stream ended after {fields[0]} of {expected.size} bytes")
     if kind != "done":
-        words = _printable(" ".join(fields))
+        words = one_line(" ".join(fields))
         if os.strerror(errno.ENOSPC) in words:
             words += f" in {str(folder.parent)!r} (see 'holdfast system df'; 'holdfast system prune' makes room)"
         raise ERRORS[kind](f"{what}: {words}")
@@ -232,12 +231,7 @@ def _listen(control: socket.socket, progress: Callable[[int], None] | None) -> t
     return None, said
 
 
-def _printable(text: str) -> str:
-    """One line of at most a thousand characters: parts of it are the archive's words."""
-    return "".join(each if each.isprintable() else "?" for each in text[:1000])
-
-
-class _Disk:
+class _Syncer:
     """Syncs one file system for several threads: those that ask while it is busy share the next round."""
 
     def __init__(self) -> None:
@@ -261,8 +255,7 @@ class _Disk:
         number = self._begun
         self._changed.release()
         try:
-            if _libc.syncfs(descriptor):
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            call("syncfs", descriptor)
         except BaseException:
             number = 0
             raise
@@ -273,13 +266,13 @@ class _Disk:
             self._changed.notify_all()
 
 
-_disks: defaultdict[int, _Disk] = defaultdict(_Disk)
+_syncers: defaultdict[int, _Syncer] = defaultdict(_Syncer)
 
 
 def _sync(folder: Path, what: str) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        _disks[os.fstat(descriptor).st_dev].sync(descriptor)
+        _syncers[os.fstat(descriptor).st_dev].sync(descriptor)
     except OSError as error:
         raise UnfitHost(f"{what}: write to disk: {error.strerror}") from error
     finally:
