@@ -189,7 +189,7 @@ def test_a_registry_that_has_had_enough_is_left_alone(
     if status == 200:
         assert puller.head(f"{counter.address}/app:1") == DIGEST
     for name in ("app:1", "other:2"):
-        with pytest.raises(TryAgain, match="it wants to be left alone") as caught:
+        with pytest.raises(TryAgain, match="it asks to wait") as caught:
             puller.head(f"{counter.address}/{name}")
         assert wait - 30 < caught.value.wait <= wait
     assert len(counter.asked) == 1
@@ -213,7 +213,7 @@ def test_a_registry_that_is_busy_in_any_way_is_left_alone_over_tls(
         counter.answer, counter.answers_for = (status, headers), path
         puller = new_puller(settings)
         for _ in range(2):
-            with pytest.raises(TryAgain, match="it wants to be left alone") as caught:
+            with pytest.raises(TryAgain, match="it asks to wait") as caught:
                 puller.head(f"{counter.address}/app:1")
             assert wait - 30 < caught.value.wait <= wait, (path, status, headers)
         assert len(counter.asked) == (1 if path == "/v2/" else 2)
@@ -222,7 +222,7 @@ def test_a_registry_that_is_busy_in_any_way_is_left_alone_over_tls(
     counter.answers_for = "/v2/"
     puller = new_puller(settings)
     assert puller.head(f"{counter.address}/app:1") == DIGEST
-    with pytest.raises(TryAgain, match="it wants to be left alone"):
+    with pytest.raises(TryAgain, match="it asks to wait"):
         puller.head(f"{counter.address}/app:1")
     counter.answer = None
     assert new_puller(settings).head(f"{counter.address}/app:1") == DIGEST
@@ -244,7 +244,7 @@ def test_a_mirror_that_is_busy_is_passed_by(
     assert [puller.head("r.invalid/team/app:1") for _ in range(2)] == [digest, digest]
     assert len(counter.asked) == 1
     registry.stop()
-    with pytest.raises(TryAgain, match="it wants to be left alone"):
+    with pytest.raises(TryAgain, match="it asks to wait"):
         puller.head("r.invalid/team/app:1")
 
 

@@ -76,6 +76,12 @@ def test_architecture_draws_the_import_laws_that_are_checked() -> None:
     assert drawn == laws
 
 
+def test_no_two_classes_of_images_have_one_name() -> None:
+    sources = [path.read_text() for path in (TOP / "agent/holdfast/images").rglob("*.py")]
+    names = re.findall(r"^class _?(\w+)", "\n".join(sources), re.MULTILINE)
+    assert sorted(names) == sorted(set(names))
+
+
 @pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "plugins/README.md"])
 def test_files_that_a_document_names_exist(document: str) -> None:
     folder = (TOP / document).parent

@@ -1,4 +1,4 @@
-"""What the image store promises of its files: locked against threads and processes, written whole or not at all."""
+"""Lock the image store's files against threads and processes, and write files whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What builds have of an agent: images by its rules, a cgroup with limits, and the network of builds.
+"""Give builds what they need from an agent: images by its rules, a cgroup with limits, and a network.
 
 `images.build` calls it. The network is an ordinary one, called `build`: the planner makes it while an app has images
 to build with it, and takes it away afterwards. The namespace of a build has no name: it ends, and its link with it,
@@ -50,7 +50,7 @@ class BuildServices(Outside):
         self.context = context
 
     def image(self, reference: str, pull: Pull) -> Image:
-        """As for a container: policy.json, bind_roots, offline and `pull` mean what they mean there."""
+        """Get an image as for a container: policy.json, bind_roots, offline and `pull` mean the same."""
         return self.context.images.get(resolve_image(self.context, Container(image=reference, pull=pull)))
 
     @contextmanager

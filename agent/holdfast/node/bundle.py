@@ -50,7 +50,7 @@ def load_bundle(context: Context, path: Path, watch: Callable[[Transfer], object
 
 
 def _is_here(store: ImageStore, image: BundledImage) -> bool:
-    """Whether loading the image would change nothing."""
+    """Check whether loading the image would change nothing."""
     try:
         store.get(image.digest)
         store.read_blob(image.top_digest)
@@ -63,7 +63,7 @@ def _is_here(store: ImageStore, image: BundledImage) -> bool:
 
 
 def _pinned(image: BundledImage) -> bool:
-    """Whether its digest alone is what it is called: as after a pull, such an image has no name."""
+    """Check whether an image is known by its digest only: as after a pull, it gets no name."""
     return "@" in image.name
 
 

@@ -1,4 +1,4 @@
-"""A container as it is now → an image, or an archive of its root file system; its processes stand still meanwhile."""
+"""Make an image or an archive of a container as it is now; its processes are paused meanwhile."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def export_image(context: Context, ref: str, out: Sink) -> Image:
 
 @contextmanager
 def paused(context: Context, instance: Instance) -> Iterator[None]:
-    """Have the processes of an instance stand still while the block runs, if it runs. One such block at a time.
+    """Pause the processes of an instance while the block runs, one such block at a time.
 
     They go on whatever happens: an agent that is killed meanwhile leaves an intent, and the next one sees to it.
     """
@@ -113,7 +113,7 @@ def _rootfs(context: Context, target: str, verb: str) -> tuple[Instance, Receipt
 
 
 def _mount_points(context: Context, instance: Instance) -> list[str]:
-    """Where something is mounted in the container: what the runtime made there to mount on is no content."""
+    """List where something is mounted in the container: what the runtime made there is not content."""
     try:
         bundle = json.loads((context.host.instance(instance.id) / "config.json").read_text())
         return [str(each["destination"]) for each in bundle["mounts"]]
@@ -122,7 +122,7 @@ def _mount_points(context: Context, instance: Instance) -> list[str]:
 
 
 def _config(image: Any, want: Container) -> dict[str, Any]:
-    """The image's configuration with what the state file says of the process."""
+    """Merge what the state file says of the process into the image's configuration."""
     config = dict(image)
     if want.entrypoint is not None:
         config["Entrypoint"] = [word for word in want.entrypoint if word] or None

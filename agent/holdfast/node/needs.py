@@ -32,7 +32,7 @@ class Need:
 
 
 def images_needed(context: Context, rounds: Sequence[Plan], blobs: Mapping[str, bytes]) -> dict[str, list[Json]]:
-    """App → the images it needs that are not here: {"image", "verb", "size", "error"} of each.
+    """List for each app the images it needs that are not here: {"image", "verb", "size", "error"} of each.
 
     size: bytes that have to come, None where that is not known (`error` says why, if anything does).
     """
@@ -76,7 +76,7 @@ def _is_here(context: Context, reference: str) -> bool:
 
 
 def _ask(context: Context, references: Sequence[str]) -> dict[str, int | str]:
-    """Reference → how many bytes would have to come, or why that is not known."""
+    """Ask for each reference how many bytes would have to come, or why that is not known."""
     if not references:
         return {}
     deadline = time.monotonic() + DEADLINE

@@ -45,14 +45,14 @@ class Held:
 
 
 def held(context: Context) -> Iterator[Held]:
-    """Every container that the node is brought to, or is about to be."""
+    """List every container of the newest generations."""
     for app, known in sorted(context.store.history().generations.items()):
         for name, want in known[-1].app.containers.items():
             yield Held(f"{app}/{name}", want, known[-1].images.get(name, ""))
 
 
 def ask(context: Context, each: Held) -> NewerImage:
-    """What the registry has for a container by now, newer or not. Raises as `Puller.resolve`."""
+    """Ask what the registry has for a container now, newer or not. Raises as `Puller.resolve`."""
     image = each.want.image or ""
     update = each.want.update_image
     asked = image
@@ -68,7 +68,7 @@ def ask(context: Context, each: Held) -> NewerImage:
 
 
 def _known(context: Context, asked: str) -> dict[str, str]:
-    """What a reference was seen to lead to: the digest that a registry tells → that of the image for this host."""
+    """Look up what a reference led to: the digest that a registry tells → that of the image for this host."""
     found = dict([context.resolved[asked]]) if asked in context.resolved else {}
     name = context.images.names().get(parse(asked).name)
     if name is not None and name.source == "registry":
@@ -87,7 +87,7 @@ def outdated(context: Context) -> Sequence[Json]:
 
 
 def _brought(each: Held, names: Mapping[str, Name]) -> bool:
-    """Whether the image was brought here by other ways, and no registry is meant to be asked for it."""
+    """Check whether the image was not pulled but loaded, imported or built, so no registry is asked."""
     known = names.get(parse(each.want.image or "").name)
     return each.want.update_image is None and known is not None and known.source not in ("registry", "tag")
 
@@ -142,7 +142,7 @@ class NewerWatch:
         self._thread.start()
 
     def look(self) -> None:
-        """What is held may be another now."""
+        """Look again: there may be other containers now."""
         self._look.set()
 
     def close(self) -> None:
@@ -184,7 +184,7 @@ class NewerWatch:
         return max(min((at for _, at in self._due.values()), default=now + IDLE) - time.time(), 0.1)
 
     def _first(self, each: Held) -> float:
-        """Seconds until the first question: staging has just asked, and a restart of the agent is no news."""
+        """Count the seconds until the first question: staging has just asked, and restarts must not ask more."""
         assert each.want.update_image is not None
         return min(each.want.update_image.interval, RETRY)
 
@@ -213,6 +213,6 @@ def _interval(each: Held) -> float:
 
 
 def _question(each: Held) -> tuple[str, str]:
-    """What a registry is asked for a container: the image, and which newer tags count."""
+    """Name what a registry is asked for a container: the image, and which newer tags count."""
     update = each.want.update_image
     return each.want.image or "", repr(update.tag_pattern) if update else ""

@@ -1,9 +1,9 @@
-"""`[images.*]` of a state tree → images in the store, by buildah.
+"""Build the images of `[images.*]` with buildah, and put them into the store.
 
-What an image starts from is fetched into our own store first, by the rules of all images. The context is laid out,
-built with a storage of buildah's own (its layers are the cache of the app's later builds), and what comes of it is
-taken into the store under a name that holds the build's key: where that is known, nothing is built. Called by `node`
-while it stages; the programs are run by `buildah`.
+First, what an image starts from is fetched into our store, by the rules of all images. Then the context is written
+to disk and built in a storage of buildah's own, whose layers are the cache for the app's later builds. The result
+goes into the store under a name that holds the build's key; an image whose key is there is not built again. `node`
+calls this while it stages; `buildah` runs the programs.
 
 ROOT/builds/logs/APP/NAME.log holds all that the last build of an image said, NAME.log.1 the one before. Events of
 kind `build` and subject `image APP/NAME` say that a build begins and ends; one of kind `failed` has the last lines of
@@ -95,20 +95,20 @@ class Builder:
         self._closed = False
 
     def look(self) -> list[Json]:
-        """What is being built, and what could not be: {"image" (`images.APP/NAME`), "step", "began" (epoch seconds),
-        "error" ("" while it is being built)} of each. A failure is told from when it happens until `forget`."""
+        """List what is being built, and what could not be: {"image" (`images.APP/NAME`), "step", "began" (epoch
+        seconds), "error" ("" while it is being built)} of each. A failure is listed until `forget`."""
         with self._lock:
             now = {**self._broken, **self._now}
         return [now[name] for name in sorted(now)]
 
     def forget(self, names: Iterable[str]) -> None:
-        """Stop telling of failures: the app that the images were for has them among its own."""
+        """Stop listing failures that are now failures of the app that the images are for."""
         with self._lock:
             for name in names:
                 self._broken.pop(name, None)
 
     def buildah(self, app: str) -> Buildah:
-        """Who builds for an app."""
+        """Find or make the buildah of an app."""
         with self._lock:
             if app not in self._buildahs:
                 self._buildahs[app] = Buildah(self.host, app, self.outside)
@@ -117,9 +117,9 @@ class Builder:
             return self._buildahs[app]
 
     def build(self, name: str, images: Images, blobs: Blobs) -> Image:
-        """The image of a qualified name of App.images: built if it is not here, and pushed where it says so.
+        """Find or build the image of a qualified name of App.images, and push it if it is to be pushed.
 
-        Before it, what it is built from. What came in a bundle was built, and is to be pushed, elsewhere. blobs:
+        What it is built from is built first. What came in a bundle is neither built nor pushed here. blobs:
         Spec.blobs. Blocks while another of its app is built. Raises WrongState (the build failed: the last line that
         says why), UnfitHost (no buildah, no emulator), TryAgain.
         """
@@ -147,13 +147,13 @@ class Builder:
         return image
 
     def find(self, name: str, build: Build) -> Image | None:
-        """The image that was built by this key, if it is here."""
+        """Find the image that was built by this key."""
         with suppress(NotFound):
             return self.store.resolve(built_name(name, build))
         return None
 
     def missing(self, name: str, images: Images, blobs: Blobs) -> Iterator[tuple[Literal["build", "base"], str]]:
-        """What has to be built for an image, in order, and before each the references that it starts from."""
+        """List what has to be built for an image, in order, each after the references that it starts from."""
         build = images[name]
         if self.find(name, build) is not None:
             return
@@ -165,7 +165,7 @@ class Builder:
         yield "build", name
 
     def sweep(self) -> None:
-        """Clear away what a killed agent's build left, and the caches of apps that have no built image any more.
+        """Delete what builds of a killed agent left, and the caches of apps that have no built image any more.
 
         When the agent starts.
         """
@@ -182,17 +182,17 @@ class Builder:
                 self.wipe(app)
 
     def apps(self) -> list[str]:
-        """The apps that have a cache."""
+        """List the apps that have a cache."""
         with suppress(FileNotFoundError):
             return sorted(each.name for each in self.caches.iterdir() if each.is_dir())
         return []
 
     def wipe(self, app: str) -> bool:
-        """Take the cache of an app away; False where one of its images is being built."""
+        """Delete the cache of an app; False if one of its images is being built."""
         return self.buildah(app).remove()
 
     def close(self) -> None:
-        """Kill what is being built; who waits for it gets Stopping."""
+        """Kill what is being built; whoever waits for it gets Stopping."""
         with self._lock:
             self._closed = True
             for buildah in self._buildahs.values():
@@ -200,7 +200,7 @@ class Builder:
             self._turn_ends.notify_all()
 
     def _made(self, name: str, images: Images, blobs: Blobs) -> Image:
-        """Build an image, and first what it is built from, each with its app's buildah: no two locks are held."""
+        """Build an image after what it is built from, each with its app's buildah; never hold two locks."""
         build = images[name]
         ours = {
             base: self.find(base, images[base]) or self._made(base, images, blobs) for base in build.bases.values()
@@ -222,7 +222,7 @@ class Builder:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Wait until not too many build. Whoever has a turn waits for no other build: this is its last lock."""
+        """Wait until fewer than the most allowed builds run. This is the last lock that a build takes."""
         with self._turn_ends:
             self._turn_ends.wait_for(lambda: self._closed or self._turns < self._most)
             if self._closed:
@@ -240,7 +240,7 @@ class Builder:
         return self.builds.concurrency or min(os.cpu_count() or 1, MOST)
 
     def _bases(self, name: str, build: Build, blobs: Blobs, ours: Mapping[str, Image]) -> dict[str, Base]:
-        """What an image starts from, in our store: as it is written → where it is for buildah, and what."""
+        """Have what an image starts from in our store: as written → its name for buildah, and the image."""
         found: dict[str, Base] = {}
         for written, base in build.bases.items():
             found[written] = Base(stored_name(ours[base]), ours[base])
@@ -255,7 +255,7 @@ class Builder:
         return found
 
     def _build(self, name: str, images: Images, blobs: Blobs, bases: Bases) -> Image:
-        """Build an image while we are alone."""
+        """Build an image. Only when `alone`."""
         build, buildah = images[name], self._of(name)
         check_room(self._of(name).folder, 0, self.settings.min_free, f"build 'images.{name}'")
         for base in {each.name: each for each in bases.values()}.values():
@@ -278,7 +278,7 @@ class Builder:
 
     @contextmanager
     def _logged(self, name: str) -> Iterator[Log]:
-        """A log for the block, which builds an image; its steps are shown meanwhile, a failure is told at once."""
+        """Open the log of a build for the block; show its steps meanwhile, and tell of a failure at once."""
 
         def show(step: str) -> None:
             with self._lock:
@@ -309,7 +309,7 @@ class Builder:
         bases: Bases,
         platform: str = "",
     ) -> str:
-        """Have buildah build it; the id of the image in its storage. platform: "" is this node's."""
+        """Have buildah build an image; returns its id in buildah's storage. platform: "" is this node's."""
         build = images[name]
         tag = _tag_for(built_name(name, build), platform)
         own = next(iter(ours(build.platforms)), "")
@@ -343,7 +343,7 @@ class Builder:
         return read_plain(folder, "id").decode().strip().removeprefix("sha256:")
 
     def _take_in(self, buildah: Buildah, base: Base) -> None:
-        """Have an image of our store in buildah's, while we are alone."""
+        """Copy an image of our store into buildah's. Only when `alone`."""
         if base.image is not None and base.name not in buildah.names():
             with self._scratch(buildah) as folder:
                 with self.store.keep():
@@ -370,7 +370,7 @@ class Builder:
         return self.store.add_image(manifest, config, [name], source="build")
 
     def _named(self, image: Image, build: Build) -> Image:
-        """The image with all names that its tags give it."""
+        """Give an image the names of its tags."""
         from holdfast.images.formats.references import parse
 
         known = self.store.names()
@@ -381,7 +381,7 @@ class Builder:
         return image
 
     def _push(self, name: str, images: Images, blobs: Blobs, image: Image) -> None:
-        """Bring the image to the registries of its tags, unless that was done. What fails is tried again, alone."""
+        """Push the image to its tags, unless that was done. What fails is tried again, alone."""
         build, note = images[name], self.logs / f"{name}.pushed"
         mark = f"{image.digest} {','.join(build.platforms)}"
         done: dict[str, str] = {}
@@ -400,7 +400,7 @@ class Builder:
             note.write_text(json.dumps({each: done[each] for each in build.tags if each in done}))
 
     def _push_index(self, name: str, images: Images, blobs: Blobs, others: list[str], tags: list[str]) -> None:
-        """Build for the other platforms, and push all as one index, while we are alone."""
+        """Build for the other platforms, and push all as one index. Only when `alone`."""
         build, own, buildah = images[name], built_name(name, images[name]), self._of(name)
         self._take_in(buildah, Base(own, self.store.resolve(own)))
         with self._turn(), self._logged(name) as log, self._failing(name):
@@ -441,7 +441,7 @@ class Builder:
 
     @contextmanager
     def _failing(self, name: str) -> Iterator[None]:
-        """Say in one line what fails in the block, in which image, and when a next try makes sense."""
+        """Make each error of the block one line that names the image, with the time until the next try."""
         try:
             yield
         except Failed as error:
@@ -456,7 +456,7 @@ class Builder:
             raise
 
     def _is_known(self, name: str) -> bool:
-        """Whether a name of buildah's storage is worth keeping: not if what was built is gone from the store."""
+        """Check whether a name of buildah's storage is of use: its image must still be in the store."""
         if name.startswith(STORED):
             return f"sha256:{name.removeprefix(STORED)}" in self.store.digests()
         end = name.rfind(":") + 17  # behind it stands for which platform it was built
@@ -464,7 +464,7 @@ class Builder:
 
     @contextmanager
     def _scratch(self, buildah: Buildah) -> Iterator[Path]:
-        """A folder for one step; all of `work` goes when others may build again."""
+        """Make a folder for one step; all of `work` is deleted when the build ends."""
         folder = buildah.work / str(time.monotonic_ns())
         folder.mkdir()
         yield folder
@@ -479,7 +479,7 @@ class Base:
 
     @property
     def triggers(self) -> list[str]:
-        """What it adds to each Dockerfile that begins with it (ONBUILD)."""
+        """Read what it adds to each Dockerfile that begins with it (ONBUILD)."""
         found = self.image.config.get("OnBuild") if self.image else None
         return [str(each) for each in found] if isinstance(found, list) else []
 
@@ -490,12 +490,12 @@ STORED = "localhost/stored:"  # in buildah's storage: and the digest of what our
 
 
 def stored_name(image: Image) -> str:
-    """How buildah's storage calls an image of our store."""
+    """Name an image of our store in buildah's storage."""
     return f"{STORED}{image.digest.removeprefix('sha256:')}"
 
 
 def _cause(message: str) -> str:
-    """An error of a pull without the words that say of which."""
+    """Cut the reference out of a pull's error."""
     return re.sub(r"^pull '[^']*': ", "", message)
 
 
@@ -504,22 +504,22 @@ def _dockerfile(build: Build, blobs: Blobs) -> str:
 
 
 def built_name(name: str, build: Build) -> str:
-    """The full name by which the store knows what was built: localhost/images/APP/NAME:KEY."""
+    """Name what was built in the store: localhost/images/APP/NAME:KEY."""
     return f"{PREFIX}{'/'.join(map(_component, name.split('/')))}:{build.key[:16]}"
 
 
 def _component(text: str) -> str:
-    """Nearest to text that a reference may hold: the key tells apart what this makes alike."""
+    """Make text fit a reference; the key tells apart what becomes the same by that."""
     return re.sub(r"[._-]{2,}", "-", text).strip("._-")
 
 
 def _tag_for(name: str, platform: str) -> str:
-    """The name of what is built for another platform, in buildah's storage alone."""
+    """Name what is built for another platform, which is in buildah's storage only."""
     return f"{name}-{platform.replace('/', '-')}" if platform else name
 
 
 def ours(platforms: Sequence[str]) -> list[str]:
-    """Those of the platforms that are this node's."""
+    """Find those of the platforms that are this node's."""
     return [platform for platform in platforms if platform.split("/")[1] == architecture()]
 
 
@@ -570,7 +570,7 @@ def lay_out(build: Build, blobs: Blobs, folder: Path) -> None:
 
 
 def complete_history(path: Path) -> None:
-    """Have the image of a layout say of each layer where it came from: buildah refuses it otherwise."""
+    """Add a history step for each layer of a layout's image that has none; buildah refuses it otherwise."""
     layout = Layout(Folder(path))
     (entry,) = layout.index()["manifests"]
     manifest, config, layers = layout.image(entry["digest"])

@@ -1,13 +1,13 @@
-"""Runs buildah (1.28 and newer) for one app, on a storage of its own, behind a fence: none of it outlives a build.
+"""Run buildah (1.28 and newer) for one app, on a storage of its own, behind a fence; nothing of it outlives a build.
 
     ROOT/builds/apps/APP/storage/    buildah's images and layers, kept from build to build: the layer cache
     ROOT/builds/apps/APP/work/       what one build needs; empty between builds
-    ROOT/builds/apps/APP/lock        held by whoever builds, and by every process that this started
-    ROOT/builds/apps/APP/open        there while the storage is written to, and after a crash; holds the boot's id
-    RUN_ROOT/builds/APP/             buildah's own state; gone between builds
+    ROOT/builds/apps/APP/lock        held by whoever builds, and by every process that this starts
+    ROOT/builds/apps/APP/open        exists while the storage is written to, and after a crash; holds the boot id
+    RUN_ROOT/builds/APP/             buildah's own state; deleted between builds
 
-`build` calls it. One build of an app at a time, and no app's builds can reach another's cache. What is in these
-folders may have been written by a build that broke out of its step: it is read without following links.
+One build of an app runs at a time, and no app's builds can reach another's cache. What is in these folders may have
+been written by a build that broke out of its step, so it is read without following links.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Buildah:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Build while the block runs: nobody else does. What a killed build left is cleared away before."""
+        """Keep others from building while the block runs. What a killed build left is deleted first."""
         for program in ("buildah", "skopeo"):
             if find(program) is None:
                 raise UnfitHost(f"run '{program}': no such program (expected the package {program}, for [images.*])")
@@ -97,7 +97,7 @@ class Buildah:
                 self._clear_run()
 
     def remove(self) -> bool:
-        """Take the storage and all that belongs to it away; False, and nothing is done, where somebody builds."""
+        """Delete the storage and all that belongs to it; False, and nothing is done, while somebody builds."""
         if not self._mine.acquire(blocking=False):
             return False
         try:
@@ -109,7 +109,7 @@ class Buildah:
             self._mine.release()
 
     def sweep(self) -> None:
-        """Clear away what a killed agent's build left; what is being built is left alone. Blocks for a moment."""
+        """Delete what the build of a killed agent left, but nothing of a build that runs."""
         if not (self.folder.exists() or self.run_folder.exists()):
             return
         with self._mine, self._locked() as held:
@@ -161,16 +161,16 @@ class Buildah:
         check_plain(layout)
 
     def config(self, image: str) -> Any:
-        """The OCI configuration of an image of the storage (name or id). Raises Failed."""
+        """Read the OCI configuration of an image of the storage (name or id). Raises Failed."""
         return json.loads("\n".join(self.run("inspect", "--type", "image", image)))["OCIv1"]
 
     def names(self) -> dict[str, str]:
-        """Every name in the storage and the id it leads to."""
+        """Read every name in the storage and its id."""
         images = self._read("overlay-images/images.json")
         return {name: image["id"] for image in images for name in image.get("names") or ()}
 
     def size(self) -> int:
-        """Bytes of all layers in the storage."""
+        """Add up the bytes of all layers in the storage."""
         return sum(layer.get("diff-size", 0) for layer in self._read("overlay-layers/layers.json"))
 
     def prune(self, keep: Callable[[str], bool], limit: int) -> None:
@@ -308,7 +308,7 @@ class Buildah:
         return output
 
     def _plan(self, command: Sequence[str], args: Mapping[str, str], cage: Cage, *, own: bool) -> dict[str, Any]:
-        """What `fence` is told."""
+        """Make the plan for `fence`."""
         program = find(command[0])
         if program is None:
             raise UnfitHost(f"run '{command[0]}': no such program (expected the package {command[0]})")
@@ -353,7 +353,7 @@ class Buildah:
 
 
 def _pid_of(control: socket.socket) -> int:
-    """The number of the process that waits in the fence's namespaces; 0 where there is none: the fence says why."""
+    """Receive the id of the process that waits in the fence's namespaces; 0 if there is none."""
     control.settimeout(SETTING_UP)
     with suppress(OSError):
         return int(control.recv(32) or 0)
@@ -397,13 +397,13 @@ def read_plain(folder: Path, path: str) -> bytes:
 
 
 def find(program: str) -> Path | None:
-    """Where a program is, whatever PATH the agent was started with."""
+    """Find a program, whatever PATH the agent was started with."""
     found = shutil.which(program, path=os.pathsep.join(filter(None, (os.environ.get("PATH"), PATH))))
     return Path(found) if found else None
 
 
 def _lines(process: subprocess.Popen[bytes], quiet: float) -> Iterator[tuple[str, bool]]:
-    """What a process says, line by line, as printable text, and whether it is on its standard error.
+    """Read the output of a process: each line as printable text, and whether it is an error.
 
     Raises TryAgain after so many seconds without a word.
     """
@@ -431,7 +431,7 @@ def _lines(process: subprocess.Popen[bytes], quiet: float) -> Iterator[tuple[str
 
 
 def _printable(line: bytes) -> str:
-    """Text that steers no terminal: escape sequences go, other control characters are shown as such."""
+    """Remove escape sequences and replace control characters, so that the text steers no terminal."""
     text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|[@-_])", "", line.decode(errors="replace").replace("\t", "    "))
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text).rstrip()
 

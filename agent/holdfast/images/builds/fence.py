@@ -1,24 +1,23 @@
-"""Runs one program in a root, a user namespace and a cgroup of its own: what breaks out of a build reaches nothing.
+"""Run one program in its own root, user namespace and cgroup, so that what breaks out of a build reaches nothing.
 
     python -I -S fence.py PARENT_PID PLAN_FD CONTROL_FD
 
-A process of its own, without imports of ours: `buildah` starts it. PLAN_FD holds a JSON object, so that no argument
-of the program is in the command line of any process but the program's own:
+This is a process of its own, which `buildah` starts; it imports nothing of ours. PLAN_FD holds a JSON object, so that
+no argument of the program is in the command line of any process but the program's own:
 
     program, environment, directory    what is run, where
     root                               a folder to mount the new root on: none of writable, and in none of them
     writable, readable                 paths of the host that are there, at the same place; nothing else of it is
     files                              path → text of small files
     cgroups                            folders of the cgroup to join, one for each hierarchy
-    network                            "own" (a network namespace of its own, with lo alone until somebody adds to it)
+    network                            "own" (a network namespace of its own, with only lo until somebody adds to it)
                                        or "host"
 
 Inside, root is a user of the host who owns nothing (FIRST_ID), the program is the first process of its PID
-namespace, and no cgroup is mounted. When the one who started the fence dies, even by SIGKILL, the fence does too, and
-with it, by the kernel, everything inside: pid_namespaces(7), user_namespaces(7), mount_namespaces(7), prctl(2).
+namespace, and no cgroup is mounted. When the process that started the fence dies, even by SIGKILL, the fence dies
+too, and the kernel ends everything inside: pid_namespaces(7), user_namespaces(7), mount_namespaces(7), prctl(2).
 
-On CONTROL_FD, a socket, it says the number of a process in the new namespaces, and waits for a byte before it goes
-on.
+On CONTROL_FD, a socket, it sends the id of a process in the new namespaces, and waits for a byte before it goes on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The state files of a tree → every image that they name, fetched into one folder: what a bundle is made of.
+"""Find every image that the state files of a tree name, and fetch them into one folder, for a bundle.
 
 skopeo fetches, with the same credentials, mirrors and signature policy as for a pull, but for any platform, without
-an image store and without root. Manifests and configurations keep their very bytes, for state files pin their
-digests; layers come into one folder, where those that several images share are fetched once.
+an image store and without root. Manifests and configurations are kept byte for byte, because state files pin their
+digests. Layers go into one folder; those that several images share are fetched once.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def wanted_images(
     everywhere: bool,
     left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[Wanted], Spec]:
-    """Every image of a tree, each once, those that are built first, and the tree. Raises Unread for what is wrong.
+    """Find every image of a state, each once, built ones first, and load the state. Raises Unread.
 
     everywhere: also of apps that `when` gives to other nodes than the one of facts; their images are built there.
     """
@@ -152,7 +152,7 @@ class Gatherer:
         return found
 
     def _build(self, name: str, written: str, spec: Spec) -> Gathered:
-        """What a node would build, under the name by which it knows that it need not."""
+        """Build what a node would build, under the name by which the node finds it."""
         images = next((app.images for app in spec.apps.values() if name in app.images), None)
         if images is None:
             raise Unfit("is built on other nodes than this (--node-name and --label say for which node a bundle is)")

@@ -1,4 +1,4 @@
-"""What a Dockerfile may not ask of buildah: what no build needs, and what its version is known not to do safely.
+"""Refuse what no build needs, and what the installed version of buildah is known not to do safely.
 
 The fence holds in any case (`fence`). Sources: the advisories CVE-2024-1753 (a source of a mount that is a link),
 CVE-2024-9407 (bind-propagation), CVE-2024-9675 (the id of a cache), CVE-2024-11218 (mounts that are raced).
@@ -21,7 +21,7 @@ KNOWN = "CVE-2024-1753, CVE-2024-9407, CVE-2024-9675, CVE-2024-11218"
 
 
 def is_safe(version: Version | None) -> bool:
-    """Whether a buildah has the repairs of what is known; None: it could not be asked, and is taken to have none."""
+    """Check whether a buildah has the known security fixes; None, an unknown version, counts as without."""
     if version is None:
         return False
     return version >= SAFE or version[2] >= MENDED.get(version[:2], version[2] + 1)
@@ -55,13 +55,13 @@ def _wrong(mount: RunMount, version: Version | None) -> str:
 
 
 def parse_version(text: str) -> Version | None:
-    """What `buildah --version` says."""
+    """Read what `buildah --version` says."""
     match = re.search(r"version (\d+)\.(\d+)\.?(\d+)?", text)
     return (int(match[1]), int(match[2]), int(match[3] or 0)) if match else None
 
 
 def buildah_version(program: Path) -> Version | None:
-    """The version of a buildah, asked once for each file."""
+    """Find the version of a buildah; each file is asked once."""
     try:
         return _version(str(program), program.stat().st_mtime_ns)
     except OSError:

@@ -1,6 +1,6 @@
-"""What a build needs from outside its fence: images to start from, places to push to, a cgroup and a network.
+"""Give a build what it needs from outside its fence: images to start from, a cgroup and a network.
 
-`node.builds` has all of it for an agent; what is here is enough for who builds without one, on a host of its own.
+`node.builds` does so for an agent. What is here is enough for builds without an agent, on a host of their own.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Outside:
         self.store, self.puller, self.host_network = store, puller, host_network
 
     def image(self, reference: str, pull: Pull) -> Image:
-        """An image to start from, in our own store. Raises as `Puller.pull`."""
+        """Have an image to start from in our store. Raises as `Puller.pull`."""
         if parse(reference).transport != "docker":
             return self.puller.load(reference)
         try:
@@ -60,7 +60,7 @@ class Outside:
 
     @contextmanager
     def cgroup(self, id: str) -> Iterator[Cage]:
-        """A cgroup for a build, empty and gone at the end."""
+        """Make a cgroup for a build, and delete it at the end."""
         yield Cage()
 
     @contextmanager
@@ -69,11 +69,11 @@ class Outside:
         yield
 
     def resolv_conf(self) -> str:
-        """How names are looked up in a build."""
+        """Read how names are looked up in a build (resolv.conf(5))."""
         try:
             return RESOLV_CONF.read_text(errors="replace")
         except OSError:
             return ""
 
     def sweep(self) -> None:
-        """Take away what builds of a killed agent have left on the host."""
+        """Delete what builds of a killed agent have left on the host."""

@@ -92,7 +92,7 @@ class ImageArchive:
         return ArchivedImage(names, config, manifest, tuple(member_of(each["digest"]) for each in layers), part)
 
     def _names(self, annotations: Mapping[str, str]) -> tuple[str, ...]:
-        """A bare tag, as skopeo writes it, belongs to an image that is called like the file."""
+        """Name an image as its descriptor says; a bare tag, as skopeo writes it, gets the file's name."""
         name = annotations.get(NAME) or annotations.get(REF_NAME)
         if name and NAME not in annotations and not re.search("[/:]", name):
             name = f"{self.path.name.split('.')[0].lower()}:{name}"

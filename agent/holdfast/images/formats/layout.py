@@ -1,11 +1,11 @@
-"""Read and write OCI image layouts, in a directory or in a tar archive. No other module knows how they are laid out.
+"""Read and write OCI image layouts, in a directory or in a tar archive. No other module knows their structure.
 
     oci-layout         the version of the format
     index.json         a descriptor of each image, with its name in annotations
     blobs/sha256/HEX   manifests, configurations and layers, each once
 
-Nobody's word is taken: documents are read only if they are what their digests say. Sources: OCI image spec 1.1
-(image-layout.md, descriptor.md, manifest.md, annotations.md).
+Each document is compared with its digest when it is read. Sources: OCI image spec 1.1 (image-layout.md,
+descriptor.md, manifest.md, annotations.md).
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class Archive:
         self._places[name] = (member.offset_data, member.size)
 
     def place(self, member: str) -> tuple[int, int]:
-        """Offset and size of a member in the archive. Raises Missing."""
+        """Find offset and size of a member in the archive. Raises Missing."""
         try:
             return self._places[self._links.get(member, member)]
         except KeyError:
@@ -280,7 +280,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def _zstd(file: BinaryIO) -> BinaryIO:
-    """Python has zstd from 3.14 on; before, the package of Debian (python3-zstandard) or PyPI (zstandard) does."""
+    """Decompress zstd: by Python from 3.14 on, before by Debian's python3-zstandard or PyPI's zstandard."""
     for module, opener in (("compression.zstd", "ZstdFile"), ("zstandard", "open")):
         try:
             return cast(BinaryIO, getattr(importlib.import_module(module), opener)(file, "rb"))
@@ -346,7 +346,7 @@ class FolderWriter:
         shutil.move(file, self._place(name))
 
     def finish(self) -> None:
-        """There is nothing left to do."""
+        """Do nothing: all files are written."""
 
     def _place(self, name: str) -> Path:
         place = self.path / name

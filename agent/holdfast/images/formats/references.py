@@ -1,4 +1,4 @@
-"""Image references and digests with the errors of this room, and Dockerfile instructions that change an image."""
+"""Parse image references, digests, and the Dockerfile instructions that change an image, with errors for users."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def parse(text: str) -> Reference:
 
 
 def to_digest(value: object) -> str:
-    """The value, if it is a digest. Raises WrongState."""
+    """Check that a value is a digest, and return it. Raises WrongState."""
     if not isinstance(value, str) or not DIGEST.fullmatch(value):
         raise WrongState(f"read digest {value!r}: not a digest (expected sha256: and 64 hexadecimal digits)")
     return value
 
 
 def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
-    """Dockerfile instructions → the `config` object of an OCI image configuration. Raises WrongCall."""
+    """Turn Dockerfile instructions into the `config` of an OCI image configuration. Raises WrongCall."""
     config: dict[str, Any] = {}
     for change in changes:
         word, _, value = change.strip().partition(" ")
@@ -64,7 +64,7 @@ def _apply(config: dict[str, Any], word: str, value: str) -> None:
 
 
 def _arguments(value: str) -> list[str]:
-    """JSON is taken as it is; anything else is a line for a shell, as in a Dockerfile."""
+    """Read a command: a JSON list as it is, anything else as a line for a shell, as in a Dockerfile."""
     with suppress(ValueError):
         words = json.loads(value)
         if isinstance(words, list) and all(isinstance(word, str) for word in words):

@@ -1,4 +1,4 @@
-"""Tags that are versions: which of many is the newest that somebody means. Pure.
+"""Compare tags that are versions, to find the newest of many. Pure.
 
 A tag is read as `[v]NUMBERS[-PRERELEASE][FLAVOUR]`: `1.27.3`, `v2.0.0-rc.1`, `3.20-alpine`. Order is that of Semantic
 Versioning 2.0.0, section 11, with any number of numbers.
@@ -32,12 +32,12 @@ class Version:
         return (self.numbers, not self.prerelease, parts)
 
     def comparable(self, other: Version) -> bool:
-        """Whether the other is written as precisely, and for the same flavour: `1.28` is none of `1.27.3`'s heirs."""
+        """Check whether the other has as many numbers and the same flavour: `1.28` and `1.27.3` do not compare."""
         return (self.prefix, len(self.numbers), self.flavour) == (other.prefix, len(other.numbers), other.flavour)
 
 
 def parse_version(tag: str) -> Version | None:
-    """The version that a tag names, None for one that names none, as `latest`."""
+    """Read the version that a tag names; None for one that names none, as `latest`."""
     match = _TAG.fullmatch(tag)
     if match is None:
         return None
@@ -54,7 +54,7 @@ def parse_version(tag: str) -> Version | None:
 
 
 def newest(tag: str, tags: Iterable[str], pattern: str = "*") -> str:
-    """The newest of tags that the pattern (a glob) fits and that is a version above tag; tag itself if there is none.
+    """Find the newest of tags that matches pattern (a glob) and is a version above tag; tag itself if none is.
 
     A release is never followed by a prerelease.
     """

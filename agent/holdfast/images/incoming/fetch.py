@@ -1,6 +1,6 @@
-"""The layers of one image, side by side: each is fetched by one puller at most, whoever else wants it as well.
+"""Fetch the layers of one image side by side; a layer that several pulls need is fetched by one of them.
 
-`pull` says which are missing. A layer's content goes from skopeo's pipe straight to the store's worker.
+`pull` says which layers are missing. Their content goes from skopeo's pipe straight to the store's worker.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def do_all(work: Callable[[T], object], items: Sequence[T], most: int) -> None:
         each.result()
 
 
-class Flights:
+class Downloads:
     """What all pulls of one puller share: the layers under way, who watches them, and each registry's turns."""
 
     def __init__(self, turns: int) -> None:
@@ -89,7 +89,7 @@ class Flights:
                     del self._layers[diff_id]
 
     def host(self, name: str) -> threading.Semaphore:
-        """As many may hold it as may fetch from a registry at once."""
+        """Find the semaphore that limits how much comes from a registry at once."""
         with self._lock:
             return self._hosts.setdefault(name, threading.Semaphore(self.turns))
 
@@ -107,13 +107,13 @@ class Fetch:
         self,
         store: ImageStore,
         skopeo: Skopeo,
-        flights: Flights,
+        downloads: Downloads,
         reference: Reference,
         as_written: str,
         transfer: Transfer,
         moved: Callable[[], None],
     ) -> None:
-        self._store, self._skopeo, self._flights = store, skopeo, flights
+        self._store, self._skopeo, self._downloads = store, skopeo, downloads
         self._reference, self._as_written = reference, as_written
         self._transfer, self._moved = transfer, moved
         self._idle: list[Proxy] = []
@@ -131,7 +131,7 @@ class Fetch:
     def layers(self, jobs: Sequence[Job]) -> None:
         """Have every layer in the store, the largest first. Raises the first error when those under way are done."""
         in_order = sorted(jobs, key=lambda job: -job.blob.size)
-        do_all(self._bring, in_order, self._flights.turns)
+        do_all(self._bring, in_order, self._downloads.turns)
 
     def close(self) -> None:
         """End all processes."""
@@ -149,7 +149,7 @@ class Fetch:
             self._moved()
 
         self._transfer.begin(digest)
-        with self._flights.alone(job.diff_id, watch) as progress, self._flights.host(self._reference.host):
+        with self._downloads.alone(job.diff_id, watch) as progress, self._downloads.host(self._reference.host):
             self._persist(job, progress)
         self._transfer.finish(digest)
         self._moved()
@@ -163,7 +163,7 @@ class Fetch:
                 self._fetch(job, progress)
                 return
             except TryAgain as error:
-                if pause is None or error.wait or self._flights.closed.wait(pause):
+                if pause is None or error.wait or self._downloads.closed.wait(pause):
                     raise
                 self._transfer.begin(job.blob.digest)
 
@@ -181,8 +181,8 @@ class Fetch:
                 raise
 
     def _blame(self, error: HoldfastError) -> HoldfastError:
-        """The store's error as one of this pull."""
-        if self._flights.closed.is_set():
+        """Make the store's error one of this pull."""
+        if self._downloads.closed.is_set():
             return Stopping(f"pull {self._as_written!r}: the agent is stopping")
         least = UNFIT if isinstance(error, WrongState) else REFUSED if isinstance(error, UnfitHost) else 0.0
         return failure(type(error), f"pull {self._as_written!r}: {error}", max(error.wait, least))

@@ -1,8 +1,8 @@
-"""References → images in the store, out of registries; and images of the store into registries.
+"""Pull images from registries into the store.
 
-`node.stage` pulls what a generation needs; `api` what a person asks for; `images.build` pushes. One pull: the
-manifest (`skopeo inspect`), the configuration and the layers (`proxy`), policy.json where there is anything in it to
-check, and at last the image's entry in the store. What is here already is not asked for.
+`node.stage` pulls what a generation needs, `node.images` what a person asks for. A pull fetches the manifest (`skopeo
+inspect`), the configuration and the layers (`proxy`), checks policy.json if there is anything in it to check, and
+enters the image into the store last. What is here already is not fetched.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from holdfast.images.formats.manifests import (
     read_manifest,
 )
 from holdfast.images.formats.references import parse
-from holdfast.images.incoming.fetch import Fetch, Flights, Job
+from holdfast.images.incoming.fetch import Downloads, Fetch, Job
 from holdfast.images.incoming.load import list_archive, load_archive, load_reference
 from holdfast.images.incoming.transfers import Transfer, Transfers
 from holdfast.images.kept.image import Image
@@ -87,7 +87,7 @@ class Puller:
         self.transfers = transfers or Transfers()
         self.told = told
         self.skopeo = Skopeo(settings)
-        self._flights = Flights(settings.concurrent_downloads)
+        self._downloads = Downloads(settings.concurrent_downloads)
         self._limits: RateLimits | None = None
 
     @property
@@ -98,10 +98,10 @@ class Puller:
     @settings.setter
     def settings(self, settings: ImageSettings) -> None:
         self.skopeo.settings = settings
-        self._flights.turn_to(settings.concurrent_downloads)
+        self._downloads.turn_to(settings.concurrent_downloads)
 
     def size(self, ref: str, deadline: float) -> int:
-        """How many bytes of layers would have to come for a reference. Raises as `resolve`."""
+        """Add up the bytes of layers that a pull of a reference would fetch. Raises as `resolve`."""
         here: set[str] = set()
         for name in self.store.names().values():
             with suppress(NotFound, Unfit):
@@ -149,7 +149,7 @@ class Puller:
         with self.transfers.transfer(ref) as transfer, self.store.keep():
             watch(transfer)
             news = _News(self.told, ref, transfer)
-            fetch = Fetch(self.store, self.skopeo, self._flights, reference, ref, transfer, news.moved)
+            fetch = Fetch(self.store, self.skopeo, self._downloads, reference, ref, transfer, news.moved)
             try:
                 if not self._here(ref):
                     fetch.warm_up()
@@ -169,9 +169,9 @@ class Puller:
                 fetch.close()
 
     def head(self, ref: str) -> str:
-        """The digest of what a registry has under a tag, which costs nothing there; "" where only `resolve` can say.
+        """Ask a registry for the digest under a tag, without a cost there; "" where only `resolve` can tell.
 
-        Raises TryAgain, with the time to wait, for a registry that wants to be left alone.
+        Raises TryAgain, with the time to wait, for a registry that asks to wait.
         """
         from holdfast.images.registry import head  # its modules are needed once in a while
 
@@ -180,7 +180,7 @@ class Puller:
         return head.ask(reference, self._places(reference), self.settings.authfile, self._limits)
 
     def _time_to_wait(self, ref: str) -> float:
-        """For how long a registry wants to be left alone, 0.0 where it does not say; skopeo keeps that to itself."""
+        """Ask a registry how long to wait, which skopeo does not tell; 0.0 if it does not say."""
         with suppress(TryAgain):  # which says so, too
             self.head(ref)
         limits, now = self._limits, time.time()
@@ -193,7 +193,7 @@ class Puller:
         return head.places(reference, self.skopeo.registries(), loopback=is_loopback(reference.host))
 
     def load(self, ref: str, opened: int | None = None) -> Image:
-        """The image that `oci:/path[:REF]`, `oci-archive:` or `docker-archive:` means, if policy.json allows it.
+        """Load the image that `oci:/path[:REF]`, `oci-archive:` or `docker-archive:` means, if policy.json allows it.
 
         opened: a descriptor of what is at the path, which is read instead. What skopeo has checked is what is
         loaded: a copy of it, which nobody else can change meanwhile.
@@ -214,7 +214,7 @@ class Puller:
             raise
 
     def load_all(self, path: Path) -> list[Image]:
-        """Every image of an archive, under the names that it has there, if policy.json allows all of them."""
+        """Load every image of an archive, under the names that it has there, if policy.json allows all of them."""
         if self.skopeo.policy_is_open():
             return load_archive(self.store, path)
         with self.store.keep(), self.store.layers.scratch() as folder:
@@ -233,12 +233,12 @@ class Puller:
         self.skopeo.fetch_for(self._reference(ref), platform, ref, layout)
 
     def tags(self, ref: str) -> list[str]:
-        """Every tag of the reference's repository. Raises as `resolve`."""
+        """List every tag of the reference's repository. Raises as `resolve`."""
         return self.skopeo.tags(self._reference(ref, "list tags of"), ref)
 
     def close(self) -> None:
         """End what is under way, quickly: it raises Stopping. Nothing can be asked for afterwards."""
-        self._flights.closed.set()
+        self._downloads.closed.set()
         self.skopeo.close()
 
     def _reference(self, ref: str, operation: str = "pull") -> Reference:
@@ -252,7 +252,7 @@ class Puller:
         return False
 
     def _document(self, reference: Reference, blob: Descriptor, ref: str, deadline: float | None) -> bytes:
-        """A manifest, or an index in an index: from the store where it is here."""
+        """Read a manifest, or an index in an index: from the store if it is there."""
         with suppress(NotFound):
             return self.store.read_blob(blob.digest)
         return self.skopeo.manifest(reference, reference.at(blob.digest), ref, deadline)
@@ -312,7 +312,7 @@ class Puller:
 
 
 class _News:
-    """What a pull tells of itself: at its beginning, now and then, at its end."""
+    """The events of a pull: at its beginning, every few seconds, and at its end."""
 
     def __init__(self, told: Told, ref: str, transfer: Transfer) -> None:
         self._told, self._ref, self._transfer = told, ref, transfer
@@ -328,7 +328,7 @@ class _News:
         self._told("pulling", self._ref, f"{layers} {plural}, {about(total)}{known}", bytes=0, total=total)
 
     def moved(self) -> None:
-        """Some bytes have come."""
+        """Note that some bytes have come."""
         now = time.monotonic()
         with self._lock:
             if now - self._last < NEWS_EVERY:
@@ -345,7 +345,7 @@ class _News:
 
 @contextmanager
 def _unfit(ref: str) -> Iterator[None]:
-    """What can't be taken, as an error of the pull: another push helps, or another reference."""
+    """Make what can't be taken an error of the pull: another push helps, or another reference."""
     try:
         yield
     except Unfit as error:

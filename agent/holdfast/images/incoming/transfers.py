@@ -1,4 +1,4 @@
-"""What is being fetched right now, for whoever looks: bytes in all and of each layer; and who does not answer.
+"""Count what is being fetched now, in all and for each layer, and note which registries do not answer.
 
 `pull` counts here; `holdfast image pull`, `apply`, `status` and the events read it.
 """
@@ -55,15 +55,15 @@ class Transfer:
         self.layers[digest] = Layer(digest, total, state="here" if here else "waiting")
 
     def begin(self, digest: str) -> None:
-        """A layer is fetched from its first byte, for the first time or once more."""
+        """Note that a layer is fetched from its first byte, for the first time or again."""
         self.layers[digest].done, self.layers[digest].state = 0, "pulling"
 
     def advance(self, digest: str, done: int) -> None:
-        """So many bytes of a layer have come so far."""
+        """Note how many bytes of a layer have come so far."""
         self.layers[digest].done = done
 
     def finish(self, digest: str) -> None:
-        """A layer is unpacked and verified."""
+        """Note that a layer is unpacked and verified."""
         layer = self.layers[digest]
         layer.done, layer.state = layer.total, "done"
 
@@ -140,11 +140,11 @@ class Transfers:
                     del self._unanswered[reference]
 
     def unanswered(self) -> list[Json]:
-        """Every question without an answer, as `Unanswered`."""
+        """List every question without an answer, as `Unanswered`."""
         with self._lock:
             return [asdict(each) for each in self._unanswered.values()]
 
     def look(self) -> list[Json]:
-        """Every transfer under way, oldest first, as `Transfer.json`."""
+        """List every transfer under way, oldest first, as `Transfer.json`."""
         with self._lock:
             return [each.json() for each in self._current]

@@ -1,9 +1,9 @@
-"""How full the disk is, and what nobody uses → which images go, least recently used first. `node` asks now and then.
+"""Decide which images to delete when the disk is full: unused ones, least recently used first.
 
-Above the high watermark unused images go until the low one is reached. Never: what is in use (`node` says by whom:
-instances, exited ones too, and every generation that is kept for a rollback), anything while something is put in
-(`ImageStore.keep`), what was used or came within `GRACE`, for whoever has just pulled an image means to use it, and
-what has a name that no registry and no build gave it: nobody could bring that back.
+Above the high watermark unused images are deleted until the low one is reached. These are never deleted: what is in
+use (`node` says by whom: instances, exited ones too, and every generation that is kept for a rollback); anything
+while something is put in (`ImageStore.keep`); what was used or came within `GRACE`, because whoever has just pulled
+an image means to use it; and what has a name that no registry and no build gave it, because nobody could get it back.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Disk:
         return 100.0 * self.used / max(self.used + self.free, 1)
 
     def excess(self, percent: float) -> int:
-        """Bytes that have to go until it is no fuller than that."""
+        """Count the bytes that have to be freed until it is no fuller than that."""
         return max(int(self.used - percent / 100.0 * (self.used + self.free)) + 1, 0) if self.percent > percent else 0
 
 
@@ -66,7 +66,7 @@ class Collected:
 def choose(
     images: Sequence[Stored], sizes: Mapping[str, int], in_use: Collection[str], excess: int, now: float
 ) -> list[str]:
-    """The images that go so that excess bytes are freed: the unused ones, least recently used first.
+    """Choose which images to delete to free excess bytes: unused ones, least recently used first.
 
     sizes: bytes, by diff id. An image frees those of its layers that no image needs which stays; one that would free
     nothing stays.
@@ -87,7 +87,7 @@ def choose(
 def collect(
     store: ImageStore, in_use: InUse, *, look: Callable[[], Disk] | None = None, now: float | None = None
 ) -> Collected:
-    """Note what is used now, sweep what crashes have left, and free what the watermarks ask for.
+    """Note what is used now, delete what crashes have left, and free what the watermarks ask for.
 
     in_use is asked again while nothing can be put in. look: how full the disk is (of the store, unless given). While
     something is being put in nothing but the noting is done.
@@ -116,7 +116,7 @@ def collect(
 
 
 def disk_of(path: Path) -> Disk:
-    """The file system that path is on, as df(1) counts."""
+    """Measure the file system that path is on, as df(1) counts."""
     system = os.statvfs(path)
     unit = system.f_frsize
     return Disk((system.f_blocks - system.f_bfree) * unit, system.f_bavail * unit)

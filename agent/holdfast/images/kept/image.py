@@ -1,4 +1,4 @@
-"""What an image is, as values: names, digests, documents. No I/O but for looking into its layers."""
+"""Describe images as values: names, digests, documents. No I/O except for looking into their layers."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ class Image:
         return [step for step in self.document.get("history") or () if isinstance(step, dict)]
 
     def lookup(self, path: str) -> int | None:
-        """The mode (as st_mode) of what path leads to inside the image, links followed; None: nothing is there."""
+        """Find the st_mode of what path leads to inside the image, links followed; None if nothing is there."""
         found = find(self.layers, path)
         return None if found is None else found.lstat().st_mode
 
     def read_file(self, path: str) -> bytes | None:
-        """The content of the regular file that path leads to inside the image; None when there is none."""
+        """Read the regular file that path leads to inside the image; None if there is none."""
         found = find(self.layers, path)
         if found is None or not stat.S_ISREG(found.lstat().st_mode):
             return None
@@ -85,7 +85,7 @@ class Freed:
 
 
 def whole_history(history: Sequence[Mapping[str, Any]], layers: int) -> list[Mapping[str, Any]]:
-    """The steps of an image of so many layers, with one that is not known for each layer that they do not tell of.
+    """Complete the steps of an image of so many layers with an unknown one for each layer without a step.
 
     Steps that tell of more layers than there are can't be right: all of them are unknown then.
     """
@@ -95,13 +95,13 @@ def whole_history(history: Sequence[Mapping[str, Any]], layers: int) -> list[Map
 
 
 def users_of(in_use: InUse) -> Mapping[str, Collection[str]]:
-    """digest → who uses it, however that is told."""
+    """Turn any form of `InUse` into digest → who uses it."""
     found = in_use() if callable(in_use) else in_use
     return found if isinstance(found, Mapping) else dict.fromkeys(found, ())
 
 
 def listing(blob: bytes) -> tuple[str, ...] | None:
-    """The manifests that an index lists; () for a manifest, None for anything else."""
+    """Read which manifests an index lists; () for a manifest, None for anything else."""
     try:
         document = json.loads(blob)
         if isinstance(document.get("manifests"), list):
@@ -112,14 +112,14 @@ def listing(blob: bytes) -> tuple[str, ...] | None:
 
 
 def read_name(name: str, value: Any) -> Name:
-    """An entry of index.json."""
+    """Read an entry of index.json."""
     if isinstance(value, str):  # as stores of old have it
         return Name(name, value, value, "load", 0.0)
     return Name(name, value["digest"], value.get("top") or value["digest"], value["source"], float(value["at"]))
 
 
 def moment(text: str | None) -> float:
-    """An RFC 3339 time in seconds since the epoch; 0.0 for none."""
+    """Turn an RFC 3339 time into seconds since the epoch; 0.0 for none."""
     try:
         return datetime.fromisoformat(text).timestamp() if text else 0.0
     except (ValueError, TypeError):

@@ -1,8 +1,8 @@
-"""Streams of archives → unpacked layers by diff id, each once. The lower half of `images.store`.
+"""Unpack streams of archives into layers by diff id, each once. `ImageStore.layers` is one of these.
 
-layers/sha256/HEX/         the directory; when it has this name, all of it is on disk
-layers/sha256/HEX.json     its figures ({"size", "files", …}; stores of old have HEX.size instead)
-layers/sha256/HEX.recipe   what it takes to make its archive again
+layers/sha256/HEX/         the directory; once it has this name, all of it is on disk
+layers/sha256/HEX.json     its figures ({"size", "files", …}; older stores have HEX.size instead)
+layers/sha256/HEX.recipe   what its archive is made from again
 partial/                   what is being unpacked or deleted; counts for nothing
 """
 
@@ -42,23 +42,23 @@ class LayerStore:
         root.mkdir(parents=True, exist_ok=True)
 
     def has(self, diff_id: str) -> bool:
-        """Whether a layer is wholly here."""
+        """Check whether a layer is here, and whole."""
         return self.folder(diff_id).is_dir()
 
     def folder(self, diff_id: str) -> Path:
-        """Where a layer is, or would be."""
+        """Name the directory of a layer, which may not be here."""
         return self.root / to_digest(diff_id).removeprefix("sha256:")
 
     def recipe(self, diff_id: str) -> Path:
-        """What its archive is made from again; a layer that was stored long ago has none."""
+        """Name the recipe of a layer's archive; a layer stored by an early version has none."""
         return self.folder(diff_id).with_suffix(".recipe")
 
     def all(self) -> list[str]:
-        """The diff id of every layer that is here, whether an image needs it or not."""
+        """List the diff id of every layer that is here, whether an image needs it or not."""
         return [f"sha256:{name}" for name in os.listdir(self.root) if HEX.fullmatch(name)]  # noqa: PTH208
 
     def facts(self, diff_id: str) -> Unpacked:
-        """The figures of a layer, zeros where nobody wrote them down."""
+        """Read the figures of a layer; zeros if there are none."""
         base = self.folder(diff_id)
         with suppress(FileNotFoundError, ValueError, TypeError):
             return Unpacked(diff_id=diff_id, **json.loads(base.with_suffix(".json").read_bytes()))
@@ -109,9 +109,9 @@ class LayerStore:
         return found
 
     def drop(self, diff_id: str) -> None:
-        """Take a layer away, if it is here: its directory loses its name at once, half a layer is never found.
+        """Remove a layer, if it is here: its directory loses its name at once, so nobody finds half a layer.
 
-        Its files take longer: they go with the next `sweep`.
+        The next `sweep` deletes its files, which takes longer.
         """
         folder = self.folder(diff_id)
         with suppress(FileNotFoundError):
@@ -120,7 +120,7 @@ class LayerStore:
             folder.with_suffix(kind).unlink(missing_ok=True)
 
     def came(self, diff_id: str) -> float:
-        """When a layer came to be here, in seconds since the epoch; its own times are its archive's."""
+        """Find when a layer was stored, in seconds since the epoch; its own times are its archive's."""
         for path in (self.folder(diff_id).with_suffix(".json"), self.folder(diff_id)):
             with suppress(FileNotFoundError):
                 return path.lstat().st_ctime
@@ -152,7 +152,7 @@ class LayerStore:
                         self._clear(key)
 
     def _finish(self, folder: Path, found: Unpacked) -> None:
-        """Figures and recipe get their names first: a directory under its diff id is a layer that is whole."""
+        """Give the layer its name, after its figures and its recipe: a directory under its diff id is whole."""
         figures = {key: value for key, value in asdict(found).items() if key != "diff_id"}
         target = self.folder(found.diff_id)
         write_whole(target.with_suffix(".json"), json.dumps(figures).encode())  # the rest is on disk already
@@ -176,7 +176,7 @@ class LayerStore:
 
 @contextmanager
 def _descriptor(stream: int | BinaryIO) -> Iterator[int]:
-    """A descriptor to read the stream from; one that has none, as a member of a tar, is pumped through a pipe."""
+    """Get a descriptor to read the stream from; a stream without one, as a member of a tar, goes through a pipe."""
     if isinstance(stream, int):
         yield stream
         return
@@ -188,5 +188,5 @@ def _descriptor(stream: int | BinaryIO) -> Iterator[int]:
 
 
 def _unread(stream: io.BufferedReader) -> bool:
-    """Whether nothing of the file is in the reader's buffer."""
+    """Check that nothing of the file is in the reader's buffer."""
     return stream.seekable() and stream.tell() == os.lseek(stream.fileno(), 0, os.SEEK_CUR)

@@ -1,6 +1,6 @@
-"""What a container finds at a path, read without mounting anything: a stack of layers, and mounts over it.
+"""Find what a container sees at a path, without mounting anything: in a stack of layers with mounts over it.
 
-`store.Image` and `node` look up users, programs, mount points and volumes' first content here.
+`Image` and `node` look up users, programs, mount points and volumes' first content here.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class View:
             self._made.add(path)
 
     def resolve(self, path: str) -> Found:
-        """What path leads to, links followed inside; what a whiteout or an opaque directory hides is not there."""
+        """Find what path leads to, links followed inside; what a whiteout or an opaque directory hides is missing."""
         trail = [Found("/", "directory", self.root, self.root.entries)]
         todo = _steps(path)
         links = 0
@@ -119,7 +119,7 @@ class View:
         return path in self._mounts
 
     def _step(self, folder: Found, name: str) -> Found:
-        """The entry of a directory, without following it."""
+        """Find an entry of a directory, without following it."""
         path = f"{folder.path}/{name}" if folder.path != "/" else f"/{name}"
         mounted = self._mounts.get(path)
         if mounted is not None:
@@ -133,7 +133,7 @@ class View:
 
 
 def find(layers: Sequence[Path], path: str) -> Path | None:
-    """Where path of the stacked layers (lowest first) really lies; None when there is no such entry."""
+    """Find where a path of the stacked layers (lowest first) lies on the host; None if there is no such entry."""
     found = View(layers).resolve(path)
     return found.entries[0] if found.kind in ("file", "directory") and found.entries else None
 
@@ -148,12 +148,12 @@ def read_small(path: Path) -> bytes:
 
 
 def _steps(path: str) -> list[str]:
-    """The steps of a path, the last one first."""
+    """Split a path into its steps, the last one first."""
     return [part for part in reversed(path.split("/")) if part not in ("", ".")]
 
 
 def _merged(folders: Sequence[Path], name: str) -> tuple[list[Path], bool]:
-    """The entries that make up name in a merged directory, highest first: one file, or directories (True)."""
+    """Find the entries that make up name in a merged directory, highest first: one file, or directories (True)."""
     entries: list[Path] = []
     for folder in folders:
         try:

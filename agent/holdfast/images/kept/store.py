@@ -1,16 +1,16 @@
-"""Archives and streams of layers → images by name and digest, unpacked and ready to be stacked.
+"""Keep images by name and digest, with their layers unpacked and ready to be stacked.
 
     images/blobs/sha256/HEX       manifests, indexes and configurations, as the OCI image spec has them; a manifest's
-                                  mtime is when its image was used last
+                                  mtime is when its image was last used
     images/layers/sha256/HEX/     one unpacked directory per layer, by diff id; beside it
-                 HEX.json         its figures ({"size", "files", …}; a store of old has HEX.size instead)
-                 HEX.recipe       what it takes to make its archive again
-    images/index.json             name → {"digest", "top", "source", "at"}; of old: name → manifest digest
+                 HEX.json         its figures ({"size", "files", …}; an older store has HEX.size instead)
+                 HEX.recipe       what its archive is made from again
+    images/index.json             name → {"digest", "top", "source", "at"}; in older stores name → manifest digest
     images/partial/               what is being unpacked; counts for nothing
 
-`pull`, `build` and `bundle` put images in; `node` resolves names while it stages, and stacks the layers.
-A layer counts when its directory has its name, which it gets when all of it is on disk; an image when its manifest is
-there, which is written after its layers; its names come last. They go in the opposite order.
+`pull`, `load`, `build` and `node.bundle` put images in; `node` resolves names while it stages, and stacks the layers.
+A layer counts once its directory has its name, which it gets when all of it is on disk. An image counts once its
+manifest is there, which is written after its layers. Its names are written last. Deletion goes the other way.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ class ImageStore:
     # -- finding --
 
     def resolve(self, reference: str) -> Image:
-        """The image of a name, with or without a digest, or of a digest or its beginning. Raises NotFound.
+        """Find the image of a name, with or without a digest, or of a digest or its beginning. Raises NotFound.
 
         A digest is a manifest's, a configuration's (Docker's image id), or that of an index which is here.
         """
         return self.get(self.digest_of(reference))
 
     def digest_of(self, reference: str) -> str:
-        """The manifest digest that a reference stands for here; the image may be damaged. Raises NotFound."""
+        """Find the manifest digest that a reference means here; the image may be damaged. Raises NotFound."""
         if DIGEST.fullmatch(reference):
             return self._digest_by(reference) or self._unknown(reference)
         try:
@@ -103,12 +103,12 @@ class ImageStore:
         return known.digest if known else self._digest_by_start(reference) or self._unknown(reference)
 
     def get(self, digest: str) -> Image:
-        """The image of a manifest digest. Raises NotFound when it, or a layer of it, is not here."""
+        """Read the image of a manifest digest. Raises NotFound if it, or a layer of it, is not here."""
         self.base(digest)
         return self._image(digest)
 
     def base(self, digest: str) -> tuple[tuple[Path, ...], Mapping[str, Any]]:
-        """The layers of an image, lowest first, and its configuration, whatever it is called. Raises as `get`."""
+        """Read the layers of an image, lowest first, and its configuration, but not its names. Raises as `get`."""
         image = self._nameless(digest)
         for layer in image.layers:
             if not layer.is_dir():
@@ -116,11 +116,11 @@ class ImageStore:
         return image.layers, image.config
 
     def has(self, image: Image) -> bool:
-        """Whether all of an image is still here."""
+        """Check whether all of an image is still here."""
         return self._blob(image.digest).exists() and all(layer.is_dir() for layer in image.layers)
 
     def names(self) -> dict[str, Name]:
-        """Every full name (`docker.io/library/app:latest`) and what it leads to."""
+        """Read every full name (`docker.io/library/app:latest`) and what it leads to."""
         try:
             written = json.loads((self.root / "index.json").read_bytes())
         except FileNotFoundError:
@@ -128,25 +128,25 @@ class ImageStore:
         return {name: read_name(name, value) for name, value in written.items()}
 
     def digests(self) -> list[str]:
-        """The manifest digest of every image that is here, with a name or without."""
+        """List the manifest digest of every image that is here, with or without a name."""
         return [f"sha256:{blob}" for blob in self._blob_names() if self._mentions(blob) == ()]
 
     def read_blob(self, digest: str) -> bytes:
-        """A manifest, an index or a configuration, byte for byte. Raises NotFound."""
+        """Read a manifest, an index or a configuration, byte for byte. Raises NotFound."""
         try:
             return self._blob(digest).read_bytes()
         except FileNotFoundError as error:
             raise NotFound(f"find blob {digest!r}: it is not here (pull or load its image again)") from error
 
     def used_at(self, digest: str) -> float:
-        """When an image was used last, or came: seconds since the epoch; 0.0 for one that is not here."""
+        """Find when an image was last used, or came: seconds since the epoch; 0.0 for one that is not here."""
         try:
             return self._blob(digest).stat().st_mtime
         except FileNotFoundError:
             return 0.0
 
     def touch(self, digests: Collection[str]) -> None:
-        """Note that images are used now; those that are not here are left out."""
+        """Note that images are used now; those that are not here are ignored."""
         for digest in digests:
             if DIGEST.fullmatch(digest):
                 with suppress(FileNotFoundError):
@@ -182,7 +182,7 @@ class ImageStore:
             return self.get(digest)
 
     def tag(self, reference: str, name: str) -> Image:
-        """Have one more name lead to an image. Raises NotFound."""
+        """Give an image one more name. Raises NotFound."""
         full = parse(name)
         if full.digest or full.transport != "docker":
             raise WrongCall(f"tag image {name!r}: not a name to give (expected [HOST/]NAME[:TAG])")
@@ -199,7 +199,7 @@ class ImageStore:
         return self.locks.hold("store", shared=True)
 
     def remove(self, reference: str, in_use: InUse = ()) -> Freed:
-        """Take a name away, or (by digest) all names; an image that no name leads to any more goes.
+        """Remove a name, or (by digest) all names; an image that no name leads to any more is deleted.
 
         in_use: digests that must stay; as a mapping, digest → who uses it. Raises Conflict for one of them when its
         last name would go, NotFound when there is no such image. While something is being put in, the image's
@@ -317,7 +317,7 @@ class ImageStore:
         )
 
     def _digest_by(self, digest: str) -> str | None:
-        """The manifest that any digest leads to: its own, an index's, a configuration's."""
+        """Find the manifest that any digest leads to: its own, an index's, a configuration's."""
         mentions = self._mentions(digest.removeprefix("sha256:"))
         if mentions == ():
             return digest
@@ -345,7 +345,7 @@ class ImageStore:
             return ""
 
     def _needed(self) -> set[str]:
-        """All blobs and layers of all images, and the indexes that lead to one of them or have a name."""
+        """List all blobs and layers of all images, and the indexes that lead to one of them or have a name."""
         here = self.digests()
         needed = {*here, *(each.top for each in self.names().values())}
         for digest in here:
@@ -367,7 +367,7 @@ class ImageStore:
         return [name for name in os.listdir(self._blobs) if HEX.fullmatch(name)]  # noqa: PTH208
 
     def _mentions(self, blob: str) -> tuple[str, ...] | None:
-        """The manifests that an index lists; () for a manifest, None for anything else, or when it is not here."""
+        """Read which manifests an index lists; () for a manifest, None for anything else or what is not here."""
         path = self._blobs / blob
         if not path.exists():
             return None
@@ -416,7 +416,7 @@ class ImageStore:
                 self._write_index({**self.names(), **fresh})
 
     def list(self, *, dangling: bool = False) -> list[Image]:
-        """Every image that has a name, ordered by its first name; dangling: then those without."""
+        """List every image that has a name, ordered by its first name; dangling: those without as well."""
         digests = {each.digest for each in self.names().values()}
         if dangling:
             digests.update(self.digests())
@@ -428,7 +428,7 @@ class ImageStore:
 
 
 def _plain_name(reference: str) -> str:
-    """The full name that is meant, "" where a digest is."""
+    """Read the full name that a reference means; "" for a digest."""
     try:
         parsed = parse(reference)
     except WrongCall:
@@ -437,7 +437,7 @@ def _plain_name(reference: str) -> str:
 
 
 def _nearest(reference: str, names: Sequence[str]) -> str:
-    """The full name that may have been meant: of the same repository, or one that ends nearly so; "" for none."""
+    """Guess which full name was meant: of the same repository, or with a similar end; "" for none."""
     try:
         wanted = parse(reference)
     except WrongCall:

@@ -1,4 +1,4 @@
-"""A container's writable layer and the image below it → a new image. `node` says where the layer is, and pauses."""
+"""Make a new image of a container's writable layer and the image below it. `node` finds the layer, and pauses."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def commit_image(
 
 
 def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with the changes of `parse_changes`: lists of variables, labels, ports and volumes grow."""
+    """Apply the changes of `parse_changes` to a configuration: variables, labels, ports and volumes are added."""
     result = {**config, **{key: value for key, value in changes.items() if key not in APPENDED}}
     for key in APPENDED:
         if key not in changes:
@@ -71,14 +71,14 @@ def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 
 
 def _manifest(base: Image, config: bytes, layer: Unpacked) -> bytes:
-    """The layers of the base keep their descriptors: a registry that has them need not be sent them again."""
+    """Write the manifest: layers of the base keep their descriptors, so a registry is not sent them again."""
     below = [{**each, "mediaType": _oci_type(str(each.get("mediaType", "")))} for each in base.manifest["layers"]]
     layers = [*below, {"mediaType": LAYER, "digest": layer.diff_id, "size": layer.size}]
     return manifest_of(descriptor(config, CONFIG), layers)
 
 
 def _oci_type(media_type: str) -> str:
-    """What OCI calls a layer that Docker's schema 2 calls otherwise."""
+    """Name a layer's media type as OCI does, where Docker's schema 2 has another name."""
     if not media_type.startswith("application/vnd.docker."):
         return media_type or LAYER
     return f"{LAYER}+gzip" if media_type.endswith("gzip") else LAYER

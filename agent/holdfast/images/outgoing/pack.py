@@ -1,12 +1,12 @@
-"""Directories as overlayfs keeps them → tar archives: a writable layer as an OCI layer, or a whole stack merged.
+"""Pack directories as overlayfs keeps them into tar archives: a writable layer as an OCI layer, or a merged stack.
 
-`commit` calls it. The reverse of unpacking: overlayfs's whiteouts (character device 0/0) and opaque directories
-(`trusted.overlay.opaque`) become `.wh.NAME` and `.wh..wh..opq` (OCI image spec, layer.md). Names are bytes; what does
-not fit into a ustar header stands in a pax header before it (pax(1)); holes of sparse files are left out (GNU tar's
-manual, "PAX 1"). Sockets are left out, as everybody does.
+This is the reverse of unpacking: overlayfs's whiteouts (character device 0/0) and opaque directories
+(`trusted.overlay.opaque`) become `.wh.NAME` and `.wh..wh..opq` (OCI image spec, layer.md). Names are bytes. What does
+not fit into a ustar header is written to a pax header before it (pax(1)); holes of sparse files are left out (GNU
+tar's manual, "PAX 1"), and so are sockets.
 
-Whose files these are may be at work on them: every directory is opened below its parent, no link is ever followed,
-and a file that shrinks meanwhile is filled with zeros, for its size has been written.
+Containers may change these files meanwhile: every directory is opened below its parent, no link is ever followed,
+and a file that shrinks is filled with zeros, because its size has been written already.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def pack_merged(layers: Sequence[Path], out: Sink, leave_out: Collection[str] = 
 
 
 @dataclass(slots=True)
-class _Folder:
+class _Walked:
     """A directory that is being walked: its name below the root, and where it lies, highest first."""
 
     path: bytes
@@ -74,7 +74,7 @@ class _Packer:
         self.links: dict[tuple[int, int], bytes] = {}
 
     def pack(self, roots: Sequence[Path]) -> None:
-        stack: list[_Folder] = []
+        stack: list[_Walked] = []
         try:
             stack.append(_opened(b"", [os.open(root, FOLDER) for root in roots]))
             self._entry(b"./", roots[0].lstat(), str(roots[0]))
@@ -94,7 +94,7 @@ class _Packer:
             for folder in stack:
                 _close(folder)
 
-    def _add(self, folder: _Folder, name: bytes) -> _Folder | None:
+    def _add(self, folder: _Walked, name: bytes) -> _Walked | None:
         """Write one entry; of a directory, what is to be walked next."""
         path = folder.path + name
         found = [(place, entry) for place in folder.places if (entry := _stat(place, name)) is not None]
@@ -114,7 +114,7 @@ class _Packer:
         self._entry(path + b"/", entry, here)
         return self._descend(path + b"/", name, found)
 
-    def _descend(self, path: bytes, name: bytes, found: list[tuple[int, os.stat_result]]) -> _Folder:
+    def _descend(self, path: bytes, name: bytes, found: list[tuple[int, os.stat_result]]) -> _Walked:
         places = []
         for place, entry in found:
             if not stat.S_ISDIR(entry.st_mode):
@@ -132,7 +132,7 @@ class _Packer:
         return _opened(path, places)
 
     def _is_mount_point(self, path: bytes, place: int, name: bytes, entry: os.stat_result) -> bool:
-        """Whether something stands here only for a mount to hide it."""
+        """Check whether something is here only to be mounted over."""
         if path not in self.leave_out:
             return False
         if stat.S_ISREG(entry.st_mode):
@@ -153,7 +153,7 @@ class _Packer:
         self._header(info, {b"path": parent + name})
 
     def _entry(self, path: bytes, entry: os.stat_result, where: str) -> None:
-        """A directory, a link, a device or a fifo."""
+        """Write a directory, a link, a device or a fifo."""
         records = {b"path": path, **_pax_xattrs(where)}
         info = _info(entry)
         if stat.S_ISLNK(entry.st_mode):
@@ -238,14 +238,14 @@ class _Packer:
         self.out.write(info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape"))
 
 
-def _opened(path: bytes, places: list[int]) -> _Folder:
+def _opened(path: bytes, places: list[int]) -> _Walked:
     names: set[bytes] = set()
     for place in places:
         names.update(os.fsencode(name) for name in os.listdir(place))  # noqa: PTH208 (a descriptor)
-    return _Folder(path, places, iter(sorted(names)))
+    return _Walked(path, places, iter(sorted(names)))
 
 
-def _close(folder: _Folder) -> None:
+def _close(folder: _Walked) -> None:
     for place in folder.places:
         os.close(place)
 
@@ -258,7 +258,7 @@ def _stat(place: int, name: bytes) -> os.stat_result | None:
 
 
 def _at(place: int, name: bytes) -> str:
-    """A path to a name in a directory that is open, for calls that take no descriptor."""
+    """Make a path to a name in an open directory, for calls that take no descriptor."""
     return f"/proc/self/fd/{place}/{os.fsdecode(name)}"
 
 
@@ -283,7 +283,7 @@ def _fits(info: tarfile.TarInfo, key: bytes, value: bytes) -> bool:
 
 
 def _record(key: bytes, value: bytes) -> bytes:
-    """One record of a pax header: its length, which counts its own digits, key and value."""
+    """Write one record of a pax header: its length, which counts its own digits, key and value."""
     size = len(key) + len(value) + 3
     length = size + len(str(size))
     length = size + len(str(length))
@@ -291,7 +291,7 @@ def _record(key: bytes, value: bytes) -> bytes:
 
 
 def _xattrs(where: str, *, own: bool = False) -> dict[str, bytes]:
-    """The extended attributes of what is at a path, those of overlayfs alone or all others."""
+    """Read the extended attributes of what is at a path: those of overlayfs only, or all others."""
     found = {}
     try:
         for name in os.listxattr(where, follow_symlinks=False):
@@ -309,7 +309,7 @@ def _pax_xattrs(where: str) -> dict[bytes, bytes]:
 
 
 def _pieces(descriptor: int, entry: os.stat_result) -> list[tuple[int, int]] | None:
-    """Offset and length of what a file with holes holds; None for one that is worth no map."""
+    """Find offset and length of the data in a file with holes; None for a file that needs no map."""
     size = entry.st_size
     if size < HOLE or entry.st_blocks * 512 > size - HOLE // 2:
         return None

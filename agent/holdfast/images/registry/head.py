@@ -1,7 +1,7 @@
-"""Asks a registry with HEAD what a tag leads to: that counts against no limit, unlike the GET of a manifest.
+"""Ask a registry with HEAD what a tag leads to: unlike the GET of a manifest, that counts against no rate limit.
 
-skopeo knows no HEAD, so this speaks the registry's HTTP API itself (OCI distribution spec 1.1, "Checking if content
-exists"), with logins of auth.json (containers-auth.json(5)), mirrors of registries.conf(5), certificates of
+skopeo does not offer HEAD, so this speaks the registry's HTTP API itself (OCI distribution spec 1.1, "Checking if
+content exists"), with logins of auth.json (containers-auth.json(5)), mirrors of registries.conf(5), certificates of
 containers-certs.d(5) and proxies of the environment. Whatever does not go well is answered with "": `pull` then asks
 skopeo, which explains it.
 """
@@ -63,12 +63,12 @@ class Place:
 
 @dataclass(slots=True)
 class RateLimits:
-    """Until when registries want to be left alone, by host (seconds since the epoch)."""
+    """Until when registries must not be asked, by host (seconds since the epoch)."""
 
     until: dict[str, float] = field(default_factory=dict)
 
     def left(self, host: str, now: float) -> float:
-        """Seconds that a registry is still to be left alone."""
+        """Count the seconds until a registry may be asked again."""
         return max(self.until.get(host, 0.0) - now, 0.0)
 
     def heed(self, host: str, status: int, headers: Mapping[str, str], now: float) -> None:
@@ -78,7 +78,7 @@ class RateLimits:
 
 
 def waiting(status: int, headers: Mapping[str, str], now: float) -> float:
-    """Seconds to wait after an answer; 0: none. Pure.
+    """Read how many seconds to wait after an answer; 0: none. Pure.
 
     Retry-After (RFC 9110) of a 429 or 503; else the reset of RateLimit headers (Docker Hub's `0;w=21600`, the IETF
     draft's `RateLimit-Reset` and `r=0;t=30`) once nothing remains.
@@ -99,7 +99,7 @@ def waiting(status: int, headers: Mapping[str, str], now: float) -> float:
 
 
 def places(reference: Reference, documents: Iterable[Mapping[str, Any]], *, loopback: bool) -> list[Place]:
-    """Where to ask, mirrors first; none where registries.conf blocks it, or rewrites it in a way unknown here. Pure.
+    """List where to ask, mirrors first; nowhere if registries.conf blocks it or has an unknown kind of rewrite. Pure.
 
     loopback: whether the registry is on this host, and so may be without TLS where registries.conf does not name it.
     """
@@ -121,9 +121,9 @@ def _place(name: str, *, insecure: bool) -> Place:
 
 
 def ask(reference: Reference, where: Iterable[Place], authfile: Path | None, limits: RateLimits) -> str:
-    """The digest that a registry has for a reference; "" where that can't be said simply.
+    """Ask for the digest of a reference; "" where there is no plain answer.
 
-    Raises TryAgain, with the time to wait, where one that might know wants to be left alone.
+    Raises TryAgain, with the time to wait, where a registry that might know asks to wait.
     """
     busy: TryAgain | None = None
     for place in where:
@@ -146,7 +146,7 @@ def ask(reference: Reference, where: Iterable[Place], authfile: Path | None, lim
 
 
 def _busy(host: str, wait: float) -> TryAgain:
-    error = TryAgain(f"ask '{host}': it wants to be left alone for {wait:.0f} s (429, 503, or its limit is used up)")
+    error = TryAgain(f"ask '{host}': it asks to wait {wait:.0f} s (429, 503, or its limit is used up)")
     error.wait = wait
     return error
 
@@ -173,7 +173,7 @@ def _head(place: Place, reference: Reference, login: str) -> tuple[int, dict[str
 
 
 class Refused(Exception):
-    """Who gives out a registry's tokens wants to be left alone."""
+    """The server that gives out a registry's tokens asks to wait."""
 
     def __init__(self, status: int, headers: dict[str, str]) -> None:
         super().__init__(f"no token ({status})")
@@ -181,7 +181,7 @@ class Refused(Exception):
 
 
 def _permit(challenge: str, login: str, *, insecure: bool) -> str:
-    """The Authorization that a challenge asks for (RFC 9110; distribution's token authentication). Raises Refused."""
+    """Get the Authorization that a challenge asks for (RFC 9110; distribution's tokens). Raises Refused."""
     scheme, _, rest = challenge.partition(" ")
     if scheme.lower() == "basic" and login:
         return f"Basic {login}"
@@ -231,7 +231,7 @@ class _NoRedirects(HTTPRedirectHandler):
 
 
 def _context(host: str, *, insecure: bool) -> ssl.SSLContext:
-    """Whom to trust, and by which certificate to be known."""
+    """Set up TLS: whom to trust, and with which certificate to log in."""
     context = ssl.create_default_context()
     own = Path(os.environ.get("HOME") or "/root", ".config/containers/certs.d")
     folder = next((each / host for each in (own, *CERTIFICATES) if (each / host).is_dir()), None)
@@ -246,7 +246,7 @@ def _context(host: str, *, insecure: bool) -> ssl.SSLContext:
 
 
 def login_of(place: Place, authfile: Path | None) -> str:
-    """`user:password` in base64 for a place, as auth.json has it; "". Raises ValueError where a helper keeps it."""
+    """Find `user:password` in base64 for a place in auth.json; "". Raises ValueError where a helper keeps it."""
     host = DOCKER_HUB if place.host == HUB_HOST else place.host
     steps = [host, *place.path.split("/")]
     keys = ["/".join(steps[:end]) for end in range(len(steps), 0, -1)]

@@ -1,8 +1,9 @@
-"""skopeo as a process that is asked for blobs: requests over a socket, content through pipes.
+"""Ask a running skopeo for blobs: requests over a socket, content through pipes.
 
 `pull` opens an image by its digest and hands the pipes to the store, so that the agent itself never touches the
-content. The protocol is `skopeo experimental-image-proxy`'s, 0.2 and newer (cmd/skopeo/proxy.go): JSON in datagrams
-of a SOCK_SEQPACKET socket; a blob's descriptor comes with SCM_RIGHTS, and its pipe is closed only after FinishPipe.
+content. The protocol is that of `skopeo experimental-image-proxy`, 0.2 and newer (cmd/skopeo/proxy.go): JSON in
+datagrams of a SOCK_SEQPACKET socket; a blob's descriptor comes with SCM_RIGHTS, and its pipe is closed only after
+FinishPipe.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Proxy:
 
     @contextmanager
     def blob(self, digest: str, size: int) -> Iterator[int]:
-        """A descriptor of the content, which ends where the blob ends; verified when the block ends.
+        """Lend a descriptor of the content, which ends where the blob ends; verified when the block ends.
 
         An error of the block is kept, unless skopeo says why there was less to read than there should have been.
         Raises SkopeoError. After any error the process is of no more use.
@@ -84,7 +85,7 @@ class Proxy:
         self._receive()
 
     def read(self, digest: str, size: int) -> bytes:
-        """A whole blob of known size, which is small."""
+        """Read a whole blob of known size, which is small."""
         data = bytearray()
         with self.blob(digest, size) as pipe:
             deadline = time.monotonic() + self._patience
@@ -105,7 +106,7 @@ class Proxy:
         self._log.close()
 
     def _last_words(self) -> str | None:
-        """Why the content ended early, if skopeo gave it up by itself; None where it is us who stopped reading."""
+        """Ask skopeo why the content ended early; None if it did not, and we stopped reading."""
         try:
             self._receive(patience=1.0)
         except SkopeoError as error:
@@ -120,7 +121,7 @@ class Proxy:
             raise SkopeoError(self._dying_words()) from error
 
     def _receive(self, patience: float | None = None) -> tuple[dict[str, Any], int]:
-        """The next reply, and the descriptor that came with it (-1: none)."""
+        """Receive the next reply, and the descriptor that came with it (-1: none)."""
         self._wait(self._socket.fileno(), time.monotonic() + (self._patience if patience is None else patience))
         try:
             data, descriptors, _, _ = socket.recv_fds(self._socket, LARGEST_REPLY, 1)

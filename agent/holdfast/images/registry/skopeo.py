@@ -1,8 +1,8 @@
-"""Runs skopeo (1.9 and newer): its arguments, the settings that it is to follow, its end and its errors.
+"""Run skopeo (1.9 and newer): make its arguments, follow the settings, end it and explain its errors.
 
-`pull` calls it. Credentials, mirrors, certificates and signature policies are skopeo's business, in the places where
-all containers tools look: containers-auth.json(5), containers-registries.conf(5), containers-certs.d(5),
-containers-policy.json(5). What it says on its standard error becomes one of our errors in `faults`.
+skopeo itself finds credentials, mirrors, certificates and signature policies, where all container tools look for
+them: containers-auth.json(5), containers-registries.conf(5), containers-certs.d(5), containers-policy.json(5).
+`faults` makes errors of what it writes to its standard error.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ class Skopeo:
         return reference
 
     def manifest(self, reference: Reference, name: str, as_written: str, deadline: float | None = None) -> bytes:
-        """The very bytes of the manifest or index that name (tag or digest) leads to. deadline: as `_run`."""
+        """Fetch the manifest or index that name (tag or digest) leads to, byte for byte. deadline: as `_run`."""
         words = ("inspect", "--raw", *self._access(reference), f"docker://{name}")
         return self._run("pull", reference, as_written, *words, deadline=deadline)
 
     def tags(self, reference: Reference, as_written: str) -> list[str]:
-        """Every tag of the repository."""
+        """List every tag of the repository."""
         place = f"docker://{reference.repository}"
         data = self._run("list tags of", reference, as_written, "list-tags", *self._access(reference), place)
         return [str(tag) for tag in json.loads(data)["Tags"] or ()]
@@ -94,7 +94,7 @@ class Skopeo:
         self._run("push", reference, as_written, *words, long=True)
 
     def configuration(self, reference: Reference, name: str, as_written: str) -> bytes:
-        """The very bytes of the configuration of an image, of any platform; name is its digest's."""
+        """Fetch the configuration of an image of any platform, byte for byte; name is its digest's."""
         words = ("inspect", "--config", "--raw", *self._access(reference), f"docker://{name}")
         return self._run("pull", reference, as_written, *words)
 
@@ -142,7 +142,7 @@ class Skopeo:
             return Path(folder, "manifest.json").read_bytes()
 
     def policy_is_open(self) -> bool:
-        """Whether the policy in force accepts anything from anywhere, so that there is nothing to check."""
+        """Check whether the policy in force accepts everything, so that there is nothing to check."""
         try:
             policy = json.loads(self._policy_path().read_bytes())
             scopes = [
@@ -189,7 +189,7 @@ class Skopeo:
         tick: Callable[[], None] | None = None,
         deadline: float | None = None,
     ) -> bytes:
-        """What a command prints. long: it may take any time while it reads or writes; otherwise stall_timeout in all.
+        """Run a command and return what it prints. long: stall_timeout counts only while nothing is read or written.
 
         tick: called every millisecond while the command runs. deadline: when to give up at the latest (monotonic).
         """
@@ -264,14 +264,14 @@ class Skopeo:
         return process
 
     def _access(self, reference: Reference, prefix: str = "") -> list[str]:
-        """Arguments that say how a registry is talked to. prefix: of their names, as `src-`."""
+        """Make the arguments that say how to talk to a registry. prefix: of their names, as `src-`."""
         words = ["--authfile", str(self.settings.authfile)] if self.settings.authfile else []
         if is_loopback(reference.host) and not configured(reference.repository, self.registries()):
             words.append(f"--{prefix}tls-verify=false")
         return words
 
     def registries(self) -> Iterator[dict[str, Any]]:
-        """The files of registries.conf that are in force, as skopeo chooses them."""
+        """Read the files of registries.conf that are in force, as skopeo chooses them."""
         own = Path(os.environ.get("HOME") or "/root", ".config/containers")
         main = self.settings.registries_conf
         folders = [own / "registries.conf.d", SYSTEM / "registries.conf.d"]
@@ -297,7 +297,7 @@ SYSTEM = Path("/etc/containers")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a registry is on this host, where Docker asks for no certificate. host: with or without a port."""
+    """Check whether a registry is on this host, where Docker asks for no certificate. host: may have a port."""
     name = re.sub(r":\d+$", "", host)
     if name == "localhost":
         return True
@@ -335,7 +335,7 @@ def configured(repository: str, files: Iterable[Mapping[str, Any]]) -> bool:
 
 
 def noise(reference: Reference, as_written: str) -> tuple[str, ...]:
-    """Parts of skopeo's messages that are names, not causes."""
+    """List parts of skopeo's messages that are names, not causes."""
     return (reference.remote, reference.repository, reference.name, reference.host, reference.path, as_written)
 
 
@@ -349,13 +349,13 @@ def _raise_busy(log: str) -> None:
 
 
 def _read(log: BinaryIO) -> str:
-    """All of a file that somebody else writes to through the same description: its position is not ours to move."""
+    """Read the end of a file that another process writes to, without moving the position that they share."""
     size = os.fstat(log.fileno()).st_size
     return os.pread(log.fileno(), min(size, 1 << 20), max(0, size - (1 << 20))).decode(errors="replace")
 
 
 def _transferred(pid: int) -> int:
-    """What a process has read and written so far, in bytes (proc_pid_io(5))."""
+    """Count the bytes that a process has read and written so far (proc_pid_io(5))."""
     try:
         text = Path(f"/proc/{pid}/io").read_text()
     except OSError:

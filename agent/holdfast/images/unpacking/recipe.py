@@ -1,4 +1,4 @@
-"""A layer's folder and its recipe → the plain archive that it was unpacked from, byte by byte.
+"""Make the archive of a layer again from its folder and its recipe, byte by byte.
 
 The recipe is written while the layer is unpacked (`Writer`, in the worker), and holds every byte of the archive that
 no file in the folder holds. `rebuild` is for what needs the archive again: save, push, bundles.
@@ -118,7 +118,11 @@ def rebuild(folder: Path, recipe: Path, out: BinaryIO) -> None:
     from holdfast.errors import WrongState
 
     try:
-        with recipe.open("rb") as file, tempfile.TemporaryFile(dir=recipe.parent) as scratch, _Files(folder) as files:
+        with (
+            recipe.open("rb") as file,
+            tempfile.TemporaryFile(dir=recipe.parent) as scratch,
+            _Opener(folder) as files,
+        ):
             kept = _Kept(scratch.fileno())
             if _Frames(file).has_kept:
                 kept.collect(_Frames(file))
@@ -195,7 +199,7 @@ class _Frames:
         yield kind, self.long(), b""
 
     def kept(self) -> Iterator[tuple[int, int]]:
-        """Offset and size of each extent of a K frame; the bytes are the caller's to read."""
+        """Read offset and size of each extent of a K frame; the caller reads the bytes."""
         while True:
             offset, size = _kept.unpack(self.read(_kept.size))
             if not size:
@@ -244,21 +248,21 @@ class _Kept:
             content += kind in (b"F", b"S")
 
     def find(self, path: bytes, content: int) -> tuple[int, int] | None:
-        """Descriptor and offset of what the content-th F or S frame (from 0) means, if that was replaced."""
+        """Find descriptor and offset of what the content-th F or S frame (from 0) means, if that was replaced."""
         for before, base in self._replaced.get(path, ()):
             if before > content:
                 return self._scratch, base
         return None
 
 
-class _Files:
+class _Opener:
     """The regular files of a folder, opened without following a link; the parent of the last one stays open."""
 
     def __init__(self, folder: Path) -> None:
         self._root = os.open(folder, FOLDER)
         self._parent: tuple[bytes, int] = (b"", os.dup(self._root))
 
-    def __enter__(self) -> _Files:
+    def __enter__(self) -> _Opener:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -288,7 +292,7 @@ class _Files:
         self._parent = parent, folder
 
 
-def _write_archive(frames: _Frames, files: _Files, kept: _Kept, out: BinaryIO) -> None:
+def _write_archive(frames: _Frames, files: _Opener, kept: _Kept, out: BinaryIO) -> None:
     written = content = 0
     for kind, number, path in frames:
         if kind == b"L":
@@ -306,7 +310,7 @@ def _write_archive(frames: _Frames, files: _Files, kept: _Kept, out: BinaryIO) -
 
 
 def _write_file(
-    path: bytes, pieces: Iterator[tuple[int, int]], kept: tuple[int, int] | None, files: _Files, out: BinaryIO
+    path: bytes, pieces: Iterator[tuple[int, int]], kept: tuple[int, int] | None, files: _Opener, out: BinaryIO
 ) -> int:
     descriptor, base = kept or (files.open(path), 0)
     total = 0
@@ -331,7 +335,7 @@ def _write_file(
 
 
 def _extents(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where a file has data, in parts of at most CHUNK bytes."""
+    """Find where a file has data, in parts of at most CHUNK bytes."""
     offset = 0
     while offset < size:
         try:

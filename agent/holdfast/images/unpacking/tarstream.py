@@ -1,9 +1,10 @@
-"""Chunks of a plain tar archive → its entries, one after another, in bounded memory.
+"""Read a plain tar archive in chunks, and give out its entries one after another, in bounded memory.
 
-`worker` feeds it and hands the entries to `tree`; whatever is no content of a file goes to `recipe` on the way.
-Knows ustar, v7, GNU (long names, old sparse) and pax (all three sparse forms) as pax(1), GNU tar's manual ("Basic Tar
-Format", "PAX 1") and star(4) have them. As with Docker and Podman, global pax headers mean nothing, and entries that
-can't have content have none, whatever their size says. Names are bytes. Imports little: the worker has to start fast.
+`worker` feeds it and hands the entries to `tree`; everything but the content of files goes to `recipe` on the way.
+It reads ustar, v7, GNU (long names, old sparse) and pax (all three sparse forms) as described by pax(1), GNU tar's
+manual ("Basic Tar Format", "PAX 1") and star(4). As with Docker and Podman, global pax headers are ignored, and
+entries that can't have content have none, whatever their size says. Names are bytes. It imports little, because the
+worker has to start fast.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class TarStream:
         self._numbers: dict[bytes, int] = {}
 
     def next(self) -> Entry | None:
-        """The next entry, None after the last one: then everything has been read to the end."""
+        """Read the next entry; None after the last one, when everything has been read to the end."""
         pax: _Pax | None = None
         longname = longlink = b""
         headers = room = 0
@@ -134,7 +135,7 @@ class TarStream:
             return self._entry(fields, position, longname, longlink, pax)
 
     def take(self, most: int) -> memoryview:
-        """Some of the content that is left: at least a byte, at most that many."""
+        """Read some of the content that is left: at least a byte, at most that many."""
         position = self._position
         if position == len(self._buffer):
             if not self._fill(1):
@@ -282,7 +283,7 @@ class TarStream:
         self.content()
 
     def _old_sparse(self, entry: Entry, position: int) -> None:
-        """GNU's own: pieces in the header itself and in blocks that follow it."""
+        """Read GNU's own map: pieces in the header itself and in blocks that follow it."""
         numbers: list[int] = []
         header = self._buffer[position : position + BLOCK]
         entry.realsize = _number(header[483:495])
@@ -312,7 +313,7 @@ class TarStream:
         entry.sparse = list(zip(numbers[::2], numbers[1::2], strict=True))
 
     def _leading_map(self, entry: Entry) -> list[int]:
-        """Version 1.0: decimal numbers, one a line, before the content; how many pairs, then those."""
+        """Read a map of version 1.0: decimal numbers, one a line, before the content; first how many pairs."""
         numbers: list[int] = []
         want, text, taken = 1, b"", 0
         while len(numbers) < want:
@@ -329,12 +330,12 @@ class TarStream:
 
 
 def shown(name: bytes) -> str:
-    """A name of the archive as an error has it: on one line, whatever its bytes are."""
+    """Quote a name of the archive for an error: on one line, whatever its bytes are."""
     return repr(name[:255].decode("utf-8", "surrogateescape"))
 
 
 def _number(field: bytes) -> int:
-    """A header's number: octal text, or base 256 with the first bit set (GNU)."""
+    """Read a header's number: octal text, or base 256 with the first bit set (GNU)."""
     if field[0] & 0x80:
         value = int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
         if field[0] & 0x40:
@@ -426,7 +427,7 @@ def _apply(pax: _Pax, entry: Entry) -> None:
 
 
 def _moment(text: bytes) -> int:
-    """Seconds with a fraction, as text → nanoseconds."""
+    """Turn seconds with a fraction, as text, into nanoseconds."""
     negative = text.startswith(b"-")
     whole, _, fraction = text.removeprefix(b"-").partition(b".")
     if fraction and not fraction.isdigit():

@@ -1,9 +1,9 @@
-"""Entries of a hostile archive → a directory that overlayfs can stack.
+"""Make a directory that overlayfs can stack from the entries of a hostile archive.
 
 `worker` owns one `Tree`. No name of the archive is ever handed to the kernel as a path: each component is opened on
 its own, relative to its parent's descriptor and without following links; a link among the parents is resolved by
 hand, below the layer's own root. Whiteouts (OCI image spec, layer.md) become what overlayfs reads: a character device
-0/0, and `trusted.overlay.opaque`. Imports little: the worker has to start fast.
+0/0, and `trusted.overlay.opaque`. It imports little, because the worker has to start fast.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Tree:
         self._open: dict[bytes, tuple[int, bytes]] = {}  # parent as the archive has it → descriptor, real path + "/"
         self._stale = False
         self._ever_stale = False
-        self._late = _Log()
+        self._late = _DirectoryLog()
 
     def add(self, entry: Entry) -> None:
         """Make one entry and take its content; a later entry of the same name replaces an earlier one."""
@@ -392,7 +392,7 @@ class Tree:
         os.unlink(base, dir_fd=folder)
 
     def _remove_tree(self, folder: int, base: bytes, path: bytes) -> None:
-        """As `files.remove_tree`: however deep, inner directories are moved up and taken in turn."""
+        """Delete a tree as `files.remove_tree` does: inner directories are moved up and deleted in turn."""
         top = os.open(base, FOLDER, dir_fd=folder)
         left = [(b"", path)]  # name in top, and the path that it had
         mark, number = os.urandom(8).hex().encode(), 0
@@ -416,7 +416,7 @@ class Tree:
         os.rmdir(base, dir_fd=folder)
 
 
-class _Log:
+class _DirectoryLog:
     """What is to be done to directories at the end; packed, for a layer may have millions."""
 
     def __init__(self) -> None:
@@ -458,7 +458,7 @@ def _parts(name: bytes) -> list[bytes]:
 
 
 def _is_bookkeeping(name: bytes) -> bool:
-    """Whether the entry is aufs's own, as `.wh..wh.plnk/…`."""
+    """Check whether the entry is aufs's own, as `.wh..wh.plnk/…`."""
     *parents, base = name.split(b"/")
     return any(part.startswith(AUFS) for part in parents) or (base.startswith(AUFS) and base != OPAQUE)
 

@@ -1,8 +1,7 @@
-"""Layer streams → directories that overlayfs can stack, their digests verified on the way.
+"""Unpack layer streams into directories that overlayfs can stack, and verify their digests on the way.
 
-`store` calls `unpack_stream` for each layer; `lookup` reads a stack of them. The work is done by a process of its own
-for each layer (`worker`), which is locked into the layer's folder: several layers share no interpreter, what a
-hostile layer breaks is nobody else's, and what it makes grow is not the agent.
+Each layer is unpacked by a process of its own (`worker`), which is locked into the layer's folder. So several layers
+share no interpreter, a hostile layer breaks nothing else, and its memory is not the agent's.
 """
 
 from __future__ import annotations
@@ -164,7 +163,7 @@ def _run_worker(
     stall: float,
     what: str,
 ) -> list[str]:
-    """The worker's last message. Raises TryAgain when it was killed, RuntimeError when it broke."""
+    """Run a worker, and return its last message. Raises TryAgain if it was killed, RuntimeError if it broke."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     source = os.dup(stream)  # a number that is none of the standard ones
     target = os.open(recipe, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -217,7 +216,7 @@ def _run_worker(
 
 
 def _listen(control: socket.socket, progress: Callable[[int], None] | None) -> tuple[list[str] | None, str]:
-    """The message that is no progress, if one comes; and what else was said."""
+    """Wait for the message that is not progress, if one comes; also return what else was said."""
     said = ""
     while data := control.recv(LONGEST_MESSAGE):
         kind, *fields = data.decode("utf-8", "replace").split("\0")

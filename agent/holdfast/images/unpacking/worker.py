@@ -1,12 +1,12 @@
-"""The process that unpacks one layer: a compressed stream on a descriptor → files, digests, a recipe.
+"""Unpack one layer in a process of its own: a compressed stream on a descriptor → files, digests, a recipe.
 
-`unpack` starts it as `COMMAND`, with nothing but the descriptors it needs, and hears from it on one of them: `main`
-says what. It locks itself up before it looks at anything but the first bytes of the stream: as root, with the layer's
-folder for a root directory and few capabilities; always with bounded memory. It ends when its parent does.
+`unpack` starts it as `COMMAND` with only the descriptors it needs, and hears from it on one of them: see `main`. It
+locks itself up before it looks at more than the first bytes of the stream: as root, with the layer's folder as its
+root directory and few capabilities; always with bounded memory. It ends when its parent does.
 
-Two threads: one reads, hashes and decompresses, nearly always inside of C code that runs without the interpreter's
-lock; the other reads headers and makes files. Imports little, and nothing of the site's: starting takes as long as
-unpacking a small layer.
+There are two threads. One reads, hashes and decompresses, mostly in C code that runs without the interpreter's lock;
+the other reads headers and makes files. It imports little and nothing of the site's, because starting takes as long
+as unpacking a small layer.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class _Source:
             self._poll.register(stream, select.POLLIN)
 
     def peek(self) -> bytes:
-        """The first bytes, which are still to be read."""
+        """Look at the first bytes, which are still to be read."""
         while sum(map(len, self._head)) < 8 and (data := self._next()):
             self._head.append(data)
         return b"".join(self._head)[:8]
@@ -219,7 +219,7 @@ class _Ahead:
         _thread.start_new_thread(self._run, (source, plain))
 
     def get(self) -> bytes:
-        """The next chunk; b"" at the end, and ever after."""
+        """Take the next chunk; b"" at the end, and ever after."""
         chunk = self._ready.get()
         self._room.put(None)
         if isinstance(chunk, bytes):
@@ -254,7 +254,7 @@ class _Ahead:
 
 
 def _decompressor(head: bytes) -> Callable[[_Source], Iterator[bytes]]:
-    """What makes the plain archive of a stream that begins so. Nothing can be imported later."""
+    """Choose what makes the plain archive of a stream that begins so. Nothing can be imported later."""
     if head.startswith(GZIP):
         return _gzip()
     if head.startswith(ZSTD) or (head[:1] in b"PQRSTUVWXYZ[\\]^_" and head[1:4] == ZSTD_SKIPPED):
@@ -279,7 +279,7 @@ def _gzip() -> Callable[[_Source], Iterator[bytes]]:
 
 
 def _zstd() -> Callable[[_Source], Iterator[bytes]]:
-    """Python has zstd from 3.14 on; before, the package of Debian (python3-zstandard) or PyPI (zstandard) does."""
+    """Decompress zstd: by Python from 3.14 on, before by Debian's python3-zstandard or PyPI's zstandard."""
     try:
         from compression import zstd  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
@@ -304,7 +304,7 @@ def _zstd() -> Callable[[_Source], Iterator[bytes]]:
 
 
 def _inflater(make: Callable[[], Unpacker], *errors: type[Exception]) -> Callable[[_Source], Iterator[bytes]]:
-    """One compressed stream after another, as gzip(1) has it."""
+    """Decompress one stream after another, as gzip(1) does."""
 
     caught: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, zlib.error, *errors)
 
@@ -380,7 +380,7 @@ def _lock_up(root: int) -> None:
 
 
 def _die_with_parent(control: int) -> None:
-    """The other end is closed by whoever started us, at the latest when that process ends."""
+    """End when the process that started us closes the other end, at the latest by its own end."""
     while os.read(control, 1):
         pass
     os._exit(1)
