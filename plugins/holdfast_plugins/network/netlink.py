@@ -1,7 +1,7 @@
-"""rtnetlink(7): requests as bytes (made by `messages`) → links, addresses and routes.
+"""rtnetlink(7): requests as bytes (made by `messages`) → acknowledgements, links, addresses and routes.
 
-Several requests travel in one datagram, a dump of a thousand links takes milliseconds, and a socket may belong to
-another network namespace than its caller.
+A socket of our own instead of pyroute2's IPRoute: several requests travel in one datagram, any thread may use it,
+a dump of a thousand links takes milliseconds, and a socket may belong to another network namespace than its caller.
 """
 
 from __future__ import annotations
