@@ -162,7 +162,7 @@ def test_only_a_route_that_takes_traffic_away_breaks_a_network(lab: Lab, route: 
 
 
 def test_option_that_the_bridge_does_not_know_is_refused(lab: Lab) -> None:
-    with pytest.raises(WrongState, match=r"driver_opts 'mtuu': unknown to driver 'bridge' \(mtu, port_security\)"):
+    with pytest.raises(WrongState, match=r"driver_opts\.mtuu: unknown key 'mtuu' \(did you mean 'mtu'\?\)"):
         lab.network.check(NetworkWant(id="shop/front", driver_opts={"mtuu": "1400"}))
 
 
