@@ -330,3 +330,32 @@ def assert_known(command: click.Command, words: list[str]) -> None:
 def test_nothing_deletes_trees_but_by_the_function_that_enters_no_mount() -> None:
     found = [str(path) for path in SOURCES if "rmtree(" in path.read_text()]
     assert not found, f"use files.remove_tree or files.discard_tree: {', '.join(found)}"
+
+
+def rows(document: str, heading: str) -> Iterator[str]:
+    """The rows of the table below a heading."""
+    section = (TOP / document).read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    found = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(found) > 2, f"{document} has no table below '{heading}'"
+    yield from found[2:]
+
+
+@pytest.mark.parametrize(
+    "heading",
+    [
+        "Follow one key from file to kernel and back",
+        "Add an action",
+        "Add a key to a container",
+        "Add a kind of driver",
+    ],
+)
+def test_what_the_lists_of_architecture_name_is_in_the_files_that_they_name(heading: str) -> None:
+    for row in rows("ARCHITECTURE.md", heading):
+        words = re.findall(r"`([^`]+)`", row)
+        paths = [word for word in words if re.fullmatch(r"[\w/-]+(\.py|\.md|/)", word)]
+        places = [[top / path for top in (TOP, TOP / "agent/holdfast") if (top / path).exists()] for path in paths]
+        assert all(places), f"{heading}: no such file: {row}"
+        texts = [place.read_text() for (place,) in places if place.is_file()]
+        named = re.findall(r"`(\w+)`", row.split("|")[2])  # the column that says where
+        for name in named if texts else ():
+            assert any(re.search(rf"\b{name}\b", text) for text in texts), f"{heading}: no `{name}` there: {row}"
