@@ -91,8 +91,9 @@ def _stage(
         images |= fetch_images(context, app, action.images, checks)
         volumes = declared_volumes(context, app, images)
         known = context.store.history().generations.get(app.name, ())
+        earlier = known[-1] if known and _around(known[-1].app) == _around(app) else None
         for name in images:
-            if known and _is_as_in(known[-1], app, name, images[name], volumes.get(name, ())):
+            if earlier and _is_as_in(earlier, app, name, images[name], volumes.get(name, ())):
                 continue
             with checks.of(f"{app.name}/{name}"):
                 _check_container(context, app, name, images[name], volumes.get(name, ()), checks)
@@ -279,11 +280,14 @@ def _from_archive(context: Context, reference: str) -> str:
         os.close(handle)
 
 
+def _around(app: App) -> tuple[object, ...]:
+    """What of an app concerns the checks of all its containers."""
+    return app.depends_on, app.volumes, app.networks
+
+
 def _is_as_in(earlier: Generation, app: App, name: str, image: str, volumes: tuple[Mount, ...]) -> bool:
     """Whether a container is the same as in an earlier generation, whose staging has checked it."""
     then, want = earlier.app, app.containers[name]
-    if (then.depends_on, then.volumes, then.networks) != (app.depends_on, app.volumes, app.networks):
-        return False
     if (then.containers.get(name), earlier.images.get(name)) != (want, image):
         return False
     return (earlier.image_volumes or {}).get(name, ()) == volumes and all(

@@ -114,14 +114,16 @@ def _keep(context: Context, made: Receipt, content: object, spec: Volume) -> Rec
 
 def declared_volumes(context: Context, app: App, images: Mapping[str, str]) -> dict[str, tuple[Mount, ...]]:
     """Return container → the mounts that its image declares. images: container → digest."""
-    declared = {}
-    for name, image in images.items():
-        found = (context.base(image).config.get("config") or {}).get("Volumes")
-        declared[name] = [str(target) for target in found] if isinstance(found, Mapping) else []
+    targets = {image: _declared(context, image) for image in set(images.values())}
     try:
-        return image_volumes(app, declared)
+        return image_volumes(app, {name: targets[image] for name, image in images.items()})
     except ValueError as error:
         raise WrongState(f"volumes of the images of '{app.name}': {error}") from error
+
+
+def _declared(context: Context, image: str) -> list[str]:
+    found = (context.base(image).config.get("config") or {}).get("Volumes")
+    return [str(target) for target in found] if isinstance(found, Mapping) else []
 
 
 def save_volumes(context: Context, instance: Instance) -> None:
