@@ -366,13 +366,20 @@ def test_exec_runs_beside_it(box: Box) -> None:
 
 
 def test_output_is_kept_whole_while_conmon_begins_new_files(box: Box) -> None:
-    script = "i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); [ $((i % 100)) = 0 ] && sleep 0.02; done"
+    """A file is lost when the next one is full before it has its number: so after less than a file, all wait."""
+    burst = "i=0; while [ $i -lt 100 ]; do echo line $((b * 100 + i)); i=$((i+1)); done"
+    script = f"b=0; while [ $b -lt 30 ]; do {burst}; b=$((b+1)); until [ -e /go-$b ]; do sleep 0.01; done; done"
     id = box.bundle(Container(rootfs="/x", command=("sh", "-c", script)))
     size = logs.begin(box.log(id), 10_000, 200)
     keeper = LogKeeper(lambda path: 200)
     keeper.add(box.folder(id))
     run = box.runtime.create(id, box.folder(id), box.log(id), log_size=size)
     box.runtime.start(id)
+    log = box.log(id)
+    for number in range(1, 31):
+        wait_for(lambda last=f"line {number * 100 - 1}\n": last in log.read_text(), "the burst is written")  # type: ignore[misc]
+        wait_for(lambda: log.stat().st_nlink == 2, "the file before it has its number")
+        (box.rootfs / f"go-{number}").touch()
     assert box.runtime.wait_exit(id, run, 30) is not None
     keeper.close()
     texts = [line.text for line in logs.read(box.log(id))]
