@@ -20,6 +20,7 @@ from holdfast.images.kept.store import ImageStore
 from live.agent import LiveAgent
 from live.mounts import Mounts
 from live.registry import Registry
+from live.workshop import Workshop
 
 QUICK = ImageSettings(stall_timeout=patient(20.0), min_free=0)
 
@@ -121,6 +122,12 @@ def new_puller(tmp_path: Path) -> Iterator[Callable[..., Puller]]:
 def puller(new_puller: Callable[..., Puller]) -> Puller:
     """A puller with an empty store."""
     return new_puller()
+
+
+@pytest.fixture
+def workshop(site: Host) -> Workshop:
+    """A builder of the test's own, with an empty store and cache."""
+    return Workshop(site)
 
 
 AGENTS = pytest.StashKey[list[LiveAgent]]()
