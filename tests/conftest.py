@@ -19,7 +19,14 @@ from busybox_image import unpack_tar, write_busybox_tar
 from ground import PATIENCE, Rootfs, find_port, make_site, patient
 from holdfast.drivers import Host
 
-LONGEST = ("test_crash.py", "test_build_agent.py", "test_names.py", "test_ending.py", "test_demo.py", "test_shutdown.py")
+LONGEST = (
+    "test_crash.py",
+    "test_build_agent.py",
+    "test_names.py",
+    "test_ending.py",
+    "test_demo.py",
+    "test_shutdown.py",
+)
 PROGRAMS = ("conmon", "nft", "ip", "git", "busybox", "skopeo", "buildah")
 
 os.environ["PATH"] += os.pathsep + "/usr/local/sbin:/usr/sbin:/sbin"

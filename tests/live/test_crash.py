@@ -29,7 +29,7 @@ from live.census import await_census, expected_census, stored_instances, take_ce
 from live.crashing_agent import PASS, Boundary, CrashingAgent, Run
 from live.processes import kill
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]  # some sixty agents a story, on a machine that may be busy
+pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]  # some twenty agents a test, on a machine that may be busy
 
 CALM = """
 [containers.calm]
@@ -269,20 +269,28 @@ def _is_haunted(world: World) -> None:
 
 @dataclass(frozen=True)
 class Story:
-    """A change that the agent is killed over: whether the shop is there before and after it, and which actions."""
+    """A change that the agent is killed over: whether the shop is there before and after it, and which actions.
+
+    parts: how many tests share its boundaries.
+    """
 
     change: Callable[[World], None]
     before: bool
     after: bool
     actions: tuple[str, ...]
+    parts: int = 1
 
 
 STORIES: Mapping[str, Story] = {
     "staging and what is derived of a new app": Story(
-        _appears, False, True, ("StageGeneration shop", "WriteFirewall firewall", "WriteNames names", "MarkGood shop")
+        _appears,
+        False,
+        True,
+        ("StageGeneration shop", "WriteFirewall firewall", "WriteNames names", "MarkGood shop"),
+        parts=3,
     ),
     "a network is made": Story(_appears, False, True, ("EnsureNetwork network shop/front",)),
-    "a first start": Story(_appears, False, True, ("StartInstance shop/web",)),
+    "a first start": Story(_appears, False, True, ("StartInstance shop/web",), parts=2),
     "a restart": Story(_dies, True, True, ("StartInstance shop/web", PASS)),
     "an update while it runs": Story(_is_resized, True, True, ("UpdateInstance shop/web",)),
     "a replacement": Story(_is_replaced, True, True, ("StopInstance shop/web", "RemoveInstance shop/web")),
@@ -292,9 +300,10 @@ STORIES: Mapping[str, Story] = {
         True,
         False,
         ("StopInstance shop/web", "RemoveNetwork network shop/front", "RemoveVolume volume shop/scratch"),
+        parts=3,
     ),
     "the last of an app that goes": Story(
-        _goes, True, False, ("RemoveInstance shop/web", "ForgetApp shop", "WriteFirewall firewall")
+        _goes, True, False, ("RemoveInstance shop/web", "ForgetApp shop", "WriteFirewall firewall"), parts=3
     ),
     "things that belong to nothing": Story(
         _is_haunted,
@@ -337,11 +346,13 @@ def _recorded(world: World, story: Story) -> list[Boundary]:
     return [each for each in run.boundaries if each.action in actions]
 
 
-@pytest.mark.parametrize("title", STORIES)
-def test_every_boundary_of_an_action_survives_a_kill(world: World, title: str) -> None:
+@pytest.mark.parametrize(
+    ("title", "part"), [(title, part) for title, story in STORIES.items() for part in range(story.parts)]
+)
+def test_every_boundary_of_an_action_survives_a_kill(world: World, title: str, part: int) -> None:
     story = STORIES[title]
     failures = []
-    for boundary in _recorded(world, story):
+    for boundary in _recorded(world, story)[part :: story.parts]:
         _prepare(world, story)
         before = world.runs()
         restarts = _restarts(world)
