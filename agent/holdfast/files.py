@@ -218,3 +218,11 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def names_in(folder: Path | str) -> list[str]:
+    """The names in a directory; none if it does not exist."""
+    try:
+        return os.listdir(folder)  # noqa: PTH208 - names, not paths: there may be thousands
+    except FileNotFoundError:
+        return []

@@ -408,7 +408,7 @@ def test_nothing_wanted_leaves_no_table_and_no_file(lab: Lab, front: Receipt) ->
 
 
 def test_program_nft_serves_where_the_library_lacks(lab: Lab, front: Receipt) -> None:
-    lab.firewall._opened = Program("/usr/sbin/nft")
+    lab.firewall._nft = Program("/usr/sbin/nft")
     lab.protect([front])
     assert lab.firewall.applied() == lab.rules([front])
 

@@ -32,6 +32,13 @@ LARGEST_MEMORY = 2**62  # bytes; v1 says "no limit" as the largest multiple of a
 LINKS_OF_A_LEAF = 2  # its own name and `.`; each cgroup in it adds one
 _mounted: tuple[tuple[str, ...], tuple[Path, ...]] = ((), ())  # the kernel's hierarchies, and where they are
 
+#: OCI throttle lists → v1 file, v2 key in io.max.
+_THROTTLES = {
+    "throttleReadBpsDevice": ("blkio.throttle.read_bps_device", "rbps"),
+    "throttleWriteBpsDevice": ("blkio.throttle.write_bps_device", "wbps"),
+    "throttleReadIOPSDevice": ("blkio.throttle.read_iops_device", "riops"),
+    "throttleWriteIOPSDevice": ("blkio.throttle.write_iops_device", "wiops"),
+}
 #: The files that limits are written to, by controller. Weights have different names with each I/O scheduler.
 _FILES: Mapping[int, Mapping[str, tuple[str, ...]]] = {
     1: {
@@ -42,10 +49,7 @@ _FILES: Mapping[int, Mapping[str, tuple[str, ...]]] = {
         "blkio": (
             "blkio.weight",
             "blkio.bfq.weight",
-            "blkio.throttle.read_bps_device",
-            "blkio.throttle.write_bps_device",
-            "blkio.throttle.read_iops_device",
-            "blkio.throttle.write_iops_device",
+            *(v1 for v1, _ in _THROTTLES.values()),
         ),
     },
     2: {
@@ -55,13 +59,6 @@ _FILES: Mapping[int, Mapping[str, tuple[str, ...]]] = {
         "pids": ("pids.max",),
         "io": ("io.weight", "io.bfq.weight", "io.max"),
     },
-}
-#: OCI throttle lists → v1 file, v2 key in io.max.
-_THROTTLES = {
-    "throttleReadBpsDevice": ("blkio.throttle.read_bps_device", "rbps"),
-    "throttleWriteBpsDevice": ("blkio.throttle.write_bps_device", "wbps"),
-    "throttleReadIOPSDevice": ("blkio.throttle.read_iops_device", "riops"),
-    "throttleWriteIOPSDevice": ("blkio.throttle.write_iops_device", "wiops"),
 }
 
 

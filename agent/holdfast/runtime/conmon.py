@@ -26,7 +26,7 @@ from typing import Any
 
 from holdfast.drivers import Host
 from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
-from holdfast.files import discard_tree, write_whole
+from holdfast.files import discard_tree, names_in, write_whole
 from holdfast.observed import Exit, Json
 from holdfast.runtime import cgroup, delegation
 from holdfast.runtime.binaries import RuntimeBinary
@@ -108,7 +108,7 @@ class Runtime:
         delegation.ensure(self.host)
         for id in cgroup.children(cgroup.ROOT / self.host.name) if self.host.cgroup_root else ():
             self.leave_root(id)
-        for id in _listed(self.host.run_root / "runs") if self.host.cgroup_root else ():
+        for id in names_in(self.host.run_root / "runs") if self.host.cgroup_root else ():
             if (run := self.run_of(id)) and self.supervised(run):
                 delegation.adopt(self.host, run.conmon_pid)
 
@@ -179,7 +179,7 @@ class Runtime:
 
         Hidden names are no containers: crun keeps `.cache` beside them.
         """
-        known = (*_listed(self.root), *_listed(self.host.run_root / "runs"))
+        known = (*names_in(self.root), *names_in(self.host.run_root / "runs"))
         return frozenset(id for id in known if not id.startswith("."))
 
     def cgroups(self) -> frozenset[str]:
@@ -436,13 +436,6 @@ def _leave(place: Path, text: str) -> None:
         fresh = place.with_name(f"{place.name}.{threading.get_ident()}")
         fresh.write_text(text)
         fresh.replace(place)
-
-
-def _listed(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)  # noqa: PTH208 - names, not paths, and a thousand of them
-    except FileNotFoundError:
-        return []
 
 
 @lru_cache(maxsize=1)

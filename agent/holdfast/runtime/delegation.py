@@ -29,6 +29,7 @@ from pathlib import Path
 
 from holdfast.drivers import Host
 from holdfast.errors import TryAgain, UnfitHost
+from holdfast.files import write_whole
 from holdfast.runtime import cgroup
 
 BOOTED = Path("/run/systemd/system")  # sd_booted(3)
@@ -133,10 +134,8 @@ def keeps(host: Host) -> bool:
 
 def _delegate(host: Host) -> None:
     unit, file = unit_of(host.name), unit_file(host)
-    fresh = file.with_name(f".{unit}.new")
     try:
-        fresh.write_text(_UNIT.format(name=host.name))
-        fresh.replace(file)
+        write_whole(file, _UNIT.format(name=host.name))
     except OSError as error:
         raise TryAgain(f"write unit file '{file}': {(error.strerror or '').lower()}") from error
     done = _systemctl(host, "start", unit)

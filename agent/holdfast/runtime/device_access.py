@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from holdfast.errors import UnfitHost
 from holdfast.runtime import cgroup
+from holdfast.syscalls import call
 
 TUN = (10, 200)
 
@@ -134,11 +135,11 @@ def _instruction(code: int, target: int, source: int, offset: int, value: int = 
 
 
 def _bpf(command: int, attributes: bytes, subject: str) -> int:
-    libc, number = ctypes.CDLL(None, use_errno=True), _SYS_BPF.get(platform.machine())
+    number = _SYS_BPF.get(platform.machine())
     if number is None:
         raise UnfitHost(f"bpf '{subject}': its number on {platform.machine()} is not known")
     buffer = ctypes.create_string_buffer(attributes, len(attributes))
-    result = int(libc.syscall(number, command, buffer, len(attributes)))
-    if result < 0:
-        raise UnfitHost(f"bpf '{subject}': {os.strerror(ctypes.get_errno()).lower()}")
-    return result
+    try:
+        return call("syscall", number, command, buffer, len(attributes))
+    except OSError as error:
+        raise UnfitHost(f"bpf '{subject}': {(error.strerror or '').lower()}") from error

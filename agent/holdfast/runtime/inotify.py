@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+from holdfast.syscalls import call
 
 MODIFY, MOVED_TO, CREATE, IGNORED = 0x2, 0x80, 0x100, 0x8000
 
@@ -18,19 +19,14 @@ class Inotify:
 
     def __init__(self, events: int) -> None:
         self._events = events
-        self._libc = ctypes.CDLL(None, use_errno=True)
         self._folders: dict[int, Path] = {}
-        self._fd: int = self._libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
-        if self._fd < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "inotify")
+        self._fd = call("inotify_init1", os.O_CLOEXEC | os.O_NONBLOCK, about="inotify")
         self._poller = select.poll()
         self._poller.register(self._fd, select.POLLIN)
 
     def add(self, folder: Path) -> None:
         """Watch a folder; raises OSError if that can't be."""
-        watch = self._libc.inotify_add_watch(self._fd, os.fsencode(folder), self._events)
-        if watch < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+        watch = call("inotify_add_watch", self._fd, os.fsencode(folder), self._events, about=folder)
         self._folders[watch] = folder
 
     def wait(self, timeout: float | None) -> Iterator[tuple[Path, str]]:

@@ -20,6 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from holdfast.files import names_in
+
 LINE = 64 << 10  # bytes after which an unfinished line is yielded in pieces
 _BLOCK = 256 << 10  # bytes that are read at once from the end backwards
 _WHOLE_LINE = re.compile(rb"\n\S+ \S+ F")  # begins with a byte that is found fast: rows have 8 KiB
@@ -126,10 +128,7 @@ def _inodes(log_path: Path) -> list[tuple[Path, int]]:
 
 def _numbered(log_path: Path) -> list[Path]:
     prefix = f"{log_path.name}."
-    try:
-        names = os.listdir(log_path.parent)  # noqa: PTH208 - names, not paths: an app may have a thousand logs
-    except FileNotFoundError:
-        return []
+    names = names_in(log_path.parent)
     return [log_path.with_name(name) for name in names if name.startswith(prefix) and name[len(prefix) :].isdecimal()]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from holdfast.drivers import Host
 from holdfast.errors import NotPermitted, UnfitHost
+from holdfast.files import names_in
 from holdfast.mounts import mount_points
 from holdfast.observed import Receipt
 from holdfast.syscalls import (
@@ -67,11 +68,7 @@ def ensure(host: Host, instance: str, pid: int | None = None) -> Receipt:
 def observe(host: Host) -> Iterable[Receipt]:
     """List the namespaces with the agent's name, and (with empty data) files that lost their namespace."""
     prefix = f"{host.name}-"
-    try:
-        names = os.listdir(FOLDER)  # noqa: PTH208 - names, not paths, and a thousand of them
-    except FileNotFoundError:
-        return []
-    ours = [name for name in names if name.startswith(prefix)]
+    ours = [name for name in names_in(FOLDER) if name.startswith(prefix)]
     bound = _bound() if ours else frozenset()
     return [_receipt(FOLDER / n, n.removeprefix(prefix), n in bound) for n in sorted(ours)]
 

@@ -11,6 +11,7 @@ import json
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from ipaddress import AddressValueError, IPv4Address
 from typing import Any
 
@@ -48,8 +49,6 @@ class NftablesFirewall:
         self._file = host.run_root / "firewall.json"
         self._lock = threading.RLock()
         self._snapshot: Snapshot | None = None
-        self._opened: Nft | None = None
-        self._rule_set: RuleSet | None = None
         self._conntrack = conntrack or Conntrack()
         self._loopback = Loopback()
         self._found: tuple[Finding, ...] = ()
@@ -158,17 +157,13 @@ class NftablesFirewall:
 
         return Monitor(self._host.name, look).close
 
-    @property
+    @cached_property
     def _nft(self) -> Nft:
-        if self._opened is None:
-            self._opened = open_nft()
-        return self._opened
+        return open_nft()
 
-    @property
+    @cached_property
     def _rules(self) -> RuleSet:
-        if self._rule_set is None:
-            self._rule_set = RuleSet()
-        return self._rule_set
+        return RuleSet()
 
     def _receipt(self, digest: str, root: str | None = None) -> Receipt:
         """root: the id in the table's comment; a table that is as we wrote it is ours."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from holdfast.drivers import Host, Receipt, RootfsWant
 from holdfast.errors import NotPermitted, UnfitHost, WrongCall, WrongState
-from holdfast.files import remove_tree
+from holdfast.files import names_in, remove_tree
 from holdfast.mounts import mount_points
 from holdfast.syscalls import is_mounted, unmount
 from holdfast_plugins.storage import quota
@@ -72,7 +72,7 @@ class OverlayRootfs:
             if point.startswith(parent) and point.endswith("/rootfs")
         }
         layers = str(self.host.root / "instances")
-        for instance in sorted({*mounted, *_names_in(layers)}):
+        for instance in sorted({*mounted, *names_in(layers)}):
             data = _data(f"{parent}{instance}/rootfs", f"{layers}/{instance}/upper") if instance in mounted else {}
             yield Receipt("rootfs", self.name, instance, instance, data, self.host.id)  # it lies in this root
 
@@ -107,13 +107,6 @@ def _limit(layer: Path, want: RootfsWant) -> None:
         quota.limit(layer, want.size or 0, f"rootfs {want.instance}")
     except OSError as error:
         raise UnfitHost(f"limit writable layer of {want.instance!r}: {error.strerror}") from error
-
-
-def _names_in(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)  # noqa: PTH208 - names, not paths, and a thousand of them
-    except FileNotFoundError:
-        return []
 
 
 def _make_upper(upper: Path, top: Path) -> None:
