@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from holdfast.drivers import Host
 from live.agent import LiveAgent
+from live.examples import install, run_tests
 
 pytestmark = [pytest.mark.live, pytest.mark.usefixtures("mounts_alone"), pytest.mark.timeout(600)]
-
-EXAMPLE = Path(__file__).parents[2] / "examples/plugin"
 
 USE = """
 import json, sys
@@ -56,12 +52,7 @@ driver_opts = { size = "4MiB" }
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a Python that has the plugin installed; the tests' own stays as it is."""
-    folder = tmp_path_factory.mktemp("plugin")
-    source = shutil.copytree(EXAMPLE, folder / "source", ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
-    target = folder / "site"
-    subprocess.run([*pip, "--disable-pip-version-check", "--target", target, source], check=True)
-    yield {**os.environ, "PYTHONPATH": str(target), "PYTHONDONTWRITEBYTECODE": "1"}
+    yield install("plugin", tmp_path_factory.mktemp("plugin"))
 
 
 def test_the_installed_plugin_offers_its_driver_and_holds_a_volume(installed: dict[str, str], site: Host) -> None:
@@ -116,16 +107,4 @@ def test_what_a_plugin_made_stays_when_the_plugin_is_gone_and_goes_when_it_is_ba
 
 
 def test_the_plugins_own_conformance_tests_pass(installed: dict[str, str], site: Host) -> None:
-    arguments: list[str | Path] = [
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--rootdir",
-        EXAMPLE,
-        "--basetemp",
-        site.root / "own",
-        EXAMPLE / "tests",
-    ]
-    done = subprocess.run([sys.executable, "-m", "pytest", *arguments], env=installed, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert "passed" in done.stdout
+    run_tests("plugin", installed, site.root / "own")
