@@ -88,6 +88,7 @@ class Reconciler:
 
         The lanes of the node carry out what it decides.
         """
+        light = light and not deep  # whoever asks for a deep pass has just changed something, perhaps
         spec = self.wanted(light=light)
         self._announce()
         self._announce_error()

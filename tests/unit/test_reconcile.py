@@ -84,3 +84,18 @@ def test_settings_that_change_while_a_revision_is_read_apply_to_it(source: _Sour
 def test_a_revision_is_read_once_however_often_it_is_asked_for(source: _Source) -> None:
     reconciler = _reconciler(source)
     assert reconciler.wanted() is reconciler.wanted()
+
+
+class _Asked(Exception):
+    """Ends a pass once it has asked its source."""
+
+
+@pytest.mark.parametrize(("deep", "light"), [(False, True), (True, False)])
+def test_a_deep_pass_does_not_rely_on_what_a_watch_has_told(source: _Source, deep: bool, light: bool) -> None:
+    def asked(*, light: bool = False) -> Revision:
+        raise _Asked(light)
+
+    source.current = asked  # type: ignore[method-assign]
+    with pytest.raises(_Asked) as found:
+        _reconciler(source).run(deep=deep, light=True)
+    assert found.value.args == (light,)
