@@ -124,7 +124,7 @@ class Daemon(Answers):
                 timer = min(timer, NO_ROOM)
             if self._last and self._last.source["error"] and self._last.source["kind"] == "directory":
                 timer = min(timer, NO_SOURCE)
-            if self._node.skipped:
+            if self._node.skipped and not self._node.busy:  # else what is under way wakes us
                 timer = min(timer, SETTLED)
             woken = await self._wait(timer if wake_at is None else min(timer, wake_at - time.time()))
 
