@@ -21,16 +21,16 @@ from typing import Any
 import pytest
 
 from holdfast import hookspecs
-from holdfast.drivers import CgroupWant, Driver, EndpointWant, Host, NetworkWant, OfContainer, VolumeWant
+from holdfast.drivers import CgroupWant, Driver, EndpointWant, Host, MountWant, NetworkWant, OfContainer, VolumeWant
 from holdfast.errors import UnfitHost, WrongState
 from holdfast.guard import Guarded, breach, found_by
-from holdfast.hookspecs import hookimpl
-from holdfast.kinds import KINDS, MOUNT, POLICY, VOLUME, DriverKind, kind_of, kind_of_want
+from holdfast.hookspecs import API_VERSION, OLDEST_API, hookimpl
+from holdfast.kinds import KINDS, MOUNT, POLICY, ROOTFS, VOLUME, DriverKind, kind_of, kind_of_want
 from holdfast.observed import Finding, Receipt
 from holdfast.patches import merge_patch
 from holdfast.plugins import HOOKS, Plugins, PluginState, load_plugins
-from holdfast.spec.model import Resources
-from holdfast.testing import temporary_host
+from holdfast.spec.model import Mount, Resources
+from holdfast.testing import MountConformance, temporary_host
 from holdfast.workers import NoAnswer, Worker
 
 MANUAL = Path(__file__).parents[2] / "plugins/README.md"
@@ -39,6 +39,27 @@ EXAMPLE = types.ModuleType("manual_example")
 exec(next(code for label, code in BLOCKS if not label), EXAMPLE.__dict__)
 conformance = {**EXAMPLE.__dict__}
 exec(next(code for label, code in BLOCKS if label.strip() == "conformance"), conformance)
+
+
+MOUNTS = types.ModuleType("manual_mount")
+exec(next(code for label, code in BLOCKS if label.strip() == "mount"), MOUNTS.__dict__)
+EXAMPLES = MANUAL.parents[1] / "examples"
+
+
+def block(label: str) -> str:
+    """The only block of code in the manual with a label."""
+    (code,) = [code for each, code in BLOCKS if each.strip() == label]
+    return str(code)
+
+
+@pytest.mark.usefixtures("mounts_alone")
+class TestTheManualsMount(MountConformance):
+    def make_driver(self, host: Host) -> Driver[MountWant]:
+        driver: Driver[MountWant] = MOUNTS.EmptyMount(host)
+        return driver
+
+    def make_want(self, host: Host, number: int) -> MountWant:
+        return MountWant(instance=f"{host.id}-{number:08}", mount=Mount(kind="empty", target="/work"))
 
 
 TestTheManualsExample: Any = pytest.mark.usefixtures("mounts_alone")(conformance["TestPlainVolume"])
@@ -97,13 +118,58 @@ def test_the_manual_lists_every_hook_in_call_order_with_its_exact_signature() ->
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_the_manual_names_every_field_of_a_want_and_all_that_its_receipt_must_have(kind: DriverKind[Any]) -> None:
-    about = [field.name for field in dataclasses.fields(OfContainer)]
-    fields = ", ".join(field.name for field in dataclasses.fields(kind.want) if field.name not in about)
-    assert all(f"`{field}`" in MANUAL.read_text() for field in about)
-    (row,) = [line for line in MANUAL.read_text().splitlines() if f"`{kind.want.__name__}({fields})`" in line]
+def test_the_manual_has_a_row_for_each_kind_with_all_that_its_receipt_must_have(kind: DriverKind[Any]) -> None:
+    (row,) = [line for line in MANUAL.read_text().splitlines() if f"| `{kind.want.__name__}` |" in line]
     assert kind.receipt is None or f"| `{kind.receipt}` |" in row
     assert [key for key in kind.required if f"`{key}`" not in row] == []
+    (suite,) = [line for line in MANUAL.read_text().splitlines() if line.startswith(f"| `{kind.conformance}` |")]
+    assert kind is POLICY or kind is ROOTFS or f"`{kind.want.__name__}`" in suite
+
+
+def test_the_manual_lists_every_field_of_every_want() -> None:
+    about = [field.name for field in dataclasses.fields(OfContainer)]
+    fields = {kind.want.__name__: [each.name for each in dataclasses.fields(kind.want)] for kind in KINDS}
+    exact = [f"{want}({', '.join(name for name in names if name not in about)})" for want, names in fields.items()]
+    assert [ast.unparse(each) for each in ast.parse(block("wants")).body] == exact
+    assert [field for field in about if f"`{field}`" not in MANUAL.read_text()] == []
+
+
+def test_the_manual_says_what_a_driver_may_have_besides_and_which_errors_it_raises() -> None:
+    text = MANUAL.read_text()
+    besides = {"watch", "findings", "options", "migrate", "receipt_version", *MOUNT.optional}
+    errors = {"WrongState", "UnfitHost", "Conflict", "TryAgain"}
+    assert [name for name in besides if not re.search(rf"`{name}\b", text)] == []
+    assert [name for name in errors if f"| `{name}` |" not in text] == []
+    assert f"this holdfast offers {OLDEST_API} and {API_VERSION}" in text
+
+
+def test_the_code_of_the_manual_runs(tmp_path: Path) -> None:
+    exec(block("leases"), {"folder": tmp_path / "leases"})
+    model: dict[str, Any] = {}
+    exec(compile(block("options"), "manual", "exec", dont_inherit=True), model)
+    assert model["read_options"](model["Options"], {"size": "2KiB"}).size == 2048
+    assert {label.strip() for label, _ in BLOCKS} == {
+        "",
+        "wants",
+        "mount",
+        "leases",
+        "options",
+        "hooks",
+        "conformance",
+    }
+
+
+def test_lines_of_the_manual_have_at_most_120_columns() -> None:
+    assert [line for line in MANUAL.read_text().splitlines() if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*/holdfast_*.py")), ids=lambda path: path.stem)
+def test_the_examples_are_in_the_manual_and_import_only_what_it_says(example: Path) -> None:
+    text = MANUAL.read_text()
+    assert f"`{example.relative_to(EXAMPLES.parent)}`" in text
+    imported = {each.module for each in ast.walk(ast.parse(example.read_text())) if isinstance(each, ast.ImportFrom)}
+    ours = {module for module in imported if module and module.partition(".")[0].startswith("holdfast")}
+    assert [module for module in ours if not re.search(rf"^\| .*`{module}`.* \|", text, re.MULTILINE)] == []
 
 
 def test_a_new_kind_of_driver_is_an_entry_that_leaves_nothing_open() -> None:
