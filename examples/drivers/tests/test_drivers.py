@@ -121,6 +121,8 @@ class TestMacvlanNetwork(OnALink, NetworkConformance):
 
 
 class TestMacvlanEndpoint(OnALink, EndpointConformance):
+    many = 10
+
     def make_driver(self, host: Host) -> MacvlanEndpoint:
         return MacvlanEndpoint(host, MacvlanNetwork(host))
 
