@@ -108,10 +108,16 @@ def width() -> int | None:
 
 
 def terminal_size() -> os.terminal_size:
-    """The size of the terminal, or as COLUMNS and LINES say."""
-    from shutil import get_terminal_size  # slow to import, and of no use to a script
-
-    return get_terminal_size()
+    """The size of the terminal, or as COLUMNS and LINES say. As shutil has it, which takes long to import."""
+    try:
+        seen = os.get_terminal_size(sys.stdout.fileno())
+    except (OSError, ValueError):
+        seen = os.terminal_size((80, 24))
+    said = [os.environ.get(name, "") for name in ("COLUMNS", "LINES")]
+    columns, lines = (
+        int(word) if word.isdigit() and int(word) else size for word, size in zip(said, seen, strict=True)
+    )
+    return os.terminal_size((columns, lines))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[Sequence[str]] = ()) -> None:
