@@ -20,7 +20,7 @@ from holdfast.runtime import netns
 from holdfast.testing import DriverConformance, EndpointConformance, NetworkConformance
 from holdfast_plugins.network.bridge import BridgeNetwork
 from holdfast_plugins.network.endpoint import BridgeEndpoint
-from holdfast_plugins.network.none_host import BareNetwork
+from holdfast_plugins.network.none_host import BareEndpoint, BareNetwork
 from live.netlab import BRIEFLY, PATIENCE, Lab, Seen, in_namespace, tcp
 
 pytestmark = pytest.mark.live
@@ -384,6 +384,23 @@ class TestBareNetwork(OnSites, NetworkConformance):
 
     def make_want(self, host: Host, number: int) -> NetworkWant:
         return NetworkWant(id=f"none-{number}")
+
+
+class TestBareEndpoint(OnSites, EndpointConformance):
+    leaves_traces = False
+
+    def make_driver(self, host: Host) -> BareEndpoint:
+        return BareEndpoint("none")
+
+    def make_want(self, host: Host, number: int) -> EndpointWant:
+        network = BareNetwork("none").ensure(NetworkWant(id="none"))
+        instance = f"{host.id}-{number:08}"
+        path = Path(netns.ensure(host, instance).data["path"])
+        return EndpointWant(instance=instance, network=network, netns=path, interface="eth0", default_route=False)
+
+    def clean_up(self, host: Host) -> None:
+        for namespace in netns.observe(host):
+            netns.remove(host, namespace)
 
 
 class TestBridgeEndpoint(OnSites, EndpointConformance):

@@ -15,7 +15,9 @@ from typing import ClassVar
 import pytest
 
 from holdfast.drivers import Host, VolumeWant
+from holdfast.kinds import KINDS
 from holdfast.observed import Receipt
+from holdfast.plugins import load_plugins
 from holdfast.syscalls import MS_BIND, mount, unmount
 from holdfast.testing import VolumeConformance, temporary_host
 from holdfast.testing.confined import run_confined, take_away
@@ -276,6 +278,16 @@ def test_a_driver_that_writes_elsewhere_can_not_and_is_told_so(tmp_path: Path) -
     with pytest.raises(AssertionError, match="may write below host"):
         kit(WritesElsewhere).test_nothing_is_made_outside_of_the_hosts_places(host=host)
     assert list(tmp_path.rglob("log")) == []
+
+
+def test_every_built_in_driver_is_held_to_the_laws(tmp_path: Path) -> None:
+    plugins = load_plugins(temporary_host(tmp_path))
+    drivers = {type(each.driver) for kind in KINDS for each in plugins.of_kind(kind).values()}
+    built_in = {each.__name__ for each in drivers if each.__module__.startswith("holdfast_plugins.")}
+    tests = "".join(file.read_text() for file in Path(__file__).parents[1].glob("*/test_*.py"))
+    held = set(re.findall(r"def make_(?:driver|policy)\(.*\) -> (\w+):", tests))
+    assert built_in
+    assert built_in - held == set()
 
 
 # -- the suite itself does no harm ---------------------------------------------------------------------------
