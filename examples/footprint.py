@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from holdfast.drivers import Host
+from holdfast.files import discard_tree
 from holdfast.identity import PLACE
 from holdfast.runtime import apparmor
 from holdfast.runtime.delegation import dissolve, unit_file
@@ -68,7 +68,7 @@ def sweep(host: Host) -> None:
     (PLACE / host.name).unlink(missing_ok=True)
     dissolve(host)
     if not list(mounts(host)):
-        shutil.rmtree(host.run_root, ignore_errors=True)
+        discard_tree(host.run_root)
 
 
 def processes(host: Host) -> Iterator[tuple[int, str]]:

@@ -19,7 +19,9 @@ from pathlib import Path
 
 from holdfast.drivers import Driver, Host, VolumeWant
 from holdfast.errors import UnfitHost, WrongCall, WrongState
+from holdfast.files import discard_tree
 from holdfast.hookspecs import hookimpl
+from holdfast.mounts import mount_points
 from holdfast.observed import Receipt
 
 PROGRAMS = ("mkfs.ext4", "e2fsck", "resize2fs", "debugfs", "losetup", "mount", "umount")
@@ -79,7 +81,7 @@ class Ext4Volume:
 
     def observe(self) -> Iterable[Receipt]:
         """Every volume on disk; the data of one that is not mounted (since a reboot) is empty."""
-        mounted = _mount_points()
+        mounted = {each.point for each in mount_points()}
         for image in sorted(self.root.glob("*/*/image")):
             receipt = self._receipt(f"{image.parent.parent.name}/{image.parent.name}")
             there = receipt.data["path"] in mounted
@@ -91,7 +93,7 @@ class Ext4Volume:
         if (folder / "mnt").is_mount():
             _run("umount", "--lazy", str(folder / "mnt"))
         (folder / "image").unlink(missing_ok=True)  # first: without it, the rest is no volume
-        shutil.rmtree(folder, ignore_errors=True)
+        discard_tree(folder)
         with suppress(OSError):  # gone, or there are other volumes of the app
             folder.parent.rmdir()
             self.root.rmdir()
@@ -208,11 +210,6 @@ def _formatted_size(image: Path) -> int:
 
 def _loop_devices(image: Path) -> list[str]:
     return _run("losetup", "--noheadings", "--output", "NAME", "--associated", str(image)).split()
-
-
-def _mount_points() -> set[str]:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return {line.split()[4].replace("\\040", " ") for line in lines}
 
 
 def _run(program: str, *arguments: str, worst: int = 0) -> str:
