@@ -192,7 +192,7 @@ def _kill_after(child: int, seconds: float) -> None:
 
 def _drivers(config: Path) -> dict[str, type]:
     """Load the plugins once, which imports them, and return the classes of their drivers."""
-    import holdfast_plugins.network.messages  # noqa: F401 - imported here once, not by each child
+    import holdfast_plugins.network.messages  # noqa: F401
     from holdfast.config import load_config
     from holdfast.drivers import Host
     from holdfast.kinds import KINDS

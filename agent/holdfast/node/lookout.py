@@ -63,8 +63,12 @@ class Lookout:
             each.id: each for each in seen.instances if each is store.instances.get(each.id) and each.key not in busy
         }
         self._firewall = (kept, seen.firewall)
-        networks = {id: self._network(store.receipt("network", id), state) for id, state in seen.networks.items()}
-        self._networks = {id: self._networks[id] for id in networks}
+        networks = dict(seen.networks)
+        for id, state in seen.networks.items():
+            receipt = store.receipt("network", id)
+            if receipt is not None:  # else it is being removed right now
+                networks[id] = self._network(receipt, state)
+        self._networks = {id: known for id, known in self._networks.items() if id in networks}
         self._last = replace(seen, networks=networks)
         if not self._as_recorded(busy):
             self._trusted = False
@@ -82,9 +86,8 @@ class Lookout:
             and all(plugin.state == "ok" for plugin in plugins)
         )
 
-    def _network(self, receipt: Receipt | None, seen: NetworkState | None = None) -> NetworkState:
+    def _network(self, receipt: Receipt, seen: NetworkState | None = None) -> NetworkState:
         """The state of a network: the same object as long as nothing of it is new."""
-        assert receipt is not None
         known = self._networks.get(receipt.id)
         if known is not None and known[0] is receipt and (seen is None or known[1] == seen):
             return known[1]
