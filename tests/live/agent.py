@@ -93,6 +93,7 @@ class LiveAgent:
     def cli(self, *args: str, check: bool = True, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """Run `holdfast args…` against this agent; check: raise AssertionError unless it exits 0."""
         environment = {**os.environ, "HOLDFAST_CONFIG": str(self.config)}
+        environment.pop("COLUMNS", None)  # a test that runs beside others has it, and tables would fold
         if self._as_script:
             done = subprocess.run(
                 [HOLDFAST, *args], check=False, env=environment, text=True, timeout=patient(timeout),

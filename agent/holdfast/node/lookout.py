@@ -9,7 +9,7 @@ next full look: at once where a driver noticed something or an action failed, el
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from holdfast.node.context import Context
@@ -35,6 +35,7 @@ class Lookout:
         self._instances: dict[InstanceId, Instance] = {}  # those that are as recorded
         self._networks: dict[str, tuple[Receipt, NetworkState]] = {}
         self._volumes: list[Receipt] = []
+        self._wanted: dict[int, Container] = {}  # by identity: what does not change stays the same object
         self._firewall: tuple[Json | None, FirewallWant | None] = (None, None)
         self.skipped = False
 
@@ -42,20 +43,26 @@ class Lookout:
         """Have the next look be a full one."""
         self._trusted = False
 
-    def look(self, busy: frozenset[Subject], wanted: Iterable[Container], *, deep: bool, light: bool) -> Observed:
+    def look(self, busy: frozenset[Subject], wanted: Sequence[Container], *, deep: bool, light: bool) -> Observed:
         """Read the host. light: reading the records will do, if they are to be trusted. The rest: see `observe`."""
-        self.skipped = light and not deep and self._may_skip()
+        self.skipped = light and not deep and self._may_skip() and not self._asks_for_mounts(wanted)
         return self._from_records(busy) if self.skipped else self._full(busy, deep=deep, wanted=wanted)
 
     def _may_skip(self) -> bool:
         due = time.monotonic() - self._looked > LONGEST
         return self._trusted and not due and self._context.same_boot() and self._volume_receipts() == self._volumes
 
+    def _asks_for_mounts(self, wanted: Iterable[Container]) -> bool:
+        """Whether a container that is new since the last full look has mounts that the host may lack."""
+        new = (want for want in wanted if id(want) not in self._wanted)
+        return any(mount.kind == "bind" for want in new for mount in want.mounts)
+
     def _volume_receipts(self) -> list[Receipt]:
         return [each for each in self._context.store.owned("") if each.kind == "volume"]
 
-    def _full(self, busy: frozenset[Subject], *, deep: bool, wanted: Iterable[Container]) -> Observed:
+    def _full(self, busy: frozenset[Subject], *, deep: bool, wanted: Sequence[Container]) -> Observed:
         store = self._context.store
+        self._wanted = {id(want): want for want in wanted}
         self._trusted, self._looked, self._volumes = True, time.monotonic(), self._volume_receipts()
         kept = store.fact("firewall")
         seen = observe(self._context, self._exits.watches, busy=busy, deep=deep, wanted=wanted)
@@ -64,11 +71,11 @@ class Lookout:
         }
         self._firewall = (kept, seen.firewall)
         networks = dict(seen.networks)
-        for id, state in seen.networks.items():
-            receipt = store.receipt("network", id)
+        for name, state in seen.networks.items():
+            receipt = store.receipt("network", name)
             if receipt is not None:  # else it is being removed right now
-                networks[id] = self._network(receipt, state)
-        self._networks = {id: known for id, known in self._networks.items() if id in networks}
+                networks[name] = self._network(receipt, state)
+        self._networks = {name: known for name, known in self._networks.items() if name in networks}
         self._last = replace(seen, networks=networks)
         if not self._as_recorded(busy):
             self._trusted = False

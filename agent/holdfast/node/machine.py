@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -320,9 +320,8 @@ class Node:
         store.put_failure(action.subject, Failure(action.tried, outcome.error, count, outcome.at, retry_at, code))
 
 
-def _wanted(spec: Spec | None) -> Iterator[Container]:
-    for app in spec.apps.values() if spec else ():
-        yield from app.containers.values()
+def _wanted(spec: Spec | None) -> list[Container]:
+    return [want for app in spec.apps.values() for want in app.containers.values()] if spec else []
 
 
 def _journal(event: Json) -> None:
