@@ -44,7 +44,7 @@ def allow(host: Host, nft: Nft) -> None:
 
 
 def withdraw(host: Host, nft: Nft) -> None:
-    """Remove the accept wherever it is. Idempotent."""
+    """Remove our rules from every chain that has them. Calling it again changes nothing."""
     for chain in (FORWARD, DOCKER_USER):
         if _listing(nft, chain):
             for rule in _rules(host):
