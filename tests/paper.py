@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -280,21 +279,6 @@ class PaperAgent(Echo):
 
 @contextmanager
 def served(agent: Questions, path: Path) -> Iterator[None]:
-    """Serve an agent on a socket, on a loop in a thread of its own."""
-    ready, loop = threading.Event(), asyncio.new_event_loop()
-    over = asyncio.Event()
-
-    async def run() -> None:
-        async with serving(agent, path, root=path.parent):
-            ready.set()
-            await over.wait()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(run()))
-    thread.start()
-    assert ready.wait(10)
-    try:
+    """Serve an agent on a socket."""
+    with serving(agent, path, root=path.parent):
         yield
-    finally:
-        loop.call_soon_threadsafe(over.set)
-        thread.join()
-        loop.close()

@@ -25,6 +25,7 @@ A class that answers questions overrides their methods; what it does not overrid
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -41,6 +42,7 @@ Caller = NewType("Caller", str)
 NOBODY = Caller("")
 F = TypeVar("F", bound=Callable[..., Any])
 
+PLACE = re.compile(r"{(\w+):([^}]+)}")  # a parameter in a path: its name, and what it looks like
 TARGET = "{target:[^/]+/[^/]+}"  # APP/NAME of a container, as a part of a path
 ID = "{id:.+}"  # the name of anything else
 

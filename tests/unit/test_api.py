@@ -21,7 +21,7 @@ from holdfast.cli.client import Client
 from holdfast.daemon.agent import Daemon
 from holdfast.daemon.compose import one_each
 from holdfast.daemon.offline import Offline
-from holdfast.errors import Conflict, NoAgent, NotFound, TryAgain, WrongCall, WrongConfig
+from holdfast.errors import Conflict, HoldfastError, NoAgent, NotFound, TryAgain, WrongCall, WrongConfig
 from holdfast.questions import QUESTIONS, Question, Questions, Sink
 from paper import Echo, PaperAgent, served
 
@@ -173,7 +173,7 @@ def line(heard: Iterator[Any]) -> Any:
 
 
 def nobody_reads() -> bool:
-    return not any(thread.name == "line reader" for thread in threading.enumerate())
+    return not any(thread.name == "answer" for thread in threading.enumerate())
 
 
 def close(lines: Iterator[Any]) -> None:
@@ -229,13 +229,44 @@ def test_a_followed_log_goes_on_and_its_reader_thread_ends_with_the_caller(clien
 
 
 def test_a_wrong_path_or_body_is_one_line(client: Client, tmp_path: Path) -> None:
-    for request in (b"GET /v2/nothing HTTP/1.0\r\n\r\n", b"POST /v1/sync HTTP/1.0\r\nContent-Length: 1\r\n\r\n["):
+    for request in (
+        b"GET /v2/nothing HTTP/1.0\r\n\r\n",
+        b"PUT /v1/status HTTP/1.0\r\n\r\n",
+        b"GET /v1/sync HTTP/1.0\r\n\r\n",
+        b"what is this\r\n\r\n",
+        b"POST /v1/sync HTTP/1.0\r\nContent-Length: 1\r\n\r\n[",
+        b"POST /v1/sync HTTP/1.0\r\nContent-Length: -1\r\n\r\n{}",
+        b"POST /v1/sync HTTP/1.0\r\nContent-Length: 9999999\r\n\r\n{}",
+        b"GET /v1/status HTTP/1.0\r\n" + b"A: b\r\n" * 1000 + b"\r\n",
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.0\r\n\r\n",
+    ):
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(tmp_path / "agent.sock"))
             connection.sendall(request)
-            answer = connection.makefile("rb").read()
-        assert b'"exit_code": 64' in answer
+            answer = all_of(connection)
+        assert b'"exit_code": 64' in answer, request[:80]
         assert b"Traceback" not in answer
+
+
+def test_a_bug_in_an_answer_is_told_as_one_and_the_next_question_is_answered(
+    agent: PaperAgent, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError
+
+    for name in ("plan", "events", "export_image"):
+        monkeypatch.setattr(agent, name, fails)
+    for call in (client.plan, lambda: list(client.events()), lambda: client.export_image("a:1", io.BytesIO())):
+        with pytest.raises(HoldfastError, match="failed by a bug \\(see the agent's log\\)"):
+            call()
+    assert client.status()["converged"]
+
+
+def test_followers_end_soon_after_the_agent(tmp_path: Path) -> None:
+    with served(PaperAgent(), tmp_path / "agent.sock"):
+        heard = Client(tmp_path / "agent.sock").events(follow=True)
+        assert line(heard)["seq"] == 1
+    assert not any(heard)
 
 
 def test_without_a_group_the_socket_is_its_owners_alone(agent: PaperAgent, tmp_path: Path) -> None:
@@ -309,8 +340,14 @@ def answer_to(path: Path, method: str, target: str, body: bytes = b"") -> bytes:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as raw:
         raw.connect(str(path))
         raw.sendall(f"{method} {target} HTTP/1.0\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
-        answer = b""
-        while part := raw.recv(65536):
+        return all_of(raw)
+
+
+def all_of(connection: socket.socket) -> bytes:
+    """All that the agent sends. It resets a connection from which it has not read everything."""
+    answer = b""
+    with suppress(ConnectionResetError):
+        while part := connection.recv(65536):
             answer += part
     return answer
 

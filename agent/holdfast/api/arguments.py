@@ -1,4 +1,4 @@
-"""Read the arguments of a request, and check them against the types of the question's parameters."""
+"""Check the arguments of a request against the types of the question's parameters."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import json
 import pwd
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
+from urllib.parse import parse_qs
 
-from aiohttp import web
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from holdfast.errors import WrongCall
@@ -36,44 +36,40 @@ def model_of(question: Question) -> type[BaseModel]:
     return create_model(question.name, **fields)
 
 
-async def arguments_of(request: web.Request, question: Question) -> dict[str, Any]:
-    """The arguments of a request. Raises WrongCall for one that is missing or of another type."""
-    posted, hints = question.method == "POST", question.hints()
-    if posted:
-        given = await body(request)
-    else:
-        lists = {name for name, hint in hints.items() if hint == Sequence[str]}
-        given = {name: request.query.getall(name) if name in lists else request.query[name] for name in request.query}
-    given = {name: value for name, value in given.items() if value is not None} | request.match_info
+def arguments_of(question: Question, given: Mapping[str, Any], request: str) -> dict[str, Any]:
+    """The arguments of a question. Raises WrongCall, with the request, for one that is missing or of another type."""
+    said = {name: value for name, value in given.items() if value is not None}
     try:
-        found = model_of(question).model_validate(given, strict=posted)
+        found = model_of(question).model_validate(said, strict=question.method == "POST")
     except ValidationError as error:
         wrong = [f"'{each['loc'][0]}': {each['msg'][:1].lower()}{each['msg'][1:]}" for each in error.errors()]
-        raise WrongCall(f"{request.method} '{request.path}': {'; '.join(wrong)}") from error
-    seen = {name: Caller(caller(request)) for name, hint in hints.items() if hint is Caller}
-    return {name: getattr(found, name) for name in found.model_fields_set} | seen
+        raise WrongCall(f"{request}: {'; '.join(wrong)}") from error
+    return {name: getattr(found, name) for name in found.model_fields_set}
 
 
-async def body(request: web.Request) -> dict[str, Any]:
-    """The JSON object that a request carries; {} without one."""
-    data = await request.read()
+def in_query(question: Question, query: str) -> dict[str, Any]:
+    """The arguments in the query of a request, as texts."""
+    hints = question.hints()
+    given = parse_qs(query, keep_blank_values=True)
+    return {name: texts if hints.get(name) == Sequence[str] else texts[0] for name, texts in given.items()}
+
+
+def in_body(data: bytes, request: str) -> dict[str, Any]:
+    """The arguments in the JSON object that a request carries; {} without one. Raises WrongCall."""
     try:
-        value = json.loads(data) if data else {}
+        value = json.loads(data or b"{}")
     except RecursionError:
-        raise WrongCall(f"{request.method} '{request.path}': body is nested too deeply") from None
+        raise WrongCall(f"{request}: body is nested too deeply") from None
     except ValueError as error:
-        raise WrongCall(f"{request.method} '{request.path}': body is not JSON: {error}") from error
+        raise WrongCall(f"{request}: body is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise WrongCall(f"{request.method} '{request.path}': body is not a JSON object")
+        raise WrongCall(f"{request}: body is not a JSON object")
     return value
 
 
-def caller(request: web.Request) -> str:
+def caller(connection: socket.socket) -> str:
     """Who asks: a user's name, or `uid N`."""
-    peer = request.transport.get_extra_info("socket") if request.transport else None
-    if peer is None:
-        return ""
-    uid = user_of(peer)
+    uid = user_of(connection)
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

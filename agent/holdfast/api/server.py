@@ -2,82 +2,87 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import grp
 import json
 import os
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
-from aiohttp import web
 
 from holdfast.api.arguments import user_of
-from holdfast.api.routes import AGENT, ROOT, error_json, report, routes
+from holdfast.api.routes import Request, error_json
 from holdfast.errors import Conflict, TryAgain, UnfitHost, WrongConfig
-from holdfast.questions import API, API_HEADER, Questions
+from holdfast.questions import Questions
 
 PER_USER = 128  # connections that one user may have open
+LAST_WORDS = 1.0  # seconds that answers have when the agent ends
 
 log = structlog.get_logger("holdfast")
 
 
-@asynccontextmanager
-async def serving(agent: Questions, path: Path, *, root: Path, group: str | None = None) -> AsyncIterator[None]:
+@contextmanager
+def serving(agent: Questions, path: Path, *, root: Path, group: str | None = None) -> Iterator[None]:
     """Answer on a unix socket at `path` until the block ends. root: callers who mean another root are refused.
 
     Only the owner can connect (0600), or also the group (0660). A socket without a listener is replaced; raises
     Conflict if an agent listens.
     """
-    application = web.Application(middlewares=[report])
-    application[AGENT], application[ROOT] = agent, root
-    application.add_routes(routes())
-    application.on_response_prepare.append(say_api)
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
-    await runner.setup()
+    listener = listen(path, group=group)
+    server = Server(listener, agent, root)
+    threading.Thread(target=server.accept, name="accept", daemon=True).start()
     try:
-        listener = listen(path, group=group)
-        server = runner.server
-        assert server is not None  # since setup
-        accepting = asyncio.create_task(accept(listener, server))
-        try:
-            yield
-        finally:
-            accepting.cancel()
-            listener.close()
+        yield
     finally:
-        await runner.cleanup()
-        await asyncio.to_thread(path.unlink, missing_ok=True)
+        server.close()
+        path.unlink(missing_ok=True)
 
 
-async def say_api(_: web.Request, response: web.StreamResponse) -> None:
-    """Say in each answer which questions this agent knows: a command may be newer than it."""
-    response.headers[API_HEADER] = str(API)
+class Server:
+    """Answers each connection in a thread: many callers may wait for long at the same time."""
 
+    def __init__(self, listener: socket.socket, agent: Questions, root: Path) -> None:
+        self._listener, self._agent, self._root = listener, agent, root
+        self._open: dict[socket.socket, int] = {}  # → its user
+        self._over = threading.Event()
 
-async def accept(listener: socket.socket, server: web.Server) -> None:
-    """Hand connections to the server, at most PER_USER for each user, so that no user can block the others."""
-    loop = asyncio.get_running_loop()
-    listener.setblocking(False)
-    while True:
+    def accept(self) -> None:
+        """Accept connections, at most PER_USER of each user, so that no user can block the others."""
+        while not self._over.is_set():
+            try:
+                connection, _ = self._listener.accept()
+                uid = user_of(connection)
+                count = list(self._open.values()).count(uid)
+                if count >= PER_USER:
+                    refuse(connection, count)
+                    continue
+                self._open[connection] = uid
+                threading.Thread(target=self._serve, args=(connection,), name="answer", daemon=True).start()
+            except (OSError, RuntimeError) as error:  # no descriptor or no thread is left, say
+                if not self._over.is_set():
+                    log.warning("connection not accepted", error=str(error))
+                    time.sleep(0.1)
+
+    def _serve(self, connection: socket.socket) -> None:
         try:
-            connection, _ = await loop.sock_accept(listener)
-        except OSError as error:  # no descriptor is left, say
-            log.warning("connection not accepted", error=str(error))
-            await asyncio.sleep(0.1)
-            continue
-        connection.setblocking(False)
-        uid = user_of(connection)
-        open_ = sum(
-            user_of(each.transport.get_extra_info("socket")) == uid for each in server.connections if each.transport
-        )
-        if open_ < PER_USER:
-            await loop.connect_accepted_socket(server, connection)
-        else:
-            refuse(connection, open_)
+            with connection, contextlib.suppress(OSError):  # the caller has gone
+                Request(connection, self._agent, self._root, self._over)
+        finally:
+            self._open.pop(connection)
+
+    def close(self) -> None:
+        """Accept nothing more; what is being answered has a moment, and ends with the process at the latest."""
+        self._over.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        deadline = time.monotonic() + LAST_WORDS
+        while self._open and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 def refuse(connection: socket.socket, count: int) -> None:

@@ -7,7 +7,6 @@ twenty lines; to import an HTTP library would take a fifth of the time that `hol
 from __future__ import annotations
 
 import json
-import re
 import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -17,13 +16,12 @@ from urllib.parse import quote, urlencode
 
 from holdfast import errors
 from holdfast.errors import HoldfastError, NoAgent, NotPermitted, OlderAgent, UnfitHost, WrongCall
-from holdfast.questions import API, API_HEADER, ROOT_HEADER, Lines, Question, Questions, Sink, Steps
+from holdfast.questions import API, API_HEADER, PLACE, ROOT_HEADER, Lines, Question, Questions, Sink, Steps
 
 REMEDY = "restart it: systemctl restart holdfast"
 UNKNOWN = ("404", "405")  # HTTP statuses of a route that is not there
 ERROR = {"error", "class", "exit_code"}  # the keys of an error
 Reply = AbstractContextManager[IO[bytes]]  # opens an answer
-PLACE = re.compile(r"{(\w+):[^}]+}")  # a parameter in a path
 
 
 class Answer(dict[str, Any]):
@@ -46,7 +44,7 @@ def decoded(text: bytes | str) -> Any:
 class Client(Questions):
     """The agent behind a socket. All calls block.
 
-    root: whose agent is meant. The agent of another root refuses every request (`api.routes.report`).
+    root: whose agent is meant. The agent of another root refuses every request (`api.routes`).
     """
 
     def __init__(self, path: Path, root: Path | None = None) -> None:

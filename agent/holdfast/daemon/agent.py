@@ -6,22 +6,20 @@
     a hold, a sync ─────────┤     ▲
     a timer ────────────────┘     └── wake_at of the last plan; the slow full pass
 
-A trigger carries no more than a name, and the latest wins: the pass reads the world anew. asyncio lives here and in
-`api`; everything that blocks runs in threads.
+A trigger carries no more than a name: the pass reads the world anew. Passes are made in the main thread, where
+signals arrive; answers are given in threads of their own (`api`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import os
+import queue
 import signal
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -47,10 +45,11 @@ SHORT, LONGEST_REST = 0.005, 0.1  # seconds: a pass that takes no longer needs n
 SETTLED = 1.0  # seconds without a trigger after which everything is looked at, where passes were content with less
 HOUSEKEEPING = 10.0  # seconds between looks at the size of logs
 COLLECT = 60.0  # seconds between looks at how full the disk is
-ANSWERS = 64  # that are given at a time
 SHORTEST_BEAT, LONGEST_BEAT = 0.05, 1.0  # seconds: a reader who has gone is noticed at a beat
 NO_ROOM = 1.0  # seconds between looks at a disk that was full
 NO_SOURCE = 5.0  # seconds between looks at a source that can't be read
+
+Trigger = Literal["look", "look deep", "reload", "end"]
 
 log = structlog.get_logger("holdfast")
 
@@ -61,7 +60,7 @@ def run_agent(path: Path | None) -> int:
     need_root()
     with acting_node(config) as node:
         gc.freeze()  # modules, drivers, what the store holds: to go through it again would take a tenth of a second
-        return asyncio.run(Daemon(config, path, node).serve())
+        return Daemon(config, path, node).serve()
 
 
 class Daemon(Answers):
@@ -73,51 +72,47 @@ class Daemon(Answers):
         self._reconciler = reconciler_of(config, node)
         self._last: Pass | None = None
         self._begun = self._done = 0  # the numbers of the last pass, and of the last deep one that is over
-        self._passer = ThreadPoolExecutor(1, "pass")  # its own: answers that block must not delay a pass
+        self._slot: queue.SimpleQueue[Trigger] = queue.SimpleQueue()  # its put() may be called by a signal handler
         self._news, self._told = threading.Condition(), 0  # events, and passes that are done
         self._asking, self._asked_at = threading.Lock(), 0.0  # the source, for `sync`
         self._deep = True
 
-    async def serve(self) -> int:
+    def serve(self) -> int:
         """Make passes until a signal ends the agent."""
-        self._loop = asyncio.get_running_loop()
-        self._loop.set_default_executor(Answering(ANSWERS, "answer"))
-        self._slot, self._stop = asyncio.Event(), asyncio.Event()
-        self._reloading = asyncio.Lock()
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._end)
-        self._loop.add_signal_handler(signal.SIGHUP, lambda: self._loop.create_task(self._reload()))
+            signal.signal(number, lambda *_: self._slot.put("end"))
+        signal.signal(signal.SIGHUP, lambda *_: self._slot.put("reload"))
         self._node.wake = self._wake
         self.context.store.listen(lambda _: self._tell())
-        self._watch = await asyncio.to_thread(self._watch_source, self._reconciler.source)
+        self._watch = self._watch_source(self._reconciler.source)
         try:
-            async with serving(self, self._config.socket, root=self._config.root, group=self._config.group):
+            with serving(self, self._config.socket, root=self._config.root, group=self._config.group):
                 self.context.store.event("agent", "node", f"holdfast {__version__} runs as process {os.getpid()}")
-                collecting = self._loop.create_task(self._collect())
-                await self._passes()
-                collecting.cancel()  # what it does in its thread is safe to be cut off
+                threading.Thread(target=self._collect, name="collect", daemon=True).start()
+                self._passes()
         finally:
             notify("STOPPING=1")
-            await self._loop.run_in_executor(self._passer, self._watch.close)
+            self._watch.close()
         return 0
 
-    async def _passes(self) -> None:
+    def _passes(self) -> None:
         """Make a pass whenever the slot is filled or a timer ends."""
         full_at = rotate_at = 0.0
-        woken = False  # by a trigger, so that the pass follows from something known; else it looks at everything
-        while not self._stop.is_set():
-            self._slot.clear()
+        heard: set[Trigger] = set()  # if any, the pass follows from something known; else it looks at everything
+        while "end" not in heard:
+            if "reload" in heard:
+                self._reload()
             began = time.monotonic()
-            if began >= full_at or self._deep:
+            if began >= full_at or self._deep or "look deep" in heard:
                 self._deep, full_at = True, began + self._config.full_pass_interval
             if began >= rotate_at or self.context.store.late:
-                await self._tidy(self._node.catch_up)
+                self._guarded("housekeeping", self._node.catch_up)
             if began >= rotate_at:
                 rotate_at = began + HOUSEKEEPING
-                await self._tidy(self._node.rotate_logs)
-            await self._pass(light=woken)
+                self._guarded("housekeeping", self._node.rotate_logs)
+            self._pass(light=bool(heard))
             took = time.monotonic() - began
-            await asyncio.sleep(min(max(REST * (took - SHORT), 0.0), LONGEST_REST))
+            time.sleep(min(max(REST * (took - SHORT), 0.0), LONGEST_REST))
             wake_at = self._last.plan.wake_at if self._last else None
             timer = min(full_at, rotate_at) - time.monotonic()
             if self.context.store.late:
@@ -126,44 +121,34 @@ class Daemon(Answers):
                 timer = min(timer, NO_SOURCE)
             if self._node.skipped and not self._node.busy:  # else what is under way wakes us
                 timer = min(timer, SETTLED)
-            woken = await self._wait(timer if wake_at is None else min(timer, wake_at - time.time()))
+            heard = self._wait(timer if wake_at is None else min(timer, wake_at - time.time()))
 
-    async def _tidy(self, work: Callable[[], None]) -> None:
-        """Do housekeeping, in the thread of the passes."""
-        try:
-            await self._loop.run_in_executor(self._passer, work)
-        except Exception as error:
-            self._report("housekeeping", error)
-
-    async def _collect(self) -> None:
+    def _collect(self) -> None:
         """Delete unused images when the disk is full, beside the passes: deleting many files takes a while."""
         while True:
-            try:
-                await asyncio.to_thread(self._node.collect_images)
-            except Exception as error:
-                self._report("a look for unused images", error)
-            await asyncio.sleep(COLLECT)
+            self._guarded("a look for unused images", self._node.collect_images)
+            time.sleep(COLLECT)
 
-    def _report(self, what: str, error: Exception) -> None:
-        """Report a bug; what it interrupted is done again later."""
-        log.error("bug", what=what, exc_info=error)
-        self.context.store.event("failed", "node", f"{what} failed: {described(error)}")
-
-    async def _pass(self, *, light: bool) -> None:
-        """Make one pass, in a thread. What it raises is a bug: it is reported, and the next pass tries again."""
-        self._begun += 1
-        number, deep, self._deep = self._begun, self._deep, False
+    def _guarded(self, what: str, work: Callable[[], None]) -> bool:
+        """Do work; report what it raises, which is a bug. What was interrupted is done again later."""
         try:
-            self._published(
-                await self._loop.run_in_executor(self._passer, partial(self._reconciler.run, deep=deep, light=light))
-            )
+            work()
         except Exception as error:
+            log.error("bug", what=what, exc_info=error)
+            self.context.store.event("failed", "node", f"{what} failed: {described(error)}")
+            return False
+        return True
+
+    def _pass(self, *, light: bool) -> None:
+        """Make one pass."""
+        self._begun += 1
+        deep, self._deep = self._deep, False
+        if not self._guarded("a pass", lambda: self._published(self._reconciler.run(deep=deep, light=light))):
             self._deep |= deep  # what was to be looked at still is
-            self._report("a pass", error)
-            await asyncio.sleep(1)
-        if number == 1:
+            time.sleep(1)
+        if self._begun == 1:
             notify(f"READY=1\nMAINPID={os.getpid()}")
-        self._done = number if deep else self._done
+        self._done = self._begun if deep else self._done
         self._tell()
 
     def _published(self, made: Pass) -> None:
@@ -173,18 +158,20 @@ class Daemon(Answers):
             if before is None or {**before.status.json(), "at": 0} != {**now, "at": 0}:
                 self.context.plugins.tell("after_pass", status=now)
 
-    async def _wait(self, seconds: float) -> bool:
-        """Wait for a trigger; False when none came in time."""
-        try:
-            return await asyncio.wait_for(self._slot.wait(), max(seconds, 0.0))
-        except TimeoutError:
-            return False
+    def _wait(self, seconds: float) -> set[Trigger]:
+        """Wait for triggers; return all that came, none when none did in time."""
+        heard: set[Trigger] = set()
+        with contextlib.suppress(queue.Empty):
+            heard.add(self._slot.get(timeout=max(seconds, 0.0)))
+            while True:
+                heard.add(self._slot.get_nowait())
+        return heard
 
     # -- triggers --
 
     def _wake(self, what: str) -> None:
         """Make another pass soon; callable from any thread."""
-        self._from_thread(self._slot.set)
+        self._slot.put("look")
 
     def _watch_source(self, source: Source) -> Watch:
         """Watch the source; if that is impossible, the slow pass finds changes, and an event says so."""
@@ -194,51 +181,37 @@ class Daemon(Answers):
             self.context.store.event("failed", "node", f"{error}: changes are seen by the slow pass only")
             return Unwatched()
 
-    def _from_thread(self, call: Callable[[], object]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(call)
-
-    def _end(self) -> None:
-        self._stop.set()
-        self._slot.set()
-
-    async def _reload(self) -> None:
+    def _reload(self) -> None:
         """Read agent.toml again, except for what needs a restart (`config.FIXED`)."""
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        async with self._reloading:
-            try:
-                config = await asyncio.to_thread(load_config, self._path)
-                check_settings(self.context, config)
-                await self._take_over(config)
-            except HoldfastError as error:
-                self.context.store.event("agent", "node", f"agent.toml is not taken over: {error}")
+        try:
+            config = load_config(self._path)
+            check_settings(self.context, config)
+            self._take_over(config)
+        except HoldfastError as error:
+            self.context.store.event("agent", "node", f"agent.toml is not taken over: {error}")
         notify("READY=1")
 
-    async def _take_over(self, config: Config) -> None:
+    def _take_over(self, config: Config) -> None:
         config, fixed = self._config.reloaded(config)
         source = self._reconciler.source
         if (config.state, config.debounce) != (self._config.state, self._config.debounce):
             source = source_of(config, self._node)
-            await asyncio.to_thread(self._watch.close)
-            self._watch = await asyncio.to_thread(self._watch_source, source)
+            self._watch.close()
+            self._watch = self._watch_source(source)
         self._config, self._deep = config, True
         self.context.policies, self.context.bind_roots = config.cgroup.policy, config.policy.bind_roots
         self.context.images.settings = self.context.puller.settings = self.context.builder.settings = config.images
         self.context.builder.builds = config.builds
-        await asyncio.to_thread(self._reconciler.reload, source, config)
+        self._reconciler.reload(source, config)
         left = f"; {', '.join(fixed)} need a restart of the agent" if fixed else ""
         self.context.store.event("agent", "node", f"agent.toml is read again{left}")
-        self._slot.set()
 
     def _tell(self) -> None:
         """Wake those who wait for an event or a pass; from any thread."""
         with self._news:
             self._told += 1
             self._news.notify_all()
-
-    def _look_deep(self) -> None:
-        self._deep = True
-        self._slot.set()
 
     # -- answers --
 
@@ -263,7 +236,7 @@ class Daemon(Answers):
             self._refresh(accept_rewrite)
         self.context.store.retry_now()
         before = self._begun
-        self._from_thread(self._look_deep)
+        self._slot.put("look deep")
         with self._news:
             self._news.wait_for(lambda: self._done > before)
         return self.status()
@@ -324,13 +297,6 @@ class Daemon(Answers):
             raise NotFound(f"release '{target}': nobody holds it")
         self.context.store.event("released", target, "given back to the commit")
         self._wake(target)
-
-
-class Answering(ThreadPoolExecutor):
-    """The threads of blocking work. An agent that ends does not wait for them."""
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        super().shutdown(wait=False, cancel_futures=True)
 
 
 class Unwatched:
