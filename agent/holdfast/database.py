@@ -9,9 +9,14 @@ from pathlib import Path
 
 from holdfast.errors import NotPermitted, UnfitHost
 
-VERSION = 2
+VERSION = 3
+CONTAINERS = """
+CREATE TABLE containers  (app TEXT, digest TEXT, value BLOB NOT NULL, PRIMARY KEY (app, digest)) WITHOUT ROWID"""
 #: Older version → what brings a database of it to the next one.
-MIGRATIONS = {1: "ALTER TABLE generations ADD COLUMN state TEXT"}
+MIGRATIONS = {
+    1: "ALTER TABLE generations ADD COLUMN state TEXT",
+    2: CONTAINERS,
+}
 #: What passes when there is room again, or the disk works again; anything else is a bug or damage.
 PASSING = (
     sqlite3.SQLITE_FULL,
@@ -20,11 +25,12 @@ PASSING = (
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_BUSY,
 )
-SCHEMA = """
+SCHEMA = f"""
 CREATE TABLE instances   (id TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE receipts    (kind TEXT, id TEXT, at INTEGER, value BLOB NOT NULL, PRIMARY KEY (kind, id)) WITHOUT ROWID;
 CREATE TABLE generations (app TEXT, number INTEGER, value BLOB NOT NULL, state TEXT,
                           PRIMARY KEY (app, number)) WITHOUT ROWID;
+{CONTAINERS};
 CREATE TABLE holds       (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE failures    (subject TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE intents     (subject TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;

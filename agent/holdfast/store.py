@@ -7,6 +7,7 @@ is found again on the host, as any other crash's traces are.
     instances    the intent and the last known state of every container run
     receipts     what drivers made
     generations  the last few of every app; how far each has come (state) is a column of its own
+    containers   what these generations ask of each container, once for all that ask the same
     holds        what people did by hand
     failures     what went wrong, how often, when to try again
     intents      actions under way: those found at start were cut short
@@ -51,6 +52,7 @@ from holdfast.observed import (
     Receipt,
     Subject,
 )
+from holdfast.spec.model import Container
 
 Event = dict[str, Any]
 
@@ -87,9 +89,13 @@ class Store:
         self._owned: dict[str, dict[tuple[str, str], Receipt]] = {}
         for (value,) in self._rows("value", "receipts ORDER BY at"):
             self._remember(_receipt.validate_json(value))
+        containers: dict[str, dict[str, Container]] = {}  # app → digest → container
+        for app, digest, value in self._rows("app, digest, value", "containers"):
+            containers.setdefault(app, {})[digest] = Container.model_validate_json(value)
+        self._containers = {app: set(known) for app, known in containers.items()}  # what is written down
         self._generations: dict[str, tuple[Generation, ...]] = {}
         for app, value, state in self._rows("app, value, state", "generations ORDER BY app, number"):
-            read = _generation.validate_json(value)
+            read = _generation_of(value, containers.get(app, {}))
             self._generations[app] = (*self._generations.get(app, ()), replace(read, state=state or read.state))
         self._holds = {key: _hold.validate_json(value) for key, value in self._rows("key, value", "holds")}
         self._failures = {
@@ -300,10 +306,19 @@ class Store:
         """Keep a generation; of an app's older ones the last few stay, and always the one in force."""
         app = generation.app.name
         with self._lock:
+            written = self._containers.setdefault(app, set())
+            for container in generation.app.containers.values():
+                if (digest := container.digest) not in written:
+                    row = (app, digest)
+                    text = container.model_dump_json().encode()
+                    self._save(
+                        ("containers", *row), "INSERT OR REPLACE INTO containers VALUES (?, ?, ?)", (*row, text)
+                    )
+                    written.add(digest)
             self._save(
                 ("generations", app, generation.number),
                 "INSERT OR REPLACE INTO generations VALUES (?, ?, ?, ?)",
-                (app, generation.number, _generation.dump_json(generation), generation.state),
+                (app, generation.number, _generation_text(generation), generation.state),
             )
             known = {each.number: each for each in self._generations.get(app, ())}
             known[generation.number] = generation
@@ -365,15 +380,24 @@ class Store:
             for key in [key for key in self._newer if key.startswith(f"{app}/")]:
                 self.put_newer(key, None)
             self._drop("generations", "app", app)
+            self._drop("containers", "app", app)
             self._generations.pop(app, None)
+            self._containers.pop(app, None)
 
     def _pruned(self, app: str, known: tuple[Generation, ...]) -> tuple[Generation, ...]:
         in_force = next((each for each in reversed(known) if each.state != "staged"), None)
-        kept = tuple(each for each in known if each in known[-KEPT_GENERATIONS:] or each is in_force)
-        for each in known:
-            if each not in kept:
-                row = (app, each.number)
-                self._save(("generations", *row), "DELETE FROM generations WHERE app = ? AND number = ?", row)
+        old = known[:-KEPT_GENERATIONS]
+        kept = tuple(each for each in old if each is in_force) + known[-KEPT_GENERATIONS:]
+        for each in (each for each in old if each is not in_force):
+            row = (app, each.number)
+            self._save(("generations", *row), "DELETE FROM generations WHERE app = ? AND number = ?", row)
+        if len(kept) < len(known):
+            needed = {container.digest for each in kept for container in each.app.containers.values()}
+            for digest in self._containers.get(app, set()) - needed:
+                self._save(
+                    ("containers", app, digest), "DELETE FROM containers WHERE app = ? AND digest = ?", (app, digest)
+                )
+                self._containers[app].discard(digest)
         return kept
 
     # -- holds, failures, intents, facts --
@@ -513,3 +537,20 @@ class Store:
                 want = generation.app.containers.get(instance.container)
                 if want == instance.want and want is not None:
                     self.instances[id] = replace(instance, want=want)
+
+
+def _generation_text(generation: Generation) -> bytes:
+    """A generation as JSON, with digests in the place of its containers: only what is new costs much."""
+    value = _generation.dump_python(generation, mode="json", exclude={"app": {"containers"}})
+    value["app"]["containers"] = {name: each.digest for name, each in generation.app.containers.items()}
+    return json.dumps(value).encode()
+
+
+def _generation_of(text: bytes, containers: Mapping[str, Container]) -> Generation:
+    """The generation of a JSON text. Earlier versions wrote the containers themselves."""
+    value = json.loads(text)
+    written = value["app"]["containers"]
+    value["app"]["containers"] = {
+        name: containers[each] if isinstance(each, str) else each for name, each in written.items()
+    }
+    return _generation.validate_python(value)

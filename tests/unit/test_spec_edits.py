@@ -62,6 +62,7 @@ edits = st.lists(
         st.integers(0, 2),
         st.sampled_from(("append", "replace", "drop", "first")),
         st.sampled_from(LINES),
+        st.booleans(),
     ),
     max_size=6,
 )
@@ -69,10 +70,10 @@ edits = st.lists(
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None, phases=(Phase.generate,))
 @given(edits)
-def test_what_is_read_after_edits_is_what_a_whole_reading_finds(steps: list[tuple[int, int, str, str]]) -> None:
+def test_what_is_read_after_edits_is_what_a_whole_reading_finds(steps: list[tuple[int, int, str, str, bool]]) -> None:
     apps, cache = revision(), Cache()
     load({path: written(app) for path, app in apps.items()} | {"f": b""}, FACTS, cache=cache)
-    for number, container, how, line in steps:
+    for number, container, how, line, read_now in steps:
         lines = apps[f"a{number}.toml"][f"c{container}"]
         match how:
             case "append":
@@ -83,6 +84,8 @@ def test_what_is_read_after_edits_is_what_a_whole_reading_finds(steps: list[tupl
                 lines.insert(0, line)
             case _:
                 del lines[-1:]
+        if not read_now:  # then the next reading finds several edits
+            continue
         files = {path: written(app) for path, app in apps.items()} | {"f": b""}
         assert same(load(files, FACTS, cache=cache), load(files, FACTS))
 
@@ -123,3 +126,14 @@ def test_an_edit_reads_one_container_of_many(count: int, read: list[str]) -> Non
     assert len("".join(read)) < 100
     assert [name for name in app if after[name] is not before[name]] == ["c3"]
     assert after["c3"].image == "b:2"
+
+
+def test_several_edits_read_their_containers_only(read: list[str]) -> None:
+    app = {f"c{number}": ['image = "b:1"'] for number in range(100)}
+    cache = Cache()
+    before = load({"a.toml": written(app)}, FACTS, cache=cache).apps["a"].containers
+    read.clear()
+    app |= {"c3": ['image = "b:1"', 'environment = { A = "1" }'], "c90": ['image = "b:2"', 'ports = ["81:80"]']}
+    after = load({"a.toml": written(app)}, FACTS, cache=cache).apps["a"].containers
+    assert len("".join(read)) < 400
+    assert [name for name in app if after[name] is not before[name]] == ["c3", "c90"]

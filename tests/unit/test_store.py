@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from holdfast.errors import NotPermitted, UnfitHost
 from holdfast.identity import make_id, read_id
@@ -246,15 +247,38 @@ def test_the_past_is_the_same_object_until_it_changes(store: Store) -> None:
 def test_a_store_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     with _open(tmp_path) as store:
         store.put_generation(Generation(app=APP, number=1, state="good"))
+    whole = TypeAdapter(Generation).dump_json(Generation(app=APP, number=1, state="good"))
     with closing(sqlite3.connect(tmp_path / "state.db", isolation_level=None)) as db:
+        db.execute("UPDATE generations SET value = ?", (whole,))
+        db.execute("DROP TABLE containers")
         db.execute("ALTER TABLE generations DROP COLUMN state")
         db.execute("PRAGMA user_version = 1")
     with _open(tmp_path) as store:
-        assert store.generation("shop", 1).state == "good"
+        assert store.generation("shop", 1) == Generation(app=APP, number=1, state="good")
         store.put_generation(Generation(app=APP, number=2, state="staged"))
         store.mark_generation("shop", 2, "active")
     with _open(tmp_path) as store:
         assert [each.state for each in store.history().generations["shop"]] == ["good", "active"]
+
+
+def test_containers_are_written_once_for_all_generations_that_ask_the_same(tmp_path: Path) -> None:
+    def containers() -> int:
+        with closing(sqlite3.connect(tmp_path / "state.db")) as db:
+            return int(db.execute("SELECT count(*) FROM containers").fetchone()[0])
+
+    base = {f"c{number}": Container(image=f"b:{number}") for number in range(10)}
+    with _open(tmp_path) as store:
+        for number in range(1, 10):
+            changed = {**base, "c0": Container(image=f"edited:{number}")}
+            app = App(name="shop", path="shop.toml", containers=changed)
+            store.put_generation(Generation(app=app, number=number, state="good"))
+            assert containers() == 9 + min(number, KEPT_GENERATIONS)
+    with _open(tmp_path) as store:
+        known = store.history().generations["shop"]
+        assert [each.app.containers["c0"].image for each in known] == [f"edited:{number}" for number in range(5, 10)]
+        assert known[0].app.containers["c5"] is known[-1].app.containers["c5"]
+        store.forget_app("shop")
+        assert containers() == 0
 
 
 def test_a_forgotten_app_leaves_nothing_and_others_alone(store: Store) -> None:

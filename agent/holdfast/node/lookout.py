@@ -8,6 +8,7 @@ next full look: at once where a driver noticed something or an action failed, el
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -31,7 +32,7 @@ class Lookout:
         self._context, self._exits = context, exits
         self._last = Observed()
         self._trusted = False  # whether records say what is there
-        self._looked = 0.0
+        self._full_by = math.inf  # when the next full look is due, since records were last made do with
         self._instances: dict[InstanceId, Instance] = {}  # those that are as recorded
         self._networks: dict[str, tuple[Receipt, NetworkState]] = {}
         self._volumes: list[Receipt] = []
@@ -46,10 +47,13 @@ class Lookout:
     def look(self, busy: frozenset[Subject], wanted: Sequence[Container], *, deep: bool, light: bool) -> Observed:
         """Read the host. light: reading the records will do, if they are to be trusted. The rest: see `observe`."""
         self.skipped = light and not deep and self._may_skip() and not self._asks_for_mounts(wanted)
-        return self._from_records(busy) if self.skipped else self._full(busy, deep=deep, wanted=wanted)
+        if not self.skipped:
+            return self._full(busy, deep=deep, wanted=wanted)
+        self._full_by = min(self._full_by, time.monotonic() + LONGEST)
+        return self._from_records(busy)
 
     def _may_skip(self) -> bool:
-        due = time.monotonic() - self._looked > LONGEST
+        due = time.monotonic() >= self._full_by
         return self._trusted and not due and self._context.same_boot() and self._volume_receipts() == self._volumes
 
     def _asks_for_mounts(self, wanted: Iterable[Container]) -> bool:
@@ -63,7 +67,7 @@ class Lookout:
     def _full(self, busy: frozenset[Subject], *, deep: bool, wanted: Sequence[Container]) -> Observed:
         store = self._context.store
         self._wanted = {id(want): want for want in wanted}
-        self._trusted, self._looked, self._volumes = True, time.monotonic(), self._volume_receipts()
+        self._trusted, self._full_by, self._volumes = True, math.inf, self._volume_receipts()
         kept = store.fact("firewall")
         seen = observe(self._context, self._exits.watches, busy=busy, deep=deep, wanted=wanted)
         self._instances = {

@@ -1,48 +1,50 @@
-"""What an edit of one container leaves as it was, so that only that container's table is read again.
+"""What an edit of containers leaves as it was, so that only the tables of these containers are read again.
 
-Two steps, and each gives up (None) as soon as anything else than one container's table may have changed: then the
-whole is read. `load` calls them; `tests/unit/test_spec_edits.py` holds their results against those of a whole load.
+Two steps, and each gives up (None) as soon as anything else may have changed: then the whole is read. `load` calls
+them; `tests/unit/test_spec_edits.py` holds their results against those of a whole load.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from holdfast.grammar.images import built
 from holdfast.spec.model import App, Container
 from holdfast.spec.resolve import Draft
-from holdfast.toml import Document, Unreadable
+from holdfast.toml import MAX_SIZE, Document, Unreadable
 
-_HEADER = re.compile(r"\[containers\.([A-Za-z0-9_-]+)\][ \t]*(?:#[^\n]*)?\n")
+_TABLE = re.compile(r"^(?=\[)", re.MULTILINE)
+_HEADER = re.compile(r"\[containers\.([A-Za-z0-9_-]+)[^\[\]\n\"']*\]")
 _LONG_STRINGS = ('"""', "'''")
 
 Read = Callable[[Document, dict[str, Any]], Draft | None]  # document, the data to make a draft of
 
 
 def edited_draft(before: Draft, raw: bytes, read: Read) -> Draft | None:
-    """The draft of a state file in which the table of one container has changed since before.
+    """The draft of a state file in which only tables of containers have changed since before.
 
     read: makes a draft of some of a document's data; None where anything is wrong with it.
     """
-    found = _changed_table(before.document, raw)
-    if found is None:
+    tables = _changed_tables(before.document, raw)
+    if tables is None:
         return None
-    name, table, text = found
-    containers = before.document.data["containers"]
-    document = Document.of(text, {**before.document.data, "containers": {**containers, name: table}})
-    part = read(document, {**document.data, "containers": {name: table}})
+    data = before.document.data
+    document = Document.of(raw.decode(), {**data, "containers": {**data["containers"], **tables}})
+    part = read(document, {**data, "containers": tables})
     app = before.app
     if part is None or any(each.volumes_from for each in app.containers.values()):
         return None
-    own = part.app.containers[name]
-    if own.volumes_from or own.networks != app.containers[name].networks:
+    edited = part.app.containers
+    if any(each.volumes_from or each.networks != app.containers[name].networks for name, each in edited.items()):
         return None
-    elsewhere = {path: wanted for path, wanted in before.wanted.items() if path[:2] != ("containers", name)}
+    elsewhere = {
+        path: file for path, file in before.wanted.items() if path[0] != "containers" or path[1] not in tables
+    }
     fields = {key: getattr(app, key) for key in App.model_fields}
-    made = App.model_construct(**{**fields, "containers": {**app.containers, name: own}})
+    made = App.model_construct(**{**fields, "containers": {**app.containers, **edited}})
     return replace(before, app=made, document=document, wanted=elsewhere | dict(part.wanted))
 
 
@@ -66,64 +68,37 @@ def _outside(container: Container) -> tuple[object, ...]:
     return container.networks, container.ports, mounts, container.depends_on, container.volumes_from, image
 
 
-def _changed_table(before: Document, raw: bytes) -> tuple[str, Mapping[str, Any], str] | None:
-    """The container whose table alone has changed, its new table, and the whole new text.
+def _changed_tables(before: Document, raw: bytes) -> dict[str, Any] | None:
+    """The new data of the containers whose tables alone have changed.
 
-    A line `[containers.NAME]` begins a table wherever it stands, unless in a string of several lines; such files are
-    read as a whole. What lies between it and the next table must be all that the file says of the container.
+    Each table must be readable by itself, before and after: then it is all that the file says of its container, and
+    no string or list of several lines reaches into another table.
     """
     try:
         old, new = before.text, raw.decode()
     except UnicodeDecodeError:
         return None
-    if any(mark in text for mark in _LONG_STRINGS for text in (old, new)):
+    if len(raw) > MAX_SIZE or any(mark in text for mark in _LONG_STRINGS for text in (old, new)):
         return None
-    same = _common(len(old), len(new), lambda length: old[:length] == new[:length])
-    left = _common(
-        len(old) - same, len(new) - same, lambda length: old[len(old) - length :] == new[len(new) - length :]
-    )
-    begin = _first_header(old, same)
-    header = _HEADER.match(old, begin) if begin >= 0 else None
-    if header is None or header.end() > same:
+    (order, then), (new_order, now) = _texts(old), _texts(new)
+    if order != new_order or then[""] != now[""]:
         return None
-    name = header[1]
-    end = _next_table(old, max(len(old) - left, header.end()), name)
-    tail = len(old) - end
-    try:
-        then, now = (Document(text[begin : len(text) - tail].encode()).data for text in (old, new))
-    except Unreadable:
-        return None
-    if then != {"containers": {name: before.data["containers"].get(name)}} or now.keys() != {"containers"}:
-        return None
-    containers = now["containers"]
-    return (name, containers[name], new) if containers.keys() == {name} else None
+    tables: dict[str, Any] = {}
+    for name in (name for name, text in now.items() if then[name] != text):
+        try:
+            known, found = (Document(texts[name].encode()).data.get("containers") for texts in (then, now))
+        except Unreadable:
+            return None
+        if known != {name: before.data["containers"].get(name)} or found is None or found.keys() != {name}:
+            return None
+        tables |= found
+    return tables
 
 
-def _common(one: int, other: int, alike: Callable[[int], bool]) -> int:
-    """The greatest length up to which two texts are alike."""
-    low, high = 0, min(one, other)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if alike(middle) else (low, middle - 1)
-    return low
-
-
-def _first_header(text: str, at: int) -> int:
-    """Where the table of the container begins that a place of the text belongs to; -1 if there is none."""
-    while True:
-        begin = 0 if text.startswith("[containers.") and text.find("\n[", 0, at) < 0 else text.rfind("\n[", 0, at) + 1
-        if not text.startswith("[containers.", begin):
-            return -1
-        if _HEADER.match(text, begin):
-            return begin
-        at = begin - 1  # a table within it, as [containers.NAME.resources]
-        if at <= 0:
-            return -1
-
-
-def _next_table(text: str, at: int, name: str) -> int:
-    """Where the next table begins that is not within a container's."""
-    end = text.find("\n[", max(at - 1, 0))
-    while end >= 0 and text.startswith(f"[containers.{name}.", end + 1):
-        end = text.find("\n[", end + 1)
-    return len(text) if end < 0 else end + 1
+def _texts(text: str) -> tuple[list[str], dict[str, str]]:
+    """The containers in the order of a file's tables, and the text of each; "" has what belongs to none."""
+    parts = [(header[1] if (header := _HEADER.match(part)) else "", part) for part in _TABLE.split(text)]
+    found: dict[str, list[str]] = {"": []}
+    for name, part in parts:
+        found.setdefault(name, []).append(part)
+    return [name for name, _ in parts], {name: "".join(texts) for name, texts in found.items()}

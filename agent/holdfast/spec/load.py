@@ -125,8 +125,7 @@ def _take_edits(cache: Cache, files: Mapping[str, bytes]) -> bool:
         known = cache.readings.get(path)
         if known is None or known.draft is None:
             return False
-        draft = edited_draft(known.draft, raw, partial(_faultless, path, cache.shared))
-        reading = _reading(path, raw, cache.shared, None) if draft is None else replace(known, raw=raw, draft=draft)
+        reading = _reading(path, raw, cache.shared, known)
         if reading.problems or reading.draft is None or not looks_alike(known.draft, reading.draft):
             return False
         readings[path] = reading
@@ -283,9 +282,13 @@ def _with_vars(
 
 
 def _reading(path: str, raw: bytes, facts: NodeFacts, before: Reading | None) -> Reading:
-    """Read one state file, unless exactly this text was read before."""
+    """Read one state file: what of it is as before is not read again."""
     if before is not None and before.raw == raw:
         return before
+    if before is not None and before.draft is not None and not before.problems:
+        draft = edited_draft(before.draft, raw, partial(_faultless, path, facts))
+        if draft is not None:
+            return replace(before, raw=raw, draft=draft)
     try:
         document = Document(raw)
     except Unreadable as error:
