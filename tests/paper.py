@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from holdfast.spec.model import App, Container, Port, RestartPolicy, Spec
 from holdfast.status import make_status, plan_json
 
 NOW = 1_000_000.0
+Run = Callable[..., int]  # a command with its words; returns the exit code
 LIMITS = {"memory": None, "memory_swap": None, "cpus": None, "pids": 2048}
 
 
