@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -70,10 +70,16 @@ class Process:
         return self.returncode
 
 
-def start(words: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int]) -> Process:
-    """Run `holdfast words…` with these descriptors as standard input, output and error."""
+def start(
+    words: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int], *, program: str = ""
+) -> Process:
+    """Run `holdfast words…` with these descriptors as standard input, output and error.
+
+    program: a module beside this one whose main(words) is run instead.
+    """
     ended, tell = os.pipe()
-    request = json.dumps({"words": list(words), "environment": dict(environment), "cwd": str(Path.cwd())}).encode()
+    asked = {"words": list(words), "environment": dict(environment), "cwd": str(Path.cwd()), "program": program}
+    request = json.dumps(asked).encode()
     fds = array.array("i", [*descriptors, tell])
     connection = _server()
     connection.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
@@ -157,9 +163,11 @@ def serve(connection: socket.socket) -> None:
             if not message:
                 return
             fds = array.array("i", passed[0][2])
+            request = json.loads(message)
+            main = importlib.import_module(request["program"]).main if request["program"] else None
             pid = os.fork()
             if pid == 0:
-                _become(json.loads(message), fds)
+                _become(request, fds, main)
             for fd in fds[:3]:
                 os.close(fd)
             running[pid] = fds[3]
@@ -191,8 +199,8 @@ def _be_called(words: Sequence[str]) -> None:
     ctypes.memmove(begin, line[: end - begin - 1].ljust(end - begin, b"\0"), end - begin)
 
 
-def _become(request: Mapping[str, Any], fds: Sequence[int]) -> None:
-    """Be the command; does not return."""
+def _become(request: Mapping[str, Any], fds: Sequence[int], program: Callable[[Sequence[str]], int] | None) -> None:
+    """Be the command, or the program; does not return."""
     code = 70
     try:
         signal.set_wakeup_fd(-1)
@@ -213,7 +221,7 @@ def _become(request: Mapping[str, Any], fds: Sequence[int]) -> None:
         from holdfast.cli import main
 
         sys.argv = ["holdfast", *request["words"]]
-        code = main()
+        code = main() if program is None else program(request["words"])
         sys.stdout.flush()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1

@@ -25,8 +25,9 @@ from holdfast.drivers import Host
 from holdfast.observed import Hold
 from holdfast.store import Store
 from live.agent import LiveAgent
+from live.boundaries import PASS
 from live.census import await_census, expected_census, stored_instances, take_census
-from live.crashing_agent import PASS, Boundary, CrashingAgent, Run
+from live.crashing_agent import Boundary, CrashingAgent, Run
 from live.processes import kill
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(600)]  # some twenty agents a test, on a machine that may be busy
@@ -181,7 +182,6 @@ class World:
         for path in self.agent.state.glob("*.toml"):
             path.unlink()
         self.settle()
-        self.crashing.close()
 
 
 def fetch(port: int, path: str) -> bytes:
