@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
-from importlib.metadata import EntryPoint
+from functools import cache, partial
+from importlib.metadata import Distribution, EntryPoint
 from importlib.metadata import entry_points as installed_entry_points
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, cast
@@ -365,8 +365,7 @@ class Plugins:
     # -- loading --
 
     def _load(self, entry_point: EntryPoint) -> None:
-        name, distribution = entry_point.name, entry_point.dist
-        origin, version = (distribution.name, distribution.version) if distribution else ("", "")
+        name, (origin, version) = entry_point.name, _origin(entry_point.dist)
         if name in self._plugins:
             other = self._plugins[name].state.distribution or "another plugin"
             taken = f"load plugin {name!r}: the name is taken by {other}"
@@ -481,8 +480,14 @@ def _new_manager() -> pluggy.PluginManager:
     return manager
 
 
+@cache
+def _origin(distribution: Distribution | None) -> tuple[str, str]:
+    """The name and the version of a distribution, which parses its metadata for each."""
+    return (distribution.name, distribution.version) if distribution else ("", "")
+
+
 def _own_first(entry_point: EntryPoint) -> tuple[bool, str, str]:
-    distribution = entry_point.dist.name if entry_point.dist else ""
+    distribution, _ = _origin(entry_point.dist)
     return distribution != "holdfast", distribution, entry_point.name
 
 

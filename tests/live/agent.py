@@ -7,11 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from footprint import leftovers
+from footprint import find_leftovers
 from ground import Rootfs, patient, wait_for
 from holdfast.cli.client import Client
 from holdfast.drivers import Host
@@ -178,7 +178,7 @@ class LiveAgent:
 
     def close(self) -> None:
         """Ask for nothing, wait until the host is as it was, and stop. The test's last word: it may fail here."""
-        if not leftovers(self.host):
+        if not any(find_leftovers(self.host)):
             self.process = None
             return
         self._empty_state()
@@ -186,15 +186,15 @@ class LiveAgent:
             self.start()
         try:
             self.sync()
-            self.wait(lambda: not self._held(), "nothing is left", state=lambda: "\n".join(self._held()))
+            self.wait(lambda: not any(self._held()), "nothing is left", state=lambda: "\n".join(self._held()))
         finally:
             self.stop()
 
-    def _held(self) -> list[str]:
+    def _held(self) -> Iterator[str]:
         """What is left besides the agent itself and its socket, lock and files of its own."""
         mine = str(self.process.pid) if self.process else "-"
         kept = (f"process {mine}:", "file ", "delegation ")
-        return [line for line in leftovers(self.host) if not line.startswith(kept)]
+        return (line for line in find_leftovers(self.host) if not line.startswith(kept))
 
     def _empty_state(self) -> None:
         self.configure()  # a test may have pointed `state` elsewhere, or forbidden what it takes to clean up
