@@ -78,7 +78,7 @@ def sweep(host: Host) -> None:
 def processes(host: Host) -> Iterator[tuple[int, str]]:
     """Find processes with the name in their command line or in a cgroup of that name."""
     name, ours = os.fsencode(host.name), set(_pids(host))
-    for folder in os.scandir("/proc"):
+    for folder in list(os.scandir("/proc")):
         line = _read(f"{folder.path}/cmdline") if folder.name.isdigit() else b""
         if line and (name in line or folder.name in ours) and int(folder.name) != os.getpid():
             yield int(folder.name), line.replace(b"\0", b" ").decode(errors="replace").strip()
