@@ -425,3 +425,8 @@ class History:
     holds: Mapping[str, Hold] = field(default_factory=dict)
     failures: Mapping[Subject, Failure] = field(default_factory=dict)
     newer: Mapping[str, NewerImage] = field(default_factory=dict)
+
+    def newest(self, app: str) -> Generation | None:
+        """The newest generation of an app."""
+        kept = self.generations.get(app)
+        return kept[-1] if kept else None

@@ -48,25 +48,20 @@ class Answers(ImageAnswers, Questions):
     def inspect(self, target: str) -> Json:
         """Return all that is known of a container; limits and published ports as the kernel has them now."""
         instances, published = self.instances_of(target), by_address(published_now(self.context))
-        subject = Subject.parse(target)
-        generations = self.context.store.history().generations.get(subject.app, ())
-        hold = self.context.store.history().holds.get(target)
-        failure = self.context.store.failure(subject)
+        subject, history = Subject.parse(target), self.context.store.history()
+        newest, hold, failure = history.newest(subject.app), history.holds.get(target), history.failures.get(subject)
         return {
             "target": target,
-            "generation": generations[-1].number if generations else None,
-            "hold": asdict(hold) if hold else None,
-            "failure": asdict(failure) if failure else None,
+            "generation": newest and newest.number,
+            "hold": hold and asdict(hold),
+            "failure": failure and asdict(failure),
             "instances": [self._inspected(each, published) for each in instances],
         }
 
     def logs_of(self, target: str) -> Json:
         """Return where the output of a container is."""
-        instances = self.instances_of(target)
-        if instances:
-            return {"paths": [str(self.context.log_path(instances[-1]))]}
-        app, _, name = target.partition("/")
-        return {"paths": [str(self.context.host.root / "logs" / app / f"{name}.log")]}
+        self.instances_of(target)
+        return {"paths": [str(self.context.log_path(target))]}
 
     def logs(
         self,
@@ -77,8 +72,9 @@ class Answers(ImageAnswers, Questions):
         follow: bool = False,
     ) -> Lines:
         """Yield the output of containers; of several, each line with the name of its container."""
-        paths = [(each, Path(path)) for each in target for path in self.logs_of(each)["paths"]]
-        sources = [(each if len(target) > 1 else "", path) for each, path in paths]
+        sources = [
+            (each if len(target) > 1 else "", Path(path)) for each in target for path in self.logs_of(each)["paths"]
+        ]
         lines = output(sources, Wanted(tail, since, until), Event() if follow else None)
         return (line.json() if line else None for line in lines)
 
@@ -105,7 +101,7 @@ class Answers(ImageAnswers, Questions):
         running = [each for each in self.instances_of(target) if each.phase == "running"]
         instance = running[-1] if running else None
         run = self.context.run_of(instance.id) if instance else None
-        if instance is None or run is None or not self.context.runtime.alive(run):
+        if not instance or not run or not self.context.runtime.alive(run):
             raise Conflict(f"exec in '{target}': it does not run (see 'holdfast status')")
         with inside(run.pid) as look:
             first = self.context.runtime.process(instance.id)
@@ -155,8 +151,8 @@ class Answers(ImageAnswers, Questions):
 
     def _wanted(self, target: str) -> bool:
         app, _, name = target.partition("/")
-        known = self.context.store.history().generations.get(app, ())
-        return bool(known) and name in known[-1].app.containers
+        newest = self.context.store.history().newest(app)
+        return newest is not None and name in newest.app.containers
 
     # -- volumes --
 
@@ -176,25 +172,20 @@ class Answers(ImageAnswers, Questions):
 
     def volume(self, id: str) -> Json:
         """Return one volume."""
-        found = next((each for each in self.volumes() if each["id"] == id), None)
-        if found is None:
-            raise NotFound(f"volume '{id}': there is no such volume (see 'holdfast volume list')")
-        return found
+        return _the("volume", id, self.volumes())
 
     def remove_volume(self, id: str, force: bool = False) -> None:
         """Delete a volume and its data."""
 
         def check() -> None:
             found = self.volume(id)
-            users, running = found["used_by"], self._running(found["used_by"])
-            if running:
+            users = found["used_by"]
+            if running := self._running(users):
                 stop = f"holdfast stop {' '.join(running)}"
                 raise Conflict(f"remove volume '{id}': mounted by {', '.join(running)} (expected: {stop})")
-            if users and not force:
-                stopped = f"mounted by {', '.join(users)}, stopped"
-                raise Conflict(f"remove volume '{id}': {stopped} (--force deletes the data anyway)")
-            if not found["orphan"] and not force:
-                raise Conflict(f"remove volume '{id}': its app declares it (--force deletes the data anyway)")
+            if (users or not found["orphan"]) and not force:
+                why = f"mounted by {', '.join(users)}, stopped" if users else "its app declares it"
+                raise Conflict(f"remove volume '{id}': {why} (--force deletes the data anyway)")
 
         remove_volume(self.context, id, check=check)
         self.context.store.event("removed", f"volume {id}", "removed by hand, with its data")
@@ -217,12 +208,10 @@ class Answers(ImageAnswers, Questions):
         return made
 
     def _declared(self) -> set[str]:
-        found = set()
-        for app, known in self.context.store.history().generations.items():
-            for newest in known[-1:]:
-                found |= {f"{app}/{name}" for name in newest.app.volumes}
-                found |= {mount.source for each in (newest.image_volumes or {}).values() for mount in each}
-        return found
+        newest = [known[-1] for known in self.context.store.history().generations.values() if known]
+        of_apps = {f"{each.app.name}/{name}" for each in newest for name in each.app.volumes}
+        images = (mounts for each in newest for mounts in (each.image_volumes or {}).values())
+        return of_apps | {mount.source for mounts in images for mount in mounts}
 
     def _defined_as(self, volume: str) -> str:
         kept = self.context.store.receipt("volume", volume)
@@ -230,9 +219,8 @@ class Answers(ImageAnswers, Questions):
 
     def _running(self, containers: Sequence[str]) -> list[str]:
         """Those containers that run or are being started."""
-        begun = {
-            subject for subject, intent in self.context.store.intents().items() if intent["verb"] == "StartInstance"
-        }
+        intents = self.context.store.intents().items()
+        begun = {subject for subject, intent in intents if intent["verb"] == "StartInstance"}
         live = {each.key for each in self.context.store.instances.values() if each.phase in ("running", "creating")}
         return [each for each in containers if each in live | begun]
 
@@ -259,10 +247,7 @@ class Answers(ImageAnswers, Questions):
 
     def network(self, id: str) -> Json:
         """Return one network."""
-        found = next((each for each in self.networks() if each["id"] == id), None)
-        if found is None:
-            raise NotFound(f"network '{id}': there is no such network (see 'holdfast network list')")
-        return found
+        return _the("network", id, self.networks())
 
     def _endpoints(self, network: str) -> Iterator[Json]:
         for receipt in self.context.store.receipts("endpoint"):
@@ -279,20 +264,17 @@ class Answers(ImageAnswers, Questions):
 
     def prune(self, all: bool = False, volumes: bool = False) -> Json:
         """Delete what nobody needs; named images and volumes only if asked for."""
-        found = self._volume_sizes() if volumes else {}
+        sizes = {each["volume"]: each["size"] for each in self.usage()["volumes"]} if volumes else {}
         gone = list(self.prune_volumes()) if volumes else []
         logs = prune_logs(self.context)  # first, by what is known now: images may have to wait for a lock
         images = self.prune_images(all)
         freed = {
             "images": images["freed"],
-            "volumes": sum(found.get(id, 0) for id in gone),
+            "volumes": sum(sizes.get(id, 0) for id in gone),
             "logs": logs,
             "build cache": prune_build_cache(self.context),
         }
         return {"images": images["images"], "volumes": gone, "freed": sum(freed.values()), "kinds": freed}
-
-    def _volume_sizes(self) -> dict[str, int]:
-        return {str(each["volume"]): int(each["size"]) for each in self.usage()["volumes"]}
 
     # -- plugins --
 
@@ -305,3 +287,11 @@ class Answers(ImageAnswers, Questions):
         """Start containers without a plugin that adjusted them and is not installed any more."""
         installed.forget(self.context, name)
         self.context.store.event("removed", f"plugin {name}", "containers are started without it from now on")
+
+
+def _the(kind: str, id: str, known: Sequence[Json]) -> Json:
+    """The one of this id."""
+    for each in known:
+        if each["id"] == id:
+            return each
+    raise NotFound(f"{kind} '{id}': there is no such {kind} (see 'holdfast {kind} list')")

@@ -6,7 +6,7 @@ import os
 import threading
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -51,29 +51,6 @@ class Ending:
         os.eventfd_write(self.fd, 1)
 
 
-class Locks:
-    """A lock for each name that is asked for."""
-
-    def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._held: dict[str, tuple[threading.Lock, int]] = {}  # name → its lock, and how many hold or await it
-
-    @contextmanager
-    def of(self, name: str) -> Iterator[None]:
-        """Hold the lock of one name. It is not reentrant."""
-        with self._guard:
-            lock, users = self._held.get(name, (threading.Lock(), 0))
-            self._held[name] = lock, users + 1
-        try:
-            with lock:
-                yield
-        finally:
-            with self._guard:
-                _, users = self._held.pop(name)
-                if users > 1:
-                    self._held[name] = lock, users - 1
-
-
 @dataclass(slots=True)
 class Context:
     """All that the code of `node` works with: one per agent, shared by its threads.
@@ -103,12 +80,12 @@ class Context:
     transfers: Transfers = field(default_factory=Transfers)
     records_exits: bool = True
     ending: Ending = field(default_factory=Ending)
-    volume_locks: Locks = field(default_factory=Locks)
+    _volume_locks: dict[str, threading.Lock] = field(default_factory=dict)
     builds: set[str] = field(default_factory=set)
     limits: dict[InstanceId, Limits] = field(default_factory=dict)
     stale: dict[InstanceId, tuple[str, ...]] = field(default_factory=dict)  # see node.stale
     resolved: dict[str, tuple[str, str]] = field(default_factory=dict)
-    policy_digests: dict[InstanceId, tuple[Container, tuple[str, ...], str]] = field(default_factory=dict)
+    policy_digests: dict[InstanceId, tuple[tuple[Container, tuple[str, ...]], str]] = field(default_factory=dict)
 
     def base(self, digest: str) -> Base:
         """What a container's root file system starts from. Raises NotFound if it is not there any more."""
@@ -135,14 +112,18 @@ class Context:
         """What the AppArmor profile of this agent's containers is called."""
         return f"{self.host.name}-default"
 
+    def volume_lock(self, volume: str) -> threading.Lock:
+        """What whoever makes, fills or removes a volume holds meanwhile."""
+        return self._volume_locks.setdefault(volume, threading.Lock())
+
     def check_mounted(self, mount: Mount) -> None:
         """Raise TryAgain for a bind whose source lies on what is not mounted, and so on the disk underneath."""
         if reason := lacking(mount, Mounted.now()):
             raise TryAgain(f"mount '{mount.source}' at '{mount.target}': {reason}")
 
-    def log_path(self, instance: Instance) -> Path:
-        """Where a container's output goes, whichever instance writes it."""
-        return self.host.root / "logs" / instance.app / f"{instance.container}.log"
+    def log_path(self, target: str) -> Path:
+        """Where the output of `app/container` goes, whichever instance writes it."""
+        return self.host.root / "logs" / f"{target}.log"
 
     def drop_logs(self, app: str) -> None:
         """Delete the output of an app's containers."""
@@ -240,22 +221,20 @@ def init_program() -> Path | None:
 
 def network_of(context: Context, network: str, app: App | None = None) -> Network:
     """How a network is defined: by the app itself, or by the newest generation of the app that it belongs to."""
-    definer, name = _definer(context, network, app)
-    return definer.networks.get(name, Network()) if definer else Network()
+    return _definer(context, network, app).networks.get(network.rpartition("/")[2], Network())
 
 
 def volume_of(context: Context, app: App, volume: str) -> Volume:
     """How a volume is defined: by the app itself, or by the newest generation of the app that it belongs to."""
-    definer, name = _definer(context, volume, app)
-    return definer.volumes.get(name, Volume()) if definer else Volume()
+    return _definer(context, volume, app).volumes.get(volume.rpartition("/")[2], Volume())
 
 
-def _definer(context: Context, thing: str, app: App | None) -> tuple[App | None, str]:
-    owner, _, name = thing.rpartition("/")
+def _definer(context: Context, thing: str, app: App | None) -> App:
+    owner = thing.rpartition("/")[0]
     if app is not None and owner == app.name:
-        return app, name
-    known = context.store.history().generations.get(owner, ())
-    return known[-1].app if known else None, name
+        return app
+    newest = context.store.history().newest(owner)
+    return newest.app if newest else App(name=owner, path="")
 
 
 def fallback_receipts(context: Context, instance: Instance) -> list[Receipt]:

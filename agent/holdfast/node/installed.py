@@ -102,10 +102,10 @@ def missing_drivers(context: Context, made: Iterable[Receipt]) -> tuple[MissingD
         if kind and receipt.driver not in BARE and receipt.driver not in context.plugins.of_kind(kind):
             used.setdefault((kind.name, receipt.driver), []).append(receipt.id)
     if any(kind == "volume" for kind, _ in used):
-        mounted = _mounted(context)
-        for key in [key for key in used if key[0] == "volume"]:
-            used[key] = [id for id in used[key] if id in mounted]
-    used = {key: things for key, things in used.items() if things}
+        mounts = (mount for each in list(context.store.instances.values()) for mount in each.want.mounts)
+        mounted = {mount.source for mount in mounts if mount.kind == "volume"}
+        used = {key: [id for id in ids if key[0] != "volume" or id in mounted] for key, ids in used.items()}
+        used = {key: ids for key, ids in used.items() if ids}
     origins = (context.store.fact(FACT) or {}).get("drivers", {}) if used else {}
     return tuple(
         MissingDriver(kind, driver, tuple(sorted(things)), origins.get(f"{kind} {driver}", ""))
@@ -123,8 +123,3 @@ def made(store: Store) -> Iterator[Receipt]:
     """Yield every receipt that was made by a driver."""
     for kind in dict.fromkeys(each.receipt for each in KINDS if each.receipt):
         yield from store.receipts(kind)
-
-
-def _mounted(context: Context) -> set[str]:
-    instances = list(context.store.instances.values())
-    return {mount.source for each in instances for mount in each.want.mounts if mount.kind == "volume"}

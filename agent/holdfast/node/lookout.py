@@ -133,14 +133,7 @@ class Lookout:
         if instance.key in busy:
             return instance
         context = self._context
-        seen = seen_instance(
-            context,
-            instance,
-            context.store.receipt,
-            self._exits.watches,
-            same_boot=True,
-            deep=False,
-        )
+        seen = seen_instance(context, instance, context.store.receipt, self._exits.watches, deep=False)
         if seen is context.store.instances.get(seen.id):
             self._instances[seen.id] = seen
         return seen

@@ -182,7 +182,12 @@ class Node:
                 kept = instance.want.logging
                 bundle = self.context.host.instance(instance.id)
                 try:
-                    keep(self.context.log_path(instance), kept.max_size, kept.max_files, partial(reopen_log, bundle))
+                    keep(
+                        self.context.log_path(instance.key),
+                        kept.max_size,
+                        kept.max_files,
+                        partial(reopen_log, bundle),
+                    )
                 except OSError as error:  # conmon goes on writing where it writes; the next look tries again
                     log.warning("log not rotated", container=instance.key, error=str(error))
 
@@ -239,7 +244,7 @@ class Node:
                     self._exits.add(instance.id, run)
 
     def _watch_files(self, instance: Instance) -> None:
-        self._logs.add(self.context.log_path(instance).parent)
+        self._logs.add(self.context.log_path(instance.key).parent)
         self._ooms.add(instance.id)
 
     def _tell_oom(self, id: str, kills: int) -> None:
@@ -251,7 +256,7 @@ class Node:
 
     def _max_log_files(self, path: Path) -> int | None:
         for instance in list(self.context.store.instances.values()):
-            if self.context.log_path(instance) == path:
+            if self.context.log_path(instance.key) == path:
                 return instance.want.logging.max_files
         return None
 

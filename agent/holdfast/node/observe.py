@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from holdfast.guard import Seen, found_by
 from holdfast.kinds import FIREWALL
@@ -65,18 +66,19 @@ def observe(
         stale.look(context, instances)
     looked = context.plugins.observe()
     things: Things = {(each.kind, each.id): each for each in everything(context, looked.seen, deep=deep)}
-    same_boot = context.same_boot()
-    seen = tuple(
-        seen_instance(
-            context, instance, lambda kind, id: things.get((kind, id)), watches, same_boot=same_boot, deep=deep
-        )
-        if instance.key not in busy
-        else instance
-        for instance in instances
-    )
+    look = partial(seen_instance, context, find=lambda *thing: things.get(thing), watches=watches, deep=deep)
+    if not context.same_boot():
+        look = partial(_lost, context)
+    seen = tuple(each if each.key in busy else look(each) for each in instances)
     known = {instance.id for instance in instances} | {InstanceId(each) for each in building | context.builds}
-    firewall = _firewall(context, things)
-    table = things.get(("firewall", context.host.name))
+    firewall, published = _firewall(context, things)
+    mounted = Mounted.now()
+    binds = (
+        mount
+        for want in (*wanted, *(each.want for each in instances))
+        for mount in want.mounts
+        if mount.kind == "bind"
+    )
     orphans, foreign = _unclaimed(context, things, known)
     return Observed(
         at=at,
@@ -84,13 +86,13 @@ def observe(
         networks=_networks(context, things),
         volumes=_volumes(context, things),
         firewall=firewall,
-        published=firewall.ports if firewall else published_by(table),
+        published=published,
         limits={each.id: context.limits[each.id] for each in seen if each.id in context.limits},
         orphans=tuple(each for each in orphans if each.kind != "firewall" or firewall is None),
         foreign=foreign,
         busy=busy,
         missing=missing_drivers(context, things.values()),
-        lacking=dict(_lacking((*wanted, *(each.want for each in instances)))),
+        lacking={lack_key(mount): reason for mount in binds if (reason := lacking(mount, mounted))},
         findings=looked.findings,
     )
 
@@ -117,37 +119,23 @@ def everything(context: Context, looked: Mapping[str, Mapping[str, Seen]], *, de
         yield Receipt("run", context.runtime.binary.name, id, id)
 
 
-def _lacking(wants: Iterable[Container]) -> Iterator[tuple[str, str]]:
-    mounted = Mounted.now()
-    for want in wants:
-        for mount in want.mounts:
-            if mount.kind == "bind" and (reason := lacking(mount, mounted)):
-                yield lack_key(mount), reason
-
-
 # -- instances -----------------------------------------------------------------------------------------------
 
 
-def seen_instance(
-    context: Context,
-    instance: Instance,
-    find: Find,
-    watches: Watches,
-    *,
-    same_boot: bool,
-    deep: bool,
-) -> Instance:
+def _lost(context: Context, instance: Instance) -> Instance:
+    """An instance after a reboot."""
+    if instance.phase not in ("running", "creating"):
+        return instance
+    if not context.records_exits:
+        return replace(instance, phase="lost")
+    return context.store.change_instance(instance.id, phase="lost")
+
+
+def seen_instance(context: Context, instance: Instance, find: Find, watches: Watches, *, deep: bool) -> Instance:
     """An instance as it is now: the very same object when nothing about it is new."""
-    if not same_boot and instance.phase in ("running", "creating"):
-        return (
-            context.store.change_instance(instance.id, phase="lost")
-            if context.records_exits
-            else replace(instance, phase="lost")
-        )
     if instance.phase != "running":
         return instance
-    receipt = context.store.receipt("run", instance.id)
-    run = context.run_of(instance.id)
+    receipt, run = context.store.receipt("run", instance.id), context.run_of(instance.id)
     if run is None or receipt is None:
         return _ended(context, instance)
     watched = watches(instance.id, run)
@@ -233,22 +221,18 @@ def _limits_altered(context: Context, instance: Instance, kept: Json) -> Iterato
 
 def _policy_changed(context: Context, instance: Instance, kept: Json) -> Iterator[str]:
     """Compare what the cgroup policies make of its resources now with what they made when it was written."""
-    wrote = kept.get("settings")
-    if wrote and _policy_digest(context, instance) not in (wrote, ""):
-        yield "its cgroup policies ask for other limits than they did"
-
-
-def _policy_digest(context: Context, instance: Instance) -> str:
-    """What the policies make of what an instance asks for, which they always make of it; "" if they fail."""
+    wrote, asked = kept.get("settings"), (instance.want, context.policies)
+    if not wrote:
+        return
     known = context.policy_digests.get(instance.id)
-    if known is not None and known[0] is instance.want and known[1] == context.policies:
-        return known[2]
-    try:
-        digest = cgroup_settings(context, instance).digest
-    except Exception:  # the guard has recorded whose fault it is
-        return ""
-    context.policy_digests[instance.id] = instance.want, context.policies, digest
-    return digest
+    if known is None or known[0][0] is not asked[0] or known[0][1] != asked[1]:
+        try:
+            known = asked, cgroup_settings(context, instance).digest
+        except Exception:  # the guard has recorded whose fault it is
+            return
+        context.policy_digests[instance.id] = known
+    if known[1] != wrote:
+        yield "its cgroup policies ask for other limits than they did"
 
 
 # -- what instances share ------------------------------------------------------------------------------------
@@ -257,8 +241,7 @@ def _policy_digest(context: Context, instance: Instance) -> str:
 def _networks(context: Context, things: Things) -> dict[str, NetworkState]:
     found = {}
     for receipt in context.store.receipts("network"):
-        seen = things.get(("network", receipt.id))
-        whole = receipt.driver in BARE or (seen and seen.data)
+        whole = receipt.driver in BARE or _healthy(receipt, lambda *thing: things.get(thing))
         found[receipt.id] = network_state(receipt, () if whole else ("it was removed or altered",))
     return found
 
@@ -280,13 +263,16 @@ def _volumes(context: Context, things: Things) -> dict[str, VolumeState]:
     return found
 
 
-def _firewall(context: Context, things: Things) -> FirewallWant | None:
-    """What the table holds, if it is what we wrote last."""
-    kept = context.store.fact("firewall")
-    seen = things.get(("firewall", context.host.name))
-    if kept is None or seen is None or seen.data.get("digest") != digest_of(kept):
-        return None
-    return firewall_kept(kept)
+def _firewall(context: Context, things: Things) -> tuple[FirewallWant | None, tuple[PublishedPort, ...] | None]:
+    """What the table holds, if it is what we wrote last; and the ports that it publishes, if its driver says so."""
+    kept, seen = context.store.fact("firewall"), things.get(("firewall", context.host.name))
+    if seen is None:
+        return None, ()
+    if kept is not None and seen.data.get("digest") == digest_of(kept):
+        want = firewall_kept(kept)
+        return want, want.ports
+    ports = seen.data.get("ports")
+    return None, None if ports is None else tuple(PublishedPort(**port) for port in ports)
 
 
 def firewall_kept(kept: Json) -> FirewallWant:
@@ -297,23 +283,11 @@ def firewall_kept(kept: Json) -> FirewallWant:
     )
 
 
-def published_by(table: Receipt | None) -> tuple[PublishedPort, ...] | None:
-    """The ports that a table publishes which is not as it was written last; None when its driver does not say."""
-    if table is None:
-        return ()
-    ports = table.data.get("ports")
-    return None if ports is None else tuple(PublishedPort(**port) for port in ports)
-
-
 def published_now(context: Context) -> tuple[PublishedPort, ...] | None:
     """The ports that the firewall publishes at this moment; None when its driver does not say."""
     driver = context.plugins.of_kind(FIREWALL).get(context.firewall)
     found = found_by(driver) if driver else None
-    if found is None:
-        return None
-    things: Things = {(each.kind, each.id): each for each in found}
-    firewall = _firewall(context, things)
-    return firewall.ports if firewall else published_by(things.get(("firewall", context.host.name)))
+    return None if found is None else _firewall(context, {(each.kind, each.id): each for each in found})[1]
 
 
 def _unclaimed(
@@ -330,8 +304,6 @@ def _unclaimed(
             continue
         kept = context.store.receipt(kind, id) is not None
         ours = bool(context.host.id) and thing.of_root == context.host.id
-        if kind == "firewall" and (kept or ours):
-            orphans.append(thing)
-        elif not kept:
-            (orphans if ours else foreign).append(thing)
+        if not kept or kind == "firewall":
+            (orphans if ours or kept else foreign).append(thing)
     return tuple(orphans), tuple(foreign)

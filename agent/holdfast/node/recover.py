@@ -93,7 +93,7 @@ def remove_volume(context: Context, volume: str, *, check: Callable[[], None] = 
     fails, or says that it is done and still shows the volume.
     """
     subject = f"volume {volume}"
-    with context.volume_locks.of(volume):
+    with context.volume_lock(volume):
         check()
         receipt = context.store.receipt("volume", volume)
         context.store.put_intent(subject, {"verb": "RemoveVolume", "reason": "its data is being deleted"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from holdfast.errors import HoldfastError
 from holdfast.node.context import Context
 from holdfast.node.observe import observe
 from holdfast.node.stop import stop_instance
-from holdfast.observed import Exit, InstanceId, Observed
+from holdfast.observed import Exit, Observed
 from holdfast.plan.actions import StopInstance
 from holdfast.plan.shutdown import REASON, count_waves, next_stops
 from holdfast.runtime import cgroup
@@ -38,9 +38,12 @@ def shut_down(context: Context, total: float, beat: Callable[[float], None] = la
     with ThreadPoolExecutor(MANY, "stop") as pool:
         while True:
             taken = {action.instance for action in in_hand.values()} | failed.keys()
-            stuck = {action.instance for action in in_hand.values() if _is_stuck(action, begun)}
-            observed = _seen(context, stuck | failed.keys())
-            waves, now = count_waves(observed, history, time.time()), time.time()
+            # What not even SIGKILL has ended: what it depends on does not wait for it any longer.
+            ends = {each.instance: begun.get(each.instance, math.inf) + each.grace for each in in_hand.values()}
+            lost = {id for id, end in ends.items() if time.monotonic() > end + SIGKILLED} | failed.keys()
+            there = tuple(each for each in context.store.instances.values() if each.id not in lost)
+            observed, now = Observed(at=time.time(), instances=there), time.time()  # what else is here goes with them
+            waves = count_waves(observed, history, now)
             left = max(deadline - time.monotonic(), 0.0)
             beat(left)
             for action in next_stops(observed, history, now):
@@ -56,24 +59,13 @@ def shut_down(context: Context, total: float, beat: Callable[[float], None] = la
                     context.store.event("failed", action.subject, str(error), verb=action.verb, reason=REASON)
 
 
-def _is_stuck(action: StopInstance, begun: Mapping[str, float]) -> bool:
-    """Whether not even SIGKILL has ended it: what it depends on does not wait for it any longer."""
-    return time.monotonic() > begun.get(action.instance, math.inf) + action.grace + SIGKILLED
-
-
-def _seen(context: Context, lost: Collection[str]) -> Observed:
-    """The containers alone: what else is on the host goes with it. lost: those that can't be stopped."""
-    return Observed(
-        at=time.time(), instances=tuple(each for each in context.store.instances.values() if each.id not in lost)
-    )
-
-
 def _stop(context: Context, action: StopInstance, begun: dict[str, float]) -> None:
     began = begun[action.instance] = time.monotonic()
     run = context.run_of(action.instance)
     if run is None or not context.runtime.alive(run):  # by itself, just now
         observe(context, lambda id, run: False)
-        if not _runs(context, action.instance):
+        instance = context.store.instances.get(action.instance)
+        if instance is None or instance.phase != "running":
             return
     try:
         cgroup.thaw(context.runtime.cgroup(action.instance))
@@ -86,8 +78,3 @@ def _stop(context: Context, action: StopInstance, begun: dict[str, float]) -> No
         context.store.change_instance(instance.id, exit=ended)
     took = round(time.monotonic() - began, 4)
     context.store.event("stopped", action.subject, REASON, verb=action.verb, reason=REASON, took=took, **detail)
-
-
-def _runs(context: Context, id: InstanceId) -> bool:
-    instance = context.store.instances.get(id)
-    return instance is not None and instance.phase == "running"

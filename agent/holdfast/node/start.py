@@ -306,7 +306,7 @@ def _create(context: Context, instance: Instance, bundle: Bundle) -> None:
     earlier = context.store.receipt("run", id)
     if earlier is not None or id in context.runtime.state():
         _end_run(context, id)
-    log, kept = context.log_path(instance), instance.want.logging
+    log, kept = context.log_path(instance.key), instance.want.logging
     log_size = begin(log, kept.max_size, kept.max_files)
     run = context.runtime.create(id, context.host.instance(id), log, name=key, log_size=log_size)
     limits = cgroup.snapshot(context.runtime.cgroup(id))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,18 +40,19 @@ def usage(context: Context, volumes: Sequence[Json]) -> Json:
         _container(context, each.id, each.key, each.phase) for each in list(context.store.instances.values())
     ]
     kept = [_volume(each) for each in volumes]
-    logs = [_log(context, path) for path in _folders(context.host.root / "logs")]
+    logs = _logs(context)
     used = [image for image in images if image.digest in users]
-    cache = context.builder.caches
+    running = [each for each in containers if each["state"] == "running"]
+    mounted = [each for each in kept if each["used_by"]]
     kinds = [
         _kind("images", len(images), len(used), total(of_all), total(of_all - of_used)),
         _kind("layers", len(sizes), len(of_used & sizes.keys()), total(sizes), total(sizes.keys() - of_used)),
-        _kind("containers", len(containers), _running(containers), _sum(containers), 0),
-        _kind("volumes", len(kept), sum(bool(each["used_by"]) for each in kept), _sum(kept), _sum(_free(kept))),
-        _kind("logs", len(logs), sum(not each["orphan"] for each in logs), _sum(logs), _sum(_free(logs))),
+        _kind("containers", len(containers), len(running), _sum(containers), 0),
+        _kind("volumes", len(kept), len(mounted), _sum(kept), _sum(_orphans(kept))),
+        _kind("logs", len(logs), len(logs) - len(_orphans(logs)), _sum(logs), _sum(_orphans(logs))),
     ]
-    if cache.is_dir():
-        size = allocated(cache)
+    if context.builder.caches.is_dir():
+        size = allocated(context.builder.caches)
         kinds.append(_kind("build cache", 1, 0, size, size))
     return {
         "kinds": kinds,
@@ -63,9 +64,7 @@ def usage(context: Context, volumes: Sequence[Json]) -> Json:
 
 def prune_logs(context: Context) -> int:
     """Delete the output of apps that are gone; return the freed bytes."""
-    doomed = [
-        each for each in (_log(context, path) for path in _folders(context.host.root / "logs")) if each["orphan"]
-    ]
+    doomed = _orphans(_logs(context))
     for each in doomed:
         discard_tree(each["path"])
     return _sum(doomed)
@@ -108,12 +107,6 @@ def _walk(path: Path) -> Iterator[os.stat_result]:
                         left.append(entry.path)
 
 
-def _folders(path: Path) -> list[Path]:
-    with suppress(FileNotFoundError):
-        return sorted(each for each in path.iterdir() if each.is_dir())
-    return []
-
-
 def _container(context: Context, id: str, key: str, phase: str) -> Row:
     made = context.store.receipt("rootfs", id)
     place = made and (made.data.get("upper") or made.data["path"])  # without a writable layer, all of it is its own
@@ -131,10 +124,11 @@ def _volume(volume: Json) -> Row:
     }
 
 
-def _log(context: Context, path: Path) -> Row:
-    apps: Collection[str] = {each.app for each in list(context.store.instances.values())}
-    gone = path.name not in apps and path.name not in context.store.history().generations
-    return {"path": str(path), "size": allocated(path), "orphan": gone}
+def _logs(context: Context) -> list[Row]:
+    """The folders of logs, one an app."""
+    known = {each.app for each in list(context.store.instances.values())} | context.store.history().generations.keys()
+    folders = sorted(each for each in (context.host.root / "logs").glob("*") if each.is_dir())
+    return [{"path": str(each), "size": allocated(each), "orphan": each.name not in known} for each in folders]
 
 
 def _image(image: Image, images: Sequence[Image], sizes: Mapping[str, int], users: Mapping[str, set[str]]) -> Row:
@@ -155,11 +149,7 @@ def _kind(kind: str, count: int, active: int, size: int, reclaimable: int) -> Ro
     return {"kind": kind, "count": count, "active": active, "size": size, "reclaimable": reclaimable}
 
 
-def _running(containers: Iterable[Row]) -> int:
-    return sum(each["state"] == "running" for each in containers)
-
-
-def _free(rows: Iterable[Row]) -> list[Row]:
+def _orphans(rows: Iterable[Row]) -> list[Row]:
     return [each for each in rows if each["orphan"]]
 
 

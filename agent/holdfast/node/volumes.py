@@ -64,7 +64,7 @@ def ensure_volume(
     Whoever else starts on it waits until that is done. A volume that is empty but was in use, or is somebody's by its
     owner or mode, is left alone.
     """
-    with context.volume_locks.of(volume):
+    with context.volume_lock(volume):
         known = context.store.receipt("volume", volume)
         if known is not None and not Path(str(known.data.get("path", ""))).is_dir():
             known = None  # it was deleted behind our back, and is a new one now
@@ -73,28 +73,20 @@ def ensure_volume(
             content = _settle(context, made, known, spec, seed)
         except OSError as error:
             raise UnfitHost(f"fill volume '{volume}' from '{seed}': {error}") from error
-        made = replace(made, data={**made.data, **_defined(known, volume, defined)})
+        name = defined or (known.data.get(DEFINED_AS) if known else None) or volume
+        made = replace(made, data={**made.data, **({} if name == volume else {DEFINED_AS: name})})
         return _keep(context, made, content, spec)
-
-
-def _defined(known: Receipt | None, volume: str, defined: str) -> Json:
-    """Return what is stored about whose definition a volume has."""
-    name = defined or (known.data.get(DEFINED_AS) if known else None) or volume
-    return {} if name == volume else {DEFINED_AS: name}
 
 
 def _settle(context: Context, made: Receipt, known: Receipt | None, spec: Volume, seed: Path | None) -> object:
     """Fill a volume that is new; return what is known of its content then."""
     path = Path(str(made.data["path"]))
     content = known.data.get("content") if known else filling.owner_and_mode(path)
-    if content == SETTLED:  # a directory of that name is a container's by now
-        return SETTLED
-    if (path / COMPLETE_CONTENT).is_dir():  # copied before a crash
+    if content != SETTLED and (path / COMPLETE_CONTENT).is_dir():  # copied before a crash
         filling.finish(path)
         return SETTLED
-    if content is None:  # an earlier version made it, and it is in use
-        return SETTLED
-    if not filling.is_empty(path) or filling.owner_and_mode(path) != content:
+    # An earlier version kept no content, and what it made is in use.
+    if content in (SETTLED, None) or not filling.is_empty(path) or filling.owner_and_mode(path) != content:
         return SETTLED
     if seed is None:
         return content
@@ -114,16 +106,12 @@ def _keep(context: Context, made: Receipt, content: object, spec: Volume) -> Rec
 
 def declared_volumes(context: Context, app: App, images: Mapping[str, str]) -> dict[str, tuple[Mount, ...]]:
     """Return container → the mounts that its image declares. images: container → digest."""
-    targets = {image: _declared(context, image) for image in set(images.values())}
+    found = {image: (context.base(image).config.get("config") or {}).get("Volumes") for image in set(images.values())}
+    targets = {image: list(map(str, value)) if isinstance(value, Mapping) else [] for image, value in found.items()}
     try:
         return image_volumes(app, {name: targets[image] for name, image in images.items()})
     except ValueError as error:
         raise WrongState(f"volumes of the images of '{app.name}': {error}") from error
-
-
-def _declared(context: Context, image: str) -> list[str]:
-    found = (context.base(image).config.get("config") or {}).get("Volumes")
-    return [str(target) for target in found] if isinstance(found, Mapping) else []
 
 
 def save_volumes(context: Context, instance: Instance) -> None:
@@ -133,7 +121,6 @@ def save_volumes(context: Context, instance: Instance) -> None:
     """
     if instance.image_volumes is not None or instance.phase == "creating":
         return
-    known = context.store.history().generations.get(instance.app, ())
     lone = App(name=instance.app, path="", containers={instance.container: instance.want})
     try:
         found = declared_volumes(context, lone, {instance.container: instance.image})[instance.container]
@@ -142,7 +129,8 @@ def save_volumes(context: Context, instance: Instance) -> None:
     mounts = of_slot(instance.app, instance.container, found, instance.slot)
     if not mounts:
         return
-    app = known[-1].app if known else lone
+    newest = context.store.history().newest(instance.app)
+    app = newest.app if newest else lone
     made = rootfs_driver(context, instance.id).ensure(rootfs_want(instance, context.base(instance.image).layers))
     for mount in mounts:
         held = find((Path(str(made.data["path"])),), mount.target)

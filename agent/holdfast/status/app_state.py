@@ -46,11 +46,11 @@ from holdfast.observed import (
     Subject,
     container_of,
 )
-from holdfast.plan.actions import Action, MarkGood, Plan, StartInstance
+from holdfast.plan.actions import MarkGood, Plan, StartInstance
 from holdfast.plan.reasons import left_alone
 from holdfast.plan.restart import verdict
 from holdfast.spec.model import DEFAULT_NETWORK, App, Container, Spec
-from holdfast.status.actual import LimitsStatus, Published, by_address, limits_status, published_ports
+from holdfast.status.actual import LimitsStatus, by_address, limits_status, published_ports
 
 AppState = Literal["removing", "invalid", "failed", "degraded", "changing", "waiting", "held", "converged"]
 ContainerState = Literal[
@@ -177,16 +177,7 @@ def make_status(
     spec: None when no revision was read yet. source: its state as JSON (`source.SourceState`). plugins: those that
     failed, each with name and error. agent: version, pid and the like. trouble: what is wrong with the disk.
     """
-    facts = _Facts(
-        spec,
-        observed,
-        history,
-        plan,
-        by_address(observed.published),
-        of_app=_grouped((action.app, action) for action in plan.actions),
-        of_subject=_grouped((action.subject, action) for action in plan.actions),
-        waiting=_grouped((subject.app, f"{subject}: {why}") for subject, why in plan.waiting.items()),
-    )
+    facts = _Facts(spec, observed, history, plan)
     apps = facts.apps()
     blockers = (
         *((trouble,) if trouble else ()),
@@ -228,26 +219,23 @@ def _commit(source: Json) -> dict[str, Any]:
     return {name: source.get(key) for name, key in names.items()}
 
 
-@dataclass(frozen=True, slots=True)
 class _Facts:
     """All that a status is made from. of_app, of_subject: the plan's actions; waiting: its lines, by app."""
 
-    spec: Spec | None
-    observed: Observed
-    history: History
-    plan: Plan
-    published: Published
-    of_app: Mapping[str, Sequence[Action]]
-    of_subject: Mapping[str, Sequence[Action]]
-    waiting: Mapping[str, Sequence[str]]
+    def __init__(self, spec: Spec | None, observed: Observed, history: History, plan: Plan) -> None:
+        self.spec, self.unread = spec or Spec(), spec is None
+        self.observed, self.history, self.plan = observed, history, plan
+        self.published = by_address(observed.published)
+        self.of_app = _grouped((action.app, action) for action in plan.actions)
+        self.of_subject = _grouped((action.subject, action) for action in plan.actions)
+        self.waiting = _grouped((subject.app, f"{subject}: {why}") for subject, why in plan.waiting.items())
+        self.broken = _grouped((app, path) for path, app in self.spec.broken.items())
 
     def apps(self) -> dict[str, AppStatus]:
         """The status of each app that is asked for, is here, or is remembered."""
         oldest_first = sorted(self.observed.instances, key=lambda each: each.created_at)
         there = _grouped((instance.app, instance) for instance in oldest_first)
-        names = {*self.history.generations, *there}
-        if self.spec:
-            names |= {*self.spec.apps, *self.spec.broken.values()}
+        names = {*self.history.generations, *there, *self.spec.apps, *self.broken}
         return {
             name: self._app(name, _grouped((each.container, each) for each in there.get(name, ())))
             for name in sorted(names)
@@ -255,12 +243,11 @@ class _Facts:
 
     def blockers(self, apps: Mapping[str, AppStatus], source: Json) -> Iterator[str]:
         """Why the node is not converged, a line each."""
-        if self.spec is None:
+        if self.unread:
             yield f"no revision was read yet: {source.get('error') or 'the source was not read so far'}"
-        else:
-            yield from (str(problem) for problem in self.spec.problems)
-            told = {problem.path for problem in self.spec.problems}
-            yield from (f"{path}: does not load" for path in self.spec.broken if path not in told)
+        yield from (str(problem) for problem in self.spec.problems)
+        told = {problem.path for problem in self.spec.problems}
+        yield from (f"{path}: does not load" for path in self.spec.broken if path not in told)
         for name, app in apps.items():
             if app.state not in ("converged", "invalid"):
                 yield f"{name}: {app.state}" + (f": {app.reason}" if app.reason else "")
@@ -273,23 +260,21 @@ class _Facts:
 
     def _app(self, name: str, there: Mapping[str, Sequence[Instance]]) -> AppStatus:
         generations = self.history.generations.get(name, ())
-        wanted = self.spec.apps.get(name) if self.spec else None
-        shown = wanted or (generations[-1].app if generations else None)
-        declared = list(shown.containers) if shown else []
+        wanted = self.spec.apps.get(name)
+        shown = wanted or (generations[-1].app if generations else App(name=name, path=""))
         containers = {
             container: self._container(container_of(name, container), shown, there.get(container, ()))
-            for container in (*declared, *sorted(there.keys() - set(declared)))
+            for container in (*shown.containers, *sorted(there.keys() - shown.containers.keys()))
         }
-        state, reason = self._app_state(name, wanted, containers)
+        state, reason, failure = self._app_state(name, wanted, containers)
         running = [generation for generation in generations if generation.state in ("active", "good")]
-        current = next(reversed(running or list(generations)), None)
-        failure = self._failure(Subject("app", name)) if state == "failed" else None
+        current = next(reversed(running or generations), None)
         return AppStatus(
             state=state,
             reason=reason,
             failed_at=failure.at if failure else None,
             exit_code=failure.code if failure else None,
-            path=shown.path if shown else next(iter(self._broken_paths(name)), ""),
+            path=shown.path or self.broken.get(name, [""])[0],
             generation=current.number if current else None,
             revision=current.revision if current else "",
             containers=containers,
@@ -297,15 +282,21 @@ class _Facts:
 
     def _app_state(
         self, name: str, wanted: App | None, containers: Mapping[str, ContainerStatus]
-    ) -> tuple[AppState, str]:
-        """The first row of the module's table that is true, and why."""
+    ) -> tuple[AppState, str, Failure | None]:
+        """The first row of the module's table that is true, and why; the failure, if it is that."""
+        if wanted or self.unread:
+            if failure := self._failure(Subject("app", name)):
+                return "failed", failure.error, failure
+            return *self._wanted_state(name, containers), None
+        if paths := self.broken.get(name):
+            problems = [str(problem) for problem in self.spec.problems if problem.path in paths]
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            return "invalid", problems[0] + more if problems else f"{', '.join(sorted(paths))}: does not load", None
+        return "removing", self.waiting.get(name, ["it is not in the revision any more"])[0], None
+
+    def _wanted_state(self, name: str, containers: Mapping[str, ContainerStatus]) -> tuple[AppState, str]:
+        """As `_app_state`, of an app that is asked for and was staged."""
         actions, waiting = self.of_app.get(name, ()), self.waiting.get(name, ())
-        if self.spec and not wanted:
-            if self._broken_paths(name):
-                return "invalid", self._broken_reason(name)
-            return "removing", waiting[0] if waiting else "it is not in the revision any more"
-        if failure := self._failure(Subject("app", name)):
-            return "failed", failure.error
         for container, status in containers.items():
             if status.state in DEGRADING:
                 return "degraded", f"{container} {status.state}" + (f": {status.reason}" if status.reason else "")
@@ -322,16 +313,6 @@ class _Facts:
             return "held", f"{', '.join(stopped)} stopped by hand"
         return "converged", ""
 
-    def _broken_paths(self, name: str) -> list[str]:
-        """The state files of an app that do not load."""
-        return [path for path, app in self.spec.broken.items() if app == name] if self.spec else []
-
-    def _broken_reason(self, name: str) -> str:
-        paths = self._broken_paths(name)
-        problems = [str(problem) for problem in self.spec.problems if problem.path in paths] if self.spec else []
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        return problems[0] + more if problems else f"{', '.join(sorted(paths))}: does not load"
-
     def _failure(self, subject: Subject) -> Failure | None:
         """The failure that a subject waits after, or that is being tried again; one of something else is outdated."""
         failure = self.history.failures.get(subject)
@@ -340,8 +321,8 @@ class _Facts:
         again = any(each.tried == failure.digest for each in self.of_subject.get(subject, ()))
         return failure if again else None
 
-    def _container(self, subject: Subject, app: App | None, instances: Sequence[Instance]) -> ContainerStatus:
-        want = app.containers.get(subject.name) if app else None
+    def _container(self, subject: Subject, app: App, instances: Sequence[Instance]) -> ContainerStatus:
+        want = app.containers.get(subject.name)
         state, reason, next_at = self._container_state(subject, want, instances)
         shown = want or (instances[-1].want if instances else Container())
         newer, digest = self.history.newer.get(subject), self._digest(subject, shown)
