@@ -106,7 +106,7 @@ class Client(Questions):
             return decoded(end)
 
     def _hung_up(self) -> NoAgent:
-        return NoAgent(f"ask the agent on '{self.path}': it hung up in the middle of an answer")
+        return NoAgent(self._failed("it hung up in the middle of an answer"))
 
     @contextmanager
     def _answer(self, method: str, target: str, body: Any, needs: int) -> Iterator[IO[bytes]]:
@@ -121,16 +121,17 @@ class Client(Questions):
             with suppress(BrokenPipeError, ConnectionResetError):  # it has refused before reading all
                 connection.sendall(head.encode() + payload)
             words = answer.readline().split()
-            head_of = dict(header(line) for line in iter(lambda: answer.readline().strip(), b""))
+            lines = (line.decode(errors="replace") for line in iter(lambda: answer.readline().strip(), b""))
+            head_of = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
             if len(words) < 2:
-                raise NoAgent(f"ask the agent on '{self.path}': it hung up without an answer (see its log)")
+                raise NoAgent(self._failed("it hung up without an answer (see its log)"))
             known = int(head_of.get(API_HEADER.lower(), "1"))
             error = None
             if not words[1].startswith(b"2"):
                 error = error_in(answer.read(int(head_of.get("content-length", "-1"))))
             unknown = type(error) is WrongCall and words[1].decode() in UNKNOWN and known < API
             if unknown or (error is None and known < needs):
-                raise OlderAgent(f"ask the agent on '{self.path}': it is older than this command ({REMEDY})")
+                raise OlderAgent(self._failed(f"it is older than this command ({REMEDY})"))
             if error is not None:
                 raise error
             yield answer
@@ -142,25 +143,16 @@ class Client(Questions):
             connection.connect(str(self.path))
         except OSError as error:
             connection.close()
-            raise self._unreachable(error) from error
+            match error:
+                case FileNotFoundError() | ConnectionRefusedError():
+                    raise NoAgent(self._failed("nobody answers (start it with 'holdfast agent')")) from error
+                case PermissionError():
+                    raise NotPermitted(self._failed("permission denied (become root, or join its group)")) from error
+            raise UnfitHost(self._failed(error.strerror or str(error))) from error
         return connection
 
-    def _unreachable(self, error: OSError) -> HoldfastError:
-        match error:
-            case FileNotFoundError() | ConnectionRefusedError():
-                return NoAgent(f"ask the agent on '{self.path}': nobody answers (start it with 'holdfast agent')")
-            case PermissionError():
-                return NotPermitted(
-                    f"ask the agent on '{self.path}': permission denied (become root, or join its group)"
-                )
-            case _:
-                return UnfitHost(f"ask the agent on '{self.path}': {error.strerror or error}")
-
-
-def header(line: bytes) -> tuple[str, str]:
-    """One header of an answer."""
-    name, _, value = line.decode(errors="replace").partition(":")
-    return name.lower(), value.strip()
+    def _failed(self, why: str) -> str:
+        return f"ask the agent on '{self.path}': {why}"
 
 
 def error_of(told: dict[str, Any]) -> HoldfastError:

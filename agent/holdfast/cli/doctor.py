@@ -17,8 +17,9 @@ def doctor(json_: bool) -> None:
     from dataclasses import asdict
 
     from holdfast.cli.checkup import Check, checkup
+    from holdfast.config import Config
 
-    config = None
+    config = Config()
     try:
         config = settings()
         first = Check("settings", "ok", f"name {config.name}, root {config.root}, run_root {config.run_root}")

@@ -85,7 +85,7 @@ def show_step(step: Json) -> None:
     told = f"{step['verb']} {step['object']}".strip()
     reasons = step["changes"] or [step["reason"]]
     head = f"  {mark} {told}"
-    if len(reasons) == 1 and len(head) + len(reasons[0]) + 2 <= (render.width() or 10_000):
+    if len(reasons) == 1 and len(head) + len(reasons[0]) + 2 <= render.width():
         render.echo(render.paint(head, colour) + "  " + render.paint(reasons[0], render.QUIET))
         return
     render.echo(render.paint(head, colour))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic_core import core_schema
@@ -42,13 +42,9 @@ Texts of state files may have `${node.name}`, `${node.labels.NAME}`, `${vars.NAM
 
 def reference() -> str:
     """The whole document."""
-    return "\n".join(
-        [
-            INTRODUCTION,
-            *_document("State files", "One file is one app: `NAME.toml`.", StateFile),
-            *_document("agent.toml", "The agent's settings, `/etc/holdfast/agent.toml`.", AgentTable),
-        ]
-    )
+    state = _document("State files", "One file is one app: `NAME.toml`.", StateFile)
+    settings = _document("agent.toml", "The agent's settings, `/etc/holdfast/agent.toml`.", AgentTable)
+    return "\n".join([INTRODUCTION, *state, *settings])
 
 
 class _WithDefaults(AsWritten):
@@ -110,8 +106,8 @@ def _tables_in(value: Schema, steps: str = "") -> Iterator[tuple[str, str]]:
     for each in _members(value):
         if "$ref" in each:
             yield each["$ref"].rpartition("/")[2], steps
-        for item in filter(None, [each.get("items")]):
-            yield from _tables_in(item, f"{steps}[]")
+        if "items" in each:
+            yield from _tables_in(each["items"], f"{steps}[]")
         for item in _items(each):
             yield from _tables_in(item, f"{steps}.NAME")
 
@@ -122,22 +118,18 @@ def _items(table: Schema) -> list[Schema]:
     return [each for each in found if isinstance(each, Mapping)]
 
 
-def _one_of(value: Schema) -> str:
-    return " or ".join(_forms(value))
+def _one_of(values: Sequence[Schema]) -> str:
+    return " or ".join(_forms({"anyOf": values}))
 
 
 def _forms(value: Schema) -> list[str]:
-    """Each form of a value once; a size may be a number of bytes, as the introduction says."""
-    found = list(dict.fromkeys(_kinds(value)))
-    return ["size"] if "size" in found else found
-
-
-def _kinds(value: Schema) -> Iterator[str]:
-    """The forms of a value in words."""
+    """Each form of a value in words, once; a size may be a number of bytes, as the introduction says."""
+    found: dict[str, None] = {}
     for each in _members(value):
         # The description of the whole value is its meaning; that of one of several forms is how it is written.
         form = f" ({each['description']})" if each is not value and "description" in each else ""
-        yield each["title"] if "title" in each else _kind(each) + form
+        found[each["title"] if "title" in each else _kind(each) + form] = None
+    return ["size"] if "size" in found else list(found)
 
 
 def _kind(value: Schema) -> str:
@@ -149,48 +141,39 @@ def _kind(value: Schema) -> str:
         case {"$ref": _}:
             return "table"
         case {"type": "array", "items": items}:
-            return f"list, each {_one_of({'anyOf': [items]})}"
+            return f"list, each {_one_of([items])}"
         case {"type": "object"}:
-            return f"`NAME = …`, each {_one_of({'anyOf': _items(value)})}"
+            return f"`NAME = …`, each {_one_of(_items(value))}"
         case {"type": kind}:
-            return _WORDS[kind] + _bounds(value)
+            return _WORDS[kind] + "".join(text.format(value[key]) for key, text in _BOUNDS.items() if key in value)
     raise AssertionError(f"no words for {value}")
 
 
 _WORDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "`true` or `false`"}
 
 
-def _bounds(value: Schema) -> str:
-    low, high, above = (value.get(key) for key in ("minimum", "maximum", "exclusiveMinimum"))
-    parts = [
-        *([f"from {low}"] if low is not None else []),
-        *([f"above {above:g}"] if above is not None else []),
-        *([f"to {high}"] if high is not None else []),
-    ]
-    return f" {' '.join(parts)}" if parts else ""
+_BOUNDS = {"minimum": " from {}", "exclusiveMinimum": " above {:g}", "maximum": " to {}"}
 
 
 def _example(value: Schema) -> str:
     """An example, where the value has a format of its own."""
-    for each in _members(value):
-        items = each.get("items", {})
-        for shown in (each, *_members(items)):
-            if "examples" in shown and shown.get("title") not in ("size", "duration"):
-                return f", as `{json.dumps(shown['examples'][0])}`"
-    examples = value.get("examples", ())
-    return f", as `{json.dumps(examples[0])}`" if examples and "anyOf" in value else ""
+    parts = [part for each in _members(value) for part in (each, *_members(each.get("items", {})))]
+    for shown in (*parts, value):
+        if "examples" in shown and shown.get("title") not in ("size", "duration"):
+            return f", as `{json.dumps(shown['examples'][0])}`"
+    return ""
 
 
 def _default(value: Schema) -> str:
     default = value.get("default")
     titles = {each.get("title") for each in _members(value)}
-    if default in (None, "", [], {}) or isinstance(default, dict):
-        return ""
-    if "duration" in titles and isinstance(default, int | float):
-        text = f"{default:g}s" if default >= 1 else f"{default * 1000:g}ms"
-        return f"`{json.dumps(text)}`"
-    if "size" in titles and isinstance(default, int):
-        return f"`{json.dumps(size_text(default))}`"
-    if isinstance(default, float):
-        return f"`{default:g}`"
+    match default:
+        case None | "" | [] | {}:
+            return ""
+        case int() | float() if "duration" in titles:
+            default = f"{default:g}s" if default >= 1 else f"{default * 1000:g}ms"
+        case int() if "size" in titles:
+            default = size_text(default)
+        case float():
+            return f"`{default:g}`"
     return f"`{json.dumps(default)}`"

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
-from itertools import chain, repeat
+from itertools import chain, repeat, zip_longest
 
 import click
 
@@ -27,22 +27,14 @@ from holdfast.questions import Json
 
 GOOD, BUSY, BAD, QUIET = "green", "yellow", "red", "bright_black"
 
-COLOURS = {
-    "converged": GOOD,
-    "running": GOOD,
-    "completed": GOOD,
-    "good": GOOD,
-    "ok": GOOD,
-    "changing": BUSY,
-    "waiting": BUSY,
-    "starting": BUSY,
-    "held": BUSY,
-    "stopped": BUSY,
-    "removing": BUSY,
-    "warn": BUSY,
-    "not converged": BUSY,
+STATES = {  # those in other colours are bad
+    GOOD: ("converged", "running", "completed", "good", "ok"),
+    BUSY: ("changing", "waiting", "starting", "held", "stopped", "removing", "warn", "not converged"),
+    None: ("", "-"),
 }
-NOT_STATES = frozenset({"", "-"})
+COLOURS = {state: colour for colour, states in STATES.items() for state in states}
+NO_LIMIT = 10_000  # columns
+LEAST = 16  # columns that a remark is folded into
 
 _SECRET = os.urandom(8).hex()  # marks our own colours; other text can't know it
 _COLOUR = re.compile(f"(\x1b{_SECRET}\\[[0-9;]*m)")
@@ -59,16 +51,13 @@ def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
 
 def terminal(text: str) -> str:
     """Text as `echo` prints it."""
-    parts = _COLOUR.split(text)
-    parts[::2] = [_UNSAFE.sub(_escaped, part) for part in parts[::2]]
-    parts[1::2] = [part.replace(_SECRET, "") for part in parts[1::2]]
-    return "".join(parts)
+    return plain(text, _UNSAFE).replace(_SECRET, "")
 
 
-def plain(text: str) -> str:
+def plain(text: str, unsafe: re.Pattern[str] = _UNSAFE_IN_LINE) -> str:
     """Text for one line: line ends and tabs escaped, too."""
     parts = _COLOUR.split(text)
-    parts[::2] = [_UNSAFE_IN_LINE.sub(_escaped, part) for part in parts[::2]]
+    parts[::2] = [unsafe.sub(_escaped, part) for part in parts[::2]]
     return "".join(parts)
 
 
@@ -99,12 +88,12 @@ def paint(text: str, colour: str | None, *, bold: bool = False) -> str:
 
 def state(word: str) -> str:
     """A state in its colour; what is neither good nor in progress is red."""
-    return paint(word, COLOURS.get(word, None if word in NOT_STATES else BAD))
+    return paint(word, COLOURS.get(word, BAD))
 
 
-def width() -> int | None:
-    """The width of the terminal, or what COLUMNS says; None without a limit."""
-    return terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None
+def width() -> int:
+    """The width of the terminal, or what COLUMNS says; NO_LIMIT for anything else."""
+    return terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else NO_LIMIT
 
 
 def terminal_size() -> os.terminal_size:
@@ -114,10 +103,8 @@ def terminal_size() -> os.terminal_size:
     except (OSError, ValueError):
         seen = os.terminal_size((80, 24))
     said = [os.environ.get(name, "") for name in ("COLUMNS", "LINES")]
-    columns, lines = (
-        int(word) if word.isdigit() and int(word) else size for word, size in zip(said, seen, strict=True)
-    )
-    return os.terminal_size((columns, lines))
+    sizes = [int(word) if word.isdigit() and int(word) else size for word, size in zip(said, seen, strict=True)]
+    return os.terminal_size(sizes)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[Sequence[str]] = ()) -> None:
@@ -131,10 +118,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[Se
     rows = [[plain(cell) for cell in row] for row in rows]
     kept = [column for column in range(len(head)) if any(row[column] for row in rows)]
     limit, below = width(), list[int]()
-    widths = _widths(head, rows, kept, limit)
-    while limit and sum(widths) + 2 * (len(kept) - 1) > limit and len(kept) > 1:
+    while sum(widths := _widths(head, rows, kept, limit)) + 2 * (len(kept) - 1) > limit and len(kept) > 1:
         below.insert(0, kept.pop())
-        widths = _widths(head, rows, kept, limit)
     _print_row([paint(head[column], QUIET) for column in kept], widths)
     for row, remarks in zip(rows, chain(notes, repeat(())), strict=False):
         _print_row([row[column] for column in kept], widths)
@@ -170,12 +155,12 @@ def details(found: Json, *, json: bool) -> None:
         echo(line)
 
 
-def _widths(head: Sequence[str], rows: Sequence[Sequence[str]], kept: Sequence[int], limit: int | None) -> list[int]:
+def _widths(head: Sequence[str], rows: Sequence[Sequence[str]], kept: Sequence[int], limit: int) -> list[int]:
     """The width of each column, so that all fit if lines are folded between words."""
     columns = [[head[column], *(_bare(row[column]) for row in rows)] for column in kept]
     widths = [max(map(len, cells)) for cells in columns]
     least = [max(len(word) for cell in cells for word in cell.split(" ")) for cells in columns]
-    while limit and (over := sum(widths) + 2 * (len(kept) - 1) - limit) > 0:
+    while (over := sum(widths) + 2 * (len(kept) - 1) - limit) > 0:
         widest = max(range(len(kept)), key=lambda place: widths[place] - least[place])
         if widths[widest] == least[widest]:
             break
@@ -185,26 +170,25 @@ def _widths(head: Sequence[str], rows: Sequence[Sequence[str]], kept: Sequence[i
 
 def _print_row(cells: Sequence[str], widths: Sequence[int]) -> None:
     """Print one row, on as many lines as its cells take."""
-    folded = [_wrapped(cell, size) for cell, size in zip(cells, widths, strict=True)]
-    for line in range(max(map(len, folded))):
-        parts = (each[line] if line < len(each) else "" for each in folded)
-        echo("  ".join(_padded(part, size) for part, size in zip(parts, widths, strict=True)).rstrip())
+    folded = [_folded(cell, size) for cell, size in zip(cells, widths, strict=True)]
+    for parts in zip_longest(*folded, fillvalue=""):
+        padded = (part + " " * (size - len(_bare(part))) for part, size in zip(parts, widths, strict=True))
+        echo("  ".join(padded).rstrip())
 
 
-def _wrapped(cell: str, size: int) -> list[str]:
-    text = _bare(cell)
-    if len(text) <= size:
-        return [cell]
-    indent = " " * (len(text) - len(text.lstrip()))
-    return textwrap.wrap(
-        text, size, break_long_words=False, break_on_hyphens=False, drop_whitespace=True, subsequent_indent=indent
-    ) or [""]
+def _folded(text: str, size: int) -> list[str]:
+    """Text on lines of a size, folded between words. What is folded loses its colours."""
+    bare = _bare(text)
+    if len(bare) <= size:
+        return [text]
+    indent = " " * (len(bare) - len(bare.lstrip()))
+    return textwrap.wrap(bare, size, break_long_words=False, break_on_hyphens=False, subsequent_indent=indent) or [""]
 
 
 def note(text: str, indent: int = 0, colour: str | None = QUIET) -> None:
     """Print a remark, folded at the terminal's edge with its indent kept."""
-    limit = width()
-    for part in _folded(plain(text), limit - indent if limit else None):
+    room = width() - indent
+    for part in _folded(plain(text), room if room >= LEAST else NO_LIMIT):
         echo(" " * indent + paint(part, colour))
 
 
@@ -229,17 +213,6 @@ def screen() -> Iterator[None]:
         left = len(lines) - room + 1
         lines = [*lines[: room - 1], terminal(paint(f"… {left} more lines", QUIET))]
     click.echo("\x1b[H\x1b[2J" + "\n".join(lines))
-
-
-def _padded(cell: str, size: int) -> str:
-    return cell + " " * (size - len(_bare(cell)))
-
-
-def _folded(text: str, limit: int | None) -> list[str]:
-    plain = _bare(text)
-    if limit is None or len(plain) <= limit or limit < 16:
-        return [text]
-    return textwrap.wrap(plain, limit, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def ago(at: float | None, now: float | None = None) -> str:
@@ -292,25 +265,21 @@ def pairs(values: Mapping[str, object], indent: int = 0) -> Iterator[str]:
     for name, value in values.items():
         key = plain(str(name))
         match value:
-            case None | "":
-                continue
-            case dict() | list() | tuple() if not value:
+            case _ if value in (None, "", {}, [], ()):
                 continue
             case dict():
                 yield f"{pad}{key}:"
                 yield from pairs(value, indent + 2)
-            case list() | tuple() if all(not isinstance(entry, (dict, list, tuple)) for entry in value):
-                yield f"{pad}{key}: {plain(', '.join(str(entry) for entry in value))}"
-            case list() | tuple():
+            case list() | tuple() if any(isinstance(each, (dict, list, tuple)) for each in value):
                 yield f"{pad}{key}:"
-                for entry in value:
-                    lines = (
-                        list(pairs(entry, indent + 4)) or [""]
-                        if isinstance(entry, dict)
-                        else [f"{pad}    {plain(str(entry))}"]
-                    )
-                    yield f"{pad}  - {lines[0].lstrip()}"
-                    yield from lines[1:]
+                for each in value:
+                    first, *more = list(
+                        pairs(each, indent + 4) if isinstance(each, dict) else [plain(str(each))]
+                    ) or [""]
+                    yield f"{pad}  - {first.lstrip()}"
+                    yield from more
+            case list() | tuple():
+                yield f"{pad}{key}: {plain(', '.join(map(str, value)))}"
             case bool():
                 yield f"{pad}{key}: {'yes' if value else 'no'}"
             case float() if key == "at" or key.endswith("_at"):
