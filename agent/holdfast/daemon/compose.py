@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import resource
-import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -65,11 +65,16 @@ def only_agent(config: Config, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock that keeps a second agent from the same root. patience: seconds to wait for another's end."""
     config.root.mkdir(mode=0o700, parents=True, exist_ok=True)  # what state files say may be secret
     file = os.open(config.root / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + patience
     try:
-        try:
-            _lock(file, patience)
-        except (BlockingIOError, TimeoutError):
-            raise same_root(config.root, os.pread(file, 32, 0).decode(errors="replace")) from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise same_root(config.root, os.pread(file, 32, 0).decode(errors="replace")) from None
+                time.sleep(0.05)
         pid = str(os.getpid()).encode()
         with contextlib.suppress(OSError):  # on a full disk: the lock is what counts
             os.pwrite(file, pid, 0)
@@ -79,29 +84,9 @@ def only_agent(config: Config, patience: float = 0.0) -> Iterator[None]:
         os.close(file)
 
 
-def _lock(file: int, patience: float) -> None:
-    """Lock a file. Raises BlockingIOError, or TimeoutError after so many seconds (in the main thread)."""
-    if not patience:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
-
-    def give_up(*_: object) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, patience)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def host_of(config: Config) -> Host:
-    place = place_of(config.name)
-    return Host(
-        config.name, config.root, config.run_root, config.network.pool, read_id(config.root), cgroup_root=place
-    )
+    id, place = read_id(config.root), place_of(config.name)
+    return Host(config.name, config.root, config.run_root, config.network.pool, id, cgroup_root=place)
 
 
 def refused(config: Config) -> str:

@@ -8,7 +8,7 @@ while containers run that write to the old place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,20 +28,22 @@ def check_claim(context: Context, known: Record | None) -> None:
     """Raise Conflict where the name, or the root, belongs to another. known: whose the name was so far."""
     host = context.host
     refuse_new_name(host)
-    if known is not None and known.is_of(host.root):
-        _refuse_new_run_root(host, known)
-    elif known is not None and known.id == host.id:
-        _refuse_copy(host, known)
+    if known is not None and known.is_of(host.root) and known.run_root != str(host.run_root):
+        moved = f"its containers run from '{known.run_root}', and agent.toml says run_root = '{host.run_root}'"
+        _refuse(host, moved, traces(host), f'run_root = "{known.run_root}" until they are stopped')
+    elif known is not None and known.id == host.id and not known.is_of(host.root):
+        copy = f"it is a copy of '{known.root}' (both have the id {host.id}), from which containers still run"
+        _refuse(host, copy, traces(host), f'root = "{known.root}"; to move a root, stop its containers first')
     found = list(everything(context, context.plugins.observe().seen, deep=True))
-    elsewhere = [each for each in found if each.of_root not in ("", host.id) and not _ours(context, each, known)]
-    if elsewhere:
-        raise _belongs(host, elsewhere, known)
-    unmarked = [each for each in found if not each.of_root and each.kind != "volume"]
-    if unmarked and not context.store.used:
-        raise Conflict(
-            f"run the agent '{host.name}' on '{host.root}': another root uses the name: {_listed(unmarked)} "
-            "(another name in agent.toml)"
-        )
+    if elsewhere := [each for each in found if each.of_root not in ("", host.id) and not _ours(context, each, known)]:
+        id = elsewhere[0].of_root
+        where = f" ('{known.root}')" if known is not None and known.id == id else ""
+        belongs = f"the name belongs to the root with the id {id}{where}, which still has on this host"
+        gone = f"if that root is gone for good: echo {id} > '{host.root / FILE}', and all of it is removed"
+        _refuse(host, belongs, _listed(elsewhere), f"another name in agent.toml; {gone}")
+    if not context.store.used:
+        unmarked = [each for each in found if not each.of_root and each.kind != "volume"]
+        _refuse(host, "another root uses the name", _listed(unmarked), "another name in agent.toml")
 
 
 def traces(host: Host) -> list[str]:
@@ -60,45 +62,26 @@ def _ours(context: Context, thing: Receipt, known: Record | None) -> bool:
     return context.store.receipt(thing.kind, thing.id) is not None and not other
 
 
-def _belongs(host: Host, found: list[Receipt], known: Record | None) -> Conflict:
-    id = found[0].of_root
-    where = f" ('{known.root}')" if known is not None and known.id == id else ""
-    return Conflict(
-        f"run the agent '{host.name}' on '{host.root}': the name belongs to the root with the id {id}{where}, which "
-        f"still has on this host: {_listed(found)} (another name in agent.toml; if that root is gone for good: "
-        f"echo {id} > '{host.root / FILE}', and all of it is removed)"
-    )
-
-
 def refuse_new_name(host: Host) -> None:
     """Raise Conflict where the root has things on the host under another name; forget names without."""
     for name in names_of(host.root):
-        if name == host.name:
-            continue
-        if left := traces(replace(host, name=name, cgroup_root=place_of(name))):
-            raise Conflict(
-                f"run the agent '{host.name}' on '{host.root}': that root still has things on this host under the "
-                f"name '{name}': {_shown(left)} (name = \"{name}\" in agent.toml; stop all containers, then rename)"
-            )
-        drop(name)
+        if name != host.name:
+            still = f"that root still has things on this host under the name '{name}'"
+            left = traces(replace(host, name=name, cgroup_root=place_of(name)))
+            _refuse(host, still, left, f'name = "{name}" in agent.toml; stop all containers, then rename')
+            drop(name)
 
 
-def _refuse_new_run_root(host: Host, known: Record) -> None:
-    if known.run_root != str(host.run_root) and (left := traces(host)):
-        raise Conflict(
-            f"run the agent '{host.name}' with run_root '{host.run_root}': its containers run from "
-            f"'{known.run_root}': {_shown(left)} (run_root = \"{known.run_root}\" until they are stopped)"
-        )
-
-
-def _refuse_copy(host: Host, known: Record) -> None:
-    left = traces(host)
+def _refuse(host: Host, why: str, left: Sequence[str], remedy: str) -> None:
+    """Raise Conflict if something is left."""
     if left:
-        raise Conflict(
-            f"run the agent '{host.name}' on '{host.root}': it is a copy of '{known.root}' (both have the id "
-            f'{host.id}), from which containers still run: {_shown(left)} (root = "{known.root}"; to move a root, '
-            "stop its containers first)"
-        )
+        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        shown = ", ".join(left[:SHOWN]) + more
+        raise Conflict(f"run the agent '{host.name}' on '{host.root}': {why}: {shown} ({remedy})")
+
+
+def _listed(found: Iterable[Receipt]) -> list[str]:
+    return [f"{each.kind} {each.id}" for each in found]
 
 
 def record_of(host: Host) -> str:
@@ -111,12 +94,3 @@ def record_of(host: Host) -> str:
     if record.id != host.id and traces(host):
         return f"the name '{host.name}' belongs to '{record.root}' (id {record.id}), not to '{host.root}'"
     return ""
-
-
-def _listed(found: Iterable[Receipt]) -> str:
-    return _shown([f"{each.kind} {each.id}" for each in found])
-
-
-def _shown(lines: list[str]) -> str:
-    more = len(lines) - SHOWN
-    return ", ".join(lines[:SHOWN]) + (f" and {more} more" if more > 0 else "")
