@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,8 @@ def logs(
             told = node.logs(known, tail, since, until, follow)
             lines: Iterator[LogLine | None] = (line_of(line) if line else None for line in told)
         else:
-            several = len(known) > 1
-            found = ((target if several else "", path) for target in known for path in node.logs_of(target)["paths"])
-            sources = [(target, Path(path)) for target, path in found]
+            files = [(target, Path(path)) for target in known for path in node.logs_of(target)["paths"]]
+            sources = files if len(known) > 1 else [("", path) for _, path in files]
             lines = output(sources, Wanted(tail, since, until), threading.Event() if follow else None)
         if json_:
             show_json(lines, known)
@@ -193,12 +192,16 @@ def stats(json_: bool) -> None:
     CPU over half a second, memory and processes, each with the limit that the kernel has for it.
     """
     with reach() as node:
-        before = {each["instance"]: each for each in node.stats()}
+        before = {each["instance"]: each["cpu"] or 0 for each in node.stats()}
         started = time.monotonic()
         time.sleep(INTERVAL if before else 0)
         found = node.stats()
         passed = max(time.monotonic() - started, 0.001)
-    render.listing(list(usage(before, found, passed)), STATS, json=json_, empty="nothing runs")
+    rows = []
+    for each in found:
+        used = (each["cpu"] or 0) - before.get(each["instance"], each["cpu"] or 0)
+        rows.append(Answer({**each, "cpu_percent": 100 * used / passed}))  # the share of one core
+    render.listing(rows, STATS, json=json_, empty="nothing runs")
 
 
 STATS = {
@@ -214,14 +217,6 @@ def limit(row: Json, name: str, text: Callable[[Any], str]) -> str:
     limits = row["limits"]
     now, asked = ("-" if each[name] is None else text(each[name]) for each in (limits["observed"], limits["asked"]))
     return now if now == asked else f"{now} (asked {asked})"
-
-
-def usage(before: Mapping[str, Json], found: Sequence[Json], passed: float) -> Iterator[dict[str, Any]]:
-    """The later reading, with the share of one core that was used since the earlier one."""
-    for each in found:
-        earlier = before.get(each["instance"], each)
-        percent = 100 * ((each["cpu"] or 0) - (earlier["cpu"] or 0)) / passed
-        yield Answer({**each, "cpu_percent": percent})
 
 
 @command("commit")

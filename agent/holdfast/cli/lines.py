@@ -7,7 +7,6 @@ import select
 import sys
 import threading
 from collections.abc import Iterable, Sequence
-from typing import BinaryIO
 
 from holdfast.cli import render
 from holdfast.runtime.logs import LogLine
@@ -23,7 +22,7 @@ def show(lines: Iterable[LogLine | None], *, timestamps: bool, follow: bool) -> 
     begun: set[str] = set()  # the streams of a single container that are in the middle of a line
     for line in lines:
         if line is None:
-            _flush(streams.values())
+            flush()
             continue
         out = streams.get(line.stream, sys.stdout.buffer)
         if line.stream not in begun:
@@ -34,7 +33,7 @@ def show(lines: Iterable[LogLine | None], *, timestamps: bool, follow: bool) -> 
             begun.discard(line.stream)
         else:
             begun.add(line.stream)
-    _flush(streams.values())
+    flush()
 
 
 def show_json(lines: Iterable[LogLine | None], targets: Sequence[str]) -> None:
@@ -53,9 +52,9 @@ def _start(line: LogLine, timestamps: bool) -> str:
     return render.terminal(name + when)
 
 
-def _flush(streams: Iterable[BinaryIO]) -> None:
-    for stream in streams:
-        stream.flush()
+def flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def end_when_unread() -> None:

@@ -35,14 +35,11 @@ def status(json_: bool, watch: bool) -> None:
 def headline(status: Json) -> str:
     """The node in one line: its name, whether it is converged, and the commit that it holds."""
     verdict = render.state("converged" if status["converged"] else "not converged")
-    parts = [f"{render.paint(status['node'] or 'this node', None, bold=True)}: {verdict}"]
-    commit = status["commit"]
-    if revision := status["revision"]:
-        parts.append(revision[:10])
-    if message := commit.get("message"):
-        parts.append(message.splitlines()[0][:50])
-    about = [text for text in (commit.get("author"), render.ago(commit.get("at"))) if text]
-    return "  ".join(parts) + (render.paint(f"  ({', '.join(about)})", render.QUIET) if about else "")
+    node, commit = render.paint(status["node"] or "this node", None, bold=True), status["commit"]
+    message = (commit.get("message") or "").partition("\n")[0][:50]
+    about = ", ".join(filter(None, (commit.get("author"), render.ago(commit.get("at")))))
+    told = "  ".join(filter(None, (f"{node}: {verdict}", status["revision"][:10], message)))
+    return told + (render.paint(f"  ({about})", render.QUIET) if about else "")
 
 
 def show_status(status: Json) -> None:
@@ -113,22 +110,20 @@ def app_reason(name: str, app: Json) -> str:
 
 
 def container_rows(name: str, container: Json, at: float, *, above: str) -> Iterator[tuple[list[str], list[str]]]:
-    instances = container["instances"] or [None]
-    for number, instance in enumerate(instances):
-        newest = number == len(instances) - 1
-        word = container["state"] if newest else instance["state"]
-        notes = list(container_notes(container, at, above)) if newest else []
-        yield (
-            [
-                f"  {name}" if number == 0 else "",
-                render.state(word),
-                *instance_cells(instance, at),
-                ports(container) if newest else "",
-                limits(instance) if instance else "",
-                image(container, instance) if newest else "",
-            ],
-            list(dict.fromkeys([*notes, *(instance_notes(instance) if instance else ())])),
-        )
+    older, newest = container["instances"][:-1], (container["instances"] or [None])[-1]
+    head = f"  {name}"
+    for instance in older:
+        cells = [head, render.state(instance["state"]), *instance_cells(instance, at), "", limits(instance), ""]
+        yield cells, list(dict.fromkeys(instance_notes(instance)))
+        head = ""
+    cells = [
+        *instance_cells(newest, at),
+        ports(container),
+        limits(newest) if newest else "",
+        image(container, newest),
+    ]
+    notes = [*container_notes(container, at, above), *(instance_notes(newest) if newest else ())]
+    yield [head, render.state(container["state"]), *cells], list(dict.fromkeys(notes))
 
 
 def ports(container: Json) -> str:
@@ -177,11 +172,9 @@ def image(container: Json, instance: Json | None) -> str:
 def instance_cells(instance: Json | None, at: float) -> list[str]:
     if instance is None:
         return ["", "", "", ""]
-    since = instance["exited_at"] or instance["started_at"]
-    address = next((address for address in instance["addresses"].values() if address), "")
-    restarts = str(instance["restarts"]) if instance["restarts"] else ""
-    address = address if instance["state"] == "running" else ""
-    return [str(instance["generation"]), render.ago(since, at).removesuffix(" ago"), restarts, address]
+    since = render.ago(instance["exited_at"] or instance["started_at"], at).removesuffix(" ago")
+    addresses = filter(None, instance["addresses"].values() if instance["state"] == "running" else ())
+    return [str(instance["generation"]), since, str(instance["restarts"] or ""), next(addresses, "")]
 
 
 def container_notes(container: Json, at: float, above: str) -> Iterator[str]:

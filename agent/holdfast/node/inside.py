@@ -77,7 +77,8 @@ def mount_all(
         content = theirs.get(target) or _own(target)
         found = _in_kernels(view.resolve(target))
         wrong = _wrong_target(target, found, content)
-        if not wrong and target in theirs and runtime == "runc" and _refused_by_runc(found):
+        hidden = not found.content.known and found.path.startswith("/proc/") and found.path not in RUNC_PROC
+        if not wrong and target in theirs and runtime == "runc" and hidden:
             wrong = f"runc mounts nothing at '{found.path}' (expected a target outside /proc)"
         if wrong:
             yield _error(f"mount {content.what} at '{target}': {wrong}", found.content, content)
@@ -110,33 +111,22 @@ def _in_kernels(found: Found) -> Found:
     return replace(found, kind="missing" if not here.exists() else "directory" if here.is_dir() else "file")
 
 
-def _refused_by_runc(found: Found) -> bool:
-    return not found.content.known and found.path.startswith("/proc/") and found.path not in RUNC_PROC
-
-
 def _wrong_target(target: str, found: Found, content: Content) -> str:
     """Why content can't be mounted at a path; "" if it can."""
-    if len(os.fsencode(target)) > LONGEST_PATH or any(
-        len(os.fsencode(step)) > LONGEST_NAME for step in target.split("/")
-    ):
+    longest = max(len(os.fsencode(step)) for step in target.split("/"))
+    if len(os.fsencode(target)) > LONGEST_PATH or longest > LONGEST_NAME:
         return f"the path is too long (at most {LONGEST_NAME} bytes a step, {LONGEST_PATH} in all)"
     where = found.content.what
     at = f"'{found.path}' of {where}" if found.path != target.rstrip("/") else f"of {where}"
+    kind = "directory" if content.directory else "file"
     match found.kind:
         case "blocked":
             return f"'{found.path}' of {where} is not a directory"
-        case "file" if content.directory:
-            return f"{_a(content)} can't be mounted on a file ({at})"
-        case "directory" if not content.directory:
-            return f"{_a(content)} can't be mounted on a directory ({at})"
+        case "file" | "directory" if found.kind != kind:
+            return f"a {kind} can't be mounted on a {found.kind} ({at})"
         case "missing" if found.content.read_only:
             return f"{where} is read-only and has no such entry (expected it to be there)"
-        case _:
-            return ""
-
-
-def _a(content: Content) -> str:
-    return "a directory" if content.directory else "a file"
+    return ""
 
 
 def check_working_dir(view: View, folder: str) -> None:
@@ -167,25 +157,17 @@ def look(view: View, waits: bool, path: str) -> Candidate:
     fixed, missing = content.fixed, found.kind in ("missing", "blocked")
     if found.kind == "unknown" or (missing and not fixed and (waits or content.shared)):
         return Candidate(found.path, known=False)
+    there = Candidate(found.path, where=content.what, fixed=fixed)
     if missing:
-        return Candidate(found.path, where=content.what, fixed=fixed)
-    return Candidate(
-        found.path,
-        mode=found.mode,
-        known=bool(found.entries) or found.kind == "directory",
-        where=content.what,
-        fixed=fixed,
-        noexec=bool(found.entries) and not fixed and _noexec(found.entries[0]),
-        head=partial(_head, found),
-    )
+        return there
+    if not found.entries:
+        return replace(there, mode=found.mode, known=found.kind == "directory")
+    noexec = not fixed and bool(os.statvfs(found.entries[0]).f_flag & os.ST_NOEXEC)
+    return replace(there, mode=found.mode, noexec=noexec, head=partial(_head, found.entries[0]))
 
 
-def _noexec(path: Path) -> bool:
-    return bool(os.statvfs(path).f_flag & os.ST_NOEXEC)
-
-
-def _head(found: Found) -> bytes:
-    with found.entries[0].open("rb") as file:
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
         return file.read(HEAD)
 
 

@@ -28,9 +28,8 @@ def stop_instance(context: Context, action: StopInstance) -> Json:
     if instance is None or instance.phase != "running":
         return {}
     if run is None:
-        context.store.change_instance(
-            instance.id, phase="exited", pid=None, exit=Exit(None, at=time.time(), asked=True)
-        )
+        unseen = Exit(None, at=time.time(), asked=True)
+        context.store.change_instance(instance.id, phase="exited", pid=None, exit=unseen)
         return {}
     asked = instance.exit.at if instance.exit and instance.exit.asked else 0.0
     signal = action.signal or _image_signal(context, instance)
@@ -46,9 +45,9 @@ def stop_instance(context: Context, action: StopInstance) -> Json:
     if killed:
         context.runtime.kill(instance.id, "SIGKILL", all=True)
         ended = context.runtime.wait_exit(instance.id, run, AFTER_KILL, unless=context.ending.fd)
-    if ended is None and context.ending.is_set:
-        raise Stopping(f"stop '{action.subject}': the agent ends")
     if ended is None:
+        if context.ending.is_set:
+            raise Stopping(f"stop '{action.subject}': the agent ends")
         raise TryAgain(f"stop '{action.subject}': process {run.pid} outlives SIGKILL")
     ended = _stopped(ended, "SIGKILL" if killed else signal, oom=context.runtime.oom_kills(instance.id) > kills)
     context.store.change_instance(instance.id, phase="exited", pid=None, exit=ended)
@@ -60,20 +59,19 @@ def stop_instance(context: Context, action: StopInstance) -> Json:
 def _stopped(ended: Exit, sent: str, *, oom: bool) -> Exit:
     """The end that we asked for: by the signal that was sent last, unless the kernel killed it first."""
     number = signal_number(sent)
-    if ended.code != 128 + number:
-        return replace(ended, asked=True, oom=ended.oom and oom, signal=ended.signal if ended.oom and oom else None)
-    return replace(ended, asked=True, oom=False, signal=number)
+    if ended.code == 128 + number:
+        return replace(ended, asked=True, oom=False, signal=number)
+    killed = ended.oom and oom
+    return replace(ended, asked=True, oom=killed, signal=ended.signal if killed else None)
 
 
 def tell_exit(context: Context, instance: Instance, ended: Exit) -> None:
     """Report the end of a process to the event log and to plugins."""
     fields = {"code": ended.code, "signal": ended.signal, "oom": ended.oom, "asked": ended.asked, "at": ended.at}
-    context.store.event(
-        "exited", instance.key, f"it {ended}", instance=instance.id, **{**fields, "at_exit": ended.at}
-    )
-    context.plugins.tell(
-        "after_exit", app=instance.app, container=instance.container, instance=instance.id, exit=fields
-    )
+    more = {**fields, "instance": instance.id, "at_exit": ended.at}
+    context.store.event("exited", instance.key, f"it {ended}", **more)
+    about = {"app": instance.app, "container": instance.container, "instance": instance.id}
+    context.plugins.tell("after_exit", **about, exit=fields)
 
 
 def _image_signal(context: Context, instance: Instance) -> str:

@@ -6,10 +6,10 @@ A start, a staging and an update ask the same; so it is written once. Nothing he
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from functools import lru_cache, partial
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
 
 from holdfast import kinds
 from holdfast.drivers import CgroupWant, Driver, EndpointWant, MountWant, NetworkWant, RootfsWant, VolumeWant
@@ -23,18 +23,15 @@ from holdfast.runtime.devices import device_nodes
 from holdfast.runtime.oci import OciRequest, granted_capabilities
 from holdfast.spec.model import App, Container, Mount, Network, Volume
 
+MEMORY_TOTAL = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes of this host
+CPUS = os.cpu_count() or 1
+
 # -- of drivers ----------------------------------------------------------------------------------------------
 
 
-def _of(instance: Instance) -> _About:
+def _of(instance: Instance) -> dict[str, Any]:
     """Say for which container a want is."""
     return {"app": instance.app, "container": instance.container, "labels": instance.want.labels}
-
-
-class _About(TypedDict):
-    app: str
-    container: str
-    labels: Mapping[str, str]
 
 
 def rootfs_want(instance: Instance, layers: tuple[Path, ...]) -> RootfsWant:
@@ -87,28 +84,25 @@ def endpoint_wants(context: Context, instance: Instance, space: Path) -> Iterato
     """
     routed = False
     for index, (network, attachment) in enumerate(instance.want.networks.items()):
-        receipt = (
-            Receipt("network", network, network) if network in BARE else context.store.receipt("network", network)
-        )
+        bare = Receipt("network", network, network) if network in BARE else None
+        receipt = bare or context.store.receipt("network", network)
         if receipt is None:
             yield network, None
             continue
         routes = not routed and not receipt.data.get("internal")
         routed |= routes
-        yield (
-            network,
-            EndpointWant(
-                instance=instance.id,
-                network=receipt,
-                netns=space,
-                interface=f"eth{index}",
-                default_route=routes,
-                ipv4_address=attachment.ipv4_address,
-                mac_address=attachment.mac_address,
-                lease=instance.lease,
-                **_of(instance),
-            ),
+        want = EndpointWant(
+            instance=instance.id,
+            network=receipt,
+            netns=space,
+            interface=f"eth{index}",
+            default_route=routes,
+            ipv4_address=attachment.ipv4_address,
+            mac_address=attachment.mac_address,
+            lease=instance.lease,
+            **_of(instance),
         )
+        yield network, want
 
 
 # -- of policies and the runtime ------------------------------------------------------------------------------
@@ -132,19 +126,8 @@ def policies_of(context: Context, want: Container) -> tuple[str, ...]:
 
 def cgroup_want(instance: Instance) -> CgroupWant:
     """What a cgroup policy is asked for."""
-    memory, cpus = _size_of_host()
-    return CgroupWant(
-        resources=instance.want.resources,
-        version=cgroup.version(),
-        memory_total=memory,
-        cpus=cpus,
-        **_of(instance),
-    )
-
-
-@lru_cache(maxsize=1)
-def _size_of_host() -> tuple[int, int]:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), os.cpu_count() or 1
+    asked, version = instance.want.resources, cgroup.version()
+    return CgroupWant(resources=asked, version=version, memory_total=MEMORY_TOTAL, cpus=CPUS, **_of(instance))
 
 
 def oci_request(context: Context, instance: Instance, base: Base, settings: cgroup.Settings) -> OciRequest:
