@@ -52,13 +52,28 @@ def followed(steps: Steps, *, quiet: bool) -> Json:
     return last
 
 
-class _Lines:
+class _Shown:
+    """Knows what keeps the node from its state, apart from images, once that has lasted for a moment."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}
+
+    def lasting(self, status: Json) -> list[str]:
+        """What has been waited for for a while: registries that do not answer, then why the node is not converged."""
+        unanswered = (each for each in status.get("unanswered", ()) if each["asking"])
+        asked = (f"{each['ref']}: the registry does not answer" for each in unanswered)
+        now = time.monotonic()
+        self._since = {line: self._since.get(line, now) for line in (*asked, *status.get("blockers", ()))}
+        return [line for line, since in self._since.items() if now - since >= PATIENCE]
+
+
+class _Lines(_Shown):
     """Prints a line for each quarter of an image, each step of a build, and what is waited for."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._told: dict[object, object] = {}
         self._building: set[tuple[str, float]] = set()
-        self._waits = _Waits()
 
     def show(self, status: Json) -> None:
         for each in status.get("transfers", ()):
@@ -71,7 +86,7 @@ class _Lines:
         for image, began in self._building - builds.keys():
             render.echo(f"building {image}  ended after {render.span(time.time() - began)}", err=True)
         self._building = set(builds)
-        for line in self._waits.lasting(status):
+        for line in self.lasting(status):
             self._tell(line, line, f"waiting: {line}")
 
     def _tell(self, subject: object, news: object, line: str) -> None:
@@ -79,26 +94,6 @@ class _Lines:
         if self._told.get(subject) != news:
             self._told[subject] = news
             render.echo(line, err=True)
-
-
-class _Waits:
-    """What keeps the node from its state, apart from images, once that has lasted for a moment."""
-
-    def __init__(self) -> None:
-        self._since: dict[str, float] = {}
-
-    def lasting(self, status: Json) -> list[str]:
-        """The lines that have been true for a while."""
-        now = time.monotonic()
-        self._since = {line: self._since.get(line, now) for line in lines_of(status)}
-        return [line for line, since in self._since.items() if now - since >= PATIENCE]
-
-
-def lines_of(status: Json) -> list[str]:
-    """What is waited for: registries that do not answer, then why the node is not converged."""
-    unanswered = (each for each in status.get("unanswered", ()) if each["asking"])
-    asked = [f"{each['ref']}: the registry does not answer" for each in unanswered]
-    return [*asked, *status.get("blockers", ())]
 
 
 def amount(transfer: Json) -> str:
@@ -123,23 +118,18 @@ def _drawn() -> Iterator[Show]:
         def render(self, task: Task) -> Text:
             return super().render(task) if task.total is not None else Text()
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        Amount(binary_units=True),
-        Speed(),
-    )
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), Amount(binary_units=True), Speed())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         yield _Drawing(progress).show
 
 
-class _Drawing:
+class _Drawing(_Shown):
     """The bars of all that is under way; a bar is removed when its work is over."""
 
     def __init__(self, progress: Progress) -> None:
+        super().__init__()
         self._progress = progress
         self._tasks: dict[object, TaskID] = {}
-        self._waits = _Waits()
 
     def show(self, status: Json) -> None:
         seen = set()
@@ -165,5 +155,5 @@ class _Drawing:
         for each in status.get("builds", ()):
             told = f"failed: {each['error']}" if each["error"] else each["step"]
             yield (each["image"], each["began"], "build"), f"{each['image']}  {told}", 0, None
-        for line in self._waits.lasting(status)[:MOST_WAITS]:
+        for line in self.lasting(status)[:MOST_WAITS]:
             yield line, f"waiting: {line}", 0, None

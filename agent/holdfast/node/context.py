@@ -5,20 +5,19 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from holdfast import kinds
 from holdfast.drivers import Host
-from holdfast.errors import NotFound, TryAgain
-from holdfast.files import discard_tree, open_source
+from holdfast.errors import NotFound
+from holdfast.files import open_source
 from holdfast.images.builds.build import Builder
 from holdfast.images.incoming.pull import Puller
 from holdfast.images.incoming.transfers import Transfers
-from holdfast.images.kept import lookup
 from holdfast.images.kept.store import ImageStore
 from holdfast.observed import Instance, InstanceId, Json, Limits, Receipt
 from holdfast.plan.diff import folder_files
@@ -26,14 +25,13 @@ from holdfast.plugins import Plugins
 from holdfast.runtime.binaries import find_init, host_limits
 from holdfast.runtime.conmon import Run, Runtime, boot_id
 from holdfast.runtime.content import ContentStore
-from holdfast.runtime.mountpoints import Mounted, lacking
-from holdfast.runtime.oci import HostLimits
 from holdfast.runtime.seccomp import Filters
-from holdfast.spec.model import App, Container, Mount, Network, Volume
+from holdfast.spec.model import App, Container, Network, Volume
 from holdfast.store import Store
 
 ROOTFS = "rootfs:"  # how an image digest starts that is a directory of the host
 BARE = frozenset({"none", "host"})  # networks that are not made: loopback alone, and the host's own
+limits, init_program = cache(host_limits), cache(find_init)  # of this host, asked once
 
 
 class Ending:
@@ -116,33 +114,19 @@ class Context:
         """What whoever makes, fills or removes a volume holds meanwhile."""
         return self._volume_locks.setdefault(volume, threading.Lock())
 
-    def check_mounted(self, mount: Mount) -> None:
-        """Raise TryAgain for a bind whose source lies on what is not mounted, and so on the disk underneath."""
-        if reason := lacking(mount, Mounted.now()):
-            raise TryAgain(f"mount '{mount.source}' at '{mount.target}': {reason}")
-
     def log_path(self, target: str) -> Path:
         """Where the output of `app/container` goes, whichever instance writes it."""
         return self.host.root / "logs" / f"{target}.log"
 
-    def drop_logs(self, app: str) -> None:
-        """Delete the output of an app's containers."""
-        discard_tree(self.host.root / "logs" / app)
-
     def prune_content(self, wanted: Iterable[str]) -> None:
         """Delete stored files that neither a kept generation mounts nor wanted (what may be staged now) names."""
         keep = set(wanted)
-        for generations in self.store.history().generations.values():
-            for generation in generations:
-                keep.update(generation.app.files.values())
-                keep.update(self._trees(generation.app))
+        for app in [each.app for kept in self.store.history().generations.values() for each in kept]:
+            keep.update(app.files.values())
+            mounts = (mount for want in app.containers.values() for mount in want.mounts if mount.kind == "file")
+            folders = (mount for mount in mounts if mount.source not in app.files)
+            keep.update(self.content.store_tree(folder_files(app, mount)) for mount in folders)
         self.content.prune(keep)
-
-    def _trees(self, app: App) -> Iterator[str]:
-        for want in app.containers.values():
-            for mount in want.mounts:
-                if mount.kind == "file" and mount.source not in app.files:
-                    yield self.content.store_tree(folder_files(app, mount))
 
     def run_of(self, instance: str) -> Run | None:
         """The processes of an instance, from its receipt."""
@@ -192,31 +176,10 @@ class Base:
     layers: tuple[Path, ...]
     config: Json
 
-    def find(self, path: str) -> Path | None:
-        """Where a path of the merged layers lies on the host."""
-        return lookup.find(self.layers, path)
-
-    def read_file(self, path: str) -> bytes | None:
-        """The content of a file of the merged layers, None if there is none."""
-        found = self.find(path)
-        return lookup.read_small(found) if found is not None and found.is_file() else None
-
     @property
     def user(self) -> str:
         """Whom the image runs as, "" if it does not say."""
         return str((self.config.get("config") or {}).get("User") or "")
-
-
-@lru_cache(maxsize=1)
-def limits() -> HostLimits:
-    """What the host lets the agent hand on; read once."""
-    return host_limits()
-
-
-@lru_cache(maxsize=1)
-def init_program() -> Path | None:
-    """The init that `init = true` binds into a container; looked for once."""
-    return find_init()
 
 
 def network_of(context: Context, network: str, app: App | None = None) -> Network:

@@ -19,6 +19,7 @@ from typing import assert_never
 import structlog
 
 from holdfast.errors import HoldfastError, Stopping, TryAgain, UnfitHost, WrongCall, WrongState
+from holdfast.files import discard_tree
 from holdfast.guard import described
 from holdfast.identity import Record
 from holdfast.node.claim import check_claim
@@ -368,7 +369,7 @@ def perform(context: Context, action: Action) -> Json:
         case MarkGood(generation=number):
             context.store.mark_generation(action.app, number, "good")
         case ForgetApp(app=app):
-            context.drop_logs(app)
+            discard_tree(context.host.root / "logs" / app)
             context.store.forget_app(app)
         case WriteFirewall():
             return write_firewall(context, action)

@@ -13,6 +13,7 @@ from typing import Any
 
 from holdfast import kinds
 from holdfast.drivers import CgroupWant, Driver, EndpointWant, MountWant, NetworkWant, RootfsWant, VolumeWant
+from holdfast.errors import TryAgain
 from holdfast.images.kept.lookup import View
 from holdfast.node.context import BARE, Base, Context, init_program, limits
 from holdfast.node.inside import read_file
@@ -20,6 +21,7 @@ from holdfast.observed import Instance, Receipt
 from holdfast.plan.diff import folder_files
 from holdfast.runtime import apparmor, cgroup, names, seccomp, users
 from holdfast.runtime.devices import device_nodes
+from holdfast.runtime.mountpoints import Mounted, lacking
 from holdfast.runtime.oci import OciRequest, granted_capabilities
 from holdfast.spec.model import App, Container, Mount, Network, Volume
 
@@ -52,7 +54,8 @@ def volume_want(volume: str, spec: Volume) -> VolumeWant:
 
 def mount_want(context: Context, instance: Instance, app: App, mount: Mount) -> MountWant:
     """What a mount driver is asked for. Raises TryAgain while the source's own file system is not mounted."""
-    context.check_mounted(mount)
+    if reason := lacking(mount, Mounted.now()):
+        raise TryAgain(f"mount '{mount.source}' at '{mount.target}': {reason}")
     content = content_of(context, app, mount)
     return MountWant(instance=instance.id, mount=mount, content=content, roots=context.bind_roots, **_of(instance))
 
