@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from holdfast.cli import render
+from holdfast.cli.status import amount
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -94,14 +95,6 @@ class _Lines(_Shown):
         if self._told.get(subject) != news:
             self._told[subject] = news
             render.echo(line, err=True)
-
-
-def amount(transfer: Json) -> str:
-    """How much of an image has come, in words."""
-    layers = [layer for layer in transfer["layers"] if layer["state"] != "here"]
-    done = sum(layer["state"] == "done" for layer in layers)
-    share = f"{render.size(transfer['done'])} of {render.size(transfer['total'])}"
-    return f"{share}, {done} of {len(layers)} layers"
 
 
 @contextmanager

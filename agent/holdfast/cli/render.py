@@ -13,7 +13,6 @@ import io
 import os
 import re
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -38,10 +37,11 @@ LEAST = 16  # columns that a remark is folded into
 
 _SECRET = os.urandom(8).hex()  # marks our own colours; other text can't know it
 _COLOUR = re.compile(f"(\x1b{_SECRET}\\[[0-9;]*m)")
-#: What a terminal obeys or that turns the order of text: C0 without tab and line end, DEL, C1, bidi controls, line
-#: separators; and lone surrogates, which can't be written.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_UNSAFE_IN_LINE = re.compile(f"[\t\n{_UNSAFE.pattern[1:]}")
+#: What a terminal obeys or that turns the order of text: C0, DEL, C1, bidi controls, line separators.
+_UNSAFE = (*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+_IN_LINE = {code: chr(code).encode("unicode_escape").decode() for code in _UNSAFE}
+_IN_TEXT = {code: shown for code, shown in _IN_LINE.items() if chr(code) not in "\t\n"}
+_IN_JSON = {code: f"\\u{code:04x}" for code in _IN_TEXT}
 
 
 def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
@@ -51,26 +51,22 @@ def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
 
 def terminal(text: str) -> str:
     """Text as `echo` prints it."""
-    return plain(text, _UNSAFE).replace(_SECRET, "")
+    return plain(text, _IN_TEXT).replace(_SECRET, "")
 
 
-def plain(text: str, unsafe: re.Pattern[str] = _UNSAFE_IN_LINE) -> str:
-    """Text for one line: line ends and tabs escaped, too."""
+def plain(text: str, unsafe: Mapping[int, str] = _IN_LINE) -> str:
+    """Text for one line: line ends and tabs escaped, too, and lone surrogates, which can't be written."""
     parts = _COLOUR.split(text)
-    parts[::2] = [unsafe.sub(_escaped, part) for part in parts[::2]]
-    return "".join(parts)
+    parts[::2] = [part.translate(unsafe) for part in parts[::2]]
+    return "".join(parts).encode(errors="backslashreplace").decode()
 
 
 def json_text(value: object, indent: int | None = None) -> str:
     """JSON in which no character needs escaping to be printed."""
     import json
 
-    text = json.dumps(value, indent=indent, ensure_ascii=False)
-    return _UNSAFE.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
-
-
-def _escaped(found: re.Match[str]) -> str:
-    return found.group().encode("unicode_escape").decode()
+    text = json.dumps(value, indent=indent, ensure_ascii=False).translate(_IN_JSON)
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _bare(text: str) -> str:
@@ -181,6 +177,8 @@ def _folded(text: str, size: int) -> list[str]:
     bare = _bare(text)
     if len(bare) <= size:
         return [text]
+    import textwrap
+
     indent = " " * (len(bare) - len(bare.lstrip()))
     return textwrap.wrap(bare, size, break_long_words=False, break_on_hyphens=False, subsequent_indent=indent) or [""]
 

@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from holdfast.cli import options, render
-from holdfast.cli.bars import amount
 from holdfast.cli.command import client, command, reach
 from holdfast.cli.command import watch as watching
 from holdfast.questions import Json
@@ -83,6 +82,14 @@ def images_coming(status: Json) -> list[str]:
         step = f", {each['step']}" if each["step"] else ""
         lines.append(f"{each['image']}: being built for {render.span(time.time() - each['began'])}{step}")
     return lines
+
+
+def amount(transfer: Json) -> str:
+    """How much of an image has come, in words."""
+    layers = [layer for layer in transfer["layers"] if layer["state"] != "here"]
+    done = sum(layer["state"] == "done" for layer in layers)
+    share = f"{render.size(transfer['done'])} of {render.size(transfer['total'])}"
+    return f"{share}, {done} of {len(layers)} layers"
 
 
 def show_apps(status: Json) -> None:
