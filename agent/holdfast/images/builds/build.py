@@ -44,6 +44,7 @@ from holdfast.images.formats.layout import (
     member_of,
 )
 from holdfast.images.formats.manifests import architecture
+from holdfast.images.formats.references import parse
 from holdfast.images.kept.image import Image, whole_history
 from holdfast.images.kept.store import ImageStore
 from holdfast.images.outgoing.push import push, push_index
@@ -51,7 +52,7 @@ from holdfast.images.outgoing.write import write_layout
 from holdfast.images.registry.faults import failure
 from holdfast.images.unpacking.unpack import Expected
 from holdfast.observed import Json
-from holdfast.spec.dockerfile import images_in, keyed
+from holdfast.spec.dockerfile import Use, images_in, keyed
 from holdfast.spec.model import Build
 
 MTIME = 315532800  # 1980-01-01: of all that is copied from a context; older ones trouble zip and make
@@ -64,6 +65,30 @@ MOST = 8  # builds at a time, where agent.toml does not say
 OLD_PLACES = ("storage", "work")  # of all apps together, in older versions
 Images = Mapping[str, Build]
 Blobs = Mapping[str, bytes]
+
+
+class BuildJob:
+    """An image that is to be built. images, blobs: App.images of its app, and Spec.blobs."""
+
+    def __init__(self, name: str, images: Images, blobs: Blobs) -> None:
+        self.name, self.images, self.blobs, self.build = name, images, blobs, images[name]
+        self.app = name.partition("/")[0]
+        self.built = built_name(name, self.build)
+        self.what, self.subject = f"build 'images.{name}'", f"image {name}"
+
+    @property
+    def dockerfile(self) -> str:
+        """Read the instructions."""
+        return self.blobs.get(self.build.instructions, b"").decode(errors="replace")
+
+    @property
+    def uses(self) -> list[Use]:
+        """List the images that it starts from and that are not built here."""
+        return [use for use in images_in(self.dockerfile, self.build.args) if use.name not in self.build.bases]
+
+    def of(self, name: str) -> BuildJob:
+        """Find the job of another image of the same app."""
+        return BuildJob(name, self.images, self.blobs)
 
 
 class Builder:
@@ -85,9 +110,8 @@ class Builder:
         self.outside, self._begun = outside, begun
         self.logs = host.root / "builds/logs"
         self.caches = host.root / "builds/apps"
-        self._lock = threading.Lock()
-        self._turn_ends = threading.Condition(self._lock)
-        self._turns = 0  # builds that run
+        self._lock = threading.RLock()
+        self._ended = threading.Condition(self._lock)
         self._buildahs: dict[str, Buildah] = {}
         self._pushing: dict[str, threading.Lock] = {}
         self._now: dict[str, Json] = {}
@@ -125,25 +149,24 @@ class Builder:
         """
         began = time.time()
         try:
-            return self._build_or_find(name, images, blobs)
+            return self._build_or_find(BuildJob(name, images, blobs))
         except HoldfastError as error:
             with self._lock:
                 self._broken[name] = {"image": f"images.{name}", "step": "", "began": began, "error": str(error)}
             raise
 
-    def _build_or_find(self, name: str, images: Images, blobs: Blobs) -> Image:
-        build = images[name]
-        image = self.find(name, build)
-        known = self.store.names().get(built_name(name, build))
+    def _build_or_find(self, job: BuildJob) -> Image:
+        image = self.find(job.name, job.build)
+        known = self.store.names().get(job.built)
         if image is not None and known is not None and known.source == "bundle":
-            return self._named(image, build)
-        check_platforms(name, build)
-        image = self._named(image or self._made(name, images, blobs), build)
-        if build.push:
+            return self._named(image, job.build)
+        check_platforms(job.name, job.build)
+        image = self._named(image or self._made(job), job.build)
+        if job.build.push:
             with self._lock:
-                turn = self._pushing.setdefault(name, threading.Lock())
+                turn = self._pushing.setdefault(job.name, threading.Lock())
             with turn:  # of several apps that use it, the first pushes it
-                self._push(name, images, blobs, image)
+                self._push(job, image)
         return image
 
     def find(self, name: str, build: Build) -> Image | None:
@@ -154,14 +177,12 @@ class Builder:
 
     def missing(self, name: str, images: Images, blobs: Blobs) -> Iterator[tuple[Literal["build", "base"], str]]:
         """List what has to be built for an image, in order, each after the references that it starts from."""
-        build = images[name]
-        if self.find(name, build) is not None:
+        job = BuildJob(name, images, blobs)
+        if self.find(name, job.build) is not None:
             return
-        for base in build.bases.values():
+        for base in job.build.bases.values():
             yield from self.missing(base, images, blobs)
-        for use in images_in(_dockerfile(build, blobs), build.args):
-            if use.name not in build.bases:
-                yield "base", use.name
+        yield from (("base", use.name) for use in job.uses)
         yield "build", name
 
     def sweep(self) -> None:
@@ -193,135 +214,110 @@ class Builder:
 
     def close(self) -> None:
         """Kill what is being built; whoever waits for it gets Stopping."""
-        with self._lock:
+        with self._ended:
             self._closed = True
             for buildah in self._buildahs.values():
                 buildah.close()
-            self._turn_ends.notify_all()
+            self._ended.notify_all()
 
-    def _made(self, name: str, images: Images, blobs: Blobs) -> Image:
+    def _made(self, job: BuildJob) -> Image:
         """Build an image after what it is built from, each with its app's buildah; never hold two locks."""
-        build = images[name]
         ours = {
-            base: self.find(base, images[base]) or self._made(base, images, blobs) for base in build.bases.values()
+            written: self.find(base, job.images[base]) or self._made(job.of(base))
+            for written, base in job.build.bases.items()
         }
-        with self._failing(name):
+        with self._failing(job):
             program = find("buildah")  # without it, nothing is built
             version = buildah_version(program) if program else None
             if program:
-                check_mounts(_dockerfile(build, blobs), version)
-            bases = self._bases(name, build, blobs, ours)
+                check_mounts(job.dockerfile, version)
+            bases = self._bases(job, ours)
             for written, base in bases.items() if program else ():
                 check_mounts("\n".join(base.triggers), version, f"ONBUILD of '{written}'")
-            with self.buildah(name.partition("/")[0]).alone():
-                if made := self.find(name, build):
+            with self.buildah(job.app).alone():
+                if made := self.find(job.name, job.build):
                     return made
                 if any(base.image and not self.store.has(base.image) for base in bases.values()):
-                    bases = self._bases(name, build, blobs, ours)  # some were pruned while this waited
-                return self._build(name, images, blobs, bases)
+                    bases = self._bases(job, ours)  # some were pruned while this waited
+                return self._build(job, bases)
+
+    def _bases(self, job: BuildJob, ours: Mapping[str, Image]) -> Bases:
+        """Have what an image starts from in our store: as written → its name for buildah, and the image. ours: what
+        was built here for it."""
+        found = {written: Base(stored_name(image), image) for written, image in ours.items()}
+        for use in job.uses:
+            if use.name not in found:
+                found[use.name] = found[use.written] = self._base(job, use)
+        return found
+
+    def _base(self, job: BuildJob, use: Use) -> Base:
+        image = self.outside.image(use.name, job.build.pull)
+        return Base(stored_name(image), image)
+
+    def _build(self, job: BuildJob, bases: Bases) -> Image:
+        """Build an image. Only when `alone`."""
+        buildah = self.buildah(job.app)
+        check_room(buildah.folder, 0, self.settings.min_free, job.what)
+        for base in bases.values():
+            self._take_in(buildah, base)
+        with self._building(job) as log:
+            began = time.monotonic()
+            self.told("build", job.subject, f"building from {job.build.context or '.'} ({job.build.dockerfile})")
+            folder = buildah.scratch()
+            id = self._make(job, folder, bases, log)
+            with self.store.keep():
+                image = self._take(buildah, folder, id, job.built)
+            seconds = time.monotonic() - began
+            self.told("build", job.subject, f"built in {seconds:.1f} s: {image.digest}", digest=image.digest)
+        buildah.prune(self._is_known, self.builds.cache // max(len(self.apps()), 1))
+        return image
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Wait until fewer than the most allowed builds run. This is the last lock that a build takes."""
-        with self._turn_ends:
-            self._turn_ends.wait_for(lambda: self._closed or self._turns < self._most)
+    def _building(self, job: BuildJob) -> Iterator[Log]:
+        """Wait until fewer than the most allowed builds run, then open the log of one for the block; show its steps
+        meanwhile, and tell of a failure at once. This is the last lock that a build takes."""
+
+        def show(step: str) -> None:
+            with self._lock:
+                self._now[job.name] = {"image": f"images.{job.name}", "step": step, "began": began, "error": ""}
+            if step:
+                self._begun(job.name, step)
+
+        with self._ended:
+            self._ended.wait_for(lambda: self._closed or len(self._now) < self._most)
             if self._closed:
                 raise Stopping("run 'buildah': the agent is stopping")
-            self._turns += 1
+            began = time.time()
+            show("")
         try:
-            yield
+            with Log(self.logs / f"{job.name}.log", show) as log, self._failing(job):
+                yield log
+        except HoldfastError as error:
+            if not self._closed:
+                self.told("failed", job.subject, str(error), output=list(log.last))
+            raise
         finally:
-            with self._turn_ends:
-                self._turns -= 1
-                self._turn_ends.notify_all()
+            with self._ended:
+                del self._now[job.name]
+                self._ended.notify_all()
 
     @property
     def _most(self) -> int:
         return self.builds.concurrency or min(os.cpu_count() or 1, MOST)
 
-    def _bases(self, name: str, build: Build, blobs: Blobs, ours: Mapping[str, Image]) -> dict[str, Base]:
-        """Have what an image starts from in our store: as written → its name for buildah, and the image."""
-        found: dict[str, Base] = {}
-        for written, base in build.bases.items():
-            found[written] = Base(stored_name(ours[base]), ours[base])
-        for use in images_in(_dockerfile(build, blobs), build.args):
-            if use.name not in build.bases and use.name not in found:
-                try:
-                    image = self.outside.image(use.name, build.pull)
-                except HoldfastError as error:
-                    error.args = (f"build 'images.{name}': {use.word} {use.written}: {_cause(str(error))}",)
-                    raise
-                found[use.name] = found[use.written] = Base(stored_name(image), image)
-        return found
-
-    def _build(self, name: str, images: Images, blobs: Blobs, bases: Bases) -> Image:
-        """Build an image. Only when `alone`."""
-        build, buildah = images[name], self._of(name)
-        check_room(self._of(name).folder, 0, self.settings.min_free, f"build 'images.{name}'")
-        for base in {each.name: each for each in bases.values()}.values():
-            self._take_in(buildah, base)
-        subject = f"image {name}"
-        with self._turn(), self._logged(name) as log:
-            began = time.monotonic()
-            self.told("build", subject, f"building from {build.context or '.'} ({build.dockerfile})")
-            with self._failing(name), self._scratch(buildah) as folder:
-                id = self._make(folder, name, images, blobs, log.hear, bases)
-                with self.store.keep():
-                    image = self._take(buildah, folder, id, built_name(name, build))
-            seconds = time.monotonic() - began
-            self.told("build", subject, f"built in {seconds:.1f} s: {image.digest}", digest=image.digest)
-        buildah.prune(self._is_known, self.builds.cache // max(len(self.apps()), 1))
-        return image
-
-    def _of(self, name: str) -> Buildah:
-        return self.buildah(name.partition("/")[0])
-
-    @contextmanager
-    def _logged(self, name: str) -> Iterator[Log]:
-        """Open the log of a build for the block; show its steps meanwhile, and tell of a failure at once."""
-
-        def show(step: str) -> None:
-            with self._lock:
-                self._now[name] = {"image": f"images.{name}", "step": step, "began": began, "error": ""}
-            if step:
-                self._begun(name, step)
-
-        began = time.time()
-        show("")
-        try:
-            with Log(self.logs / f"{name}.log", show) as log:
-                yield log
-        except HoldfastError as error:
-            if not self._closed:
-                self.told("failed", f"image {name}", str(error), output=list(log.last))
-            raise
-        finally:
-            with self._lock:
-                del self._now[name]
-
-    def _make(
-        self,
-        folder: Path,
-        name: str,
-        images: Images,
-        blobs: Blobs,
-        hear: Callable[[str], None],
-        bases: Bases,
-        platform: str = "",
-    ) -> str:
+    def _make(self, job: BuildJob, folder: Path, bases: Bases, log: Log, platform: str = "") -> str:
         """Have buildah build an image; returns its id in buildah's storage. platform: "" is this node's."""
-        build = images[name]
-        tag = _tag_for(built_name(name, build), platform)
-        own = next(iter(ours(build.platforms)), "")
+        build = job.build
+        goal = platform or next(iter(ours(build.platforms)), "")
         try:
-            lay_out(build, blobs, folder)
+            lay_out(build, job.blobs, folder)
         except KeyError as error:
-            raise TryAgain(f"build 'images.{name}': its context is of an older commit (commit once more)") from error
-        (folder / "Dockerfile").write_text(keyed(_dockerfile(build, blobs), build.args))
+            raise TryAgain(f"{job.what}: its context is of an older commit (commit once more)") from error
+        (folder / "Dockerfile").write_text(keyed(job.dockerfile, build.args))
         give(folder)
-        words = ["--file", str(folder / "Dockerfile"), "--pull=false"]
-        words += ["--ignorefile", os.devnull, "--iidfile", str(folder / "id"), "--tag", tag]
-        words += ["--platform", platform or own] if platform or own else []
+        words = ["--file", str(folder / "Dockerfile"), "--pull=false", "--ignorefile", os.devnull]
+        words += ["--iidfile", str(folder / "id"), "--tag", _tag_for(job.built, platform)]
+        words += ["--platform", goal] if goal else []
         words += ["--layers=false"] if platform else []  # buildah takes another platform's layers for its own
         triggers = any(base.triggers for base in bases.values())
         words += ["--no-cache"] if build.no_cache or (triggers and build.args) else []
@@ -336,7 +332,7 @@ class Builder:
 
         try:
             words.append(str(folder / "context"))
-            self._of(name).build(words, build.args, build.network, lambda line: hear(plain(line)))
+            self.buildah(job.app).build(words, build.args, build.network, lambda line: log.hear(plain(line)))
         except Failed as error:
             error.output, error.errors = [[plain(line) for line in said] for said in (error.output, error.errors)]
             raise
@@ -345,11 +341,11 @@ class Builder:
     def _take_in(self, buildah: Buildah, base: Base) -> None:
         """Copy an image of our store into buildah's. Only when `alone`."""
         if base.image is not None and base.name not in buildah.names():
-            with self._scratch(buildah) as folder:
-                with self.store.keep():
-                    write_layout(self.store, base.image, folder / "layout")
-                complete_history(folder / "layout")
-                buildah.take_in(folder / "layout", base.name)
+            layout = buildah.scratch() / "layout"
+            with self.store.keep():
+                write_layout(self.store, base.image, layout)
+            complete_history(layout)
+            buildah.take_in(layout, base.name)
 
     def _take(self, buildah: Buildah, folder: Path, id: str, name: str) -> Image:
         """Copy an image from buildah's storage into ours; of its layers, those that are not here yet."""
@@ -371,8 +367,6 @@ class Builder:
 
     def _named(self, image: Image, build: Build) -> Image:
         """Give an image the names of its tags."""
-        from holdfast.images.formats.references import parse
-
         known = self.store.names()
         for tag in build.tags:
             there = known.get(parse(tag).name)
@@ -380,18 +374,18 @@ class Builder:
                 image = self.store.tag(image.digest, tag)
         return image
 
-    def _push(self, name: str, images: Images, blobs: Blobs, image: Image) -> None:
+    def _push(self, job: BuildJob, image: Image) -> None:
         """Push the image to its tags, unless that was done. What fails is tried again, alone."""
-        build, note = images[name], self.logs / f"{name}.pushed"
+        build, note = job.build, self.logs / f"{job.name}.pushed"
         mark = f"{image.digest} {','.join(build.platforms)}"
         done: dict[str, str] = {}
         with suppress(FileNotFoundError, ValueError):
             done = json.loads(note.read_bytes())
         left = [tag for tag in build.tags if done.get(tag) != mark]
-        others = [platform for platform in build.platforms if platform not in ours(build.platforms)]
+        others = foreign(build.platforms)
         if left and others:
-            with self._failing(name), self._of(name).alone():
-                self._push_index(name, images, blobs, others, left)
+            with self._failing(job), self.buildah(job.app).alone():
+                self._push_index(job, others, left)
         for tag in left:
             if not others:
                 push(self.store, self.outside.puller.skopeo, image, tag, self.outside.puller.told)
@@ -399,59 +393,58 @@ class Builder:
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(json.dumps({each: done[each] for each in build.tags if each in done}))
 
-    def _push_index(self, name: str, images: Images, blobs: Blobs, others: list[str], tags: list[str]) -> None:
+    def _push_index(self, job: BuildJob, others: list[str], tags: list[str]) -> None:
         """Build for the other platforms, and push all as one index. Only when `alone`."""
-        build, own, buildah = images[name], built_name(name, images[name]), self._of(name)
-        self._take_in(buildah, Base(own, self.store.resolve(own)))
-        with self._turn(), self._logged(name) as log, self._failing(name):
-            ids = [buildah.names()[own]]
+        buildah = self.buildah(job.app)
+        self._take_in(buildah, Base(job.built, self.store.resolve(job.built)))
+        with self._building(job) as log:
+            ids = [buildah.names()[job.built]]
             for platform in others:
-                built = buildah.names().get(_tag_for(own, platform))
+                built = buildah.names().get(_tag_for(job.built, platform))
                 if built is None:
-                    check_room(self._of(name).folder, 0, self.settings.min_free, f"build 'images.{name}'")
-                    self.told("build", f"image {name}", f"building for {platform}")
-                    bases = self._bases_for(buildah, build, blobs, platform)
-                    with self._scratch(buildah) as folder:
-                        built = self._make(folder, name, images, blobs, log.hear, bases, platform)
+                    check_room(buildah.folder, 0, self.settings.min_free, job.what)
+                    self.told("build", job.subject, f"building for {platform}")
+                    bases = self._bases_for(job, platform)
+                    built = self._make(job, buildah.scratch(), bases, log, platform)
                 ids.append(built)
-            with self._scratch(buildah) as folder:
-                buildah.take_index(f"{own}-index", ids, folder / "index")
-                for tag in tags:
-                    push_index(self.outside.puller.skopeo, folder / "index", tag)
-                    self.told("pushed", tag, f"{own} is there for {', '.join(build.platforms)}")
+            layout = buildah.scratch() / "index"
+            buildah.take_index(f"{job.built}-index", ids, layout)
+            for tag in tags:
+                push_index(self.outside.puller.skopeo, layout, tag)
+                self.told("pushed", tag, f"{job.built} is there for {', '.join(job.build.platforms)}")
 
-    def _bases_for(self, buildah: Buildah, build: Build, blobs: Blobs, platform: str) -> dict[str, Base]:
+    def _bases_for(self, job: BuildJob, platform: str) -> Bases:
         """What the image starts from for another platform, in buildah's storage; stages of --platform=$BUILDPLATFORM
         start from this node's own."""
         found: dict[str, Base] = {}
-        for use in images_in(_dockerfile(build, blobs), build.args):
+        buildah = self.buildah(job.app)
+        for use in job.uses:
             if use.name in found:
                 continue
             if use.platform == "$BUILDPLATFORM":
-                image = self.outside.image(use.name, build.pull)
-                found[use.name] = found[use.written] = base = Base(stored_name(image), image)
+                base = self._base(job, use)
                 self._take_in(buildah, base)
-                continue
-            base = Base(f"{STORED}{sha256(f'{use.name} {platform}'.encode()).hexdigest()}")
-            with self._scratch(buildah) as folder:
-                self.outside.puller.fetch_for(use.name, platform, folder / "layout")
-                buildah.take_in(folder / "layout", base.name, "image")
+            else:
+                base = Base(f"{STORED}{sha256(f'{use.name} {platform}'.encode()).hexdigest()}")
+                layout = buildah.scratch() / "layout"
+                self.outside.puller.fetch_for(use.name, platform, layout)
+                buildah.take_in(layout, base.name, "image")
             found[use.name] = found[use.written] = base
         return found
 
     @contextmanager
-    def _failing(self, name: str) -> Iterator[None]:
+    def _failing(self, job: BuildJob) -> Iterator[None]:
         """Make each error of the block one line that names the image, with the time until the next try."""
         try:
             yield
         except Failed as error:
-            raise failed(name, error, self.logs / f"{name}.log") from error
+            raise failed(job.name, error, self.logs / f"{job.name}.log") from error
         except OSError as error:
             cause = (error.strerror or str(error)).lower()
-            raise failure(UnfitHost, f"build 'images.{name}': {cause}{hint_of(cause)}", RETRY) from error
+            raise failure(UnfitHost, f"{job.what}: {cause}{hint_of(cause)}", RETRY) from error
         except HoldfastError as error:
             if not str(error).startswith("build 'images."):
-                error.args = (f"build 'images.{name}': {error}",)
+                error.args = (f"{job.what}: {error}",)
             error.wait = max(error.wait, RETRY)
             raise
 
@@ -461,13 +454,6 @@ class Builder:
             return f"sha256:{name.removeprefix(STORED)}" in self.store.digests()
         end = name.rfind(":") + 17  # behind it stands for which platform it was built
         return not name.startswith(PREFIX) or name[:end] in self.store.names()
-
-    @contextmanager
-    def _scratch(self, buildah: Buildah) -> Iterator[Path]:
-        """Make a folder for one step; all of `work` is deleted when the build ends."""
-        folder = buildah.work / str(time.monotonic_ns())
-        folder.mkdir()
-        yield folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,15 +480,6 @@ def stored_name(image: Image) -> str:
     return f"{STORED}{image.digest.removeprefix('sha256:')}"
 
 
-def _cause(message: str) -> str:
-    """Cut the reference out of a pull's error."""
-    return re.sub(r"^pull '[^']*': ", "", message)
-
-
-def _dockerfile(build: Build, blobs: Blobs) -> str:
-    return blobs.get(build.instructions, b"").decode(errors="replace")
-
-
 def built_name(name: str, build: Build) -> str:
     """Name what was built in the store: localhost/images/APP/NAME:KEY."""
     return f"{PREFIX}{'/'.join(map(_component, name.split('/')))}:{build.key[:16]}"
@@ -523,30 +500,29 @@ def ours(platforms: Sequence[str]) -> list[str]:
     return [platform for platform in platforms if platform.split("/")[1] == architecture()]
 
 
+def foreign(platforms: Sequence[str]) -> list[str]:
+    """Find those of the platforms that are not this node's."""
+    return [platform for platform in platforms if platform not in ours(platforms)]
+
+
 def check_platforms(name: str, build: Build) -> None:
     """Raise WrongState for an image that is not for this node, UnfitHost for one that can't be built here."""
-    own = architecture()
-    if not build.platforms:
-        return
-    if not ours(build.platforms):
+    own, others, what = architecture(), foreign(build.platforms), f"build 'images.{name}'"
+    if build.platforms and not ours(build.platforms):
         said = ", ".join(build.platforms)
-        raise WrongState(f"build 'images.{name}': its platforms are {said} (expected linux/{own}, this node's, too)")
-    others = [platform for platform in build.platforms if platform not in ours(build.platforms)]
+        raise WrongState(f"{what}: its platforms are {said} (expected linux/{own}, this node's, too)")
     if not build.push:
         return  # the others would lead nowhere
     for platform in others:
         machine = platform.split("/")[1]
         emulator = f"qemu-{QEMU.get(machine, machine)}"
         if machine not in NATIVE.get(own, ()) and not (BINFMT / emulator).exists():
-            raise UnfitHost(
-                f"build 'images.{name}': {platform} can't be run here: no {emulator} in {BINFMT} (expected "
-                "the package qemu-user-static)"
-            )
+            told = f"no {emulator} in {BINFMT} (expected the package qemu-user-static)"
+            raise UnfitHost(f"{what}: {platform} can't be run here: {told}")
     if others and build.bases:
-        base = next(iter(build.bases.values()))
         raise WrongState(
-            f"build 'images.{name}': starts from 'images.{base}', which is built for this node alone (expected "
-            "an image of a registry for several platforms)"
+            f"{what}: starts from 'images.{next(iter(build.bases.values()))}', which is built for this node alone "
+            "(expected an image of a registry for several platforms)"
         )
 
 

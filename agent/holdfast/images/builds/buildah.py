@@ -24,6 +24,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
@@ -122,6 +123,12 @@ class Buildah:
         if (process := self._process) is not None:
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)  # the fence kills all that is behind it, and waits for the end
+
+    def scratch(self) -> Path:
+        """Make a folder for one step of a build, with which it goes."""
+        folder = self.work / str(time.monotonic_ns())
+        folder.mkdir()
+        return folder
 
     def run(self, *words: str) -> list[str]:
         """Run a command of buildah's; the last lines of its output. Raises Failed."""
