@@ -174,7 +174,7 @@ def test_nothing_is_built_where_too_little_is_free(site: Host) -> None:
 
 
 def test_an_image_that_no_registry_has_is_told_by_its_name(workshop: Workshop, registry: Registry) -> None:
-    named = rf"^build 'images.shop/web': FROM {registry.address}/nothing:1: .*404"
+    named = rf"^build 'images.shop/web': pull '{registry.address}/nothing:1': .*404"
     with pytest.raises(HoldfastError, match=named) as caught:
         workshop.build(shop(f"FROM {registry.address}/nothing:1\n"))
     assert caught.value.retry
@@ -376,7 +376,7 @@ def test_no_more_builds_run_at_a_time_than_the_settings_say(workshop: Workshop) 
         slow = pool.submit(workshop.build, shop(BUSYBOX + "RUN echo begun; sleep 1000\n"))
         wait_for(lambda: "begun\n" in workshop.log(), "the step runs")
         quick = pool.submit(workshop.build, files, "other/quick")
-        wait_for(lambda: bool(workshop.builder._turn_ends._waiters), "the second waits for its turn")  # type: ignore[attr-defined]
+        wait_for(lambda: bool(workshop.builder._ended._waiters), "the second waits for its turn")  # type: ignore[attr-defined]
         assert [each["image"] for each in workshop.builder.look()] == ["images.shop/web"]
         assert workshop.buildah._process is not None
         workshop.buildah._process.terminate()

@@ -38,7 +38,6 @@ from holdfast.images.formats.layout import (
     MANIFEST,
     Folder,
     FolderWriter,
-    Layout,
     LayoutWriter,
     dump,
     member_of,
@@ -357,11 +356,11 @@ class Builder:
                 with place.open("wb") as holes:
                     holes.truncate(self.store.layers.facts(diff_id).size)
         buildah.take_out(id, path)
-        layout = Layout(Folder(path))
+        layout = Folder(path)
         manifest, config, layers = layout.image(layout.index()["manifests"][0]["digest"])
         for layer, diff_id in zip(layers, json.loads(config)["rootfs"]["diff_ids"], strict=True):
             if not self.store.layers.has(diff_id):
-                with layout.files.open(member_of(layer["digest"])) as file:
+                with layout.open(member_of(layer["digest"])) as file:
                     self.store.layers.add(file, Expected(diff_id, layer["digest"], layer["size"]))
         return self.store.add_image(manifest, config, [name], source="build")
 
@@ -547,7 +546,7 @@ def lay_out(build: Build, blobs: Blobs, folder: Path) -> None:
 
 def complete_history(path: Path) -> None:
     """Add a history step for each layer of a layout's image that has none; buildah refuses it otherwise."""
-    layout = Layout(Folder(path))
+    layout = Folder(path)
     (entry,) = layout.index()["manifests"]
     manifest, config, layers = layout.image(entry["digest"])
     document = json.loads(config)

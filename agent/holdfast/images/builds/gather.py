@@ -19,7 +19,7 @@ from holdfast.files import discard_tree
 from holdfast.grammar.images import Reference, built
 from holdfast.images.builds.build import Builder, built_name
 from holdfast.images.formats.bundle import Gathered
-from holdfast.images.formats.layout import MANIFEST, Folder, Layout, digest_of, media_type_of, member_of
+from holdfast.images.formats.layout import MANIFEST, Folder, digest_of, media_type_of, member_of
 from holdfast.images.formats.manifests import (
     Unfit,
     architecture,
@@ -192,7 +192,7 @@ class Gatherer:
         try:
             with store.keep():
                 digest = write_layout(store, image, path)
-            layout = Layout(Folder(path))
+            layout = Folder(path)
             manifest, config, described = layout.image(digest)
             for layer in described:
                 with suppress(FileNotFoundError):  # one layer may come more than once

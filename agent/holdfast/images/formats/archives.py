@@ -16,17 +16,8 @@ from typing import Any
 
 from holdfast.errors import WrongState
 from holdfast.grammar.images import Transport
-from holdfast.images.formats.layout import (
-    INDEXES,
-    NAME,
-    REF_NAME,
-    Folder,
-    Layout,
-    Missing,
-    member_of,
-    open_files,
-    reading,
-)
+from holdfast.images.formats.layout import INDEXES, NAME, REF_NAME, Layout, Missing, member_of, open_layout, reading
+from holdfast.questions import Json
 
 BUNDLE = "vnd.holdfast.bundle.version"
 
@@ -35,95 +26,84 @@ BUNDLE = "vnd.holdfast.bundle.version"
 class ArchivedImage:
     """An image in an archive.
 
-    manifest: None for a docker-archive, which has none. layers: members, lowest first. part: what
-    containers-transports(5) writes behind the archive's path for it, "" for the only one.
+    manifest: None for a docker-archive, which has none. layers: members, lowest first. transport: what
+    containers-transports(5) calls such an archive; part: what it writes behind its path for this image.
     """
 
     names: tuple[str, ...]
     config: bytes
     manifest: bytes | None
     layers: tuple[str, ...]
-    part: str = ""
-
-
-class ImageArchive:
-    """An opened archive of either kind. architecture: whose images are taken."""
-
-    def __init__(self, path: Path, layout: Layout, architecture: str) -> None:
-        self.path, self.layout, self.architecture = path, layout, architecture
-        self._is_oci = layout.has("oci-layout")
-
-    @property
-    def transport(self) -> Transport:
-        """What containers-transports(5) calls such an archive."""
-        if not self._is_oci:
-            return "docker-archive"
-        return "oci" if isinstance(self.layout.files, Folder) else "oci-archive"
-
-    def images(self) -> list[ArchivedImage]:
-        """List every image for the architecture. Raises WrongState for an archive without one, or of neither kind."""
-        with reading(f"load {str(self.path)!r}"):
-            return self._oci_images() if self._is_oci else self._docker_images()
-
-    def _oci_images(self) -> list[ArchivedImage]:
-        index = self.layout.index()
-        if BUNDLE in (index.get("annotations") or {}):
-            raise WrongState("is a bundle (holdfast bundle load; its images alone: --images-only)")
-        found = [self._oci_image(*each) for each in self._manifests(index)]
-        if not found:
-            there = ", ".join(sorted({_platform(entry) for entry in index["manifests"]})) or "none at all"
-            raise WrongState(f"no image for linux/{self.architecture} in it (it has: {there})")
-        return found
-
-    def _manifests(
-        self, index: Mapping[str, Any], names: tuple[str, ...] = (), part: str = ""
-    ) -> Iterator[tuple[str, tuple[str, ...], str]]:
-        """Find manifest digests with names and part; of an index inside the index, the one for the architecture."""
-        for entry in index["manifests"]:
-            annotations = entry.get("annotations") or {}
-            own, mine = self._names(annotations) or names, part or annotations.get(REF_NAME, "")
-            if entry.get("mediaType") in INDEXES:
-                yield from self._manifests(json.loads(self.layout.blob(entry["digest"])), own, mine)
-            elif "platform" not in entry or _platform(entry) == f"linux/{self.architecture}":
-                yield entry["digest"], own, mine
-
-    def _oci_image(self, digest: str, names: tuple[str, ...], part: str) -> ArchivedImage:
-        manifest, config, layers = self.layout.image(digest)
-        return ArchivedImage(names, config, manifest, tuple(member_of(each["digest"]) for each in layers), part)
-
-    def _names(self, annotations: Mapping[str, str]) -> tuple[str, ...]:
-        """Name an image as its descriptor says; a bare tag, as skopeo writes it, gets the file's name."""
-        name = annotations.get(NAME) or annotations.get(REF_NAME)
-        if name and NAME not in annotations and not re.search("[/:]", name):
-            name = f"{self.path.name.split('.')[0].lower()}:{name}"
-        return (name,) if name else ()
-
-    def _docker_images(self) -> list[ArchivedImage]:
-        try:
-            entries = json.loads(self.layout.read("manifest.json"))
-        except Missing as error:
-            raise WrongState(
-                "neither an OCI layout nor a docker-archive (a root file system is taken by `holdfast image import`)"
-            ) from error
-        return [
-            ArchivedImage(
-                tuple(entry.get("RepoTags") or ()),
-                self.layout.read(entry["Config"]),
-                None,
-                tuple(entry["Layers"]),
-                f"@{number}" if len(entries) > 1 else "",
-            )
-            for number, entry in enumerate(entries)
-        ]
+    transport: Transport
+    part: str
 
 
 @contextmanager
-def open_archive(path: Path, scratch: Path, architecture: str) -> Iterator[ImageArchive]:
-    """Open an archive for reading; a compressed one is unpacked into scratch while the block runs."""
+def open_archive(path: Path, scratch: Path, architecture: str) -> Iterator[tuple[Layout, list[ArchivedImage]]]:
+    """Open an archive of either kind, and list every image for the architecture in it.
+
+    A compressed one is unpacked into scratch while the block runs. Raises WrongState for an archive without such an
+    image, or of neither kind.
+    """
     with ExitStack() as stack:
         with reading(f"load {str(path)!r}"):
-            files = stack.enter_context(open_files(path, scratch))
-        yield ImageArchive(path, Layout(files), architecture)
+            layout = stack.enter_context(open_layout(path, scratch))
+            is_oci = layout.has("oci-layout")
+            images = _oci_images(layout, path, architecture) if is_oci else _docker_images(layout)
+        yield layout, images
+
+
+def _oci_images(layout: Layout, path: Path, architecture: str) -> list[ArchivedImage]:
+    index = layout.index()
+    if BUNDLE in (index.get("annotations") or {}):
+        raise WrongState("is a bundle (holdfast bundle load; its images alone: --images-only)")
+    found = []
+    transport: Transport = "oci" if path.is_dir() else "oci-archive"
+    for digest, names, part in _manifests(layout, index, path, architecture):
+        manifest, config, layers = layout.image(digest)
+        members = tuple(member_of(each["digest"]) for each in layers)
+        found.append(ArchivedImage(names, config, manifest, members, transport, part))
+    if not found:
+        there = ", ".join(sorted({_platform(entry) for entry in index["manifests"]})) or "none at all"
+        raise WrongState(f"no image for linux/{architecture} in it (it has: {there})")
+    return found
+
+
+def _manifests(
+    layout: Layout, index: Json, path: Path, architecture: str, names: tuple[str, ...] = (), part: str = ""
+) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Find manifest digests with names and part; of an index inside the index, the one for the architecture."""
+    for entry in index["manifests"]:
+        annotations = entry.get("annotations") or {}
+        own, mine = _names(annotations, path) or names, part or annotations.get(REF_NAME, "")
+        if entry.get("mediaType") in INDEXES:
+            inner = json.loads(layout.blob(entry["digest"]))
+            yield from _manifests(layout, inner, path, architecture, own, mine)
+        elif "platform" not in entry or _platform(entry) == f"linux/{architecture}":
+            yield entry["digest"], own, mine
+
+
+def _names(annotations: Mapping[str, str], path: Path) -> tuple[str, ...]:
+    """Name an image as its descriptor says; a bare tag, as skopeo writes it, gets the file's name."""
+    name = annotations.get(NAME) or annotations.get(REF_NAME)
+    if name and NAME not in annotations and not re.search("[/:]", name):
+        name = f"{path.name.split('.')[0].lower()}:{name}"
+    return (name,) if name else ()
+
+
+def _docker_images(layout: Layout) -> list[ArchivedImage]:
+    try:
+        entries = json.loads(layout.read("manifest.json"))
+    except Missing as error:
+        raise WrongState(
+            "neither an OCI layout nor a docker-archive (a root file system is taken by `holdfast image import`)"
+        ) from error
+    found = []
+    for number, entry in enumerate(entries):
+        names, part = tuple(entry.get("RepoTags") or ()), f"@{number}" if len(entries) > 1 else ""
+        config, layers = layout.read(entry["Config"]), tuple(entry["Layers"])
+        found.append(ArchivedImage(names, config, None, layers, "docker-archive", part))
+    return found
 
 
 def path_of(opened: int) -> str:

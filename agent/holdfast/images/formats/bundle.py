@@ -271,8 +271,7 @@ def open_bundle(path: Path) -> Iterator[Bundle]:
         yield bundle
 
 
-def _read_bundle(path: Path, files: Archive) -> Bundle:
-    layout = Layout(files)
+def _read_bundle(path: Path, layout: Archive) -> Bundle:
     index = layout.index()
     annotations = index.get("annotations") or {}
     version = annotations.get(f"{ANNOTATION}version")
@@ -287,8 +286,8 @@ def _read_bundle(path: Path, files: Archive) -> Bundle:
     if len(states) != 1:
         raise WrongState(f"it holds {len(states)} states (expected one)")
     tree = _read_tree(layout, states[0])
-    images = tuple(_read_image(layout, files, each, platform) for each in index["manifests"] if each is not states[0])
-    return Bundle(path, files.size, platform, tree, images, files)
+    images = tuple(_read_image(layout, each, platform) for each in index["manifests"] if each is not states[0])
+    return Bundle(path, layout.size, platform, tree, images, layout)
 
 
 def _read_tree(layout: Layout, entry: Json) -> StateTree:
@@ -341,7 +340,7 @@ def _inner_path(name: str) -> str:
     return name
 
 
-def _read_image(layout: Layout, files: Archive, entry: Json, platform: str) -> BundledImage:
+def _read_image(layout: Archive, entry: Json, platform: str) -> BundledImage:
     annotations = entry["annotations"]
     layout.blob(entry["digest"])  # what other programs go by
     reference, name = (_image_name(annotations[key]) for key in (REF_NAME, NAME))
@@ -355,7 +354,7 @@ def _read_image(layout: Layout, files: Archive, entry: Json, platform: str) -> B
         diff_ids = read_diff_ids(config, len(parsed.layers), platform.split("/")[1])
         layers = []
         for layer, diff_id in zip(parsed.layers, diff_ids, strict=True):
-            size = files.place(member_of(layer.digest))[1]
+            size = layout.place(member_of(layer.digest))[1]
             if size != layer.size:
                 raise WrongState(f"layer {layer.digest} has {size} bytes (its manifest says {layer.size})")
             layers.append(BundledLayer(layer.digest, size, diff_id))

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, cast
 
 from holdfast.errors import HoldfastError, NotFound, UnfitHost, WrongState
 from holdfast.images.formats.references import to_digest
@@ -87,30 +87,23 @@ class Missing(WrongState):
     """A file that has to be in a layout is not there."""
 
 
-class Files(Protocol):
-    """The files of a layout, opened by their names in any order."""
-
-    def open(self, member: str) -> BinaryIO:
-        """Open a file for reading. Raises Missing."""
-        ...
-
-
 class Layout:
     """An OCI layout that is read. Raises Missing for what is not in it, WrongState for what is damaged."""
 
-    def __init__(self, files: Files) -> None:
-        self.files = files
+    def open(self, member: str) -> BinaryIO:
+        """Open a file for reading, any at any time. Raises Missing."""
+        raise NotImplementedError
 
     def has(self, member: str) -> bool:
         try:
-            self.files.open(member).close()
+            self.open(member).close()
         except Missing:
             return False
         return True
 
     def read(self, member: str, most: int = LARGEST_DOCUMENT) -> bytes:
         """Read a small file."""
-        with self.files.open(member) as file:
+        with self.open(member) as file:
             data = file.read(most + 1)
         if len(data) > most:
             raise WrongState(f"{member!r} is larger than {most} bytes")
@@ -133,8 +126,8 @@ class Layout:
         return manifest, self.blob(document["config"]["digest"]), document["layers"]
 
 
-class Folder:
-    """The files of a directory."""
+class Folder(Layout):
+    """A layout in a directory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -148,8 +141,8 @@ class Folder:
             raise Missing(f"{member!r} is not in it") from error
 
 
-class Archive:
-    """The regular files of a plain tar archive, also several at once.
+class Archive(Layout):
+    """A layout in a plain tar archive.
 
     strict: refuse links, and names that come twice; otherwise a link leads to the member that it names, and the last
     of several members counts. Raises WrongState.
@@ -234,7 +227,7 @@ class _Section(io.RawIOBase):
 
 
 @contextmanager
-def open_files(path: Path, scratch: Path) -> Iterator[Folder | Archive]:
+def open_layout(path: Path, scratch: Path) -> Iterator[Layout]:
     """Open a directory or a tar archive; a compressed one is unpacked into scratch while the block runs.
 
     Raises NotFound, and WrongState for what is neither.

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from holdfast.errors import NotFound, WrongCall
 from holdfast.grammar.images import Reference
-from holdfast.images.formats.archives import ArchivedImage, ImageArchive, open_archive, path_of
-from holdfast.images.formats.layout import CONFIG, LAYER, descriptor, dump, manifest_of, open_regular, reading
+from holdfast.images.formats.archives import ArchivedImage, open_archive, path_of
+from holdfast.images.formats.layout import CONFIG, LAYER, Layout, descriptor, dump, manifest_of, open_regular, reading
 from holdfast.images.formats.manifests import architecture, read_diff_ids
 from holdfast.images.formats.references import parse, parse_changes
 from holdfast.images.kept.image import Image
@@ -56,21 +55,19 @@ def load_archive(store: ImageStore, path: Path, name: str | None = None) -> list
     name: use it instead of the name in the archive. Raises WrongState for what is damaged, or made for another
     architecture than this host's.
     """
-    with _opened(store, path) as archive:
-        found = archive.images()
+    with store.keep(), open_archive(path, store.partial, architecture()) as (layout, found):
         if name is not None and len(found) != 1:
             raise WrongCall(f"load {str(path)!r}: holds {len(found)} images (one name can't be given to all)")
         if not name:
             _check_named(found, path)
-        return [_add(store, archive, image, path, [name] if name else image.names) for image in found]
+        return [_add(store, layout, image, path, [name] if name else image.names) for image in found]
 
 
 def list_archive(store: ImageStore, path: Path) -> list[tuple[Reference, tuple[str, ...]]]:
     """List the reference and the names of each image that `load_archive` would take. Raises the same."""
-    with _opened(store, path) as archive:
-        found = archive.images()
+    with store.keep(), open_archive(path, store.partial, architecture()) as (_, found):
         _check_named(found, path)
-        return [(Reference(archive.transport, "", str(path), each.part, ""), each.names) for each in found]
+    return [(Reference(each.transport, "", str(path), each.part, ""), each.names) for each in found]
 
 
 def load_reference(store: ImageStore, reference: str, opened: int | None = None) -> Image:
@@ -81,34 +78,26 @@ def load_reference(store: ImageStore, reference: str, opened: int | None = None)
     """
     wanted = parse(reference)
     path = Path(wanted.path if opened is None else path_of(opened))
-    with _opened(store, path) as archive:
-        there = archive.images()
+    with store.keep(), open_archive(path, store.partial, architecture()) as (layout, there):
         found = [each for each in there if not wanted.tag or any(_means(wanted.tag, name) for name in each.names)]
         if len(found) != 1:
             names = ", ".join(name for each in there for name in each.names) or "no names"
             raise NotFound(f"load {reference!r}: leads to {len(found)} images, not to one (it holds {names})")
-        return _add(store, archive, found[0], path, ())
+        return _add(store, layout, found[0], path, ())
 
 
-@contextmanager
-def _opened(store: ImageStore, path: Path) -> Iterator[ImageArchive]:
-    with store.keep(), open_archive(path, store.partial, architecture()) as archive:
-        yield archive
-
-
-def _add(store: ImageStore, archive: ImageArchive, found: ArchivedImage, path: Path, names: Sequence[str]) -> Image:
+def _add(store: ImageStore, layout: Layout, found: ArchivedImage, path: Path, names: Sequence[str]) -> Image:
     with reading(f"load {str(path)!r}"):
         diff_ids = read_diff_ids(found.config, len(found.layers), architecture())
-    layers = [_add_layer(store, archive, *each) for each in zip(diff_ids, found.layers, strict=True)]
+    layers = []
+    for diff_id, member in zip(diff_ids, found.layers, strict=True):
+        if store.layers.has(diff_id):
+            layers.append(store.layers.facts(diff_id))
+        else:
+            with reading(f"load {str(path)!r}"), layout.open(member) as stream:
+                layers.append(store.layers.add(stream, Expected(diff_id)))
     manifest = found.manifest or _plain_manifest(found.config, layers)
     return store.add_image(manifest, found.config, names, source="load")
-
-
-def _add_layer(store: ImageStore, archive: ImageArchive, diff_id: str, member: str) -> Unpacked:
-    if store.layers.has(diff_id):
-        return store.layers.facts(diff_id)
-    with reading(f"load {str(archive.path)!r}"), archive.layout.files.open(member) as stream:
-        return store.layers.add(stream, Expected(diff_id))
 
 
 def _means(ref: str, name: str) -> bool:
