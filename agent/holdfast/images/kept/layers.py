@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -24,11 +24,10 @@ from typing import BinaryIO
 from holdfast.config import ImageSettings
 from holdfast.images.disk import Locks, check_room, sync_folder, write_whole
 from holdfast.images.formats.references import to_digest
-from holdfast.images.unpacking.unpack import Expected, Limits, Unpacked, discard, piped, unpack_stream
+from holdfast.images.unpacking.unpack import Expected, Limits, Progress, Unpacked, discard, piped, unpack_stream
 
 HEX = re.compile("[0-9a-f]{64}")
 CHUNK = 1 << 20
-Progress = Callable[[int], None]
 
 
 class LayerStore:

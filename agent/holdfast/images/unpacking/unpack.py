@@ -14,8 +14,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from holdfast.images.unpacking.worker import COMMAND
 from holdfast.syscalls import call
 from holdfast.words import one_line
 
+Progress = Callable[[int], None]  # told the bytes of the stream that have come so far
 LONGEST_MESSAGE = 64 << 10
 ERRORS: dict[str, type[HoldfastError]] = {
     "damaged": WrongState,
@@ -75,7 +76,7 @@ def unpack_stream(
     *,
     limits: Limits,
     expected: Expected = Expected(),
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
     stall: float = 0,
 ) -> Unpacked:
     """Unpack the archive that comes out of the descriptor stream, compressed or not, into the empty directory folder.
@@ -89,8 +90,9 @@ def unpack_stream(
     """
     label = expected.digest or expected.diff_id
     what = f"unpack layer {label!r}" if label else "unpack layer"
-    message = _run_worker(stream, folder, recipe, limits, expected.size, progress, stall, what)
-    kind, *fields = message
+    size = -1 if expected.size is None else expected.size
+    settings = (limits.size, limits.files, size, int(stall * 1000))
+    kind, *fields = _run_worker(stream, folder, recipe, settings, progress, what)
     if kind == "short":
         if fields[1] == expected.digest:
             raise WrongState(f"{what}: its size is {fields[0]} (expected {expected.size})")
@@ -100,8 +102,8 @@ def unpack_stream(
         if os.strerror(errno.ENOSPC) in words:
             words += f" in {str(folder.parent)!r} (see 'holdfast system df'; 'holdfast system prune' makes room)"
         raise ERRORS[kind](f"{what}: {words}")
-    diff_id, size, digest, compressed, files, newest = fields
-    found = Unpacked(diff_id, int(size), digest, int(compressed), int(files), int(newest))
+    diff_id, plain, digest, compressed, files, newest = fields
+    found = Unpacked(diff_id, int(plain), digest, int(compressed), int(files), int(newest))
     for name, want, have in (
         ("size", expected.size, found.compressed),
         ("digest", expected.digest, found.digest),
@@ -154,42 +156,26 @@ def piped(write: Callable[[BinaryIO], object]) -> Iterator[int]:
 
 
 def _run_worker(
-    stream: int,
-    folder: Path,
-    recipe: Path,
-    limits: Limits,
-    compressed: int | None,
-    progress: Callable[[int], None] | None,
-    stall: float,
-    what: str,
+    stream: int, folder: Path, recipe: Path, settings: Sequence[int], progress: Progress | None, what: str
 ) -> list[str]:
-    """Run a worker, and return its last message. Raises TryAgain if it was killed, RuntimeError if it broke."""
+    """Run a worker, and return its last message. Raises TryAgain if it was killed, RuntimeError if it broke.
+
+    settings: the numbers that follow the descriptors (`worker.main`).
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     source = os.dup(stream)  # a number that is none of the standard ones
     target = os.open(recipe, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    numbers = (
-        *(theirs.fileno(), source, target, place),
-        *(limits.size, limits.files, -1 if compressed is None else compressed, int(stall * 1000)),
-    )
+    handed = (theirs.fileno(), source, target, place)
+    words = ["-I", "-S", "-X", "utf8", "-c", COMMAND, ":".join(filter(None, sys.path))]
     try:
         fcntl.flock(place, fcntl.LOCK_SH)  # for as long as the worker lives: see discard
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-I",
-                "-S",
-                "-X",
-                "utf8",
-                "-c",
-                COMMAND,
-                ":".join(filter(None, sys.path)),
-                *map(str, numbers),
-            ],
+            [sys.executable, *words, *map(str, (*handed, *settings))],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=theirs.fileno(),
-            pass_fds=(theirs.fileno(), source, target, place),
+            pass_fds=handed,
             start_new_session=True,  # what a terminal signals is for us to act on
             env=ENVIRONMENT | {key: value for key, value in os.environ.items() if key == "LD_LIBRARY_PATH"},
         )
@@ -198,9 +184,8 @@ def _run_worker(
         raise UnfitHost(f"{what}: start {sys.executable!r}: {error.strerror}") from error
     finally:
         theirs.close()
-        os.close(source)
-        os.close(target)
-        os.close(place)
+        for descriptor in handed[1:]:
+            os.close(descriptor)
     try:
         with ours:
             message, said = _listen(ours, progress)
@@ -215,7 +200,7 @@ def _run_worker(
     raise RuntimeError(f"{what}: its worker broke: {said}")
 
 
-def _listen(control: socket.socket, progress: Callable[[int], None] | None) -> tuple[list[str] | None, str]:
+def _listen(control: socket.socket, progress: Progress | None) -> tuple[list[str] | None, str]:
     """Wait for the message that is not progress, if one comes; also return what else was said."""
     said = ""
     while data := control.recv(LONGEST_MESSAGE):
@@ -230,48 +215,21 @@ def _listen(control: socket.socket, progress: Callable[[int], None] | None) -> t
     return None, said
 
 
-class _Syncer:
-    """Syncs one file system for several threads: those that ask while it is busy share the next round."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._busy = False
-        self._begun = self._done = 0
-
-    def sync(self, descriptor: int) -> None:
-        """Return when all that was written before is on disk. Raises OSError."""
-        with self._changed:
-            needed = self._begun + 1
-            while self._done < needed:
-                if self._busy:
-                    self._changed.wait()
-                else:
-                    self._sync_once(descriptor)
-
-    def _sync_once(self, descriptor: int) -> None:
-        self._busy = True
-        self._begun += 1
-        number = self._begun
-        self._changed.release()
-        try:
-            call("syncfs", descriptor)
-        except BaseException:
-            number = 0
-            raise
-        finally:
-            self._changed.acquire()
-            self._busy = False
-            self._done = max(self._done, number)
-            self._changed.notify_all()
-
-
-_syncers: defaultdict[int, _Syncer] = defaultdict(_Syncer)
+_syncing = threading.Lock()
+_synced: dict[int, float] = {}  # file system → when its last sync that has ended began (monotonic)
 
 
 def _sync(folder: Path, what: str) -> None:
+    """Have all of the folder's file system on disk. Those that ask while it is busy share the next round."""
+    asked = time.monotonic()
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        _syncers[os.fstat(descriptor).st_dev].sync(descriptor)
+        system = os.fstat(descriptor).st_dev
+        with _syncing:
+            if _synced.get(system, 0.0) < asked:
+                began = time.monotonic()
+                call("syncfs", descriptor)
+                _synced[system] = began
     except OSError as error:
         raise UnfitHost(f"{what}: write to disk: {error.strerror}") from error
     finally:
