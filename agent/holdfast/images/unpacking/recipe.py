@@ -3,7 +3,7 @@
 The recipe is written while the layer is unpacked (`Writer`, in the worker), and holds every byte of the archive that
 no file in the folder holds. `rebuild` is for what needs the archive again: save, push, bundles.
 
-    MAGIC, one byte (1: there are K frames), then a zlib stream of frames; numbers are little-endian:
+    MAGIC, one byte that nobody reads, then a zlib stream of frames; numbers are little-endian:
 
     L  u32 length, bytes                        bytes of the archive, as they are
     F  u64 size, u32 length, path               the content of that file of the folder
@@ -19,6 +19,7 @@ its path then: the first K or R frame of that path that follows it, else what th
 
 from __future__ import annotations
 
+import io
 import os
 import zlib
 from struct import Struct
@@ -96,8 +97,6 @@ class Writer:
         self._frames.append(b"." + _u64.pack(size))
         self._flush()
         _write(self._descriptor, self._packer.flush())
-        if self._kept:
-            os.pwrite(self._descriptor, b"\1", len(MAGIC))
 
     def _flush(self) -> None:
         data = self._packer.compress(b"".join(self._frames))
@@ -124,8 +123,7 @@ def rebuild(folder: Path, recipe: Path, out: BinaryIO) -> None:
             _Opener(folder) as files,
         ):
             kept = _Kept(scratch.fileno())
-            if _Frames(file).has_kept:
-                kept.collect(_Frames(file))
+            kept.collect(_Frames(file))
             _write_archive(_Frames(file), files, kept, out)
     except (_Broken, zlib.error) as error:
         raise WrongState(f"rebuild layer {recipe.stem!r}: {error} (the layer on disk is damaged)") from error
@@ -135,32 +133,38 @@ class _Broken(Exception):
     """Recipe and folder do not make the archive."""
 
 
+class _Plain(io.RawIOBase):
+    """What the zlib stream of a recipe holds."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._unpacker = file, zlib.decompressobj()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data and not self._unpacker.eof:
+            if not (raw := self._unpacker.unconsumed_tail or self._file.read(CHUNK)):
+                break
+            data = self._unpacker.decompress(raw, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
 class _Frames:
     """The frames of a recipe, read from its beginning."""
 
     def __init__(self, file: BinaryIO) -> None:
         file.seek(0)
-        head = file.read(len(MAGIC) + 1)
-        if head[:-1] != MAGIC:
+        if file.read(len(MAGIC) + 1)[:-1] != MAGIC:
             raise _Broken("no recipe")
-        self.has_kept = head[-1:] != b"\0"
-        self._file = file
-        self._unpacker = zlib.decompressobj()
-        self._buffer = b""
-        self._position = 0
+        self._plain = io.BufferedReader(_Plain(file), CHUNK)
 
     def read(self, size: int) -> bytes:
-        end = self._position + size
-        if end > len(self._buffer):
-            parts = [self._buffer[self._position :]]
-            have = len(parts[0])
-            while have < size:
-                parts.append(self._more())
-                have += len(parts[-1])
-            self._buffer = b"".join(parts)
-            self._position, end = 0, size
-        data = self._buffer[self._position : end]
-        self._position = end
+        data = self._plain.read(size)
+        if len(data) < size:
+            raise _Broken("the recipe ends too early")
         return data
 
     def copy(self, size: int, write: Callable[[bytes], object]) -> None:
@@ -209,15 +213,6 @@ class _Frames:
     def pieces(self, count: int) -> Iterator[tuple[int, int]]:
         for _ in range(count):
             yield _piece.unpack(self.read(_piece.size))
-
-    def _more(self) -> bytes:
-        while True:
-            raw = self._unpacker.unconsumed_tail or self._file.read(CHUNK)
-            data = self._unpacker.decompress(raw, CHUNK)
-            if data:
-                return data
-            if not raw or self._unpacker.eof:
-                raise _Broken("the recipe ends too early")
 
 
 class _Kept:

@@ -44,11 +44,6 @@ class Entry:
     mtime: nanoseconds since the epoch. major, minor: of a device.
     """
 
-    __slots__ = (
-        *("name", "kind", "mode", "uid", "gid", "mtime", "size", "link"),
-        *("major", "minor", "xattrs", "sparse", "realsize"),
-    )
-
     name: bytes
     kind: bytes
     mode: int

@@ -223,11 +223,11 @@ class Tree:
             os.chown(base, _owner(entry.uid), _owner(entry.gid), dir_fd=folder, follow_symlinks=False)
             os.chmod(base, mode, dir_fd=folder)  # a directory, made just now or looked at: nothing to follow
         self._note_directory(path, entry)
-        if hidden or entry.xattrs:
+        if hidden:
+            _set_opaque(folder, base)
+        if entry.xattrs:
             descriptor = os.open(base, FOLDER, dir_fd=folder)
-            if hidden:
-                os.setxattr(descriptor, OPAQUE_XATTR, b"y")
-            _set_xattrs(descriptor, entry.xattrs or {})
+            _set_xattrs(descriptor, entry.xattrs)
             os.close(descriptor)
 
     def _note_directory(self, path: bytes, entry: Entry) -> None:
@@ -291,9 +291,7 @@ class Tree:
             os.mknod(hidden, stat.S_IFCHR, 0, dir_fd=folder)
             return
         if stat.S_ISDIR(found.st_mode):
-            descriptor = os.open(hidden, FOLDER, dir_fd=folder)
-            os.setxattr(descriptor, OPAQUE_XATTR, b"y")
-            os.close(descriptor)
+            _set_opaque(folder, hidden)
 
     def _enter(self, parent: bytes, *, create: bool = True, follow: bool = True) -> tuple[int, bytes]:
         """Open a directory by its components, made where missing; links are resolved as chroot(2) would."""
@@ -348,23 +346,19 @@ class Tree:
         """Make a directory that no entry speaks of; what a whiteout hides stays hidden."""
         hidden = False
         try:
-            found = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        except FileNotFoundError:
-            pass
-        else:
-            hidden = is_whiteout(found)
+            hidden = is_whiteout(os.stat(name, dir_fd=folder, follow_symlinks=False))
             if not hidden:
                 raise Damaged(f"{shown(path[-255:])}: is a parent of another entry, but no directory")
             os.unlink(name, dir_fd=folder)
+        except FileNotFoundError:
+            pass
         self._count()
         os.mkdir(name, 0o755, dir_fd=folder)
         if not self._plain:
             os.chown(name, self._uid, self._gid, dir_fd=folder, follow_symlinks=False)
             os.chmod(name, 0o755, dir_fd=folder)
         if hidden:
-            descriptor = os.open(name, FOLDER, dir_fd=folder)
-            os.setxattr(descriptor, OPAQUE_XATTR, b"y")
-            os.close(descriptor)
+            _set_opaque(folder, name)
 
     def _forget(self) -> None:
         for descriptor, _ in self._open.values():
@@ -467,6 +461,13 @@ def _owner(number: int) -> int:
     if not 0 <= number < NOBODY:
         raise Damaged(f"owner {number} (at most {NOBODY - 1})")
     return number
+
+
+def _set_opaque(folder: int, name: bytes) -> None:
+    """Hide what the layers below have in a directory."""
+    descriptor = os.open(name, FOLDER, dir_fd=folder)
+    os.setxattr(descriptor, OPAQUE_XATTR, b"y")
+    os.close(descriptor)
 
 
 def _step(name: bytes, place: list[int]) -> None:

@@ -55,6 +55,9 @@ WINDOW = 27  # binary logarithm of the bytes that zstd may look back
 BEAT = 0.1  # seconds between two reports
 F_SETPIPE_SZ = 1031
 PR_SET_NO_NEW_PRIVS = 38
+KINDS = dict.fromkeys((errno.EPERM, errno.EACCES), "denied") | dict.fromkeys(
+    (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECONNRESET, errno.ETIMEDOUT), "again"
+)  # of error messages, by the kernel's
 _CHOWN, _DAC_OVERRIDE, _FOWNER, _FSETID, _SYS_ADMIN, _MKNOD, _SETFCAP = 0, 1, 3, 4, 21, 27, 31
 
 
@@ -70,8 +73,7 @@ def main() -> None:
     gc.disable()
     control, *numbers = map(int, sys.argv[2:])
     try:
-        done = _unpack(control, *numbers)
-        message = ["done", *map(str, done)]
+        message = ["done", *map(str, _unpack(control, *numbers))]
     except BaseException as error:
         message = _explain(error)
     if not message:
@@ -81,21 +83,14 @@ def main() -> None:
 
 
 def _explain(error: BaseException) -> list[str]:
-    if isinstance(error, Damaged):
-        return ["damaged", str(error)]
     if isinstance(error, _Short):
         return ["short", *map(str, error.args)]
+    if isinstance(error, Damaged):
+        return ["damaged", str(error)]
     if isinstance(error, MemoryError):
         return ["damaged", f"takes more than {MEMORY >> 20} MiB of memory to unpack"]
-    if isinstance(error, _Silence):
-        return ["again", str(error)]
     if isinstance(error, OSError) and error.errno:
-        text = str(error.strerror)
-        if error.errno in (errno.EPERM, errno.EACCES):
-            return ["denied", text]
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECONNRESET):
-            return ["again", text]
-        return ["host", text]
+        return [KINDS.get(error.errno, "host"), str(error.strerror)]
     sys.excepthook(type(error), error, error.__traceback__)  # what is written there, the parent reads
     return []
 
@@ -120,9 +115,8 @@ def _unpack(
                 raise Damaged(f"comes to more than {most} bytes")
             tree.add(entry)
         except Damaged as error:
-            text = str(error)
             name = shown(entry.name)
-            raise Damaged(text if text.startswith(name) else f"{name}: {text}") from None
+            raise Damaged(f"{name}: {str(error).removeprefix(f'{name}: ')}") from None
         except OSError as error:  # what the kernel does not take is the archive's fault, but for a host that is unfit
             if error.errno in HOST or error.errno in (errno.EPERM, errno.EACCES):
                 raise OSError(error.errno, f"{shown(entry.name)}: {error.strerror}") from error
@@ -135,10 +129,6 @@ def _unpack(
     writer.finish(chunks.size)
     source.report()
     return chunks.diff_id(), chunks.size, source.digest(), source.size, tree.files, tree.newest
-
-
-class _Silence(Exception):
-    """Nothing comes any more."""
 
 
 class _Short(Exception):
@@ -191,7 +181,7 @@ class _Source:
 
     def _next(self) -> bytes:
         if self._poll is not None and not self._poll.poll(min(self._silence, 2**31 - 1)):
-            raise _Silence(f"not a byte came for {self._silence / 1000:g} s")
+            raise TimeoutError(errno.ETIMEDOUT, f"not a byte came for {self._silence / 1000:g} s")
         data = os.read(self._stream, READ)
         if not data and self.size < self._most:
             raise _Short(self.size, self.digest())
