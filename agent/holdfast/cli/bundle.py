@@ -25,7 +25,7 @@ from holdfast.errors import NotPermitted, UnfitHost, WrongCall, WrongState
 if TYPE_CHECKING:
     from holdfast.config import Config
     from holdfast.images.builds.build import Builder
-    from holdfast.images.builds.gather import Coming, Wanted
+    from holdfast.images.builds.gather import Wanted
     from holdfast.images.formats.bundle import Bundle, StateTree
     from holdfast.images.kept.store import ImageStore
     from holdfast.source import Revision
@@ -79,6 +79,11 @@ def create(
         place = config.root if store else folder / "root"
         used = config.model_copy(update={"root": place, "images": fetching})
         builder = partial(builder_in, stack, used) if os.geteuid() == 0 else None
+        places = {each.reference: f"[{number}/{len(wanted)}]" for number, each in enumerate(wanted, 1)}
+
+        def coming(reference: str, source: str) -> None:
+            render.echo(f"{places[reference]} {reference}  {source}", err=True)
+
         gatherer = Gatherer(folder, goal, fetching, store, coming, builder)
         stack.callback(gatherer.close)
         images = gatherer.gather(wanted, spec)
@@ -185,15 +190,6 @@ def platform_of(text: str | None) -> str:
     if system != "linux" or len(rest) not in (1, 2) or not all(part.isalnum() for part in rest):
         raise WrongCall(f"platform '{text}': not one that containers run on here (expected as linux/arm64)")
     return text
-
-
-def coming(image: Coming) -> None:
-    """Print a line for each image, before its layers come."""
-    told = image.otherwise
-    if not told:
-        fresh = "" if image.fresh == image.layers else f", {image.layers - image.fresh} of them fetched already"
-        told = f"{render.size(image.size)} in {render.counted(image.layers, 'layer')}{fresh}"
-    render.echo(f"[{image.number}/{image.of}] {image.reference}  {told}", err=True)
 
 
 def tree_of(state_dir: Path, revision: Revision) -> StateTree:

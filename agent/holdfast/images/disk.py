@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from holdfast.errors import UnfitHost
+from holdfast.files import sync_folder
 from holdfast.grammar.quantities import about
 
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_TOPDIR_FL = 0x80086601, 0x40086602, 0x00020000  # linux/fs.h, on 64 bits
@@ -103,12 +104,6 @@ def write_whole(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the names in a directory on disk."""
-    with _opened(folder) as descriptor:
-        os.fsync(descriptor)
-
-
 def spread(folder: Path) -> None:
     """Have ext4 choose a block group for each directory that will be made in folder, by its name (chattr +T).
 
@@ -117,18 +112,11 @@ def spread(folder: Path) -> None:
     was collected would find; and layers that are unpacked side by side would wait for one group's lock. Other file
     systems go without.
     """
-    with suppress(OSError), _opened(folder) as descriptor:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with suppress(OSError):
         flags = array("i", (0, 0))
         fcntl.ioctl(descriptor, FS_IOC_GETFLAGS, flags)
         if not flags[0] & FS_TOPDIR_FL:
             flags[0] |= FS_TOPDIR_FL
             fcntl.ioctl(descriptor, FS_IOC_SETFLAGS, flags)
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+    os.close(descriptor)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
-from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from holdfast.images.formats.references import parse
 from holdfast.images.incoming.load import import_rootfs
 from holdfast.images.incoming.transfers import Transfer
 from holdfast.images.kept.collect import collect
-from holdfast.images.kept.image import Freed, Image, Name
+from holdfast.images.kept.image import Freed, Image, Name, moment
 from holdfast.images.outgoing.push import push
 from holdfast.images.outgoing.write import FORMATS, save
 from holdfast.node.bundle import load_bundle
@@ -74,7 +72,7 @@ class ImageAnswers(ImageQuestions):
             "History": [dict(step) for step in image.history],
             "ManifestType": str(image.manifest.get("mediaType") or ""),
             "Annotations": dict(image.manifest.get("annotations") or {}),
-            "Names": [_name_json(each) for each in names],
+            "Names": [{"name": each.name, "top": each.top, "source": each.source, "at": each.at} for each in names],
             "UsedBy": sorted(image_users(self.context).get(image.digest, ())),
             "LastUsed": store.used_at(image.digest),
         }
@@ -241,10 +239,8 @@ class Collector:
     def _tell(self, freed: Freed) -> None:
         limit = self.context.images.settings.high_watermark
         why = f" (the disk was above {limit:g}%)" if freed.images else ""
-        more = {"digests": list(freed.images), "freed": freed.size}
-        self.context.store.event(
-            "removed", "images", f"{_what(freed)} deleted, {about(freed.size)} freed{why}", **more
-        )
+        told = f"{_what(freed)} deleted, {about(freed.size)} freed{why}"
+        self.context.store.event("removed", "images", told, digests=list(freed.images), freed=freed.size)
 
 
 def image_users(context: Context) -> Mapping[str, set[str]]:
@@ -281,30 +277,13 @@ def history_of(image: Image, size: Callable[[str], int]) -> list[Json]:
     steps: list[Mapping[str, Any]] = image.history
     if sum(not step.get("empty_layer") for step in steps) != len(image.diff_ids):
         steps = [{} for _ in image.diff_ids]
-    left = iter(image.diff_ids)
-    rows: list[Json] = []
+    left, rows = iter(image.diff_ids), list[Json]()
     for step in steps:
         layer = "" if step.get("empty_layer") else next(left)
-        rows.append(
-            {
-                "layer": layer,
-                "created": _moment(step.get("created")),
-                "created_by": str(step.get("created_by") or ""),
-                "size": size(layer) if layer else 0,
-                "comment": str(step.get("comment") or ""),
-            }
-        )
+        told = {key: str(step.get(key) or "") for key in ("created_by", "comment")}
+        made = moment(step.get("created")) or None
+        rows.append({"layer": layer, "created": made, "size": size(layer) if layer else 0, **told})
     return rows[::-1]
-
-
-def _name_json(name: Name) -> Json:
-    return {"name": name.name, "top": name.top, "source": name.source, "at": name.at}
-
-
-def _moment(text: Any) -> float | None:
-    with suppress(ValueError, TypeError):
-        return datetime.fromisoformat(text).astimezone(UTC).timestamp()
-    return None
 
 
 def _what(freed: Freed) -> str:

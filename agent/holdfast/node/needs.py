@@ -9,8 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 from holdfast.errors import NotFound
 from holdfast.grammar.images import archive_path, built
@@ -22,12 +21,11 @@ DEADLINE = 3.0  # seconds
 MOST = 16  # registries' answers that are waited for at once
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
-    """An image that is not here. why: what keeps it from being pulled; "" if nothing does."""
+class Need(NamedTuple):
+    """An image that is not here. verb: pull or build. why: what keeps it from being pulled; "" if nothing does."""
 
     image: str
-    verb: Literal["pull", "build"]
+    verb: str
     why: str = ""
 
 
@@ -40,7 +38,13 @@ def images_needed(context: Context, rounds: Sequence[Plan], blobs: Mapping[str, 
     needs = {app: list(dict.fromkeys(_needs(context, action, blobs))) for app, action in staged.items()}
     asked = [need.image for found in needs.values() for need in found if need.verb == "pull" and not need.why]
     sizes = _ask(context, list(dict.fromkeys(asked)))
-    return {app: [_json(need, sizes) for need in found] for app, found in needs.items() if found}
+    told: dict[str, list[Json]] = {}
+    for app, found in needs.items():
+        for image, verb, why in found:
+            known = why or sizes.get(image, "")
+            size, error = (known, "") if isinstance(known, int) else (None, known)
+            told.setdefault(app, []).append({"image": image, "verb": verb, "size": size, "error": error})
+    return told
 
 
 def _needs(context: Context, action: StageGeneration, blobs: Mapping[str, bytes]) -> Iterator[Need]:
@@ -94,9 +98,3 @@ def _answer(reference: str, future: Future[int]) -> int | str:
         return future.result()
     except Exception as error:  # whatever it is, the plan stands without a size
         return str(error).removeprefix(f"pull {reference!r}: ")
-
-
-def _json(need: Need, sizes: Mapping[str, int | str]) -> Json:
-    known = sizes.get(need.image, "")
-    size, error = (known, "") if isinstance(known, int) else (None, need.why or known)
-    return {"image": need.image, "verb": need.verb, "size": size, "error": error}

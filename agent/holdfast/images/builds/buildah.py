@@ -36,7 +36,7 @@ from holdfast.errors import Stopping, TryAgain, UnfitHost, WrongState
 from holdfast.files import BENEATH, NO_SYMLINKS, openat2, remove_tree
 from holdfast.images.builds import fence
 from holdfast.images.builds.outside import Cage, Outside
-from holdfast.images.disk import open_lock
+from holdfast.images.disk import open_lock, write_whole
 from holdfast.syscalls import call
 
 QUIET = 3600.0  # seconds without a word after which a build is given up
@@ -235,6 +235,7 @@ class Buildah:
     def _open(self) -> None:
         """Make ready. After a crash of the host half of the storage may be missing, after one of the agent a
         container may be left in it; a storage of an older version belongs to another user."""
+        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
         self._clear_run()
         if self.storage.exists() and self.storage.lstat().st_uid != fence.FIRST_ID:
             self.wipe()
@@ -242,14 +243,14 @@ class Buildah:
             folder.mkdir(parents=True, exist_ok=True)
             give(folder)
         with suppress(FileNotFoundError):
-            if self._mark.read_bytes() != _boot():
+            if self._mark.read_bytes() != boot:
                 self._empty()
             else:
                 try:
                     self.run("rm", "--all")
                 except Failed:
                     self._empty()
-        _write_synced(self._mark, _boot())
+        write_whole(self._mark, boot)
 
     def _empty(self) -> None:
         self.wipe()
@@ -460,16 +461,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _remove(folder: Path) -> None:
     with suppress(FileNotFoundError):
         remove_tree(folder)
-
-
-def _boot() -> bytes:
-    return Path("/proc/sys/kernel/random/boot_id").read_bytes()
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:

@@ -17,6 +17,7 @@ from holdfast.config import ImageSettings
 from holdfast.errors import HoldfastError, NotFound, TryAgain, WrongState
 from holdfast.files import discard_tree
 from holdfast.grammar.images import Reference, built
+from holdfast.grammar.quantities import about
 from holdfast.images.builds.build import Builder, built_name
 from holdfast.images.formats.bundle import Gathered
 from holdfast.images.formats.layout import MANIFEST, Folder, digest_of, media_type_of, member_of
@@ -85,28 +86,12 @@ def wanted_images(
     return [Wanted(reference, tuple(places)) for reference, places in in_order], spec
 
 
-@dataclass(frozen=True, slots=True)
-class Coming:
-    """What is told of an image before its layers come. size: bytes of all; fresh: how many layers are yet to come.
-
-    otherwise: where it comes from, in words, if not from a registry; nothing else is known of it yet then.
-    """
-
-    number: int
-    of: int
-    reference: str
-    size: int = 0
-    layers: int = 0
-    fresh: int = 0
-    otherwise: str = ""
-
-
 class Gatherer:
     """Fetches images of one platform (`linux/amd64`, `linux/arm/v7`) into folder, which is the caller's to delete.
 
     folder: without a colon in its path, which skopeo would take for the end of it. store: of this host, for what was
-    imported, loaded or built here, which no registry has. builder: makes what the state files have built; None: this
-    user can't.
+    imported, loaded or built here, which no registry has. told: called with each image before its layers come, and
+    with where it comes from, in words. builder: makes what the state files have built; None: this user can't.
     """
 
     def __init__(
@@ -115,7 +100,7 @@ class Gatherer:
         platform: str,
         settings: ImageSettings,
         store: ImageStore | None = None,
-        told: Callable[[Coming], None] = lambda _: None,
+        told: Callable[[str, str], None] = lambda reference, source: None,
         builder: Callable[[], Builder] | None = None,
     ) -> None:
         self.folder, self.platform, self.store, self.told, self.builder = folder, platform, store, told, builder
@@ -135,13 +120,13 @@ class Gatherer:
         """
         found: list[Gathered] = []
         failures: list[HoldfastError] = []
-        for number, each in enumerate(wanted, 1):
+        for each in wanted:
             try:
                 name = built(each.reference)
                 if name is None:
-                    found.append(self._gather(each, number, len(wanted)))
+                    found.append(self._gather(each))
                 else:
-                    self.told(Coming(number, len(wanted), each.reference, otherwise="built from its files"))
+                    self.told(each.reference, "built from its files")
                     found.append(self._build(name, each.reference, spec))
             except Unfit as error:
                 failures.append(WrongState(f"{', '.join(each.places)}: bundle {each.reference!r}: {error}"))
@@ -166,7 +151,7 @@ class Gatherer:
         image = builder.build(name, unpushed, spec.blobs)
         return self._from_store(builder.store, image, built_name(name, images[name]), written)
 
-    def _gather(self, wanted: Wanted, number: int, of: int) -> Gathered:
+    def _gather(self, wanted: Wanted) -> Gathered:
         reference = parse(wanted.reference)
         if reference.transport != "docker":
             raise Unfit(
@@ -176,13 +161,13 @@ class Gatherer:
         name = None if reference.digest or store is None else store.names().get(reference.name)
         image = None if store is None or name is None else store.get(name.digest)
         if store is None or name is None or image is None or name.source == "registry":
-            return self._from_registry(reference, wanted.reference, number, of)
+            return self._from_registry(reference, wanted.reference)
         if image.architecture != self._architecture:
-            return self._from_registry(reference, wanted.reference, number, of)
+            return self._from_registry(reference, wanted.reference)
         if name.source == "bundle":  # a registry had it once, with its own digest
             with suppress(TryAgain, NotFound, Unfit):
-                return self._from_registry(reference, wanted.reference, number, of)
-        self.told(Coming(number, of, wanted.reference, otherwise="from the store of this host"))
+                return self._from_registry(reference, wanted.reference)
+        self.told(wanted.reference, "from the store of this host")
         return self._from_store(store, image, name.name, wanted.reference)
 
     def _from_store(self, store: ImageStore, image: Image, name: str, written: str) -> Gathered:
@@ -202,7 +187,7 @@ class Gatherer:
         layers = tuple((layer["digest"], layer["size"]) for layer in described)
         return Gathered(written, name, manifest, manifest, config, layers)
 
-    def _from_registry(self, reference: Reference, written: str, number: int, of: int) -> Gathered:
+    def _from_registry(self, reference: Reference, written: str) -> Gathered:
         top = self._skopeo.manifest(reference, reference.remote, written)
         if reference.digest:
             check_digest(top, reference.digest)
@@ -221,7 +206,9 @@ class Gatherer:
         read_diff_ids(config, len(parts.layers), self._architecture)
         layers = {layer.digest: layer.size for layer in parts.layers}
         fresh = [digest for digest in layers if not self._blob(digest).exists()]
-        self.told(Coming(number, of, written, sum(layers.values()), len(layers), len(fresh)))
+        known = f", {len(layers) - len(fresh)} of them fetched already" if len(fresh) < len(layers) else ""
+        plural = "layer" if len(layers) == 1 else "layers"
+        self.told(written, f"{about(sum(layers.values()))} in {len(layers)} {plural}{known}")
         if fresh:
             self._fetch(reference, name, written, exact=media_type_of(manifest) == MANIFEST)
         for digest in fresh:

@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from holdfast.errors import NotFound, UnfitHost, WrongCall, WrongState
-from holdfast.images.disk import sync_folder
+from holdfast.files import sync_folder
 from holdfast.images.formats.layout import (
     CHUNK,
     INDEX,

@@ -48,7 +48,7 @@ class Transfer:
     @property
     def done(self) -> int:
         """Bytes that came."""
-        return sum(layer.done for layer in self.layers.values() if layer.state != "here")
+        return sum(layer.done for layer in self.layers.values())  # 0 of those that were here
 
     def expect(self, digest: str, total: int, *, here: bool = False) -> None:
         """Say that a layer belongs to the image."""
@@ -69,15 +69,9 @@ class Transfer:
 
     def json(self) -> Json:
         """{"ref", "state", "error", "began", "done", "total", "layers": [{"digest", "done", "total", "state"}, …]}"""
-        return {
-            "ref": self.reference,
-            "state": self.state,
-            "error": self.error,
-            "began": self.began,
-            "done": self.done,
-            "total": self.total,
-            "layers": [asdict(each) for each in list(self.layers.values())],
-        }
+        known = {"ref": self.reference, "state": self.state, "error": self.error, "began": self.began}
+        layers = [asdict(each) for each in list(self.layers.values())]
+        return {**known, "done": self.done, "total": self.total, "layers": layers}
 
 
 @dataclass(slots=True)

@@ -107,7 +107,8 @@ def collect(
             gone = store.delete_orphans(now - (GRACE if excess else ORPHANS))
             if excess and not gone.size:
                 used = users_of(in_use)
-                gone = store.delete(choose(_stored(store), _sizes(store), used.keys(), excess, now), used)
+                sizes = {diff_id: store.layers.facts(diff_id).size for diff_id in store.layers.all()}
+                gone = store.delete(choose(_stored(store), sizes, used.keys(), excess, now), used)
         freed, goal = freed + gone, low  # it is off the disk by now, and how much that is the disk says
         if not excess or not (gone.images or gone.layers):
             break
@@ -128,7 +129,3 @@ def _stored(store: ImageStore) -> list[Stored]:
         Stored(each.digest, each.diff_ids, store.used_at(each.digest), each.digest in unique)
         for each in store.list(dangling=True)
     ]
-
-
-def _sizes(store: ImageStore) -> dict[str, int]:
-    return {diff_id: store.layers.facts(diff_id).size for diff_id in store.layers.all()}

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from holdfast.config import ImageSettings
-from holdfast.images.disk import Locks, check_room, sync_folder, write_whole
+from holdfast.files import sync_folder
+from holdfast.images.disk import Locks, check_room, write_whole
 from holdfast.images.formats.references import to_digest
 from holdfast.images.unpacking.unpack import Expected, Limits, Progress, Unpacked, discard, piped, unpack_stream
 

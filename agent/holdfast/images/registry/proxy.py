@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-from holdfast.images.registry.faults import SILENT, SkopeoError, message_of
+from holdfast.images.registry.faults import BUSY, SILENT, SkopeoError, message_of
 
+WAITING = "Too many requests to "  # skopeo then waits by itself, for minutes
 LARGEST_REPLY = 64 << 10
 TICK = 0.25  # seconds between looks at what can end a wait from outside
 
@@ -28,16 +29,11 @@ class Proxy:
     """One process; one blob at a time.
 
     start: starts skopeo with a socket as its standard input and a file as its standard error. patience: seconds
-    that a reply may take. look: called while waiting, with what skopeo has logged; raises to give up.
+    that a reply may take.
     """
 
-    def __init__(
-        self,
-        start: Callable[[int, BinaryIO], subprocess.Popen[bytes]],
-        patience: float,
-        look: Callable[[str], None],
-    ) -> None:
-        self._patience, self._look = patience, look
+    def __init__(self, start: Callable[[int, BinaryIO], subprocess.Popen[bytes]], patience: float) -> None:
+        self._patience = patience
         self._image: Any = None
         self._name = ""
         self._log: BinaryIO = os.fdopen(os.memfd_create("skopeo", os.MFD_CLOEXEC), "w+b")
@@ -142,7 +138,8 @@ class Proxy:
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
         while not poll.poll(TICK * 1000):
-            self._look(self._logged())
+            if WAITING in logged(self._log):
+                raise SkopeoError(BUSY.words, BUSY)
             if time.monotonic() >= deadline:
                 raise SkopeoError(SILENT.words, SILENT)
 
@@ -151,8 +148,10 @@ class Proxy:
             self.process.wait(1.0)
         except subprocess.TimeoutExpired:
             return "connection reset by skopeo"
-        return message_of(self._logged()) or f"skopeo ended with {self.process.returncode}"
+        return message_of(logged(self._log)) or f"skopeo ended with {self.process.returncode}"
 
-    def _logged(self) -> str:
-        size = os.fstat(self._log.fileno()).st_size
-        return os.pread(self._log.fileno(), size, 0).decode(errors="replace")  # skopeo shares the position
+
+def logged(log: BinaryIO) -> str:
+    """Read the end of a file that another process writes to, without moving the position that they share."""
+    size = os.fstat(log.fileno()).st_size
+    return os.pread(log.fileno(), min(size, 1 << 20), max(0, size - (1 << 20))).decode(errors="replace")

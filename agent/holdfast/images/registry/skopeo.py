@@ -29,14 +29,12 @@ from holdfast.errors import HoldfastError, Stopping, UnfitHost, WrongCall
 from holdfast.grammar.images import DIGEST, Reference
 from holdfast.images.formats.references import parse
 from holdfast.images.registry.faults import BUSY, SILENT, Fault, SkopeoError, explain, failure, message_of
-from holdfast.images.registry.proxy import Proxy
+from holdfast.images.registry.proxy import TICK, WAITING, Proxy, logged
 
-WAITING = "Too many requests to "  # skopeo then waits by itself, for minutes
 DIR_VERSION = "version"  # the first file that a `dir:` destination writes
 #: Has containers/image remember in memory which registry has which blob (pkg/blobinfocache): otherwise each blob is
 #: noted and synced in a file of the host's, for which all processes wait and which we never ask.
 NO_CACHE = {"_CONTAINERS_ROOTLESS_UID": "1", "XDG_DATA_HOME": "/proc/none"}
-TICK = 0.25  # seconds between looks at what ends a wait
 
 
 class Skopeo:
@@ -163,7 +161,7 @@ class Skopeo:
             environment = {**os.environ, **NO_CACHE}
             return self._start(words, stdin=stdin, stdout=subprocess.DEVNULL, stderr=stderr, env=environment)
 
-        return Proxy(start, self.settings.stall_timeout, _raise_busy)
+        return Proxy(start, self.settings.stall_timeout)
 
     def end(self, proxy: Proxy) -> None:
         """End a process of `proxy`."""
@@ -206,7 +204,7 @@ class Skopeo:
             if process.returncode == 0:
                 out.seek(0)
                 return out.read()
-            said = fault.words if fault else message_of(_read(err)) or f"skopeo ended with {process.returncode}"
+            said = fault.words if fault else message_of(logged(err)) or f"skopeo ended with {process.returncode}"
         raise self.explain(SkopeoError(said, fault), reference, as_written, operation)
 
     def _wait(
@@ -229,7 +227,7 @@ class Skopeo:
                 if (now := time.monotonic()) < look_at:
                     continue
                 look_at = now + TICK
-                if WAITING in _read(log):
+                if WAITING in logged(log):
                     return BUSY
                 if long and (count := _transferred(process.pid)) != moved[1]:
                     moved = (now, count)
@@ -341,17 +339,6 @@ def noise(reference: Reference, as_written: str) -> tuple[str, ...]:
 
 def _spawn(words: Sequence[str], streams: Mapping[str, Any]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(words, **streams)
-
-
-def _raise_busy(log: str) -> None:
-    if WAITING in log:
-        raise SkopeoError(BUSY.words, BUSY)
-
-
-def _read(log: BinaryIO) -> str:
-    """Read the end of a file that another process writes to, without moving the position that they share."""
-    size = os.fstat(log.fileno()).st_size
-    return os.pread(log.fileno(), min(size, 1 << 20), max(0, size - (1 << 20))).decode(errors="replace")
 
 
 def _transferred(pid: int) -> int:
