@@ -22,7 +22,6 @@ import signal
 import socket
 import stat
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +36,7 @@ from holdfast.files import BENEATH, NO_SYMLINKS, openat2, remove_tree
 from holdfast.images.builds import fence
 from holdfast.images.builds.outside import Cage, Outside
 from holdfast.images.disk import open_lock, write_whole
+from holdfast.images.unpacking.unpack import own_process
 from holdfast.syscalls import call
 
 QUIET = 3600.0  # seconds without a word after which a build is given up
@@ -341,9 +341,8 @@ class Buildah:
         try:
             os.write(described, json.dumps(plan).encode())
             os.lseek(described, 0, os.SEEK_SET)
-            numbers = (os.getpid(), described, theirs.fileno())
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", fence.__file__, *map(str, numbers)],
+                own_process(fence.__name__, os.getpid(), described, theirs.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

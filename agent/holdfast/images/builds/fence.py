@@ -1,9 +1,8 @@
 """Run one program in its own root, user namespace and cgroup, so that what breaks out of a build reaches nothing.
 
-    python -I -S fence.py PARENT_PID PLAN_FD CONTROL_FD
-
-This is a process of its own, which `buildah` starts; it imports nothing of ours. PLAN_FD holds a JSON object, so that
-no argument of the program is in the command line of any process but the program's own:
+This is a process of its own, which `buildah` starts with PARENT_PID PLAN_FD CONTROL_FD; it imports nothing but system
+calls, and that before it begins. PLAN_FD holds a JSON object, so that no argument of the program is in the command
+line of any process but the program's own:
 
     program, environment, directory    what is run, where
     root                               a folder to mount the new root on: none of writable, and in none of them
@@ -22,7 +21,6 @@ On CONTROL_FD, a socket, it sends the id of a process in the new namespaces, and
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import json
@@ -31,17 +29,30 @@ import signal
 import socket
 import struct
 import sys
+from pathlib import Path
 from typing import Any
+
+from holdfast.syscalls import (
+    CLONE_NEWIPC,
+    CLONE_NEWNET,
+    CLONE_NEWUTS,
+    MNT_DETACH,
+    MS_BIND,
+    MS_NODEV,
+    MS_NOSUID,
+    MS_PRIVATE,
+    MS_REC,
+    call,
+    mount,
+)
 
 FIRST_ID, IDS = 0x7800_0000, 0x0400_0000  # of the host: above what directories give out, below systemd's own ranges
 
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER = 0x20000, 0x4000000, 0x8000000, 0x10000000
-CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 0x1, 0x2, 0x4, 0x8, 0x1000, 0x4000, 0x40000
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x10000000, 0x20000000
+MS_RDONLY, MS_NOEXEC = 0x1, 0x8
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 0x1, 0x2, 0x4
 AT_FDCWD, AT_RECURSIVE, OPEN_TREE_CLONE, MOVE_MOUNT_F_EMPTY_PATH = -100, 0x8000, 0x1, 0x4
 SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_MOUNT_SETATTR = 428, 429, 442  # alike on every architecture
-MNT_DETACH = 0x2
 PR_SET_PDEATHSIG = 1
 SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1
 
@@ -59,22 +70,24 @@ LINKS = {
     "stderr": "/proc/self/fd/2",
 }
 
-_libc = ctypes.CDLL(None, use_errno=True)
+
+def main() -> None:
+    """Run the program to its end, and exit with its status: 128 and the signal if it was killed, 126 for an error."""
+    try:
+        with os.fdopen(int(sys.argv[3]), "rb") as file:
+            plan = json.load(file)
+        with socket.socket(fileno=int(sys.argv[4])) as control:
+            control.set_inheritable(False)
+            status = _fence(int(sys.argv[2]), plan, control)
+    except OSError as error:  # of this process, or of a child of it
+        hint = " (user namespaces: sysctl user.max_user_namespaces)" if error.errno == errno.ENOSPC else ""
+        where = f" '{error.filename}'" if error.filename else ""
+        print(f"Error: set up the sandbox{where}: {str(error.strerror).lower()}{hint}", file=sys.stderr, flush=True)
+        status = 126
+    os._exit(status)
 
 
-class _Attributes(ctypes.Structure):
-    """struct mount_attr of mount_setattr(2)."""
-
-    _fields_ = (
-        ("attr_set", ctypes.c_uint64),
-        ("attr_clr", ctypes.c_uint64),
-        ("propagation", ctypes.c_uint64),
-        ("userns_fd", ctypes.c_uint64),
-    )
-
-
-def main(parent: int, plan: dict[str, Any], control: socket.socket) -> int:
-    """Run the program to its end; its exit status, 128 and the signal if it was killed."""
+def _fence(parent: int, plan: dict[str, Any], control: socket.socket) -> int:
     _die_with_parent()
     if os.getppid() != parent:
         return 1  # it died before we asked to die with it
@@ -108,7 +121,7 @@ def _separate(control: socket.socket, plan: dict[str, Any]) -> None:
     _build_root(plan)
     own = CLONE_NEWNET if plan["network"] == "own" else 0
     namespaces = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS | own
-    _check(_libc.unshare(namespaces), "unshare its namespaces")
+    call("unshare", namespaces, about="namespaces")
     control.send(b"x")
     if not control.recv(1):
         os._exit(1)
@@ -142,11 +155,7 @@ def _run(parent_is_alive: int, plan: dict[str, Any]) -> None:
     with open("/proc/sys/user/max_user_namespaces", "w") as file:  # noqa: PTH123
         file.write("0")  # a step is root of no further user namespace
     os.chdir(plan["directory"])
-    program = plan["program"]
-    try:
-        os.execve(program[0], program, plan["environment"])
-    except OSError as error:
-        _fail(f"run '{program[0]}'", error.errno or 0, 127)
+    os.execve(plan["program"][0], plan["program"], plan["environment"])
 
 
 def _build_root(plan: dict[str, Any]) -> None:
@@ -155,14 +164,14 @@ def _build_root(plan: dict[str, Any]) -> None:
     As the host's root: the user behind the fence could not even look up most of it. What is mounted here, it can
     neither take off nor make writable (mount_namespaces(7), "Restrictions on mount namespaces").
     """
-    _check(_libc.unshare(CLONE_NEWNS), "unshare the mounts")
-    _mount(None, "/", None, MS_REC | MS_PRIVATE)
+    call("unshare", CLONE_NEWNS, about="mounts")
+    mount("none", Path("/"), flags=MS_REC | MS_PRIVATE)
     root = plan["root"]
     present = [*SYSTEM, *SETTINGS, *plan["readable"], *plan["writable"]]
     links = {path: os.readlink(path) for path in present if os.path.islink(path)}  # noqa: PTH114, PTH115
     held = {path: os.open(path, os.O_PATH) for path in present if path not in links and os.path.exists(path)}  # noqa: PTH110
     held |= {f"/dev/{name}": os.open(f"/dev/{name}", os.O_PATH) for name in DEVICES}
-    _mount("tmpfs", root, "tmpfs", MS_NOSUID, "mode=755")
+    mount("tmpfs", Path(root), "tmpfs", MS_NOSUID, "mode=755")
     for path in (*FOLDERS, *OWN_FOLDERS):
         os.makedirs(root + path, exist_ok=True)  # noqa: PTH103
     for path in OWN_FOLDERS:
@@ -186,17 +195,17 @@ def _enter_root(plan: dict[str, Any]) -> None:
     The folder's own mount came with the namespace and is locked to it: a copy of it, on top, becomes the root.
     """
     flags = MS_NOSUID | MS_NOEXEC
-    copied = _call(SYS_OPEN_TREE, AT_FDCWD, b".", OPEN_TREE_CLONE | AT_RECURSIVE, what="copy the new root")
-    _call(SYS_MOVE_MOUNT, copied, b"", AT_FDCWD, b".", MOVE_MOUNT_F_EMPTY_PATH, what="mount the new root")
+    copied = call("syscall", SYS_OPEN_TREE, AT_FDCWD, b".", OPEN_TREE_CLONE | AT_RECURSIVE, about="new root")
+    call("syscall", SYS_MOVE_MOUNT, copied, b"", AT_FDCWD, b".", MOVE_MOUNT_F_EMPTY_PATH, about="new root")
     os.fchdir(copied)
     os.close(copied)
-    _mount("devpts", "dev/pts", "devpts", flags, "newinstance,ptmxmode=0666,mode=620,gid=5")
-    _mount("shm", "dev/shm", "tmpfs", flags | MS_NODEV, "mode=1777,size=64m")
-    _mount("proc", "proc", "proc", flags | MS_NODEV)
+    mount("devpts", Path("dev/pts"), "devpts", flags, "newinstance,ptmxmode=0666,mode=620,gid=5")
+    mount("shm", Path("dev/shm"), "tmpfs", flags | MS_NODEV, "mode=1777,size=64m")
+    mount("proc", Path("proc"), "proc", flags | MS_NODEV)
     if plan["network"] == "own":  # only who owns the network may see it there
-        _mount("sysfs", "sys", "sysfs", flags | MS_NODEV | MS_RDONLY)
-    _check(_libc.pivot_root(b".", b"."), "pivot_root")
-    _check(_libc.umount2(b".", MNT_DETACH), "let go of the host's root")
+        mount("sysfs", Path("sys"), "sysfs", flags | MS_NODEV | MS_RDONLY)
+    call("pivot_root", b".", b".", about="new root")
+    call("umount2", b".", MNT_DETACH, about="host's root")
     os.chdir("/")
 
 
@@ -208,25 +217,10 @@ def _bind(descriptor: int, target: str, attributes: int) -> None:
     else:
         os.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH103, PTH120
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
-    _mount(source, target, None, MS_BIND | MS_REC)
-    wanted = _Attributes(attr_set=attributes)
-    size = ctypes.sizeof(wanted)
-    place = os.fsencode(target)
-    _call(SYS_MOUNT_SETATTR, AT_FDCWD, place, AT_RECURSIVE, ctypes.byref(wanted), size, what=f"restrict '{target}'")
+    mount(source, Path(target), flags=MS_BIND | MS_REC)
+    wanted, place = struct.pack("4Q", attributes, 0, 0, 0), os.fsencode(target)  # struct mount_attr
+    call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, place, AT_RECURSIVE, wanted, len(wanted), about=target)
     os.close(descriptor)
-
-
-def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
-    words = [None if each is None else os.fsencode(each) for each in (source, target, kind)]
-    _check(_libc.mount(*words, ctypes.c_ulong(flags), data.encode()), f"mount '{target}'")
-
-
-def _call(number: int, *arguments: Any, what: str) -> int:
-    """A system call that libc has no function for."""
-    result = _libc.syscall(ctypes.c_long(number), *arguments)
-    if result < 0:
-        _check(result, what)
-    return int(result)
 
 
 def _raise_loopback() -> None:
@@ -235,23 +229,4 @@ def _raise_loopback() -> None:
 
 
 def _die_with_parent() -> None:
-    _check(_libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
-
-
-def _check(result: int, what: str) -> None:
-    if result != 0:
-        _fail(what, ctypes.get_errno())
-
-
-def _fail(what: str, code: int, status: int = 126) -> None:
-    hint = " (user namespaces: sysctl user.max_user_namespaces)" if code == errno.ENOSPC else ""
-    print(f"Error: {what}: {os.strerror(code).lower()}{hint}", file=sys.stderr, flush=True)
-    os._exit(status)
-
-
-if __name__ == "__main__":
-    with os.fdopen(int(sys.argv[2]), "rb") as plan_file:
-        given = json.load(plan_file)
-    with socket.socket(fileno=int(sys.argv[3])) as connection:
-        connection.set_inheritable(False)
-        sys.exit(main(int(sys.argv[1]), given, connection))
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

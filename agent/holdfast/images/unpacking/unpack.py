@@ -23,7 +23,6 @@ from typing import BinaryIO
 
 from holdfast.errors import HoldfastError, NotPermitted, TryAgain, UnfitHost, WrongState
 from holdfast.files import remove_tree
-from holdfast.images.unpacking.worker import COMMAND
 from holdfast.syscalls import call
 from holdfast.words import one_line
 
@@ -126,6 +125,16 @@ def discard(folder: Path) -> None:
         os.close(descriptor)
 
 
+def own_process(module: str, *arguments: int) -> list[str]:
+    """Make the command of a process that runs `main` of a module of ours, without the site, which takes long.
+
+    sys.argv has sys.path before the arguments.
+    """
+    start = f"import sys; sys.path[:] = sys.argv[1].split(':'); from {module} import main; main()"
+    words = ["-I", "-S", "-X", "utf8", "-c", start, ":".join(filter(None, sys.path))]
+    return [sys.executable, *words, *map(str, arguments)]
+
+
 @contextmanager
 def piped(write: Callable[[BinaryIO], object]) -> Iterator[int]:
     """Have write write into a pipe, in a thread, while the block reads it; yields the descriptor to read from.
@@ -167,11 +176,10 @@ def _run_worker(
     target = os.open(recipe, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     handed = (theirs.fileno(), source, target, place)
-    words = ["-I", "-S", "-X", "utf8", "-c", COMMAND, ":".join(filter(None, sys.path))]
     try:
         fcntl.flock(place, fcntl.LOCK_SH)  # for as long as the worker lives: see discard
         process = subprocess.Popen(
-            [sys.executable, *words, *map(str, (*handed, *settings))],
+            own_process("holdfast.images.unpacking.worker", *handed, *settings),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=theirs.fileno(),

@@ -1,6 +1,6 @@
 """Unpack one layer in a process of its own: a compressed stream on a descriptor → files, digests, a recipe.
 
-`unpack` starts it as `COMMAND` with only the descriptors it needs, and hears from it on one of them: see `main`. It
+`unpack` starts it with only the descriptors it needs, and hears from it on one of them: see `main`. It
 locks itself up before it looks at more than the first bytes of the stream: as root, with the layer's folder as its
 root directory and few capabilities; always with bounded memory. It ends when its parent does.
 
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
         def decompress(self, data: bytes, max_length: int = -1) -> bytes: ...
 
 
-COMMAND = (
-    "import sys; sys.path[:] = sys.argv[1].split(':'); from holdfast.images.unpacking.worker import main; main()"
-)
 GZIP, BZIP2, XZ, ZSTD, ZSTD_SKIPPED = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x2a\x4d\x18"
 READ = 1 << 20
 CHUNK = 1 << 18  # bytes of the plain archive that are handed over at once: they stay in the processor's cache
