@@ -43,6 +43,17 @@ class Held:
         image = self.want.image
         return bool(image) and not not_of_a_registry(image or "") and not self.digest.startswith(ROOTFS)
 
+    @property
+    def interval(self) -> float:
+        """How often a registry is asked for it (seconds)."""
+        return self.want.update_image.interval if self.want.update_image else IDLE
+
+    @property
+    def question(self) -> tuple[str, str]:
+        """What a registry is asked for it: the image, and which newer tags count."""
+        update = self.want.update_image
+        return self.want.image or "", repr(update.tag_pattern) if update else ""
+
 
 def held(context: Context) -> Iterator[Held]:
     """List every container of the newest generations."""
@@ -171,22 +182,18 @@ class NewerWatch:
         self._due = {key: value for key, value in self._due.items() if key in asked}
         together: dict[tuple[str, str], list[Held]] = {}  # what is asked for several containers is asked once
         for key, each in asked.items():
-            before, at = self._due.get(key, (None, now + self._first(each)))
+            # The first question waits: staging has just asked, and restarts must not ask more.
+            before, at = self._due.get(key, (None, now + min(each.interval, RETRY)))
             self._due[key] = (each.want, now if before is not None and before != each.want else at)
-            together.setdefault(_question(each), []).append(each)
+            together.setdefault(each.question, []).append(each)
         for alike in together.values():
             if self._over.is_set():
                 break
             if any(self._due[each.key][1] <= now for each in alike):
                 wait = self._ask(alike)
                 for each in alike:
-                    self._due[each.key] = (each.want, now + max(wait, _interval(each)))
+                    self._due[each.key] = (each.want, now + max(wait, each.interval))
         return max(min((at for _, at in self._due.values()), default=now + IDLE) - time.time(), 0.1)
-
-    def _first(self, each: Held) -> float:
-        """Count the seconds until the first question: staging has just asked, and restarts must not ask more."""
-        assert each.want.update_image is not None
-        return min(each.want.update_image.interval, RETRY)
 
     def _ask(self, alike: Sequence[Held]) -> float:
         """Ask once for containers of one image; return the seconds until that may be done again, at the least."""
@@ -205,14 +212,3 @@ class NewerWatch:
             if note(self._context, each, found):
                 self._wake(each.key)
         return 0.0
-
-
-def _interval(each: Held) -> float:
-    assert each.want.update_image is not None
-    return each.want.update_image.interval
-
-
-def _question(each: Held) -> tuple[str, str]:
-    """Name what a registry is asked for a container: the image, and which newer tags count."""
-    update = each.want.update_image
-    return each.want.image or "", repr(update.tag_pattern) if update else ""

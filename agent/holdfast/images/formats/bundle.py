@@ -116,6 +116,11 @@ class BundledImage:
         """Bytes of its layers in the bundle."""
         return sum(layer.size for layer in self.layers)
 
+    def json(self) -> Json:
+        """Describe it, as `Bundle.json`."""
+        known = {"ref": self.reference, "name": self.name, "digest": self.digest, "top": self.top_digest}
+        return {**known, "size": self.size, "layers": [layer.digest for layer in self.layers]}
+
 
 # -- writing -------------------------------------------------------------------------------------------------
 
@@ -225,29 +230,14 @@ class Bundle:
     def json(self) -> Json:
         """{"path", "size", "platform", "revision", "author", "created", "images": [{"ref", "name", "digest", "top",
         "size", "layers"}, …], "files": [{"path", "size"}, …]}; sizes in bytes, created in seconds since the epoch"""
-        return {
-            "path": str(self.path),
-            "size": self.size,
-            "platform": self.platform,
-            "revision": self.tree.revision,
-            "author": self.tree.author,
-            "created": self.tree.created,
-            "images": [
-                {
-                    "ref": each.reference,
-                    "name": each.name,
-                    "digest": each.digest,
-                    "top": each.top_digest,
-                    "size": each.size,
-                    "layers": [layer.digest for layer in each.layers],
-                }
-                for each in self.images
-            ],
-            "files": [
-                {"path": os.fsencode(path).decode(errors="replace"), "size": len(content)}
-                for path, content in sorted(self.tree.files.items())
-            ],
-        }
+        tree = self.tree
+        files = [
+            {"path": os.fsencode(path).decode(errors="replace"), "size": len(content)}
+            for path, content in sorted(tree.files.items())
+        ]
+        known = {"path": str(self.path), "size": self.size, "platform": self.platform, "revision": tree.revision}
+        images = [each.json() for each in self.images]
+        return {**known, "author": tree.author, "created": tree.created, "images": images, "files": files}
 
 
 @contextmanager

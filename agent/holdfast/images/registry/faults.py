@@ -41,51 +41,25 @@ _CODE = r"(?:status(?: ?code)?(?: from registry)?:?|fetching blob:?|error parsin
 
 FAULTS = (
     BUSY,
-    Fault(
-        UnfitHost,
-        REFUSED,
-        r"x509: |certificate is not trusted|self.signed certificate",
-        "expected its authority in /etc/containers/certs.d/HOST:PORT/ca.crt, and this host's clock to be right",
-    ),
-    Fault(
-        UnfitHost,
-        REFUSED,
-        r"server gave http response to https client|first record does not look like a tls",
-        "expected TLS, or insecure = true for the registry in registries.conf",
-    ),
-    Fault(
-        Unreachable,
-        0.0,
-        r"no such host|server misbehaving|temporary failure|connection refused|no route to host|is unreachable",
-    ),
+    Fault(UnfitHost, REFUSED, r"x509: |certificate is not trusted|self.signed certificate",
+          "expected its authority in /etc/containers/certs.d/HOST:PORT/ca.crt, and this host's clock to be right"),
+    Fault(UnfitHost, REFUSED, r"server gave http response to https client|first record does not look like a tls",
+          "expected TLS, or insecure = true for the registry in registries.conf"),
+    Fault(Unreachable, 0.0, r"no such host|server misbehaving|temporary failure|connection refused|no route to host"
+          r"|is unreachable"),
     SILENT,
     Fault(WrongState, UNFIT, r"source image rejected|is rejected by policy", "policy.json does not allow it"),
-    Fault(
-        UnfitHost,
-        REFUSED,
-        r"trust policy|policy\.json|is blocked in|registries\.conf|loading registries|auth\.json|credentials"
-        r"|getting username and password",
-    ),
+    Fault(UnfitHost, REFUSED, r"trust policy|policy\.json|is blocked in|registries\.conf|loading registries"
+          r"|auth\.json|credentials|getting username and password"),
     Fault(UnfitHost, REFUSED, r"no space left on device", "see 'holdfast system df'"),
     Fault(WrongState, UNFIT, r"invalid reference format|corrupted blob|digest d\w+ not match|bytes in blob, got"),
-    Fault(
-        NotFound,
-        REFUSED,
-        rf"(?:blob|manifest|name).unknown|repository name not known|{_CODE}404|404 \(not found\)|404 not found"
-        r"|(?:fetching|reading) blob[^\n]*404",
-        "404: the registry does not have it",
-    ),
-    Fault(
-        UnfitHost,
-        REFUSED,
-        rf"invalid username/password|unauthorized|authentication required|{_CODE}401",
-        "401: `skopeo login`, or authfile in [images] of agent.toml",
-    ),
+    Fault(NotFound, REFUSED, rf"(?:blob|manifest|name).unknown|repository name not known|{_CODE}404|404 \(not found\)"
+          r"|404 not found|(?:fetching|reading) blob[^\n]*404", "404: the registry does not have it"),
+    Fault(UnfitHost, REFUSED, rf"invalid username/password|unauthorized|authentication required|{_CODE}401",
+          "401: `skopeo login`, or authfile in [images] of agent.toml"),
     Fault(UnfitHost, REFUSED, rf"denied: |is denied|insufficient_scope|{_CODE}403|403 \(forbidden", "403"),
     Fault(TryAgain, 0.0, rf"{_CODE}5\d\d|(?<!\d)5\d\d \("),
-    Fault(
-        TryAgain, 0.0, r"unexpected eof|connection reset|broken pipe|server sent goaway|use of closed|: eof\b|^eof\b"
-    ),
+    Fault(TryAgain, 0.0, r"unexpected eof|connection reset|broken pipe|server sent goaway|use of closed|(: |^)eof\b"),
     Fault(TryAgain, REFUSED, r"invalid character '<'|text/html|<!doctype|<html", "is there a proxy in between?"),
     Fault(TryAgain, REFUSED, rf"stopped after \d+ redirects|{_CODE}4\d\d"),
     Fault(TryAgain, 0.0, r"^skopeo ended with"),

@@ -164,27 +164,20 @@ def _head(place: Place, reference: Reference, login: str) -> tuple[int, dict[str
         scheme = "http"
         status, said, _ = _request("HEAD", f"{scheme}://{place.host}{path}", headers, insecure=True)
     if status == 401:
-        try:
-            headers["Authorization"] = _permit(said.get("www-authenticate", ""), login, insecure=place.insecure)
-        except Refused as error:
-            return error.status, error.headers
+        granted, status, said = _permit(said.get("www-authenticate", ""), login, insecure=place.insecure)
+        if not granted:
+            return status, said
+        headers["Authorization"] = granted
         status, said, _ = _request("HEAD", f"{scheme}://{place.host}{path}", headers, insecure=place.insecure)
     return status, said
 
 
-class Refused(Exception):
-    """The server that gives out a registry's tokens asks to wait."""
-
-    def __init__(self, status: int, headers: dict[str, str]) -> None:
-        super().__init__(f"no token ({status})")
-        self.status, self.headers = status, headers
-
-
-def _permit(challenge: str, login: str, *, insecure: bool) -> str:
-    """Get the Authorization that a challenge asks for (RFC 9110; distribution's tokens). Raises Refused."""
+def _permit(challenge: str, login: str, *, insecure: bool) -> tuple[str, int, dict[str, str]]:
+    """Get the Authorization that a challenge asks for (RFC 9110; distribution's tokens); "" where the server that
+    gives out tokens asks to wait, in its answer."""
     scheme, _, rest = challenge.partition(" ")
     if scheme.lower() == "basic" and login:
-        return f"Basic {login}"
+        return f"Basic {login}", 200, {}
     if scheme.lower() != "bearer":
         raise ValueError(f"a login of kind {scheme!r}")
     given = {key.lower(): value for key, value in re.findall(r'(\w+)="([^"]*)"', rest)}
@@ -196,11 +189,11 @@ def _permit(challenge: str, login: str, *, insecure: bool) -> str:
     headers = {"User-Agent": "holdfast"} | ({"Authorization": f"Basic {login}"} if login else {})
     status, said, body = _request("GET", address, headers, insecure=insecure)
     if status in REFUSALS:
-        raise Refused(status, said)
+        return "", status, said
     if status != 200:
         raise ValueError(f"no token ({status})")
     answer = json.loads(body)
-    return f"Bearer {answer.get('token') or answer['access_token']}"
+    return f"Bearer {answer.get('token') or answer['access_token']}", status, said
 
 
 def _request(
