@@ -143,7 +143,7 @@ def test_a_registry_is_asked_for_so_many_layers_at_once_and_no_more(
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(puller.pull, [f"{drip.address}/app", f"{drip.address}/app:other"]))
     assert drip.peak == 2
-    puller.settings, drip.peak = QUICK.model_copy(update={"concurrent_downloads": 1}), 0
+    puller.skopeo.settings, drip.peak = QUICK.model_copy(update={"concurrent_downloads": 1}), 0
     puller.store.remove(f"{drip.address}/app")
     puller.pull(f"{drip.address}/app")
     assert drip.peak == 1

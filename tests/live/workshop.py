@@ -39,7 +39,7 @@ class Workshop:
         self.outputs: list[list[str]] = []
         self.store = ImageStore(host.root / "images", settings)
         self.outside = Outside(self.store, Puller(self.store, settings))
-        self.builder = Builder(self.store, settings, host, self.tell, self.outside, BuildSettings(concurrency=2))
+        self.builder = Builder(self.store, host, self.tell, self.outside, BuildSettings(concurrency=2))
 
     @property
     def buildah(self) -> Buildah:

@@ -79,7 +79,7 @@ def test_newer_takes_what_is_here_while_the_registry_is_away_and_tells_it(node: 
 def test_what_is_not_here_and_not_to_be_pulled_says_why(node: Context) -> None:
     with pytest.raises(TryAgain, match="is not here, and pull is never"):
         resolve_image(node, Container(image="app:1", pull="never"))
-    node.images.settings = node.puller.settings = ImageSettings(offline=True)
+    node.images.settings = node.puller.skopeo.settings = ImageSettings(offline=True)
     with pytest.raises(TryAgain, match="is not here, and this node is offline"):
         resolve_image(node, Container(image="app:1"))
 
@@ -163,7 +163,7 @@ def test_a_plan_needs_what_is_not_here_and_says_what_keeps_it_away(node: Context
     assert never == {"image": "gone:1", "verb": "pull", "size": None, "error": "it is not here, and pull is never"}
     assert (away["image"], away["size"]) == (f"{silent}/app:1", None)
     assert away["error"]
-    node.images.settings = node.puller.settings = ImageSettings(offline=True)
+    node.images.settings = node.puller.skopeo.settings = ImageSettings(offline=True)
     assert [each["error"] for each in images_needed(node, wanted, {})["shop"]] == [
         "it is not here, and this node is offline"
     ] * 2

@@ -167,7 +167,7 @@ def builder_in(stack: ExitStack, config: Config) -> Builder:
     puller = Puller(store, config.images)
     stack.callback(puller.close)
     outside = Outside(store, puller, host_network="host-network" not in config.policy.forbid)
-    builder = Builder(store, config.images, host, told, outside, config.builds, begun)
+    builder = Builder(store, host, told, outside, config.builds, begun)
     stack.callback(builder.close)
     return builder
 

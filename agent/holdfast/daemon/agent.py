@@ -201,7 +201,7 @@ class Daemon(Answers):
             self._watch = self._watch_source(source)
         self._config, self._deep = config, True
         self.context.policies, self.context.bind_roots = config.cgroup.policy, config.policy.bind_roots
-        self.context.images.settings = self.context.puller.settings = self.context.builder.settings = config.images
+        self.context.images.settings = self.context.puller.skopeo.settings = config.images
         self.context.builder.builds = config.builds
         self._reconciler.reload(source, config)
         left = f"; {', '.join(fixed)} need a restart of the agent" if fixed else ""

@@ -113,7 +113,7 @@ def node_of(config: Config) -> Iterator[Node]:
             plugins=load_plugins(host, settings=config.plugins),
             images=images,
             puller=puller,
-            builder=Builder(images, config.images, host, store.event, Outside(images, puller), config.builds),
+            builder=Builder(images, host, store.event, Outside(images, puller), config.builds),
             transfers=transfers,
             content=ContentStore(config.root / "content"),
             runtime=Runtime(host, runtime, conmon.path),

@@ -24,7 +24,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from holdfast.config import BuildSettings, ImageSettings
+from holdfast.config import BuildSettings
 from holdfast.drivers import Host
 from holdfast.errors import HoldfastError, NotFound, Stopping, TryAgain, UnfitHost, WrongState
 from holdfast.files import remove_tree
@@ -96,7 +96,6 @@ class Builder:
     def __init__(
         self,
         store: ImageStore,
-        settings: ImageSettings,
         host: Host,
         told: Callable[..., None],
         outside: Outside,
@@ -105,7 +104,7 @@ class Builder:
     ) -> None:
         """told: called as told(kind, subject, message). outside: what builds may have of the rest of the agent.
         begun: called with the image and each step of its build."""
-        self.store, self.told, self.host, self.settings, self.builds = store, told, host, settings, builds
+        self.store, self.told, self.host, self.builds = store, told, host, builds
         self.outside, self._begun = outside, begun
         self.logs = host.root / "builds/logs"
         self.caches = host.root / "builds/apps"
@@ -256,7 +255,7 @@ class Builder:
     def _build(self, job: BuildJob, bases: Bases) -> Image:
         """Build an image. Only when `alone`."""
         buildah = self.buildah(job.app)
-        check_room(buildah.folder, 0, self.settings.min_free, job.what)
+        check_room(buildah.folder, 0, self.store.settings.min_free, job.what)
         for base in bases.values():
             self._take_in(buildah, base)
         with self._building(job) as log:
@@ -401,7 +400,7 @@ class Builder:
             for platform in others:
                 built = buildah.names().get(_tag_for(job.built, platform))
                 if built is None:
-                    check_room(buildah.folder, 0, self.settings.min_free, job.what)
+                    check_room(buildah.folder, 0, self.store.settings.min_free, job.what)
                     self.told("build", job.subject, f"building for {platform}")
                     bases = self._bases_for(job, platform)
                     built = self._make(job, buildah.scratch(), bases, log, platform)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from holdfast.errors import HoldfastError, Stopping, TryAgain, UnfitHost, WrongState
@@ -51,19 +51,11 @@ def do_all(work: Callable[[T], object], items: Sequence[T], most: int) -> None:
 class Downloads:
     """What all pulls of one puller share: the layers under way, who watches them, and each registry's turns."""
 
-    def __init__(self, turns: int) -> None:
-        self.turns = turns
+    def __init__(self) -> None:
         self.closed = threading.Event()
         self._lock = threading.Lock()
         self._layers: dict[str, tuple[threading.Lock, list[Callable[[int], None]]]] = {}
-        self._hosts: dict[str, threading.Semaphore] = {}
-
-    def turn_to(self, turns: int) -> None:
-        """Let so many layers come from one registry at once from now on; those under way count no more."""
-        with self._lock:
-            if turns != self.turns:
-                self.turns = turns
-                self._hosts.clear()
+        self._hosts: dict[tuple[str, int], threading.Semaphore] = {}
 
     @contextmanager
     def alone(self, diff_id: str, watcher: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
@@ -88,36 +80,31 @@ class Downloads:
                 if not watchers:
                     del self._layers[diff_id]
 
-    def host(self, name: str) -> threading.Semaphore:
-        """Find the semaphore that limits how much comes from a registry at once."""
+    def host(self, name: str, turns: int) -> threading.Semaphore:
+        """Find what lets so many layers come from a registry at once; after a change of turns, those under way count
+        no more."""
         with self._lock:
-            return self._hosts.setdefault(name, threading.Semaphore(self.turns))
+            return self._hosts.setdefault((name, turns), threading.Semaphore(turns))
 
 
+@dataclass(slots=True)
 class Fetch:
     """The fetching of one image's layers.
 
-    source: NAME@DIGEST of its manifest, set before anything is fetched. as_written: the reference for messages.
-    moved: called after any progress.
+    as_written: the reference for messages. moved: called after any progress. source: NAME@DIGEST of its manifest, set
+    before anything is fetched.
     """
 
-    source: str
-
-    def __init__(
-        self,
-        store: ImageStore,
-        skopeo: Skopeo,
-        downloads: Downloads,
-        reference: Reference,
-        as_written: str,
-        transfer: Transfer,
-        moved: Callable[[], None],
-    ) -> None:
-        self._store, self._skopeo, self._downloads = store, skopeo, downloads
-        self._reference, self._as_written = reference, as_written
-        self._transfer, self._moved = transfer, moved
-        self._idle: list[Proxy] = []
-        self._lock = threading.Lock()
+    store: ImageStore
+    skopeo: Skopeo
+    downloads: Downloads
+    reference: Reference
+    as_written: str
+    transfer: Transfer
+    moved: Callable[[], None]
+    source: str = ""
+    _idle: list[Proxy] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def small(self, blob: Descriptor) -> bytes:
         """Fetch a blob that is no layer. Raises HoldfastError."""
@@ -126,46 +113,47 @@ class Fetch:
 
     def warm_up(self) -> None:
         """Start skopeo before it is known what is to be asked of it."""
-        self._idle.append(self._skopeo.proxy(self._reference))
+        self._idle.append(self.skopeo.proxy(self.reference))
 
     def layers(self, jobs: Sequence[Job]) -> None:
         """Have every layer in the store, the largest first. Raises the first error when those under way are done."""
         in_order = sorted(jobs, key=lambda job: -job.blob.size)
-        do_all(self._bring, in_order, self._downloads.turns)
+        do_all(self._bring, in_order, self.skopeo.settings.concurrent_downloads)
 
     def close(self) -> None:
         """End all processes."""
         with self._lock:
             idle, self._idle = self._idle, []
         for proxy in idle:
-            self._skopeo.end(proxy)
+            self.skopeo.end(proxy)
 
     def _bring(self, job: Job) -> None:
         """Have a layer in the store; one that another pull fetches is waited for."""
         digest = job.blob.digest
 
         def watch(done: int) -> None:
-            self._transfer.advance(digest, done)
-            self._moved()
+            self.transfer.advance(digest, done)
+            self.moved()
 
-        self._transfer.begin(digest)
-        with self._downloads.alone(job.diff_id, watch) as progress, self._downloads.host(self._reference.host):
+        self.transfer.begin(digest)
+        turn = self.downloads.host(self.reference.host, self.skopeo.settings.concurrent_downloads)
+        with self.downloads.alone(job.diff_id, watch) as progress, turn:
             self._persist(job, progress)
-        self._transfer.finish(digest)
-        self._moved()
+        self.transfer.finish(digest)
+        self.moved()
 
     def _persist(self, job: Job, progress: Callable[[int], None]) -> None:
         """Fetch a layer, and again after faults that may pass at once."""
         for pause in (*PAUSES, None):
-            if self._store.layers.has(job.diff_id):
+            if self.store.layers.has(job.diff_id):
                 return
             try:
                 self._fetch(job, progress)
                 return
             except TryAgain as error:
-                if pause is None or error.wait or self._downloads.closed.wait(pause):
+                if pause is None or error.wait or self.downloads.closed.wait(pause):
                     raise
-                self._transfer.begin(job.blob.digest)
+                self.transfer.begin(job.blob.digest)
 
     def _fetch(self, job: Job, progress: Callable[[int], None]) -> None:
         blob = job.blob
@@ -173,33 +161,33 @@ class Fetch:
         try:
             with self._lent() as proxy, proxy.blob(blob.digest, blob.size) as pipe:
                 try:
-                    self._store.layers.add(pipe, expected, progress, stall=self._skopeo.settings.stall_timeout)
+                    self.store.layers.add(pipe, expected, progress, stall=self.skopeo.settings.stall_timeout)
                 except HoldfastError as error:
                     raise self._blame(error) from error
         except HoldfastError:
-            if not self._store.layers.has(job.diff_id):  # else another process was faster, and nobody read the rest
+            if not self.store.layers.has(job.diff_id):  # else another process was faster, and nobody read the rest
                 raise
 
     def _blame(self, error: HoldfastError) -> HoldfastError:
         """Make the store's error one of this pull."""
-        if self._downloads.closed.is_set():
-            return Stopping(f"pull {self._as_written!r}: the agent is stopping")
+        if self.downloads.closed.is_set():
+            return Stopping(f"pull {self.as_written!r}: the agent is stopping")
         least = UNFIT if isinstance(error, WrongState) else REFUSED if isinstance(error, UnfitHost) else 0.0
-        return failure(type(error), f"pull {self._as_written!r}: {error}", max(error.wait, least))
+        return failure(type(error), f"pull {self.as_written!r}: {error}", max(error.wait, least))
 
     @contextmanager
     def _lent(self) -> Iterator[Proxy]:
         """Lend a process that has the image open; after an error of the block it is ended."""
         with self._lock:
             proxy = self._idle.pop() if self._idle else None
-        proxy = proxy or self._skopeo.proxy(self._reference)
+        proxy = proxy or self.skopeo.proxy(self.reference)
         try:
             proxy.open(self.source)
             yield proxy
         except BaseException as error:
-            self._skopeo.end(proxy)
+            self.skopeo.end(proxy)
             if isinstance(error, SkopeoError):
-                raise self._skopeo.explain(error, self._reference, self._as_written) from error
+                raise self.skopeo.explain(error, self.reference, self.as_written) from error
             raise
         with self._lock:
             self._idle.append(proxy)

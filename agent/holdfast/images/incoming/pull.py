@@ -87,18 +87,8 @@ class Puller:
         self.transfers = transfers or Transfers()
         self.told = told
         self.skopeo = Skopeo(settings)
-        self._downloads = Downloads(settings.concurrent_downloads)
+        self._downloads = Downloads()
         self._limits: RateLimits | None = None
-
-    @property
-    def settings(self) -> ImageSettings:
-        """May be set at any time, for what begins from then on."""
-        return self.skopeo.settings
-
-    @settings.setter
-    def settings(self, settings: ImageSettings) -> None:
-        self.skopeo.settings = settings
-        self._downloads.turn_to(settings.concurrent_downloads)
 
     def size(self, ref: str, deadline: float) -> int:
         """Add up the bytes of layers that a pull of a reference would fetch. Raises as `resolve`."""
@@ -177,7 +167,7 @@ class Puller:
 
         reference = self._reference(ref)
         self._limits = self._limits or head.RateLimits()
-        return head.ask(reference, self._places(reference), self.settings.authfile, self._limits)
+        return head.ask(reference, self._places(reference), self.skopeo.settings.authfile, self._limits)
 
     def _time_to_wait(self, ref: str) -> float:
         """Ask a registry how long to wait, which skopeo does not tell; 0.0 if it does not say."""
@@ -301,7 +291,7 @@ class Puller:
     def _check_room(self, ref: str, jobs: list[Job]) -> None:
         """Compare what will have to be written with what is free, before the first byte comes."""
         needed = sum(job.blob.size * (1 if job.blob.media_type.endswith("tar") else GROWTH) for job in jobs)
-        check_room(self.store.root, needed, self.settings.min_free, f"pull {ref!r}")
+        check_room(self.store.root, needed, self.skopeo.settings.min_free, f"pull {ref!r}")
 
     def _check_policy(self, ref: str, remote: Remote, manifest: Manifest) -> None:
         layers = [layer.digest for layer in manifest.layers]

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -34,10 +34,10 @@ CHUNK = 1 << 20
 class LayerStore:
     """The layers of one agent. Safe for several threads and processes at once."""
 
-    def __init__(self, root: Path, partial: Path, locks: Locks, settings: ImageSettings) -> None:
+    def __init__(self, root: Path, partial: Path, locks: Locks, settings: Callable[[], ImageSettings]) -> None:
         self.root = root
         self.partial = partial
-        self.settings = settings
+        self._settings = settings
         self._locks = locks
         root.mkdir(parents=True, exist_ok=True)
 
@@ -84,14 +84,15 @@ class LayerStore:
         with self._locks.hold(key):
             if expected.diff_id and self.has(expected.diff_id):
                 return self.facts(expected.diff_id)
-            check_room(self.root, expected.size or 0, self.settings.min_free, "unpack layer")
+            settings = self._settings()
+            check_room(self.root, expected.size or 0, settings.min_free, "unpack layer")
             folder = self.partial / key
             self._clear(key)
             born = self.partial / f"{key}.{uuid.uuid4().hex}"  # ext4 picks the place by the name: see disk.spread
             born.mkdir()
             born.rename(folder)
             folder.chmod(0o755)
-            limits = Limits(self.settings.max_layer_size, self.settings.max_layer_files)
+            limits = Limits(settings.max_layer_size, settings.max_layer_files)
             try:
                 with _descriptor(stream) as descriptor:
                     found = unpack_stream(

@@ -56,6 +56,7 @@ class ImageStore:
 
     def __init__(self, root: Path, settings: ImageSettings = ImageSettings()) -> None:
         self.root = root
+        self.settings = settings  # may be set at any time
         self.partial = root / "partial"
         self._blobs = root / "blobs/sha256"
         self._known: dict[str, Image] = {}
@@ -65,17 +66,8 @@ class ImageStore:
         spread(self.partial)
         root.chmod(0o700)  # layers hold set-user-ID programs, for containers only
         self.locks = Locks(self.partial, frozenset({"store", "index"}))
-        self.layers = LayerStore(root / "layers/sha256", self.partial, self.locks, settings)
+        self.layers = LayerStore(root / "layers/sha256", self.partial, self.locks, lambda: self.settings)
         self.layers.sweep()
-
-    @property
-    def settings(self) -> ImageSettings:
-        """agent.toml's [images]."""
-        return self.layers.settings
-
-    @settings.setter
-    def settings(self, settings: ImageSettings) -> None:
-        self.layers.settings = settings
 
     # -- finding --
 

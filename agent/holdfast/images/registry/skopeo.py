@@ -31,6 +31,7 @@ from holdfast.images.formats.references import parse
 from holdfast.images.registry.faults import BUSY, SILENT, Fault, SkopeoError, explain, failure, message_of
 from holdfast.images.registry.proxy import TICK, WAITING, Proxy, logged
 
+Tick = Callable[[], None] | None  # called every millisecond while a command runs
 DIR_VERSION = "version"  # the first file that a `dir:` destination writes
 #: Has containers/image remember in memory which registry has which blob (pkg/blobinfocache): otherwise each blob is
 #: noted and synced in a file of the host's, for which all processes wait and which we never ask.
@@ -184,7 +185,7 @@ class Skopeo:
         as_written: str,
         *words: str,
         long: bool = False,
-        tick: Callable[[], None] | None = None,
+        tick: Tick = None,
         deadline: float | None = None,
     ) -> bytes:
         """Run a command and return what it prints. long: stall_timeout counts only while nothing is read or written.
@@ -208,13 +209,7 @@ class Skopeo:
         raise self.explain(SkopeoError(said, fault), reference, as_written, operation)
 
     def _wait(
-        self,
-        process: subprocess.Popen[bytes],
-        log: BinaryIO,
-        deadline: float | None,
-        *,
-        long: bool,
-        tick: Callable[[], None] | None,
+        self, process: subprocess.Popen[bytes], log: BinaryIO, deadline: float | None, *, long: bool, tick: Tick
     ) -> Fault | None:
         """Wait for the end; returns why a command is given up before."""
         poll, moved, look_at = select.poll(), (time.monotonic(), -1), time.monotonic() + TICK
