@@ -33,15 +33,7 @@ from holdfast.images.builds.buildlog import RETRY, Log, failed, hint_of
 from holdfast.images.builds.hazards import buildah_version, check_mounts
 from holdfast.images.builds.outside import Outside
 from holdfast.images.disk import check_room
-from holdfast.images.formats.layout import (
-    CONFIG,
-    MANIFEST,
-    Folder,
-    FolderWriter,
-    LayoutWriter,
-    dump,
-    member_of,
-)
+from holdfast.images.formats import layout as oci
 from holdfast.images.formats.manifests import architecture
 from holdfast.images.formats.references import parse
 from holdfast.images.kept.image import Image, whole_history
@@ -350,16 +342,16 @@ class Builder:
         path = folder / "layout"
         for diff_id in buildah.config(id)["rootfs"]["diff_ids"]:
             if self.store.layers.has(diff_id):  # a file of holes stands for it: skopeo takes it for the layer
-                place = path / member_of(diff_id)
+                place = path / oci.member_of(diff_id)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with place.open("wb") as holes:
                     holes.truncate(self.store.layers.facts(diff_id).size)
         buildah.take_out(id, path)
-        layout = Folder(path)
+        layout = oci.Folder(path)
         manifest, config, layers = layout.image(layout.index()["manifests"][0]["digest"])
         for layer, diff_id in zip(layers, json.loads(config)["rootfs"]["diff_ids"], strict=True):
             if not self.store.layers.has(diff_id):
-                with layout.open(member_of(layer["digest"])) as file:
+                with layout.open(oci.member_of(layer["digest"])) as file:
                     self.store.layers.add(file, Expected(diff_id, layer["digest"], layer["size"]))
         return self.store.add_image(manifest, config, [name], source="build")
 
@@ -545,13 +537,13 @@ def lay_out(build: Build, blobs: Blobs, folder: Path) -> None:
 
 def complete_history(path: Path) -> None:
     """Add a history step for each layer of a layout's image that has none; buildah refuses it otherwise."""
-    layout = Folder(path)
+    layout = oci.Folder(path)
     (entry,) = layout.index()["manifests"]
     manifest, config, layers = layout.image(entry["digest"])
     document = json.loads(config)
     whole = whole_history(document.get("history") or [], len(layers))
     if whole != document.get("history"):
-        out = LayoutWriter(FolderWriter(path))
-        described = out.add(dump({**document, "history": whole}), CONFIG)
-        changed = out.add(dump({**json.loads(manifest), "config": described}), MANIFEST)
+        out = oci.LayoutWriter(oci.FolderWriter(path))
+        described = out.add(oci.dump({**document, "history": whole}), oci.CONFIG)
+        changed = out.add(oci.dump({**json.loads(manifest), "config": described}), oci.MANIFEST)
         out.finish([{**entry, **changed}])

@@ -26,27 +26,7 @@ from typing import BinaryIO
 
 from holdfast.errors import NotFound, UnfitHost, WrongCall, WrongState
 from holdfast.files import sync_folder
-from holdfast.images.formats.layout import (
-    CHUNK,
-    INDEX,
-    LAYER,
-    MANIFEST,
-    NAME,
-    REF_NAME,
-    Archive,
-    ArchiveWriter,
-    Counted,
-    Layout,
-    LayoutWriter,
-    digest_of,
-    is_plain,
-    manifest_of,
-    media_type_of,
-    member_of,
-    open_regular,
-    reading,
-    scan_tar,
-)
+from holdfast.images.formats import layout as oci
 from holdfast.images.formats.manifests import read_diff_ids, read_manifest
 from holdfast.images.formats.references import parse
 from holdfast.questions import Json, Sink
@@ -135,8 +115,8 @@ def write_bundle(target: Path, tree: StateTree, images: Iterable[Gathered], blob
     in_order = sorted(images, key=lambda each: (each.reference, each.name))
     try:
         with temporary.open("xb") as file:
-            hashed = Counted(file)
-            out = LayoutWriter(ArchiveWriter(hashed))
+            hashed = oci.Counted(file)
+            out = oci.LayoutWriter(oci.ArchiveWriter(hashed))
             entries = [_add_state(out, tree), *(_add_image(out, image, platform) for image in in_order)]
             for image in in_order:
                 for digest, size in image.layers:
@@ -156,47 +136,47 @@ def write_bundle(target: Path, tree: StateTree, images: Iterable[Gathered], blob
 
 
 def _copy_layer(path: Path, digest: str, out: Sink) -> None:
-    counted = Counted(out)
+    counted = oci.Counted(out)
     with path.open("rb") as file:
-        while data := file.read(CHUNK):
+        while data := file.read(oci.CHUNK):
             counted.write(data)
     if counted.digest != digest:
         raise WrongState(f"bundle layer '{digest}': what came is not what its digest says")
 
 
-def _add_state(out: LayoutWriter, tree: StateTree) -> Json:
+def _add_state(out: oci.LayoutWriter, tree: StateTree) -> Json:
     created = datetime.fromtimestamp(int(tree.created), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     told = {AUTHORS: tree.author, CREATED: created, REVISION: tree.revision}
     notes = {"artifactType": STATE, "annotations": {key: value for key, value in told.items() if value}}
-    manifest = manifest_of(out.add(b"{}", EMPTY), [out.add(pack_files(tree), LAYER)], **notes)
-    return out.add(manifest, MANIFEST, **notes)
+    manifest = oci.manifest_of(out.add(b"{}", EMPTY), [out.add(pack_files(tree), oci.LAYER)], **notes)
+    return out.add(manifest, oci.MANIFEST, **notes)
 
 
-def _add_image(out: LayoutWriter, image: Gathered, platform: str) -> Json:
+def _add_image(out: oci.LayoutWriter, image: Gathered, platform: str) -> Json:
     """Write the documents of an image; returns what index.json says of it.
 
     skopeo looks names up among OCI manifests and indexes only: any other kind gets an index of one around it.
     """
     out.add(image.top)
     out.add(image.config)
-    manifest = out.add(image.manifest, media_type_of(image.manifest))
+    manifest = out.add(image.manifest, oci.media_type_of(image.manifest))
     annotations = {
-        NAME: image.name,
-        REF_NAME: image.reference,
+        oci.NAME: image.name,
+        oci.REF_NAME: image.reference,
         f"{ANNOTATION}manifest": manifest["digest"],
-        f"{ANNOTATION}top": digest_of(image.top),
+        f"{ANNOTATION}top": oci.digest_of(image.top),
     }
-    if manifest["mediaType"] == MANIFEST:
+    if manifest["mediaType"] == oci.MANIFEST:
         system, architecture, *_ = platform.split("/")
         return {**manifest, "platform": {"os": system, "architecture": architecture}, "annotations": annotations}
-    around = {"schemaVersion": 2, "mediaType": INDEX, "manifests": [manifest]}
-    return out.add(json.dumps(around).encode(), INDEX, annotations=annotations)
+    around = {"schemaVersion": 2, "mediaType": oci.INDEX, "manifests": [manifest]}
+    return out.add(json.dumps(around).encode(), oci.INDEX, annotations=annotations)
 
 
 def pack_files(tree: StateTree) -> bytes:
     """Pack the files of a state into a tar: the same bytes for the same files."""
     buffer = io.BytesIO()
-    tar = ArchiveWriter(buffer)
+    tar = oci.ArchiveWriter(buffer)
     for path, content in sorted(tree.files.items()):
         mode = 0o755 if path in tree.executable else 0o644
         tar.put(path, len(content), lambda out, content=content: out.write(content), mode)  # type: ignore[misc]
@@ -216,16 +196,16 @@ class Bundle:
     platform: str
     tree: StateTree
     images: tuple[BundledImage, ...]
-    _files: Archive = field(repr=False)
+    _files: oci.Archive = field(repr=False)
 
     def layers(self) -> list[BundledLayer]:
         """List the layers of all images, each diff id once, in the order in which they lie in the file."""
         found = {layer.diff_id: layer for image in reversed(self.images) for layer in reversed(image.layers)}
-        return sorted(found.values(), key=lambda layer: self._files.place(member_of(layer.digest)))
+        return sorted(found.values(), key=lambda layer: self._files.place(oci.member_of(layer.digest)))
 
     def open_layer(self, digest: str) -> BinaryIO:
         """Open the blob of that digest as a stream that ends with it; whoever reads it verifies it."""
-        return self._files.open(member_of(digest))
+        return self._files.open(oci.member_of(digest))
 
     def json(self) -> Json:
         """{"path", "size", "platform", "revision", "author", "created", "images": [{"ref", "name", "digest", "top",
@@ -250,18 +230,18 @@ def open_bundle(path: Path) -> Iterator[Bundle]:
     if path.is_dir():
         raise WrongCall(f"read bundle '{path}': a directory (expected a file of 'holdfast bundle create')")
     try:
-        file = open_regular(path)
+        file = oci.open_regular(path)
     except FileNotFoundError as error:
         raise NotFound(f"read bundle '{path}': no such file") from error
     except OSError as error:
         raise UnfitHost(f"read bundle '{path}': {(error.strerror or str(error)).lower()}") from error
     with file:
-        with reading(f"read bundle '{path}'"):
-            bundle = _read_bundle(path, Archive(file, strict=True))
+        with oci.reading(f"read bundle '{path}'"):
+            bundle = _read_bundle(path, oci.Archive(file, strict=True))
         yield bundle
 
 
-def _read_bundle(path: Path, layout: Archive) -> Bundle:
+def _read_bundle(path: Path, layout: oci.Archive) -> Bundle:
     index = layout.index()
     annotations = index.get("annotations") or {}
     version = annotations.get(f"{ANNOTATION}version")
@@ -280,7 +260,7 @@ def _read_bundle(path: Path, layout: Archive) -> Bundle:
     return Bundle(path, layout.size, platform, tree, images, layout)
 
 
-def _read_tree(layout: Layout, entry: Json) -> StateTree:
+def _read_tree(layout: oci.Layout, entry: Json) -> StateTree:
     manifest = json.loads(layout.blob(entry["digest"]))
     if manifest.get("artifactType") != STATE or len(manifest["layers"]) != 1:
         raise WrongState("its state is no state")
@@ -301,10 +281,10 @@ def unpack_files(tar: bytes) -> tuple[dict[str, bytes], frozenset[str]]:
     files: dict[str, bytes] = {}
     executable = set()
     total = 0
-    for member in scan_tar(io.BytesIO(tar)):
+    for member in oci.scan_tar(io.BytesIO(tar)):
         path = _inner_path(member.name)
         total += member.size
-        if not is_plain(member):
+        if not oci.is_plain(member):
             raise WrongState(f"state file {path!r}: neither a file nor a folder")
         if path in files or len(files) >= MOST_FILES or total > LARGEST_STATE:
             raise WrongState(f"state file {path!r}: comes twice, or there is too much in the state")
@@ -330,12 +310,12 @@ def _inner_path(name: str) -> str:
     return name
 
 
-def _read_image(layout: Archive, entry: Json, platform: str) -> BundledImage:
+def _read_image(layout: oci.Archive, entry: Json, platform: str) -> BundledImage:
     annotations = entry["annotations"]
     layout.blob(entry["digest"])  # what other programs go by
-    reference, name = (_image_name(annotations[key]) for key in (REF_NAME, NAME))
+    reference, name = (_image_name(annotations[key]) for key in (oci.REF_NAME, oci.NAME))
     digest, top_digest = annotations[f"{ANNOTATION}manifest"], annotations[f"{ANNOTATION}top"]
-    with reading(f"image {reference!r}"):
+    with oci.reading(f"image {reference!r}"):
         manifest, top = layout.blob(digest), layout.blob(top_digest)
         if top != manifest and digest not in [each["digest"] for each in json.loads(top)["manifests"]]:
             raise WrongState(f"{top_digest} does not lead to its manifest")
@@ -344,7 +324,7 @@ def _read_image(layout: Archive, entry: Json, platform: str) -> BundledImage:
         diff_ids = read_diff_ids(config, len(parsed.layers), platform.split("/")[1])
         layers = []
         for layer, diff_id in zip(parsed.layers, diff_ids, strict=True):
-            size = layout.place(member_of(layer.digest))[1]
+            size = layout.place(oci.member_of(layer.digest))[1]
             if size != layer.size:
                 raise WrongState(f"layer {layer.digest} has {size} bytes (its manifest says {layer.size})")
             layers.append(BundledLayer(layer.digest, size, diff_id))

@@ -15,19 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 from holdfast.errors import WrongCall, WrongState
-from holdfast.images.formats.layout import (
-    CONFIG,
-    LAYER,
-    MANIFEST,
-    NAME,
-    REF_NAME,
-    ArchiveWriter,
-    Counted,
-    FolderWriter,
-    LayoutWriter,
-    dump,
-    manifest_of,
-)
+from holdfast.images.formats import layout as oci
 from holdfast.images.formats.references import parse
 from holdfast.images.kept.image import Image
 from holdfast.images.kept.store import ImageStore
@@ -54,15 +42,19 @@ def write_layer(store: ImageStore, diff_id: str, out: Sink, *, compress: bool = 
             f"write layer {diff_id!r}: it was stored without what its archive is made of (remove its images and pull "
             "or load them again)"
         )
-    counted = Counted(out)
+    counted = oci.Counted(out)
     gzip = _Gzip(counted) if compress else None
-    plain = Counted(gzip) if gzip else counted
+    plain = oci.Counted(gzip) if gzip else counted
     rebuild(store.layers.folder(diff_id), recipe, cast(BinaryIO, plain))
     if gzip is not None:
         gzip.finish()
     if plain.digest != diff_id:
         raise WrongState(f"write layer {diff_id!r}: it has become {plain.digest} (damaged in the store)")
-    return {"mediaType": f"{LAYER}+gzip" if compress else LAYER, "digest": counted.digest, "size": counted.size}
+    return {
+        "mediaType": f"{oci.LAYER}+gzip" if compress else oci.LAYER,
+        "digest": counted.digest,
+        "size": counted.size,
+    }
 
 
 def write_layout(store: ImageStore, image: Image, folder: Path, tag: str = "latest") -> str:
@@ -70,9 +62,9 @@ def write_layout(store: ImageStore, image: Image, folder: Path, tag: str = "late
 
     Layers are gzipped. Hold `store.keep` while the image must not go.
     """
-    out = LayoutWriter(FolderWriter(folder))
+    out = oci.LayoutWriter(oci.FolderWriter(folder))
     manifest = _add_image(store, image, out, folder, {})
-    out.finish([{**manifest, "annotations": {REF_NAME: tag}}])
+    out.finish([{**manifest, "annotations": {oci.REF_NAME: tag}}])
     return str(manifest["digest"])
 
 
@@ -89,11 +81,11 @@ def save(store: ImageStore, references: Sequence[str], out: Sink, format: Format
             names = chosen.setdefault(image.digest, (image, []))[1]
             names.extend(each for each in _names(store, reference, image) if each not in names)
         write = _save_docker if format == "docker-archive" else _save_oci
-        write(store, list(chosen.values()), ArchiveWriter(out))
+        write(store, list(chosen.values()), oci.ArchiveWriter(out))
     return [image for image, _ in chosen.values()]
 
 
-def _save_docker(store: ImageStore, chosen: Chosen, archive: ArchiveWriter) -> None:
+def _save_docker(store: ImageStore, chosen: Chosen, archive: oci.ArchiveWriter) -> None:
     entries, written = [], set[str]()
 
     def member(digest: str, suffix: str) -> str:
@@ -111,24 +103,24 @@ def _save_docker(store: ImageStore, chosen: Chosen, archive: ArchiveWriter) -> N
     for image, names in chosen:
         layers = [member(diff_id, ".tar") for diff_id in image.diff_ids]
         entries.append({"Config": member(image.config_digest, ".json"), "RepoTags": names, "Layers": layers})
-    manifest = dump(entries)
+    manifest = oci.dump(entries)
     archive.put("manifest.json", len(manifest), lambda out: out.write(manifest))
     archive.finish()
 
 
-def _save_oci(store: ImageStore, chosen: Chosen, archive: ArchiveWriter) -> None:
-    out = LayoutWriter(archive)
+def _save_oci(store: ImageStore, chosen: Chosen, archive: oci.ArchiveWriter) -> None:
+    out = oci.LayoutWriter(archive)
     written: dict[str, Json] = {}
     entries: list[Json] = []
     with store.layers.scratch() as scratch:
         for image, names in chosen:
             entry = _add_plain(store, image, out) or _add_image(store, image, out, scratch, written)
             entry = {**entry, "platform": {"os": "linux", "architecture": image.architecture}}
-            entries += [{**entry, "annotations": {NAME: name, REF_NAME: name}} for name in names] or [entry]
+            entries += [{**entry, "annotations": {oci.NAME: name, oci.REF_NAME: name}} for name in names] or [entry]
     out.finish(entries)
 
 
-def _add_plain(store: ImageStore, image: Image, out: LayoutWriter) -> Json | None:
+def _add_plain(store: ImageStore, image: Image, out: oci.LayoutWriter) -> Json | None:
     """Write an image whose manifest lists plain archives, as it is; None for any other."""
     if [each.get("digest") for each in image.manifest["layers"]] != list(image.diff_ids):
         return None
@@ -136,10 +128,12 @@ def _add_plain(store: ImageStore, image: Image, out: LayoutWriter) -> Json | Non
         size = store.layers.facts(diff_id).size
         out.put(diff_id, size, lambda sink, diff_id=diff_id: write_layer(store, diff_id, sink))  # type: ignore[misc]
     out.add(store.read_blob(image.config_digest))
-    return out.add(store.read_blob(image.digest), MANIFEST)
+    return out.add(store.read_blob(image.digest), oci.MANIFEST)
 
 
-def _add_image(store: ImageStore, image: Image, out: LayoutWriter, scratch: Path, written: dict[str, Json]) -> Json:
+def _add_image(
+    store: ImageStore, image: Image, out: oci.LayoutWriter, scratch: Path, written: dict[str, Json]
+) -> Json:
     """Write an image with its layers compressed; returns the descriptor of its manifest.
 
     A layer's digest and size precede it in an archive, so it is made in scratch first. written: by diff id.
@@ -150,10 +144,10 @@ def _add_image(store: ImageStore, image: Image, out: LayoutWriter, scratch: Path
             with place.open("wb") as file:
                 written[diff_id] = write_layer(store, diff_id, file, compress=True)
             out.take(written[diff_id]["digest"], place)
-    config = out.add(store.read_blob(image.config_digest), CONFIG)
+    config = out.add(store.read_blob(image.config_digest), oci.CONFIG)
     annotations = image.manifest.get("annotations")
     more = {"annotations": annotations} if annotations else {}
-    return out.add(manifest_of(config, [written[diff_id] for diff_id in image.diff_ids], **more), MANIFEST)
+    return out.add(oci.manifest_of(config, [written[diff_id] for diff_id in image.diff_ids], **more), oci.MANIFEST)
 
 
 def _names(store: ImageStore, reference: str, image: Image) -> list[str]:
