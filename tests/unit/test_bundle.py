@@ -120,11 +120,11 @@ def test_what_is_written_is_read_again(bundle: Path, images: list[Gathered]) -> 
         for each in found.images:
             source = by_reference[each.reference]
             assert (each.top, each.manifest, each.config) == (source.top, source.manifest, source.config)
-            assert [(blob.digest, blob.size) for blob in each.layers] == list(source.layers)
+            assert [(layer.blob.digest, layer.blob.size) for layer in each.layers] == list(source.layers)
         assert len(found.layers()) == 3
         for layer in found.layers():
-            with found.open_layer(layer.digest) as stream:
-                assert digest_of(stream.read()) == layer.digest
+            with found.open_layer(layer.blob.digest) as stream:
+                assert digest_of(stream.read()) == layer.blob.digest
 
 
 def test_the_same_content_makes_the_same_bytes(
@@ -156,7 +156,7 @@ def test_a_bundle_cut_short_anywhere_is_refused(bundle: Path, tmp_path: Path) ->
 def test_a_flipped_bit_in_any_document_is_noticed(bundle: Path) -> None:
     whole = bytearray(bundle.read_bytes())
     with open_bundle(bundle) as found:
-        layers = {layer.digest.removeprefix("sha256:") for layer in found.layers()}
+        layers = {layer.blob.digest.removeprefix("sha256:") for layer in found.layers()}
     for member, _ in members(bundle):
         if member.name.startswith("blobs") and member.name.rpartition("/")[2] not in layers and member.size > 2:
             whole[member.offset_data + member.size // 2] ^= 1

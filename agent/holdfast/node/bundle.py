@@ -12,10 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from holdfast.errors import HoldfastError, NotFound, WrongState
-from holdfast.images.disk import check_room
-from holdfast.images.formats.bundle import Bundle, BundledImage, BundledLayer, open_bundle
-from holdfast.images.incoming.fetch import do_all
-from holdfast.images.incoming.pull import GROWTH
+from holdfast.images.formats.bundle import Bundle, BundledImage, open_bundle
+from holdfast.images.formats.manifests import Layer
+from holdfast.images.incoming.fetch import do_all, missing
 from holdfast.images.incoming.transfers import Transfer
 from holdfast.images.kept.store import ImageStore
 from holdfast.images.unpacking.unpack import Expected
@@ -69,27 +68,21 @@ def _pinned(image: BundledImage) -> bool:
 
 def _add_layers(store: ImageStore, bundle: Bundle, transfer: Transfer) -> None:
     """Unpack what is missing, several at once. After a failure nothing new is begun."""
-    missing = []
-    for layer in bundle.layers():
-        here = store.layers.has(layer.diff_id)
-        transfer.expect(layer.digest, layer.size, here=here)
-        missing += [] if here else [layer]
-    if missing:
-        needed = GROWTH * sum(layer.size for layer in missing)
-        check_room(store.root, needed, store.settings.min_free, f"load bundle '{bundle.path}'")
+    jobs = missing(store, transfer, bundle.layers(), f"load bundle '{bundle.path}'")
     transfer.state = "pulling"
-    do_all(partial(_add_layer, store, bundle, transfer), missing, min(SIDE_BY_SIDE, os.cpu_count() or 1))
+    do_all(partial(_add_layer, store, bundle, transfer), jobs, min(SIDE_BY_SIDE, os.cpu_count() or 1))
 
 
-def _add_layer(store: ImageStore, bundle: Bundle, transfer: Transfer, layer: BundledLayer) -> None:
-    transfer.begin(layer.digest)
+def _add_layer(store: ImageStore, bundle: Bundle, transfer: Transfer, layer: Layer) -> None:
+    blob = layer.blob
+    transfer.begin(blob.digest)
     try:
-        with bundle.open_layer(layer.digest) as stream:
-            expected = Expected(layer.diff_id, layer.digest, layer.size)
-            store.layers.add(stream, expected, lambda done: transfer.advance(layer.digest, done))
+        with bundle.open_layer(blob.digest) as stream:
+            expected = Expected(layer.diff_id, blob.digest, blob.size)
+            store.layers.add(stream, expected, lambda done: transfer.advance(blob.digest, done))
     except HoldfastError as error:
         raise type(error)(f"load bundle '{bundle.path}': {error}") from error
-    transfer.finish(layer.digest)
+    transfer.finish(blob.digest)
 
 
 def _add_image(store: ImageStore, image: BundledImage) -> None:

@@ -27,7 +27,7 @@ from typing import BinaryIO
 from holdfast.errors import NotFound, UnfitHost, WrongCall, WrongState
 from holdfast.files import sync_folder
 from holdfast.images.formats import layout as oci
-from holdfast.images.formats.manifests import read_diff_ids, read_manifest
+from holdfast.images.formats.manifests import Layer, read_diff_ids, read_manifest
 from holdfast.images.formats.references import parse
 from holdfast.questions import Json, Sink
 
@@ -70,15 +70,6 @@ class StateTree:
 
 
 @dataclass(frozen=True, slots=True)
-class BundledLayer:
-    """A layer in a bundle: digest and size (bytes) of its compressed form, and the digest of what it unpacks to."""
-
-    digest: str
-    size: int
-    diff_id: str
-
-
-@dataclass(frozen=True, slots=True)
 class BundledImage:
     """An image in a bundle, its documents verified. digest: of its manifest; top_digest: what the name stands for."""
 
@@ -89,17 +80,17 @@ class BundledImage:
     top: bytes
     manifest: bytes
     config: bytes
-    layers: tuple[BundledLayer, ...]
+    layers: tuple[Layer, ...]
 
     @property
     def size(self) -> int:
         """Bytes of its layers in the bundle."""
-        return sum(layer.size for layer in self.layers)
+        return sum(layer.blob.size for layer in self.layers)
 
     def json(self) -> Json:
         """Describe it, as `Bundle.json`."""
         known = {"ref": self.reference, "name": self.name, "digest": self.digest, "top": self.top_digest}
-        return {**known, "size": self.size, "layers": [layer.digest for layer in self.layers]}
+        return {**known, "size": self.size, "layers": [layer.blob.digest for layer in self.layers]}
 
 
 # -- writing -------------------------------------------------------------------------------------------------
@@ -198,10 +189,10 @@ class Bundle:
     images: tuple[BundledImage, ...]
     _files: oci.Archive = field(repr=False)
 
-    def layers(self) -> list[BundledLayer]:
+    def layers(self) -> list[Layer]:
         """List the layers of all images, each diff id once, in the order in which they lie in the file."""
         found = {layer.diff_id: layer for image in reversed(self.images) for layer in reversed(image.layers)}
-        return sorted(found.values(), key=lambda layer: self._files.place(oci.member_of(layer.digest)))
+        return sorted(found.values(), key=lambda layer: self._files.place(oci.member_of(layer.blob.digest)))
 
     def open_layer(self, digest: str) -> BinaryIO:
         """Open the blob of that digest as a stream that ends with it; whoever reads it verifies it."""
@@ -322,13 +313,12 @@ def _read_image(layout: oci.Archive, entry: Json, platform: str) -> BundledImage
         parsed = read_manifest(manifest)
         config = layout.blob(parsed.config.digest)
         diff_ids = read_diff_ids(config, len(parsed.layers), platform.split("/")[1])
-        layers = []
-        for layer, diff_id in zip(parsed.layers, diff_ids, strict=True):
-            size = layout.place(oci.member_of(layer.digest))[1]
-            if size != layer.size:
-                raise WrongState(f"layer {layer.digest} has {size} bytes (its manifest says {layer.size})")
-            layers.append(BundledLayer(layer.digest, size, diff_id))
-    return BundledImage(reference, name, digest, top_digest, top, manifest, config, tuple(layers))
+        for blob in parsed.layers:
+            size = layout.place(oci.member_of(blob.digest))[1]
+            if size != blob.size:
+                raise WrongState(f"layer {blob.digest} has {size} bytes (its manifest says {blob.size})")
+        layers = tuple(map(Layer, diff_ids, parsed.layers))
+    return BundledImage(reference, name, digest, top_digest, top, manifest, config, layers)
 
 
 def _image_name(text: object) -> str:

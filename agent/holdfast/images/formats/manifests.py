@@ -60,6 +60,14 @@ class Manifest:
     layers: tuple[Descriptor, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer of an image: the digest of what it unpacks to, and how it is packed."""
+
+    diff_id: str
+    blob: Descriptor
+
+
 def architecture() -> str:
     """Name this host's architecture as images do (GOARCH)."""
     machine = os.uname().machine

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +14,8 @@ from typing import TypeVar
 
 from holdfast.errors import HoldfastError, Stopping, TryAgain, UnfitHost, WrongState
 from holdfast.grammar.images import Reference
-from holdfast.images.formats.manifests import Descriptor
+from holdfast.images.disk import check_room
+from holdfast.images.formats.manifests import Descriptor, Layer
 from holdfast.images.incoming.transfers import Transfer
 from holdfast.images.kept.store import ImageStore
 from holdfast.images.registry.faults import REFUSED, UNFIT, SkopeoError, failure
@@ -23,15 +24,27 @@ from holdfast.images.registry.skopeo import Skopeo
 from holdfast.images.unpacking.unpack import Expected
 
 T = TypeVar("T")
+GROWTH = 3  # bytes on disk that one compressed byte comes to, at a guess
 PAUSES = (0.2, 1.0)  # seconds before a layer is tried again after a passing fault
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A layer that is missing here: what it is plain, and how the registry has it."""
+def missing(store: ImageStore, transfer: Transfer, layers: Iterable[Layer], what: str) -> list[Layer]:
+    """Choose the layers that are not here, each once, and tell the transfer of all.
 
-    diff_id: str
-    blob: Descriptor
+    Compares what will have to be written with what is free, before the first byte comes.
+    """
+    found: dict[str, Layer] = {}
+    for layer in layers:
+        here = store.layers.has(layer.diff_id)
+        if layer.diff_id not in found:
+            transfer.expect(layer.blob.digest, layer.blob.size, here=here)
+        if not here:
+            found.setdefault(layer.diff_id, layer)
+    blobs = [layer.blob for layer in found.values()]
+    if blobs:
+        needed = sum(blob.size * (1 if blob.media_type.endswith("tar") else GROWTH) for blob in blobs)
+        check_room(store.root, needed, store.settings.min_free, what)
+    return list(found.values())
 
 
 def do_all(work: Callable[[T], object], items: Sequence[T], most: int) -> None:
@@ -115,7 +128,7 @@ class Fetch:
         """Start skopeo before it is known what is to be asked of it."""
         self._idle.append(self.skopeo.proxy(self.reference))
 
-    def layers(self, jobs: Sequence[Job]) -> None:
+    def layers(self, jobs: Sequence[Layer]) -> None:
         """Have every layer in the store, the largest first. Raises the first error when those under way are done."""
         in_order = sorted(jobs, key=lambda job: -job.blob.size)
         do_all(self._bring, in_order, self.skopeo.settings.concurrent_downloads)
@@ -127,7 +140,7 @@ class Fetch:
         for proxy in idle:
             self.skopeo.end(proxy)
 
-    def _bring(self, job: Job) -> None:
+    def _bring(self, job: Layer) -> None:
         """Have a layer in the store; one that another pull fetches is waited for."""
         digest = job.blob.digest
 
@@ -142,7 +155,7 @@ class Fetch:
         self.transfer.finish(digest)
         self.moved()
 
-    def _persist(self, job: Job, progress: Callable[[int], None]) -> None:
+    def _persist(self, job: Layer, progress: Callable[[int], None]) -> None:
         """Fetch a layer, and again after faults that may pass at once."""
         for pause in (*PAUSES, None):
             if self.store.layers.has(job.diff_id):
@@ -155,7 +168,7 @@ class Fetch:
                     raise
                 self.transfer.begin(job.blob.digest)
 
-    def _fetch(self, job: Job, progress: Callable[[int], None]) -> None:
+    def _fetch(self, job: Layer, progress: Callable[[int], None]) -> None:
         blob = job.blob
         expected = Expected(job.diff_id, blob.digest, blob.size)
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from math import ceil
@@ -21,11 +21,11 @@ from holdfast.config import ImageSettings
 from holdfast.errors import HoldfastError, NotFound, Throttled, TryAgain, UnfitHost, WrongCall, WrongState
 from holdfast.grammar.images import DIGEST, Reference
 from holdfast.grammar.quantities import about
-from holdfast.images.disk import check_room
 from holdfast.images.formats.archives import path_of
 from holdfast.images.formats.layout import digest_of
 from holdfast.images.formats.manifests import (
     Descriptor,
+    Layer,
     Manifest,
     Unfit,
     architecture,
@@ -35,7 +35,7 @@ from holdfast.images.formats.manifests import (
     read_manifest,
 )
 from holdfast.images.formats.references import parse
-from holdfast.images.incoming.fetch import Downloads, Fetch, Job
+from holdfast.images.incoming.fetch import Downloads, Fetch, missing
 from holdfast.images.incoming.load import list_archive, load_archive, load_reference
 from holdfast.images.incoming.transfers import Transfer, Transfers
 from holdfast.images.kept.image import Image
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 Told = Callable[..., None]  # (kind, subject, message, **more), as `store.event`
 
 DEFAULTS = ImageSettings()
-GROWTH = 3  # bytes on disk that one compressed byte comes to, at a guess
 NEWS_EVERY = 5.0  # seconds between two events of one pull
 
 
@@ -252,10 +251,8 @@ class Puller:
             manifest = read_manifest(remote.manifest)
             config = self._config(manifest, fetch)
             diff_ids = read_diff_ids(config, len(manifest.layers), architecture())
-        jobs = self._missing(manifest, diff_ids, transfer)
+        jobs = missing(self.store, transfer, map(Layer, diff_ids, manifest.layers), f"pull {ref!r}")
         began = time.monotonic()
-        if jobs:
-            self._check_room(ref, jobs)
         if not self.skopeo.policy_is_open():
             self._check_policy(ref, remote, manifest)
         if jobs:
@@ -277,21 +274,6 @@ class Puller:
         data = fetch.small(manifest.config)
         check_digest(data, manifest.config.digest)
         return data
-
-    def _missing(self, manifest: Manifest, diff_ids: Sequence[str], transfer: Transfer) -> list[Job]:
-        jobs: dict[str, Job] = {}
-        for diff_id, blob in zip(diff_ids, manifest.layers, strict=True):
-            here = self.store.layers.has(diff_id)
-            if diff_id not in jobs:
-                transfer.expect(blob.digest, blob.size, here=here)
-            if not here:
-                jobs.setdefault(diff_id, Job(diff_id, blob))
-        return list(jobs.values())
-
-    def _check_room(self, ref: str, jobs: list[Job]) -> None:
-        """Compare what will have to be written with what is free, before the first byte comes."""
-        needed = sum(job.blob.size * (1 if job.blob.media_type.endswith("tar") else GROWTH) for job in jobs)
-        check_room(self.store.root, needed, self.skopeo.settings.min_free, f"pull {ref!r}")
 
     def _check_policy(self, ref: str, remote: Remote, manifest: Manifest) -> None:
         layers = [layer.digest for layer in manifest.layers]

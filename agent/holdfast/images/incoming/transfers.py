@@ -21,7 +21,7 @@ LayerState = Literal["waiting", "pulling", "done", "here"]
 
 
 @dataclass(slots=True)
-class Layer:
+class LayerProgress:
     """One blob on its way. total, done: bytes as they come from the registry; here: it was in the store already."""
 
     digest: str
@@ -38,7 +38,7 @@ class Transfer:
     began: float = field(default_factory=time.time)
     state: Literal["resolving", "pulling", "done", "failed"] = "resolving"
     error: str = ""
-    layers: dict[str, Layer] = field(default_factory=dict)
+    layers: dict[str, LayerProgress] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -52,7 +52,7 @@ class Transfer:
 
     def expect(self, digest: str, total: int, *, here: bool = False) -> None:
         """Say that a layer belongs to the image."""
-        self.layers[digest] = Layer(digest, total, state="here" if here else "waiting")
+        self.layers[digest] = LayerProgress(digest, total, state="here" if here else "waiting")
 
     def begin(self, digest: str) -> None:
         """Note that a layer is fetched from its first byte, for the first time or again."""
