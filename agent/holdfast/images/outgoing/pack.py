@@ -187,15 +187,14 @@ class _Packer:
 
     def _content(self, path: bytes, descriptor: int, entry: os.stat_result, where: str) -> None:
         records = {b"path": path, **_pax_xattrs(where)}
-        info = _info(entry)
+        info, table = _info(entry), b""
         pieces = _pieces(descriptor, entry)
         if pieces is None:
-            info.size = entry.st_size
-            self._header(info, records, entry)
-            self._copy(descriptor, 0, entry.st_size)
+            pieces = [(0, entry.st_size)]
         else:
-            table = _sparse_map(pieces)
-            info.size = len(table) + sum(length for _, length in pieces)
+            numbers = [len(pieces), *(number for piece in pieces for number in piece)]
+            table = b"".join(b"%d\n" % number for number in numbers)
+            table += bytes(-len(table) % BLOCK)
             folder, _, base = path.rpartition(b"/")
             records |= {
                 b"path": b"/".join(part for part in (folder, b"GNUSparseFile.0", base) if part),
@@ -204,17 +203,15 @@ class _Packer:
                 b"GNU.sparse.name": path,
                 b"GNU.sparse.realsize": str(entry.st_size).encode(),
             }
-            self._header(info, records, entry)
-            self.out.write(table)
-            for offset, length in pieces:
-                self._copy(descriptor, offset, length)
+        info.size = len(table) + sum(length for _, length in pieces)
+        self._header(info, records, entry)
+        self.out.write(table)
+        for offset, length in pieces:
+            while length:
+                data = os.pread(descriptor, min(CHUNK, length), offset) or bytes(min(CHUNK, length))
+                self.out.write(data)
+                offset, length = offset + len(data), length - len(data)
         self.out.write(bytes(-info.size % BLOCK))
-
-    def _copy(self, descriptor: int, offset: int, length: int) -> None:
-        while length:
-            data = os.pread(descriptor, min(CHUNK, length), offset) or bytes(min(CHUNK, length))
-            self.out.write(data)
-            offset, length = offset + len(data), length - len(data)
 
     def _header(
         self, info: tarfile.TarInfo, records: dict[bytes, bytes], entry: os.stat_result | None = None
@@ -329,9 +326,3 @@ def _pieces(descriptor: int, entry: os.stat_result) -> list[tuple[int, int]] | N
     if not pieces or sum(pieces[-1]) < size:
         pieces.append((size, 0))
     return pieces
-
-
-def _sparse_map(pieces: Sequence[tuple[int, int]]) -> bytes:
-    numbers = [len(pieces), *(number for piece in pieces for number in piece)]
-    text = b"".join(b"%d\n" % number for number in numbers)
-    return text + bytes(-len(text) % BLOCK)

@@ -393,19 +393,12 @@ def _parse_pax(data: bytes, pax: _Pax) -> None:
 def _apply(pax: _Pax, entry: Entry) -> None:
     xattrs: dict[bytes, bytes] = {}
     for key, value in pax.records.items():
-        if key == b"path":
-            if b"GNU.sparse.name" not in pax.records:
-                entry.name = value
-        elif key == b"GNU.sparse.name":
+        if key == b"GNU.sparse.name" or (key == b"path" and b"GNU.sparse.name" not in pax.records):
             entry.name = value
         elif key == b"linkpath":
             entry.link = value
-        elif key == b"size":
-            entry.size = _decimal(value)
-        elif key == b"uid":
-            entry.uid = _decimal(value)
-        elif key == b"gid":
-            entry.gid = _decimal(value)
+        elif key in (b"size", b"uid", b"gid"):
+            setattr(entry, key.decode(), _decimal(value))
         elif key == b"mtime":
             entry.mtime = _moment(value)
         elif key.startswith(XATTR):
