@@ -99,8 +99,7 @@ class ImageAnswers(ImageQuestions):
 
         def pull() -> Json:
             image = self.context.puller.load(ref) if local else self.context.puller.pull(ref, watch=mine.append)
-            self._images_changed()
-            return {"image": {**image_json(image), "ref": ref}}
+            return {"image": self._taken_in(image, ref)}
 
         return self._watched(ref, pull, mine)
 
@@ -117,15 +116,12 @@ class ImageAnswers(ImageQuestions):
 
     def import_image(self, path: str, ref: str, changes: Sequence[str] = ()) -> Json:
         """Make an image of a root file system's tar archive."""
-        image = import_rootfs(self.context.images, Path(path), ref, changes)
-        self._images_changed()
-        return {**image_json(image), "ref": ref}
+        return self._taken_in(import_rootfs(self.context.images, Path(path), ref, changes), ref)
 
     def load_image(self, path: str) -> Sequence[Json]:
         """Load the images of an archive or layout."""
         images = self.context.puller.load_all(Path(path))
-        self._images_changed()
-        return [{**image_json(image), "ref": image.names[0] if image.names else image.digest} for image in images]
+        return [self._taken_in(image, image.names[0] if image.names else image.digest) for image in images]
 
     def load_bundle(self, path: str) -> Steps:
         """Load the images of a bundle."""
@@ -134,9 +130,7 @@ class ImageAnswers(ImageQuestions):
 
     def tag_image(self, ref: str, name: str) -> Json:
         """Give an image one more name."""
-        image = self.context.images.tag(ref, name)
-        self._images_changed()
-        return {**image_json(image), "ref": name}
+        return self._taken_in(self.context.images.tag(ref, name), name)
 
     def commit(
         self,
@@ -150,8 +144,7 @@ class ImageAnswers(ImageQuestions):
         """Make an image of a container's file system."""
         image = commit_container(self.context, target, name, changes, message=message, author=author, pause=pause)
         self.context.store.event("committed", target, f"to image {name}", digest=image.digest)
-        self._images_changed()
-        return {**image_json(image), "ref": name}
+        return self._taken_in(image, name)
 
     # -- handing out --
 
@@ -203,9 +196,10 @@ class ImageAnswers(ImageQuestions):
             yield {"transfers": [each.json() for each in list(mine) if each.state in ("resolving", "pulling")]}
         yield done.result()
 
-    def _images_changed(self) -> None:
-        """Retry at once what could not be staged because an image was missing."""
+    def _taken_in(self, image: Image, ref: str) -> Json:
+        """Describe an image that is new here; what could not be staged without it is tried again at once."""
         self.context.store.retry_now()
+        return {**image_json(image), "ref": ref}
 
 
 class Collector:
