@@ -53,7 +53,7 @@ BEAT = 0.1  # seconds between two reports
 F_SETPIPE_SZ = 1031
 PR_SET_NO_NEW_PRIVS = 38
 KINDS = dict.fromkeys((errno.EPERM, errno.EACCES), "denied") | dict.fromkeys(
-    (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECONNRESET, errno.ETIMEDOUT), "again"
+    (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ECONNRESET), "again"
 )  # of error messages, by the kernel's
 _CHOWN, _DAC_OVERRIDE, _FOWNER, _FSETID, _SYS_ADMIN, _MKNOD, _SETFCAP = 0, 1, 3, 4, 21, 27, 31
 
@@ -84,6 +84,8 @@ def _explain(error: BaseException) -> list[str]:
         return ["short", *map(str, error.args)]
     if isinstance(error, Damaged):
         return ["damaged", str(error)]
+    if isinstance(error, _Silence):
+        return ["again", str(error)]
     if isinstance(error, MemoryError):
         return ["damaged", f"takes more than {MEMORY >> 20} MiB of memory to unpack"]
     if isinstance(error, OSError) and error.errno:
@@ -126,6 +128,10 @@ def _unpack(
     writer.finish(chunks.size)
     source.report()
     return chunks.diff_id(), chunks.size, source.digest(), source.size, tree.files, tree.newest
+
+
+class _Silence(Exception):
+    """Nothing comes any more. No OSError, which an entry that is being made would be blamed for."""
 
 
 class _Short(Exception):
@@ -178,7 +184,7 @@ class _Source:
 
     def _next(self) -> bytes:
         if self._poll is not None and not self._poll.poll(min(self._silence, 2**31 - 1)):
-            raise TimeoutError(errno.ETIMEDOUT, f"not a byte came for {self._silence / 1000:g} s")
+            raise _Silence(f"not a byte came for {self._silence / 1000:g} s")
         data = os.read(self._stream, READ)
         if not data and self.size < self._most:
             raise _Short(self.size, self.digest())
