@@ -251,7 +251,8 @@ class Guarded:
         self._fault(f"{self.title}: {verb}", error)
 
     def _strange(self, found: list[Any]) -> str:
-        for each in found:
+        known = {id(each) for each in self.last}
+        for each in (each for each in found if id(each) not in known):
             if not isinstance(each, Receipt):
                 return f"yielded {type(each).__name__} (expected Receipts)"
             if (each.kind, each.driver) != (self.kind.receipt, self.name):

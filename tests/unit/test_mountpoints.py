@@ -32,7 +32,7 @@ MOUNTINFO = r"""22 1 8:1 / / rw - ext4 /dev/sda1 rw
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A host of files; its mountinfo is written by the test with `mounted`."""
     monkeypatch.setattr(mountpoints, "FSTAB", tmp_path / "fstab")
-    monkeypatch.setattr(mounts, "MOUNTINFO", tmp_path / "mountinfo")
+    monkeypatch.setattr(mounts, "OURS", mounts.OURS)
     (tmp_path / "fstab").write_text(FSTAB)
     mounted(tmp_path, "/elsewhere")
     return tmp_path
@@ -40,6 +40,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def mounted(host: Path, point: str) -> None:
     (host / "mountinfo").write_text(MOUNTINFO.format(point))
+    mounts.OURS = mounts.MountTable(host / "mountinfo")
 
 
 def bind(source: str, require_mount: bool | None = None) -> Mount:

@@ -86,7 +86,7 @@ def test_a_directory_with_a_mount_inside_is_left_alone(
     points = enumerate(("/", "/proc", state, state / "conf"))
     lines = (f"{number} 1 0:{number} / {point} rw - tmpfs none rw\n" for number, point in points)
     (tmp_path / "mountinfo").write_text("".join(lines))
-    monkeypatch.setattr(mounts, "MOUNTINFO", tmp_path / "mountinfo")
+    monkeypatch.setattr(mounts, "OURS", mounts.MountTable(tmp_path / "mountinfo"))
     with pytest.raises(Conflict, match=r"mounted inside of it, at '.*/conf'"):
         replace_tree(state, NEW, NONE)
     assert files(state) == OLD

@@ -25,6 +25,8 @@ from holdfast.plugins import Plugins
 from holdfast.runtime.binaries import find_init, host_limits
 from holdfast.runtime.conmon import Run, Runtime, boot_id
 from holdfast.runtime.content import ContentStore
+from holdfast.runtime.limits_watch import LimitsWatch
+from holdfast.runtime.mountpoints import Mounted
 from holdfast.runtime.seccomp import Filters
 from holdfast.spec.model import App, Container, Network, Volume
 from holdfast.store import Store
@@ -81,7 +83,10 @@ class Context:
     _volume_locks: dict[str, threading.Lock] = field(default_factory=dict)
     builds: set[str] = field(default_factory=set)
     limits: dict[InstanceId, Limits] = field(default_factory=dict)
+    limits_watch: LimitsWatch = field(default_factory=LimitsWatch)
     stale: dict[InstanceId, tuple[str, ...]] = field(default_factory=dict)  # see node.stale
+    stale_judged: dict[InstanceId, tuple[Mounted, int | None, tuple[str, ...]]] = field(default_factory=dict)
+    runs: dict[str, tuple[Receipt, Run]] = field(default_factory=dict)  # see run_of
     resolved: dict[str, tuple[str, str]] = field(default_factory=dict)
     policy_digests: dict[InstanceId, tuple[tuple[Container, tuple[str, ...]], str]] = field(default_factory=dict)
 
@@ -131,7 +136,13 @@ class Context:
     def run_of(self, instance: str) -> Run | None:
         """The processes of an instance, from its receipt."""
         receipt = self.store.receipt("run", instance)
-        return Run(**receipt.data["run"]) if receipt else None
+        if receipt is None:
+            self.runs.pop(instance, None)
+            return None
+        known = self.runs.get(instance)
+        if known is None or known[0] is not receipt:
+            known = self.runs[instance] = receipt, Run(**receipt.data["run"])
+        return known[1]
 
     def same_boot(self) -> bool:
         """Whether the run root is the one that the instances were started under: a reboot takes it away."""

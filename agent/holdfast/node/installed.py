@@ -96,11 +96,14 @@ def missing_drivers(context: Context, made: Iterable[Receipt]) -> tuple[MissingD
 
     A volume that no container mounts is not in use.
     """
-    used: dict[tuple[str, str], list[str]] = {}
+    made_by: dict[tuple[str, bool, str], list[Receipt]] = {}
     for receipt in made:
-        kind = kind_of(receipt)
-        if kind and receipt.driver not in BARE and receipt.driver not in context.plugins.of_kind(kind):
-            used.setdefault((kind.name, receipt.driver), []).append(receipt.id)
+        made_by.setdefault((receipt.kind, bool(receipt.owner), receipt.driver), []).append(receipt)
+    used: dict[tuple[str, str], list[str]] = {}
+    for receipts in made_by.values():
+        kind, driver = kind_of(receipts[0]), receipts[0].driver
+        if kind and driver not in BARE and driver not in context.plugins.of_kind(kind):
+            used[kind.name, driver] = [each.id for each in receipts]
     if any(kind == "volume" for kind, _ in used):
         mounts = (mount for each in list(context.store.instances.values()) for mount in each.want.mounts)
         mounted = {mount.source for mount in mounts if mount.kind == "volume"}

@@ -36,7 +36,7 @@ from holdfast.observed import (
     VolumeState,
     lack_key,
 )
-from holdfast.runtime import cgroup, netns
+from holdfast.runtime import netns
 from holdfast.runtime.conmon import Run
 from holdfast.runtime.mountpoints import Mounted, lacking
 from holdfast.spec.model import Container, digest_of
@@ -64,6 +64,7 @@ def observe(
     instances, building = list(context.store.instances.values()), set(context.builds)
     if deep:
         stale.look(context, instances)
+        context.limits_watch.hear({context.runtime.cgroup(each.id) for each in instances})
     looked = context.plugins.observe()
     things: Things = {(each.kind, each.id): each for each in everything(context, looked.seen, deep=deep)}
     look = partial(seen_instance, context, find=lambda *thing: things.get(thing), watches=watches, deep=deep)
@@ -73,12 +74,8 @@ def observe(
     known = {instance.id for instance in instances} | {InstanceId(each) for each in building | context.builds}
     firewall, published = _firewall(context, things)
     mounted = Mounted.now()
-    binds = (
-        mount
-        for want in (*wanted, *(each.want for each in instances))
-        for mount in want.mounts
-        if mount.kind == "bind"
-    )
+    different = {id(want): want for want in (*wanted, *(each.want for each in instances))}.values()
+    binds = {lack_key(mount): mount for want in different for mount in want.mounts if mount.kind == "bind"}
     orphans, foreign = _unclaimed(context, things, known)
     return Observed(
         at=at,
@@ -92,7 +89,7 @@ def observe(
         foreign=foreign,
         busy=busy,
         missing=missing_drivers(context, things.values()),
-        lacking={lack_key(mount): reason for mount in binds if (reason := lacking(mount, mounted))},
+        lacking={key: reason for key, mount in binds.items() if (reason := lacking(mount, mounted))},
         findings=looked.findings,
     )
 
@@ -145,7 +142,7 @@ def seen_instance(context: Context, instance: Instance, find: Find, watches: Wat
     if "limits" in receipt.data and receipt.data["limits"] is None:
         drifted.append("writing its limits was cut short or refused")
     elif deep:
-        drifted.extend(_limits_altered(context, instance, receipt.data))
+        drifted.extend(_limits_altered(context, instance, run, receipt.data))
         drifted.extend(_policy_changed(context, instance, receipt.data))
     warnings = instance.warnings
     if not watched and not context.runtime.supervised(run):
@@ -209,11 +206,10 @@ def _healthy(receipt: Receipt, find: Find) -> bool:
     return found is not None and bool(found.data)
 
 
-def _limits_altered(context: Context, instance: Instance, kept: Json) -> Iterator[str]:
+def _limits_altered(context: Context, instance: Instance, run: Run, kept: Json) -> Iterator[str]:
     """Compare the cgroup with what it was right after we wrote it."""
     wrote = kept.get("limits") or {}
-    now = cgroup.snapshot(context.runtime.cgroup(instance.id))
-    context.limits[instance.id] = cgroup.limits_of(now)
+    now, context.limits[instance.id] = context.limits_watch.read(context.runtime.cgroup(instance.id), run)
     for name, value in wrote.items():
         if name in now and now[name] != value:
             yield f"cgroup {name} was altered: {value} → {now[name]}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from holdfast.mounts import MountPoint, mount_points
+from holdfast.mounts import MountPoint, read_points
 from holdfast.node.context import Context
 from holdfast.observed import Instance, Receipt
 from holdfast.runtime.mountpoints import AUTOMOUNT, Mounted, mount_point
@@ -31,7 +31,14 @@ def where(source: str) -> dict[str, str]:
 def look(context: Context, instances: Iterable[Instance]) -> None:
     """Find what running containers have mounted that is outdated; tell of what is new."""
     mounted = Mounted.now()
-    found = {each.id: tuple(_outdated(context, each, mounted)) for each in instances if each.phase == "running"}
+    known, context.stale_judged = context.stale_judged, {}
+    found = {}
+    for each in (each for each in instances if each.phase == "running"):
+        judged = known.get(each.id)
+        if judged is None or judged[:2] != (mounted, each.pid):  # else nothing was mounted since
+            judged = mounted, each.pid, tuple(_outdated(context, each, mounted))
+        context.stale_judged[each.id] = judged
+        found[each.id] = judged[2]
     before, context.stale = context.stale, {id: words for id, words in found.items() if words}
     for instance in instances if context.records_exits else ():
         for words in set(context.stale.get(instance.id, ())).difference(before.get(instance.id, ())):
@@ -64,7 +71,7 @@ def _change(receipt: Receipt, pid: int | None, mounted: Mounted) -> str:
 def _has(pid: int, mount: MountPoint) -> bool:
     """Whether a process has a mount, or a part of it, in its own mount namespace."""
     try:
-        own = list(mount_points(of=Path(f"/proc/{pid}/mountinfo")))
+        own = read_points(Path(f"/proc/{pid}/mountinfo"))
     except OSError:  # it has just ended
         return True
     inside = f"{mount.root.rstrip('/')}/"

@@ -188,6 +188,13 @@ def _folders(path: str) -> list[str]:
     return [place for place in places if os.path.isdir(place)]  # noqa: PTH112 - of a dozen hierarchies, at every start
 
 
+def limit_folders(path: str) -> list[Path]:
+    """The directories of a cgroup that exist and hold files that limits are written to."""
+    tree = version()
+    places = {Path(_place(controller, path, tree)) for controller in _FILES[tree]}
+    return [place for place in places if place.is_dir()]
+
+
 def children(place: Path | str) -> list[str]:
     """The names of the cgroups directly below one; none if it does not exist."""
     try:

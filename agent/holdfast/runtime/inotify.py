@@ -11,23 +11,35 @@ from pathlib import Path
 
 from holdfast.syscalls import call
 
-MODIFY, MOVED_TO, CREATE, IGNORED = 0x2, 0x80, 0x100, 0x8000
+MODIFY, MOVED_TO, CREATE, OVERFLOW, IGNORED = 0x2, 0x80, 0x100, 0x4000, 0x8000
 
 
 class Inotify:
-    """Folders that are watched. One thread waits; any may add."""
+    """Folders that are watched. One thread waits; any may add.
+
+    overflowed: whether events were lost, because nobody waited for too long. Whoever cares resets it.
+    """
 
     def __init__(self, events: int) -> None:
         self._events = events
+        self.overflowed = False
         self._folders: dict[int, Path] = {}
         self._fd = call("inotify_init1", os.O_CLOEXEC | os.O_NONBLOCK, about="inotify")
         self._poller = select.poll()
         self._poller.register(self._fd, select.POLLIN)
 
-    def add(self, folder: Path) -> None:
-        """Watch a folder; raises OSError if that can't be."""
+    def add(self, folder: Path) -> int:
+        """Watch a folder and return the number of the watch; raises OSError if that can't be."""
         watch = call("inotify_add_watch", self._fd, os.fsencode(folder), self._events, about=folder)
         self._folders[watch] = folder
+        return watch
+
+    def remove(self, watch: int) -> Path:
+        """End a watch; return its folder. Events that have come already are dropped."""
+        folder = self._folders.pop(watch)
+        with suppress(OSError):  # the kernel has ended it
+            call("inotify_rm_watch", self._fd, watch, about=folder)
+        return folder
 
     def wait(self, timeout: float | None) -> Iterator[tuple[Path, str]]:
         """Sleep until something happens, or timeout (seconds); yield folder and name, "" where the folder is gone."""
@@ -37,6 +49,7 @@ class Inotify:
                 data = os.read(self._fd, 65536)
         while data:
             watch, mask, _, size = struct.unpack_from("iIII", data)
+            self.overflowed |= bool(mask & OVERFLOW)
             name, data = data[16 : 16 + size].rstrip(b"\0"), data[16 + size :]
             folder = self._folders.pop(watch, None) if mask & IGNORED else self._folders.get(watch)
             if folder is not None:

@@ -8,9 +8,9 @@ that might not answer, like that of a server which is gone.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, KeysView
-from functools import cached_property
+from collections.abc import Iterable, Iterator, KeysView, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from holdfast.mounts import MountPoint, mount_points, unescaped
 from holdfast.spec.model import Mount
@@ -30,20 +30,21 @@ _cache: tuple[tuple[int, int, int], tuple[str, ...]] = ((0, 0, 0), ())
 
 
 class Mounted:
-    """What this host has mounted, read once, when it is first needed."""
+    """What this host has mounted."""
+
+    _newest: ClassVar[tuple[Sequence[MountPoint], Mounted] | None] = None
+
+    def __init__(self, points: Sequence[MountPoint]) -> None:
+        self._by_id = {each.id: each for each in points}
+        self._at = {each.point: each for each in points}  # the topmost at each point
 
     @classmethod
     def now(cls) -> Mounted:
-        return cls()
-
-    @cached_property
-    def _by_id(self) -> dict[int, MountPoint]:
-        return {each.id: each for each in mount_points()}
-
-    @cached_property
-    def _at(self) -> dict[str, MountPoint]:
-        """The topmost mount at each point."""
-        return {each.point: each for each in self._by_id.values()}
+        """What is mounted now: the same object until that changes."""
+        points, newest = mount_points(), cls._newest
+        if newest is None or newest[0] is not points:
+            newest = cls._newest = points, cls(points)
+        return newest[1]
 
     @property
     def points(self) -> KeysView[str]:
@@ -157,4 +158,7 @@ def _covers(point: str, path: str) -> bool:
 
 def _above(path: str) -> Iterator[str]:
     """A path, and every folder above it."""
-    return map(str, (Path(path), *Path(path).parents))
+    while path != "/":
+        yield path
+        path = path.rpartition("/")[0] or "/"
+    yield "/"

@@ -14,6 +14,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from holdfast.drivers import Host
@@ -37,6 +38,7 @@ from holdfast.syscalls import (
 SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1
 
 FOLDER = Path("/run/netns")
+MANY = 1 << 14  # namespaces whose receipts are kept from one look to the next
 REDIRECTS = tuple(
     f"/proc/sys/net/{setting}/accept_redirects"
     for setting in ("ipv4/conf/all", "ipv4/conf/default", "ipv6/conf/all", "ipv6/conf/default")
@@ -70,7 +72,7 @@ def observe(host: Host) -> Iterable[Receipt]:
     prefix = f"{host.name}-"
     ours = [name for name in names_in(FOLDER) if name.startswith(prefix)]
     bound = _bound() if ours else frozenset()
-    return [_receipt(FOLDER / n, n.removeprefix(prefix), n in bound) for n in sorted(ours)]
+    return [_receipt(f"{FOLDER}/{name}", name.removeprefix(prefix), name in bound) for name in sorted(ours)]
 
 
 def remove(host: Host, receipt: Receipt) -> None:
@@ -81,7 +83,8 @@ def remove(host: Host, receipt: Receipt) -> None:
     _unshare_folder(host)
 
 
-def _receipt(path: Path, instance: str, bound: bool = True) -> Receipt:
+@lru_cache(MANY)
+def _receipt(path: Path | str, instance: str, bound: bool = True) -> Receipt:
     data = {"path": str(path)} if bound else {}
     return Receipt("netns", "kernel", instance, instance, data)
 

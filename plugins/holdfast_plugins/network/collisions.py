@@ -17,6 +17,7 @@ from holdfast.drivers import Host
 from holdfast.observed import Finding
 from holdfast_plugins.network import wire
 from holdfast_plugins.network.addresses import Ledger
+from holdfast_plugins.network.links import table
 from holdfast_plugins.network.netlink import Route, Sockets, route_news
 
 RTNLGRP_IPV4_ROUTE = 7
@@ -98,7 +99,7 @@ class Collisions:
         return any(_name(route.index) not in own for route in routes)
 
     def _look(self) -> Iterator[Finding]:
-        links = {link.index: link.name for link in _sockets.host.links()}
+        links = {link.index: link.name for link in table.links()}
         indexes = {link: index for index, link in links.items()}
         standing = {
             id: (subnet, indexes[bridge])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable
 from contextlib import ExitStack, closing
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network
 
 from holdfast.drivers import EndpointWant, Host
@@ -29,6 +30,7 @@ from holdfast_plugins.network.links import (
 from holdfast_plugins.network.netlink import Link, open_in
 
 NO_GUARDS = "containers can send with addresses that are not theirs: the kernel lacks sch_ingress or cls_bpf"
+MANY = 1 << 14  # links whose receipts are kept from one look to the next
 
 
 class BridgeEndpoint:
@@ -113,10 +115,7 @@ class BridgeEndpoint:
         flows.vacate(self._conntrack, address)
 
     def _observed(self, link: Link) -> Receipt:
-        id = link.alias.removeprefix(ENDPOINT)
-        guarded = self.unguarded or link.index in self._guards
-        data = {"host_interface": link.name} if link.up and link.master and guarded else {}
-        return Receipt("endpoint", self.name, id, id.partition("/")[0], data)
+        return _observed(link, bool(self.unguarded) or link.index in self._guards)
 
     def _join(self, want: EndpointWant, name: str, mac: str, address: str) -> None:
         """Have the pair, its end on the host guarded, attached to the bridge and up."""
@@ -200,6 +199,13 @@ class BridgeEndpoint:
             if want.default_route and not want.network.data["internal"]:
                 wanted.append(messages.default_route(link.index, gateway))
             inside.request(*wanted, *former)
+
+
+@lru_cache(MANY)
+def _observed(link: Link, guarded: bool) -> Receipt:
+    id = link.alias.removeprefix(ENDPOINT)
+    data = {"host_interface": link.name} if link.up and link.master and guarded else {}
+    return Receipt("endpoint", BridgeEndpoint.name, id, id.partition("/")[0], data)
 
 
 def _id(want: EndpointWant) -> str:

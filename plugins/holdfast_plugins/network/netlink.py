@@ -20,10 +20,11 @@ from holdfast.syscalls import CLONE_NEWNET, call, in_thread
 from holdfast_plugins.network.wire import SOL_NETLINK, Socket, attribute, attributes, messages, number, text
 
 NETLINK_CAP_ACK, NETLINK_GET_STRICT_CHK = 10, 12
+RTM_NEWLINK, RTM_DELLINK = 16, 17
 RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE, RTM_GETQDISC = 18, 22, 26, 38
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_IFALIAS, IFLA_EXT_MASK = 1, 3, 4, 10, 20, 29
 IFLA_LINKINFO, IFLA_INFO_KIND = 18, 1
-OF_A_LINK = frozenset((IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_IFALIAS))
+OF_A_LINK = frozenset((IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_IFALIAS, IFLA_LINKINFO))
 IFA_LOCAL, RTA_DST, RTA_OIF, TCA_KIND = 2, 1, 4, 1
 RTM_NEWROUTE, RTM_DELROUTE = 24, 25
 RTA_GATEWAY, RTA_MULTIPATH, RTA_TABLE = 5, 9, 15
@@ -37,10 +38,11 @@ ALL_LINKS = _link.pack(0, 0, 0, 0, 0) + attribute(IFLA_EXT_MASK, struct.pack("=I
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A network interface; alias is its ifalias, "" if it has none."""
+    """A network interface; alias is its ifalias, "" if it has none. kind: bridge, veth, …; "" for hardware."""
 
     index: int
     name: str
+    kind: str = ""
     alias: str = ""
     up: bool = False
     mtu: int = 0
@@ -72,10 +74,9 @@ class Netlink(Socket):
         if code := next(filter(None, self.do(*messages)), 0):
             raise OSError(code, os.strerror(code))
 
-    def links(self, kind: str = "") -> list[Link]:
-        """List the links of the namespace, or those of one kind, which the kernel picks out (bridge, veth)."""
-        wanted = attribute(IFLA_LINKINFO, attribute(IFLA_INFO_KIND, kind.encode() + b"\0")) if kind else b""
-        return [_read_link(answer) for answer in self.ask(RTM_GETLINK, ALL_LINKS + wanted)]
+    def links(self) -> list[Link]:
+        """List the links of the namespace."""
+        return [_read_link(answer) for answer in self.ask(RTM_GETLINK, ALL_LINKS)]
 
     def link(self, name: str) -> Link | None:
         """Find a link by name."""
@@ -158,9 +159,11 @@ def open_in(netns: Path, before: Callable[[], None] = lambda: None) -> Netlink:
 def _read_link(body: bytes) -> Link:
     _, _, index, flags, _ = _link.unpack_from(body)
     found = dict(attributes(body, _link.size, OF_A_LINK))
+    kind = dict(attributes(found.get(IFLA_LINKINFO, b""))).get(IFLA_INFO_KIND)
     return Link(
         index=index,
         name=text(found.get(IFLA_IFNAME)),
+        kind=text(kind),
         alias=text(found.get(IFLA_IFALIAS)),
         up=bool(flags & IFF_UP),
         mtu=number(found.get(IFLA_MTU)),
@@ -185,6 +188,13 @@ def read_routes(body: bytes) -> Iterator[Route]:
         gateway = dict(attributes(hops[at : at + length], 8)).get(RTA_GATEWAY)
         yield Route(index, subnet, IPv4Address(gateway) if gateway else None, table, kind)
         at += max((length + 3) & ~3, 8)
+
+
+def link_news(heard: bytes) -> Iterator[tuple[Link, bool]]:
+    """The links of a datagram of the group for links, and whether each is still there."""
+    for kind, _, body in messages(heard):
+        if kind in (RTM_NEWLINK, RTM_DELLINK) and body[0] == socket.AF_UNSPEC:  # else it is about ports of bridges
+            yield _read_link(body), kind == RTM_NEWLINK
 
 
 def route_news(heard: bytes) -> Iterator[Route]:

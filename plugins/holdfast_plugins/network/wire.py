@@ -123,8 +123,8 @@ class Socket:
         self._socket.send(b"".join(stamped))
 
 
-class News:
-    """Listens to a multicast group, in a thread of its own that works until `close`."""
+class Group:
+    """Hears a multicast group, in the network namespace of the thread that opens it."""
 
     def __init__(self, protocol: int, group: int) -> None:
         self._socket = _open(protocol)
@@ -132,6 +132,28 @@ class News:
             self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, NEWS_BUFFER)
         self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
         self._socket.setblocking(False)
+
+    def __del__(self) -> None:
+        self._socket.close()
+
+    def read(self) -> Iterator[bytes]:
+        """Yield each datagram that has come; b"" where the kernel had more than there was room for."""
+        while True:
+            try:
+                yield self._socket.recv(LONGEST)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                yield b""
+
+
+class News(Group):
+    """Listens to a multicast group, in a thread of its own that works until `close`."""
+
+    def __init__(self, protocol: int, group: int) -> None:
+        super().__init__(protocol, group)
         self._end = os.eventfd(0, os.EFD_CLOEXEC)
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
@@ -147,18 +169,6 @@ class News:
         """Wait for news, for so long at most (None: for ever); False once the thread is to end."""
         found = self._poll.poll(None if seconds is None else seconds * 1000)
         return all(ready != self._end for ready, _ in found)
-
-    def read(self) -> Iterator[bytes]:
-        """Yield each datagram that has come; b"" where the kernel had more than there was room for."""
-        while True:
-            try:
-                yield self._socket.recv(LONGEST)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-                yield b""
 
     def close(self) -> None:
         """End the thread; what it is doing is waited for."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 from holdfast.drivers import Host, Receipt, RootfsWant
@@ -20,6 +21,7 @@ from holdfast_plugins.storage import quota
 from holdfast_plugins.storage.mounts import mount_overlay
 
 MOST_LAYERS = 500  # OVL_MAX_STACK of the kernel
+MANY = 1 << 14  # instances whose receipts are kept from one look to the next
 
 
 class OverlayRootfs:
@@ -73,8 +75,7 @@ class OverlayRootfs:
         }
         layers = str(self.host.root / "instances")
         for instance in sorted({*mounted, *names_in(layers)}):
-            data = _data(f"{parent}{instance}/rootfs", f"{layers}/{instance}/upper") if instance in mounted else {}
-            yield Receipt("rootfs", self.name, instance, instance, data, self.host.id)  # it lies in this root
+            yield _observed(parent, layers, instance, instance in mounted, self.host.id)
 
     def remove(self, receipt: Receipt) -> None:
         """Unmount it and delete its writable layer."""
@@ -96,6 +97,12 @@ class OverlayRootfs:
     def _receipt(self, instance: str) -> Receipt:
         target, upper, _ = self._places(instance)
         return Receipt("rootfs", self.name, instance, instance, _data(str(target), str(upper)))
+
+
+@lru_cache(MANY)
+def _observed(parent: str, layers: str, instance: str, mounted: bool, root: str) -> Receipt:
+    data = _data(f"{parent}{instance}/rootfs", f"{layers}/{instance}/upper") if mounted else {}
+    return Receipt("rootfs", OverlayRootfs.name, instance, instance, data, root)  # it lies in this root
 
 
 def _data(target: str, upper: str) -> dict[str, str]:
