@@ -34,8 +34,7 @@ sockets = Sockets()
 class LinkTable:
     """The links of the network namespace that this process is in, kept up to date by what the kernel tells.
 
-    To list a thousand links takes the kernel 20 ms. It does not tell of a new alias while a link is down: that is seen
-    when the link is up, or after OLD seconds. Thread-safe.
+    To list a thousand links takes the kernel 20 ms. It tells of no new alias while a link is down. Thread-safe.
     """
 
     def __init__(self) -> None:
@@ -62,15 +61,13 @@ class LinkTable:
 
     def _hear(self, news: wire.Group) -> bool:
         """Take in what has come; False where some of it was lost."""
-        whole = True
-        for datagram in news.read():
-            whole = whole and bool(datagram)
-            for link, there in link_news(datagram):
-                if not there:
-                    self._links.pop(link.index, None)
-                elif self._links.get(link.index) != link:
-                    self._links[link.index] = link
-        return whole
+        heard = list(news.read())
+        for index, link in link_news(heard):
+            if link is None:
+                self._links.pop(index, None)
+            elif self._links.get(index) != link:
+                self._links[index] = link
+        return all(heard)
 
 
 table = LinkTable()
@@ -95,7 +92,9 @@ def network_of(link: Link) -> tuple[str, str] | None:
 def links_of(host: Host, kind: str) -> list[Link]:
     """The links of one kind whose names begin with the agent's."""
     prefix = f"{host.name}-"
-    return [link for link in table.links() if link.kind == kind and link.name.startswith(prefix)]
+    named = (link for link in table.links() if link.kind == kind and link.name.startswith(prefix))
+    asked = (link if link.up else sockets.host.link(link.name) for link in named)  # its alias may be new
+    return [link for link in asked if link is not None]
 
 
 def taken(link: Link, wanted: str) -> Conflict:

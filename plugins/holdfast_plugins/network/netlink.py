@@ -10,7 +10,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
@@ -190,11 +190,15 @@ def read_routes(body: bytes) -> Iterator[Route]:
         at += max((length + 3) & ~3, 8)
 
 
-def link_news(heard: bytes) -> Iterator[tuple[Link, bool]]:
-    """The links of a datagram of the group for links, and whether each is still there."""
-    for kind, _, body in messages(heard):
-        if kind in (RTM_NEWLINK, RTM_DELLINK) and body[0] == socket.AF_UNSPEC:  # else it is about ports of bridges
-            yield _read_link(body), kind == RTM_NEWLINK
+def link_news(datagrams: Iterable[bytes]) -> Iterator[tuple[int, Link | None]]:
+    """The links that datagrams of the group for links are about, by index, as the last of them says; None: gone."""
+    last: dict[int, tuple[int, bytes]] = {}
+    for datagram in datagrams:
+        for kind, _, body in messages(datagram):
+            if kind in (RTM_NEWLINK, RTM_DELLINK) and body[0] == socket.AF_UNSPEC:  # else about a port of a bridge
+                last[_link.unpack_from(body)[2]] = kind, body
+    for index, (kind, body) in last.items():
+        yield index, _read_link(body) if kind == RTM_NEWLINK else None
 
 
 def route_news(heard: bytes) -> Iterator[Route]:
