@@ -209,21 +209,17 @@ class Gatherer:
         known = f", {len(layers) - len(fresh)} of them fetched already" if len(fresh) < len(layers) else ""
         plural = "layer" if len(layers) == 1 else "layers"
         self.told(written, f"{about(sum(layers.values()))} in {len(layers)} {plural}{known}")
-        if fresh:
-            self._fetch(reference, name, written, exact=media_type_of(manifest) == MANIFEST)
+        layout, exact = self.folder / "layout", media_type_of(manifest) == MANIFEST
+        try:
+            if fresh:
+                self._skopeo.fetch_layers(reference, name, written, layout, self.folder, exact=exact)
+        finally:
+            discard_tree(layout)
         for digest in fresh:
             if not self._blob(digest).exists():
                 raise Unfit(f"skopeo has not brought its layer {digest}")
         ordered = tuple((layer.digest, layer.size) for layer in parts.layers)
         return Gathered(written, reference.remote, top, manifest, config, ordered)
-
-    def _fetch(self, reference: Reference, name: str, written: str, *, exact: bool) -> None:
-        """Bring what is missing of the layers."""
-        layout = self.folder / "layout"
-        try:
-            self._skopeo.fetch_layers(reference, name, written, layout, self.folder, exact=exact)
-        finally:
-            discard_tree(layout)
 
     def _blob(self, digest: str) -> Path:
         return self.blobs / digest.removeprefix("sha256:")

@@ -21,19 +21,9 @@ from holdfast.config import ImageSettings
 from holdfast.errors import HoldfastError, NotFound, Throttled, TryAgain, UnfitHost, WrongCall, WrongState
 from holdfast.grammar.images import DIGEST, Reference
 from holdfast.grammar.quantities import about
+from holdfast.images.formats import manifests
 from holdfast.images.formats.archives import path_of
 from holdfast.images.formats.layout import digest_of
-from holdfast.images.formats.manifests import (
-    Descriptor,
-    Layer,
-    Manifest,
-    Unfit,
-    architecture,
-    check_digest,
-    find_manifest,
-    read_diff_ids,
-    read_manifest,
-)
 from holdfast.images.formats.references import parse
 from holdfast.images.incoming.fetch import Downloads, Fetch, missing
 from holdfast.images.incoming.load import list_archive, load_archive, load_reference
@@ -93,9 +83,10 @@ class Puller:
         """Add up the bytes of layers that a pull of a reference would fetch. Raises as `resolve`."""
         here: set[str] = set()
         for name in self.store.names().values():
-            with suppress(NotFound, Unfit):
-                here.update(layer.digest for layer in read_manifest(self.store.read_blob(name.digest)).layers)
-        layers = read_manifest(self.resolve(ref, deadline).manifest).layers
+            with suppress(NotFound, manifests.Unfit):
+                stored = manifests.read_manifest(self.store.read_blob(name.digest))
+                here.update(layer.digest for layer in stored.layers)
+        layers = manifests.read_manifest(self.resolve(ref, deadline).manifest).layers
         return sum({layer.digest: layer.size for layer in layers if layer.digest not in here}.values())
 
     def resolve(self, ref: str, deadline: float | None = None) -> Remote:
@@ -113,11 +104,11 @@ class Puller:
             raise failure(NotFound, f"{error} {more}", error.wait) from error
         with _unfit(ref):
             if reference.digest:
-                check_digest(top, reference.digest)
-            manifest = find_manifest(
-                top, lambda chosen: self._document(reference, chosen, ref, deadline), architecture()
+                manifests.check_digest(top, reference.digest)
+            manifest = manifests.find_manifest(
+                top, lambda chosen: self._document(reference, chosen, ref, deadline), manifests.architecture()
             )
-            read_manifest(manifest)
+            manifests.read_manifest(manifest)
         return Remote(reference, top, digest_of(top), manifest, digest_of(manifest))
 
     def pull(
@@ -240,7 +231,7 @@ class Puller:
             return bool(self.store.resolve(ref))
         return False
 
-    def _document(self, reference: Reference, blob: Descriptor, ref: str, deadline: float | None) -> bytes:
+    def _document(self, reference: Reference, blob: manifests.Descriptor, ref: str, deadline: float | None) -> bytes:
         """Read a manifest, or an index in an index: from the store if it is there."""
         with suppress(NotFound):
             return self.store.read_blob(blob.digest)
@@ -248,10 +239,10 @@ class Puller:
 
     def _pull(self, ref: str, remote: Remote, fetch: Fetch, transfer: Transfer, news: _News) -> Image:
         with _unfit(ref):
-            manifest = read_manifest(remote.manifest)
+            manifest = manifests.read_manifest(remote.manifest)
             config = self._config(manifest, fetch)
-            diff_ids = read_diff_ids(config, len(manifest.layers), architecture())
-        jobs = missing(self.store, transfer, map(Layer, diff_ids, manifest.layers), f"pull {ref!r}")
+            diff_ids = manifests.read_diff_ids(config, len(manifest.layers), manifests.architecture())
+        jobs = missing(self.store, transfer, map(manifests.Layer, diff_ids, manifest.layers), f"pull {ref!r}")
         began = time.monotonic()
         if not self.skopeo.policy_is_open():
             self._check_policy(ref, remote, manifest)
@@ -268,14 +259,14 @@ class Puller:
             news.end(image.digest, time.monotonic() - began)
         return image
 
-    def _config(self, manifest: Manifest, fetch: Fetch) -> bytes:
+    def _config(self, manifest: manifests.Manifest, fetch: Fetch) -> bytes:
         with suppress(NotFound):
             return self.store.read_blob(manifest.config.digest)
         data = fetch.small(manifest.config)
-        check_digest(data, manifest.config.digest)
+        manifests.check_digest(data, manifest.config.digest)
         return data
 
-    def _check_policy(self, ref: str, remote: Remote, manifest: Manifest) -> None:
+    def _check_policy(self, ref: str, remote: Remote, manifest: manifests.Manifest) -> None:
         layers = [layer.digest for layer in manifest.layers]
         with self.store.layers.scratch() as scratch:
             checked = self.skopeo.check_policy(remote.reference, layers, ref, scratch)
@@ -320,5 +311,5 @@ def _unfit(ref: str) -> Iterator[None]:
     """Make what can't be taken an error of the pull: another push helps, or another reference."""
     try:
         yield
-    except Unfit as error:
+    except manifests.Unfit as error:
         raise failure(WrongState, f"pull {ref!r}: {error}", UNFIT) from error

@@ -50,11 +50,8 @@ def write_layer(store: ImageStore, diff_id: str, out: Sink, *, compress: bool = 
         gzip.finish()
     if plain.digest != diff_id:
         raise WrongState(f"write layer {diff_id!r}: it has become {plain.digest} (damaged in the store)")
-    return {
-        "mediaType": f"{oci.LAYER}+gzip" if compress else oci.LAYER,
-        "digest": counted.digest,
-        "size": counted.size,
-    }
+    kind = f"{oci.LAYER}+gzip" if compress else oci.LAYER
+    return {"mediaType": kind, "digest": counted.digest, "size": counted.size}
 
 
 def write_layout(store: ImageStore, image: Image, folder: Path, tag: str = "latest") -> str:

@@ -34,16 +34,10 @@ from urllib.request import (
 
 from holdfast.errors import TryAgain
 from holdfast.grammar.images import DIGEST, Reference
+from holdfast.images.formats.layout import INDEXES, MANIFEST
 from holdfast.images.registry.skopeo import entry_of, is_loopback, prefix_of
 
-ACCEPT = ", ".join(
-    (
-        "application/vnd.oci.image.index.v1+json",
-        "application/vnd.docker.distribution.manifest.list.v2+json",
-        "application/vnd.oci.image.manifest.v1+json",
-        "application/vnd.docker.distribution.manifest.v2+json",
-    )
-)
+ACCEPT = ", ".join((*INDEXES, MANIFEST, "application/vnd.docker.distribution.manifest.v2+json"))
 DOCKER_HUB, HUB_HOST = "docker.io", "registry-1.docker.io"
 CERTIFICATES = (Path("/etc/containers/certs.d"), Path("/etc/docker/certs.d"))
 REFUSALS = (429, 503)  # statuses whose Retry-After says when to come again
