@@ -21,7 +21,7 @@ from holdfast.errors import HoldfastError, Stopping, TryAgain, UnfitHost, WrongC
 from holdfast.images.incoming.pull import Puller
 from holdfast.images.incoming.transfers import Transfers
 from holdfast.images.kept.store import ImageStore
-from holdfast.images.outgoing.push import push
+from holdfast.images.outgoing.write import push
 from layouts import Layout, make_layout
 from live.agent import LiveAgent
 from live.conftest import QUICK

@@ -18,8 +18,7 @@ from holdfast.images.incoming.load import import_rootfs
 from holdfast.images.incoming.transfers import Transfer
 from holdfast.images.kept.collect import collect
 from holdfast.images.kept.image import Freed, Image, Name, moment
-from holdfast.images.outgoing.push import push
-from holdfast.images.outgoing.write import FORMATS, save
+from holdfast.images.outgoing.write import FORMATS, push, save
 from holdfast.node.bundle import load_bundle
 from holdfast.node.capture import commit_container, export_container, export_image
 from holdfast.node.context import Context

@@ -38,8 +38,7 @@ from holdfast.images.formats.manifests import architecture
 from holdfast.images.formats.references import parse
 from holdfast.images.kept.image import Image, whole_history
 from holdfast.images.kept.store import ImageStore
-from holdfast.images.outgoing.push import push, push_index
-from holdfast.images.outgoing.write import write_layout
+from holdfast.images.outgoing.write import push, push_index, write_layout
 from holdfast.images.registry.faults import failure
 from holdfast.images.unpacking.unpack import Expected
 from holdfast.observed import Json

@@ -1,4 +1,4 @@
-"""Write images of the store as OCI layouts and archives that skopeo, Podman and Docker read.
+"""Write images of the store as OCI layouts and archives that skopeo, Podman and Docker read, and send them away.
 
 A layer's archive is made again from its recipe while it is written, and compared with its diff id. Layers are
 compressed anew: the manifest that lists them differs from the registry's, as with `docker save`; the configuration,
@@ -9,7 +9,7 @@ committed) keeps that in an archive. Source: Docker Image Specification v1.2.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
@@ -19,6 +19,7 @@ from holdfast.images.formats import layout as oci
 from holdfast.images.formats.references import parse
 from holdfast.images.kept.image import Image
 from holdfast.images.kept.store import ImageStore
+from holdfast.images.registry.skopeo import Skopeo
 from holdfast.images.unpacking.recipe import rebuild
 from holdfast.questions import Json, Sink
 
@@ -145,6 +146,26 @@ def _add_image(
     annotations = image.manifest.get("annotations")
     more = {"annotations": annotations} if annotations else {}
     return out.add(oci.manifest_of(config, [written[diff_id] for diff_id in image.diff_ids], **more), oci.MANIFEST)
+
+
+def push(store: ImageStore, skopeo: Skopeo, image: Image, ref: str, told: Callable[..., None]) -> str:
+    """Send an image to a registry; blobs that are there are not sent again. Returns the manifest's digest there.
+
+    told: called with the event, as `store.event`.
+    """
+    reference = skopeo.reference(ref, "push")
+    if reference.digest:
+        raise WrongCall(f"push {ref!r}: the digest of a push can't be chosen (expected [HOST/]NAME[:TAG])")
+    with store.keep(), store.layers.scratch() as folder:
+        digest = write_layout(store, image, folder)
+        skopeo.send(folder, "latest", reference, ref)
+    told("pushed", ref, f"{image.digest} is there as {digest}", digest=digest)
+    return digest
+
+
+def push_index(skopeo: Skopeo, layout: Path, ref: str) -> None:
+    """Send the index of a layout (tag `latest`) to a registry, with all images in it."""
+    skopeo.send(layout, "latest", skopeo.reference(ref, "push"), ref, every=True)
 
 
 def _names(store: ImageStore, reference: str, image: Image) -> list[str]:
