@@ -32,19 +32,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from holdfast.syscalls import (
-    CLONE_NEWIPC,
-    CLONE_NEWNET,
-    CLONE_NEWUTS,
-    MNT_DETACH,
-    MS_BIND,
-    MS_NODEV,
-    MS_NOSUID,
-    MS_PRIVATE,
-    MS_REC,
-    call,
-    mount,
-)
+from holdfast import syscalls
+from holdfast.syscalls import call, mount
 
 FIRST_ID, IDS = 0x7800_0000, 0x0400_0000  # of the host: above what directories give out, below systemd's own ranges
 
@@ -102,7 +91,7 @@ def _fence(parent: int, plan: dict[str, Any], control: socket.socket) -> int:
         signal.signal(number, lambda *_: os.kill(child, signal.SIGKILL))
     if ours.recv(1):
         for name in ("uid_map", "gid_map"):
-            with open(f"/proc/{child}/{name}", "w") as file:  # noqa: PTH123 - as few imports as can be
+            with open(f"/proc/{child}/{name}", "w") as file:  # noqa: PTH123
                 file.write(f"0 {FIRST_ID} {IDS}\n")
         control.send(str(child).encode())
         if control.recv(1):
@@ -119,8 +108,8 @@ def _separate(control: socket.socket, plan: dict[str, Any]) -> None:
         with open(f"{folder}/cgroup.procs", "w") as file:  # noqa: PTH123
             file.write("0")
     _build_root(plan)
-    own = CLONE_NEWNET if plan["network"] == "own" else 0
-    namespaces = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS | own
+    own = syscalls.CLONE_NEWNET if plan["network"] == "own" else 0
+    namespaces = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWUTS | own
     call("unshare", namespaces, about="namespaces")
     control.send(b"x")
     if not control.recv(1):
@@ -165,13 +154,13 @@ def _build_root(plan: dict[str, Any]) -> None:
     neither take off nor make writable (mount_namespaces(7), "Restrictions on mount namespaces").
     """
     call("unshare", CLONE_NEWNS, about="mounts")
-    mount("none", Path("/"), flags=MS_REC | MS_PRIVATE)
+    mount("none", Path("/"), flags=syscalls.MS_REC | syscalls.MS_PRIVATE)
     root = plan["root"]
     present = [*SYSTEM, *SETTINGS, *plan["readable"], *plan["writable"]]
     links = {path: os.readlink(path) for path in present if os.path.islink(path)}  # noqa: PTH114, PTH115
     held = {path: os.open(path, os.O_PATH) for path in present if path not in links and os.path.exists(path)}  # noqa: PTH110
     held |= {f"/dev/{name}": os.open(f"/dev/{name}", os.O_PATH) for name in DEVICES}
-    mount("tmpfs", Path(root), "tmpfs", MS_NOSUID, "mode=755")
+    mount("tmpfs", Path(root), "tmpfs", syscalls.MS_NOSUID, "mode=755")
     for path in (*FOLDERS, *OWN_FOLDERS):
         os.makedirs(root + path, exist_ok=True)  # noqa: PTH103
     for path in OWN_FOLDERS:
@@ -194,18 +183,18 @@ def _enter_root(plan: dict[str, Any]) -> None:
 
     The folder's own mount came with the namespace and is locked to it: a copy of it, on top, becomes the root.
     """
-    flags = MS_NOSUID | MS_NOEXEC
+    flags = syscalls.MS_NOSUID | MS_NOEXEC
     copied = call("syscall", SYS_OPEN_TREE, AT_FDCWD, b".", OPEN_TREE_CLONE | AT_RECURSIVE, about="new root")
     call("syscall", SYS_MOVE_MOUNT, copied, b"", AT_FDCWD, b".", MOVE_MOUNT_F_EMPTY_PATH, about="new root")
     os.fchdir(copied)
     os.close(copied)
     mount("devpts", Path("dev/pts"), "devpts", flags, "newinstance,ptmxmode=0666,mode=620,gid=5")
-    mount("shm", Path("dev/shm"), "tmpfs", flags | MS_NODEV, "mode=1777,size=64m")
-    mount("proc", Path("proc"), "proc", flags | MS_NODEV)
+    mount("shm", Path("dev/shm"), "tmpfs", flags | syscalls.MS_NODEV, "mode=1777,size=64m")
+    mount("proc", Path("proc"), "proc", flags | syscalls.MS_NODEV)
     if plan["network"] == "own":  # only who owns the network may see it there
-        mount("sysfs", Path("sys"), "sysfs", flags | MS_NODEV | MS_RDONLY)
+        mount("sysfs", Path("sys"), "sysfs", flags | syscalls.MS_NODEV | MS_RDONLY)
     call("pivot_root", b".", b".", about="new root")
-    call("umount2", b".", MNT_DETACH, about="host's root")
+    call("umount2", b".", syscalls.MNT_DETACH, about="host's root")
     os.chdir("/")
 
 
@@ -217,7 +206,7 @@ def _bind(descriptor: int, target: str, attributes: int) -> None:
     else:
         os.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH103, PTH120
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
-    mount(source, Path(target), flags=MS_BIND | MS_REC)
+    mount(source, Path(target), flags=syscalls.MS_BIND | syscalls.MS_REC)
     wanted, place = struct.pack("4Q", attributes, 0, 0, 0), os.fsencode(target)  # struct mount_attr
     call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, place, AT_RECURSIVE, wanted, len(wanted), about=target)
     os.close(descriptor)
