@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from holdfast.node.context import Context
-from holdfast.node.observe import firewall_kept, network_state, observe, seen_instance
+from holdfast.node.observe import firewall_kept, lacking_binds, network_state, observe, seen_instance
 from holdfast.node.watch import ExitWatch
 from holdfast.observed import FirewallWant, Instance, InstanceId, Json, NetworkState, Observed, Receipt, Subject
 from holdfast.spec.model import Container
@@ -36,7 +36,7 @@ class Lookout:
         self._instances: dict[InstanceId, Instance] = {}  # those that are as recorded
         self._networks: dict[str, tuple[Receipt, NetworkState]] = {}
         self._volumes: list[Receipt] = []
-        self._wanted: dict[int, Container] = {}  # by identity: what does not change stays the same object
+        self._wanted: dict[int, Container] = {}  # of the last full look, by identity
         self._firewall: tuple[Json | None, FirewallWant | None] = (None, None)
         self.skipped = False
 
@@ -46,20 +46,18 @@ class Lookout:
 
     def look(self, busy: frozenset[Subject], wanted: Sequence[Container], *, deep: bool, light: bool) -> Observed:
         """Read the host. light: reading the records will do, if they are to be trusted. The rest: see `observe`."""
-        self.skipped = light and not deep and self._may_skip() and not self._asks_for_mounts(wanted)
+        self.skipped = light and not deep and self._may_skip()
         if not self.skipped:
             return self._full(busy, deep=deep, wanted=wanted)
         self._full_by = min(self._full_by, time.monotonic() + LONGEST)
-        return self._from_records(busy)
+        new = [
+            want for want in wanted if id(want) not in self._wanted
+        ]  # of the others, the full look has seen the binds
+        return self._from_records(busy, new)
 
     def _may_skip(self) -> bool:
         due = time.monotonic() >= self._full_by
         return self._trusted and not due and self._context.same_boot() and self._volume_receipts() == self._volumes
-
-    def _asks_for_mounts(self, wanted: Iterable[Container]) -> bool:
-        """Whether a container that is new since the last full look has mounts that the host may lack."""
-        new = (want for want in wanted if id(want) not in self._wanted)
-        return any(mount.kind == "bind" for want in new for mount in want.mounts)
 
     def _volume_receipts(self) -> list[Receipt]:
         return [each for each in self._context.store.owned("") if each.kind == "volume"]
@@ -106,7 +104,7 @@ class Lookout:
         self._networks[receipt.id] = receipt, state
         return state
 
-    def _from_records(self, busy: frozenset[Subject]) -> Observed:
+    def _from_records(self, busy: frozenset[Subject], new: Sequence[Container]) -> Observed:
         store, known, watching = self._context.store, self._instances, self._exits.watching
         instances = []
         for id, instance in list(store.instances.items()):
@@ -125,6 +123,7 @@ class Lookout:
             firewall=firewall,
             published=firewall.ports if firewall else (),
             limits=dict(self._context.limits),
+            lacking=lacking_binds(new),
             busy=busy,
         )
         return self._last

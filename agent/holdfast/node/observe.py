@@ -73,9 +73,6 @@ def observe(
     seen = tuple(each if each.key in busy else look(each) for each in instances)
     known = {instance.id for instance in instances} | {InstanceId(each) for each in building | context.builds}
     firewall, published = _firewall(context, things)
-    mounted = Mounted.now()
-    different = {id(want): want for want in (*wanted, *(each.want for each in instances))}.values()
-    binds = {lack_key(mount): mount for want in different for mount in want.mounts if mount.kind == "bind"}
     orphans, foreign = _unclaimed(context, things, known)
     return Observed(
         at=at,
@@ -89,7 +86,7 @@ def observe(
         foreign=foreign,
         busy=busy,
         missing=missing_drivers(context, things.values()),
-        lacking={key: reason for key, mount in binds.items() if (reason := lacking(mount, mounted))},
+        lacking=lacking_binds((*wanted, *(each.want for each in instances))),
         findings=looked.findings,
     )
 
@@ -114,6 +111,13 @@ def everything(context: Context, looked: Mapping[str, Mapping[str, Seen]], *, de
     yield from netns.observe(context.host)
     for id in context.runtime.state() | (context.runtime.cgroups() if deep else frozenset()):
         yield Receipt("run", context.runtime.binary.name, id, id)
+
+
+def lacking_binds(wants: Iterable[Container]) -> dict[str, str]:
+    """Why binds of these containers can't be made now (`Observed.lacking`)."""
+    mounted, different = Mounted.now(), {id(want): want for want in wants}.values()
+    binds = {lack_key(mount): mount for want in different for mount in want.mounts if mount.kind == "bind"}
+    return {key: reason for key, mount in binds.items() if (reason := lacking(mount, mounted))}
 
 
 # -- instances -----------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ The rules, in the order in which they are applied:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from holdfast.observed import (
@@ -54,7 +53,7 @@ from holdfast.plan.actions import (
     WriteFirewall,
     WriteNames,
 )
-from holdfast.plan.derived import name_table, names_of, published_ports
+from holdfast.plan.derived import names_of, published_ports
 from holdfast.plan.diff import changes, mounted_files, replaces, volume_changes
 from holdfast.plan.draft import PlanDraft
 from holdfast.plan.memory import Memory
@@ -78,7 +77,7 @@ def decide(spec: Spec | None, observed: Observed, history: History, now: float, 
     draft = PlanDraft(observed, history, now, memory)
     draft.targets = dict(targets(spec, draft))
     draft.stays_for = _stays_for(draft)
-    draft.joining = Counter(joined(draft))
+    draft.joining = joined(draft)
     _orphans(draft)
     moving = {name: each.app.depends_on for name, each in draft.targets.items() if name not in memory.apps}
     for app in _in_order(moving):
@@ -322,10 +321,10 @@ def _stays_for(draft: PlanDraft) -> Mapping[str, list[str]]:
     """Container or app → the running containers that have to leave before it."""
     leaving = [
         each
-        for app in sorted(draft.by_app.keys() - draft.memory.apps.keys())
-        for there in draft.by_app[app].values()
-        for each in there
-        if each.phase == "running" and _leaves(each, draft)
+        for app in sorted(draft.by_app.keys() - draft.memory.apps.keys() - draft.without_generation)
+        for name in draft.by_app[app].keys() - (draft.targets[app].app.containers if app in draft.targets else ())
+        for each in draft.by_app[app][name]
+        if each.phase == "running"
     ]
     before: dict[str, list[str]] = {}
     for each in leaving:
@@ -337,13 +336,6 @@ def _stays_for(draft: PlanDraft) -> Mapping[str, list[str]]:
     if all(each.key in before or each.app in before for each in leaving):
         return {}  # a ring, as containers of several commits can make: all of it at once
     return before
-
-
-def _leaves(instance: Instance, draft: PlanDraft) -> bool:
-    if instance.app in draft.without_generation:
-        return False
-    target = draft.targets.get(instance.app)
-    return target is None or instance.container not in target.app.containers
 
 
 def _depends_on(app: str, draft: PlanDraft) -> tuple[str, ...]:
@@ -456,7 +448,7 @@ def _names(draft: PlanDraft) -> None:
         and any(each.addresses.values())
         and joining.isdisjoint(each.want.networks)
     ]
-    known = name_table(draft.observed.instances, {network for each in readers for network in each.want.networks})
+    known = memory.name_table(draft.observed.instances, {net for each in readers for net in each.want.networks})
     stale = {each.id: names for each in readers if (names := names_of(each, known)).digest != each.names}
     memory.unwritten = frozenset(net for each in readers if each.id in stale for net in each.want.networks) | joining
     if stale:

@@ -7,11 +7,13 @@ made without a memory is the same plan (`tests/unit/test_plan_properties.py` com
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from holdfast.observed import FirewallNetwork, Generation, History, Instance, InstanceId, NetworkState, Observed
-from holdfast.plan.derived import firewall_networks
+from holdfast.plan.actions import Names
+from holdfast.plan.derived import NameTable, firewall_networks, name_table
 from holdfast.spec.model import App, Container, Mount, Spec
 
 UNMANAGED = frozenset({"none", "host"})  # networks that nobody makes
@@ -94,8 +96,9 @@ class RestingContainer:
 class Memory:
     """What is kept. It belongs to one caller that makes one plan after the other.
 
-    networks: network → its state, how many containers join it, and the app that defines it. joined: app → for each
-    container the networks that it joins. unwritten: networks whose hosts files may be out of date.
+    networks: network → its state, how many containers join it, and the app that defines it. joined: app → the
+    network of each attachment of its containers. joining: network → how many containers join it. names: network →
+    app → what hosts files say of its members. unwritten: networks whose hosts files may be out of date.
     """
 
     index: Index = field(default_factory=Index)
@@ -104,12 +107,16 @@ class Memory:
     containers: dict[str, tuple[App, dict[str, RestingContainer]]] = field(default_factory=dict)
     networks: dict[str, tuple[NetworkState, int, str]] = field(default_factory=dict)
     joined: dict[str, tuple[App, list[str]]] = field(default_factory=dict)
+    joining: Counter[str] = field(default_factory=Counter)
+    names: dict[str, dict[str, Names]] = field(default_factory=dict)
     firewall: tuple[Mapping[str, NetworkState], tuple[FirewallNetwork, ...]] = field(default_factory=lambda: ({}, ()))
     unwritten: frozenset[str] = frozenset()
 
     def follow(self, spec: Spec | None, observed: Observed, history: History) -> None:
         """Go on to another world: forget what does not rest on the same objects any more."""
         self.index = self.index.follow(observed.instances)
+        for network in self.names.keys() & (self.names if self.index.moved is None else self.index.moved):
+            del self.names[network]
         shared = (
             spec is None, observed.networks, observed.volumes, observed.lacking,
             history.holds, history.failures, history.newer,
@@ -157,7 +164,7 @@ class Memory:
         app = generation.app
         if app.images or any(key.startswith(f"{app.name}/") for key in history.holds):
             return
-        owners = frozenset(network.rpartition("/")[0] for network in self.joins(app)) - {"", app.name}
+        owners = frozenset(network.rpartition("/")[0] for network in self.joined[app.name][1]) - {"", app.name}
         known, there = history.generations[app.name], self.index.by_app.get(app.name)
         if there is not None:
             self.apps[app.name] = RestingApp(wanted, known, there, generation, owners)
@@ -182,10 +189,21 @@ class Memory:
             self.firewall = (states, firewall_networks(states.values()))
         return self.firewall[1]
 
-    def joins(self, app: App) -> list[str]:
-        """The networks that the containers of an app join, each as often as one does."""
-        known = self.joined.get(app.name)
-        if known is None or known[0] is not app:
-            found = [net for want in app.containers.values() for net in want.networks if net not in UNMANAGED]
-            known = self.joined[app.name] = (app, found)
-        return known[1]
+    def count_joining(self, apps: Iterable[App]) -> Mapping[str, int]:
+        """Count the containers that join each network. Only apps that have changed are gone through."""
+        held = {app.name: app for app in apps}
+        for name in [name for name, (app, _) in self.joined.items() if held.get(name) is not app]:
+            self.joining -= Counter(self.joined.pop(name)[1])
+        for name in held.keys() - self.joined.keys():
+            joined = [net for want in held[name].containers.values() for net in want.networks if net not in UNMANAGED]
+            self.joined[name] = held[name], joined
+            self.joining.update(joined)
+        return self.joining
+
+    def name_table(self, instances: Iterable[Instance], networks: set[str]) -> NameTable:
+        """Say who is called what on each of these networks. Only those with other members are gone through."""
+        changed = networks - self.names.keys()
+        self.names |= {network: {} for network in changed}
+        for (network, app), found in name_table(instances, changed).items():
+            self.names[network][app] = found
+        return {(network, app): found for network in networks for app, found in self.names[network].items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 from holdfast.observed import Generation, Instance, NetworkState, Subject
 from holdfast.plan.actions import Change, EnsureNetwork, RemoveNetwork, Replace
@@ -16,24 +16,29 @@ from holdfast.spec.model import BUILD_NETWORK, Container, Network
 DEFAULT_NETWORK = Network()
 
 
-def joined(draft: PlanDraft) -> Iterator[str]:
-    """The networks of all containers that are wanted, each as often as one joins it; that of builds, if needed."""
+def joined(draft: PlanDraft) -> Mapping[str, int]:
+    """How many of the containers that are wanted join each network; that of builds is there if it is needed."""
     apps = [generation.app for generation in draft.targets.values()]
+    counted = draft.memory.count_joining(apps)
     if draft.builds or any(app.images and joins_network(app) for app in apps):
-        yield BUILD_NETWORK
-    for app in apps:
-        yield from draft.memory.joins(app)
+        return {**counted, BUILD_NETWORK: counted.get(BUILD_NETWORK, 0) + 1}
+    return counted
 
 
 def plan_networks(draft: PlanDraft) -> None:
     """Decide about every network that containers are to join, or that is there."""
     states, known = draft.observed.networks, draft.memory.networks
     settled = {"", *draft.memory.apps}
-    for network in sorted(draft.joining):
+    unsettled = [
+        network
+        for network, joining in draft.joining.items()
+        if (rests := known.get(network)) is None
+        or rests[0] is not states.get(network)
+        or rests[1] != joining
+        or rests[2] not in settled
+    ]
+    for network in sorted(unsettled):
         joining, state = draft.joining[network], states.get(network)
-        rests = known.get(network)
-        if rests is not None and rests[0] is state and rests[1] == joining and rests[2] in settled:
-            continue
         if _hold_network(network, state, draft) and state is not None:
             known[network] = (state, joining, _owner(network))
         else:
