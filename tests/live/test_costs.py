@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,6 +29,7 @@ ENDED = Instance(
     image="sha",
     phase="exited",
 )
+ASKED = re.compile(r".*/firewall\.json")  # what the driver of firewalls reads in every look
 opened: list[str] | None = None  # while somebody counts
 
 
@@ -68,7 +70,7 @@ def test_a_look_after_our_own_work_reads_records_and_asks_no_driver(node: Node, 
         store.put_instance(replace(ENDED, id=InstanceId(f"c{number}"), container=f"c{number}"))
     node.context.mark_boot()
     whole, files = look(node, light=False)
-    assert "/proc/self/mountinfo" in files  # where the driver of root file systems looks
+    assert any(map(ASKED.match, files))
     changed = store.change_instance(InstanceId("c3"), exit=Exit(1))
     again, files = look(node)
     assert not [file for file in files if not file.startswith((str(node.context.host.run_root), "/proc/sys/"))]
@@ -79,9 +81,9 @@ def test_a_look_after_our_own_work_reads_records_and_asks_no_driver(node: Node, 
 def test_after_something_went_wrong_the_whole_host_is_looked_at(node: Node) -> None:
     node.context.mark_boot()
     look(node, light=False)
-    assert "/proc/self/mountinfo" not in look(node)[1]
+    assert not any(map(ASKED.match, look(node)[1]))
     node._noticed("firewall", "")
-    assert "/proc/self/mountinfo" in look(node)[1]
-    assert "/proc/self/mountinfo" not in look(node)[1]
+    assert any(map(ASKED.match, look(node)[1]))
+    assert not any(map(ASKED.match, look(node)[1]))
     Path(node.context.host.run_root / "boot").unlink()  # as a reboot does
-    assert "/proc/self/mountinfo" in look(node)[1]
+    assert any(map(ASKED.match, look(node)[1]))
