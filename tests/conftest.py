@@ -6,6 +6,7 @@ A live test that can't run here is skipped with the reason, and fails where CI=t
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import shutil
 import tempfile
@@ -29,6 +30,7 @@ LONGEST = (
 )
 PROGRAMS = ("conmon", "nft", "ip", "git", "busybox", "skopeo", "buildah")
 
+gc.disable()  # until all tests are collected: none of what they are made of is garbage
 os.environ["PATH"] += os.pathsep + "/usr/local/sbin:/usr/sbin:/sbin"
 
 
@@ -54,6 +56,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("mounts"))
         if PATIENCE != 1 and (limit := item.get_closest_marker("timeout")):
             item.add_marker(pytest.mark.timeout(patient(limit.args[0])), append=False)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the tests themselves out of every look for garbage, and out of what a forked process copies."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

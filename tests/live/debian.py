@@ -1,4 +1,7 @@
-"""A Debian to build on: debootstrap's, made once and kept, for it takes a minute and Debian's archive."""
+"""A Debian to build on: debootstrap's, without what images of Debian leave out as well.
+
+It is made once for all working copies and kept, because making it takes a minute and Debian's archive.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,19 @@ import subprocess
 from pathlib import Path
 
 from ground import patient
+from holdfast.files import discard_tree
 
 SUITE = "bookworm"
 MIRROR = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
-CACHE = Path(__file__).parents[2] / ".pytest_cache/debian"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "holdfast-tests/debian"
+LEFT_OUT = (
+    "usr/share/doc",
+    "usr/share/man",
+    "usr/share/locale",
+    "usr/share/info",
+    "var/cache/apt",
+    "var/lib/apt/lists",
+)
 
 
 def debian_tar() -> Path:
@@ -28,7 +40,7 @@ def debian_tar() -> Path:
 
 def _make(tar: Path) -> None:
     folder, fresh = CACHE / "rootfs", tar.with_suffix(".new")
-    shutil.rmtree(folder, ignore_errors=True)
+    discard_tree(folder)
     program = shutil.which("debootstrap")
     if program is None:
         raise LookupError("debootstrap is not installed")
@@ -40,8 +52,8 @@ def _make(tar: Path) -> None:
         )  # fmt: skip
         if done.returncode != 0:
             raise LookupError(f"debootstrap failed: {(done.stdout + done.stderr).strip().splitlines()[-1:]}")
-        # What it downloaded is of no more use.
-        shutil.rmtree(folder / "var/cache/apt/archives", ignore_errors=True)
+        for name in LEFT_OUT:
+            discard_tree(folder / name)
         words = [
             "tar",
             "--create",
@@ -56,4 +68,4 @@ def _make(tar: Path) -> None:
         subprocess.run(words, check=True, capture_output=True)
         fresh.replace(tar)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        discard_tree(folder)

@@ -98,7 +98,7 @@ def test_files_that_a_document_names_exist(document: str) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=ids)
 def test_a_module_says_what_it_is_for_and_stays_readable(path: Path) -> None:
     text = path.read_text()
-    assert text.strip() == "" or ast.get_docstring(ast.parse(text)), "no docstring"
+    assert text == "" or text.startswith('"""'), "no docstring"
     assert path.stem not in VAGUE, "the name does not say what is inside"
     assert len(text.splitlines()) <= 600, "too long: split it by noun or by verb"
 
@@ -123,6 +123,8 @@ def pretended(text: str) -> Iterator[str]:
 
     A constant in capitals may be another one: that is a limit or a place, and what works with it is the real thing.
     """
+    if not re.search("mock|sleep|setattr", text):
+        return
     tree, ours = ast.parse(text), {"holdfast", "holdfast_plugins"}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom | ast.Import):
