@@ -19,7 +19,6 @@ from holdfast.errors import NoAgent, TryAgain
 from live import forkserver
 
 HOLDFAST = str(Path(sys.executable).with_name("holdfast"))
-PYTHONPATH = os.environ.get("PYTHONPATH", "")
 Status = Mapping[str, Any]
 
 
@@ -32,7 +31,7 @@ class LiveAgent:
         self.config = home / "agent.toml"
         self.process: subprocess.Popen[bytes] | forkserver.Process | None = None
         self._read = ""  # the agent.toml that the process has read
-        self.through: tuple[str, ...] = ()  # the words before `holdfast agent`: a program that runs it
+        self.through: tuple[str, ...] = ()  # a program that runs the installed script `holdfast`, and its words
         self.state.mkdir(parents=True)
         self.configure()
 
@@ -51,7 +50,7 @@ class LiveAgent:
         self._read = self.config.read_text()
         words = ("agent", "--config", str(self.config))
         with (self.home / "agent.log").open("ab") as log, Path(os.devnull).open("rb") as nothing:
-            if self.through or self._as_script:
+            if self.through:
                 self.process = subprocess.Popen(
                     [*self.through, HOLDFAST, *words],
                     stdin=nothing, stdout=log, stderr=log, start_new_session=True,
@@ -94,9 +93,9 @@ class LiveAgent:
         """Run `holdfast args…` against this agent; check: raise AssertionError unless it exits 0."""
         environment = {**os.environ, "HOLDFAST_CONFIG": str(self.config)}
         environment.pop("COLUMNS", None)  # a test that runs beside others has it, and tables would fold
-        if self._as_script:
+        if self.through:
             done = subprocess.run(
-                [HOLDFAST, *args], check=False, env=environment, text=True, timeout=patient(timeout),
+                [*self.through, HOLDFAST, *args], check=False, env=environment, text=True, timeout=patient(timeout),
                 stdin=subprocess.DEVNULL, capture_output=True,
             )  # fmt: skip
         else:
@@ -209,11 +208,6 @@ class LiveAgent:
         except (NoAgent, TryAgain):  # it has not begun to listen, or its first pass is under way
             return False
         return True
-
-    @property
-    def _as_script(self) -> bool:
-        """Whether a test has changed what Python finds, which a process that has begun already does not see."""
-        return os.environ.get("PYTHONPATH", "") != PYTHONPATH
 
     @staticmethod
     def _replace(path: Path, text: str) -> None:

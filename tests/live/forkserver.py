@@ -1,8 +1,8 @@
 """`holdfast …` in a process forked from one that has everything imported: what it costs is what the command does.
 
 One server for each worker of pytest, begun when it is first asked. A command gets its own session, environment,
-folder and descriptors. What must be the installed script (how it is found, what it imports, what plugins a PYTHONPATH
-adds) is tested with the script.
+folder and descriptors, and finds the plugins that its PYTHONPATH adds. What must be the installed script (how it is
+found, what it imports) is tested with the script.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 LARGEST = 1 << 20  # bytes of a request
+ENVIRONMENT = dict(os.environ)  # the server's: nothing of the test that happens to ask it first
 PR_SET_CHILD_SUBREAPER = 36
 LONGEST = 4000  # bytes of a command line, as ps(1) shows it
 
@@ -120,9 +121,8 @@ def run(words: Sequence[str], environment: Mapping[str, str], timeout: float) ->
 @cache
 def _server() -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(theirs.fileno()), " " * LONGEST], pass_fds=[theirs.fileno()]
-    )
+    words = [sys.executable, __file__, str(theirs.fileno()), " " * LONGEST]
+    process = subprocess.Popen(words, pass_fds=[theirs.fileno()], env=ENVIRONMENT)
     theirs.close()
 
     def end() -> None:
@@ -210,6 +210,9 @@ def _become(request: Mapping[str, Any], fds: Sequence[int], program: Callable[[S
             os.dup2(fd, number)
         os.closerange(3, max(fds) + 64)
         os.chdir(request["cwd"])
+        added = request["environment"].get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[:0] = [place for place in added if place and place not in sys.path]
+        sys.dont_write_bytecode = bool(request["environment"].get("PYTHONDONTWRITEBYTECODE"))
         os.environ.clear()
         os.environ.update(request["environment"])
         _be_called(["holdfast", *request["words"]])

@@ -311,7 +311,7 @@ STORIES: Mapping[str, Story] = {
             "MarkGood shop",
         ),
         back=GOES,
-        parts=6,
+        parts=8,
     ),
     "a restart": Story(_dies, True, True, ("StartInstance shop/web", PASS), parts=2),
     "an update while it runs": Story(_is_resized, True, True, ("UpdateInstance shop/web",)),

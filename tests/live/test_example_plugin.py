@@ -66,6 +66,7 @@ def test_a_state_file_asks_for_a_volume_of_the_plugin(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", installed["PYTHONPATH"])
     agent = new_agent(site)
+    agent.through = ("env",)  # the script, as its users start it
     agent.start()
     agent.image("busybox:1")
     agent.write("shop.toml", STATE)
