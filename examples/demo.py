@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import fcntl
 import itertools
-import json
 import os
 import shlex
 import shutil
@@ -23,13 +22,15 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from busybox_image import write_busybox_tar
-from footprint import leftovers, sweep
+from footprint import find_leftovers, leftovers, sweep
+from holdfast.cli.client import Client
 from holdfast.drivers import Host
+from holdfast.errors import NoAgent, TryAgain
 
 NAME = "hfdemo"  # not "demo": processes are found by it, and `make demo` is a process, too
 POOL = "10.211.0.0/20"
@@ -77,7 +78,7 @@ class Stage:
                 [HOLDFAST, "agent", "--config", self.config], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
-        self.wait(lambda: run("status", "--json", show=False, ok=None).returncode == 0, "the agent answers")
+        self.wait(self.answers, "the agent answers")
 
     def import_image(self, *, show: bool) -> None:
         write_busybox_tar(self.home / "busybox.tar")
@@ -99,9 +100,17 @@ class Stage:
         self.wait(lambda: bool(self.status()["converged"]), "the agent says that it has converged")
         return time.monotonic() - begun
 
-    def status(self) -> dict[str, Any]:
-        status: dict[str, Any] = json.loads(run("status", "--json", show=False).stdout)
-        return status
+    def status(self) -> Mapping[str, Any]:
+        """What `holdfast status --json` prints; asked here, because waiting asks it often."""
+        return Client(self.host.run_root / "agent.sock").status()
+
+    def answers(self) -> bool:
+        """Whether the agent listens, and has done its first look at the host."""
+        try:
+            self.status()
+        except (NoAgent, TryAgain):
+            return False
+        return True
 
     def instances(self) -> dict[str, dict[str, Any]]:
         """Every instance by its container's `app/name`."""
@@ -139,10 +148,10 @@ class Stage:
         log = self.home / "agent.log"
         return "\n" + "\n".join(log.read_text(errors="replace").splitlines()[-20:]) if log.exists() else "(none)"
 
-    def held(self) -> list[str]:
-        """List what carries our name on the host, without the agent and its files in run_root."""
+    def holds(self) -> bool:
+        """Whether the host has anything with our name besides the agent and its files in run_root."""
         agent = f"process {self.agent.pid if self.agent else '-'}:"
-        return [line for line in leftovers(self.host) if not line.startswith((agent, "file "))]
+        return any(not line.startswith((agent, "file ")) for line in find_leftovers(self.host))
 
     def stop_agent(self) -> None:
         if self.agent:
@@ -153,14 +162,14 @@ class Stage:
 
     def clear(self) -> None:
         """Restore the host from any state: first with an empty commit, then by force."""
-        if self.agent and self.agent.poll() is None and self.held():
+        if self.agent and self.agent.poll() is None and self.holds():
             with contextlib.suppress(NotSeen, subprocess.SubprocessError, OSError):
                 for path in self.repository.glob("*.toml"):
                     path.unlink()
                 if self.from_git:
                     git("commit", "--quiet", "--all", "--message=Nothing", at=self.repository)
                 run("sync", show=False)
-                self.wait(lambda: not self.held(), "nothing is left", timeout=15)
+                self.wait(lambda: not self.holds(), "nothing is left", timeout=15)
         self.stop_agent()
         if leftovers(self.host):
             sweep(self.host)
@@ -259,7 +268,7 @@ def remove(stage: Stage, before: set[str] | None) -> None:
     git("rm", "--quiet", "-r", ".", at=stage.repository)
     stage.commit("Nothing")
     took = stage.converge()
-    stage.wait(lambda: not stage.held(), "nothing of it is left")
+    stage.wait(lambda: not stage.holds(), "nothing of it is left")
     run("status")
     run("volume", "list")
     run("volume", "prune", "--force")
