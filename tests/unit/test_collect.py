@@ -110,16 +110,16 @@ def world(tmp_path: Path) -> World:
 def test_above_the_high_watermark_images_go_until_the_low_one(world: World) -> None:
     for age, name in enumerate("edcba"):
         world.make(name, 10 * GRACE + age)
-    done = collect(world.store, (), look=world.look)
+    done = collect(world.store, dict, look=world.look)
     assert world.here() == {"e", "d"}
     assert (len(done.freed.images), done.freed.size, done.full) == (3, 30_720, False)
-    assert collect(world.store, (), look=world.look).freed.images == ()
+    assert collect(world.store, dict, look=world.look).freed.images == ()
 
 
 def test_what_was_imported_by_hand_stays_and_goes_by_hand(world: World) -> None:
     for name in "abcde":
         import_rootfs(world.store, _tar(world.root / f"{name}.tar", name), name)
-    assert collect(world.store, (), look=world.look, now=time.time() + 2 * GRACE).full
+    assert collect(world.store, dict, look=world.look, now=time.time() + 2 * GRACE).full
     assert world.here() == set("abcde")
     world.store.tag("a", "z")
     world.store.remove("a")
@@ -135,7 +135,7 @@ def _tar(path: Path, name: str) -> Path:
 def test_below_the_high_watermark_nothing_goes(world: World) -> None:
     for name in "abcd":
         world.make(name)
-    assert collect(world.store, (), look=world.look).freed.size == 0
+    assert collect(world.store, dict, look=world.look).freed.size == 0
     assert world.here() == set("abcd")
 
 
@@ -149,9 +149,9 @@ def test_used_images_stay_however_full_it_is_and_that_is_said(world: World) -> N
 def test_use_is_remembered_for_when_it_has_ended(world: World) -> None:
     digests = {name: world.make(name).digest for name in "abcde"}
     world.capacity = 1_000_000
-    collect(world.store, {digests["a"]: ["shop/web"]}, look=world.look)
+    collect(world.store, lambda: {digests["a"]: ["shop/web"]}, look=world.look)
     world.capacity = 51_200
-    assert collect(world.store, (), look=world.look, now=time.time() + 2 * GRACE).freed.images
+    assert collect(world.store, dict, look=world.look, now=time.time() + 2 * GRACE).freed.images
     assert "a" in world.here()
 
 
@@ -159,17 +159,17 @@ def test_nothing_goes_while_something_is_put_in(world: World) -> None:
     for name in "abcde":
         world.make(name)
     with world.store.keep():
-        assert collect(world.store, (), look=world.look).freed.size == 0
-    assert collect(world.store, (), look=world.look).freed.size
+        assert collect(world.store, dict, look=world.look).freed.size == 0
+    assert collect(world.store, dict, look=world.look).freed.size
 
 
 def test_layers_of_a_pull_that_broke_off_wait_for_its_next_try_but_not_for_ever(world: World) -> None:
     (world.root / "x.tar").write_bytes(tar_of(entry("x", b"x")))
     with (world.root / "x.tar").open("rb") as stream:
         layer = world.store.layers.add(stream)
-    collect(world.store, (), look=world.look)
+    collect(world.store, dict, look=world.look)
     assert world.store.layers.has(layer.diff_id)
-    done = collect(world.store, (), look=world.look, now=time.time() + ORPHANS + 1)
+    done = collect(world.store, dict, look=world.look, now=time.time() + ORPHANS + 1)
     assert (done.freed.layers, done.freed.size) == ((layer.diff_id,), layer.size)
     assert not list((world.store.root / "layers/sha256").iterdir())
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.images.kept.image import Freed, InUse, users_of
+from holdfast.images.kept.image import Freed, InUse
 from holdfast.images.kept.store import ImageStore
 
 GRACE = 600.0  # seconds: ten minutes
@@ -95,7 +95,7 @@ def collect(
     now = time.time() if now is None else now
     look = look or (lambda: disk_of(store.root))
     high, low = store.settings.high_watermark, store.settings.low_watermark
-    store.touch(users_of(in_use).keys())
+    store.touch(in_use().keys())
     store.layers.sweep()
     freed, goal = Freed(), high
     while True:
@@ -106,7 +106,7 @@ def collect(
             excess = disk.excess(low) if disk.percent > goal else 0
             gone = store.delete_orphans(now - (GRACE if excess else ORPHANS))
             if excess and not gone.size:
-                used = users_of(in_use)
+                used = in_use()
                 sizes = {diff_id: store.layers.facts(diff_id).size for diff_id in store.layers.all()}
                 gone = store.delete(choose(_stored(store), sizes, used.keys(), excess, now), used)
         freed, goal = freed + gone, low  # it is off the disk by now, and how much that is the disk says

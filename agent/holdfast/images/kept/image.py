@@ -13,8 +13,8 @@ from typing import Any, Literal
 from holdfast.images.kept.lookup import find, read_small
 
 Source = Literal["registry", "load", "import", "build", "commit", "bundle", "tag"]
-#: Who uses images: digests, or digest → users; as a call, it is asked again when nothing can change any more.
-InUse = Collection[str] | Mapping[str, Collection[str]] | Callable[[], Mapping[str, Collection[str]]]
+#: Tells which images are in use: digest → who uses it. It is asked when nothing can change any more.
+InUse = Callable[[], Mapping[str, Collection[str]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +92,6 @@ def whole_history(history: Sequence[Mapping[str, Any]], layers: int) -> list[Map
     missing = layers - sum(not step.get("empty_layer") for step in history)
     known, unknown = (list(history), missing) if missing >= 0 else ([], layers)
     return [*known, *({"created_by": "unknown"} for _ in range(unknown))]
-
-
-def users_of(in_use: InUse) -> Mapping[str, Collection[str]]:
-    """Turn any form of `InUse` into digest → who uses it."""
-    found = in_use() if callable(in_use) else in_use
-    return found if isinstance(found, Mapping) else dict.fromkeys(found, ())
 
 
 def listing(blob: bytes) -> tuple[str, ...] | None:

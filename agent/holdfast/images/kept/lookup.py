@@ -96,7 +96,12 @@ class View:
                 del trail[max(1, len(trail) - 1) :]
                 continue
             found = self._step(trail[-1], name)
-            if found.kind == "file" and found.entries and found.entries[0].is_symlink() and not self._on(found.path):
+            if (
+                found.kind == "file"
+                and found.entries
+                and found.entries[0].is_symlink()
+                and found.path not in self._mounts
+            ):
                 links += 1
                 if links > MAX_LINKS:
                     return Found(found.path, "blocked", found.content)
@@ -114,9 +119,6 @@ class View:
                 rest = posixpath.normpath(posixpath.join(found.path, *reversed(todo)))
                 return Found(rest, found.kind, found.content)
         return trail[-1]
-
-    def _on(self, path: str) -> bool:
-        return path in self._mounts
 
     def _step(self, folder: Found, name: str) -> Found:
         """Find an entry of a directory, without following it."""

@@ -43,7 +43,6 @@ from holdfast.images.kept.image import (
     listing,
     moment,
     read_name,
-    users_of,
 )
 from holdfast.images.kept.layers import HEX, LayerStore
 
@@ -190,12 +189,12 @@ class ImageStore:
         """Keep everything that is here while the block runs: what it has put in or found, and no image needs yet."""
         return self.locks.hold("store", shared=True)
 
-    def remove(self, reference: str, in_use: InUse = ()) -> Freed:
+    def remove(self, reference: str, in_use: InUse = dict) -> Freed:
         """Remove a name, or (by digest) all names; an image that no name leads to any more is deleted.
 
-        in_use: digests that must stay; as a mapping, digest → who uses it. Raises Conflict for one of them when its
-        last name would go, NotFound when there is no such image. While something is being put in, the image's
-        content stays, without a name, for the next `prune` or collection.
+        in_use: what must stay. Raises Conflict for such an image when its last name would go, NotFound when there is
+        no such image. While something is being put in, the image's content stays, without a name, for the next
+        `prune` or collection.
         """
         with self.locks.hold("index"):
             digest = self.digest_of(reference)
@@ -204,7 +203,7 @@ class ImageStore:
             doomed = {name} if name in index else {key for key, each in index.items() if each.digest == digest}
             rest = {key: each for key, each in index.items() if key not in doomed}
             named = digest in {each.digest for each in rest.values()}
-            used = users_of(in_use)
+            used = in_use()
             if digest in used and not named:
                 raise Conflict(
                     f"remove image {reference!r}: in use by {', '.join(sorted(used[digest])) or 'a container'} "
@@ -215,9 +214,9 @@ class ImageStore:
             return Freed()
         with self.alone() as alone:
             again = digest in {each.digest for each in self.names().values()}  # somebody has named it meanwhile
-            return self.delete([digest], in_use) if alone and not again else Freed()
+            return self.delete([digest], in_use()) if alone and not again else Freed()
 
-    def prune(self, in_use: InUse = (), *, all: bool = False, patience: float = PATIENCE) -> Freed:
+    def prune(self, in_use: InUse = dict, *, all: bool = False, patience: float = PATIENCE) -> Freed:
         """Delete the images without a name that nobody uses, and layers that no image needs; with all, the unused
         images with names, too.
 
@@ -228,7 +227,7 @@ class ImageStore:
                 raise TryAgain(
                     "prune images: an image is being pulled, built or loaded (try again when that is done)"
                 )
-            used = users_of(in_use)
+            used = in_use()
             named = {each.digest for each in self.names().values()}
             doomed = [each for each in self.digests() if all or each not in named]
             return self.delete(doomed, used) + self.delete_orphans(math.inf)
@@ -245,9 +244,9 @@ class ImageStore:
         if held:
             self.layers.sweep()
 
-    def delete(self, digests: Collection[str], in_use: InUse = ()) -> Freed:
+    def delete(self, digests: Collection[str], in_use: Collection[str] = ()) -> Freed:
         """Delete images, their names, and what no other image needs, but for what is in use. Only when `alone`."""
-        doomed = set(digests) - users_of(in_use).keys()
+        doomed = set(digests) - set(in_use)
         with self.locks.hold("index"):
             index = self.names()
             rest = {name: each for name, each in index.items() if each.digest not in doomed}
