@@ -24,6 +24,8 @@ Messages are lower case, without a full stop: operation 'operand': cause (what w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -117,3 +119,17 @@ class NoProgram(HoldfastError):
     """A program does not exist inside the container."""
 
     exit_code = 127
+
+
+def reason(error: OSError) -> str:
+    """Say why the kernel refused something, as messages have it."""
+    return (error.strerror or str(error)).lower()
+
+
+@contextmanager
+def explained(operation: str, kind: type[HoldfastError] = UnfitHost, right: str = "") -> Iterator[None]:
+    """Raise what the kernel refuses within a with block as an error of this kind: operation: reason (right)."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{operation}: {reason(error)}{right and f' ({right})'}") from error

@@ -33,16 +33,10 @@ def remove_tree(path: Path | str, *, dir_fd: int | None = None) -> None:
     directories could keep itself from ever being removed. Here inner directories are moved up and taken in turn.
     """
     above, name = os.path.split(str(path).rstrip("/"))
-    parent = os.open(above or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)
-    try:
-        top = _enter(name, parent)
-        try:
+    with held(os.open(above or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)) as parent:
+        with held(_enter(name, parent)) as top:
             _empty(top)
-        finally:
-            os.close(top)
         os.rmdir(name, dir_fd=parent)
-    finally:
-        os.close(parent)
 
 
 def discard_tree(path: Path | str) -> None:
@@ -56,14 +50,11 @@ def _empty(top: int) -> None:
     left = _unlink_files(top)
     while left:
         name = left.pop()
-        folder = _enter(name, top)
-        try:
+        with held(_enter(name, top)) as folder:
             for inner in _unlink_files(folder):
                 left.append(f"{mark}{moved}")
                 moved += 1
                 os.rename(inner, left[-1], src_dir_fd=folder, dst_dir_fd=top)
-        finally:
-            os.close(folder)
         os.rmdir(name, dir_fd=top)
 
 
@@ -106,13 +97,10 @@ def open_source(path: str, roots: Sequence[str] | None = None, *, create: bool =
 def _create(path: str, roots: Sequence[str] | None) -> int:
     """Make a directory in its parent's descriptor: no link that is put there meanwhile is followed."""
     folder, name = os.path.split(path.rstrip("/"))
-    parent = open_source(folder or "/", roots_above(path, roots), create=True)
-    try:
+    with held(open_source(folder or "/", roots_above(path, roots), create=True)) as parent:
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, dir_fd=parent)
         return os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-    finally:
-        os.close(parent)
 
 
 def roots_above(path: str, roots: Sequence[str] | None) -> Sequence[str] | None:
@@ -141,12 +129,8 @@ def _real_roots(roots: Sequence[str]) -> Iterator[str]:
     for root in roots:
         others = [other for other in roots if other != root]
         if not _passes(root, others):
-            with contextlib.suppress(OSError):
-                handle = _open(root, magic=False)
-                try:
-                    yield _opened(handle)
-                finally:
-                    os.close(handle)
+            with contextlib.suppress(OSError), held(_open(root, magic=False)) as handle:
+                yield _opened(handle)
 
 
 def _passes(path: str, others: Sequence[str]) -> bool:
@@ -198,6 +182,12 @@ def write_whole(path: Path, text: str) -> None:
     draft.replace(path)
 
 
+def write_setting(path: str, value: str) -> None:
+    """Write a setting below /proc/sys; succeed where this kernel has no such setting, as of IPv6. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError), open(path, "wb", buffering=0) as file:  # noqa: PTH123 - at every start
+        file.write(value.encode())
+
+
 def write_over(descriptor: int, content: bytes) -> None:
     """Make content what an open file holds, without a moment in which it is empty; touch nothing if it is that.
 
@@ -213,11 +203,43 @@ def write_over(descriptor: int, content: bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Write the entries of a directory to disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with held(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as descriptor:
         os.fsync(descriptor)
+
+
+def mode_of(folder: int, name: str) -> int | None:
+    """The st_mode of an entry of an open directory, no link followed; None if it is not there."""
+    try:
+        return os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return None
+
+
+def clear(folder: int, name: str) -> None:
+    """Delete an entry of an open directory, whatever it is; succeed when it is not there."""
+    mode = mode_of(folder, name)
+    if mode is not None and stat.S_ISDIR(mode):
+        remove_tree(name, dir_fd=folder)
+    elif mode is not None:
+        os.unlink(name, dir_fd=folder)
+
+
+@contextlib.contextmanager
+def held(descriptor: int) -> Iterator[int]:
+    """Close a descriptor at the end of a with block."""
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def read_text(path: Path | str) -> str:
+    """The text of a file of the host; "" for one that is not there or can't be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - hundreds in one pass
+            return file.read()
+    except OSError:
+        return ""
 
 
 def names_in(folder: Path | str) -> list[str]:

@@ -12,6 +12,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
@@ -23,7 +24,7 @@ from holdfast.errors import HoldfastError, UnfitHost, WrongState
 from holdfast.kinds import KINDS, DriverKind, kind_of_want
 from holdfast.observed import Finding, Receipt
 from holdfast.tables import WrongOptions, read_options
-from holdfast.workers import Answer, NoAnswer, Worker, answer_of
+from holdfast.workers import NoAnswer, Worker, answer_of, failed
 
 UNASKED = ("observe", "findings", "watch", "migrate")  # verbs without a want that could be at fault
 OBSERVE_DEADLINE = 5.0  # seconds that a pass waits for `observe`
@@ -36,7 +37,8 @@ Fault = Callable[[str, str], None]  # (of what, error); an error of "" takes the
 def described(error: BaseException) -> str:
     """Put an exception into words, whatever its own __str__ does."""
     try:
-        return str(error) if isinstance(error, HoldfastError) else f"{type(error).__name__}: {error}"
+        words = str(error)
+        return words if words and isinstance(error, HoldfastError) else f"{type(error).__name__}: {words}"
     except BaseException:
         return type(error).__name__
 
@@ -93,8 +95,8 @@ def is_interrupt(error: BaseException) -> bool:
 class Look(NamedTuple):
     """What a driver answers in a pass. Each raises what the driver raised, or NoAnswer."""
 
-    receipts: Answer[list[Receipt]]
-    findings: Answer[list[Finding]]
+    receipts: Future[list[Receipt]]
+    findings: Future[list[Finding]]
 
 
 class Guarded:
@@ -103,11 +105,6 @@ class Guarded:
     fault: told of each verb that fails by mistake, and again once it works. observer: calls what passes wait for.
     last: what `observe` returned when it last returned. tells: whether it has findings.
     """
-
-    __slots__ = (
-        *("_fault", "_faulty", "_observer", "_running"),
-        *("driver", "kind", "last", "name", "options", "receipt_version", "tells", "title"),
-    )
 
     def __init__(self, driver: Any, kind: DriverKind[Any], fault: Fault, observer: Worker) -> None:
         self.driver = driver
@@ -159,18 +156,18 @@ class Guarded:
     def remove(self, receipt: Receipt) -> None:
         self._call("remove", lambda: self.driver.remove(receipt))
 
-    def observe(self, seen: Answer[list[Receipt]] | None = None) -> list[Receipt]:
+    def observe(self, seen: Future[list[Receipt]] | None = None) -> list[Receipt]:
         """Return what the driver observes. Raises NoAnswer after the deadline. seen: what a look has got already."""
-        self.last = self._call("observe", (seen or self._ask(self._read)).get, self._strange)
+        self.last = self._call("observe", (seen or self._ask(self._read)).result, self._strange)
         return self.last
 
-    def findings(self, told: Answer[list[Finding]] | None = None) -> list[Finding]:
+    def findings(self, told: Future[list[Finding]] | None = None) -> list[Finding]:
         """Return what the driver has to tell of the host (`drivers.Telling`). Raises NoAnswer after the deadline."""
-        return self._call("findings", (told or self._ask(self._listen)).get, _no_findings)
+        return self._call("findings", (told or self._ask(self._listen)).result, _no_findings)
 
     def look(self) -> Look:
         """Ask all that a pass asks of the driver, for the observer: to the end, so that generators raise here."""
-        return Look(answer_of(self._read) if self.kind.observed else Answer([]), answer_of(self._listen))
+        return Look(answer_of(self._read), answer_of(self._listen))
 
     def watch(self, tell: Callable[[str, str], None]) -> Callable[[], None]:
         """Have the driver look after what it made, if it can (`drivers.Watching`); return what ends that.
@@ -179,16 +176,12 @@ class Guarded:
         """
         if not hasattr(self.driver, "watch"):
             return lambda: None
-        end: Callable[[], object] = self._call(
+        end: Callable[[], None] = self._call(
             "watch",
-            lambda: self._ask(lambda: self.driver.watch(tell)).get(),
+            self._ask(lambda: self.driver.watch(tell)).result,
             lambda end: "" if callable(end) else "returned nothing to call",
         )
-
-        def close() -> None:
-            self._call("watch", self._ask(end).get)
-
-        return close
+        return lambda: self._call("watch", self._ask(end).result)
 
     def slow(self) -> list[str]:
         """Name the calls that have been running for more than SLOW seconds."""
@@ -209,12 +202,12 @@ class Guarded:
                 raise WrongState(f"{title}: {error}") from error
 
     def _read(self) -> list[Receipt]:
-        return list(self.driver.observe())
+        return list(self.driver.observe()) if self.kind.observed else []
 
     def _listen(self) -> list[Finding]:
         return list(self.driver.findings()) if self.tells else []
 
-    def _ask(self, work: Callable[[], T]) -> Answer[T]:
+    def _ask(self, work: Callable[[], T]) -> Future[T]:
         return self._observer.call_all({self.title: work})[self.title]
 
     def _call(self, verb: str, work: Callable[[], T], wrong: Callable[[T], str] = lambda result: "") -> T:
@@ -238,17 +231,16 @@ class Guarded:
             raise
         finally:
             self._running.pop(thread, None)
+        self._note(verb, found)
         if found:
-            self._note(verb, found)
             raise UnfitHost(f"{self.title}: {verb}: {found}")
-        if verb in self._faulty:
-            self._faulty.discard(verb)
-            self._fault(f"{self.title}: {verb}", "")
         return result
 
     def _note(self, verb: str, error: str) -> None:
-        self._faulty.add(verb)
-        self._fault(f"{self.title}: {verb}", error)
+        """Tell of a verb's fault, or with "" that it has none any more."""
+        if error or verb in self._faulty:
+            (self._faulty.add if error else self._faulty.discard)(verb)
+            self._fault(f"{self.title}: {verb}", error)
 
     def _strange(self, found: list[Any]) -> str:
         known = {id(each) for each in self.last}
@@ -291,10 +283,9 @@ def guarded(driver: Any, kind: DriverKind[Any], fault: Fault, observer: Worker) 
 
 def found_by(driver: Driver[Any]) -> list[Receipt] | None:
     """Return what a driver observes; None when it can't say, which is recorded as its plugin's fault."""
-    try:
+    with suppress(Exception):
         return list(driver.observe())
-    except Exception:
-        return None
+    return None
 
 
 def observe_all(observer: Worker, drivers: Iterable[Guarded]) -> Observation:
@@ -304,27 +295,20 @@ def observe_all(observer: Worker, drivers: Iterable[Guarded]) -> Observation:
     seen: dict[str, dict[str, Seen]] = {str(kind.receipt): {} for kind in KINDS if kind.observed}
     told: list[Finding] = []
     for title, driver in asked.items():
-        look = _looked(answers[title])
+        try:
+            look = answers[title].result()
+        except NoAnswer as error:
+            look = Look(failed(error), failed(error))
         if driver.kind.observed:
-            seen[str(driver.kind.receipt)][driver.name] = _seen(driver, look)
-        with suppress(Exception):  # recorded as the plugin's fault, here as in `_seen`
+            try:
+                found = Seen(driver.observe(look.receipts))
+            except Exception:
+                found = Seen(driver.last, heard=False)
+            seen[str(driver.kind.receipt)][driver.name] = found
+        with suppress(Exception):  # recorded as the plugin's fault, here as above
             told.extend(driver.findings(look.findings))
     order = sorted(dict.fromkeys(told), key=lambda each: (not each.breaks, each.subject, each.text))
     return Observation(seen, tuple(order))
-
-
-def _looked(answer: Answer[Look]) -> Look:
-    try:
-        return answer.get()
-    except NoAnswer as error:
-        return Look(Answer(error=error), Answer(error=error))
-
-
-def _seen(driver: Guarded, look: Look) -> Seen:
-    try:
-        return Seen(driver.observe(look.receipts))
-    except Exception:
-        return Seen(driver.last, heard=False)
 
 
 def _not_plain(result: Any) -> str:

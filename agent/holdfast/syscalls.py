@@ -7,8 +7,11 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
+
+from holdfast.workers import answer_of
 
 MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC = 0x2, 0x4, 0x20, 0x1000, 0x4000  # mount(2)
 MS_PRIVATE, MS_SHARED = 1 << 18, 1 << 20
@@ -21,9 +24,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def call(name: str, *arguments: int | bytes | ctypes.Array[ctypes.c_char] | None, about: Path | str = "") -> int:
     """Call a function of the C library. about: what the error names."""
-    result: int = getattr(_libc, name)(
-        *(ctypes.c_long(each) if isinstance(each, int) else each for each in arguments)
-    )
+    result: int = getattr(_libc, name)(*(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments))
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), str(about) or None)
@@ -32,15 +33,8 @@ def call(name: str, *arguments: int | bytes | ctypes.Array[ctypes.c_char] | None
 
 def mount(source: str | Path, target: Path, kind: str = "none", flags: int = 0, options: str = "") -> None:
     """Mount something at target (mount(2))."""
-    call(
-        "mount",
-        os.fsencode(source),
-        os.fsencode(target),
-        kind.encode(),
-        flags,
-        options.encode() or None,
-        about=target,
-    )
+    places = os.fsencode(source), os.fsencode(target)
+    call("mount", *places, kind.encode(), flags, options.encode() or None, about=target)
 
 
 def unmount(target: Path, *, lazily: bool = False) -> None:
@@ -67,18 +61,8 @@ def is_mounted(path: Path) -> bool:
 
 def in_thread(work: Callable[[], T], name: str) -> T:
     """Do work in a thread of its own, which may go to other namespaces, and return or raise what it does."""
-    done: list[T] = []
-    failed: list[Exception] = []
-
-    def run() -> None:
-        try:
-            done.append(work())
-        except Exception as error:  # raised again by the caller's thread
-            failed.append(error)
-
-    thread = threading.Thread(target=run, name=name)
+    done: Future[T] = Future()
+    thread = threading.Thread(target=answer_of, args=(work, done), name=name)
     thread.start()
     thread.join()
-    if failed:
-        raise failed[0]
-    return done[0]
+    return done.result()

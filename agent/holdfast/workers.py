@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, TypeVar
 
 from holdfast.errors import TryAgain
 
@@ -23,41 +23,28 @@ class NoAnswer(TryAgain):
     """A plugin's code did not return in time; it is left running in a thread of its own."""
 
 
-class Answer(Generic[T]):
-    """The result of a call: what it returned, or what it raised."""
-
-    __slots__ = ("_error", "_result")
-
-    def __init__(self, result: T | None = None, error: BaseException | None = None) -> None:
-        self._result, self._error = result, error
-
-    def get(self) -> T:
-        """Return what the call returned, or raise what it raised."""
-        if self._error is not None:
-            raise self._error
-        return cast(T, self._result)
-
-
-def answer_of(work: Callable[[], T]) -> Answer[T]:
-    """Call work and return its result."""
+def answer_of(work: Callable[[], T], done: Future[T] | None = None) -> Future[T]:
+    """Call work, and return a future that has what it returned or raised."""
+    done = done or Future()
     try:
-        return Answer(work())
+        done.set_result(work())
     except BaseException as error:
-        return Answer(error=error)
+        done.set_exception(error)
+    return done
+
+
+def failed(error: BaseException) -> Future[Any]:
+    """The answer of a call that raised this."""
+    done: Future[Any] = Future()
+    done.set_exception(error)
+    return done
 
 
 def in_background(work: Callable[[], T], name: str) -> Future[T]:
     """Call work in a daemon thread of this name. The future has what it returns or raises; it can't be cancelled."""
     done: Future[T] = Future()
     done.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
+    threading.Thread(target=answer_of, args=(work, done), name=name, daemon=True).start()
     return done
 
 
@@ -66,7 +53,7 @@ class _Calls:
     """What one thread has to call. now: the key that it is at, and since when (time.monotonic())."""
 
     todo: deque[tuple[str, Callable[[], Any]]]
-    answers: dict[str, Answer[Any]]
+    answers: dict[str, Future[Any]]
     over: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
     now: tuple[str, float] | None = None
     left: bool = False  # by whoever waited
@@ -86,15 +73,15 @@ class Worker:
 
     def call(self, work: Callable[[], T], key: str = "") -> T:
         """Return what work() returns, or raise what it raises. Raises NoAnswer as `call_all` has it."""
-        return self.call_all({key: work})[key].get()
+        return self.call_all({key: work})[key].result()
 
-    def call_all(self, works: Mapping[str, Callable[[], T]]) -> dict[str, Answer[T]]:
+    def call_all(self, works: Mapping[str, Callable[[], T]]) -> dict[str, Future[T]]:
         """Call all, one after the other, and return what came of each: NoAnswer if it did not return in time.
 
         So it is after the deadline; and at once, while the last function that was called by the same key is overdue.
         """
         late = dict(self._overdue)
-        answers: dict[str, Answer[T]] = {key: _no_answer(late[key]) for key in works if key in late}
+        answers: dict[str, Future[T]] = {key: _no_answer(late[key]) for key in works if key in late}
         todo = deque((key, work) for key, work in works.items() if key not in late)
         while todo:
             calls = _Calls(todo, answers)
@@ -113,9 +100,8 @@ class Worker:
                 key, began = calls.now or ("", time.monotonic())
                 rest = max(began + self._deadline - time.monotonic(), 0.0)
                 if not rest and key not in calls.answers:
-                    self._overdue[key] = since = time.strftime(
-                        "%H:%M:%S", time.localtime(time.time() - self._deadline)
-                    )
+                    began_at = time.localtime(time.time() - self._deadline)
+                    self._overdue[key] = since = time.strftime("%H:%M:%S", began_at)
                     calls.answers[key] = _no_answer(since)
                     calls.left = True
                     return calls.todo
@@ -146,8 +132,8 @@ class Worker:
         calls.over.put(None)
 
 
-def _no_answer(since: str) -> Answer[Any]:
-    return Answer(error=NoAnswer(f"has not answered since {since}"))
+def _no_answer(since: str) -> Future[Any]:
+    return failed(NoAnswer(f"has not answered since {since}"))
 
 
 class Teller:
@@ -159,11 +145,10 @@ class Teller:
 
     def tell(self, call: Callable[[], object]) -> bool:
         """Queue a call; False if there is no room."""
-        try:
+        with suppress(queue.Full):
             self._calls.put_nowait(call)
-        except queue.Full:
-            return False
-        return True
+            return True
+        return False
 
     def wait(self, timeout: float) -> bool:
         """Block until all that is queued has been called; False if it has not after timeout seconds."""
