@@ -156,7 +156,7 @@ def test_limits_are_read_again_when_somebody_has_written_to_them(place: str) -> 
 def test_a_cgroup_that_was_made_anew_is_another(place: str) -> None:
     watch = LimitsWatch()
     watch.read(place, 1)
-    for folder in cgroup.folders(place):
+    for folder in map(Path, cgroup.folders(place)):
         folder.rmdir()
         folder.mkdir()
     written(place).write_text("78")

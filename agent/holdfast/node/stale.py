@@ -56,9 +56,9 @@ def _outdated(context: Context, instance: Instance, mounted: Mounted) -> Iterato
 def _change(receipt: Receipt, pid: int | None, mounted: Mounted) -> str:
     """What has become of the mount that a bind's source was on; "" if nothing has."""
     point = receipt.data.get("mount_point", "/")
-    if point != "/" and point not in mounted:
+    if point != "/" and point not in mounted.at:
         return f"{point} is not mounted any more"
-    here = mounted.covering(receipt.data["real"]) if "real" in receipt.data else mounted.at(point)
+    here = mounted.covering(receipt.data["real"]) if "real" in receipt.data else mounted.at.get(point)
     if here is None or here.kind == AUTOMOUNT:  # it waits for whoever asks for it next
         return ""
     if here.point != point:

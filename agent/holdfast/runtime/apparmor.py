@@ -6,42 +6,19 @@ So it helps where one of them has a hole. Called by the node before a start, and
 
 from __future__ import annotations
 
-import subprocess
 import threading
 from pathlib import Path
 
 from holdfast.errors import UnfitHost, WrongState
-from holdfast.runtime.binaries import find_program
+from holdfast.files import read_text
+from holdfast.runtime.binaries import find_program, run
 
 ENABLED = Path("/sys/module/apparmor/parameters/enabled")
 LOADED = Path("/sys/kernel/security/apparmor/profiles")
 ABI = Path("/etc/apparmor.d/abi/3.0")
 TIMEOUT = 30.0  # seconds
 
-_TEXT = """
-profile {name} flags=(attach_disconnected,mediate_deleted) {{
-  network,
-  capability,
-  file,
-  umount,
-  signal (receive) peer=unconfined,
-  signal (receive) peer={{runc,crun,/usr/bin/runc,/usr/bin/crun,/usr/sbin/runc}},
-  # As peers, processes of a container have the runtime's profile, too, where that has one (Debian 13: crun).
-  signal (send,receive) peer="{{{name},*//&{name},{name}//&*}}",
-  ptrace (trace,read,tracedby,readby) peer="{{{name},*//&{name},{name}//&*}}",
-
-  deny mount,
-  deny /proc/* w,
-  deny /proc/{{acpi,bus,fs,irq,scsi,sys}}/** w,
-  deny /proc/{{kcore,kmem,mem,sysrq-trigger}} rwklx,
-  deny /sys/[^f]*/** wklx,
-  deny /sys/f[^s]*/** wklx,
-  deny /sys/fs/[^c]*/** wklx,
-  deny /sys/fs/c[^g]*/** wklx,
-  deny /sys/firmware/** rwklx,
-  deny /sys/kernel/security/** rwklx,
-}}
-"""
+PROFILE = Path(__file__).with_name("apparmor.profile")
 
 _lock = threading.Lock()
 _ours: set[str] = set()  # the profiles that this process has loaded
@@ -49,10 +26,7 @@ _ours: set[str] = set()  # the profiles that this process has loaded
 
 def enabled() -> bool:
     """Whether AppArmor is on."""
-    try:
-        return ENABLED.read_text().startswith("Y")
-    except OSError:
-        return False
+    return read_text(ENABLED).startswith("Y")
 
 
 def text(name: str) -> str:
@@ -61,16 +35,12 @@ def text(name: str) -> str:
     It is written for AppArmor 3: a parser of version 4 would otherwise let it deny user namespaces and io_uring,
     which it does not mention.
     """
-    return (f"abi <abi/{ABI.name}>,\n" if ABI.exists() else "") + _TEXT.format(name=name)
+    return (f"abi <abi/{ABI.name}>,\n" if ABI.exists() else "") + PROFILE.read_text().replace("@NAME@", name)
 
 
 def loaded() -> frozenset[str]:
     """The profiles that are loaded."""
-    try:
-        lines = LOADED.read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(line.rpartition(" (")[0] for line in lines)
+    return frozenset(line.rpartition(" (")[0] for line in read_text(LOADED).splitlines())
 
 
 def ensure(name: str) -> tuple[str, str]:
@@ -108,16 +78,7 @@ def remove(name: str) -> None:
 
 
 def _parse(parser: Path, option: str, name: str) -> None:
-    try:
-        done = subprocess.run(
-            [parser, option, "--skip-cache"],
-            input=text(name),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UnfitHost(f"load of AppArmor profile '{name}': {error}") from error
+    what = f"load of AppArmor profile '{name}'"
+    done = run([parser, option, "--skip-cache"], what, timeout=TIMEOUT, input=text(name))
     if done.returncode:
-        raise UnfitHost(f"load of AppArmor profile '{name}': {' '.join(done.stderr.split()) or 'no reason given'}")
+        raise UnfitHost(f"{what}: {' '.join(done.stderr.split()) or 'no reason given'}")

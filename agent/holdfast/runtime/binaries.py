@@ -10,11 +10,14 @@ import re
 import resource
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import CompletedProcess
 
-from holdfast.errors import UnfitHost
+from holdfast.errors import HoldfastError, TryAgain, UnfitHost, explained
+from holdfast.files import names_in, read_text
 from holdfast.grammar.kernel import ULIMITS
 from holdfast.runtime import capabilities
 from holdfast.runtime.oci import HostLimits
@@ -22,6 +25,7 @@ from holdfast.runtime.oci import HostLimits
 CANDIDATES = ("crun", "runc")
 INITS = ("catatonit", "tini")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+ENVIRONMENT = {"PATH": _PATH, "LANG": "C.UTF-8"}
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
@@ -82,10 +86,7 @@ def obstacle_for(name: str, cgroup_root: Path = _CGROUP_ROOT) -> str:
 
     crun refuses a host that uses cgroup v1 while the v2 tree still owns some controllers.
     """
-    try:
-        owned = (cgroup_root / "unified" / "cgroup.controllers").read_text().split()
-    except OSError:
-        return ""
+    owned = read_text(cgroup_root / "unified" / "cgroup.controllers").split()
     if name == "crun" and owned:
         return f"does not run where cgroup v1 is in use and v2 owns {', '.join(owned)} (mount that one as v1 too)"
     return ""
@@ -106,19 +107,26 @@ def find_init() -> Path | None:
 
 def foreign_formats() -> bool:
     """Whether this host runs programs of other formats or machines (binfmt_misc), for example by qemu."""
+    return bool(set(names_in("/proc/sys/fs/binfmt_misc")) - {"register", "status"})
+
+
+def run(argv: Sequence[str | Path], what: str, *, timeout: float = 60.0, input: str = "") -> CompletedProcess[str]:
+    """Run a program of the host with root's usual environment. Raises UnfitHost; TryAgain after timeout (seconds)."""
     try:
-        return bool(set(os.listdir("/proc/sys/fs/binfmt_misc")) - {"register", "status"})  # noqa: PTH208
-    except OSError:
-        return False
+        with explained(what):
+            return subprocess.run(
+                argv, input=input, capture_output=True, text=True, errors="replace", timeout=timeout, check=False,
+                env=ENVIRONMENT,  # without what is the agent's alone, as NOTIFY_SOCKET
+            )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise TryAgain(f"{what}: no answer in {timeout:g} s") from error
 
 
 def version_of(path: Path) -> str:
-    """Ask a program for its version."""
-    try:
-        answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return version_in(answer.stdout)
+    """Ask a program for its version; "" if it does not say."""
+    with suppress(HoldfastError):
+        return version_in(run([path, "--version"], "version", timeout=10).stdout)
+    return ""
 
 
 def version_in(answer: str) -> str:
@@ -146,12 +154,8 @@ def findings() -> Iterator[Finding]:
     yield _installed("conmon", find_program("conmon"), "conmon")
     yield _installed("init", find_init(), INITS[0])
     if not host_limits().may_exceed:
-        yield Finding(
-            "CAP_SYS_RESOURCE",
-            False,
-            "ulimits can't be raised, oom_score_adj can't be lowered",
-            "run the agent with CAP_SYS_RESOURCE",
-        )
+        lacking = "ulimits can't be raised, oom_score_adj can't be lowered"
+        yield Finding("CAP_SYS_RESOURCE", False, lacking, "run the agent with CAP_SYS_RESOURCE")
 
 
 def _installed(subject: str, path: Path | None, package: str, obstacle: str = "") -> Finding:

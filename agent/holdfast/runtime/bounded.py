@@ -10,7 +10,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from holdfast.errors import UnfitHost
+from holdfast.errors import explained
 from holdfast.syscalls import MS_NODEV, MS_NOSUID, MS_REMOUNT, is_mounted, mount, unmount
 
 ROOM, ENTRIES = 4 << 20, 1024  # bytes and files that a container may add
@@ -42,23 +42,18 @@ def make_room(place: Path, size: int, entries: int = 0) -> None:
     blocks = max(0, size // found.f_frsize + 1 + entries - found.f_bfree)  # a file begins a block of its own
     files = max(0, entries - found.f_ffree)
     if blocks or files:
-        _mount(
-            place, MS_REMOUNT, f"size={(found.f_blocks + blocks) * found.f_frsize},nr_inodes={found.f_files + files}"
-        )
+        size = (found.f_blocks + blocks) * found.f_frsize
+        _mount(place, MS_REMOUNT, f"size={size},nr_inodes={found.f_files + files}")
 
 
 def remove(place: Path) -> None:
     """Unmount it, even while it is in use; succeed when it is not there. Raises UnfitHost."""
-    try:
+    with explained(f"unmount '{place}'"):
         unmount(place, lazily=True)
-    except OSError as error:
-        raise UnfitHost(f"unmount '{place}': {(error.strerror or '').lower()}") from error
     with suppress(OSError):  # gone, or an earlier version keeps copies there
         place.rmdir()
 
 
 def _mount(place: Path, flags: int, options: str) -> None:
-    try:
+    with explained(f"mount a file system at '{place}'"):
         mount("holdfast", place, "tmpfs", flags | MS_NOSUID | MS_NODEV, f"{options},mode=700")
-    except OSError as error:
-        raise UnfitHost(f"mount a file system at '{place}': {(error.strerror or '').lower()}") from error

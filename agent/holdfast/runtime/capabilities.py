@@ -40,18 +40,13 @@ def grant(add: Collection[str], drop: Collection[str], *, privileged: bool, avai
     one that was added by name and can't be given.
     """
     added, dropped = set(add), set(drop)
-    wanted = _wanted(added, dropped, privileged=privileged)
+    if privileged:
+        wanted = set(ALL)
+    elif "ALL" in added:
+        wanted = set(ALL) - dropped
+    else:
+        wanted = added if "ALL" in dropped else set(DEFAULT) - dropped | added
     missing = wanted - set(available)
     if named := sorted(missing & added):
         raise UnfitHost(f"cap_add '{named[0]}': this agent does not have it (run it with that capability)")
     return Granted(tuple(sorted(wanted - missing)), tuple(sorted(missing)))
-
-
-def _wanted(added: set[str], dropped: set[str], *, privileged: bool) -> set[str]:
-    if privileged:
-        return set(ALL)
-    if "ALL" in added:
-        return set(ALL) - dropped
-    if "ALL" in dropped:
-        return added
-    return (set(DEFAULT) - dropped) | added

@@ -14,11 +14,13 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from holdfast.drivers import CgroupPolicy, CgroupWant
-from holdfast.errors import HoldfastError, TryAgain, UnfitHost
+from holdfast.errors import HoldfastError, TryAgain, UnfitHost, explained
+from holdfast.files import names_in
 from holdfast.mounts import mount_points
 from holdfast.observed import Json, Limits
 from holdfast.spec.model import Resources, digest_of
@@ -38,27 +40,6 @@ _THROTTLES = {
     "throttleWriteBpsDevice": ("blkio.throttle.write_bps_device", "wbps"),
     "throttleReadIOPSDevice": ("blkio.throttle.read_iops_device", "riops"),
     "throttleWriteIOPSDevice": ("blkio.throttle.write_iops_device", "wiops"),
-}
-#: The files that limits are written to, by controller. Weights have different names with each I/O scheduler.
-_FILES: Mapping[int, Mapping[str, tuple[str, ...]]] = {
-    1: {
-        "memory": ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.soft_limit_in_bytes"),
-        "cpu": ("cpu.shares", "cpu.cfs_quota_us", "cpu.cfs_period_us"),
-        "cpuset": ("cpuset.cpus",),
-        "pids": ("pids.max",),
-        "blkio": (
-            "blkio.weight",
-            "blkio.bfq.weight",
-            *(v1 for v1, _ in _THROTTLES.values()),
-        ),
-    },
-    2: {
-        "memory": ("memory.max", "memory.swap.max", "memory.low", "memory.min"),
-        "cpu": ("cpu.max", "cpu.weight"),
-        "cpuset": ("cpuset.cpus",),
-        "pids": ("pids.max",),
-        "io": ("io.weight", "io.bfq.weight", "io.max"),
-    },
 }
 
 
@@ -103,8 +84,14 @@ def compose(policies: Iterable[CgroupPolicy], want: CgroupWant, features: Featur
     merged: dict[str, Any] = {}
     for policy in policies:
         merged = _merge(merged, policy.settings(want))
-    resources, warnings = _fit(merged.get("resources", {}), features or Features())
-    return Settings(resources, merged.get("oom_score_adj"), warnings)
+    resources, able, warnings = merged.get("resources", {}), features or Features(), []
+    if not able.swap and "swap" in resources.get("memory", {}):
+        resources = _without(resources, "memory", "swap")
+        warnings.append("memory_swap is left out: this kernel does not account for swap")
+    if not able.io_weight and "weight" in resources.get("blockIO", {}):
+        resources = _without(resources, "blockIO", "weight")
+        warnings.append("io_weight is left out: this kernel has no I/O scheduler with weights")
+    return Settings(resources, merged.get("oom_score_adj"), tuple(warnings))
 
 
 def _merge(old: Json, new: Json) -> dict[str, Any]:
@@ -113,17 +100,6 @@ def _merge(old: Json, new: Json) -> dict[str, Any]:
         before = merged.get(key)
         merged[key] = _merge(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
     return merged
-
-
-def _fit(resources: Json, features: Features) -> tuple[Json, tuple[str, ...]]:
-    warnings = []
-    if not features.swap and "swap" in resources.get("memory", {}):
-        resources = _without(resources, "memory", "swap")
-        warnings.append("memory_swap is left out: this kernel does not account for swap")
-    if not features.io_weight and "weight" in resources.get("blockIO", {}):
-        resources = _without(resources, "blockIO", "weight")
-        warnings.append("io_weight is left out: this kernel has no I/O scheduler with weights")
-    return resources, tuple(warnings)
 
 
 def _without(resources: Json, table: str, key: str) -> Json:
@@ -141,15 +117,8 @@ def features(runtime: str = "runc") -> Features:
         owned = (ROOT / "cgroup.controllers").read_text().split()
         weighs = (ROOT / "io.cost.qos").exists() or Path("/sys/module/bfq").exists()
         return Features(swap=Path("/proc/swaps").exists(), io_weight="io" in owned and weighs)
-    weights = runtime != "crun" and _names_bfq()
+    weights = runtime != "crun" and any(name.startswith("blkio.bfq.") for name in names_in(ROOT / "blkio"))
     return Features(swap=(ROOT / "memory/memory.memsw.limit_in_bytes").exists(), io_weight=weights)
-
-
-def _names_bfq() -> bool:
-    try:
-        return any(name.startswith("blkio.bfq.") for name in os.listdir(f"{ROOT}/blkio"))  # noqa: PTH208 - names
-    except FileNotFoundError:
-        return False
 
 
 def hierarchies() -> tuple[Path, ...]:
@@ -178,12 +147,8 @@ def _place(controller: str, path: str, tree: int) -> str:
     return f"{ROOT}/{path.lstrip('/')}" if tree == 2 else f"{ROOT}/{controller}/{path.lstrip('/')}"
 
 
-def folders(path: str) -> list[Path]:
+def folders(path: str) -> list[str]:
     """The directories of a cgroup that exist, one for each hierarchy."""
-    return list(map(Path, _folders(path)))
-
-
-def _folders(path: str) -> list[str]:
     places = (f"{root}/{path.lstrip('/')}" for root in hierarchies())
     return [place for place in places if os.path.isdir(place)]  # noqa: PTH112 - of a dozen hierarchies, at every start
 
@@ -191,7 +156,7 @@ def _folders(path: str) -> list[str]:
 def limit_folders(path: str) -> list[Path]:
     """The directories of a cgroup that exist and hold files that limits are written to."""
     tree = version()
-    places = {Path(_place(controller, path, tree)) for controller in _FILES[tree]}
+    places = {Path(_place(controller, path, tree)) for controller, _ in _files(tree)}
     return [place for place in places if place.is_dir()]
 
 
@@ -209,14 +174,16 @@ def snapshot(path: str) -> dict[str, str]:
 
     If it differs from the snapshot that was taken right after limits were written, somebody changed them.
     """
-    found, tree = {}, version()
-    for controller, names in _FILES[tree].items():
-        place = _place(controller, path, tree)
-        for name in names:
-            content = _read(f"{place}/{name}")
-            if content is not None:
-                found[name] = content
-    return found
+    tree = version()
+    read = ((name, _read(f"{_place(controller, path, tree)}/{name}")) for controller, name in _files(tree))
+    return {name: content for name, content in read if content is not None}
+
+
+@lru_cache(maxsize=2)
+def _files(tree: int) -> list[tuple[str, str]]:
+    """The controller and the name of each file that limits are written to."""
+    throttles = ("io.max",) if tree == 2 else (v1 for v1, _ in _THROTTLES.values())
+    return [(name.partition(".")[0], name) for name in (*values({}, tree), *throttles)]
 
 
 def _read(path: str) -> str | None:
@@ -286,9 +253,7 @@ def limits_of(held: Mapping[str, str]) -> Limits:
 
 def _number(text: str | None) -> int | None:
     """Read a limit; None for no limit, which v1 writes as the largest number of pages."""
-    if text is None or not text.isdecimal() or int(text) > LARGEST_MEMORY:
-        return None
-    return int(text)
+    return int(text) if text and text.isdecimal() and int(text) <= LARGEST_MEMORY else None
 
 
 def _or_max(limit: int) -> str:
@@ -344,19 +309,13 @@ def _apply_throttles(path: str, block: Json, tree: int) -> None:
 
 
 def _write(path: Path, value: str) -> None:
-    try:
+    with explained(f"write of '{value.strip()}' to '{path}'"):
         path.write_text(value)
-    except OSError as error:
-        raise UnfitHost(f"write of '{value.strip()}' to '{path}': {(error.strerror or '').lower()}") from error
 
 
 def pids(path: str) -> set[int]:
     """The processes in a cgroup, nested ones included; zombies are not among them."""
-    found: set[int] = set()
-    for place in _folders(path):
-        for current in _with_all_below(place):
-            found.update(processes(current))
-    return found - {0}
+    return {pid for place in folders(path) for each in _with_all_below(place) for pid in processes(each)} - {0}
 
 
 def processes(place: Path | str) -> list[int]:
@@ -382,16 +341,15 @@ def counts(place: Path | str) -> dict[str, int]:
 
 def usage(path: str) -> Usage:
     """Read what a container uses."""
-    if version() == 2:
-        place = folder("memory", path)
-        memory, count = _read(str(place / "memory.current")), _read(str(place / "pids.current"))
-        stat = counts(place / "cpu.stat")
-        cpu = stat["usage_usec"] / 1e6 if "usage_usec" in stat else None
+    tree = version()
+    memory = _read(f"{folder('memory', path)}/{'memory.current' if tree == 2 else 'memory.usage_in_bytes'}")
+    count = _read(f"{folder('pids', path)}/pids.current")
+    if tree == 2:
+        microseconds: float | None = counts(folder("cpu", path) / "cpu.stat").get("usage_usec")
     else:
-        memory = _read(str(folder("memory", path) / "memory.usage_in_bytes"))
-        count = _read(str(folder("pids", path) / "pids.current"))
-        nanoseconds = _read(str(folder("cpuacct", path) / "cpuacct.usage"))
-        cpu = float(nanoseconds) / 1e9 if nanoseconds else None
+        nanoseconds = _read(f"{folder('cpuacct', path)}/cpuacct.usage")
+        microseconds = int(nanoseconds) / 1e3 if nanoseconds else None
+    cpu = None if microseconds is None else microseconds / 1e6
     return Usage(int(memory) if memory else None, cpu, int(count) if count else None)
 
 
@@ -451,7 +409,7 @@ def remove(path: str, *, timeout: float = 2.0) -> None:
     UnfitHost names the one that is still in use.
     """
     deadline = time.monotonic() + timeout
-    for place in _folders(path):
+    for place in folders(path):
         for current in reversed(_with_all_below(place)):
             while not _rmdir(current):
                 if time.monotonic() > deadline:
@@ -463,7 +421,7 @@ def remove(path: str, *, timeout: float = 2.0) -> None:
 
 def remove_if_empty(path: str) -> None:
     """Remove an agent's parent cgroup from every hierarchy, unless a container is left in it."""
-    for place in _folders(path):
+    for place in folders(path):
         _rmdir(place)
 
 
@@ -479,9 +437,8 @@ def _with_all_below(place: str) -> list[str]:
 
 def _rmdir(place: str) -> bool:
     try:
-        os.rmdir(place)  # noqa: PTH106 - of a dozen hierarchies, at every removal
-    except FileNotFoundError:
-        return True
+        with suppress(FileNotFoundError):
+            os.rmdir(place)  # noqa: PTH106 - of a dozen hierarchies, at every removal
     except OSError as error:
         if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
             raise

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.drivers import Host
-from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState
-from holdfast.files import discard_tree, names_in, write_whole
+from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongState, explained
+from holdfast.files import discard_tree, held, names_in, read_text, write_whole
 from holdfast.observed import Exit, Json
 from holdfast.runtime import cgroup, delegation
-from holdfast.runtime.binaries import RuntimeBinary
+from holdfast.runtime.binaries import ENVIRONMENT, RuntimeBinary, run
 from holdfast.runtime.oci import signal_number
 from holdfast.syscalls import call
 
@@ -43,7 +43,6 @@ OOM_WINDOW = 5.0  # seconds between such a kill and the end of a container that 
 
 _TOLD = "oom-told"
 _PR_SET_CHILD_SUBREAPER = 36
-_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +169,10 @@ class Runtime:
 
     def set_oom_score_adj(self, id: str, value: int) -> None:
         """Set the oom_score_adj of every process of a running container."""
-        for pid in cgroup.pids(self.cgroup(id)):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                _write_oom_score_adj(id, pid, value)
+        with explained(f"oom_score_adj '{value}' of '{id}'"):
+            for pid in cgroup.pids(self.cgroup(id)):
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    Path(f"/proc/{pid}/oom_score_adj").write_text(str(value))
 
     def state(self) -> frozenset[str]:
         """The ids of all containers of which the runtime or conmon has something on disk.
@@ -197,8 +197,7 @@ class Runtime:
 
     def process(self, id: str) -> dict[str, Any]:
         """How a container's first process was started: `process` of its config.json."""
-        found: dict[str, Any] = json.loads((self.host.instance(id) / "config.json").read_text())["process"]
-        return found
+        return dict(json.loads((self.host.instance(id) / "config.json").read_text())["process"])
 
     def exec_argv(self, id: str, process: Json, *, detach: bool = False) -> list[str]:
         """The command line that runs a process (`runtime.execs`) in a running container; the CLI executes it.
@@ -221,13 +220,10 @@ class Runtime:
         Call it before `delete`, which removes the cgroup and with it the count of OOM kills.
         """
         place = self.exits / id
-        try:
-            text, at = place.read_text(), place.stat().st_mtime
-        except FileNotFoundError:
+        text = read_text(place).strip()
+        if not text.isdecimal():
             return None
-        if not text.strip().isdecimal():
-            return None
-        code = int(text)
+        code, at = int(text), place.stat().st_mtime
         oom = code == 128 + signal.SIGKILL and self._died_for_memory(id, at)
         return Exit(code, signal.SIGKILL if oom else None, oom, at)
 
@@ -237,17 +233,12 @@ class Runtime:
 
     def new_oom_kills(self, id: str) -> int:
         """How many of these kills `tell_oom_kills` has not counted yet."""
-        try:
-            told = int((self.record(id) / _TOLD).read_text())
-        except (FileNotFoundError, ValueError):
-            told = 0
-        return max(self.oom_kills(id) - told, 0)
+        return max(self.oom_kills(id) - int(read_text(self.record(id) / _TOLD) or 0), 0)
 
     def tell_oom_kills(self, id: str) -> int:
         """Count the kills of a container that runs on, so that its end is not taken for one; return the number."""
         (self.record(id) / OOM_FILE).unlink(missing_ok=True)  # conmon makes it anew at the next one
-        new = self.new_oom_kills(id)
-        if new:
+        if new := self.new_oom_kills(id):
             write_whole(self.record(id) / _TOLD, str(self.oom_kills(id)))
         return new
 
@@ -309,26 +300,20 @@ class Runtime:
     def _spawn(self, bundle: Path, argv: list[str], name: str) -> int:
         """Start conmon, which detaches, and read the container's pid from its sync pipe."""
         ours, theirs = os.pipe()
-        try:
-            process = subprocess.Popen(
-                argv,
-                env={**_ENVIRONMENT, "_OCI_SYNCPIPE": str(theirs)},
-                pass_fds=(theirs,),
-                cwd=bundle,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(ours)
-            raise
-        finally:
-            os.close(theirs)
-        with os.fdopen(ours, "rb") as pipe:
+        with held(ours):
+            with held(theirs):
+                process = subprocess.Popen(
+                    argv,
+                    env={**ENVIRONMENT, "_OCI_SYNCPIPE": str(theirs)},
+                    pass_fds=(theirs,),
+                    cwd=bundle,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
             process.wait()  # only until conmon has detached
-            answer = _read_line(pipe.fileno(), time.monotonic() + CREATE_TIMEOUT)
-        return _pid_from(answer, name)
+            return _pid_from(_read_line(ours, time.monotonic() + CREATE_TIMEOUT), name)
 
     def _conmon_argv(self, id: str, bundle: Path, log_path: Path, log_size: int) -> list[str]:
         record = self.record(id)
@@ -354,18 +339,7 @@ class Runtime:
 
     def _call(self, verb: str, id: str, *, name: str) -> None:
         """Run a command of the runtime that leaves no process; turn its message into an error."""
-        try:
-            answer = subprocess.run(
-                [*self._command(verb), id],
-                env=_ENVIRONMENT,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=CREATE_TIMEOUT,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise TryAgain(f"{verb} of '{name}': no answer in {CREATE_TIMEOUT:g} s") from error
+        answer = run([*self._command(verb), id], f"{verb} of '{name}'", timeout=CREATE_TIMEOUT)
         if answer.returncode:
             raise runtime_error(verb, name, answer.stderr)
 
@@ -373,10 +347,8 @@ class Runtime:
         """End every process of a container: its own, then conmon and the runtime's."""
         deadline = time.monotonic() + CONMON_GRACE
         cgroup.thaw(self.cgroup(id))
-        known, inside = list(self._processes(id)), cgroup.pids(self.cgroup(id))
-        if not known and not inside:
-            return
-        kill_each(inside, signal.SIGKILL)
+        known = list(self._processes(id))
+        kill_each(cgroup.pids(self.cgroup(id)), signal.SIGKILL)
         for pid, program in known:
             if program == str(self.conmon):
                 wait_end(pid, time.monotonic() + 1.0)
@@ -389,11 +361,8 @@ class Runtime:
 
     def _has_poststop(self, id: str) -> bool:
         """Whether the runtime would run hooks when it deletes a container, from the state that it keeps itself."""
-        for name in ("state.json", "config.json"):  # runc's, crun's
-            with contextlib.suppress(OSError):
-                if _POSTSTOP.search((self.root / id / name).read_bytes()):
-                    return True
-        return False
+        kept = (read_text(self.root / id / name) for name in ("state.json", "config.json"))  # runc's, crun's
+        return any(map(_POSTSTOP.search, kept))
 
     def _reap(self, id: str) -> None:
         """Collect the exit status of ended processes whose parent is this process, as a subreaper."""
@@ -418,7 +387,7 @@ class Runtime:
         programs, root = (str(self.conmon), str(self.binary.path)), str(self.root)
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal():
-                argv = _command_line(entry)
+                argv = read_text(entry / "cmdline").split("\0")  # "" of zombies, kernel threads and what has ended
                 if argv[0] in programs and id in argv and any(root in part for part in argv):
                     yield int(entry.name), argv[0]
 
@@ -486,13 +455,12 @@ def _pid_from(answer: bytes, name: str) -> int:
         said: dict[str, Any] = json.loads(answer)
     except ValueError as error:
         raise UnfitHost(f"start of '{name}': conmon ended without a message (see `holdfast doctor`)") from error
-    pid = int(said.get("data", said.get("pid", -1)))
-    if pid > 0:
-        return pid
-    raise runtime_error("start", name, str(said.get("message") or "no reason given"))
+    if (pid := int(said.get("data", said.get("pid", -1)))) <= 0:
+        raise runtime_error("start", name, str(said.get("message") or "no reason given"))
+    return pid
 
 
-_POSTSTOP = re.compile(rb'"poststop":\s*\[')
+_POSTSTOP = re.compile(r'"poststop":\s*\[')
 _SPOKEN = re.compile(r'msg="((?:[^"\\]|\\.)*)"')
 _PROGRAM = re.compile(
     r"executable file .*not found|: exec: |open executable|exec format error|chdir to |no such file.*exec", re.I
@@ -510,18 +478,7 @@ def runtime_error(verb: str, name: str, text: str) -> HoldfastError:
 
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the third on; [] if there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-def _command_line(process: Path) -> list[str]:
-    """The arguments of a process; [""] for zombies, kernel threads and what has ended."""
-    try:
-        return (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-    except (FileNotFoundError, ProcessLookupError):
-        return [""]
+    return read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
 
 
 def _ticks(pid: int) -> int:
@@ -541,18 +498,14 @@ def wait_end(pid: int, deadline: float | None, unless: int | None = None) -> boo
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
         return True
-    try:
+    with held(handle):
         poller = select.poll()
-        poller.register(handle, select.POLLIN)
-        if unless is not None:
-            poller.register(unless, select.POLLIN)
+        for each in (handle, *(() if unless is None else (unless,))):
+            poller.register(each, select.POLLIN)
         found = poller.poll(_milliseconds(deadline))
         while not found and deadline is not None and time.monotonic() < deadline:
             found = poller.poll(_milliseconds(deadline))
-        ended = handle in dict(found)
-    finally:
-        os.close(handle)
-    return ended
+        return handle in dict(found)
 
 
 def _milliseconds(deadline: float | None) -> float | None:
@@ -565,10 +518,3 @@ def kill_each(pids: Iterable[int], number: int) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-
-
-def _write_oom_score_adj(id: str, pid: int, value: int) -> None:
-    try:
-        Path(f"/proc/{pid}/oom_score_adj").write_text(str(value))
-    except PermissionError as error:
-        raise UnfitHost(f"oom_score_adj '{value}' of '{id}': {(error.strerror or '').lower()}") from error

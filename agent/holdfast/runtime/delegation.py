@@ -22,37 +22,22 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
+from subprocess import CompletedProcess
 
 from holdfast.drivers import Host
-from holdfast.errors import TryAgain, UnfitHost
-from holdfast.files import write_whole
+from holdfast.errors import TryAgain, UnfitHost, explained
+from holdfast.files import read_text, write_whole
 from holdfast.runtime import cgroup
+from holdfast.runtime.binaries import run
 
 BOOTED = Path("/run/systemd/system")  # sd_booted(3)
 TIMEOUT = 60.0  # seconds that systemd may take
 LAST_LOOK = 5.0  # seconds to see the place go
 NOT_FOUND = 5  # what systemctl exits with
-_UNIT = """\
-[Unit]
-Description=Containers of {name}
-RefuseManualStop=yes
-IgnoreOnIsolate=yes
-CollectMode=inactive-or-failed
-
-[Service]
-Type=exec
-ExecStart=/bin/sleep infinity
-Delegate=yes
-TasksMax=infinity
-# Whatever ends the keeper, the containers go on.
-KillMode=process
-OOMPolicy=continue
-OOMScoreAdjust=-1000
-"""
+UNIT = Path(__file__).with_name("containers.service")
 _making = threading.Lock()
 
 
@@ -76,8 +61,7 @@ def ensure(host: Host) -> None:
 
     A place that lost its keeper can't be given a new one while containers run in it; systemd leaves it alone.
     """
-    top = _folder(host)
-    if top is None or cgroup.processes(top / "keeper"):
+    if (top := _folder(host)) is None or cgroup.processes(top / "keeper"):
         return
     with _making:
         if not cgroup.counts(top / "cgroup.events").get("populated"):
@@ -89,14 +73,12 @@ def ensure(host: Host) -> None:
 
 def adopt(host: Host, conmon: int) -> None:
     """Move a conmon out of the agent's own unit; nothing happens when it has ended."""
-    top = _folder(host)
-    if top is None:
+    now = read_text(f"/proc/{conmon}/cgroup")
+    if (top := _folder(host)) is None or not now or f"0::{host.cgroup_root}/conmon\n" in now:
         return
-    leaf = top / "conmon"
     with contextlib.suppress(ProcessLookupError):
-        if Path(f"/proc/{conmon}/cgroup").exists() and not _is_in(conmon, f"{host.cgroup_root}/conmon"):
-            leaf.mkdir(exist_ok=True)
-            (leaf / "cgroup.procs").write_text(str(conmon))
+        (top / "conmon").mkdir(exist_ok=True)
+        (top / "conmon/cgroup.procs").write_text(str(conmon))
 
 
 def dissolve(host: Host) -> None:
@@ -113,31 +95,25 @@ def dissolve(host: Host) -> None:
                 os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + LAST_LOOK
         cgroup.wait_event(top, "populated", 0, deadline)
-        while (
-            top.is_dir() and time.monotonic() < deadline
-        ):  # systemd removes it, which the kernel announces to nobody
+        while top.is_dir() and time.monotonic() < deadline:  # systemd removes it; the kernel announces that to nobody
             time.sleep(0.02)
         unit_file(host).unlink(missing_ok=True)
 
 
 def used(host: Host) -> bool:
     """Whether the place exists."""
-    top = _folder(host)
-    return top is not None and top.is_dir()
+    return (top := _folder(host)) is not None and top.is_dir()
 
 
 def keeps(host: Host) -> bool:
     """Whether the place is delegated, or need not be."""
-    top = _folder(host)
-    return top is None or bool(cgroup.processes(top / "keeper"))
+    return (top := _folder(host)) is None or bool(cgroup.processes(top / "keeper"))
 
 
 def _delegate(host: Host) -> None:
     unit, file = unit_of(host.name), unit_file(host)
-    try:
-        write_whole(file, _UNIT.format(name=host.name))
-    except OSError as error:
-        raise TryAgain(f"write unit file '{file}': {(error.strerror or '').lower()}") from error
+    with explained(f"write unit file '{file}'", TryAgain):
+        write_whole(file, UNIT.read_text().replace("@NAME@", host.name))
     done = _systemctl(host, "start", unit)
     if done.returncode == NOT_FOUND:  # it was looked for before, and systemd remembers that
         _systemctl(host, "daemon-reload")
@@ -147,24 +123,13 @@ def _delegate(host: Host) -> None:
         raise TryAgain(f"delegate cgroup '{host.cgroup_root}': {said} (see systemctl status {unit})")
 
 
-def _systemctl(host: Host, *words: str) -> subprocess.CompletedProcess[str]:
+def _systemctl(host: Host, *words: str) -> CompletedProcess[str]:
     what = f"delegate cgroup '{host.cgroup_root}'"
     program = shutil.which("systemctl", path="/usr/bin:/bin")
     if program is None:
         raise UnfitHost(f"{what}: systemctl is missing (apt-get install systemd)")
-    try:
-        return subprocess.run(
-            [program, "--no-ask-password", *words],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT, check=False,
-            env={"PATH": "/usr/bin:/bin"},  # NOTIFY_SOCKET is the agent's
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        raise TryAgain(f"{what}: systemd does not answer in {TIMEOUT:g} s") from error
+    return run([program, "--no-ask-password", *words], what, timeout=TIMEOUT)
 
 
 def _folder(host: Host) -> Path | None:
     return cgroup.ROOT / host.cgroup_root.lstrip("/") if host.cgroup_root else None
-
-
-def _is_in(pid: int, path: str) -> bool:
-    return f"0::{path}\n" in Path(f"/proc/{pid}/cgroup").read_text()

@@ -15,7 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from holdfast.errors import UnfitHost
+from holdfast.errors import UnfitHost, explained
+from holdfast.files import held
 from holdfast.runtime import cgroup
 from holdfast.syscalls import call
 
@@ -76,19 +77,14 @@ def allow_only(path: str, rules: Sequence[Rule]) -> None:
 def attach(folder: str, rules: Sequence[Rule], *, allowed: bool) -> None:
     """Attach a program to a cgroup v2, in addition to the runtime's. allowed: whether it allows what the rules name
     and denies the rest, or the other way round."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with held(os.open(folder, os.O_RDONLY | os.O_DIRECTORY)) as handle:
         program = _program(tuple(rules), allowed)
         _bpf(_PROG_ATTACH, struct.pack("=IIII", handle, program, _CGROUP_DEVICE_HOOK, _ALLOW_MULTI), folder)
-    finally:
-        os.close(handle)
 
 
 def _write(place: Path, text: str) -> None:
-    try:
+    with explained(f"write of '{place}'"):
         place.write_text(text)
-    except OSError as error:
-        raise UnfitHost(f"write of '{place}': {(error.strerror or '').lower()}") from error
 
 
 @lru_cache(maxsize=8)
@@ -138,8 +134,5 @@ def _bpf(command: int, attributes: bytes, subject: str) -> int:
     number = _SYS_BPF.get(platform.machine())
     if number is None:
         raise UnfitHost(f"bpf '{subject}': its number on {platform.machine()} is not known")
-    buffer = ctypes.create_string_buffer(attributes, len(attributes))
-    try:
-        return call("syscall", number, command, buffer, len(attributes))
-    except OSError as error:
-        raise UnfitHost(f"bpf '{subject}': {(error.strerror or '').lower()}") from error
+    with explained(f"bpf '{subject}'"):
+        return call("syscall", number, command, attributes, len(attributes))

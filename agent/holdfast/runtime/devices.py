@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,20 +61,10 @@ def _below(folder: Path, target: str, permissions: str) -> Iterator[DeviceNode]:
 
 
 def _node(path: Path, target: str, permissions: str) -> DeviceNode | None:
-    try:
+    with suppress(OSError):
         status = path.stat()
-    except OSError:
-        return None
-    kind = "b" if stat.S_ISBLK(status.st_mode) else "c" if stat.S_ISCHR(status.st_mode) else None
-    if kind is None:
-        return None
-    return DeviceNode(
-        target,
-        kind,
-        os.major(status.st_rdev),
-        os.minor(status.st_rdev),
-        permissions,
-        stat.S_IMODE(status.st_mode),
-        status.st_uid,
-        status.st_gid,
-    )
+        kind = "b" if stat.S_ISBLK(status.st_mode) else "c" if stat.S_ISCHR(status.st_mode) else None
+        numbers, mode = (os.major(status.st_rdev), os.minor(status.st_rdev)), stat.S_IMODE(status.st_mode)
+        if kind is not None:
+            return DeviceNode(target, kind, *numbers, permissions, mode, status.st_uid, status.st_gid)
+    return None

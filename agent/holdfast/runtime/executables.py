@@ -11,6 +11,7 @@ import posixpath
 import stat
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from holdfast.errors import UnfitHost, WrongState
@@ -133,14 +134,12 @@ def _interpreter(head: bytes) -> str | None:
         return os.fsdecode(words[0]) or None
     if head[:6] != b"\x7fELF\x02\x01":  # 64 bits, little endian
         return None
-    try:
+    with suppress(struct.error):
         offset, size, count = struct.unpack_from("<Q", head, 32)[0], *struct.unpack_from("<HH", head, 54)
         for index in range(count):
             kind, _, at, _, _, length = struct.unpack_from("<IIQQQQ", head, offset + index * size)
             if kind == 3 and at + length <= len(head):  # PT_INTERP
                 return os.fsdecode(head[at : at + length].rstrip(b"\0")) or None
-    except struct.error:
-        return None
     return None
 
 

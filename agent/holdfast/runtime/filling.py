@@ -16,12 +16,13 @@ import stat
 from pathlib import Path
 
 from holdfast.drivers import COMPLETE_CONTENT as COMPLETE
-from holdfast.files import BENEATH, NO_MAGICLINKS, NO_SYMLINKS, openat2, remove_tree
+from holdfast.files import BENEATH, NO_MAGICLINKS, NO_SYMLINKS, clear, held, mode_of, openat2
 from holdfast.syscalls import call
 
 PARTIAL = ".holdfast-partial"
 LOST_FOUND = "lost+found"  # what mkfs leaves in a file system of its own
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+PLACE = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 CHUNK = 1 << 30
 
 
@@ -39,45 +40,35 @@ def owner_and_mode(path: Path) -> list[int]:
 
 def fill(path: Path, seed: Path) -> None:
     """Copy the content of seed, and its owner, mode and attributes, into an empty volume. Raises OSError."""
-    volume = os.open(path, FOLDER)
-    try:
+    with held(os.open(path, FOLDER)) as volume:
         for name in (PARTIAL, COMPLETE):
-            _clear(volume, name)
+            clear(volume, name)
         os.mkdir(PARTIAL, 0o700, dir_fd=volume)
-        copy = os.open(PARTIAL, FOLDER | os.O_NOFOLLOW, dir_fd=volume)
         try:
-            copy_tree(seed, copy)
+            with held(os.open(PARTIAL, FOLDER | os.O_NOFOLLOW, dir_fd=volume)) as copy:
+                copy_tree(seed, copy)
         except BaseException:
-            _clear(volume, PARTIAL)  # room again on a full disk
+            clear(volume, PARTIAL)  # room again on a full disk
             raise
-        finally:
-            os.close(copy)
-        _sync(volume)
+        call("syncfs", volume)
         os.rename(PARTIAL, COMPLETE, src_dir_fd=volume, dst_dir_fd=volume)
-    finally:
-        os.close(volume)
     finish(path)
 
 
 def finish(path: Path) -> None:
     """Move up what `fill` has copied, if there is a COMPLETE. Raises OSError."""
-    volume = os.open(path, FOLDER)
-    try:
+    with held(os.open(path, FOLDER)) as volume:
         try:
-            copy = os.open(COMPLETE, FOLDER | os.O_NOFOLLOW, dir_fd=volume)
+            complete = os.open(COMPLETE, FOLDER | os.O_NOFOLLOW, dir_fd=volume)
         except (FileNotFoundError, NotADirectoryError):
             return
-        try:
+        with held(complete) as copy:
             for name in os.listdir(copy):  # noqa: PTH208 - of a descriptor
-                if not _exists(volume, name):
+                if mode_of(volume, name) is None:
                     os.rename(name, name, src_dir_fd=copy, dst_dir_fd=volume)
             _copy_looks(f"/proc/self/fd/{copy}", os.fstat(copy), volume)
-        finally:
-            os.close(copy)
-        _sync(volume)
-        _clear(volume, COMPLETE)
-    finally:
-        os.close(volume)
+        call("syncfs", volume)
+        clear(volume, COMPLETE)
 
 
 def copy_tree(source: Path, target: int) -> None:
@@ -88,24 +79,17 @@ def copy_tree(source: Path, target: int) -> None:
     twins: dict[tuple[int, int], str] = {}
     folders = ["."]
     for folder in folders:  # it grows meanwhile
-        inner = _open_below(target, folder, FOLDER)
-        try:
-            with os.scandir(source / folder) as entries:
-                for entry in entries:
-                    relative = f"{folder}/{entry.name}"
-                    if entry.is_dir(follow_symlinks=False):
-                        os.mkdir(entry.name, 0o700, dir_fd=inner)
-                        folders.append(relative)
-                    else:
-                        _copy_entry(entry, relative, target, inner, twins)
-        finally:
-            os.close(inner)
+        with held(_open_below(target, folder, FOLDER)) as inner, os.scandir(source / folder) as entries:
+            for entry in entries:
+                relative = f"{folder}/{entry.name}"
+                if entry.is_dir(follow_symlinks=False):
+                    os.mkdir(entry.name, 0o700, dir_fd=inner)
+                    folders.append(relative)
+                else:
+                    _copy_entry(entry, relative, target, inner, twins)
     for folder in reversed(folders):  # afterwards, because writing into a directory changes its times
-        inner = _open_below(target, folder, FOLDER)
-        try:
+        with held(_open_below(target, folder, FOLDER)) as inner:
             _copy_looks(source / folder, (source / folder).lstat(), inner)
-        finally:
-            os.close(inner)
 
 
 def _copy_entry(
@@ -113,8 +97,9 @@ def _copy_entry(
 ) -> None:
     found, name = entry.stat(follow_symlinks=False), entry.name
     twin = twins.setdefault((found.st_dev, found.st_ino), relative) if found.st_nlink > 1 else relative
-    if twin != relative:
-        _link(target, twin, inner, name)
+    if twin != relative:  # a second name, by descriptor: a container may have put links into its path
+        with held(_open_below(target, twin, PLACE)) as there:
+            os.link(f"/proc/self/fd/{there}", name, dst_dir_fd=inner, follow_symlinks=True)
         return
     if stat.S_ISREG(found.st_mode):
         _copy_file(entry.path, inner, name)
@@ -124,35 +109,18 @@ def _copy_entry(
         return
     else:
         os.mknod(name, found.st_mode, found.st_rdev, dir_fd=inner)
-    made = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=inner)
-    try:
+    with held(os.open(name, PLACE, dir_fd=inner)) as made:
         _copy_looks(entry.path, found, made)
-    finally:
-        os.close(made)
 
 
 def _copy_file(source: str, inner: int, name: str) -> None:
-    read = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        write = os.open(
-            name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=inner
-        )
-        try:
-            while os.sendfile(write, read, None, CHUNK):
-                pass
-        finally:
-            os.close(write)
-    finally:
-        os.close(read)
-
-
-def _link(target: int, twin: str, inner: int, name: str) -> None:
-    """Give a copied file a second name, by descriptor: a container may have put links into its path."""
-    there = _open_below(target, twin, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.link(f"/proc/self/fd/{there}", name, dst_dir_fd=inner, follow_symlinks=True)
-    finally:
-        os.close(there)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with (
+        held(os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)) as read,
+        held(os.open(name, flags, 0o600, dir_fd=inner)) as write,
+    ):
+        while os.sendfile(write, read, None, CHUNK):
+            pass
 
 
 def _copy_looks(source: Path | str, found: os.stat_result, target: int) -> None:
@@ -180,25 +148,3 @@ def _set_attribute(made: str, name: str, value: bytes) -> None:
 def _open_below(target: int, path: str, flags: int) -> int:
     """Open a path below a directory, through no link (openat2(2))."""
     return openat2(path, flags, BENEATH | NO_SYMLINKS | NO_MAGICLINKS, dir_fd=target)
-
-
-def _exists(folder: int, name: str) -> bool:
-    try:
-        os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _clear(folder: int, name: str) -> None:
-    if not _exists(folder, name):
-        return
-    if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-        remove_tree(name, dir_fd=folder)
-    else:
-        os.unlink(name, dir_fd=folder)
-
-
-def _sync(folder: int) -> None:
-    """Write everything of the file system that holds an open directory to disk (syncfs(2))."""
-    call("syncfs", folder)

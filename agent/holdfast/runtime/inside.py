@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from holdfast.errors import NoProgram, NotExecutable, WrongState
-from holdfast.files import IN_ROOT, NO_MAGICLINKS, openat2
+from holdfast.files import IN_ROOT, NO_MAGICLINKS, held, openat2
 from holdfast.runtime.binaries import foreign_formats
 from holdfast.runtime.executables import HEAD, Candidate, judge
 from holdfast.runtime.users import User
@@ -81,28 +81,19 @@ class Inside:
             if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.ENAMETOOLONG):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
             raise
-        try:
+        with held(handle):
             yield handle
-        finally:
-            os.close(handle)
 
 
 @contextmanager
 def inside(pid: int) -> Iterator[Inside]:
     """Open the root of the container in which a process runs."""
-    root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with held(os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as root:
         yield Inside(root)
-    finally:
-        os.close(root)
 
 
 def _may_execute(found: os.stat_result, user: User) -> bool:
     """By the mode bits alone."""
-    if user.uid == 0:
-        return bool(found.st_mode & 0o111)
-    if user.uid == found.st_uid:
-        return bool(found.st_mode & 0o100)
-    if found.st_gid in (user.gid, *user.groups):
-        return bool(found.st_mode & 0o010)
-    return bool(found.st_mode & 0o001)
+    in_group = found.st_gid in (user.gid, *user.groups)
+    own = 0o111 if user.uid == 0 else 0o100 if user.uid == found.st_uid else 0o010 if in_group else 0o001
+    return bool(found.st_mode & own)

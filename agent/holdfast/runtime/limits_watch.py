@@ -95,5 +95,6 @@ class LimitsWatch:
     def _end(self, watches: Collection[int]) -> None:
         for watch in watches:
             assert self._inotify is not None
-            self._paths.pop(self._inotify.remove(watch), None)
+            if folder := self._inotify.remove(watch):
+                self._paths.pop(folder, None)
             self._left += 1

@@ -9,6 +9,7 @@ kept by its second name, FILE.0, which becomes FILE.1 (the newest), FILE.2 and s
 from __future__ import annotations
 
 import base64
+import codecs
 import os
 import re
 import time
@@ -95,7 +96,7 @@ def roll(log_path: Path, max_files: int) -> None:
     if inode is not None and _inode(held) == inode:
         return
     if held.exists():
-        for file in sorted(_numbered(log_path), key=_number, reverse=True):
+        for file in _numbered(log_path):
             if _number(file) + 1 < max_files:
                 file.rename(_older(log_path, _number(file) + 1))
             else:
@@ -113,23 +114,20 @@ def keep(log_path: Path, max_size: int, max_files: int, reopen: Callable[[], Non
 
 def log_files(log_path: Path) -> list[Path]:
     """The files of a log that exist, oldest first; a file with two names once."""
-    current = _inode(log_path)
-    older = sorted(_numbered(log_path), key=_number, reverse=True)
-    if older and _number(older[-1]) == 0 and _inode(older[-1]) == current:
-        older.pop()
-    return [*older, *((log_path,) if current is not None else ())]
+    return list({inode: file for file, inode in _inodes(log_path)}.values())
 
 
 def _inodes(log_path: Path) -> list[tuple[Path, int]]:
     """Every name of a log's files with its inode, the oldest file first."""
-    names = (*sorted(_numbered(log_path), key=_number, reverse=True), log_path)
+    names = (*_numbered(log_path), log_path)
     return [(file, inode) for file in names if (inode := _inode(file)) is not None]
 
 
 def _numbered(log_path: Path) -> list[Path]:
-    prefix = f"{log_path.name}."
-    names = names_in(log_path.parent)
-    return [log_path.with_name(name) for name in names if name.startswith(prefix) and name[len(prefix) :].isdecimal()]
+    """The files with a number, the oldest first."""
+    form = re.compile(rf"{re.escape(log_path.name)}\.[0-9]+")
+    names = filter(form.fullmatch, names_in(log_path.parent))
+    return sorted(map(log_path.with_name, names), key=_number, reverse=True)
 
 
 def _older(log_path: Path, number: int) -> Path:
@@ -141,17 +139,15 @@ def _number(file: Path) -> int:
 
 
 def _inode(file: Path) -> int | None:
-    try:
+    with suppress(FileNotFoundError):
         return file.stat().st_ino
-    except FileNotFoundError:
-        return None
+    return None
 
 
 def _size(file: Path) -> int:
-    try:
+    with suppress(FileNotFoundError):
         return file.stat().st_size
-    except FileNotFoundError:
-        return 0
+    return 0
 
 
 # -- the reader's side ---------------------------------------------------------------------------------------
@@ -292,8 +288,7 @@ class _Open:
     """A line that has no end yet, as far as it was not yielded."""
 
     time: str
-    parts: list[bytes] = field(default_factory=list)
-    size: int = 0
+    data: bytearray = field(default_factory=bytearray)
 
 
 class _Joiner:
@@ -309,60 +304,37 @@ class _Joiner:
         if len(fields) < 3 or fields[2][:1] not in (b"F", b"P", b"R"):
             return  # torn by a crash of the host
         time, stream, tag = (each.decode(errors="replace") for each in fields[:3])
-        if not _is_time(time):
+        try:
+            datetime.fromisoformat(time)
+        except ValueError:
             return
-        if tag.startswith("R"):
-            yield from self._ended()
+        if tag.startswith("R"):  # it finishes the lines that a run has left unfinished
+            yield from (self._line(stream, line) for stream, line in self._open.items())
+            self._open.clear()
             return
         line = self._open.setdefault(stream, _Open(time))
-        if not line.parts:
+        if not line.data:
             line.time = time
-        line.parts.append(fields[3] if len(fields) > 3 else b"")
-        line.size += len(line.parts[-1])
+        line.data += fields[3] if len(fields) > 3 else b""
         if tag.startswith("F"):
             yield self._line(stream, self._open.pop(stream))
-        elif line.size >= LINE:
+        elif len(line.data) >= LINE:
             yield from self._piece(stream, line)
 
     def rest(self, *, last: bool) -> Iterator[LogLine]:
         """Yield what there is of unfinished lines."""
         for stream, line in self._open.items():
-            if line.size:
-                yield from self._piece(stream, line, whole=last)
-
-    def _ended(self) -> Iterator[LogLine]:
-        """Finish the lines that a run has left unfinished."""
-        for stream, line in self._open.items():
-            yield self._line(stream, line)
-        self._open.clear()
+            yield from self._piece(stream, line, whole=last)
 
     def _piece(self, stream: str, line: _Open, *, whole: bool = False) -> Iterator[LogLine]:
         """Yield what there is of a line; an incomplete character waits for its last byte, unless whole."""
-        data = b"".join(line.parts)
-        cut = len(data) if whole else len(data) - _incomplete(data)
+        data = bytes(line.data)
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        decoder.decode(data)
+        cut = len(data) - (0 if whole else len(decoder.getstate()[0]))
         if cut:
             yield LogLine(line.time, stream, data[:cut], partial=True, target=self._target)
-        line.parts, line.size = [data[cut:]] if data[cut:] else [], len(data) - cut
+        line.data = bytearray(data[cut:])
 
     def _line(self, stream: str, line: _Open) -> LogLine:
-        return LogLine(line.time, stream, b"".join(line.parts), target=self._target)
-
-
-def _is_time(text: str) -> bool:
-    try:
-        datetime.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _incomplete(data: bytes) -> int:
-    """How many bytes at the end of data are the beginning of a UTF-8 character."""
-    for count in range(1, min(4, len(data) + 1)):
-        byte = data[-count]
-        if byte & 0xC0 == 0xC0:
-            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return count if count < length else 0
-        if byte < 0x80:
-            return 0
-    return 0
+        return LogLine(line.time, stream, bytes(line.data), target=self._target)

@@ -8,10 +8,11 @@ that might not answer, like that of a server which is gone.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, KeysView, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from holdfast.files import held
 from holdfast.mounts import MountPoint, mount_points, unescaped
 from holdfast.spec.model import Mount
 
@@ -35,8 +36,8 @@ class Mounted:
     _newest: ClassVar[tuple[Sequence[MountPoint], Mounted] | None] = None
 
     def __init__(self, points: Sequence[MountPoint]) -> None:
-        self._by_id = {each.id: each for each in points}
-        self._at = {each.point: each for each in points}  # the topmost at each point
+        self.by_id = {each.id: each for each in points}
+        self.at = {each.point: each for each in points}  # the topmost at each point
 
     @classmethod
     def now(cls) -> Mounted:
@@ -46,35 +47,16 @@ class Mounted:
             newest = cls._newest = points, cls(points)
         return newest[1]
 
-    @property
-    def points(self) -> KeysView[str]:
-        """Where something is mounted."""
-        return self._at.keys()
-
-    def __contains__(self, point: str) -> bool:
-        return point in self._at
-
-    def at(self, point: str) -> MountPoint | None:
-        """The topmost at a mount point."""
-        return self._at.get(point)
-
-    def by_id(self, id: int) -> MountPoint | None:
-        """The mount of an id."""
-        return self._by_id.get(id)
-
     def covering(self, path: str) -> MountPoint | None:
         """The mount that a path without links is on, judged by mount points."""
-        return next((self.at(above) for above in _above(path) if above in self), None)
+        return next((self.at[above] for above in _above(path) if above in self.at), None)
 
 
 def mount_id(path: str) -> int:
     """The id of the mount that a path of this host is on. Raises OSError."""
-    handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
+    with held(os.open(path, os.O_PATH | os.O_CLOEXEC)) as handle:
         lines = Path(f"/proc/self/fdinfo/{handle}").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("mnt_id:"))
-    finally:
-        os.close(handle)
 
 
 def lacking(mount: Mount, mounted: Mounted) -> str:
@@ -85,7 +67,7 @@ def lacking(mount: Mount, mounted: Mounted) -> str:
     if missing:
         return f"{missing} is not mounted, which {FSTAB} names and '{mount.source}' is on"
     above = _above(real_path(mount.source, mounted)) if mount.require_mount else ()
-    if mount.require_mount and not any(point in mounted for point in above if point != "/"):
+    if mount.require_mount and not any(point in mounted.at for point in above if point != "/"):
         return f"nothing is mounted at or above '{mount.source}' (require_mount = true)"
     return ""
 
@@ -97,7 +79,7 @@ def unmounted(path: str, mounted: Mounted) -> str:
         return ""
     real = real_path(path, mounted)
     meant = (point for point in points if _covers(point, path) or _covers(point, real))
-    return next((point for point in meant if point not in mounted), "")
+    return next((point for point in meant if point not in mounted.at), "")
 
 
 def real_path(path: str, mounted: Mounted) -> str:
@@ -106,7 +88,7 @@ def real_path(path: str, mounted: Mounted) -> str:
     while left:
         name = left.pop()
         step = os.path.normpath(f"{real}/{name}")
-        here = mounted.at(step) if step != "/" else None
+        here = mounted.at.get(step) if step != "/" else None
         if links > MOST_LINKS or (here is not None and here.kind not in LOCAL):
             return os.path.normpath("/".join((step, *left[::-1])))
         try:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import ipaddress
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
-from holdfast.files import write_over
+from holdfast.files import held, read_text, write_over
 
 Names = Iterable[tuple[str, Iterable[str]]]
 
@@ -45,16 +46,13 @@ def resolv_conf(host_text: str, upstream_text: str = "") -> str:
 
 def read_resolv_conf() -> str:
     """Read the host's files and return the text for containers; a host without them gives ""."""
-    return resolv_conf(_read(HOST_RESOLV_CONF), _read(UPSTREAM_RESOLV_CONF))
+    return resolv_conf(read_text(HOST_RESOLV_CONF), read_text(UPSTREAM_RESOLV_CONF))
 
 
 def write_in_place(path: Path, text: str) -> None:
     """Make text the content of path without changing its inode (`files.write_over`)."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
+    with held(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)) as file:
         write_over(file, text.encode())
-    finally:
-        os.close(file)
 
 
 def _hosts_line(address: str, names: Iterable[str]) -> str:
@@ -67,21 +65,11 @@ def _reachable(text: str) -> list[str]:
 
 
 def _on_loopback(line: str) -> bool:
-    match line.split():
-        case ["nameserver", address, *_]:
-            try:
-                return ipaddress.ip_address(address.partition("%")[0]).is_loopback
-            except ValueError:
-                return False
+    key, *words = line.split()
+    with suppress(ValueError):
+        return key == "nameserver" and ipaddress.ip_address(words[0].partition("%")[0] if words else "").is_loopback
     return False
 
 
 def _has_resolver(lines: Iterable[str]) -> bool:
     return any(line.split()[0] == "nameserver" for line in lines)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

@@ -17,28 +17,18 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from holdfast import syscalls
 from holdfast.drivers import Host
-from holdfast.errors import NotPermitted, UnfitHost
-from holdfast.files import names_in
+from holdfast.errors import NotPermitted, explained
+from holdfast.files import held, names_in, write_setting
 from holdfast.mounts import mount_points
 from holdfast.observed import Receipt
-from holdfast.syscalls import (
-    CLONE_NEWNET,
-    MS_BIND,
-    MS_REC,
-    MS_SHARED,
-    UMOUNT_NOFOLLOW,
-    call,
-    in_thread,
-    is_mounted,
-    mount,
-    unmount,
-)
 
 SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1
 
 FOLDER = Path("/run/netns")
 MANY = 1 << 14  # namespaces whose receipts are kept from one look to the next
+#: Off, so that neighbours can't change the routes of a container, on all links that drivers give it.
 REDIRECTS = tuple(
     f"/proc/sys/net/{setting}/accept_redirects"
     for setting in ("ipv4/conf/all", "ipv4/conf/default", "ipv6/conf/all", "ipv6/conf/default")
@@ -54,16 +44,17 @@ def ensure(host: Host, instance: str, pid: int | None = None) -> Receipt:
     Receipt: kind "netns", id = owner = instance, data["path"] = the file that it is bound to.
     """
     path = host.netns(instance)
-    if not is_mounted(path):  # only then its file is on another device than the folder's
+    if not syscalls.is_mounted(path):  # only then its file is on another device than the folder's
         _claim(host, path)
-        try:
-            if pid is None:
-                in_thread(lambda: _make(path), f"netns {path.name}")
-            else:
-                mount(f"/proc/{pid}/ns/net", path, flags=MS_BIND)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise _explained(f"make network namespace '{path.name}'", error) from error
+        with _told(f"make network namespace '{path.name}'"):
+            try:
+                if pid is None:
+                    syscalls.in_thread(lambda: _make(path), f"netns {path.name}")
+                else:
+                    syscalls.mount(f"/proc/{pid}/ns/net", path, flags=syscalls.MS_BIND)
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
     return _receipt(path, instance)
 
 
@@ -78,7 +69,7 @@ def observe(host: Host) -> Iterable[Receipt]:
 def remove(host: Host, receipt: Receipt) -> None:
     """Unbind a namespace; the kernel removes it with its links once no process is left in it."""
     path = host.netns(receipt.id)
-    unmount(path, lazily=True)
+    syscalls.unmount(path, lazily=True)
     path.unlink(missing_ok=True)
     _unshare_folder(host)
 
@@ -97,25 +88,16 @@ def _bound() -> frozenset[str]:
 
 def _make(path: Path) -> None:
     """Make the namespace, in a thread that lives in it, and bind it."""
-    call("unshare", CLONE_NEWNET)
+    syscalls.call("unshare", syscalls.CLONE_NEWNET)
     _raise_loopback()
-    _refuse_redirects()
-    mount("/proc/thread-self/ns/net", path, flags=MS_BIND)
+    for setting in REDIRECTS:
+        write_setting(setting, "0")
+    syscalls.mount("/proc/thread-self/ns/net", path, flags=syscalls.MS_BIND)
 
 
 def _raise_loopback() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
-
-
-def _refuse_redirects() -> None:
-    """Keep neighbours from changing the routes of a container, on all links that drivers give it."""
-    for setting in REDIRECTS:
-        try:
-            with open(setting, "wb", buffering=0) as file:  # noqa: PTH123 - on the way of every start
-                file.write(b"0")
-        except FileNotFoundError:  # no IPv6
-            continue
 
 
 def _claim(host: Host, path: Path) -> None:
@@ -131,15 +113,13 @@ def _share_folder(host: Host) -> None:
     ours. A mark in the run root tells `_unshare_folder` that we did it.
     """
     try:
-        mount("none", FOLDER, flags=MS_SHARED | MS_REC)
+        syscalls.mount("none", FOLDER, flags=syscalls.MS_SHARED | syscalls.MS_REC)
     except OSError:  # it is not a mount point
         host.run_root.mkdir(parents=True, exist_ok=True)
         (host.run_root / MARK).touch()
-        try:
-            mount(FOLDER, FOLDER, flags=MS_BIND | MS_REC)
-            mount("none", FOLDER, flags=MS_SHARED | MS_REC)
-        except OSError as error:
-            raise _explained(f"share '{FOLDER}'", error) from error
+        with _told(f"share '{FOLDER}'"):
+            syscalls.mount(FOLDER, FOLDER, flags=syscalls.MS_BIND | syscalls.MS_REC)
+            syscalls.mount("none", FOLDER, flags=syscalls.MS_SHARED | syscalls.MS_REC)
 
 
 def _unshare_folder(host: Host) -> None:
@@ -152,7 +132,7 @@ def _unshare_folder(host: Host) -> None:
             if FOLDER.is_dir() and os.listdir(FOLDER):  # noqa: PTH208 - an iterator left open would keep it busy
                 return
             try:
-                call("umount2", bytes(FOLDER), UMOUNT_NOFOLLOW)
+                syscalls.call("umount2", bytes(FOLDER), syscalls.UMOUNT_NOFOLLOW)
             except OSError as error:
                 if error.errno == errno.EBUSY:
                     time.sleep(0.001)  # somebody looks into it at the moment; the kernel announces no end of that
@@ -166,15 +146,16 @@ def _unshare_folder(host: Host) -> None:
 @contextlib.contextmanager
 def _folder_lock() -> Iterator[None]:
     """Keep other agents from the folder. Its parent is locked, because an open folder can't be unmounted."""
-    folder = os.open(FOLDER.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with held(os.open(FOLDER.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
         fcntl.flock(folder, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(folder)
 
 
-def _explained(operation: str, error: OSError) -> UnfitHost:
-    if error.errno in (errno.EPERM, errno.EACCES):
-        return NotPermitted(f"{operation}: not permitted (root with CAP_SYS_ADMIN)")
-    return UnfitHost(f"{operation}: {(error.strerror or str(error)).lower()}")
+@contextlib.contextmanager
+def _told(operation: str) -> Iterator[None]:
+    """Say what was attempted when the kernel refuses it."""
+    with explained(operation):
+        try:
+            yield
+        except PermissionError as error:
+            raise NotPermitted(f"{operation}: not permitted (root with CAP_SYS_ADMIN)") from error

@@ -6,6 +6,7 @@ config-linux.md). Called by the node when it stages (to find errors) and when it
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,35 +27,9 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 INIT_PATH = "/dev/init"  # on the container's own /dev: nothing is left in its root file system
 FILE_TARGETS = ("/etc/hosts", "/etc/resolv.conf", "/etc/hostname")
 
-MASKED_PATHS = (
-    "/proc/asound",
-    "/proc/acpi",
-    "/proc/interrupts",
-    "/proc/kcore",
-    "/proc/keys",
-    "/proc/latency_stats",
-    "/proc/timer_list",
-    "/proc/timer_stats",
-    "/proc/sched_debug",
-    "/proc/scsi",
-    "/sys/firmware",
-    "/sys/devices/virtual/powercap",
-)
-READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
-
-#: The devices of every container: (kind, major, minor, access); None stands for all.
-_DEVICE_RULES: tuple[tuple[str, int | None, int | None, str], ...] = (
-    ("c", None, None, "m"),
-    ("b", None, None, "m"),
-    ("c", 1, 3, "rwm"),  # null
-    ("c", 1, 5, "rwm"),  # zero
-    ("c", 1, 7, "rwm"),  # full
-    ("c", 1, 8, "rwm"),  # random
-    ("c", 1, 9, "rwm"),  # urandom
-    ("c", 5, 0, "rwm"),  # tty
-    ("c", 5, 2, "rwm"),  # ptmx
-    ("c", 136, None, "rwm"),  # pts/*
-)
+#: What a container that is not privileged has: `maskedPaths`, `readonlyPaths` and `resources.devices` of the OCI
+#: runtime spec (null, zero, full, random, urandom, tty, ptmx, pts/*).
+CONFINEMENT: Json = json.loads(Path(__file__).with_name("confinement.json").read_text())
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +114,10 @@ def granted_capabilities(want: Container, limits: HostLimits) -> capabilities.Gr
 def command_line(want: Container, image: Json) -> tuple[str, ...]:
     """Combine entrypoint and command as Docker does: with an entrypoint, the image's command does not count."""
     config = image.get("config") or {}
-    if want.entrypoint is not None:
-        cleared = want.entrypoint in ((), ("",))
-        args = [*(() if cleared else want.entrypoint), *(want.command or ())]
-    else:
-        command = want.command if want.command is not None else config.get("Cmd") or ()
-        args = [*(config.get("Entrypoint") or ()), *command]
+    entrypoint, command = want.entrypoint, want.command
+    if entrypoint is None:
+        entrypoint, command = config.get("Entrypoint"), config.get("Cmd") if command is None else command
+    args = [*(() if entrypoint == ("",) else entrypoint or ()), *(command or ())]
     if not args:
         raise WrongState('command: neither the state file nor the image names a program (command = ["…"])')
     return tuple(args)
@@ -242,17 +215,13 @@ def ordered_mounts(request: OciRequest) -> list[dict[str, Any]]:
     A mount of the state file replaces one of ours at the same place.
     """
     ours = [*_default_mounts(request), *_files(request)]
-    theirs = sorted((dict(mount) for mount in request.mounts), key=lambda mount: _depth(mount["destination"]))
+    theirs = sorted(map(dict, request.mounts), key=lambda mount: _clean(mount["destination"]).count("/"))
     taken = {_clean(mount["destination"]) for mount in theirs}
     return [mount for mount in ours if mount["destination"] not in taken] + theirs
 
 
 def _clean(path: str) -> str:
     return path.rstrip("/") or "/"
-
-
-def _depth(path: str) -> int:
-    return _clean(path).count("/")
 
 
 def _mount(target: str, kind: str, *options: str, source: str = "") -> dict[str, Any]:
@@ -286,15 +255,11 @@ def _files(request: OciRequest) -> Iterable[dict[str, Any]]:
         if source is not None:
             yield _bind(target, source, "rw")
     if request.want.init:
-        yield _init(request)
-
-
-def _init(request: OciRequest) -> dict[str, Any]:
-    if request.init is None:
-        raise UnfitHost("init 'true': neither catatonit nor tini is installed (apt-get install catatonit)")
-    if request.want.pid == "host":
-        raise WrongState("init 'true': it can't be process 1 with pid = \"host\" (take one of them away)")
-    return _bind(INIT_PATH, request.init, "ro")
+        if request.init is None:
+            raise UnfitHost("init 'true': neither catatonit nor tini is installed (apt-get install catatonit)")
+        if request.want.pid == "host":
+            raise WrongState("init 'true': it can't be process 1 with pid = \"host\" (take one of them away)")
+        yield _bind(INIT_PATH, request.init, "ro")
 
 
 def _linux(request: OciRequest) -> dict[str, Any]:
@@ -310,7 +275,7 @@ def _linux(request: OciRequest) -> dict[str, Any]:
     if request.devices:
         linux["devices"] = [_device(node) for node in request.devices]
     if not want.privileged:
-        linux |= {"maskedPaths": list(MASKED_PATHS), "readonlyPaths": list(READONLY_PATHS)}
+        linux |= {key: CONFINEMENT[key] for key in ("maskedPaths", "readonlyPaths")}
         if request.seccomp is not None:
             linux["seccomp"] = request.seccomp
     return linux
@@ -341,24 +306,15 @@ def _sysctls(request: OciRequest) -> dict[str, str]:
 
 
 def _device(node: DeviceNode) -> dict[str, Any]:
-    return {
-        "path": node.path,
-        "type": node.kind,
-        "major": node.major,
-        "minor": node.minor,
-        "fileMode": node.mode,
-        "uid": node.uid,
-        "gid": node.gid,
-    }
+    shared = {name: getattr(node, name) for name in ("path", "major", "minor", "uid", "gid")}
+    return {**shared, "type": node.kind, "fileMode": node.mode}
 
 
 def _device_rules(request: OciRequest) -> list[dict[str, Any]]:
     if request.want.privileged:
         return [{"allow": True, "access": "rwm"}]
-    asked = ((node.kind, node.major, node.minor, node.permissions) for node in request.devices)
-    return [{"allow": False, "access": "rwm"}, *(_device_rule(*rule) for rule in (*_DEVICE_RULES, *asked))]
-
-
-def _device_rule(kind: str, major: int | None, minor: int | None, access: str) -> dict[str, Any]:
-    numbers = {name: number for name, number in (("major", major), ("minor", minor)) if number is not None}
-    return {"allow": True, "type": kind, **numbers, "access": access}
+    asked = [
+        {"allow": True, "type": node.kind, "major": node.major, "minor": node.minor, "access": node.permissions}
+        for node in request.devices
+    ]
+    return [*CONFINEMENT["devices"], *asked]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.errors import Conflict
+from holdfast.files import read_text
 from holdfast.spec.model import Port
 
 LISTEN, UNCONNECTED = "0A", "07"  # states of TCP and UDP sockets that receive from anybody
@@ -66,33 +67,18 @@ def _can_bind(family: socket.AddressFamily, address: str, number: int, port: Por
 
 
 def _taken_by(port: Port) -> str:
-    for listener in taken_ports((port.protocol,)):
-        if _clashes(port, listener):
-            where = f"{listener.address}:{listener.port}/{listener.protocol}"
-            return f"{where} is taken by {_holder(listener.inode)}"
+    for found in listeners(port.protocol):
+        wide = not port.host_ip or port.host_ip in ANY or found.address in ANY
+        if 0 <= found.port - port.host_port < port.count and (wide or port.host_ip == found.address):
+            return f"{found.address}:{found.port}/{found.protocol} is taken by {_holder(found.inode)}"
     return "it is taken"
 
 
-def taken_ports(protocols: Iterable[str] = ("tcp", "udp")) -> tuple[Listener, ...]:
+def listeners(protocol: str) -> Iterator[Listener]:
     """List the listening sockets of this network namespace."""
-    return tuple(listener for protocol in sorted(protocols) for listener in _listeners(protocol))
-
-
-def _clashes(port: Port, listener: Listener) -> bool:
-    if port.protocol != listener.protocol or not 0 <= listener.port - port.host_port < port.count:
-        return False
-    wide = not port.host_ip or port.host_ip in ANY or listener.address in ANY
-    return wide or port.host_ip == listener.address
-
-
-def _listeners(protocol: str) -> Iterator[Listener]:
     state = LISTEN if protocol == "tcp" else UNCONNECTED
     for table in (protocol, f"{protocol}6"):
-        try:
-            rows = Path("/proc/net", table).read_text().splitlines()[1:]
-        except FileNotFoundError:  # a host without IPv6
-            continue
-        for row in rows:
+        for row in read_text(f"/proc/net/{table}").splitlines()[1:]:  # none of IPv6 on a host without
             fields = row.split()
             if fields[3] == state:
                 address, port = fields[1].split(":")
@@ -102,12 +88,8 @@ def _listeners(protocol: str) -> Iterator[Listener]:
 def _address(text: str) -> str:
     """Read an address as /proc/net prints it: 32-bit words in the byte order of the host."""
     words = [int(text[start : start + 8], 16) for start in range(0, len(text), 8)]
-    raw = struct.pack(f"={len(words)}I", *words)
-    if len(raw) == 4:
-        return socket.inet_ntop(socket.AF_INET, raw)
-    if raw[:12] == bytes(10) + b"\xff\xff":
-        return socket.inet_ntop(socket.AF_INET, raw[12:])
-    return socket.inet_ntop(socket.AF_INET6, raw)
+    raw = struct.pack(f"={len(words)}I", *words).removeprefix(bytes(10) + b"\xff\xff")  # of an IPv4-mapped one
+    return socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw)
 
 
 def _holder(inode: int) -> str:
@@ -115,15 +97,8 @@ def _holder(inode: int) -> str:
     link = f"socket:[{inode}]"
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and link in _open_files(process):
-            return f"'{_program(process)}' (pid {process.name})"
+            return f"'{read_text(process / 'comm').strip() or 'a process'}' (pid {process.name})"
     return "another process"
-
-
-def _program(process: Path) -> str:
-    try:
-        return (process / "comm").read_text().strip()
-    except OSError:  # it has just ended
-        return "a process"
 
 
 def _open_files(process: Path) -> Iterator[str]:

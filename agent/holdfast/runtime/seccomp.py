@@ -7,7 +7,6 @@ the capability that Docker's profile asks for. Called by the node before it make
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import platform
@@ -26,25 +25,11 @@ LARGEST = 1 << 20  # bytes of a profile
 MOST = 64  # filters whose text is kept
 DEFAULT_PROFILE = Path("/usr/share/containers/seccomp.json")
 
-#: System calls that `harden` allows only with one of these capabilities (Docker's documentation, "Seccomp security
-#: profiles for Docker"). No capability: never.
-_GUARDED: tuple[tuple[tuple[str, ...], str], ...] = (
-    (
-        ("CAP_SYS_ADMIN",),
-        "fanotify_init fsconfig fsmount fsopen fspick listmount lookup_dcookie mount mount_setattr move_mount"
-        " open_tree open_tree_attr pivot_root quotactl quotactl_fd setdomainname sethostname setns statmount"
-        " umount umount2 unshare",
-    ),
-    (("CAP_SYS_ADMIN", "CAP_BPF"), "bpf"),
-    (("CAP_SYS_ADMIN", "CAP_PERFMON"), "perf_event_open"),
-    (("CAP_SYS_ADMIN", "CAP_SYSLOG"), "syslog"),
-    (("CAP_SYS_PTRACE",), "kcmp pidfd_getfd process_madvise"),
-    (("CAP_SYS_NICE",), "get_mempolicy mbind set_mempolicy set_mempolicy_home_node"),
-    ((), "add_key io_uring_enter io_uring_register io_uring_setup keyctl request_key"),
-)
-#: clone(2): CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET.
-_NAMESPACE_FLAGS = (0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)
-_AF_VSOCK, _AF_NETLINK, _NETLINK_AUDIT = 40, 16, 9
+#: What replaces a profile's rules for the system calls that it names, in the same format. Docker's documentation,
+#: "Seccomp security profiles for Docker", says which system calls need a capability. Refused are sockets to the
+#: hypervisor (vsock), those to the audit log without CAP_AUDIT_WRITE, and clone(2)'s flags that make namespaces.
+#: clone3 passes its flags by a pointer, so it fails with ENOSYS: the C library then uses clone.
+HARDENING = Path(__file__).with_name("hardening.json")
 
 #: uname(2)'s machine → as Go names it, and as libseccomp does.
 _ARCHITECTURES = {
@@ -148,64 +133,33 @@ def resolve(
     source: Mapping[str, Any], capabilities: Collection[str], arch: str, kernel: tuple[int, ...]
 ) -> dict[str, Any]:
     """Keep the rules that apply to these capabilities, this architecture (GOARCH) and kernel version; pure."""
-    rules = [_rule(rule) for rule in source.get("syscalls") or () if _holds(rule, set(capabilities), arch, kernel)]
     kept = {key: source[key] for key in ("defaultErrnoRet",) if key in source}
+    rules = _applying(source, capabilities, arch, kernel)
     architectures = _architectures(source, arch)
     return {"defaultAction": source["defaultAction"], "architectures": architectures, "syscalls": rules, **kept}
 
 
 def harden(profile: Mapping[str, Any], capabilities: Collection[str], arch: str) -> dict[str, Any]:
-    """Deny what Docker's profile denies a container with these capabilities; pure.
-
-    profile: the result of `resolve`. clone3 passes its flags by a pointer, so it fails with ENOSYS: the C library
-    then uses clone, whose flags can be compared.
-    """
-    held = set(capabilities)
-    allowed = [name for needed, names in _GUARDED if held & set(needed) for name in names.split()]
-    refused = [name for needed, names in _GUARDED if not held & set(needed) for name in names.split()]
-    added = [_refuse(refused, errno.EPERM), *_sockets(held)]
-    if allowed:
-        added.append({"names": allowed, "action": "SCMP_ACT_ALLOW"})
-    replaced = {*allowed, *refused, "socket"}
-    if "CAP_SYS_ADMIN" not in held:
-        flags = 1 if arch in ("s390", "s390x") else 0  # which argument has them
-        added += [_allow("clone", (flags, "MASKED_EQ", sum(_NAMESPACE_FLAGS), 0))]
-        added += [_refuse(["clone"], errno.EPERM, (flags, "MASKED_EQ", bit, bit)) for bit in _NAMESPACE_FLAGS]
-        added += [_refuse(["clone3"], errno.ENOSYS)]
-        replaced |= {"clone", "clone3"}
+    """Deny what Docker's profile denies a container with these capabilities. profile: the result of `resolve`."""
+    added = _applying(_hardening(), capabilities, arch)
+    replaced = {name for rule in added for name in rule["names"]}
     kept = [
-        {**rule, "names": [each for each in rule["names"] if each not in replaced]} for rule in profile["syscalls"]
+        {**rule, "names": [name for name in rule["names"] if name not in replaced]} for rule in profile["syscalls"]
     ]
     return {**profile, "syscalls": [*(rule for rule in kept if rule["names"]), *added]}
 
 
-def _sockets(held: set[str]) -> list[dict[str, Any]]:
-    """Allow no sockets to the hypervisor (vsock), and to the audit log only with CAP_AUDIT_WRITE."""
-    vsock = _refuse(["socket"], errno.EPERM, (0, "EQ", _AF_VSOCK))
-    if "CAP_AUDIT_WRITE" in held:
-        return [vsock, _allow("socket", (0, "NE", _AF_VSOCK))]
-    return [
-        vsock,
-        _refuse(["socket"], errno.EINVAL, (0, "EQ", _AF_NETLINK), (2, "EQ", _NETLINK_AUDIT)),
-        _allow("socket", (0, "LT", _AF_NETLINK)),
-        _allow("socket", (0, "GT", _AF_VSOCK)),
-        *(_allow("socket", (0, "EQ", family)) for family in range(_AF_NETLINK + 1, _AF_VSOCK)),
-        _allow("socket", (0, "EQ", _AF_NETLINK), (2, "NE", _NETLINK_AUDIT)),
-    ]
+@lru_cache(maxsize=1)
+def _hardening() -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads(HARDENING.read_bytes())
+    return found
 
 
-def _allow(name: str, *args: tuple[int, str, int] | tuple[int, str, int, int]) -> dict[str, Any]:
-    return {"names": [name], "action": "SCMP_ACT_ALLOW", "args": [_compared(*each) for each in args]}
-
-
-def _refuse(names: list[str], code: int, *args: tuple[int, str, int] | tuple[int, str, int, int]) -> dict[str, Any]:
-    rule = {"names": names, "action": "SCMP_ACT_ERRNO", "errnoRet": code}
-    return {**rule, "args": [_compared(*each) for each in args]} if args else rule
-
-
-def _compared(index: int, operation: str, value: int, masked: int = 0) -> dict[str, Any]:
-    """One comparison of an argument; for MASKED_EQ, value is the mask."""
-    return {"index": index, "value": value, "valueTwo": masked, "op": f"SCMP_CMP_{operation}"}
+def _applying(
+    source: Mapping[str, Any], capabilities: Collection[str], arch: str, kernel: tuple[int, ...] = ()
+) -> list[dict[str, Any]]:
+    held = set(capabilities)
+    return [_rule(rule) for rule in source.get("syscalls") or () if _holds(rule, held, arch, kernel)]
 
 
 def _holds(rule: Mapping[str, Any], capabilities: set[str], arch: str, kernel: tuple[int, ...]) -> bool:

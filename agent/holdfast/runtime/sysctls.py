@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from holdfast.errors import NotPermitted, WrongState
+from holdfast.errors import NotPermitted, WrongState, explained
 from holdfast.syscalls import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS, call, in_thread
 
 
@@ -21,19 +21,14 @@ def try_sysctls(settings: Mapping[str, str]) -> None:
 
 
 def _write(settings: Mapping[str, str]) -> None:
-    try:
+    with explained(f"sysctls '{next(iter(settings))}': can't be tried", NotPermitted):
         call("unshare", CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS)
-    except OSError as error:
-        cause = (error.strerror or "").lower()
-        raise NotPermitted(f"sysctls '{next(iter(settings))}': can't be tried: {cause}") from error
     for name, value in settings.items():
-        try:
-            Path("/proc/sys", *_anywhere(name).split(".")).write_text(value)
-        except FileNotFoundError as error:
-            raise WrongState(f"sysctls '{name}': the kernel of this host has no such setting") from error
-        except OSError as error:
-            cause = (error.strerror or "").lower()
-            raise WrongState(f"sysctls '{name}': the kernel refuses '{value}': {cause}") from error
+        with explained(f"sysctls '{name}': the kernel refuses '{value}'", WrongState):
+            try:
+                Path("/proc/sys", *_anywhere(name).split(".")).write_text(value)
+            except FileNotFoundError as error:
+                raise WrongState(f"sysctls '{name}': the kernel of this host has no such setting") from error
 
 
 def _anywhere(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from holdfast.errors import WrongState
 
@@ -27,16 +28,14 @@ class User:
     home: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Account:
+class _Account(NamedTuple):
     name: str
     uid: int
     gid: int
     home: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
+class _Group(NamedTuple):
     name: str
     gid: int
     members: tuple[str, ...]
@@ -48,7 +47,16 @@ def resolve(text: str, group_add: Iterable[str], read_file: ReadFile) -> User:
     read_file: the content of a file of the container, None if there is none. Raises WrongState for an unknown name.
     """
     name, _, group_name = text.partition(":")
-    accounts, groups = list(_accounts(read_file)), list(_groups(read_file))
+    accounts = [
+        _Account(name, int(uid), int(gid), home)
+        for name, _, uid, gid, _, home, *_ in _records(read_file("/etc/passwd"), 6)
+        if _is_number(uid) and _is_number(gid)
+    ]
+    groups = [
+        _Group(name, int(gid), tuple(rest[0].split(",")) if rest else ())
+        for name, _, gid, *rest in _records(read_file("/etc/group"), 3)
+        if _is_number(gid)
+    ]
     account = _account(name or "0", accounts)
     gid, extra = account.gid, {_gid(entry, groups) for entry in group_add}
     if group_name:
@@ -59,28 +67,22 @@ def resolve(text: str, group_add: Iterable[str], read_file: ReadFile) -> User:
 
 
 def _account(name: str, accounts: list[_Account]) -> _Account:
-    for account in accounts:
-        if account.name == name:
-            return account
-    if not name.isdecimal():
-        raise WrongState(f"user '{name}': not in the container's /etc/passwd (expected a name in it, or a number)")
-    uid = _number("user", name)
-    for account in accounts:
-        if account.uid == uid:
-            return account
-    return _Account("", uid, 0, "/root" if uid == 0 else "/")
+    if named := next((each for each in accounts if each.name == name), None):
+        return named
+    uid = _number("user", name, "/etc/passwd")
+    unknown = _Account("", uid, 0, "/root" if uid == 0 else "/")
+    return next((each for each in accounts if each.uid == uid), unknown)
 
 
 def _gid(name: str, groups: list[_Group]) -> int:
-    for group in groups:
-        if group.name == name:
-            return group.gid
-    if not name.isdecimal():
-        raise WrongState(f"group '{name}': not in the container's /etc/group (expected a name in it, or a number)")
-    return _number("group", name)
+    known = next((group.gid for group in groups if group.name == name), None)
+    return _number("group", name, "/etc/group") if known is None else known
 
 
-def _number(what: str, text: str) -> int:
+def _number(what: str, text: str, file: str) -> int:
+    """Read a number that stands for what the file does not name."""
+    if not text.isdecimal():
+        raise WrongState(f"{what} '{text}': not in the container's {file} (expected a name in it, or a number)")
     if not _is_number(text) or int(text) > _LARGEST_ID:
         raise WrongState(f"{what} '{text[:40]}': number out of range (0 to {_LARGEST_ID})")
     return int(text)
@@ -89,19 +91,6 @@ def _number(what: str, text: str) -> int:
 def _is_number(text: str) -> bool:
     """Whether a text from the container is a number that is short enough to read."""
     return text.isdecimal() and len(text) <= len(str(_LARGEST_ID))
-
-
-def _accounts(read_file: ReadFile) -> Iterator[_Account]:
-    for fields in _records(read_file("/etc/passwd"), 6):
-        if _is_number(fields[2]) and _is_number(fields[3]):
-            yield _Account(fields[0], int(fields[2]), int(fields[3]), fields[5])
-
-
-def _groups(read_file: ReadFile) -> Iterator[_Group]:
-    for fields in _records(read_file("/etc/group"), 3):
-        if _is_number(fields[2]):
-            members = tuple(fields[3].split(",")) if len(fields) > 3 else ()
-            yield _Group(fields[0], int(fields[2]), members)
 
 
 def _records(content: bytes | None, least: int) -> Iterator[list[str]]:
