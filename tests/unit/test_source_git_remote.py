@@ -120,9 +120,9 @@ def test_a_server_that_refuses_is_told_apart(git_source: Callable[..., GitSource
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            with pytest.raises(TryAgain, match="access refused: could not read Username"):
+            with pytest.raises(TryAgain, match="can't be fetched: could not read Username"):
                 git_source(f"http://127.0.0.1:{server.server_port}/x.git").refresh()
-            with pytest.raises(TryAgain, match="access refused: Authentication failed for 'http://127"):
+            with pytest.raises(TryAgain, match="can't be fetched: Authentication failed for 'http://127"):
                 git_source(f"http://me:s3cret@127.0.0.1:{server.server_port}/x.git").refresh()
         finally:
             server.shutdown()

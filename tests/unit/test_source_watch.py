@@ -289,6 +289,7 @@ def test_an_open_file_that_is_written_all_the_time_does_not_put_the_wake_off_for
 
 def test_a_poke_wakes(watched: Watched) -> None:
     watched.watch.poke()
+    watched.wakes.wait_for(1)
     assert watched.wakes.reasons == ["asked to look"]
 
 

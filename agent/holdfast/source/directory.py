@@ -1,7 +1,7 @@
 """A plain directory → Revision: the tree is listed each time, and only what changed is read.
 
-`reconcile` calls `current` at the start of every pass. A pass that follows from a trigger reads the files alone that
-the watch has named; the others list the tree, which finds what the watch has missed, too.
+`reconcile` calls `current` at the start of every pass. A pass that was triggered reads only the files that the watch
+named. Other passes list the tree, which also finds what the watch missed.
 """
 
 from __future__ import annotations
@@ -20,21 +20,10 @@ from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 
-from holdfast.errors import HoldfastError, TryAgain, UnfitHost
+from holdfast.errors import HoldfastError, TryAgain, UnfitHost, explained, reason
 from holdfast.runtime.mountpoints import FSTAB, Mounted, unmounted
+from holdfast.source import revision
 from holdfast.source.mounts import REMEDY, lies_on, lost
-from holdfast.source.revision import (
-    MAX_DEPTH,
-    NO_LFS,
-    LiesOn,
-    Revision,
-    SourceState,
-    Watch,
-    check_size,
-    check_visits,
-    is_lfs_pointer,
-    is_noise,
-)
 from holdfast.source.watch import DirectoryWatch
 from holdfast.workers import NoAnswer, Worker
 
@@ -51,6 +40,9 @@ REPLACING = "..replacing"  # at the top of a tree that is half of one and half o
 # What tells one state of a file from another without reading it: mtime and ctime (ns), size, inode, device.
 # A plain tuple, because an unchanged tree costs little more than making and comparing these.
 Stamp = tuple[int, int, int, int, int]
+Found = tuple[str, str, os.stat_result]  # a file's relative path, where it really is, its status
+NO_FILE = "a socket, a pipe or a device"
+LEADS_OUT = "a symbolic link that leads out of the state directory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +58,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Aside:
-    """What a tree has and a revision of it has not; see `Revision`."""
+    """What a tree has and its revision does not have; see `Revision`."""
 
     left_out: dict[str, str] = field(default_factory=dict)
     ignored: set[str] = field(default_factory=set)
@@ -97,51 +89,45 @@ class DirectorySource:
         self._known: dict[str, Content] = {}
         self._lines: dict[str, bytes] = {}  # what each file adds to the digest, in order
         self._places: set[str] = set()  # where the files really are
-        self._revision: Revision | None = None
-        self._lies_on: LiesOn = {}
+        self._revision: revision.Revision | None = None
+        self._lies_on: revision.LiesOn = {}
         self._watch: DirectoryWatch | None = None
         self._watched = (0, 0)  # which directory is watched
-        self._state = SourceState(kind="directory", url=self._path)
+        self._state = revision.SourceState(kind="directory", url=self._path)
 
-    def remember(self, place: LiesOn) -> None:
-        """Go on from where the last revision lay that another process read here."""
+    def remember(self, place: revision.LiesOn) -> None:
+        """Take over which mounts the last revision lay on, when another process read it."""
         self._lies_on = place
 
-    def current(self, *, light: bool = False) -> Revision:
+    def current(self, *, light: bool = False) -> revision.Revision:
         """Read what changed since the last call; see Source.current."""
         with self._lock:
             before = self._revision
             touched = self._watch.touched() if self._watch else None
             try:
-                revision = self._touched_up(touched) if light and touched is not None else None
-                revision = revision or self._reader.call(self._read)
-            except NoAnswer as error:
-                silent = TryAgain(f"read '{self._path}': its file system {error} (what runs stays)")
-                self._fail(silent)
-                raise silent from error
+                try:
+                    revision = self._revision if light and touched is not None and not self._state.error else None
+                    if revision and touched:
+                        revision = self._reader.call(lambda: self._edited(touched))
+                    revision = revision or self._reader.call(self._read)
+                except NoAnswer as error:
+                    silent = f"read '{self._path}': its file system {error} (what runs stays)"
+                    raise TryAgain(silent) from error
             except HoldfastError as error:
-                self._fail(error)
+                self._state = replace(self._state, error=str(error), failures=self._state.failures + 1)
                 raise
             if revision is not before or self._state.error:
-                self._state = SourceState(
-                    kind="directory", url=self._path, revision=revision.id, fetched_at=time.time()
-                )
+                self._state = replace(self._state, revision=revision.id, fetched_at=time.time(), error="", failures=0)
             return revision
 
-    def _touched_up(self, touched: set[str]) -> Revision | None:
-        """The last revision with the files that were touched as they are now; None where a listing is needed."""
-        if self._revision is None or self._state.error:
-            return None
-        return self._reader.call(lambda: self._edited(touched)) if touched else self._revision
-
-    def newest(self) -> Revision:
+    def newest(self) -> revision.Revision:
         """What is in the directory now; see Source.newest."""
         return self.current()
 
     def refresh(self, *, accept_rewrite: bool = False) -> None:
         """Do nothing: a directory is always here."""
 
-    def watch(self, wake: Callable[[str], None]) -> Watch:
+    def watch(self, wake: Callable[[str], None]) -> revision.Watch:
         """Watch the tree, and every link and folder on the way to it; see Source.watch.
 
         Raises UnfitHost when the host has no inotify instance or watch left: only the slow pass sees changes then.
@@ -151,27 +137,18 @@ class DirectorySource:
             self._watched = identity(self._path) if os.path.isdir(self._path) else (0, 0)
             return DirectoryWatch(self._path, wake, self._debounce)
 
-        try:
-            self._watch = self._reader.call(begin)
-        except NoAnswer as error:
-            raise UnfitHost(f"watch '{self._path}': its file system {error}") from error
-        except OSError as error:
-            cause = (
-                f"{(error.strerror or str(error)).lower()} (raise fs.inotify.max_user_watches, max_user_instances)"
-            )
-            raise UnfitHost(f"watch '{self._path}': {cause}") from error
+        right = "raise fs.inotify.max_user_watches, max_user_instances"
+        with explained(f"watch '{self._path}'", UnfitHost, right):
+            try:
+                self._watch = self._reader.call(begin)
+            except NoAnswer as error:
+                raise UnfitHost(f"watch '{self._path}': its file system {error}") from error
         return self._watch
 
-    def state(self) -> SourceState:
+    def state(self) -> revision.SourceState:
         return self._state
 
-    def _fail(self, error: HoldfastError) -> None:
-        last = self._revision.id if self._revision else ""
-        self._state = SourceState(
-            kind="directory", url=self._path, revision=last, error=str(error), failures=self._state.failures + 1
-        )
-
-    def _read(self) -> Revision:
+    def _read(self) -> revision.Revision:
         for _ in range(ATTEMPTS):
             try:
                 listing = self._list()
@@ -185,9 +162,9 @@ class DirectorySource:
                 if identity(self._path) != listing.root:
                     continue
             except (FileNotFoundError, NotADirectoryError, Torn):
-                continue  # it moved under our hands: look again
+                continue  # it changed while it was read: look again
             except OSError as error:
-                raise UnfitHost(f"read '{error.filename}': {(error.strerror or '').lower()}") from error
+                raise UnfitHost(f"read '{error.filename}': {reason(error)}") from error
             if self._watch and listing.root != self._watched:  # inotify does not tell of a mount
                 self._watched = listing.root
                 self._watch.look_again()
@@ -195,8 +172,8 @@ class DirectorySource:
             return self._revision
         raise TryAgain(f"read '{self._path}': it keeps changing while it is read")
 
-    def _edited(self, touched: set[str]) -> Revision | None:
-        """The last revision with other contents of these files; None when more than that has changed."""
+    def _edited(self, touched: set[str]) -> revision.Revision | None:
+        """The last revision with the new contents of these files; None if more than that has changed."""
         last, real = self._revision, self._listing.real
         assert last is not None
         fresh: dict[str, Content] = {}
@@ -212,7 +189,7 @@ class DirectorySource:
                 fresh[path] = content = read_file(file)
             except (OSError, Torn):
                 return None
-            if content.executable != known.executable or is_lfs_pointer(content.data):
+            if content.executable != known.executable or revision.is_lfs_pointer(content.data):
                 return None
         if len(self._places) != len(self._listing.files) or GITMODULES in map(os.path.basename, fresh):
             return None  # a file has several names
@@ -222,7 +199,7 @@ class DirectorySource:
             self._known = {**self._known, **fresh}
             self._lines.update({path: digest_line(path, each) for path, each in fresh.items()})
             files = {**last.files, **{path: each.data for path, each in fresh.items()}}
-            self._settled = False  # the next listing has another look at them
+            self._settled = False  # the next listing reads them again
             self._revision = replace(last, id=self._id(), files=MappingProxyType(files))
         return self._revision
 
@@ -234,8 +211,8 @@ class DirectorySource:
                 raise NoDirectory(f"read '{self._path}': no such directory, and {gone} (what runs stays)") from error
             raise
 
-    def _place(self, listing: Listing) -> LiesOn:
-        """Which mounts a tree lies on; a folder whose mount has gone counts as left out.
+    def _place(self, listing: Listing) -> revision.LiesOn:
+        """Which mounts a tree lies on. A folder whose mount is gone is left out.
 
         Raises TryAgain when that is the whole tree, Torn and OSError when one has just gone.
         """
@@ -255,29 +232,26 @@ class DirectorySource:
         if known is not None and known.settled and known.stamp == stamp:
             return known
         content = read_file(real)
-        if content.stamp != stamp:  # of another tree than the one that was listed, it may be
+        if content.stamp != stamp:  # perhaps of another tree than the one that was listed
             raise Torn(path)
         return content
 
-    def _revise(self, listing: Listing, known: dict[str, Content], place: LiesOn) -> Revision:
+    def _revise(self, listing: Listing, known: dict[str, Content], place: revision.LiesOn) -> revision.Revision:
         before, self._known = self._known, known
         moved, self._lies_on = place != self._lies_on, place
         self._listing, self._places = listing, {real for real, _ in listing.files.values()}
         self._settled = all(content.settled for content in known.values())
         last, left_out = self._revision, {**listing.aside.left_out, **not_checked_out(known)}
-        inner = (
-            path[len(listing.real) + 1 :]
-            for path in submodules_of(top_of(listing.real))
-            if within(path, listing.real)
-        )
-        left_out |= {path: NO_SUBMODULE for path in inner if not below(known, path)}
+        inner = (each for each in submodules_of(top_of(listing.real)) if within(each, listing.real))
+        seen = (path[len(listing.real) + 1 :] for path in inner)
+        left_out |= {path: NO_SUBMODULE for path in seen if not below(known, path)}
         ignored = frozenset(listing.aside.ignored)
         if last is not None and last.left_out == left_out and alike(before, known):
             same = not moved and last.ignored == ignored
             return last if same else replace(last, lies_on=place, ignored=ignored)
         files = {path: known[path].data for path in sorted(known) if path not in left_out}
         self._lines = {path: digest_line(path, known[path]) for path in sorted(known)}
-        return Revision(
+        return revision.Revision(
             id=self._id(),
             files=MappingProxyType(files),
             left_out=MappingProxyType(left_out),
@@ -288,7 +262,7 @@ class DirectorySource:
         )
 
     def _id(self) -> str:
-        """What the revision is called: the start of a digest of all paths, contents and modes."""
+        """The name of the revision: the start of a digest of all paths, contents and modes."""
         return f"dir:{hashlib.sha256(b''.join(self._lines.values())).hexdigest()[:12]}"
 
 
@@ -308,9 +282,7 @@ class Torn(Exception):
 
 def alike(one: dict[str, Content], other: dict[str, Content]) -> bool:
     """Whether both hold the same files with the same content."""
-    if one.keys() != other.keys():
-        return False
-    return all(
+    return one.keys() == other.keys() and all(
         one[path] is content or (one[path].digest, one[path].executable) == (content.digest, content.executable)
         for path, content in other.items()
     )
@@ -322,13 +294,11 @@ def digest_line(path: str, content: Content) -> bytes:
 
 
 def not_checked_out(known: dict[str, Content]) -> dict[str, str]:
-    """What a clone of git's lacks, and why: pointers in the place of files, submodules that are empty folders."""
-    missing = {path: NO_LFS for path, content in known.items() if is_lfs_pointer(content.data)}
+    """What a git clone lacks, and why: pointers instead of files, submodules that are empty folders."""
+    missing = {path: revision.NO_LFS for path, content in known.items() if revision.is_lfs_pointer(content.data)}
     for path in (path for path in known if path.rpartition("/")[2] == GITMODULES):
-        folder = path.removesuffix(GITMODULES)
-        for submodule in submodules(known[path].data):
-            if not below(known, folder + submodule):
-                missing[folder + submodule] = NO_SUBMODULE
+        places = (path.removesuffix(GITMODULES) + submodule for submodule in submodules(known[path].data))
+        missing |= {place: NO_SUBMODULE for place in places if not below(known, place)}
     return missing
 
 
@@ -349,29 +319,28 @@ def submodules(text: bytes) -> Iterator[str]:
 
 
 def top_of(folder: str) -> str:
-    """The clone of git's that a folder (without links) lies in, else the folder itself."""
-    return next(
-        (path for path in (folder, *map(str, Path(folder).parents)) if os.path.lexists(f"{path}/.git")), folder
-    )
+    """The git clone that a folder (without links) lies in, else the folder itself."""
+    above = (folder, *map(str, Path(folder).parents))
+    return next((path for path in above if os.path.lexists(f"{path}/.git")), folder)
 
 
 def submodules_of(top: str) -> Iterator[str]:
-    """The folders of the submodules of a clone of git's, checked out or not."""
+    """The folders of the submodules of a git clone, checked out or not."""
     with suppress(OSError, Torn, HoldfastError):
         for name in submodules(read_file(os.path.realpath(f"{top}/{GITMODULES}")).data):
             yield f"{top}/{name}"
 
 
 def read_file(path: str) -> Content:
-    """Read a file whole, in one state of it; raises Torn when it does not hold still."""
-    # O_NONBLOCK: should it have become a FIFO meanwhile, open(2) must not wait for a writer.
+    """Read a whole file in one state; raises Torn if it changes meanwhile."""
+    # O_NONBLOCK: if it has become a FIFO meanwhile, open(2) must not wait for a writer.
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(handle, "rb", buffering=0) as file:
         status = os.fstat(handle)
-        # A folder on the way may have become a link since it was listed: what is outside is not to be read.
+        # A folder on the way may have become a link since it was listed: what is outside must not be read.
         if not stat.S_ISREG(status.st_mode) or os.readlink(f"/proc/self/fd/{handle}") != path:
             raise Torn(path)
-        check_size(path, status.st_size, 1)
+        revision.check_size(path, status.st_size, 1)
         settled = max(status.st_mtime_ns, status.st_ctime_ns) + RACY_NS < time.time_ns()
         data = file.read()
         if len(data) != status.st_size or not (settled or file.seek(0) or file.read() == data):
@@ -396,17 +365,14 @@ def list_tree(root: str) -> Listing:
         found = "not a directory" if os.path.lexists(root) else "no such directory"
         raise NoDirectory(f"read '{root}': {found} (what runs stays)")
     check_whole(real)
-    listing = Listing(identity(real), real)
-    total = 0
-    for path, where, status in walk(real, real, "", (real,), listing.aside, count()):
-        listing.files[path] = (where, stamp_of(status))
-        total += status.st_size
-    check_size(root, total, len(listing.files))
-    return listing
+    root_id, walk = identity(real), Walk(real)
+    files = {path: (where, stamp_of(status)) for path, where, status in walk.folder(real, "", (real,))}
+    revision.check_size(root, sum(stamp[2] for _, stamp in files.values()), len(files))
+    return Listing(root_id, real, files, walk.aside)
 
 
 def identity(folder: str) -> tuple[int, int]:
-    """What tells a directory from another that takes its name."""
+    """Device and inode, which differ for another directory of the same name."""
     status = os.stat(folder)
     return status.st_dev, status.st_ino
 
@@ -420,49 +386,50 @@ def check_mounted(path: str) -> None:
 def check_whole(root: str) -> None:
     """Raise TryAgain for a tree that is being replaced, or was when the host lost its power."""
     if os.path.lexists(f"{root}/{REPLACING}"):
-        raise TryAgain(
-            f"read '{root}': it is being replaced by a bundle (what runs stays; if that broke off, load it again)"
-        )
+        hint = "what runs stays; if that broke off, load it again"
+        raise TryAgain(f"read '{root}': it is being replaced by a bundle ({hint})")
 
 
-def walk(
-    root: str, folder: str, prefix: str, chain: tuple[str, ...], aside: Aside, visits: Iterator[int]
-) -> Iterator[tuple[str, str, os.stat_result]]:
-    """Yield (relative path, real path, status) of each file under folder, which is seen as prefix from root."""
-    if len(chain) > MAX_DEPTH:
-        aside.left_out[prefix] = f"a folder within {MAX_DEPTH} others"
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            check_visits(root, next(visits))
-            path = prefix + entry.name
-            if is_noise(entry.name):
-                aside.ignored.add(path)
-                continue
-            if entry.is_symlink():
-                yield from walk_link(root, entry.path, path, chain, aside, visits)
-            elif entry.is_dir(follow_symlinks=False):
-                yield from walk(root, entry.path, path + "/", (*chain, entry.path), aside, visits)
-            elif entry.is_file(follow_symlinks=False):
-                yield path, entry.path, entry.stat(follow_symlinks=False)
-            else:
-                aside.left_out[path] = "a socket, a pipe or a device"
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """A walk through the tree below root (without links), which notes what it leaves out."""
 
+    root: str
+    aside: Aside = field(default_factory=Aside)
+    visits: Iterator[int] = field(default_factory=count)
 
-def walk_link(
-    root: str, link: str, path: str, chain: tuple[str, ...], aside: Aside, visits: Iterator[int]
-) -> Iterator[tuple[str, str, os.stat_result]]:
-    """The same for a symbolic link: what it leads to appears under the link's own name."""
-    real = os.path.realpath(link)
-    if not real.startswith(root + "/"):
-        aside.left_out[path] = "a symbolic link that leads out of the state directory"
-    elif real in chain:
-        aside.left_out[path] = "a symbolic link to a folder that it is in"
-    elif not os.path.exists(real):
-        aside.left_out[path] = "a symbolic link that leads nowhere"
-    elif os.path.isdir(real):
-        yield from walk(root, real, path + "/", (*chain, real), aside, visits)
-    elif stat.S_ISREG((status := os.stat(real)).st_mode):
-        yield path, real, status
-    else:
-        aside.left_out[path] = "a symbolic link to a socket, a pipe or a device"
+    def folder(self, folder: str, prefix: str, chain: tuple[str, ...]) -> Iterator[Found]:
+        """Yield each file under folder, which is seen as prefix from root. chain: the folders that it is in."""
+        if len(chain) > revision.MAX_DEPTH:
+            self.aside.left_out[prefix] = f"a folder within {revision.MAX_DEPTH} others"
+            return
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                revision.check_visits(self.root, next(self.visits))
+                path = prefix + entry.name
+                if revision.is_noise(entry.name):
+                    self.aside.ignored.add(path)
+                elif entry.is_symlink():
+                    yield from self.link(entry.path, path, chain)
+                elif entry.is_dir(follow_symlinks=False):
+                    yield from self.folder(entry.path, path + "/", (*chain, entry.path))
+                elif entry.is_file(follow_symlinks=False):
+                    yield path, entry.path, entry.stat(follow_symlinks=False)
+                else:
+                    self.aside.left_out[path] = NO_FILE
+
+    def link(self, link: str, path: str, chain: tuple[str, ...]) -> Iterator[Found]:
+        """The same for a symbolic link: what it leads to appears under the link's own name."""
+        real = os.path.realpath(link)
+        if not real.startswith(self.root + "/"):
+            self.aside.left_out[path] = LEADS_OUT
+        elif real in chain:
+            self.aside.left_out[path] = "a symbolic link to a folder that it is in"
+        elif not os.path.exists(real):
+            self.aside.left_out[path] = "a symbolic link that leads nowhere"
+        elif os.path.isdir(real):
+            yield from self.folder(real, path + "/", (*chain, real))
+        elif stat.S_ISREG((status := os.stat(real)).st_mode):
+            yield path, real, status
+        else:
+            self.aside.left_out[path] = f"a symbolic link to {NO_FILE}"

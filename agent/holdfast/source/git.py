@@ -3,9 +3,8 @@
     refresh   ls-remote → fetch, if the tip moved → check (descends, readable) → refs/holdfast/current
     current   refs/holdfast/current → ls-tree + cat-file, once for each commit
 
-Whatever fails before the last arrow changes nothing: `current` goes on giving the commit that was last accepted,
-also after a restart with the remote down. Credentials are git's own business: its credential helpers, GIT_ASKPASS,
-ssh_config(5).
+What fails before the last arrow changes nothing: `current` still returns the commit that was accepted last, even
+after a restart while the remote is down. git finds credentials itself: helpers, GIT_ASKPASS, ssh_config(5).
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ from typing import Any
 
 import structlog
 
-from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongConfig, WrongState
+from holdfast.errors import HoldfastError, TryAgain, UnfitHost, WrongConfig, WrongState, reason
+from holdfast.files import held
 from holdfast.source.gitcommand import Git, GitFailed, redact, split_login
 from holdfast.source.revision import Revision, SourceState, Watch
 from holdfast.source.snapshot import read_commit
@@ -35,17 +35,11 @@ CURRENT = "refs/holdfast/current"
 FETCHED = "refs/holdfast/fetched"
 LONGEST_BACKOFF = 600.0
 JITTER = 0.1
-REFUSED = re.compile(
-    r"authentication failed|could not read (username|password)|permission denied|terminal prompts disabled"
-    r"|access denied|host key verification failed|requested url returned error: 40[13]",
-    re.I,
-)
-
 log = structlog.get_logger("holdfast")
 
 
 class Rewritten(TryAgain):
-    """The branch does not contain the commit that was last accepted; somebody has to say that this is right."""
+    """The branch does not contain the commit that was last accepted; a person has to confirm that."""
 
 
 class GitSource:
@@ -104,7 +98,7 @@ class GitSource:
                 self._fail(error)
                 raise
             except OSError as error:
-                failure = UnfitHost(f"fetch '{self._shown}' into '{self._mirror}': {(error.strerror or '').lower()}")
+                failure = UnfitHost(f"fetch '{self._shown}' into '{self._mirror}': {reason(error)}")
                 self._fail(failure)
                 raise failure from error
             with self._reading:
@@ -121,7 +115,7 @@ class GitSource:
         return GitPoll(self, wake, self._interval)
 
     def interrupt(self) -> None:
-        """Make every refresh and read fail at once from now on, those under way too."""
+        """Make every refresh and read fail at once from now on, including those under way."""
         self._git.interrupt()
 
     def plan_next(self, seconds: float) -> None:
@@ -129,7 +123,7 @@ class GitSource:
         self._note(next_try_at=time.time() + seconds)
 
     def _advance(self, accept_rewrite: bool) -> Revision:
-        """Look at the tip and make it the commit in force."""
+        """Fetch the tip and accept it."""
         revision = self._look(accept_rewrite)
         if revision.id != self._accepted():
             self._git.run("update-ref", CURRENT, revision.id)
@@ -137,7 +131,7 @@ class GitSource:
         return revision
 
     def _look(self, accept_rewrite: bool) -> Revision:
-        """Bring the tip here, and read it if it may follow what is in force."""
+        """Fetch the tip, and read it if it may follow the accepted commit."""
         tip, before = self._tip(), self._accepted()
         if tip == before:
             return self._revision if self._revision and self._revision.id == tip else self._read(tip)
@@ -187,21 +181,17 @@ class GitSource:
         return self._git.run("rev-parse", "--verify", FETCHED).decode().strip()
 
     def _unreachable(self, error: GitFailed) -> TryAgain:
-        what = "access refused" if REFUSED.search(error.said) else "can't be fetched"
         hint = " (git config --system --add safe.directory PATH)" if "dubious ownership" in error.said else ""
-        return TryAgain(f"fetch '{self._shown}': {what}: {redact(error.said)}{hint}")
+        return TryAgain(f"fetch '{self._shown}': can't be fetched: {redact(error.said)}{hint}")
 
     def _accepted(self) -> str:
         """The commit last accepted, or ""."""
-        try:
+        with contextlib.suppress(OSError):
             return (self._mirror / CURRENT).read_text().strip()
-        except OSError:  # packed by git-gc(1), or never written
-            if not (self._mirror / "HEAD").exists():
-                return ""
-        try:
-            return self._git.run("rev-parse", "--verify", "--quiet", CURRENT).decode().strip()
-        except GitFailed:
-            return ""
+        if (self._mirror / "HEAD").exists():  # packed by git-gc(1), or never written
+            with contextlib.suppress(GitFailed):
+                return self._git.run("rev-parse", "--verify", "--quiet", CURRENT).decode().strip()
+        return ""
 
     def _read(self, commit: str) -> Revision:
         revision = read_commit(self._git, commit, self._path, self._shown)
@@ -220,32 +210,31 @@ class GitSource:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Hold the mirror, whole and free of what a killed git left, for one refresh.
+        """Lock the mirror for one refresh, and remove what a killed git left in it.
 
         Every git we start inherits the lock's descriptor: one that outlives a killed agent keeps the mirror locked,
         so a lock file of git's that is found here belongs to nobody.
         """
         self._mirror.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle = os.open(self._mirror.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
+        with held(os.open(self._mirror.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as lock:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise TryAgain(f"fetch '{self._shown}': another git is at work in '{self._mirror}'") from None
-            self._git.held = (handle,)
-            self._tidy()
-            if not (self._mirror / CURRENT).exists():
-                self._git.init()
-            yield
-        finally:
-            self._git.held = ()
-            os.close(handle)
+            self._git.held = (lock,)
+            try:
+                self._tidy()
+                if not (self._mirror / CURRENT).exists():
+                    self._git.init()
+                yield
+            finally:
+                self._git.held = ()
 
     def _tidy(self) -> None:
         left = [*self._mirror.glob("*.lock"), *self._mirror.glob("refs/**/*.lock")]
         left += [*self._mirror.glob("objects/pack/tmp_*"), *self._mirror.glob("objects/??/tmp_obj_*")]
         left += [path for path in self._mirror.glob("objects/tmp_objdir-*/**/*") if path.is_file()]
-        left += [ref for ref in self._mirror.glob("refs/holdfast/*") if not ref.stat().st_size]  # a power cut's
+        left += [ref for ref in self._mirror.glob("refs/holdfast/*") if not ref.stat().st_size]  # left by a power cut
         for path in left:
             path.unlink(missing_ok=True)
 

@@ -42,7 +42,7 @@ class Login:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """What has git ask our helper, and where there is a password, nobody else."""
+        """Options that make git ask our helper and, if there is a password, nobody else."""
         alone = ("-c", f"credential.{self.place}.helper=") if self.password else ()
         return (*alone, "-c", f"credential.{self.place}.helper={HELPER}")
 
@@ -52,7 +52,7 @@ class Login:
 
 
 def split_login(url: str) -> tuple[str, Login | None]:
-    """An http(s) URL without what is secret in it, and that; other URLs as they are. Raises ValueError."""
+    """Split an http(s) URL into the URL without secrets and the login; keep others as they are. Raises ValueError."""
     match = re.match(r"(https?://)([^/?#]*)@([^/?#@]*)", url, re.I)
     if match is None:
         return url, None
@@ -160,13 +160,9 @@ def environment() -> dict[str, str]:
 
 def telling_line(errors: str) -> str:
     """The line that says what went wrong: the first fatal one, with what the transport said before it."""
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    after = [*lines[1:], ""]  # "unable to connect to HOST:" goes on in the next line
-    fatal = [
-        line.removeprefix("fatal: ") + (f" {next}" if line.endswith(":") else "")
-        for line, next in zip(lines, after, strict=False)
-        if line.startswith("fatal: ")
-    ]
+    said = "\n".join(filter(None, map(str.strip, errors.splitlines())))
+    lines = re.sub(r"(?m)^(fatal: .*:)\n", r"\1 ", said).splitlines()  # "unable to connect to HOST:" goes on
+    fatal = [line.removeprefix("fatal: ") for line in lines if line.startswith("fatal: ")]
     remote = [line for line in lines if re.match(r"remote: |ssh: |ERROR|.*permission denied", line, re.I)]
     if fatal and "could not read from remote repository" in fatal[0].lower() and remote:
         return remote[0].removeprefix("remote: ")
@@ -174,6 +170,6 @@ def telling_line(errors: str) -> str:
 
 
 def redact(text: str) -> str:
-    """The text without the user names and passwords of URLs in it; ssh user names, which are no secret, stay."""
+    """Hide user names and passwords of URLs in a text; ssh user names, which are no secret, stay."""
     text = re.sub(r"(?<=://)([^\s/@:']*):[^\s/']*@", r"\1:***@", text)
     return re.sub(r"(https?://)[^\s/@']*(:\*\*\*)?@", r"\1***@", text)

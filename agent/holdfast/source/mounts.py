@@ -1,13 +1,14 @@
 """Whether a state directory, and each folder of it, still lies on the file system that it was read from.
 
-Where a file system was mounted and is not any more, there is an empty folder, or none: read as it is, it would ask
-for no app, and every app would be removed. So each revision says which mounts its state files were read from
-(`Revision.lies_on`). A folder of these that lies on another mount and has no state file does not count as empty.
+Where a file system is no longer mounted, there is an empty folder, or none. Read as it is, it would ask for no app,
+and every app would be removed. So each revision records which mounts its state files were read from
+(`Revision.lies_on`). If such a folder lies on another mount and has no state file, it is not taken for empty.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 from holdfast.mounts import MountPoint
 from holdfast.runtime.mountpoints import AUTOMOUNT, Mounted, mount_id
@@ -22,17 +23,17 @@ def lies_on(root: str, state_files: Iterable[str]) -> LiesOn:
     Raises OSError when one of them has just gone.
     """
     files, known = list(state_files), Mounted.now()
-    inner = [point for point in known.points if point.startswith(f"{root}/")]
+    inner = [point for point in known.at if point.startswith(f"{root}/")]
     found = {}
     for path in (root, *sorted(inner)):
-        here = known.by_id(mount_id(path)) if any(file.startswith(f"{path}/") for file in files) else None
+        here = known.by_id.get(mount_id(path)) if any(file.startswith(f"{path}/") for file in files) else None
         if here is not None and here.kind != AUTOMOUNT:
             found[path[len(root) + 1 :]] = (here.point, here.what)
     return found
 
 
 def lost(root: str, before: LiesOn, now: LiesOn) -> dict[str, str]:
-    """What a directory was read from and does not lie on any more: folder → what has become of it.
+    """The mounts that a directory was read from and no longer lies on: folder → what has become of it.
 
     root: as in agent.toml. before, now: of the last revision, and of what is there.
     """
@@ -43,11 +44,9 @@ def lost(root: str, before: LiesOn, now: LiesOn) -> dict[str, str]:
     found = {}
     for folder in sorted(gone):
         (point, what), here = before[folder], None
-        try:
-            here = known.by_id(mount_id(f"{root}/{folder}"))
-        except OSError:  # the folder is not there, or not for us
-            unchanged = not point or _at(known, point) == what
-        else:
+        unchanged = not point or _at(known, point) == what
+        with suppress(OSError):  # the folder is not there, or not for us
+            here = known.by_id.get(mount_id(f"{root}/{folder}"))
             unchanged = here is not None and (here.point, here.what) == (point, what)
         if not unchanged:
             found[folder] = _change(point, what, here, known)
@@ -56,7 +55,7 @@ def lost(root: str, before: LiesOn, now: LiesOn) -> dict[str, str]:
 
 def _at(known: Mounted, point: str) -> str:
     """What is mounted at a point; "" for nothing, and for what waits for a file system."""
-    here = known.at(point)
+    here = known.at.get(point)
     return here.what if here is not None and here.kind != AUTOMOUNT else ""
 
 

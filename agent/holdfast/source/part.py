@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 import os
-import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count
 
 from holdfast.errors import TryAgain
-from holdfast.source.directory import (
-    NO_SUBMODULE,
-    Aside,
-    Content,
-    Torn,
-    below,
-    not_checked_out,
-    read_file,
-    submodules_of,
-    walk,
-    walk_link,
-    within,
-)
+from holdfast.source import directory
 from holdfast.source.revision import check_size, is_noise
 
 
@@ -39,17 +26,17 @@ class Part:
         without: the ending of files that are not to be read.
         Raises WrongState for what is too large, TryAgain for what does not hold still, OSError.
         """
-        aside, place = Aside(), os.path.abspath(name)
-        found = {} if self._is_outside(top, name) else dict(self._list(top, place, name, aside))
-        found = {path: where for path, where in found.items() if not (without and path.endswith(without))}
-        check_size(name, sum(status.st_size for _, status in found.values()), len(found))
+        walk, place = directory.Walk(top), os.path.abspath(name)
+        listed = () if self._is_outside(top, name) else self._list(walk, place, name)
+        found = [each for each in listed if not (without and each[0].endswith(without))]
+        check_size(name, sum(status.st_size for _, _, status in found), len(found))
         try:
-            known = {path: read_file(real) for path, (real, _) in found.items()}
-        except Torn as error:
+            known = {path: directory.read_file(real) for path, real, _ in found}
+        except directory.Torn as error:
             raise TryAgain(f"read '{name}': it keeps changing while it is read") from error
         self._lack_submodules(top, place, name, known)
-        self.left_out |= {**aside.left_out, **not_checked_out(known)}
-        self.ignored |= aside.ignored
+        self.left_out |= {**walk.aside.left_out, **directory.not_checked_out(known)}
+        self.ignored |= walk.aside.ignored
         for path, content in known.items():
             if path not in self.left_out:
                 self.files[path] = content.data
@@ -65,31 +52,26 @@ class Part:
                 return True
             real = os.path.realpath(way or "/")
             if length < len(steps) and os.path.islink(way) and not f"{real}/".startswith(f"{top}/"):
-                self.left_out[way] = "a symbolic link that leads out of the state directory"
+                self.left_out[way] = directory.LEADS_OUT
                 return True
         return False
 
-    def _list(self, top: str, place: str, name: str, aside: Aside) -> list[tuple[str, tuple[str, os.stat_result]]]:
+    def _list(self, walk: directory.Walk, place: str, name: str) -> Iterator[directory.Found]:
+        real = os.path.realpath(place)
         if os.path.islink(place):
-            walked = walk_link(top, place, name, (top,), aside, count())
+            yield from walk.link(place, name, (walk.root,))
         elif os.path.isdir(place):
-            real = os.path.realpath(place)
-            walked = walk(top, real, f"{name}/" if name else "", (top, real), aside, count())
+            yield from walk.folder(real, f"{name}/" if name else "", (walk.root, real))
+        elif os.path.isfile(place):
+            yield name, real, os.stat(place)
         elif os.path.exists(place):
-            status = os.stat(place)
-            if not stat.S_ISREG(status.st_mode):
-                aside.left_out[name] = "a socket, a pipe or a device"
-                return []
-            return [(name, (os.path.realpath(place), status))]
-        else:
-            return []
-        return [(path, (real, status)) for path, real, status in walked]
+            walk.aside.left_out[name] = directory.NO_FILE
 
-    def _lack_submodules(self, top: str, place: str, name: str, known: dict[str, Content]) -> None:
-        for submodule in submodules_of(top):
-            if within(submodule, place):
+    def _lack_submodules(self, top: str, place: str, name: str, known: dict[str, directory.Content]) -> None:
+        for submodule in directory.submodules_of(top):
+            if directory.within(submodule, place):
                 seen = name + submodule[len(place) :] if name else submodule[len(place) + 1 :]
-                if not below(known, seen):
-                    self.left_out[seen] = NO_SUBMODULE
-            elif within(place, submodule) and not known:
-                self.left_out[name] = NO_SUBMODULE
+                if not directory.below(known, seen):
+                    self.left_out[seen] = directory.NO_SUBMODULE
+            elif directory.within(place, submodule) and not known:
+                self.left_out[name] = directory.NO_SUBMODULE

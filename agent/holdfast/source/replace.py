@@ -6,7 +6,6 @@ can't be renamed, because something is mounted on it, is changed inside, behind 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -14,18 +13,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from holdfast import mounts
-from holdfast.errors import Conflict, HoldfastError, NotPermitted, UnfitHost
-from holdfast.files import remove_tree, sync_folder
+from holdfast.errors import Conflict, HoldfastError, NotPermitted, explained
+from holdfast.files import held, remove_tree, sync_folder
+from holdfast.mounts import mount_points
 from holdfast.source.directory import REPLACING, DirectorySource
+from holdfast.syscalls import call
 
 NEXT, PREVIOUS = "..next", "..previous"  # inside a mount point; such names are no part of any revision
 KEPT = (NEXT, PREVIOUS, REPLACING, f"{REPLACING}.new", "lost+found")
 OUT, IN = b"out\n", b"in\n"
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 AT_FDCWD = -100
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def holds(directory: Path, files: Mapping[str, bytes], executable: frozenset[str]) -> bool:
@@ -38,7 +36,7 @@ def holds(directory: Path, files: Mapping[str, bytes], executable: frozenset[str
 
 
 def check_replaceable(directory: Path) -> None:
-    """Raise what `replace_tree` would, as far as that can be known beforehand; touch nothing."""
+    """Raise what `replace_tree` would raise, as far as that is known before; change nothing."""
     real = directory.resolve()
     if real == Path("/"):
         raise Conflict(f"replace '{directory}': is the root of this host (expected a folder for state files)")
@@ -49,7 +47,8 @@ def check_replaceable(directory: Path) -> None:
             f"replace '{directory}': is a git work tree, which a bundle would take away (move it, or name another "
             "folder with --state)"
         )
-    if inner := next((each for each in mount_points() if each.startswith(f"{real}/")), None):
+    points = (each.point for each in mount_points())
+    if inner := next((each for each in points if each.startswith(f"{real}/")), None):
         raise Conflict(f"replace '{directory}': something is mounted inside of it, at '{inner}' (unmount that first)")
     place = real if os.path.ismount(real) else real.parent
     while not place.exists():
@@ -67,20 +66,20 @@ def replace_tree(directory: Path, files: Mapping[str, bytes], executable: frozen
     """
     check_replaceable(directory)
     real = directory.resolve()
-    try:
-        real.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(real if os.path.ismount(real) else real.parent, directory):
-            if os.path.ismount(real):
-                return _replace_inside(real, files, executable)
-            return _replace_whole(real, files, executable)
-    except PermissionError as error:
-        raise NotPermitted(f"replace '{directory}': '{error.filename}': permission denied (needs root)") from error
-    except OSError as error:
-        raise UnfitHost(f"replace '{directory}': {(error.strerror or str(error)).lower()}") from error
+    inside = os.path.ismount(real)
+    with explained(f"replace '{directory}'"):
+        try:
+            real.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(real if inside else real.parent, directory):
+                return (_replace_inside if inside else _replace_whole)(real, files, executable)
+        except PermissionError as error:
+            raise NotPermitted(
+                f"replace '{directory}': '{error.filename}': permission denied (needs root)"
+            ) from error
 
 
 def _replace_whole(real: Path, files: Mapping[str, bytes], executable: frozenset[str]) -> Path | None:
-    """The new tree takes the name of the older one before it is exchanged: a crash leaves nothing without a name."""
+    """Exchange the directory with the new tree, which gets the name of the older one first: a crash loses nothing."""
     fresh, previous = real.with_name(f".{real.name}.next"), real.with_name(f"{real.name}.previous")
     _remove(fresh)
     try:
@@ -131,13 +130,8 @@ def _replace_inside(real: Path, files: Mapping[str, bytes], executable: frozense
     return previous
 
 
-def mount_points() -> Iterator[str]:
-    """Every mount point of this process's namespace (proc_pid_mountinfo(5))."""
-    return (each.point for each in mounts.mount_points())
-
-
 def _write_mark(mark: Path, text: bytes) -> None:
-    """Say how far it is: what was there goes OUT, or what is to be there comes IN."""
+    """Record the stage: OUT, the old files are moved away; IN, the new files are moved in."""
     fresh = mark.with_name(f"{mark.name}.new")
     with fresh.open("wb") as file:
         file.write(text)
@@ -163,31 +157,23 @@ def _write_tree(root: Path, files: Mapping[str, bytes], executable: frozenset[st
                 os.chown(place, model.st_uid, model.st_gid)
         Path(folder).chmod(0o755)  # whatever the umask is
     root.chmod(model.st_mode & 0o7777 if model else 0o755)
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        if _libc.syncfs(descriptor) != 0:
-            raise OSError(ctypes.get_errno(), "syncfs", str(root))
-    finally:
-        os.close(descriptor)
+    with held(os.open(root, os.O_RDONLY | os.O_DIRECTORY)) as descriptor:
+        call("syncfs", descriptor, about=root)
 
 
 @contextmanager
 def _alone(folder: Path, directory: Path) -> Iterator[None]:
-    """Keep a second replacement out."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Prevent a second replacement at the same time."""
+    with held(os.open(folder, os.O_RDONLY | os.O_DIRECTORY)) as descriptor:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Conflict(f"replace '{directory}': somebody else does that right now (try again later)") from None
         yield
-    except BlockingIOError:
-        raise Conflict(f"replace '{directory}': somebody else does that right now (try again later)") from None
-    finally:
-        os.close(descriptor)
 
 
 def _rename(source: Path, target: Path, flags: int) -> None:
-    if _libc.renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), ctypes.c_uint(flags)) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(source))
+    call("renameat2", AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags, about=source)
 
 
 def _remove(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The nouns of the source room, and the rules that both kinds share: which names count, how much is too much.
+"""The types of this package, and the rules that both kinds of sources share: which names are read, and how much.
 
 A directory and a git repository that hold the same files give revisions with the same `files`.
 """
@@ -46,7 +46,7 @@ def is_noise(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """One commit, or one snapshot of a directory: nothing that happens later changes it.
+    """One commit, or one snapshot of a directory: it never changes.
 
     files: POSIX path relative to the state directory → content; regular files, and links to files that stay inside.
     left_out: path → why it is not in files (a submodule, a git LFS pointer, a link that leads out), in words.
@@ -117,7 +117,7 @@ class Source(Protocol):
     def refresh(self, *, accept_rewrite: bool = False) -> None:
         """Bring the newest revision here; for a directory, nothing.
 
-        accept_rewrite: take a branch whose history was rewritten. Raises TryAgain (remote down, access refused,
+        accept_rewrite: take a branch whose history was rewritten. Raises TryAgain (remote down or closed to us,
         branch gone, history rewritten), WrongState (folder gone, too large), UnfitHost (no git, disk full); what
         `current` returns is then as before, and state().error says the same.
         """

@@ -12,7 +12,8 @@ from holdfast.errors import TryAgain, WrongState
 from holdfast.source.gitcommand import Git
 from holdfast.source.revision import MAX_DEPTH, NO_LFS, Revision, check_size, check_visits, is_lfs_pointer, is_noise
 
-LINK, PROGRAM = "120000", "100755"
+LINK, PROGRAM, SUBMODULE = "120000", "100755", "160000"
+NOWHERE = "a symbolic link that leads nowhere within the commit, or to a folder in itself, or in too many"
 MOST_LINKS = 40
 LONGEST_LINK = 4096  # PATH_MAX: what is longer leads nowhere, and is not worth the memory
 LONGEST_LISTING = 16 << 20  # bytes of git-ls-tree(1): a few trees that name each other often list without end
@@ -36,12 +37,24 @@ def read_commit(git: Git, commit: str, path: str, url: str) -> Revision:
         errors="replace"
     ).rstrip("\n").split("\0", 2)  # fmt: skip
     entries = list_commit(git, commit)
-    links = {name: blob.decode(errors="replace") for name, blob in read_links(git, entries).items()}
+    short = {name: entry.id for name, entry in entries.items() if entry.mode == LINK and entry.size < LONGEST_LINK}
+    targets = read_blobs(git, sorted(set(short.values())))
+    links = {name: targets[id].decode(errors="replace") for name, id in short.items()}
     tree = Tree(entries, links)
     top = tree.follow(path) if path else ""
     if top is None or (path and top not in tree.folders):
         raise WrongState(f"read '{url}': folder '{path}' is not in commit {commit[:10]} ({message}): what runs stays")
-    found, left_out, ignored = choose(tree, top)
+    found: dict[str, Entry] = {}
+    left_out: dict[str, str] = {}
+    ignored: set[str] = set()
+    for seen, real in walk(tree, top, "", (top,), ignored, count()):
+        entry = tree.entries.get(real)
+        if entry is None:
+            left_out[seen] = NOWHERE
+        elif entry.mode == SUBMODULE:
+            left_out[seen] = "a git submodule, and submodules are not followed (commit the files themselves)"
+        else:
+            found[seen] = entry
     check_size(url, sum(entry.size for entry in found.values()), len(found))
     blobs = read_blobs(git, sorted({entry.id for entry in found.values()}))
     files = {name: blobs[entry.id] for name, entry in sorted(found.items())}
@@ -73,12 +86,6 @@ def list_commit(git: Git, commit: str) -> dict[str, Entry]:
         mode, _, id, size = head.decode().split()
         entries[name.decode(errors="surrogateescape")] = Entry(mode, id, 0 if size == "-" else int(size))
     return entries
-
-
-def read_links(git: Git, entries: Mapping[str, Entry]) -> dict[str, bytes]:
-    links = {name: entry.id for name, entry in entries.items() if entry.mode == LINK and entry.size < LONGEST_LINK}
-    blobs = read_blobs(git, sorted(set(links.values())))
-    return {name: blobs[id] for name, id in links.items()}
 
 
 def read_blobs(git: Git, ids: list[str]) -> dict[str, bytes]:
@@ -124,41 +131,21 @@ class Tree:
         here, links = "", 0
         while pending:
             name = pending.pop()
-            if name in ("", "."):
-                continue
-            if name == "..":
-                if not here:
-                    return None
-                here = posixpath.dirname(here)
-                continue
+            if name == ".." and not here:
+                return None
             step = posixpath.join(here, name)
             target = self.links.get(step)
-            if target is None:
+            if name == "..":
+                here = posixpath.dirname(here)
+            elif name in ("", "."):
+                continue
+            elif target is None:
                 here = step
             elif target.startswith("/") or (links := links + 1) > MOST_LINKS:
                 return None
             else:
                 pending.extend(target.split("/")[::-1])
         return here if here in self.entries or here in self.folders else None
-
-
-def choose(tree: Tree, top: str) -> tuple[dict[str, Entry], dict[str, str], set[str]]:
-    """The files to read, by the path as seen from top; what is left out, and why; what is ignored."""
-    found: dict[str, Entry] = {}
-    left_out: dict[str, str] = {}
-    ignored: set[str] = set()
-    for seen, real in walk(tree, top, "", (top,), ignored, count()):
-        entry = tree.entries.get(real)
-        match entry:
-            case None:
-                left_out[seen] = (
-                    "a symbolic link that leads nowhere within the commit, or to a folder in itself, or in too many"
-                )
-            case Entry(mode="160000"):
-                left_out[seen] = "a git submodule, and submodules are not followed (commit the files themselves)"
-            case _:
-                found[seen] = entry
-    return found, left_out, ignored
 
 
 def walk(
