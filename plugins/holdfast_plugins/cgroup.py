@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from holdfast.drivers import CgroupPolicy, CgroupWant, Host
-from holdfast.errors import WrongState
+from holdfast.errors import WrongState, explained
 from holdfast.hookspecs import hookimpl
 from holdfast.observed import Json
 from holdfast.spec.model import Resources
@@ -38,10 +38,8 @@ def register_cgroup_policies(register: Callable[[CgroupPolicy], None], host: Hos
 
 def device_numbers(path: str) -> tuple[int, int]:
     """The major and minor number of a block device; WrongState for anything else."""
-    try:
+    with explained(f"device '{path}'", WrongState, "the path of a block device"):
         status = Path(path).stat()
-    except OSError as error:
-        raise WrongState(f"device '{path}': {(error.strerror or '').lower()} (the path of a block device)") from error
     if not stat.S_ISBLK(status.st_mode):
         raise WrongState(f"device '{path}': not a block device (as /dev/vda)")
     return os.major(status.st_rdev), os.minor(status.st_rdev)
@@ -109,19 +107,16 @@ def _memory(resources: Resources) -> dict[str, int]:
     swap = resources.memory_swap
     if swap is None and resources.memory is not None:
         swap = 2 * resources.memory
-    limits = {"limit": resources.memory, "swap": swap, "reservation": resources.memory_reservation}
-    return {name: value for name, value in limits.items() if value is not None}
+    return _given(limit=resources.memory, swap=swap, reservation=resources.memory_reservation)
 
 
 def _cpu(resources: Resources) -> dict[str, Any]:
-    cpu: dict[str, Any] = {}
-    if resources.cpus is not None:
-        cpu |= {"quota": max(1000, round(resources.cpus * PERIOD)), "period": PERIOD}
-    if resources.cpu_weight is not None:
-        cpu["shares"] = resources.cpu_weight
-    if resources.cpuset is not None:
-        cpu["cpus"] = resources.cpuset
-    return cpu
+    quota = {"quota": max(1000, round(resources.cpus * PERIOD)), "period": PERIOD} if resources.cpus else {}
+    return quota | _given(shares=resources.cpu_weight, cpus=resources.cpuset)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _block_io(resources: Resources, numbers: DeviceNumbers) -> dict[str, Any]:
@@ -131,16 +126,12 @@ def _block_io(resources: Resources, numbers: DeviceNumbers) -> dict[str, Any]:
         "throttleReadIOPSDevice": resources.device_read_iops,
         "throttleWriteIOPSDevice": resources.device_write_iops,
     }
-    block: dict[str, Any] = {} if resources.io_weight is None else {"weight": resources.io_weight}
+    block: dict[str, Any] = _given(weight=resources.io_weight)
     for name, rates in throttles.items():
         if rates:
-            block[name] = [_throttle(path, rate, numbers) for path, rate in sorted(rates.items())]
+            devices = ((*numbers(path), rate) for path, rate in sorted(rates.items()))
+            block[name] = [{"major": major, "minor": minor, "rate": rate} for major, minor, rate in devices]
     return block
-
-
-def _throttle(path: str, rate: int, numbers: DeviceNumbers) -> dict[str, int]:
-    major, minor = numbers(path)
-    return {"major": major, "minor": minor, "rate": rate}
 
 
 class QosPolicy:
@@ -189,9 +180,8 @@ def _memory_request(resources: Resources) -> int | None:
 def _shares(resources: Resources, quality: ServiceClass) -> int:
     if resources.cpu_weight is not None:
         return resources.cpu_weight
-    if quality == "besteffort" or resources.cpus is None:
-        return MINIMAL_SHARES
-    return max(MINIMAL_SHARES, int(resources.cpus * SHARES_PER_CPU))
+    cpus = 0 if quality == "besteffort" else resources.cpus or 0
+    return max(MINIMAL_SHARES, int(cpus * SHARES_PER_CPU))
 
 
 def _protection(request: int, version: int, *, hard: bool) -> dict[str, Any]:
@@ -203,12 +193,8 @@ def _protection(request: int, version: int, *, hard: bool) -> dict[str, Any]:
 
 def _score(want: CgroupWant, quality: ServiceClass) -> int:
     """Kubernetes' formula: the more of the node's memory a burstable container requests, the later it is killed."""
-    match quality:
-        case "guaranteed":
-            return GUARANTEED_SCORE
-        case "besteffort":
-            return BESTEFFORT_SCORE
-        case "burstable":
-            request = _memory_request(want.resources) or 0
-            score = 1000 - 1000 * request // max(1, want.memory_total)
-            return min(max(score, 1000 + GUARANTEED_SCORE), BESTEFFORT_SCORE - 1)
+    if quality != "burstable":
+        return GUARANTEED_SCORE if quality == "guaranteed" else BESTEFFORT_SCORE
+    request = _memory_request(want.resources) or 0
+    score = 1000 - 1000 * request // max(1, want.memory_total)
+    return min(max(score, 1000 + GUARANTEED_SCORE), BESTEFFORT_SCORE - 1)

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -136,15 +137,11 @@ def test_older_kernels_are_given_the_same_hundred_layers_in_one_page(host: Host)
     folders = [host.root / name for name in ("upper", "work", "merged")]
     for folder in folders:
         folder.mkdir()
-    descriptors: list[int] = []
-    short = [_by_descriptor(path, descriptors) for path in (*layers[::-1], *folders[:2])]
-    _mount_by_page(host.name, short[:-2], short[-2], short[-1], folders[2])
-    try:
+    with ExitStack() as stack:
+        short = [_by_descriptor(path, stack) for path in (*layers[::-1], *folders[:2])]
+        _mount_by_page(host.name, short[:-2], short[-2], short[-1], folders[2])
+        stack.callback(unmount, folders[2])
         assert (folders[2] / "etc/top").read_text() == "99"
-    finally:
-        unmount(folders[2])
-        for descriptor in descriptors:
-            os.close(descriptor)
 
 
 def test_written_files_survive_a_reboot(host: Host) -> None:

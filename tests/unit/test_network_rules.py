@@ -4,7 +4,7 @@ import pytest
 
 from holdfast.errors import Conflict, WrongState
 from holdfast.observed import FirewallNetwork, FirewallWant, PublishedPort
-from holdfast_plugins.network.firewall import _refuse_bad_addresses, _refuse_doubles
+from holdfast_plugins.network.firewall import _check_ports
 from holdfast_plugins.network.rules import deletion, script, update
 
 FRONT = FirewallNetwork("shop/front", "n-front", "10.1.0.0/24")
@@ -52,13 +52,13 @@ def test_deletion_succeeds_without_a_table() -> None:
 def test_port_within_a_published_range_is_a_conflict() -> None:
     ports = (PublishedPort("tcp", "", 8000, "10.1.0.2", 80, 10), PublishedPort("tcp", "", 8005, "10.1.0.3", 80))
     with pytest.raises(Conflict, match=r"port 8005/tcp leads to 10\.1\.0\.2 already"):
-        _refuse_doubles(FirewallWant((FRONT,), ports))
+        _check_ports(ports)
 
 
 def test_same_number_for_tcp_and_udp_is_no_conflict() -> None:
-    _refuse_doubles(FirewallWant((FRONT,), (WEB, PublishedPort("udp", "", 8080, "10.1.0.2", 80))))
+    _check_ports((WEB, PublishedPort("udp", "", 8080, "10.1.0.2", 80)))
 
 
 def test_ipv6_host_address_is_refused_by_name() -> None:
     with pytest.raises(WrongState, match="address '::1'"):
-        _refuse_bad_addresses(FirewallWant((FRONT,), (PublishedPort("tcp", "::1", 80, "10.1.0.2", 80),)))
+        _check_ports((PublishedPort("tcp", "::1", 80, "10.1.0.2", 80),))

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
-from holdfast.files import discard_tree
+from holdfast.files import discard_tree, names_in, write_whole
 from holdfast.leases import NOT_CONTAINERS, Lease, Leases, changed_at, still_resting
 
 SMALLEST = 28  # prefix of the smallest subnet that is taken from the pool: a gateway and 13 containers
@@ -55,13 +55,7 @@ def place(pool: IPv4Network, taken: Iterable[IPv4Network], prefix: int) -> IPv4N
 
 def _halving(bits: int) -> Iterator[int]:
     """Count to 2**bits with the bits of each number reversed: 0, 1/2, 1/4, 3/4, … of it."""
-    number = 0
-    for _ in range(1 << bits):
-        yield number
-        bit = 1 << bits >> 1
-        while number & bit:
-            number, bit = number ^ bit, bit >> 1
-        number |= bit
+    return (int(f"{number:0{bits}b}"[::-1], 2) for number in range(1 << bits))
 
 
 def _merged(subnets: Iterable[IPv4Network]) -> list[tuple[int, int]]:
@@ -123,16 +117,12 @@ class Ledger:
                 return
             if kept is not None and not kept.subnet.subnet_of(subnet):
                 self.drop(network)
-            heirlooms = [
-                each
-                for id, (other, _) in self.resting().items()
-                if id != network and other.overlaps(subnet)
-                for each in self._dropped(id)
-            ]
+            heirlooms: list[Lease] = []
+            for id in [id for id, (each, _) in self.resting().items() if id != network and each.overlaps(subnet)]:
+                heirlooms += self.leases(id).all()
+                self.drop(id)
             (folder / "leases").mkdir(parents=True, exist_ok=True)
-            fresh = folder / "subnet.new"
-            fresh.write_text(f"{subnet}\n")
-            fresh.replace(folder / "subnet")
+            write_whole(folder / "subnet", f"{subnet}\n")
             (folder / "gone").unlink(missing_ok=True)
             self._known()[network] = Kept(subnet)
             self.leases(network).inherit(each for each in heirlooms if IPv4Address(each.address) in subnet)
@@ -170,18 +160,14 @@ class Ledger:
         with self._lock:
             return self._leases.setdefault(network, Leases(network, self._of(network) / "leases", self._clock))
 
-    def _dropped(self, network: str) -> list[Lease]:
-        found = self.leases(network).all()
-        self.drop(network)
-        return found
-
     def _of(self, network: str) -> Path:
         return self._folder / network.replace("/", "~")
 
     def _known(self) -> dict[str, Kept]:
         if self._read is None:
-            folders = self._folder.iterdir() if self._folder.exists() else iter(())
-            found = ((folder.name.replace("~", "/"), _kept(folder, self._clock())) for folder in folders)
+            found = (
+                (name.replace("~", "/"), _kept(self._folder / name, self._clock())) for name in names_in(self._folder)
+            )
             self._read = {id: kept for id, kept in found if kept is not None}
         return self._read
 

@@ -11,27 +11,16 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from holdfast.drivers import Host, NetworkWant
-from holdfast.errors import UnfitHost, WrongState
+from holdfast.errors import WrongState, explained
 from holdfast.keys import Table, within
 from holdfast.leases import room
 from holdfast.observed import Finding, Receipt
 from holdfast.tables import read_options
-from holdfast_plugins.network import flows, messages, sysctls
+from holdfast_plugins.network import flows, links, messages, sysctls
 from holdfast_plugins.network.addresses import Ledger
 from holdfast_plugins.network.collisions import Collisions
 from holdfast_plugins.network.conntrack import Conntrack
-from holdfast_plugins.network.links import (
-    delete,
-    explained,
-    links_of,
-    mac_for,
-    network_alias,
-    network_of,
-    other_prefixes,
-    sockets,
-    taken,
-)
-from holdfast_plugins.network.netlink import Link
+from holdfast_plugins.network.netlink import Link, sockets
 from holdfast_plugins.network.subnets import Subnets, gateway_of
 
 IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
@@ -85,10 +74,8 @@ class BridgeNetwork:
             self.ledger.keep(want.id, subnet)
         if not want.internal and _enable_forwarding():
             self.ledger.note_forwarding(want.id)
-        try:
+        with links.refused(f"make network '{want.id}'"):
             name = self._bring_up(want.id, link, subnet, gateway, options.mtu)
-        except OSError as error:
-            raise explained(error, f"make network '{want.id}'") from error
         data = {
             "interface": name,
             "subnet": str(subnet),
@@ -106,9 +93,9 @@ class BridgeNetwork:
 
     def observe(self) -> Iterable[Receipt]:
         """List our bridges; addresses are those that the bridge really has."""
-        links = [link for link in links_of(self._host, "bridge") if network_of(link)]
-        addresses = dict(sockets.host.addresses()) if links else {}
-        return [self._observed(link, addresses.get(link.index)) for link in links]
+        found = [link for link in links.links_of(self._host, "bridge") if links.network_of(link)]
+        addresses = dict(sockets.host.addresses()) if found else {}
+        return [self._observed(link, addresses.get(link.index)) for link in found]
 
     def watch(self, tell: Callable[[str, str], None]) -> Callable[[], None]:
         """Listen for routes that others make over our subnets."""
@@ -122,7 +109,7 @@ class BridgeNetwork:
         """Delete the bridge; subnet and addresses rest. ip_forward stays on: others may need it by now."""
         link = sockets.host.link(self._host.link("bridge", receipt.id))
         if link is not None and self._is_own(link, receipt.id):
-            delete(link, f"remove network '{receipt.id}'")
+            links.delete(link, f"remove network '{receipt.id}'")
         with self._choosing:
             self.ledger.rest(receipt.id)
             surplus, resting = self.ledger.surplus(), self.ledger.resting()
@@ -132,26 +119,27 @@ class BridgeNetwork:
                 self.ledger.drop(id)
 
     def _observed(self, link: Link, subnet: IPv4Network | None) -> Receipt:
-        root, id = network_of(link) or ("", "")
+        root, id = links.network_of(link) or ("", "")
         healthy = link.up and subnet is not None and subnet == self.ledger.subnet(id) and self._is_closed(link)
         data = {"interface": link.name, "subnet": str(subnet)} if healthy else {}
         return Receipt("network", self.name, id, data=data, root=root)
 
     def _is_own(self, link: Link, id: str) -> bool:
         """Whether a bridge was made for a network of this root: it says so, or the network is known here."""
-        root, network = network_of(link) or ("", "")
+        root, network = links.network_of(link) or ("", "")
         return network == id and (root == self._host.id or self.ledger.subnet(id) is not None)
 
     def _standing(self, want: NetworkWant, subnet: IPv4Network) -> Link | None:
         """The bridge of a network, if it can be used for the subnet; raise Conflict for what is somebody else's."""
-        link, alias = sockets.host.link(self._host.link("bridge", want.id)), network_alias(self._host.id, want.id)
+        link = sockets.host.link(self._host.link("bridge", want.id))
+        alias = links.network_alias(self._host.id, want.id)
         if link is not None and not self._is_own(link, want.id):
-            raise taken(link, f"network:{want.id}")
+            raise links.taken(link, f"network:{want.id}")
         if link is not None and link.alias != alias:  # as an earlier version marked it
             sockets.host.request(messages.link_alias(link.index, alias))
         before = self.ledger.subnet(want.id)
         if link is not None and (before is None or not before.subnet_of(subnet)):
-            delete(link, f"renumber network '{want.id}'")
+            links.delete(link, f"renumber network '{want.id}'")
             link = None
         if link is None:
             self._subnets.refuse_overlap(want, subnet)
@@ -175,14 +163,14 @@ class BridgeNetwork:
         """Have the bridge with its address and settings, and up; return its name."""
         host, name = sockets.host, self._host.link("bridge", id)
         if link is None:
-            bridge = messages.new_bridge(name, mac_for(gateway), mtu)
-            host.request(bridge, messages.name_link(name, network_alias(self._host.id, id)))
+            bridge = messages.new_bridge(name, links.mac_for(gateway), mtu)
+            host.request(bridge, messages.name_link(name, links.network_alias(self._host.id, id)))
             link = host.link(name)
             assert link is not None, name
         sysctls.write(name, sysctls.GATEWAY)
         wanted = [messages.address(link.index, str(gateway), subnet.prefixlen, str(subnet.broadcast_address))]
         if link.up:
-            wanted += other_prefixes(host, link.index, str(gateway), subnet)
+            wanted += links.other_prefixes(host, link.index, str(gateway), subnet)
         if link.mtu != mtu:
             wanted.append(messages.link_mtu(name, mtu))
         host.request(*wanted, messages.link_up(name))
@@ -194,8 +182,6 @@ def _enable_forwarding() -> bool:
     """Let the host forward IPv4; return whether it did not before."""
     if IP_FORWARD.read_text().strip() == "1":
         return False
-    try:
+    with explained(f"write '{IP_FORWARD}'"):
         IP_FORWARD.write_text("1")
-    except OSError as error:
-        raise UnfitHost(f"write '{IP_FORWARD}': {(error.strerror or str(error)).lower()}") from error
     return True

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from ipaddress import IPv4Network
 
 from holdfast.drivers import Host
@@ -18,14 +19,12 @@ from holdfast.observed import Finding
 from holdfast_plugins.network import wire
 from holdfast_plugins.network.addresses import Ledger
 from holdfast_plugins.network.links import table
-from holdfast_plugins.network.netlink import Route, Sockets, route_news
+from holdfast_plugins.network.netlink import Route, route_news, sockets
 
 RTNLGRP_IPV4_ROUTE = 7
 RTN_LOCAL = 2
 WIDE = 8  # routes with a shorter prefix lead everywhere, not to one network
 AGAIN = 1.0  # seconds between two looks, while there are findings or routes change
-
-_sockets = Sockets()
 
 
 class Collisions:
@@ -107,9 +106,8 @@ class Collisions:
             if (bridge := self._host.link("bridge", id)) in indexes
         }
         own = {bridge_index for _, bridge_index in standing.values()}
-        strange = [
-            route for route in _sockets.host.routes() if route.index not in own and route.subnet.prefixlen >= WIDE
-        ]
+        routes = sockets.host.routes()
+        strange = [route for route in routes if route.index not in own and route.subnet.prefixlen >= WIDE]
         for id, (subnet, bridge_index) in sorted(standing.items()):
             for route in strange:
                 if route.subnet.overlaps(subnet):
@@ -129,13 +127,12 @@ def _finding(id: str, subnet: IPv4Network, bridge: int, route: Route, link: str)
 def _leads_elsewhere(subnet: IPv4Network, bridge: int) -> bool:
     """Whether the host sends to containers in this part of a subnet by another link than the bridge."""
     samples = (subnet[1], subnet[2]) if subnet.num_addresses > 2 else tuple(subnet)
-    ways = [_sockets.host.way_to(sample) for sample in samples]
+    ways = [sockets.host.way_to(sample) for sample in samples]
     others = [way for way in ways if way is None or way.kind != RTN_LOCAL]  # else it is our own gateway's address
     return any(way is None or way.index != bridge for way in others)
 
 
 def _name(index: int) -> str:
-    try:
+    with suppress(OSError):
         return socket.if_indextoname(index)
-    except OSError:
-        return ""
+    return ""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from holdfast.errors import NotPermitted, UnfitHost
 from holdfast.observed import Finding
-from holdfast_plugins.network.wire import NESTED, NETLINK_NETFILTER, Socket, attribute, attributes, message, nested
+from holdfast_plugins.network.wire import NETLINK_NETFILTER, Socket, attribute, attributes, message, nested
 
 CTNETLINK = 1
 IPCTNL_MSG_CT_GET, IPCTNL_MSG_CT_DELETE, IPCTNL_MSG_CT_GET_STATS = 1, 2, 5
@@ -126,9 +126,8 @@ class Conntrack:
         with self._lock:
             if not self._can():
                 return []
-            kind, asked = self._subsystem << 8 | IPCTNL_MSG_CT_GET, FAMILY + body
             try:
-                answers = list(self._open().ask(kind, asked))
+                answers = list(self._open().ask(self._subsystem << 8 | IPCTNL_MSG_CT_GET, FAMILY + body))
             except OSError as error:
                 raise _unfit("list flows", error.errno or 0) from error
             return [flow for answer in answers if (flow := _flow(answer[4:])) is not None]
@@ -157,32 +156,21 @@ def _flow(body: bytes) -> Flow | None:
     original, reply = found.get(CTA_TUPLE_ORIG), found.get(CTA_TUPLE_REPLY)
     if original is None or reply is None:
         return None
-    protocol, source, to, port = _tuple(original)
-    _, answered_by, _, _ = _tuple(reply)
-    key = b"".join(
-        attribute(kind | (NESTED if kind == CTA_TUPLE_ORIG else 0), found[kind])
-        for kind in (CTA_TUPLE_ORIG, CTA_ZONE, CTA_ID)
-        if kind in found
-    )
-    return Flow(protocol, source, to, port, answered_by, _source_port(reply), key)
+    protocol, source, to, _, port = _tuple(original)
+    _, answered_by, _, answering_port, _ = _tuple(reply)
+    key = nested(CTA_TUPLE_ORIG, original)
+    key += b"".join(attribute(kind, found[kind]) for kind in (CTA_ZONE, CTA_ID) if kind in found)
+    return Flow(protocol, source, to, port, answered_by, answering_port, key)
 
 
-def _tuple(body: bytes) -> tuple[str, str, str, int]:
-    """(protocol, source, destination, destination port) of one direction."""
+def _tuple(body: bytes) -> tuple[str, str, str, int, int]:
+    """(protocol, source, destination, source port, destination port) of one direction."""
     parts = dict(attributes(body))
     ip, proto = dict(attributes(parts.get(CTA_TUPLE_IP, b""))), dict(attributes(parts.get(CTA_TUPLE_PROTO, b"")))
     number = proto.get(CTA_PROTO_NUM, b"\0")[0]
     source, to = (socket.inet_ntoa(ip[key]) if key in ip else "" for key in (CTA_IP_SRC, CTA_IP_DST))
-    return NAMES.get(number, str(number)), source, to, _port(proto.get(CTA_PROTO_DST_PORT))
-
-
-def _source_port(body: bytes) -> int:
-    proto = dict(attributes(dict(attributes(body)).get(CTA_TUPLE_PROTO, b"")))
-    return _port(proto.get(CTA_PROTO_SRC_PORT))
-
-
-def _port(value: bytes | None) -> int:
-    return int.from_bytes(value or b"", "big")
+    begins, ends = (int.from_bytes(proto.get(key, b""), "big") for key in (CTA_PROTO_SRC_PORT, CTA_PROTO_DST_PORT))
+    return NAMES.get(number, str(number)), source, to, begins, ends
 
 
 def _filter(*, original: int = 0, reply: int = 0) -> bytes:

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
-from contextlib import ExitStack, closing
-from functools import lru_cache
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from functools import lru_cache, partial
 from ipaddress import IPv4Address, IPv4Network
 
 from holdfast.drivers import EndpointWant, Host
 from holdfast.errors import Conflict, TryAgain
 from holdfast.leases import parse_address
 from holdfast.observed import Finding, Receipt
-from holdfast_plugins.network import flows, ingress, messages, sysctls
+from holdfast_plugins.network import flows, ingress, links, messages, sysctls
 from holdfast_plugins.network.bridge import BridgeNetwork
-from holdfast_plugins.network.links import (
-    ENDPOINT,
-    GONE,
-    MARK,
-    abandon,
-    delete,
-    explained,
-    links_of,
-    mac_for,
-    other_prefixes,
-    sockets,
-    taken,
-)
-from holdfast_plugins.network.netlink import Link, open_in
+from holdfast_plugins.network.netlink import Link, open_in, sockets
 
 NO_GUARDS = "containers can send with addresses that are not theirs: the kernel lacks sch_ingress or cls_bpf"
 MANY = 1 << 14  # links whose receipts are kept from one look to the next
@@ -65,29 +52,23 @@ class BridgeEndpoint:
         subnet, gateway = _range(want.network)
         leases = self._ledger.leases(want.network.id)
         owner = want.lease or want.instance
-        address = leases.take(owner, want.instance, subnet, gateway, want.ipv4_address, self._vacate)
-        mac = (want.mac_address or mac_for(IPv4Address(address))).lower()
+        vacate = partial(flows.vacate, self._conntrack)
+        address = leases.take(owner, want.instance, subnet, gateway, want.ipv4_address, vacate)
+        mac = (want.mac_address or links.mac_for(IPv4Address(address))).lower()
         name = self._host.link("endpoint", _id(want))
-        try:
+        with links.refused(f"attach '{want.instance}' to network '{want.network.id}'"):
             self._join(want, name, mac, address)
             self._number(want, name, mac, address, subnet, gateway)
-        except OSError as error:
-            raise explained(error, f"attach '{want.instance}' to network '{want.network.id}'") from error
-        data = {
-            "address": address,
-            "subnet": str(subnet),
-            "interface": want.interface,
-            "host_interface": name,
-            "mac": mac,
-        }
-        return Receipt("endpoint", self.name, _id(want), want.instance, data)
+        data = {"address": address, "subnet": str(subnet), "interface": want.interface, "host_interface": name}
+        return Receipt("endpoint", self.name, _id(want), want.instance, {**data, "mac": mac})
 
     def observe(self) -> Iterable[Receipt]:
         """List our ends of pairs; data is empty for one that is down, not attached or not guarded."""
-        links = [link for link in links_of(self._host, "veth") if link.alias.startswith(ENDPOINT)]
-        if any(link.index not in self._guards for link in links):  # made by an agent before this one
-            self._learn_guards()
-        return [self._observed(link) for link in links]
+        found = [link for link in links.links_of(self._host, "veth") if link.alias.startswith(links.ENDPOINT)]
+        if any(link.index not in self._guards for link in found):  # made by an agent before this one
+            with self._guarding():
+                self._guards = dict.fromkeys(sockets.host.guarded(), b"") | self._guards
+        return [self._observed(link) for link in found]
 
     def remove(self, receipt: Receipt) -> None:
         """Let the address rest and remove the pair.
@@ -99,20 +80,17 @@ class BridgeEndpoint:
         instance, _, network = receipt.id.partition("/")
         self._ledger.leases(network).release(instance)
         link = sockets.host.link(self._host.link("endpoint", receipt.id))
-        if link is None or link.alias not in (ENDPOINT + receipt.id, GONE + receipt.id):
+        if link is None or link.alias not in (links.ENDPOINT + receipt.id, links.GONE + receipt.id):
             return
         self._guards.pop(link.index, None)
         if self._host.netns(instance).exists():
-            abandon(link, receipt.id)
+            links.abandon(link, receipt.id)
         else:
-            delete(link, f"detach '{instance}' from network '{network}'")
+            links.delete(link, f"detach '{instance}' from network '{network}'")
 
     def findings(self) -> Iterable[Finding]:
         """Say what this kernel can't keep containers from."""
         return [Finding("networks", self.unguarded)] if self.unguarded else []
-
-    def _vacate(self, address: str) -> None:
-        flows.vacate(self._conntrack, address)
 
     def _observed(self, link: Link) -> Receipt:
         return _observed(link, bool(self.unguarded) or link.index in self._guards)
@@ -126,7 +104,7 @@ class BridgeEndpoint:
         if link is None:
             with want.netns.open("rb") as netns:
                 pair = messages.new_veth(name, bridge.mtu, want.interface, mac, netns.fileno())
-                sockets.host.request(pair, messages.name_link(name, ENDPOINT + _id(want)))
+                sockets.host.request(pair, messages.name_link(name, links.ENDPOINT + _id(want)))
             link = sockets.host.link(name)
             if link is None:
                 raise OSError(errno.ENODEV, f"link '{name}' is gone")
@@ -138,11 +116,11 @@ class BridgeEndpoint:
     def _own(self, name: str, id: str) -> Link | None:
         """The link of an endpoint, if it is there; raise Conflict if it exists for something else."""
         link = sockets.host.link(name)
-        if link is not None and link.alias == GONE + id:
-            delete(link, f"replace '{name}'")
+        if link is not None and link.alias == links.GONE + id:
+            links.delete(link, f"replace '{name}'")
             return None
-        if link is not None and link.alias != ENDPOINT + id:
-            raise taken(link, ENDPOINT.removeprefix(MARK) + id)
+        if link is not None and link.alias != links.ENDPOINT + id:
+            raise links.taken(link, links.ENDPOINT.removeprefix(links.MARK) + id)
         return link
 
     def _guard(self, link: Link, want: EndpointWant, mac: str, address: str) -> None:
@@ -153,46 +131,38 @@ class BridgeEndpoint:
             program = ingress.endpoint_program(mac, IPv4Address(address))
         if self._guards.get(link.index) == program or self.unguarded:
             return
-        try:
+        with self._guarding():
             sockets.host.request(*ingress.guard(link.index, program))
-        except OSError as error:
-            self._lack(error)
         self._guards[link.index] = program
 
-    def _learn_guards(self) -> None:
+    @contextmanager
+    def _guarding(self) -> Iterator[None]:
+        """Note if the kernel has no guards."""
         try:
-            self._guards = dict.fromkeys(sockets.host.guarded(), b"") | self._guards
+            yield
         except OSError as error:
-            self._lack(error)
-
-    def _lack(self, error: OSError) -> None:
-        """Note that the kernel has no guards, if that is what an error says; raise it if not."""
-        if error.errno not in ingress.UNSUPPORTED:
-            raise error
-        self.unguarded = NO_GUARDS
+            if error.errno not in ingress.UNSUPPORTED:
+                raise
+            self.unguarded = NO_GUARDS
 
     def _number(
         self, want: EndpointWant, name: str, mac: str, address: str, subnet: IPv4Network, gateway: str
     ) -> None:
         """Have address and route inside the namespace; a pair whose inner end is elsewhere is made anew."""
-
-        def close() -> None:
-            sysctls.write(want.interface, sysctls.INSIDE)
-
         with ExitStack() as stack:
-            inside = stack.enter_context(closing(open_in(want.netns, close)))
-            link = inside.link(want.interface)
-            if link is None:
-                stray = sockets.host.link(name)
-                if stray is not None:
-                    delete(stray, f"replace '{name}'")
-                self._join(want, name, mac, address)
+            for again in (False, True):
+                if again:
+                    if (stray := sockets.host.link(name)) is not None:
+                        links.delete(stray, f"replace '{name}'")
+                    self._join(want, name, mac, address)
+                close = partial(sysctls.write, want.interface, sysctls.INSIDE)
                 inside = stack.enter_context(closing(open_in(want.netns, close)))
-                link = inside.link(want.interface)
-            if link is None:
+                if (link := inside.link(want.interface)) is not None:
+                    break
+            else:
                 raise OSError(errno.ENODEV, f"no '{want.interface}' in its namespace")
             wanted = [] if link.up else [messages.link_up(want.interface)]
-            former = other_prefixes(inside, link.index, address, subnet) if link.up else []
+            former = links.other_prefixes(inside, link.index, address, subnet) if link.up else []
             if link.mac != mac:
                 wanted.append(messages.link_mac(want.interface, mac))
             wanted.append(messages.address(link.index, address, subnet.prefixlen, str(subnet.broadcast_address)))
@@ -203,7 +173,7 @@ class BridgeEndpoint:
 
 @lru_cache(MANY)
 def _observed(link: Link, guarded: bool) -> Receipt:
-    id = link.alias.removeprefix(ENDPOINT)
+    id = link.alias.removeprefix(links.ENDPOINT)
     data = {"host_interface": link.name} if link.up and link.master and guarded else {}
     return Receipt("endpoint", BridgeEndpoint.name, id, id.partition("/")[0], data)
 

@@ -10,7 +10,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from ipaddress import AddressValueError, IPv4Address
 from typing import Any
@@ -56,11 +56,11 @@ class NftablesFirewall:
         self._listed: tuple[PublishedPort, ...] = ()
         self._listed_at = -1
         self._layout = digest_of(rules.script(host.name, FirewallWant()))
+        self._table = f"table 'inet {host.name}'"
 
     def check(self, want: FirewallWant) -> None:
         """Raise WrongState for a bad address, Conflict if one port is published twice, UnfitHost without nft."""
-        _refuse_bad_addresses(want)
-        _refuse_doubles(want)
+        _check_ports(want.ports)
         _ = self._nft
 
     def ensure(self, want: FirewallWant) -> Receipt:
@@ -136,24 +136,18 @@ class NftablesFirewall:
         for found in self._conntrack.findings():
             tell(found.subject, f"{found.text} ({found.remedy})")
 
-        def altered(who: str) -> bool:
-            with self._lock:
-                if self._snapshot is None or self._intact():
-                    return False
-                self._refuse_foreign()
-                self._write(self._snapshot.want, None)
-            tell(
-                "firewall",
-                f"table 'inet {self._host.name}' was altered by {who or 'another program'}; it is written again",
-            )
-            return True
-
         def look(who: str) -> bool:
+            done = "; it is written again"
             try:
-                return altered(who)
+                with self._lock:
+                    if self._snapshot is None or self._intact():
+                        return False
+                    self._refuse_foreign()
+                    self._write(self._snapshot.want, None)
             except (HoldfastError, OSError) as error:  # the pass that follows tries again
-                tell("firewall", f"table 'inet {self._host.name}' was altered by {who or 'another program'}: {error}")
-                return True
+                done = f": {error}"
+            tell("firewall", f"{self._table} was altered by {who or 'another program'}{done}")
+            return True
 
         return Monitor(self._host.name, look).close
 
@@ -182,10 +176,8 @@ class NftablesFirewall:
 
     def _refuse_foreign(self) -> None:
         if other := self._foreign():
-            raise Conflict(
-                f"write table 'inet {self._host.name}': it belongs to the root with the id {other} "
-                "(another name in agent.toml)"
-            )
+            whose = f"it belongs to the root with the id {other}"
+            raise Conflict(f"write {self._table}: {whose} (another name in agent.toml)")
 
     def _intact(self) -> bool:
         """Whether the table is as in the snapshot."""
@@ -204,17 +196,14 @@ class NftablesFirewall:
         """Write the table and take a snapshot. old: what is in it unaltered; only the difference is written then."""
         if old is None:
             forwarding.allow(self._host, self._nft)
-        text = (
-            rules.script(self._host.name, want, self._host.id)
-            if old is None
-            else rules.update(self._host.name, old, want)
-        )
+        whole = rules.script(self._host.name, want, self._host.id)
+        text = whole if old is None else rules.update(self._host.name, old, want)
         before = self._rules.generation()
         self._run(text)
         fingerprint = self._fingerprint()
         after = self._rules.generation()
         if fingerprint is None or after != before + bool(text):  # somebody wrote meanwhile, perhaps to our table
-            self._run(rules.script(self._host.name, want, self._host.id))
+            self._run(whole)
             fingerprint = self._fingerprint() or ""
             after = self._rules.generation()
         self._settle(want, altered=old is None)
@@ -236,12 +225,8 @@ class NftablesFirewall:
             self._nft.run(text)
         except NftError as error:
             if "not permitted" in str(error):
-                raise NotPermitted(
-                    f"write table 'inet {self._host.name}': not permitted (root with CAP_NET_ADMIN)"
-                ) from error
-            raise UnfitHost(
-                f"write table 'inet {self._host.name}': {error} (a kernel with nf_tables and NAT)"
-            ) from error
+                raise NotPermitted(f"write {self._table}: not permitted (root with CAP_NET_ADMIN)") from error
+            raise UnfitHost(f"write {self._table}: {error} (a kernel with nf_tables and NAT)") from error
 
     def _keep(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
@@ -257,44 +242,31 @@ class NftablesFirewall:
             layout, frame = more if len(more) == 2 else ("", ())  # an earlier version wrote no frame
             if of_any_version or layout == self._layout:
                 networks = tuple(FirewallNetwork(**network) for network in want["networks"])
-                ports = tuple(PublishedPort(**port) for port in want["ports"])
-                return Snapshot(
-                    FirewallWant(networks, ports), digest_of(want), fingerprint, generation, frozenset(frame)
-                )
+                wrote = FirewallWant(networks, tuple(PublishedPort(**port) for port in want["ports"]))
+                return Snapshot(wrote, digest_of(want), fingerprint, generation, frozenset(frame))
         return None
 
 
 def _plain(want: FirewallWant) -> dict[str, Any]:
     """Like dataclasses.asdict, which makes deep copies and takes ten times as long for a thousand ports."""
-    networks = [{name: getattr(network, name) for name in NETWORK_FIELDS} for network in want.networks]
+    tables: dict[str, tuple[FirewallNetwork | PublishedPort, ...]] = {"networks": want.networks, "ports": want.ports}
     return {
-        "networks": networks,
-        "ports": [{name: getattr(port, name) for name in PORT_FIELDS} for port in want.ports],
+        key: [{name: getattr(each, name) for name in each.__dataclass_fields__} for each in table]
+        for key, table in tables.items()
     }
 
 
-NETWORK_FIELDS = tuple(field.name for field in fields(FirewallNetwork))
-PORT_FIELDS = tuple(field.name for field in fields(PublishedPort))
-
-
-def _refuse_bad_addresses(want: FirewallWant) -> None:
-    for port in want.ports:
+def _check_ports(ports: Iterable[PublishedPort]) -> None:
+    seen: dict[tuple[str, str, int], PublishedPort] = {}
+    for port in ports:
         for address in (port.host_ip or "0.0.0.0", port.address):
             try:
                 IPv4Address(address)
             except AddressValueError as error:
                 raise WrongState(f"publish '{port}': address '{address}': {error} (an IPv4 address)") from error
-
-
-def _refuse_doubles(want: FirewallWant) -> None:
-    """Raise Conflict if a port of the host is published twice, alone or in a range."""
-    seen: dict[tuple[str, str, int], PublishedPort] = {}
-    for port in want.ports:
-        for step in range(port.count):
-            host_ip = "" if port.host_ip in rules.WILDCARDS else port.host_ip
-            other = seen.setdefault((port.protocol, host_ip, port.host_port + step), port)
+        host_ip = "" if port.host_ip in rules.WILDCARDS else port.host_ip
+        for number in range(port.host_port, port.host_port + port.count):  # alone or in a range
+            other = seen.setdefault((port.protocol, host_ip, number), port)
             if other is not port:
-                raise Conflict(
-                    f"publish '{port}': port {port.host_port + step}/{port.protocol} leads to"
-                    f" {other.address} already (another port)"
-                )
+                taken = f"port {number}/{port.protocol} leads to {other.address} already"
+                raise Conflict(f"publish '{port}': {taken} (another port)")

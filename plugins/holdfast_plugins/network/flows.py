@@ -12,57 +12,37 @@ may have begun a flow after the first time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from ipaddress import IPv4Address, IPv4Network
 
 from holdfast.observed import FirewallWant, PublishedPort
 from holdfast_plugins.network.conntrack import UDP, Conntrack, Flow
-from holdfast_plugins.network.netlink import Sockets
+from holdfast_plugins.network.netlink import sockets
 from holdfast_plugins.network.rules import WILDCARDS
 
 LOOKS = 2
 SINGLY = 4  # up to so many ports are asked for one by one; for more, all flows of the protocol are listed
 
 Target = tuple[str, int]
-_sockets = Sockets()
-
-
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """Where the table sends UDP. bound: (address, port) of the host → target. wildcard: port → target."""
-
-    bound: Mapping[Target, Target]
-    wildcard: Mapping[int, Target]
-
-    def of(self, address: str, port: int) -> Target | None:
-        return self.bound.get((address, port)) or self.wildcard.get(port)
+Targets = Mapping[Target, Target]
 
 
 def targets(ports: Iterable[PublishedPort]) -> Targets:
-    """The maps of the table, as `rules` writes them."""
-    bound: dict[Target, Target] = {}
-    wildcard: dict[int, Target] = {}
-    for port in ports:
-        for step in range(port.count if port.protocol == UDP else 0):
-            number, target = port.host_port + step, (port.address, port.container_port + step)
-            if port.host_ip in WILDCARDS:
-                wildcard[number] = target
-            else:
-                bound[port.host_ip, number] = target
-    return Targets(bound, wildcard)
+    """Where the maps of the table, as `rules` writes them, send UDP: (address, "" for any, and port) → target."""
+    return {
+        ("" if port.host_ip in WILDCARDS else port.host_ip, port.host_port + step): (
+            port.address,
+            port.container_port + step,
+        )
+        for port in ports
+        if port.protocol == UDP
+        for step in range(port.count)
+    }
 
 
 def changed_ports(old: Targets, new: Targets) -> frozenset[int]:
     """The ports of the host whose target has changed."""
-    wildcard = {port for port in old.wildcard.keys() | new.wildcard.keys() if old.of("", port) != new.of("", port)}
-    bound = {key for key in old.bound.keys() | new.bound.keys() if old.bound.get(key) != new.bound.get(key)}
-    return frozenset(wildcard | {port for _, port in bound})
-
-
-def all_ports(*several: Targets) -> frozenset[int]:
-    """The ports of the host that are published."""
-    return frozenset(port for each in several for port in (*each.wildcard, *(port for _, port in each.bound)))
+    return frozenset(port for _, port in dict(old.items() ^ new.items()))
 
 
 def is_stale(flow: Flow, now: Targets, ours: Callable[[str], bool], local: Callable[[str], bool]) -> bool:
@@ -73,7 +53,7 @@ def is_stale(flow: Flow, now: Targets, ours: Callable[[str], bool], local: Calla
     """
     if flow.translated and not ours(flow.answered_by):
         return False
-    target = now.of(flow.to, flow.port)
+    target = now.get((flow.to, flow.port)) or now.get(("", flow.port))
     if target is None:
         return flow.translated
     return target != (flow.answered_by, flow.answering_port) and (flow.translated or local(flow.to))
@@ -85,12 +65,12 @@ def settle(conntrack: Conntrack, old: FirewallWant, new: FirewallWant, pool: str
     altered: others have changed the table meanwhile, so a flow to any of its ports may be wrong.
     """
     before, now = targets(old.ports), targets(new.ports)
-    ports = all_ports(before, now) if altered else changed_ports(before, now)
+    ports = frozenset(port for _, port in {**before, **now}) if altered else changed_ports(before, now)
     if not ports:
         return
     subnets = (each.subnet for want in (old, new) for each in want.networks)
     ours = _within((IPv4Network(pool), *map(IPv4Network, subnets)))
-    local = _within(_sockets.host.local_subnets())
+    local = _within(sockets.host.local_subnets())
     for _ in range(LOOKS):
         asked: Iterable[int | None] = ports if len(ports) <= SINGLY else (None,)
         found = [flow for port in asked for flow in conntrack.to_port(UDP, port) if flow.port in ports]

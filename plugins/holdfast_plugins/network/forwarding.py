@@ -58,7 +58,7 @@ def findings(host: Host, rule_set: RuleSet) -> Iterator[Finding]:
     A rule that names them is somebody's decision, or our own accept in iptables' table.
     """
     for family, table, chain in rule_set.dropping_forward():
-        if f"{host.name}-".encode() not in b"".join(rule_set.rules(family, table)):
+        if f"{host.name}-".encode() not in b"".join(rule_set.rules(table, family)):
             text = f"chain '{FAMILIES[family]} {table} {chain}' drops what is forwarded by policy: containers may not"
             text += " reach the outside, nor be reached from there"
             yield Finding("firewall", text, f"accept iifname and oifname '{host.name}-*' there")

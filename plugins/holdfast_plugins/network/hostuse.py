@@ -6,9 +6,11 @@ A network of containers must not contain any of them: what the host sends there 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from ipaddress import AddressValueError, IPv4Address, IPv4Network
 from pathlib import Path
 
+from holdfast.files import read_text
 from holdfast_plugins.network.netlink import Netlink
 
 RESOLVERS = (Path("/etc/resolv.conf"), Path("/run/systemd/resolve/resolv.conf"))
@@ -35,24 +37,15 @@ def of_links(netlink: Netlink, but: str) -> Iterator[Use]:
 def of_resolver(files: Iterable[Path] = RESOLVERS) -> Iterator[Use]:
     """The name servers of the host."""
     for file in files:
-        try:
-            lines = file.read_text(errors="replace").splitlines()
-        except OSError:
-            continue
-        for words in map(str.split, lines):
+        for words in map(str.split, read_text(file).splitlines()):
             if words[:1] == ["nameserver"] and len(words) > 1:
-                try:
+                with suppress(AddressValueError):  # IPv6
                     yield f"a name server in {file}", IPv4Network(IPv4Address(words[1]))
-                except AddressValueError:  # IPv6
-                    continue
 
 
 def of_peers(file: Path = CONNECTIONS) -> Iterator[Use]:
     """The peers of the host's TCP connections: its administrators, its git server, its registry."""
-    try:
-        lines = file.read_text().splitlines()[1:]
-    except OSError:
-        return
+    lines = read_text(file).splitlines()[1:]
     peers = {words[2].partition(":")[0] for line in lines if (words := line.split())[3] == ESTABLISHED}
     for peer in sorted(peers):
         address = IPv4Address(bytes.fromhex(peer)[::-1])  # printed as a number in the order of the machine

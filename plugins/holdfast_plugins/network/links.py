@@ -14,12 +14,14 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv4Network
 
 from holdfast.drivers import Host
-from holdfast.errors import Conflict, HoldfastError, NotPermitted, TryAgain, UnfitHost
+from holdfast.errors import Conflict, NotPermitted, TryAgain, UnfitHost, reason
 from holdfast_plugins.network import messages, wire
-from holdfast_plugins.network.netlink import Link, Netlink, Sockets, link_news
+from holdfast_plugins.network.netlink import Link, Netlink, link_news, sockets
 
 MARK = "holdfast:"
 ENDPOINT, GONE = f"{MARK}endpoint:", f"{MARK}gone:"
@@ -27,8 +29,6 @@ BRIDGE_PORTS = 1023
 
 RTNLGRP_LINK = 1
 OLD = 60.0  # seconds after which all links are read again, whatever was heard
-
-sockets = Sockets()
 
 
 class LinkTable:
@@ -105,11 +105,8 @@ def taken(link: Link, wanted: str) -> Conflict:
 
 def delete(link: Link, operation: str) -> None:
     """Delete a link; succeed when it is gone."""
-    try:
+    with refused(operation, errno.ENODEV):
         sockets.host.request(messages.delete_link(link.index))
-    except OSError as error:
-        if error.errno != errno.ENODEV:
-            raise explained(error, operation) from error
 
 
 def abandon(link: Link, id: str) -> None:
@@ -117,11 +114,8 @@ def abandon(link: Link, id: str) -> None:
     wanted = [messages.link_alias(link.index, GONE + id)]
     if link.master:
         wanted.append(messages.port_off(link.index))  # last: a change of alias would turn the port on again
-    try:
+    with refused(f"detach '{id}'", errno.ENODEV, errno.ENETDOWN):  # gone; or down, which is off, too
         sockets.host.request(*wanted)
-    except OSError as error:
-        if error.errno not in (errno.ENODEV, errno.ENETDOWN):  # gone; or down, which is off, too
-            raise explained(error, f"detach '{id}'") from error
 
 
 def other_prefixes(netlink: Netlink, index: int, address: str, subnet: IPv4Network) -> list[bytes]:
@@ -137,17 +131,22 @@ def mac_for(address: IPv4Address) -> str:
     return "02:42:" + address.packed.hex(":")
 
 
-def explained(error: OSError, operation: str) -> HoldfastError:
-    """The error that tells the reader what to do about a request that the kernel refused."""
-    text = os.strerror(error.errno).lower() if error.errno else str(error)
-    match error.errno:
-        case errno.EXFULL:
-            return Conflict(f"{operation}: its bridge is full (at most {BRIDGE_PORTS} containers on a network)")
-        case errno.EPERM | errno.EACCES:
-            return NotPermitted(f"{operation}: not permitted (root with CAP_NET_ADMIN)")
-        case errno.EOPNOTSUPP | errno.EAFNOSUPPORT:
-            return UnfitHost(f"{operation}: {text} (a kernel with bridge and veth)")
-        case errno.EEXIST:
-            return Conflict(f"{operation}: {text}")
-        case _:
-            return TryAgain(f"{operation}: {text}")
+@contextmanager
+def refused(operation: str, *harmless: int) -> Iterator[None]:
+    """Say what to do about a request within a with block that the kernel refuses, but for harmless reasons."""
+    try:
+        yield
+    except OSError as error:
+        match error.errno:
+            case number if number in harmless:
+                return
+            case errno.EXFULL:
+                full = f"its bridge is full (at most {BRIDGE_PORTS} containers on a network)"
+                raise Conflict(f"{operation}: {full}") from error
+            case errno.EPERM | errno.EACCES:
+                raise NotPermitted(f"{operation}: not permitted (root with CAP_NET_ADMIN)") from error
+            case errno.EOPNOTSUPP | errno.EAFNOSUPPORT:
+                raise UnfitHost(f"{operation}: {reason(error)} (a kernel with bridge and veth)") from error
+            case number:
+                kind = Conflict if number == errno.EEXIST else TryAgain
+                raise kind(f"{operation}: {reason(error)}") from error

@@ -12,20 +12,18 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Iterable
+from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
-from holdfast.observed import FirewallNetwork, FirewallWant, PublishedPort
+from holdfast.observed import FirewallWant, PublishedPort
 from holdfast_plugins.network import ingress, sysctls
-from holdfast_plugins.network.netlink import Sockets
+from holdfast_plugins.network.netlink import sockets
+from holdfast_plugins.network.rules import WILDCARDS
 
 LOOPBACK = IPv4Network("127.0.0.0/8")
-EVERYWHERE = ("", "0.0.0.0")
 ARPHRD_ETHER = "1"
 NO_GUARD = "ports published on 127.0.0.1 don't answer there: the kernel lacks sch_ingress or cls_bpf"
-
-_sockets = Sockets()
 
 
 class Loopback:
@@ -47,7 +45,8 @@ class Loopback:
             if self._known.get(link) != (index, on):
                 sysctls.write(link, {"ipv4/route_localnet": str(int(on))})
             self._known[link] = index, on
-        self._known = {network.interface: self._known[network.interface] for network in _in(want, self._known)}
+        links = {network.interface for network in want.networks}
+        self._known = {link: known for link, known in self._known.items() if link in links}
 
     def intact(self, want: FirewallWant) -> bool:
         """Whether every link is as `ensure` left it. A link is checked once, and again when it was recreated."""
@@ -73,7 +72,11 @@ class Loopback:
         """Put the guard on a link; False if the kernel can't."""
         try:
             for bare in self._bare(link, index) if self._known.get(link) != (index, True) else ():
-                _put(bare, ingress.loopback_program(_header(link)))
+                try:
+                    sockets.host.request(*ingress.guard(bare, ingress.loopback_program(_header(link))))
+                except OSError as error:
+                    if error.errno != errno.ENODEV:  # the port has just gone
+                        raise
         except OSError as error:
             if error.errno not in ingress.UNSUPPORTED:
                 raise
@@ -85,16 +88,8 @@ class Loopback:
         try:
             ports = os.listdir(f"/sys/class/net/{link}/brif")  # noqa: PTH208 - names are all we want
         except FileNotFoundError:
-            return frozenset({index}) - _sockets.host.guarded()
-        return frozenset(map(_index, ports)) - _sockets.host.guarded() - {0}
-
-
-def _put(index: int, program: bytes) -> None:
-    try:
-        _sockets.host.request(*ingress.guard(index, program))
-    except OSError as error:
-        if error.errno != errno.ENODEV:  # the port has just gone
-            raise
+            return frozenset({index}) - sockets.host.guarded()
+        return frozenset(map(_index, ports)) - sockets.host.guarded() - {0}
 
 
 def needing(want: FirewallWant) -> frozenset[str]:
@@ -107,18 +102,13 @@ def needing(want: FirewallWant) -> frozenset[str]:
 
 
 def _on_loopback(port: PublishedPort) -> bool:
-    return port.host_ip in EVERYWHERE or IPv4Address(port.host_ip) in LOOPBACK
-
-
-def _in(want: FirewallWant, known: Iterable[str]) -> list[FirewallNetwork]:
-    return [network for network in want.networks if network.interface in known]
+    return port.host_ip in WILDCARDS or IPv4Address(port.host_ip) in LOOPBACK
 
 
 def _index(link: str) -> int:
-    try:
+    with suppress(OSError):
         return socket.if_nametoindex(link)
-    except OSError:
-        return 0
+    return 0
 
 
 def _header(link: str) -> int:

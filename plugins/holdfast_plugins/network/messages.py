@@ -104,18 +104,20 @@ def delete_link(index: int) -> bytes:
 
 def address(index: int, ip: str, prefix: int, broadcast: str) -> bytes:
     """Give a link an address, or leave it be if it has it."""
-    message = ifaddrmsg()
-    message["family"], message["prefixlen"], message["index"] = AF_INET, prefix, index
-    message["attrs"] = [("IFA_LOCAL", ip), ("IFA_ADDRESS", ip), ("IFA_BROADCAST", broadcast)]
-    return _encode(message, RTM_NEWADDR, CREATE | REPLACE)
+    more: Attributes = [("IFA_ADDRESS", ip), ("IFA_BROADCAST", broadcast)]
+    return _address(RTM_NEWADDR, CREATE | REPLACE, index, prefix, [("IFA_LOCAL", ip), *more])
 
 
 def no_address(index: int, ip: str, prefix: int) -> bytes:
     """Take an address off a link; that very prefix, for a link may have it with several."""
+    return _address(RTM_DELADDR, 0, index, prefix, [("IFA_LOCAL", ip)])
+
+
+def _address(kind: int, flags: int, index: int, prefix: int, attributes: Attributes) -> bytes:
     message = ifaddrmsg()
     message["family"], message["prefixlen"], message["index"] = AF_INET, prefix, index
-    message["attrs"] = [("IFA_LOCAL", ip)]
-    return _encode(message, RTM_DELADDR, 0)
+    message["attrs"] = attributes
+    return _encode(message, kind, flags)
 
 
 def default_route(index: int, gateway: str) -> bytes:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -104,9 +105,9 @@ class Netlink(Socket):
             if dict(attributes(body, 20)).get(TCA_KIND) == b"clsact\0"
         )
 
-    def routes(self) -> list[Route]:
-        """List every IPv4 route, in whichever table."""
-        asked = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)
+    def routes(self, table: int = 0) -> list[Route]:
+        """List every IPv4 route, in whichever table, or those of one."""
+        asked = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, table, 0, 0, 0, 0)
         return [route for body in self.ask(RTM_GETROUTE, asked) for route in read_routes(body)]
 
     def way_to(self, address: IPv4Address) -> Route | None:
@@ -119,26 +120,18 @@ class Netlink(Socket):
 
     def local_subnets(self) -> list[IPv4Network]:
         """List the IPv4 ranges of the host's own addresses, on all interfaces."""
-        found = []
-        asked = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, RT_TABLE_LOCAL, 0, 0, 0, 0)
-        for body in self.ask(RTM_GETROUTE, asked):
-            destination = dict(attributes(body, 12)).get(RTA_DST)
-            if destination is not None and body[7] == RTN_LOCAL:
-                found.append(IPv4Network((IPv4Address(destination), body[1]), strict=False))
-        return found
+        return [route.subnet for route in self.routes(RT_TABLE_LOCAL) if route.kind == RTN_LOCAL]
 
 
 class Sockets(threading.local):
     """The host's rtnetlink socket of each thread, opened when first asked for."""
 
-    def __init__(self) -> None:
-        self._netlink: Netlink | None = None
-
-    @property
+    @cached_property
     def host(self) -> Netlink:
-        if self._netlink is None:
-            self._netlink = Netlink()
-        return self._netlink
+        return Netlink()
+
+
+sockets = Sockets()
 
 
 def open_in(netns: Path, before: Callable[[], None] = lambda: None) -> Netlink:
@@ -177,17 +170,15 @@ def read_routes(body: bytes) -> Iterator[Route]:
     found = dict(attributes(body, 12))
     subnet = IPv4Network((IPv4Address(found.get(RTA_DST, bytes(4))), body[1]), strict=False)
     table, kind = number(found.get(RTA_TABLE)) or body[4], body[7]
-    if (hops := found.get(RTA_MULTIPATH)) is None:
-        gateway = found.get(RTA_GATEWAY)
-        index = number(found.get(RTA_OIF))
+    ways = [(number(found.get(RTA_OIF)), found.get(RTA_GATEWAY))]
+    if (hops := found.get(RTA_MULTIPATH)) is not None:
+        ways, at = [], 0
+        while at + 8 <= len(hops):
+            length, _, _, index = struct.unpack_from("=HBBi", hops, at)
+            ways.append((index, dict(attributes(hops[at : at + length], 8)).get(RTA_GATEWAY)))
+            at += max((length + 3) & ~3, 8)
+    for index, gateway in ways:
         yield Route(index, subnet, IPv4Address(gateway) if gateway else None, table, kind)
-        return
-    at = 0
-    while at + 8 <= len(hops):
-        length, _, _, index = struct.unpack_from("=HBBi", hops, at)
-        gateway = dict(attributes(hops[at : at + length], 8)).get(RTA_GATEWAY)
-        yield Route(index, subnet, IPv4Address(gateway) if gateway else None, table, kind)
-        at += max((length + 3) & ~3, 8)
 
 
 def link_news(datagrams: Iterable[bytes]) -> Iterator[tuple[int, Link | None]]:

@@ -118,7 +118,10 @@ class RuleSet:
         name = attribute(NFTA_TABLE, table.encode() + b"\0")
         while True:
             before = self.generation()
-            found = self._everything(name)
+            found = [body for body in self._ask(NFT_MSG_GETTABLE) if body.startswith(name)]
+            if found:
+                found += [body for body in self._ask(NFT_MSG_GETCHAIN) if body.startswith(name)]
+                found += self.rules(table)
             if self.generation() == before:  # else it changed meanwhile
                 return hashlib.sha256(b"".join(found)).hexdigest() if found else None
 
@@ -166,24 +169,13 @@ class RuleSet:
         elements = (dict(attributes(each)) for part in answers for each in _elements(part))
         return [(_value(each[NFTA_SET_ELEM_KEY]), _value(each[NFTA_SET_ELEM_DATA])) for each in elements]
 
-    def rules(self, family: int, table: str) -> list[bytes]:
-        """The rules of a table, and the elements of its sets, as the kernel encodes them."""
+    def rules(self, table: str, family: int = INET) -> list[bytes]:
+        """The rules of a table, its sets and their elements in a fixed order, as the kernel encodes them."""
         name = attribute(NFTA_TABLE, table.encode() + b"\0")
         found = self._ask(NFT_MSG_GETRULE, name, family)
         for body in self._ask(NFT_MSG_GETSET, name, family):
             which = attribute(NFTA_SET, dict(attributes(body))[NFTA_SET])
-            found += self._ask(NFT_MSG_GETSETELEM, name + which, family)
-        return found
-
-    def _everything(self, table: bytes) -> list[bytes]:
-        found = [body for body in self._ask(NFT_MSG_GETTABLE) if body.startswith(table)]
-        if not found:
-            return []
-        found += [body for body in self._ask(NFT_MSG_GETCHAIN) if body.startswith(table)]
-        found += self._ask(NFT_MSG_GETRULE, table)
-        for body in self._ask(NFT_MSG_GETSET, table):
-            name = attribute(NFTA_SET, dict(attributes(body))[NFTA_SET])
-            elements = self._ask(NFT_MSG_GETSETELEM, table + name)
+            elements = self._ask(NFT_MSG_GETSETELEM, name + which, family)
             found += [body, *sorted(each for part in elements for each in _elements(part))]
         return found
 

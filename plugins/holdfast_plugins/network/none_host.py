@@ -12,11 +12,19 @@ from holdfast.errors import WrongState
 from holdfast.observed import Receipt
 
 
-class BareNetwork:
-    """A network without interface and addresses, which always exists and has no options."""
-
+class _Bare:
     def __init__(self, name: str) -> None:
         self.name = name
+
+    def observe(self) -> Iterable[Receipt]:
+        return ()
+
+    def remove(self, receipt: Receipt) -> None:
+        """Nothing was made."""
+
+
+class BareNetwork(_Bare):
+    """A network without interface and addresses, which always exists and has no options."""
 
     def check(self, want: NetworkWant) -> None:
         if want.subnet or want.gateway or want.internal or want.driver_opts:
@@ -27,18 +35,9 @@ class BareNetwork:
         data = {"interface": "", "subnet": "", "gateway": "", "internal": False}
         return Receipt("network", self.name, want.id, data=data)
 
-    def observe(self) -> Iterable[Receipt]:
-        return ()
 
-    def remove(self, receipt: Receipt) -> None:
-        """Nothing was made."""
-
-
-class BareEndpoint:
+class BareEndpoint(_Bare):
     """An attachment that changes nothing and has no address."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
 
     def check(self, want: EndpointWant) -> None:
         if want.ipv4_address or want.mac_address:
@@ -50,9 +49,3 @@ class BareEndpoint:
         self.check(want)
         data = {"address": "", "interface": "", "host_interface": ""}
         return Receipt("endpoint", self.name, f"{want.instance}/{want.network.id}", want.instance, data)
-
-    def observe(self) -> Iterable[Receipt]:
-        return ()
-
-    def remove(self, receipt: Receipt) -> None:
-        """Nothing was made."""

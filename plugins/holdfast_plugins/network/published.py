@@ -52,16 +52,9 @@ def _joined(ports: Iterable[PublishedPort]) -> list[PublishedPort]:
     """Single ports as ranges, as far as they follow each other."""
     found: list[PublishedPort] = []
     for port in sorted(ports, key=lambda each: (each.protocol, each.host_ip, each.address, each.host_port)):
-        last = found[-1] if found else None
-        if (
-            last
-            and replace(last, count=1, host_port=port.host_port, container_port=port.container_port) == port
-            and (
-                last.host_port + last.count,
-                last.container_port + last.count,
-            )
-            == (port.host_port, port.container_port)
-        ):
+        last = found[-1] if found else replace(port, count=0)
+        host, inner = last.host_port + last.count, last.container_port + last.count
+        if found and replace(last, count=1, host_port=host, container_port=inner) == port:
             found[-1] = replace(last, count=last.count + 1)
         else:
             found.append(port)

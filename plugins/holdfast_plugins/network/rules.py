@@ -14,52 +14,16 @@ apply only to what comes from or goes to our own bridges; the host's own traffic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from holdfast.observed import FirewallWant, PublishedPort
+from holdfast.observed import FirewallWant
 
 WILDCARDS = ("", "0.0.0.0")
 MARK = "holdfast:"
 
-CHAINS = """
-  chain publish {
-    dnat ip to meta l4proto . ip daddr . th dport map @bound
-    dnat ip to meta l4proto . th dport map @wildcard
-  }
-  chain raw {
-    type filter hook prerouting priority raw; policy accept;
-    iifname != @bridges accept
-    ip daddr 127.0.0.0/8 drop
-    ip saddr 127.0.0.0/8 drop
-    icmp type redirect drop
-    iifname @ours meta nfproto ipv4 ip saddr . iifname != @senders drop
-  }
-  chain prerouting {
-    type nat hook prerouting priority dstnat; policy accept;
-    ip daddr != 127.0.0.0/8 fib daddr type local jump publish
-  }
-  chain output {
-    type nat hook output priority -100; policy accept;
-    meta nfproto ipv4 fib daddr type local jump publish
-  }
-  chain postrouting {
-    type nat hook postrouting priority srcnat; policy accept;
-    oifname @bridges ct status dnat ip saddr 127.0.0.0/8 masquerade
-    ct status dnat ip saddr . ip daddr @same masquerade
-    ip saddr @outward oifname != @bridges masquerade
-  }
-  chain forward {
-    type filter hook forward priority filter; policy accept;
-    iifname . oifname @within accept
-    iifname @internal drop
-    oifname @internal drop
-    oifname != @bridges accept
-    ct state established,related accept
-    ct status dnat accept
-    drop
-  }
-"""
+CHAINS = "\n" + Path(__file__).with_name("chains.nft").read_text()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,23 +85,15 @@ def _collections(table: str, want: FirewallWant) -> tuple[Collection, ...]:
         Collection("set within", "ifname . ifname", tuple(f"{b} . {b}" for b in bridges)),
         Collection("set outward", "ipv4_addr", outward, interval=True),
         Collection("set same", "ipv4_addr . ipv4_addr", tuple(f"{n.subnet} . {n.subnet}" for n in networks), True),
-        Collection("map bound", f"inet_proto . ipv4_addr . inet_service : {target}", tuple(_bound(want.ports))),
-        Collection("map wildcard", f"inet_proto . inet_service : {target}", tuple(_wildcard(want.ports))),
+        Collection("map bound", f"inet_proto . ipv4_addr . inet_service : {target}", tuple(_ports(want, bound=True))),
+        Collection("map wildcard", f"inet_proto . inet_service : {target}", tuple(_ports(want, bound=False))),
     )
 
 
-def _bound(ports: Iterable[PublishedPort]) -> Iterator[str]:
-    for port in ports:
-        if port.host_ip not in WILDCARDS:
+def _ports(want: FirewallWant, *, bound: bool) -> Iterator[str]:
+    """The elements of the ports that are published on one address of the host, or of those on every one."""
+    for port in want.ports:
+        if bound == (port.host_ip not in WILDCARDS):
+            host = f"{port.protocol} . {port.host_ip}" if bound else port.protocol
             for step in range(port.count):
-                yield (
-                    f"{port.protocol} . {port.host_ip} . {port.host_port + step}"
-                    f" : {port.address} . {port.container_port + step}"
-                )
-
-
-def _wildcard(ports: Iterable[PublishedPort]) -> Iterator[str]:
-    for port in ports:
-        if port.host_ip in WILDCARDS:
-            for step in range(port.count):
-                yield f"{port.protocol} . {port.host_port + step} : {port.address} . {port.container_port + step}"
+                yield f"{host} . {port.host_port + step} : {port.address} . {port.container_port + step}"

@@ -1,6 +1,7 @@
 """Which subnet a network gets: the one it asks for, the one it has, a wider one, or a new one of the pool.
 
-A subnet must be nobody else's: not another network's, not one that rests, and not one that the host uses.
+A subnet must be unused: by other networks, by the host, and by networks that were removed a short time ago (such a
+subnet rests).
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from holdfast.leases import NOT_CONTAINERS, parse_address, parse_subnet, room, w
 from holdfast_plugins.network import hostuse
 from holdfast_plugins.network.addresses import Ledger, place, prefixes
 from holdfast_plugins.network.hostuse import Use
-from holdfast_plugins.network.links import sockets
+from holdfast_plugins.network.netlink import sockets
 
 
 class Subnets:
-    """Chooses the subnets of one agent's networks. Nothing is noted here: that is the ledger's."""
+    """Chooses the subnets of one agent's networks, and stores nothing: the ledger does."""
 
     def __init__(self, host: Host, ledger: Ledger) -> None:
         self._host = host
@@ -26,7 +27,7 @@ class Subnets:
         self._pool = IPv4Network(host.pool)
 
     def of(self, want: NetworkWant) -> IPv4Network:
-        """The subnet for a network. Raises WrongState, Conflict, and TryAgain where one only has to rest longer."""
+        """The subnet for a network. Raises WrongState, Conflict, or TryAgain if one becomes free soon."""
         if want.subnet:
             return parse_subnet(want.id, want.subnet)
         kept = self._ledger.subnet(want.id)
@@ -92,11 +93,11 @@ class Subnets:
                 raise waiting(f"{none_left}; {subnet}", seconds)
 
     def _networks(self, id: str) -> Iterator[Use]:
-        """What the other networks of this agent have."""
+        """The subnets of the other networks of this agent."""
         return ((f"network '{key}'", other) for key, other in self._ledger.subnets().items() if key != id)
 
     def _foreign(self, id: str) -> list[Use]:
-        """Every address, route and gateway of the host that is not of the network's own bridge."""
+        """Every address, route and gateway of the host, except those of the network's own bridge."""
         return list(hostuse.of_links(sockets.host, self._host.link("bridge", id)))
 
 

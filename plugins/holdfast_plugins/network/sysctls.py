@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from holdfast.errors import UnfitHost
+from holdfast.errors import explained
+from holdfast.files import read_text, write_setting
 
 NET = Path("/proc/sys/net")
 
@@ -34,25 +35,13 @@ def write(link: str, settings: Mapping[str, str]) -> None:
     """Write settings of a link in their order, without those that the kernel lacks. Raises UnfitHost."""
     for name, value in settings.items():
         path = _path(link, name)
-        try:
-            with open(path, "wb", buffering=0) as file:  # noqa: PTH123 - on the way of every start
-                file.write(value.encode())
-        except FileNotFoundError:  # no IPv6; or no such link, which the next request for it reports
-            continue
-        except OSError as error:
-            raise UnfitHost(f"write '{path}': {(error.strerror or str(error)).lower()}") from error
+        with explained(f"write '{path}'"):  # a link that is gone is reported by the next request for it
+            write_setting(path, value)
 
 
 def differs(link: str, settings: Mapping[str, str]) -> bool:
     """Whether a link has other settings than these; False for a link that is gone."""
-    for name, value in settings.items():
-        try:
-            with open(_path(link, name)) as file:  # noqa: PTH123 - of every link, in every pass
-                if file.read().strip() != value:
-                    return True
-        except OSError:
-            continue
-    return False
+    return any(read_text(_path(link, name)).strip() not in ("", value) for name, value in settings.items())
 
 
 def _path(link: str, name: str) -> str:

@@ -17,8 +17,8 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from holdfast.drivers import Host, MountWant, Receipt
-from holdfast.errors import UnfitHost, WrongState
-from holdfast.files import open_source, roots_above
+from holdfast.errors import UnfitHost, WrongState, reason
+from holdfast.files import held, open_source, roots_above
 from holdfast.syscalls import unmount
 from holdfast_plugins.storage.mounts import bind_descriptor
 
@@ -63,18 +63,15 @@ class BindMount:
         """Open the source and mount it. It is created if that is asked for, and belongs to the host then."""
         self.check(want)
         place = self._place(want.instance, want.mount.target)
-        with _told(want):
-            source = open_source(want.mount.source, want.roots, create=want.mount.create_host_path)
-            try:
-                found = os.fstat(source)
-                directory = stat.S_ISDIR(found.st_mode)
-                if not _is(place, found):
-                    self._take_away(place)
-                    self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    place.mkdir() if directory else place.touch()
-                    bind_descriptor(source, place)
-            finally:
-                os.close(source)
+        create = want.mount.create_host_path
+        with _told(want), held(open_source(want.mount.source, want.roots, create=create)) as source:
+            found = os.fstat(source)
+            directory = stat.S_ISDIR(found.st_mode)
+            if not (place.exists() and os.path.samestat(place.stat(), found)):
+                self._take_away(place)
+                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                place.mkdir() if directory else place.touch()
+                bind_descriptor(source, place)
         return bind_receipt(self.name, want, place, read_only=want.mount.read_only, directory=directory)
 
     def release(self, receipt: Receipt) -> None:
@@ -104,14 +101,6 @@ class BindMount:
             place.rmdir() if place.is_dir() else place.unlink()
 
 
-def _is(place: Path, found: os.stat_result) -> bool:
-    """Whether what was opened is already mounted at a place."""
-    try:
-        return os.path.samestat(place.stat(), found)
-    except FileNotFoundError:
-        return False
-
-
 def _check_creatable(source: str, roots: Sequence[str] | None) -> None:
     """Raise unless the source can be created in the nearest folder above it that exists."""
     folder, roots = str(Path(source).parent), roots_above(source, roots)
@@ -120,13 +109,11 @@ def _check_creatable(source: str, roots: Sequence[str] | None) -> None:
     except FileNotFoundError:
         _check_creatable(folder, roots)
         return
-    try:
+    with held(handle):
         if not stat.S_ISDIR(os.fstat(handle).st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
         if os.statvfs(f"/proc/self/fd/{handle}").f_flag & os.ST_RDONLY:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), folder)
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -136,5 +123,5 @@ def _told(want: MountWant) -> Iterator[None]:
         yield
     except OSError as error:
         hint = " (create it, or set create_host_path = true)" if isinstance(error, FileNotFoundError) else ""
-        cause = f"{(error.strerror or str(error)).lower()} on this host"
+        cause = f"{reason(error)} on this host"
         raise UnfitHost(f"mount {want.mount.source!r} at {want.mount.target!r}: {cause}{hint}") from error

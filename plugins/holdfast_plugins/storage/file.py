@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote
 
 from holdfast.drivers import Host, MountWant, Receipt
 from holdfast.errors import WrongCall, WrongState
-from holdfast.files import remove_tree, write_over
+from holdfast.files import clear, held, mode_of, remove_tree, write_over
 from holdfast_plugins.storage.bind import bind_receipt
 
 LONGEST_NAME = 255  # NAME_MAX
@@ -96,51 +96,33 @@ class FileMount:
 
 def _bring(copy: Path, content: Path, look: Look) -> None:
     """Make copy equal to content; change only what differs."""
-    folder = os.open(copy.parent, FOLDER)
-    try:
+    with held(os.open(copy.parent, FOLDER)) as folder:
         _bring_entry(folder, copy.name, content, look)
-    finally:
-        os.close(folder)
 
 
 def _bring_entry(folder: int, name: str, content: Path, look: Look) -> None:
     """Update one entry, by its folder's descriptor: the container may have replaced files by links."""
     is_folder = content.is_dir()
-    _clear_way(folder, name, stat.S_ISDIR if is_folder else stat.S_ISREG)
+    if not (stat.S_ISDIR if is_folder else stat.S_ISREG)(mode_of(folder, name) or 0):
+        clear(folder, name)
     if is_folder:
         with suppress(FileExistsError):
             os.mkdir(name, dir_fd=folder)
-    descriptor = os.open(name, FOLDER if is_folder else FILE, 0o644, dir_fd=folder)
-    try:
+    with held(os.open(name, FOLDER if is_folder else FILE, 0o644, dir_fd=folder)) as descriptor:
         if is_folder:
             _bring_entries(descriptor, content, look)
         else:
             write_over(descriptor, content.read_bytes())
         _dress(descriptor, content, look)
-    finally:
-        os.close(descriptor)
 
 
 def _bring_entries(folder: int, content: Path, look: Look) -> None:
     wanted = {path.name: path for path in content.iterdir()}
     for name in os.listdir(folder):
         if name not in wanted:
-            _clear_way(folder, name, lambda mode: False)
+            clear(folder, name)
     for name, path in wanted.items():
         _bring_entry(folder, name, path, look)
-
-
-def _clear_way(folder: int, name: str, fits: Callable[[int], bool]) -> None:
-    try:
-        mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
-    except FileNotFoundError:
-        return
-    if fits(mode):
-        return
-    if stat.S_ISDIR(mode):
-        remove_tree(name, dir_fd=folder)
-    else:
-        os.unlink(name, dir_fd=folder)
 
 
 def _dress(descriptor: int, content: Path, look: Look) -> None:

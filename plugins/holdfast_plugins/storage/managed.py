@@ -14,7 +14,7 @@ from typing import Annotated
 from pydantic import Field
 
 from holdfast.drivers import COMPLETE_CONTENT, Host, Receipt, VolumeWant
-from holdfast.errors import UnfitHost, WrongCall
+from holdfast.errors import WrongCall, explained
 from holdfast.files import remove_tree
 from holdfast.keys import Size, Table, within
 from holdfast.tables import read_options
@@ -54,14 +54,12 @@ class ManagedVolume:
         folder.parents[1].mkdir(mode=0o700, parents=True, exist_ok=True)  # set-user-ID programs may lie below
         data.mkdir(parents=True, exist_ok=True)
         key = f"{self.host.name} volume {want.id}"
-        try:
-            if size is not None:
-                quota.limit(folder, size, key)
-            else:
-                quota.unlimit(folder, key)
-        except OSError as error:
-            quota.check(folder, f"volume {want.id!r}: driver_opts.size")
-            raise UnfitHost(f"limit volume {want.id!r}: {error.strerror}") from error
+        with explained(f"limit volume {want.id!r}"):
+            try:
+                quota.limit(folder, size, key) if size is not None else quota.unlimit(folder, key)
+            except OSError:
+                quota.check(folder, f"volume {want.id!r}: driver_opts.size")
+                raise
         _adopt(folder)
         return self._receipt(want.id)
 

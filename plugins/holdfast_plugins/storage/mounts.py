@@ -8,9 +8,11 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from functools import lru_cache
+from contextlib import ExitStack, suppress
+from functools import lru_cache, partial
 from pathlib import Path
 
+from holdfast.files import held
 from holdfast.syscalls import MS_PRIVATE, MS_REC, call, mount
 
 OPEN_TREE, MOVE_MOUNT, FSOPEN, FSCONFIG, FSMOUNT = 428, 429, 430, 431, 432  # asm-generic/unistd.h
@@ -29,39 +31,27 @@ def mount_overlay(source: str, layers: Sequence[Path], upper: Path, work: Path, 
     before 6.5 need mount(2), whose page of options has room for about 200. Raises OSError, with the kernel's own
     message if there is one.
     """
-    names = [*layers[::-1], upper, work]
-    descriptors: list[int] = []
-    try:
-        if _takes_single_layers():
-            short = [str(path) if _fits(path) else _by_descriptor(path, descriptors) for path in names]
-            _mount_by_context(source, short[:-2], short[-2], short[-1], target)
-        else:
-            short = [_by_descriptor(path, descriptors) for path in names]
-            _mount_by_page(source, short[:-2], short[-2], short[-1], target)
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
+    singly = _takes_single_layers()
+    with ExitStack() as stack:
+        short = [
+            str(path) if singly and len(os.fsencode(path)) <= LONGEST_OPTION else _by_descriptor(path, stack)
+            for path in (*layers[::-1], upper, work)
+        ]
+        (_mount_by_context if singly else _mount_by_page)(source, short[:-2], short[-2], short[-1], target)
+
+
+def _by_descriptor(path: Path, stack: ExitStack) -> str:
+    """A short name for path, without a colon or comma, valid until the stack is closed."""
+    return f"/proc/self/fd/{stack.enter_context(held(os.open(path, os.O_PATH | os.O_CLOEXEC)))}"
 
 
 def bind_descriptor(descriptor: int, target: Path) -> None:
     """Mount an open file (O_PATH), with all mounts below it, privately at target (Linux 5.2)."""
     tree = _syscall(OPEN_TREE, descriptor, b"", OPEN_TREE_CLONE | AT_EMPTY_PATH | AT_RECURSIVE | os.O_CLOEXEC)
-    try:
+    with held(tree):
         _syscall(MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
-    finally:
-        os.close(tree)
     # If the host shares its mounts, unmounting it would otherwise unmount what is mounted below the source.
     mount("none", target, flags=MS_REC | MS_PRIVATE)
-
-
-def _fits(path: Path) -> bool:
-    return len(os.fsencode(path)) <= LONGEST_OPTION
-
-
-def _by_descriptor(path: Path, descriptors: list[int]) -> str:
-    """A short name for path, without a colon or comma, valid until its descriptor is closed."""
-    descriptors.append(os.open(path, os.O_PATH | os.O_CLOEXEC))
-    return f"/proc/self/fd/{descriptors[-1]}"
 
 
 @lru_cache(maxsize=1)
@@ -70,18 +60,9 @@ def _takes_single_layers() -> bool:
 
     An older one accepts every option, known or not, and fails at the end without a reason.
     """
-    try:
-        context = _syscall(FSOPEN, b"overlay", CLOEXEC)
-    except OSError:
-        return False
-    try:
-        _syscall(FSCONFIG, context, FSCONFIG_SET_STRING, b"no_such_option", b"", 0)
-    except OSError:
-        return _accepts(context, b"lowerdir+", b"/")
-    else:
-        return False
-    finally:
-        os.close(context)
+    with suppress(OSError), held(_syscall(FSOPEN, b"overlay", CLOEXEC)) as context:
+        return not _accepts(context, b"no_such_option", b"") and _accepts(context, b"lowerdir+", b"/")
+    return False
 
 
 def _accepts(context: int, option: bytes, value: bytes) -> bool:
@@ -93,26 +74,17 @@ def _accepts(context: int, option: bytes, value: bytes) -> bool:
 
 
 def _mount_by_context(source: str, lowers: Sequence[str], upper: str, work: str, target: Path) -> None:
-    context = _syscall(FSOPEN, b"overlay", CLOEXEC)
-    try:
-        options = [
-            ("source", source),
-            *(("lowerdir+", path) for path in lowers),
-            ("upperdir", upper),
-            ("workdir", work),
-        ]
-        for key, value in options:
-            _syscall(FSCONFIG, context, FSCONFIG_SET_STRING, key.encode(), os.fsencode(value), 0)
-        _syscall(FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
-        mount = _syscall(FSMOUNT, context, CLOEXEC, 0)
-    except OSError as error:
-        raise OSError(error.errno, _account(context) or error.strerror) from error
-    finally:
-        os.close(context)
-    try:
+    layers = [("source", source), *(("lowerdir+", path) for path in lowers), ("upperdir", upper), ("workdir", work)]
+    with held(_syscall(FSOPEN, b"overlay", CLOEXEC)) as context:
+        try:
+            for key, value in layers:
+                _syscall(FSCONFIG, context, FSCONFIG_SET_STRING, key.encode(), os.fsencode(value), 0)
+            _syscall(FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
+            mount = _syscall(FSMOUNT, context, CLOEXEC, 0)
+        except OSError as error:
+            raise OSError(error.errno, _account(context) or error.strerror) from error
+    with held(mount):
         _syscall(MOVE_MOUNT, mount, b"", AT_FDCWD, os.fsencode(target), MOVE_MOUNT_F_EMPTY_PATH)
-    finally:
-        os.close(mount)
 
 
 def _mount_by_page(source: str, lowers: Sequence[str], upper: str, work: str, target: Path) -> None:
@@ -125,13 +97,10 @@ def _mount_by_page(source: str, lowers: Sequence[str], upper: str, work: str, ta
 def _account(context: int) -> str:
     """The messages in the context's log, lines like `e overlay: …`."""
     lines = []
-    try:
+    with suppress(OSError):  # ENODATA: all read
         while line := os.read(context, 4096):
             lines.append(line.decode(errors="replace").strip().removeprefix("e ").removeprefix("w "))
-    except OSError:  # ENODATA: all read
-        return "; ".join(lines)
     return "; ".join(lines)
 
 
-def _syscall(number: int, *arguments: int | bytes | None) -> int:
-    return call("syscall", number, *arguments)
+_syscall = partial(call, "syscall")

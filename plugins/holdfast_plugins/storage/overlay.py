@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from holdfast.drivers import Host, Receipt, RootfsWant
-from holdfast.errors import NotPermitted, UnfitHost, WrongCall, WrongState
+from holdfast.errors import NotPermitted, WrongCall, WrongState, explained
 from holdfast.files import names_in, remove_tree
 from holdfast.mounts import mount_points
 from holdfast.syscalls import is_mounted, unmount
@@ -55,14 +55,13 @@ class OverlayRootfs:
                 folder.parents[1].mkdir(mode=0o700, parents=True, exist_ok=True)  # set-user-ID programs lie below
                 folder.parent.mkdir(parents=True, exist_ok=True)
             if want.size is not None:
-                _limit(upper.parent, want)
+                with explained(f"limit writable layer of {want.instance!r}"):
+                    quota.limit(upper.parent, want.size, f"rootfs {want.instance}")
             for folder in (target, work):
                 folder.mkdir(exist_ok=True)
             _make_upper(upper, want.layers[-1])
-            try:
+            with explained(f"mount root file system {str(target)!r}"):
                 mount_overlay(self.host.name, want.layers, upper, work, target)
-            except OSError as error:
-                raise UnfitHost(f"mount root file system {str(target)!r}: {error.strerror}") from error
         return self._receipt(want.instance)
 
     def observe(self) -> Iterable[Receipt]:
@@ -107,13 +106,6 @@ def _observed(parent: str, layers: str, instance: str, mounted: bool, root: str)
 
 def _data(target: str, upper: str) -> dict[str, str]:
     return {"path": target, "upper": upper}
-
-
-def _limit(layer: Path, want: RootfsWant) -> None:
-    try:
-        quota.limit(layer, want.size or 0, f"rootfs {want.instance}")
-    except OSError as error:
-        raise UnfitHost(f"limit writable layer of {want.instance!r}: {error.strerror}") from error
 
 
 def _make_upper(upper: Path, top: Path) -> None:

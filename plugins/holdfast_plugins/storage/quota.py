@@ -14,11 +14,12 @@ import os
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from holdfast.errors import UnfitHost
-from holdfast.mounts import mount_points
+from holdfast.files import held
+from holdfast.runtime.mountpoints import Mounted
 from holdfast.syscalls import call
 
 QUOTACTL_FD = 443  # asm-generic/unistd.h; Linux 5.14
@@ -114,17 +115,13 @@ def _set_limit(folder: int, project: int, size: int) -> None:
 
 def _join(path: Path, project: int) -> None:
     """Give a directory, and folders and files in it, a project id; no link is followed."""
-    for _, folders, files, folder in os.fwalk(path, follow_symlinks=False):
+    for _, _, files, folder in os.fwalk(path, follow_symlinks=False):
         _set_project(folder, project, inherit=True)
         for name in files:
             if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-                with suppress(FileNotFoundError):
-                    file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-                    try:
-                        _set_project(file, project, inherit=False)
-                    finally:
-                        os.close(file)
-        del folders
+                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                with suppress(FileNotFoundError), held(os.open(name, flags, dir_fd=folder)) as file:
+                    _set_project(file, project, inherit=False)
 
 
 def _project(folder: int) -> int:
@@ -149,17 +146,11 @@ def _quotactl(folder: int, command: int, project: int, buffer: ctypes.Array[ctyp
     call("syscall", QUOTACTL_FD, folder, whole, project, buffer)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    folder = os.open(path, FOLDER)
-    try:
-        yield folder
-    finally:
-        os.close(folder)
+def _opened(path: Path) -> AbstractContextManager[int]:
+    return held(os.open(path, FOLDER))
 
 
 def _file_system(path: Path) -> tuple[str, str]:
     """The type and the mount point of the file system of a path."""
-    real = path.resolve()
-    there = {each.point: each.kind for each in mount_points()}
-    return next(((there[str(each)], str(each)) for each in (real, *real.parents) if str(each) in there), ("?", "/"))
+    here = Mounted.now().covering(str(path.resolve()))
+    return (here.kind, here.point) if here else ("?", "/")
