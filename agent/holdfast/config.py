@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, WithJsonSchema
 
-from holdfast.errors import WrongConfig
+from holdfast.errors import WrongConfig, explained
 from holdfast.grammar.names import absolute
 from holdfast.keys import (
     Checked,
@@ -63,21 +63,17 @@ def _runtime(value: str) -> str:
     return value
 
 
-def _pool(value: str) -> str:
-    try:
-        pool = IPv4Network(value)
-    except ValueError:
-        raise ValueError(f"'{value}' is not an IPv4 network (expected as 10.209.0.0/16)") from None
-    if pool.prefixlen > 24:
-        raise ValueError(f"'{value}' has no room for subnets (expected /24 or larger)")
-    return str(pool)
-
-
 def _subnet(value: str) -> str:
     try:
         return str(IPv4Network(value))
     except ValueError:
-        raise ValueError(f"'{value}' is not an IPv4 network (expected as 192.168.0.0/16)") from None
+        raise ValueError(f"'{value}' is not an IPv4 network (expected as 10.209.0.0/16)") from None
+
+
+def _pool(value: str) -> str:
+    if IPv4Network(pool := _subnet(value)).prefixlen > 24:
+        raise ValueError(f"'{value}' has no room for subnets (expected /24 or larger)")
+    return pool
 
 
 def _rule(value: str) -> str:
@@ -384,11 +380,10 @@ def load_config(path: Path | None = None, env: Mapping[str, str] | None = None) 
 
 
 def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        if path == DEFAULT_PATH:
-            return b""
-        raise WrongConfig(f"read '{path}': no such file (expected the agent's settings)") from None
-    except OSError as error:
-        raise WrongConfig(f"read '{path}': {(error.strerror or str(error)).lower()}") from error
+    with explained(f"read '{path}'", WrongConfig):
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            if path == DEFAULT_PATH:
+                return b""
+            raise WrongConfig(f"read '{path}': no such file (expected the agent's settings)") from None

@@ -20,36 +20,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from holdfast.files import open_source, remove_tree, roots_above  # where plugins for version 1 look for them
-from holdfast.observed import Finding, FirewallWant, InstanceId, Json, Receipt
+# X as X: plugins can have it from here, too.
+from holdfast.files import open_source as open_source
+from holdfast.files import remove_tree as remove_tree
+from holdfast.files import roots_above as roots_above
+from holdfast.observed import Finding as Finding
+from holdfast.observed import FirewallWant as FirewallWant
+from holdfast.observed import InstanceId, Json
+from holdfast.observed import Receipt as Receipt
 from holdfast.spec.model import Mount, Resources
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-
-__all__ = [
-    "CgroupPolicy",
-    "CgroupWant",
-    "Driver",
-    "EndpointWant",
-    "Finding",
-    "FirewallWant",
-    "Host",
-    "MountWant",
-    "NetworkWant",
-    "OfContainer",
-    "Optioned",
-    "Receipt",
-    "Releasing",
-    "RootfsWant",
-    "Telling",
-    "Versioned",
-    "VolumeWant",
-    "Watching",
-    "open_source",
-    "remove_tree",
-    "roots_above",
-]
 
 COMPLETE_CONTENT = ".holdfast-complete"  # a directory in a volume: its entries are moved up before the next start
 BASE36 = "0123456789abcdefghijklmnopqrstuvwxyz"

@@ -8,21 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, Generic, TypeVar
 
-from holdfast import hookspecs
-from holdfast.drivers import (
-    CgroupPolicy,
-    CgroupWant,
-    Driver,
-    EndpointWant,
-    FirewallWant,
-    MountWant,
-    NetworkWant,
-    RootfsWant,
-    VolumeWant,
-)
+from holdfast import drivers, hookspecs
 from holdfast.observed import Json, Kind, Receipt
 
 D = TypeVar("D")
@@ -37,7 +27,6 @@ class DriverKind(Generic[D]):
     name          as in `holdfast plugin list`
     want          what its verbs are asked for
     hook          the hook that offers its drivers; kinds that share a hook are offered together
-    conformance   the class in `holdfast.testing` that its drivers have to pass
     verbs         what each driver must have; optional: what it may have besides
     receipt       the kind of its receipts, None if it makes none; owned: whether they belong to an instance
     subject       want → the id and the owner that its receipt must have
@@ -52,7 +41,6 @@ class DriverKind(Generic[D]):
     name: str
     want: type
     hook: Callable[..., None]
-    conformance: str
     verbs: tuple[str, ...] = VERBS
     optional: tuple[str, ...] = ()
     receipt: Kind | None = None
@@ -66,17 +54,14 @@ class DriverKind(Generic[D]):
     reserved: tuple[str, ...] = ()
     observed: bool = True
 
+    @property
+    def conformance(self) -> str:
+        """The class in `holdfast.testing` that its drivers have to pass."""
+        return f"{self.name.title()}Conformance"
+
     def title(self, driver: str) -> str:
         """What messages call a driver of this kind."""
         return f"{self.name} driver {driver!r}" if self.receipt else f"cgroup {self.name} {driver!r}"
-
-
-def _no_subnet(data: Json) -> str:
-    return _unlike(IPv4Network, "subnet", data)
-
-
-def _no_address(data: Json) -> str:
-    return _unlike(IPv4Address, "address", data)
 
 
 def _unlike(form: Callable[[str], object], key: str, data: Json) -> str:
@@ -95,21 +80,19 @@ def _no_options(data: Json) -> str:
     return "" if isinstance(options, list | tuple) else f"data['options'] is {options!r} (expected a list)"
 
 
-ROOTFS: DriverKind[Driver[RootfsWant]] = DriverKind(
+ROOTFS: DriverKind[drivers.Driver[drivers.RootfsWant]] = DriverKind(
     name="rootfs",
-    want=RootfsWant,
+    want=drivers.RootfsWant,
     hook=hookspecs.register_rootfs_drivers,
-    conformance="RootfsConformance",
     receipt="rootfs",
     owned=True,
     subject=lambda want: (want.instance, want.instance),
     required=("path",),
 )
-VOLUME: DriverKind[Driver[VolumeWant]] = DriverKind(
+VOLUME: DriverKind[drivers.Driver[drivers.VolumeWant]] = DriverKind(
     name="volume",
-    want=VolumeWant,
+    want=drivers.VolumeWant,
     hook=hookspecs.register_volume_drivers,
-    conformance="VolumeConformance",
     receipt="volume",
     subject=lambda want: (want.id, ""),
     required=("path",),
@@ -117,11 +100,10 @@ VOLUME: DriverKind[Driver[VolumeWant]] = DriverKind(
     driver_opts=lambda want: (f"volume {want.id!r}", want.driver_opts),
     chosen=True,
 )
-MOUNT: DriverKind[Driver[MountWant]] = DriverKind(
+MOUNT: DriverKind[drivers.Driver[drivers.MountWant]] = DriverKind(
     name="mount",
-    want=MountWant,
+    want=drivers.MountWant,
     hook=hookspecs.register_mount_drivers,
-    conformance="MountConformance",
     optional=("release", "refresh"),
     receipt="volume",
     owned=True,
@@ -133,42 +115,38 @@ MOUNT: DriverKind[Driver[MountWant]] = DriverKind(
     reserved=("volume",),
     observed=False,
 )
-NETWORK: DriverKind[Driver[NetworkWant]] = DriverKind(
+NETWORK: DriverKind[drivers.Driver[drivers.NetworkWant]] = DriverKind(
     name="network",
-    want=NetworkWant,
+    want=drivers.NetworkWant,
     hook=hookspecs.register_network_drivers,
-    conformance="NetworkConformance",
     receipt="network",
     subject=lambda want: (want.id, ""),
     required=("interface", "subnet", "gateway"),
-    misfit=_no_subnet,
+    misfit=partial(_unlike, IPv4Network, "subnet"),
     kept=("want", "joined"),
     driver_opts=lambda want: (f"network {want.id!r}", want.driver_opts),
     chosen=True,
 )
-ENDPOINT: DriverKind[Driver[EndpointWant]] = DriverKind(
+ENDPOINT: DriverKind[drivers.Driver[drivers.EndpointWant]] = DriverKind(
     name="endpoint",
-    want=EndpointWant,
+    want=drivers.EndpointWant,
     hook=hookspecs.register_network_drivers,
-    conformance="EndpointConformance",
     receipt="endpoint",
     owned=True,
     subject=lambda want: (f"{want.instance}/{want.network.id}", want.instance),
     required=("address", "interface", "host_interface"),
-    misfit=_no_address,
+    misfit=partial(_unlike, IPv4Address, "address"),
 )
-FIREWALL: DriverKind[Driver[FirewallWant]] = DriverKind(
+FIREWALL: DriverKind[drivers.Driver[drivers.FirewallWant]] = DriverKind(
     name="firewall",
-    want=FirewallWant,
+    want=drivers.FirewallWant,
     hook=hookspecs.register_firewall_drivers,
-    conformance="FirewallConformance",
     receipt="firewall",
 )
-POLICY: DriverKind[CgroupPolicy] = DriverKind(
+POLICY: DriverKind[drivers.CgroupPolicy] = DriverKind(
     name="policy",
-    want=CgroupWant,
+    want=drivers.CgroupWant,
     hook=hookspecs.register_cgroup_policies,
-    conformance="PolicyConformance",
     verbs=("check", "settings"),
     chosen=True,
     observed=False,
@@ -178,9 +156,7 @@ POLICY: DriverKind[CgroupPolicy] = DriverKind(
 KINDS: tuple[DriverKind[Any], ...] = (ROOTFS, VOLUME, MOUNT, NETWORK, ENDPOINT, FIREWALL, POLICY)
 
 _BY_WANT = {kind.want: kind for kind in KINDS}
-_BY_RECEIPT: dict[tuple[str, bool], DriverKind[Any]] = {
-    (kind.receipt, kind.owned): kind for kind in KINDS if kind.receipt
-}
+_BY_RECEIPT = {(kind.receipt, kind.owned): kind for kind in KINDS}
 
 
 def kind_of(receipt: Receipt) -> DriverKind[Any] | None:

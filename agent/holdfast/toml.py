@@ -12,6 +12,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import count
 from types import NoneType
 from typing import Any
 
@@ -165,11 +166,9 @@ def dotted(path: KeyPath) -> str:
 def _unreadable(message: str, text: str) -> Unreadable:
     """Take the position out of the text of tomllib's error."""
     match = _WHERE.search(message)
-    line, column = text.count("\n") + 1, 0
-    if match and match[1]:
-        line, column = int(match[1]), int(match[2])
+    line, column = match.groups() if match and match[1] else (text.count("\n") + 1, 0)
     words = _WHERE.sub("", message)
-    return Unreadable(words[:1].lower() + words[1:], line, column)
+    return Unreadable(words[:1].lower() + words[1:], int(line), int(column))
 
 
 class _Places:
@@ -222,49 +221,39 @@ class _Places:
         return table
 
     def key(self) -> tuple[str, ...]:
-        return tuple(self.steps())
-
-    def steps(self) -> Iterator[str]:
-        """Yield the parts of a dotted key; stop behind it and the white space that follows."""
+        """Read the parts of a dotted key; stop behind it and the white space that follows."""
+        steps: list[str] = []
         while True:
-            self.skip(_SPACE)
-            start = self.at
+            start = self.skip(_SPACE)
             if self.text[start] in "\"'":
-                quoted = self.text[start : self.skip(_STRING)]
-                yield next(iter(tomllib.loads(f"{quoted} = 0")))
+                steps += tomllib.loads(f"{self.text[start : self.skip(_STRING)]} = 0")
             else:
-                yield self.text[start : self.skip(_BARE_KEY)]
+                steps.append(self.text[start : self.skip(_BARE_KEY)])
             if self.skip(_SPACE) >= len(self.text) or self.text[self.at] != ".":
-                return
+                return tuple(steps)
             self.at += 1
 
     def value(self, path: KeyPath) -> None:
         self.skip(_SPACE)
         match self.text[self.at]:
-            case "[":
-                self.array(path)
-            case "{":
-                self.inline_table(path)
+            case "[" | "{" as opening:
+                self.inner(path, opening)
             case '"' | "'":
                 self.skip(_STRING)
             case _:
                 self.skip(_SCALAR)
 
-    def array(self, path: KeyPath) -> None:
+    def inner(self, path: KeyPath, opening: str) -> None:
+        """Read an array, or an inline table."""
         self.at += 1
-        index = 0
-        while self.text[self.skip(_BLANK)] != "]":
-            self.note((*path, index), self.at)
-            self.value((*path, index))
-            index += 1
-            if self.text[self.skip(_BLANK)] == ",":
-                self.at += 1
-        self.at += 1
-
-    def inline_table(self, path: KeyPath) -> None:
-        self.at += 1
-        while self.text[self.skip(_BLANK)] != "}":
-            self.pair(path)
+        for index in count():
+            if self.text[self.skip(_BLANK)] in "]}":
+                break
+            if opening == "{":
+                self.pair(path)
+            else:
+                self.note((*path, index), self.at)
+                self.value((*path, index))
             if self.text[self.skip(_BLANK)] == ",":
                 self.at += 1
         self.at += 1

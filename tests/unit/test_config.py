@@ -233,7 +233,7 @@ def test_a_directory_is_no_settings_file(tmp_path: Path) -> None:
         ),
         (
             '[network]\nallowed_subnets = ["10.0.0.1/8"]\n',
-            "2: network.allowed_subnets[0]: '10.0.0.1/8' is not an IPv4 network (expected as 192.168.0.0/16)",
+            "2: network.allowed_subnets[0]: '10.0.0.1/8' is not an IPv4 network (expected as 10.209.0.0/16)",
         ),
         (
             '[network]\npool = "10.0.0.0/25"\n',

@@ -109,7 +109,7 @@ def test_the_examples_are_in_the_manual_and_import_only_what_it_says(example: Pa
 def test_a_new_kind_of_driver_is_an_entry_that_leaves_nothing_open() -> None:
     from holdfast import testing
 
-    assert [kind.name for kind in KINDS if kind.conformance not in testing.__all__] == []
+    assert [kind.name for kind in KINDS if not hasattr(testing, kind.conformance)] == []
     assert [kind_of_want(object.__new__(kind.want)) for kind in KINDS] == [*KINDS]
     made = [kind for kind in KINDS if kind.receipt]
     receipts = [Receipt(kind.receipt, "d", "id", "instance" if kind.owned else "") for kind in KINDS if kind.receipt]

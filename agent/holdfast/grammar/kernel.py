@@ -17,16 +17,8 @@ ULIMITS = frozenset(
 Namespace = Literal["net", "ipc", "uts"]
 
 #: Beside net.* and fs.mqueue.*: ipc_namespaces(7), uts_namespaces(7).
-_SYSCTLS: dict[str, Namespace] = {
-    **dict.fromkeys(
-        (
-            f"kernel.{name}"
-            for name in ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced")
-        ),
-        "ipc",
-    ),
-    "kernel.domainname": "uts",
-}
+_OF_IPC = ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced")
+_SYSCTLS: dict[str, Namespace] = {**{f"kernel.{name}": "ipc" for name in _OF_IPC}, "kernel.domainname": "uts"}
 
 
 def ulimit(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 
 from holdfast.grammar.quantities import number
@@ -43,18 +44,7 @@ def absolute(value: str) -> str:
         raise ValueError(f"'{value}' is not an absolute path (expected it to start with /)")
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
         raise ValueError(f"{value!r} holds control characters (expected a path that can be printed)")
-    return "/" + "/".join(_collapsed(value))
-
-
-def _collapsed(path: str) -> list[str]:
-    """Return the steps of a path without `.` and `..`; above the top is the top."""
-    steps: list[str] = []
-    for step in path.split("/"):
-        if step == "..":
-            steps = steps[:-1]
-        elif step not in ("", "."):
-            steps.append(step)
-    return steps
+    return posixpath.normpath(f"/{value.lstrip('/')}")  # with two at the beginning, POSIX means something else
 
 
 def hostname(value: str) -> str:

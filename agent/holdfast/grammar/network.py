@@ -30,9 +30,8 @@ def ports_text(value: str) -> str:
 
 def port_text(host_ip: str, host_port: int, container_port: int, protocol: str, count: int = 1) -> str:
     """Write a published port, or a range of count ports, as state files do: [HOST_IP:]HOST:CONTAINER/PROTOCOL."""
-    host, inner = (
-        f"{first}-{first + count - 1}" if count > 1 else str(first) for first in (host_port, container_port)
-    )
+    through = [f"-{first + count - 1}" if count > 1 else "" for first in (host_port, container_port)]
+    host, inner = f"{host_port}{through[0]}", f"{container_port}{through[1]}"
     return f"{host_ip + ':' if host_ip else ''}{host}:{inner}/{protocol}"
 
 

@@ -22,10 +22,13 @@ Tmpfs = Annotated[str, Checked(lambda v: forms.tmpfs(v) and v, {"description": "
 Restart = Annotated[str, Checked(lambda v: forms.restart(v) and v, {"examples": ["always", "on-failure:5"]})]
 
 
+_UPDATES = ("update", "rolling")
+
+
 class AppTable(Table):
     """The app that the file describes."""
 
-    not_yet: ClassVar = ("update", "rolling", "window", "rollback")
+    not_yet: ClassVar = (*_UPDATES, "window", "rollback")
 
     name: Name | None = Field(None, description="its name; default: the file's name without .toml")
     depends_on: Items[Name] = Field((), description="apps that must be up before it starts")
@@ -77,10 +80,7 @@ class ConfigUse(Table):
 class ContainerTable(model.ContainerKeys):
     """One container."""
 
-    not_yet: ClassVar = (
-        *("healthcheck", "replicas", "scale", "deploy", "secrets", "update", "update_config"),
-        "rolling",
-    )
+    not_yet: ClassVar = ("healthcheck", "replicas", "scale", "deploy", "secrets", "update_config", *_UPDATES)
     hints: ClassVar = {
         "network_mode": 'networks = ["none"] or ["host"]',
         "container_name": "the name in [containers.NAME]",
@@ -166,10 +166,8 @@ class ContainerTable(model.ContainerKeys):
             if self.networks[alone] != Attachment():
                 yield "networks", f"'{alone}' takes no settings (expected networks = [\"{alone}\"])"
             if self.ports:
-                yield (
-                    "ports",
-                    f"can't be published from network '{alone}' (expected a network with addresses, as default)",
-                )
+                right = "expected a network with addresses, as default"
+                yield "ports", f"can't be published from network '{alone}' ({right})"
 
 
 _HOST = 'networks = ["host"]'

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from holdfast.grammar.images import built
 from holdfast.spec.dockerfile import Use, images_in
 from holdfast.spec.dockerignore import Ignore
-from holdfast.spec.links import Finding, Neighbours, cycles, place, unknown
+from holdfast.spec.links import Finding, Neighbours, place, turns, unknown
 from holdfast.spec.model import App, Build, digest_of, digest_of_file
 from holdfast.spec.resolve import Draft, ImageDraft
 from holdfast.tables import Fault
@@ -74,10 +74,8 @@ class Builds:
         self.images = {
             f"{app}/{name}": image for app, draft in drafts.items() for name, image in draft.images.items()
         }
-        self.tags: dict[str, str] = {}
-        for qualified, image in self.images.items():
-            for tag in image.table.tags:
-                self.tags.setdefault(_full(tag), qualified)
+        tagged = ((_full(tag), name) for name, image in self.images.items() for tag in image.table.tags)
+        self.tags = dict(reversed([*tagged]))  # the first one counts
         self._bases: dict[str, tuple[tuple[Use, str], ...]] = {}
         self._made: dict[str, Build] = {}
 
@@ -85,14 +83,9 @@ class Builds:
         """Find what is wrong with the images of one file: contexts, Dockerfiles, and what these start from."""
         for name, image in draft.images.items():
             at: KeyPath = ("images", name)
-            wrong = self._wrong_context(image)
-            if wrong:
-                yield draft, Fault((*at, "context"), wrong)
-                continue
             try:
-                lack = self._lack(image)
-                if lack:
-                    yield draft, Fault((*at, "context"), lack)
+                if wrong := self._wrong_context(image) or self._lack(image):
+                    yield draft, Fault((*at, "context"), wrong)
                     continue
                 path = self._dockerfile(image)
                 bases = self.bases(f"{draft.app.name}/{name}")
@@ -100,8 +93,7 @@ class Builds:
                 yield draft, Fault((*at, "dockerfile"), str(error))
                 continue
             for use, qualified in bases:
-                wrong = unknown(qualified, draft, "image", around)
-                if wrong:
+                if wrong := unknown(qualified, draft, "image", around):
                     yield draft, Fault((*at, "dockerfile"), f"{path}:{use.line}: '{use.name}': {wrong}")
 
     def taken_tags(self) -> Iterator[Finding]:
@@ -118,24 +110,15 @@ class Builds:
     def rings(self) -> Iterator[Finding]:
         """Find images that are built from each other; every file concerned gets a finding."""
         edges = {name: [base for _, base in self._sound_bases(name) if base in self.images] for name in self.images}
-        for cycle in cycles(edges):
-            for index, qualified in enumerate(cycle[:-1]):
-                turned = " → ".join([*cycle[index:-1], *cycle[: index + 1]])
-                app, _, name = qualified.partition("/")
-                fault = Fault(
-                    ("images", name, "dockerfile"), f"a cycle: {turned} (one of them must start from another image)"
-                )
-                yield self.drafts[app], fault
+        for turned in turns(edges):
+            app, _, name = turned[0].partition("/")
+            wrong = f"a cycle: {' → '.join(turned)} (one of them must start from another image)"
+            yield self.drafts[app], Fault(("images", name, "dockerfile"), wrong)
 
     def orphans(self, broken: Iterable[str]) -> Iterator[Finding]:
         """Find files that need an image of an app that does not load, because nobody knows what that image is."""
-        lost = set(broken)
-        while found := [
-            (draft, where, app) for draft, where, app in self._needed() if app in lost - {draft.app.name}
-        ]:
-            found = [each for each in found if each[0].app.name not in lost]
-            if not found:
-                return
+        lost, needed = set(broken), list(self._needed())
+        while found := [each for each in needed if each[2] in lost and each[0].app.name not in lost]:
             for draft, where, app in found:
                 yield draft, Fault(where, f"app '{app}', whose image this is, does not load (correct that one first)")
             lost |= {draft.app.name for draft, _, _ in found}
@@ -206,13 +189,12 @@ class Builds:
             return True
 
     def _wrong_context(self, image: ImageDraft) -> str:
-        if next(self.folder.below(image.context), None) is None and (lack := self.folder.lacks(image.context)):
-            return f"'{image.context}' {lack}"
         if image.context in self.folder.files:
             return f"'{image.context}' is a file (expected a folder)"
-        if next(self.folder.below(image.context), None) is None:
-            return f"'{image.context}' is not in this revision (expected a folder)"
-        return ""
+        if next(self.folder.below(image.context), None) is not None:
+            return ""
+        lack = self.folder.lacks(image.context) or "is not in this revision (expected a folder)"
+        return f"'{image.context}' {lack}"
 
     def _dockerfile(self, image: ImageDraft) -> str:
         """Return the path of the Dockerfile. Raises ValueError."""
@@ -231,13 +213,10 @@ class Builds:
             raise ValueError(f"'{path}': {error}") from None
 
     def _build(self, qualified: str, blobs: dict[str, bytes]) -> Build:
-        if qualified not in self._made:
-            self._made[qualified] = self._assemble(self.images[qualified], self.bases(qualified), blobs)
-        return self._made[qualified]
-
-    def _assemble(self, image: ImageDraft, bases: Iterable[tuple[Use, str]], blobs: dict[str, bytes]) -> Build:
-        folder, table, ignore = self.folder, image.table, self._ignore(image)
-        prefix = image.prefix
+        if known := self._made.get(qualified):
+            return known
+        image, bases = self.images[qualified], self.bases(qualified)
+        folder, table, ignore, prefix = self.folder, image.table, self._ignore(image), image.prefix
         paths = [path for path in folder.below(image.context) if not ignore.leaves_out(path.removeprefix(prefix))]
         dockerfile = self._dockerfile(image)
         blobs.update((folder.digest(path), folder.files[path]) for path in [*paths, dockerfile])
@@ -257,7 +236,7 @@ class Builds:
             "network": "none" if table.network == "none" else "host",  # default has this key, too: images stay
         }
         keys = {name: self._build(base, blobs).key for name, base in meant.items()}
-        return table.passed_to(
+        self._made[qualified] = made = table.passed_to(
             Build,
             key=digest_of({**parts, "bases": keys}),
             context=image.context,
@@ -266,6 +245,7 @@ class Builds:
             instructions=parts["instructions"],
             bases=meant,
         )
+        return made
 
 
 def _full(name: str) -> str:

@@ -74,16 +74,11 @@ def mounts_in(text: str, *, heredocs: bool = True) -> tuple[RunMount, ...]:
     """Find what the RUN instructions mount, in order. heredocs: whether the builder knows here-documents; buildah
     before 1.33 takes their lines for instructions."""
     return tuple(
-        RunMount(line, {key: value for key, _, value in (each.partition("=") for each in _parts(option))})
+        RunMount(line, dict(each.partition("=")[::2] for each in re.sub("[\"']", "", option).split(",")))
         for line, word, rest in _instructions(text, heredocs=heredocs)
         if word == "RUN"
         for option in _options(rest, "--mount=")
     )
-
-
-def _parts(option: str) -> list[str]:
-    """Split a list with commas, without quotes."""
-    return [each.replace('"', "").replace("'", "") for each in option.split(",")]
 
 
 def keyed(text: str, args: Mapping[str, str]) -> str:
@@ -104,12 +99,8 @@ def keyed(text: str, args: Mapping[str, str]) -> str:
         elif pending and word not in _KEPT and "$" in rest:
             before.add(line)
             pending = False
-    return (
-        "\n".join(
-            each for number, line in enumerate(lines, 1) for each in ([mark, line] if number in before else [line])
-        )
-        + "\n"
-    )
+    marked = (f"{mark}\n{line}" if number in before else line for number, line in enumerate(lines, 1))
+    return "\n".join(marked) + "\n"
 
 
 def _options(rest: str, prefix: str) -> list[str]:
@@ -158,12 +149,10 @@ def _replaced(text: str, values: Mapping[str, str]) -> str:
     """Replace $NAME, ${NAME}, ${NAME:-word} and ${NAME:+word}; a name without a value becomes nothing."""
 
     def value(match: re.Match[str]) -> str:
-        found = values.get(match["plain"] or match["name"])
-        there = bool(found) if (match["operator"] or "").startswith(":") else found is not None
-        if (match["operator"] or "").endswith("-"):
-            return found or "" if there else _replaced(match["word"], values)
-        if (match["operator"] or "").endswith("+"):
-            return _replaced(match["word"], values) if there else ""
-        return found or ""
+        found, operator = values.get(match["plain"] or match["name"]), match["operator"] or ""
+        there = bool(found) if operator.startswith(":") else found is not None
+        if operator and there == operator.endswith("+"):  # a word instead of a value, or of no value
+            return _replaced(match["word"], values)
+        return "" if operator.endswith("+") else found or ""
 
     return _VARIABLE.sub(value, text)

@@ -53,52 +53,35 @@ def _rules(text: str) -> Iterator[tuple[bool, re.Pattern[str]]]:
         stripped = cleaned.lstrip("/") if len(cleaned) > 1 else cleaned
         try:
             yield keeps, re.compile(_expression(stripped), re.DOTALL)
-        except (re.error, IndexError):
+        except (re.error, ValueError):
             raise ValueError(f"line {number}: '{raw}' is not a pattern (expected a closed [ ])") from None
 
 
 @lru_cache(maxsize=512)
 def _expression(pattern: str) -> str:
-    """Turn one pattern into a regular expression."""
-    parts: list[str] = []
-    at = 0
-    while at < len(pattern):
-        char = pattern[at]
-        at += 1
-        if char == "*" and pattern[at : at + 1] == "*":
-            at += 1
-            if pattern[at : at + 1] == "/":
-                at += 1
-            parts.append(".*" if at == len(pattern) else "(?:.*/)?")
-        elif char == "*":
-            parts.append("[^/]*")
-        elif char == "?":
-            parts.append("[^/]")
-        elif char == "\\":
-            parts.append(re.escape(pattern[at]))
-            at += 1
-        elif char == "[":
-            end = pattern.index("]", at + 1) if "]" in pattern[at + 1 :] else -1
-            if end < 0:
-                raise IndexError(pattern)
-            parts.append(_set(pattern[at:end]))
-            at = end + 1
-        else:
-            parts.append(re.escape(char))
-    return "".join(parts)
+    """Turn one pattern into a regular expression. Raises ValueError for a [ without ], and a lone \\ at the end."""
+
+    def piece(match: re.Match[str]) -> str:
+        match match.lastgroup, match[0]:
+            case "steps", _:
+                return ".*" if match.end() == len(pattern) else "(?:.*/)?"
+            case "set", _:
+                return _set(match["set"])
+            case None, "[" | "\\":
+                raise ValueError(pattern)
+            case _, plain:
+                return {"*": "[^/]*", "?": "[^/]"}.get(plain) or re.escape(match["escaped"] or plain)
+
+    return _PIECE.sub(piece, pattern)
+
+
+_PIECE = re.compile(r"(?P<steps>\*\*/?)|\\(?P<escaped>.)|\[(?P<set>.[^\]]*)\]|.", re.DOTALL)
 
 
 def _set(inner: str) -> str:
     """Turn the set between [ and ] into that of a regular expression: single characters and ranges."""
     negated = inner.startswith("^")
-    characters = re.findall(r"\\(.)|(.)", inner[negated:], re.DOTALL)
-    plain = [escaped or bare for escaped, bare in characters]
-    found, at = "", 0
-    while at < len(plain):
-        if plain[at + 1 : at + 2] == ["-"] and at + 2 < len(plain):
-            found += f"{re.escape(plain[at])}-{re.escape(plain[at + 2])}"
-            at += 3
-        else:
-            found += re.escape(plain[at])
-            at += 1
-    return f"[{'^' * negated}{found}]"
+    one = r"(?:\\.|.)"
+    parts = re.findall(rf"({one})(?:-({one}))?", inner[negated:], re.DOTALL)
+    found = ("-".join(re.escape(each.removeprefix("\\")) for each in ends if each) for ends in parts)
+    return f"[{'^' * negated}{''.join(found)}]"

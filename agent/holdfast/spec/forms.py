@@ -122,13 +122,10 @@ def tag(value: str) -> str:
 def port(value: str) -> Parts:
     """Take apart `[HOST_IP:]HOST:CONTAINER[/PROTOCOL]`."""
     text, slash, protocol = value.partition("/")
-    match text.rsplit(":", 2):
-        case [published, target]:
-            parts = {"published": published, "target": target}
-        case [host_ip, published, target]:
-            parts = {"host_ip": host_ip, "published": published, "target": target}
-        case _:
-            raise ValueError(f"'{value}': the host port is missing (expected [HOST_IP:]HOST:CONTAINER[/PROTOCOL])")
+    if ":" not in text:
+        raise ValueError(f"'{value}': the host port is missing (expected [HOST_IP:]HOST:CONTAINER[/PROTOCOL])")
+    *host_ip, published, target = text.rsplit(":", 2)
+    parts = {"published": published, "target": target, **({"host_ip": host_ip[0]} if host_ip else {})}
     return {**parts, "protocol": protocol} if slash else parts
 
 
@@ -205,14 +202,12 @@ def restart(value: str) -> Parts:
     """Read `no | on-failure[:N] | always | unless-stopped`."""
     policy, colon, attempts = value.partition(":")
     if policy not in ("no", "on-failure", "always", "unless-stopped"):
-        known = "expected no, on-failure[:N], always or unless-stopped"
-        raise ValueError(f"'{value}' is not known ({known})")
+        raise ValueError(f"'{value}' is not known (expected no, on-failure[:N], always or unless-stopped)")
     if not colon:
         return {"policy": policy}
     if policy != "on-failure" or not number(attempts) or int(attempts) < 1:
-        raise ValueError(
-            f"'{value}': a number of attempts goes with on-failure only (expected on-failure:N, N from 1)"
-        )
+        wrong = "a number of attempts goes with on-failure only (expected on-failure:N, N from 1)"
+        raise ValueError(f"'{value}': {wrong}")
     return {"policy": policy, "max_attempts": int(attempts)}
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from holdfast.grammar.images import built
 from holdfast.grammar.network import unusable
-from holdfast.spec.model import BUILTIN_NETWORKS, App, Network, Port
+from holdfast.spec.model import BUILTIN_NETWORKS, App, Network
 from holdfast.spec.resolve import Draft
 from holdfast.tables import Fault
 from holdfast.toml import KeyPath, dotted
@@ -68,26 +68,19 @@ def dangling(draft: Draft, around: Neighbours) -> Iterator[Finding]:
     """Find references to apps, networks and volumes that no file defines."""
     app = draft.app
     for other in app.depends_on:
-        wrong = _unknown_app(other, around)
-        if wrong:
+        if wrong := _unknown_app(other, around):
             yield draft, Fault(("app", "depends_on", other), wrong)
     for name, container in app.containers.items():
-        at: KeyPath = ("containers", name)
-        image = None if container.image is None else built(container.image)
-        wrong = unknown(image, draft, "image", around) if image else ""
-        if wrong:
-            yield draft, Fault((*at, "image"), wrong)
-        for network in container.networks:
-            if network in BUILTIN_NETWORKS:
-                continue
-            wrong = unknown(network, draft, "network", around)
-            if wrong:
-                yield draft, Fault((*at, "networks", _as_written(network, app)), wrong)
-        for index, mount in enumerate(container.mounts):
-            if mount.kind == "volume":
-                wrong = unknown(mount.source, draft, "volume", around)
-                if wrong:
-                    yield draft, Fault((*at, "volumes", index), wrong)
+        image = built(container.image or "")
+        joined = [each for each in container.networks if each not in BUILTIN_NETWORKS]
+        places: list[tuple[str, str, KeyPath]] = [
+            *([("image", image, ("image",))] if image else ()),
+            *(("network", each, ("networks", _as_written(each, app))) for each in joined),
+            *(("volume", m.source, ("volumes", i)) for i, m in enumerate(container.mounts) if m.kind == "volume"),
+        ]
+        for kind, reference, path in places:
+            if wrong := unknown(reference, draft, kind, around):
+                yield draft, Fault(("containers", name, *path), wrong)
 
 
 def _as_written(qualified: str, app: App) -> str:
@@ -108,8 +101,7 @@ def unknown(qualified: str, asking: Draft, kind: str, around: Neighbours) -> str
     if owner != asking.app.name:
         if owner in around.broken:
             return ""
-        wrong = _unknown_app(owner, around)
-        if wrong:
+        if wrong := _unknown_app(owner, around):
             also = {
                 "volume": "; a path of the repository begins with ./",
                 "image": f"; one of a registry is written with its tag, images.{qualified}:latest",
@@ -134,11 +126,16 @@ def cycles_of_containers(draft: Draft) -> Iterator[Finding]:
 
 def cycles_of_apps(drafts: Mapping[str, Draft]) -> Iterator[Finding]:
     """Find apps that wait for each other; each of them gets a finding."""
-    for cycle in cycles({name: draft.app.depends_on for name, draft in drafts.items()}):
-        for index, name in enumerate(cycle[:-1]):
-            turned = [*cycle[index:-1], *cycle[: index + 1]]
-            path = ("app", "depends_on", turned[1])
-            yield drafts[name], Fault(path, f"a cycle: {' → '.join(turned)} (leave out one of them)")
+    for turned in turns({name: draft.app.depends_on for name, draft in drafts.items()}):
+        path = ("app", "depends_on", turned[1])
+        yield drafts[turned[0]], Fault(path, f"a cycle: {' → '.join(turned)} (leave out one of them)")
+
+
+def turns(edges: Mapping[str, Iterable[str]]) -> Iterator[list[str]]:
+    """Yield every cycle as each node of it sees it: it begins and ends there."""
+    for cycle in cycles(edges):
+        for index in range(len(cycle) - 1):
+            yield [*cycle[index:-1], *cycle[: index + 1]]
 
 
 def cycles(edges: Mapping[str, Iterable[str]]) -> Iterator[list[str]]:
@@ -204,11 +201,9 @@ class Claims:
                 continue
             path: KeyPath = ("networks", name, "subnet")
             subnet = ipaddress.IPv4Network(network.subnet)
-            for other, owner, where in self.subnets:
-                if subnet.overlaps(other):
-                    message = f"'{subnet}' overlaps {other} of {place(owner, where)} (expected a range of its own)"
-                    yield draft, Fault(path, message)
-                    break
+            if taken := next((each for each in self.subnets if subnet.overlaps(each[0])), None):
+                message = f"'{subnet}' overlaps {taken[0]} of {place(*taken[1:])} (expected a range of its own)"
+                yield draft, Fault(path, message)
             self.subnets.append((subnet, draft, path))
 
     def claim_ports(self, draft: Draft) -> Iterator[Finding]:
@@ -216,25 +211,18 @@ class Claims:
         for name, container in draft.app.containers.items():
             for index, port in enumerate(container.ports):
                 path: KeyPath = ("containers", name, "ports", index)
-                taken = self.port_taken(port)
-                if taken:
-                    number, owner, where = taken
-                    what = f"host port {number}/{port.protocol} is taken by {place(owner, where)}"
+                numbers = range(port.host_port, port.host_port + port.count)
+                held = ((number, *each) for number in numbers for each in self.ports.get((port.protocol, number), ()))
+                if taken := next((each for each in held if not port.host_ip or each[1] in ("", port.host_ip)), None):
+                    what = f"host port {taken[0]}/{port.protocol} is taken by {place(*taken[2:])}"
                     yield draft, Fault(path, f"'{port}': {what} (expected a free one)")
                     continue
                 claimed += port.count
                 if claimed > MOST_PORTS:
                     yield draft, Fault(path, f"'{port}': too many ports for one app (expected at most {MOST_PORTS})")
                     return
-                for number in range(port.host_port, port.host_port + port.count):
+                for number in numbers:
                     self.ports.setdefault((port.protocol, number), []).append((port.host_ip, draft, path))
-
-    def port_taken(self, port: Port) -> tuple[int, Draft, KeyPath] | None:
-        for number in range(port.host_port, port.host_port + port.count):
-            for host_ip, owner, where in self.ports.get((port.protocol, number), ()):
-                if not host_ip or not port.host_ip or host_ip == port.host_ip:
-                    return number, owner, where
-        return None
 
     def claim_addresses(self, draft: Draft, networks: Mapping[str, Network]) -> Iterator[Finding]:
         for name, container in draft.app.containers.items():
@@ -242,8 +230,7 @@ class Claims:
                 if attachment.ipv4_address is None:
                     continue
                 path: KeyPath = ("containers", name, "networks", _as_written(key, draft.app), "ipv4_address")
-                wrong = self.address_wrong(attachment.ipv4_address, key, networks)
-                if wrong:
+                if wrong := self.address_wrong(attachment.ipv4_address, key, networks):
                     yield draft, Fault(path, wrong)
                 self.addresses.setdefault((key, attachment.ipv4_address), (draft, path))
 
@@ -254,8 +241,7 @@ class Claims:
         if network is None or network.subnet is None:
             return f"'{address}': network '{key}' names no subnet (expected subnet in its table)"
         subnet = ipaddress.IPv4Network(network.subnet)
-        reason = unusable(address, subnet)
-        if reason:
+        if reason := unusable(address, subnet):
             return reason
         if address == (network.gateway or str(subnet[1])):
             return f"'{address}' is the gateway of network '{key}' (expected another address of {subnet})"

@@ -43,16 +43,13 @@ class Reading:
 class Cache:
     """What a caller keeps from one `load` to the next, so that only changed files are read again.
 
-    It answers for one set of facts at a time, and is not for several threads at once. shared: the facts with the
-    vars of the repository. alone: whether each state file is sound, and none builds an image or is itself mounted,
-    so that an edit of one may concern no other.
+    It answers for one set of facts at a time, and is not for several threads at once. around: the facts, and what
+    else `load` got with the files. shared: the facts with the vars of the repository. alone: whether each state file
+    is sound, and none builds an image or is itself mounted, so that an edit of one may concern no other.
     """
 
-    facts: NodeFacts | None = None
+    around: tuple[Any, ...] = (None,)
     files: Mapping[str, bytes] = field(default_factory=dict)
-    executable: frozenset[str] = frozenset()
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    ignored: frozenset[str] = frozenset()
     spec: Spec = field(default_factory=Spec)
     readings: dict[str, Reading] = field(default_factory=dict)
     digests: dict[str, tuple[bytes, str]] = field(default_factory=dict)
@@ -80,14 +77,15 @@ def load(
     it keeps it.
     """
     cache = cache if cache is not None else Cache()
-    known = cache.facts, cache.files, cache.executable, cache.left_out, cache.ignored
-    if known == (facts, files, executable, left_out, ignored):
-        return cache.spec
-    same_around = (facts, executable, left_out, ignored) == (*known[:1], *known[2:])
-    if same_around and cache.alone and files.keys() == cache.files.keys() and _take_edits(cache, files):
-        return cache.spec
+    around = facts, executable, dict(left_out), ignored
+    if cache.around == around:
+        if cache.files == files:
+            return cache.spec
+        if cache.alone and files.keys() == cache.files.keys() and _take_edits(cache, files, executable):
+            return cache.spec
     shared, faulty = _with_vars(files, left_out, facts)
-    old = cache.readings if cache.facts == facts and cache.files.get(VARS_FILE) == files.get(VARS_FILE) else {}
+    same_vars = cache.around[0] == facts and cache.files.get(VARS_FILE) == files.get(VARS_FILE)
+    old = cache.readings if same_vars else {}
     readings = {path: _reading(path, files[path], shared, old.get(path)) for path in sorted(filter(is_state, files))}
     needed = [wanted for reading in readings.values() if reading.draft for wanted in reading.draft.wanted.values()]
     lacking = {**left_out, **{path: _unread(path) for path in ignored if any(_is_in(each, path) for each in needed)}}
@@ -104,8 +102,7 @@ def load(
     problems.sort(key=lambda problem: (problem.path, problem.line))
     hints = (*_hints(files, readings), *_hints_of_ignored(ignored, readings, builds))
     spec = Spec(apps, broken, tuple(problems), blobs, hints)
-    cache.facts, cache.files, cache.executable, cache.spec = facts, dict(files), executable, spec
-    cache.left_out, cache.ignored = dict(left_out), ignored
+    cache.around, cache.files, cache.spec = around, dict(files), spec
     cache.readings, cache.digests, cache.shared = readings, dict(folder.digests), shared
     building = any(reading.draft.images for reading in readings.values() if reading.draft)
     mounted = any(_is_in(path, wanted) for wanted in {*needed} for path in readings)
@@ -113,10 +110,10 @@ def load(
     return spec
 
 
-def _take_edits(cache: Cache, files: Mapping[str, bytes]) -> bool:
+def _take_edits(cache: Cache, files: Mapping[str, bytes], executable: frozenset[str]) -> bool:
     """Bring the cache to files of which only state files differ; False, and nothing is done, where an edit may
     concern other files than its own."""
-    folder = Folder(files, cache.executable, {}, {})
+    folder = Folder(files, executable, {}, {})
     readings: dict[str, Reading] = {}
     apps = dict(cache.spec.apps)
     for path, raw in files.items():
@@ -195,12 +192,8 @@ def needs_of(path: str, raw: bytes, facts: NodeFacts) -> set[str]:
     draft = _reading(path, raw, facts, None).draft
     if draft is None:
         return set()
-    images = draft.images.values()
-    return {
-        *draft.wanted.values(),
-        *(each.context for each in images),
-        *(d for each in images for d in each.dockerfiles),
-    }
+    built_from = {path for image in draft.images.values() for path in (image.context, *image.dockerfiles)}
+    return {*draft.wanted.values(), *built_from}
 
 
 NOT_YAML = "this is YAML, and state files are TOML: it is not read (expected NAME.toml)"
@@ -269,15 +262,12 @@ def _with_vars(
     faults: list[Fault] = []
     for key, value in document.data.items():
         try:
-            text = text_of(value)
+            if not isinstance(text := text_of(value), str):
+                right = "expected a string, number or boolean"
+                raise ValueError(f"{shown(value)} is not a value of a variable ({right})")  # noqa: TRY004
+            good[key] = text
         except ValueError as error:
             faults.append(Fault((key,), str(error)))
-            continue
-        if isinstance(text, str):
-            good[key] = text
-        else:
-            wrong = f"{shown(value)} is not a value of a variable (expected a string, number or boolean)"
-            faults.append(Fault((key,), wrong))
     return replace(facts, vars={**good, **facts.vars}), tuple(_problems(VARS_FILE, document, faults))
 
 
@@ -324,7 +314,7 @@ def _linked(
     found = list(problems)
     # With faulty vars, ${vars.x:-default} would silently become its default.
     uncertain = bool(found)
-    names = _names_in_force(in_force)
+    names = {app.path: name for name, app in in_force.items()}  # it stays when its file does not load any more
     broken = {
         path: names.get(path, reading.name)
         for path, reading in readings.items()
@@ -347,11 +337,8 @@ def _linked(
     around_others = links.Neighbours(others, frozenset(), unknown)
     builds, builds_of_others = Builds(mine, folder), Builds(others, folder)
     for draft in drafts:
-        refuse(
-            islice(
-                links.missing_files(draft, folder.lacks, lambda path: bool(below(folder.files, path))), MOST_FAULTS
-            )
-        )
+        missing = links.missing_files(draft, folder.lacks, lambda path: bool(below(folder.files, path)))
+        refuse(islice(missing, MOST_FAULTS))
         refuse(links.cycles_of_containers(draft))
         is_here = mine.get(draft.app.name) is draft
         around = around_here if is_here else around_others
@@ -369,11 +356,6 @@ def _linked(
     for draft in [*standing, *(draft for draft in here if draft.app.path in broken)]:
         refuse(claims.claim(draft, networks))
     return [draft for draft in here if draft.app.path not in broken], builds, broken, found
-
-
-def _names_in_force(in_force: Mapping[str, App]) -> dict[str, str]:
-    """Return, by state file, the app that came from it: it stays when the file does not load any more."""
-    return {app.path: name for name, app in in_force.items()}
 
 
 def matches(when: When, facts: NodeFacts) -> bool:

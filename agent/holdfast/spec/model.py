@@ -25,19 +25,20 @@ from pydantic import BaseModel, Field
 from holdfast.grammar import images, kernel, names, network
 from holdfast.keys import Checked, DriverOpts, Duration, Items, NonEmpty, Short, Table, Text, Unique, or_text
 from holdfast.spec import forms
-from holdfast.spec.parts import (
-    BUILTIN_MOUNTS,
-    Attachment,
-    Device,
-    Logging,
-    Mount,
-    Port,
-    RestartPolicy,
-    StorageOpt,
-    Ulimit,
-    UpdateImage,
-)
-from holdfast.spec.resources import DEFAULT_PIDS, Resources
+
+# X as X: it can be had from here, too.
+from holdfast.spec.parts import BUILTIN_MOUNTS as BUILTIN_MOUNTS
+from holdfast.spec.parts import Attachment as Attachment
+from holdfast.spec.parts import Device as Device
+from holdfast.spec.parts import Logging as Logging
+from holdfast.spec.parts import Mount as Mount
+from holdfast.spec.parts import Port as Port
+from holdfast.spec.parts import RestartPolicy as RestartPolicy
+from holdfast.spec.parts import StorageOpt as StorageOpt
+from holdfast.spec.parts import Ulimit as Ulimit
+from holdfast.spec.parts import UpdateImage as UpdateImage
+from holdfast.spec.resources import DEFAULT_PIDS as DEFAULT_PIDS
+from holdfast.spec.resources import Resources as Resources
 from holdfast.spec.values import (
     STRINGS,
     Absolute,
@@ -52,22 +53,6 @@ from holdfast.spec.values import (
     Words,
 )
 from holdfast.words import one_line
-
-#: What comes from `parts` and `resources` can be had here, too.
-__all__ = [
-    "BUILTIN_MOUNTS",
-    "DEFAULT_PIDS",
-    "Attachment",
-    "Device",
-    "Logging",
-    "Mount",
-    "Port",
-    "Resources",
-    "RestartPolicy",
-    "StorageOpt",
-    "Ulimit",
-    "UpdateImage",
-]
 
 BUILTIN_NETWORKS = ("none", "host", "bridge")
 BUILD_NETWORK = "build"  # which builds join, and no container

@@ -31,9 +31,9 @@ class Port(Table):
 
     def overlaps(self, other: Port) -> bool:
         """Say whether two ports can't be published at the same time."""
-        places = {self.host_ip, other.host_ip}
         near = -other.count < other.host_port - self.host_port < self.count
-        return self.protocol == other.protocol and near and ("" in places or len(places) == 1)
+        same = not self.host_ip or other.host_ip in ("", self.host_ip)
+        return self.protocol == other.protocol and near and same
 
 
 def _kind_of(read: dict[str, Any]) -> str:

@@ -62,10 +62,8 @@ def foreign_subnet(subnet: str, facts: NodeFacts) -> str | None:
     asked = IPv4Network(subnet)
     if any(asked.subnet_of(IPv4Network(allowed)) for allowed in facts.subnets):
         return None
-    allowed = ", ".join(facts.subnets)
-    return (
-        f"'{subnet}' is outside what [network] allowed_subnets of agent.toml allows (expected a range in {allowed})"
-    )
+    where = "[network] allowed_subnets of agent.toml"
+    return f"'{subnet}' is outside what {where} allows (expected a range in {', '.join(facts.subnets)})"
 
 
 def _within(path: str, root: str) -> bool:

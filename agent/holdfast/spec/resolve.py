@@ -157,7 +157,7 @@ class _Resolver:
         found = [resolved(f"{context}/_" if context else "_", each) for each in named]
         if context is None or None in found:
             key, written = ("context", table.context) if context is None else ("dockerfile", named[0])
-            self.fault((*at, key), f"'{written}' leaves the repository's state (expected a path inside it)")
+            self.fault((*at, key), f"'{written}' {_LEAVES}")
             return None
         return ImageDraft(context, tuple(filter(None, found)), table)
 
@@ -175,13 +175,9 @@ class _Resolver:
             restart_policy=restart_policy(table),
             depends_on=self.depends_on(at, table),
         )
-        self.check_volumes_from(at, table)
-        wrong = outside_roots(table.rootfs, self.facts) if table.rootfs else None
-        if wrong:
-            self.fault((*at, "rootfs"), wrong)
-        archive = images.archive_path(table.image) if table.image else None
-        if archive and (wrong := outside_roots(archive, self.facts)):
-            self.fault((*at, "image"), wrong)
+        for key, place in (("rootfs", table.rootfs), ("image", images.archive_path(table.image or ""))):
+            if place and (wrong := outside_roots(place, self.facts)):
+                self.fault((*at, key), wrong)
         for index, policy in enumerate(table.resources.policy):
             self.driver((*at, "resources", "policy"), index, "policy", policy)
         for key, message in broken_rules(container, self.facts):
@@ -191,17 +187,15 @@ class _Resolver:
     def with_defaults(self, container: model.Container) -> model.Container:
         """Add the capabilities that agent.toml gives to all containers, except what the container drops."""
         given = tuple(name for name in self.facts.cap_add if not {name, "ALL"} & set(container.cap_drop))
-        if not given:
-            return container
-        return container.model_copy(update={"cap_add": tuple(dict.fromkeys((*container.cap_add, *given)))})
+        added = tuple(dict.fromkeys((*container.cap_add, *given)))
+        return container.model_copy(update={"cap_add": added}) if given else container
 
     def own_networks(self, containers: Mapping[str, model.Container]) -> dict[str, model.Network]:
         """Return what the file defines, and the default network if a container joins it."""
         joined = {network for container in containers.values() for network in container.networks}
         implied = {model.DEFAULT_NETWORK} if self.network(model.DEFAULT_NETWORK) in joined else set()
-        return (
-            dict.fromkeys(implied - set(names_in(self.document, "networks")), model.Network()) | self.table.networks
-        )
+        missing = implied - set(names_in(self.document, "networks"))
+        return dict.fromkeys(missing, model.Network()) | self.table.networks
 
     def networks(self, table: ContainerTable) -> dict[str, model.Attachment]:
         if table.networks is None:
@@ -222,25 +216,20 @@ class _Resolver:
 
     def depends_on(self, at: KeyPath, table: ContainerTable) -> dict[str, str]:
         for other in table.depends_on:
-            if other not in names_in(self.document, "containers"):
-                self.fault((*at, "depends_on", other), self.no_container(other))
+            self.check_container((*at, "depends_on", other), other, 'depends_on = ["{}"] in [app]')
+        for index, other in enumerate(table.volumes_from):
+            where = (*at, "volumes_from", index)
+            self.check_container(where, other, "that app's volume in volumes, as app/NAME:TARGET")
         return {**dict.fromkeys(table.volumes_from, "started"), **table.depends_on}
 
-    def check_volumes_from(self, at: KeyPath, table: ContainerTable) -> None:
-        for index, other in enumerate(table.volumes_from):
-            if "/" in other:
-                wrong = "is a container of another app (expected that app's volume in volumes, as app/NAME:TARGET)"
-                self.fault((*at, "volumes_from", index), f"'{other}' {wrong}")
-            elif other not in names_in(self.document, "containers"):
-                self.fault((*at, "volumes_from", index), self.no_container(other))
-
-    def no_container(self, other: str) -> str:
+    def check_container(self, path: KeyPath, other: str, right: str) -> None:
+        """Check that a container is one of this file. right: how to ask for what another app, {}, has."""
         app, slash, _ = other.rpartition("/")
+        known = names_in(self.document, "containers")
         if slash:
-            return f"'{other}' is a container of another app (expected depends_on = [\"{app}\"] in [app])"
-        return f"no container is called '{other}'" + (
-            suggestion(other, names_in(self.document, "containers")) or _HERE
-        )
+            self.fault(path, f"'{other}' is a container of another app (expected {right.format(app)})")
+        elif other not in known:
+            self.fault(path, f"no container is called '{other}'{suggestion(other, known) or _HERE}")
 
     def mounts(self, at: KeyPath, table: ContainerTable) -> Iterator[model.Mount]:
         """Yield the mounts of volumes, tmpfs and configs, in this order; each target once."""
@@ -286,22 +275,18 @@ class _Resolver:
             if use.source not in known:
                 self.fault(path, f"no config is called '{use.source}'{suggestion(use.source, known) or _HERE}")
             return None
-        if config.file is None:
-            source = self.inline_path(use.source)
-        else:
-            source = resolved(self.path, config.file) or ""
+        source = self.inline_path(use.source) if config.file is None else resolved(self.path, config.file) or ""
         return use.passed_to(model.Mount, kind="file", source=source, read_only=True)
 
     def file(self, path: KeyPath, source: str) -> str:
         """Return the path of the revision that a path relative to the state file means."""
         found = resolved(self.path, source)
-        if found is None:
-            self.fault(path, f"'{source}' leaves the repository's state (expected a path inside it)")
-            return ""
         if not found:
-            self.fault(path, f"'{source}' is the whole of the repository's state (expected a path inside it)")
-        self.wanted[path] = found
-        return found
+            whole = "is the whole of the repository's state (expected a path inside it)"
+            self.fault(path, f"'{source}' {_LEAVES if found is None else whole}")
+        if found is not None:
+            self.wanted[path] = found
+        return found or ""
 
 
 def with_others(name: str, containers: Mapping[str, model.Container]) -> model.Container:
@@ -326,6 +311,7 @@ def with_others(name: str, containers: Mapping[str, model.Container]) -> model.C
 
 
 _HERE = " in this file (expected one that it defines)"
+_LEAVES = "leaves the repository's state (expected a path inside it)"
 
 
 def resolved(state_file: str, path: str) -> str | None:

@@ -14,29 +14,15 @@ import pytest
 
 pytest.register_assert_rewrite("holdfast.testing.laws", "holdfast.testing.kinds")
 
-from holdfast.testing.confined import take_away  # noqa: E402 - only what is imported later is rewritten
-from holdfast.testing.fingerprint import host_fingerprint  # noqa: E402
-from holdfast.testing.kinds import (  # noqa: E402
-    EndpointConformance,
-    FirewallConformance,
-    MountConformance,
-    NetworkConformance,
-    PolicyConformance,
-    RootfsConformance,
-    VolumeConformance,
-)
-from holdfast.testing.laws import DriverConformance, temporary_host  # noqa: E402
-
-__all__ = [
-    "DriverConformance",
-    "EndpointConformance",
-    "FirewallConformance",
-    "MountConformance",
-    "NetworkConformance",
-    "PolicyConformance",
-    "RootfsConformance",
-    "VolumeConformance",
-    "host_fingerprint",
-    "take_away",
-    "temporary_host",
-]
+# Only what is imported after the line above is rewritten.
+from holdfast.testing.confined import take_away as take_away  # noqa: E402
+from holdfast.testing.fingerprint import host_fingerprint as host_fingerprint  # noqa: E402
+from holdfast.testing.kinds import EndpointConformance as EndpointConformance  # noqa: E402
+from holdfast.testing.kinds import FirewallConformance as FirewallConformance  # noqa: E402
+from holdfast.testing.kinds import MountConformance as MountConformance  # noqa: E402
+from holdfast.testing.kinds import NetworkConformance as NetworkConformance  # noqa: E402
+from holdfast.testing.kinds import PolicyConformance as PolicyConformance  # noqa: E402
+from holdfast.testing.kinds import RootfsConformance as RootfsConformance  # noqa: E402
+from holdfast.testing.kinds import VolumeConformance as VolumeConformance  # noqa: E402
+from holdfast.testing.laws import DriverConformance as DriverConformance  # noqa: E402
+from holdfast.testing.laws import temporary_host as temporary_host  # noqa: E402

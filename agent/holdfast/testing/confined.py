@@ -18,23 +18,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 
+from holdfast import syscalls
 from holdfast.files import remove_tree
 from holdfast.mounts import mount_points
-from holdfast.syscalls import (
-    CLONE_NEWNET,
-    MNT_DETACH,
-    MS_BIND,
-    MS_PRIVATE,
-    MS_REC,
-    UMOUNT_NOFOLLOW,
-    call,
-    mount,
-)
 
 CLONE_NEWNS = 0x00020000  # unshare(2)
 _MOUNT_SETATTR = 442  # the same number on every architecture (asm-generic/unistd.h); Linux 5.12
@@ -118,24 +108,14 @@ def take_away(path: Path) -> bool:
     place = _place_of(path)
     if place is None:
         return False
-    mounted = [
-        point
-        for point in (Path(each.point) for each in mount_points())
-        if point != place
-        and point.is_relative_to(place)
-        and (point.is_relative_to(path) or path.is_relative_to(point))
-    ]
+    within = (point for each in mount_points() if place in (point := Path(each.point)).parents)
+    mounted = [each for each in within if each.is_relative_to(path) or path.is_relative_to(each)]
     for point in sorted(mounted, key=lambda each: len(each.parts), reverse=True):
-        call("umount2", os.fsencode(point), UMOUNT_NOFOLLOW | MNT_DETACH, about=point)
-    if mounted:
-        return True
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-        return True
-    if path.is_dir():
-        remove_tree(path)
-        return True
-    return False
+        syscalls.call("umount2", os.fsencode(point), syscalls.UMOUNT_NOFOLLOW | syscalls.MNT_DETACH, about=point)
+    there = os.path.lexists(path)
+    if there and not mounted:
+        remove_tree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return bool(mounted) or there
 
 
 def _place_of(path: Path) -> Path | None:
@@ -150,17 +130,9 @@ def _place_of(path: Path) -> Path | None:
 def _serve(line: socket.socket, work: Callable[[], object], prepare: Callable[[], None]) -> None:
     ready = _answer(prepare)
     while line.recv(1):
-        answer = ready if ready[0] != "done" else _in_thread(work)
+        # In a new thread, because sockets that this one has are shared with the process that it came from.
+        answer = ready if ready[0] != "done" else syscalls.in_thread(lambda: _answer(work), "law")
         line.sendall(json.dumps(answer).encode() + b"\n")
-
-
-def _in_thread(work: Callable[[], object]) -> list[object]:
-    """Work in a new thread: sockets that this one has are shared with the process that it came from."""
-    answer: list[object] = []
-    thread = Thread(target=lambda: answer.extend(_answer(work)))
-    thread.start()
-    thread.join()
-    return answer
 
 
 def _answer(work: Callable[[], object]) -> list[object]:
@@ -181,20 +153,18 @@ def _described(error: BaseException) -> str:
 
 
 def _is_read_only(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno == errno.EROFS:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    if error is None or (isinstance(error, OSError) and error.errno == errno.EROFS):
+        return error is not None
+    return _is_read_only(error.__cause__ or error.__context__)
 
 
 def _confine(places: Sequence[Path], *, network: bool, namespaces: bool) -> None:
     """Make every file system read-only for this process but places and the kernel's own. Raises OSError."""
     global _places
-    call("unshare", CLONE_NEWNS | (CLONE_NEWNET if network else 0), about="make namespaces")
-    mount("none", Path("/"), flags=MS_REC | MS_PRIVATE)
+    syscalls.call("unshare", CLONE_NEWNS | (syscalls.CLONE_NEWNET if network else 0), about="make namespaces")
+    syscalls.mount("none", Path("/"), flags=syscalls.MS_REC | syscalls.MS_PRIVATE)
     for place in places:
-        mount(place, place, flags=MS_BIND)  # by itself, without what is mounted below it
+        syscalls.mount(place, place, flags=syscalls.MS_BIND)  # by itself, without what is mounted below it
     writable = [each.point for each in mount_points(*KERNEL) if "rw" in each.line.split(" ")[5].split(",")]
     _set_read_only("/", True, deep=True)
     for place in places:
@@ -203,11 +173,11 @@ def _confine(places: Sequence[Path], *, network: bool, namespaces: bool) -> None
         with suppress(OSError):  # another mount hides it
             _set_read_only(point, False)
     if namespaces:
-        mount("netns", NAMESPACES, "tmpfs")
+        syscalls.mount("netns", NAMESPACES, "tmpfs")
     _places = tuple(places)
 
 
 def _set_read_only(point: str, wanted: bool, *, deep: bool = False) -> None:
     attributes = struct.pack("QQQQ", _RDONLY if wanted else 0, 0 if wanted else _RDONLY, 0, 0)  # struct mount_attr
-    flags = _AT_RECURSIVE if deep else 0
-    call("syscall", _MOUNT_SETATTR, _AT_FDCWD, os.fsencode(point), flags, attributes, len(attributes), about=point)
+    where = _AT_FDCWD, os.fsencode(point), _AT_RECURSIVE if deep else 0
+    syscalls.call("syscall", _MOUNT_SETATTR, *where, attributes, len(attributes), about=point)

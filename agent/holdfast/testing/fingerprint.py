@@ -50,11 +50,8 @@ def changes(before: Fingerprint, after: Fingerprint) -> list[str]:
     return [
         f"{what} {key.removesuffix('s')} {line}"
         for key in before
-        for what, lines in (
-            ("no longer there:", sorted({*before[key]} - {*after[key]})),
-            ("new:", sorted({*after[key]} - {*before[key]})),
-        )
-        for line in lines
+        for what, one, other in (("no longer there:", before, after), ("new:", after, before))
+        for line in sorted({*one[key]} - {*other[key]})
     ]
 
 
@@ -68,19 +65,14 @@ def tables() -> list[str]:
     nft = shutil.which("nft", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if nft is None or os.geteuid() != 0:
         return []
-    return sorted(
-        subprocess.run([nft, "list", "tables"], capture_output=True, text=True, check=True).stdout.splitlines()
-    )
+    listed = subprocess.run([nft, "list", "tables"], capture_output=True, text=True, check=True)
+    return sorted(listed.stdout.splitlines())
 
 
 def _mounts(name: str, folders: tuple[Path, ...]) -> Iterator[str]:
     for each in mount_points():
         what = each.line.split(" ", 3)[3]  # without the mount ids
-        if (
-            any(Path(each.point).is_relative_to(folder) for folder in folders)
-            or f"/{name}" in what
-            or f" {name}" in what
-        ):
+        if any(map(Path(each.point).is_relative_to, folders)) or f"/{name}" in what or f" {name}" in what:
             yield what
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -216,10 +217,9 @@ def _inside(netns: Path, *command: str) -> str:
 def _written(path: Path, size: int) -> int:
     """Write until a file system is full; return how many bytes it took."""
     with path.open("wb", buffering=0) as file:
-        try:
+        with suppress(OSError):
             while file.tell() < size:
                 file.write(bytes(1 << 16))
             os.fsync(file.fileno())
-        except OSError:
-            return file.tell() - 1
-        return file.tell()
+            return size
+        return file.tell() - 1

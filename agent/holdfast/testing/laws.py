@@ -267,32 +267,13 @@ class DriverConformance:
 
     @law
     def test_no_descriptor_is_left_open(self, host: Host) -> None:
-        def count() -> int:
-            gc.collect()
-            return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - some go as we look
-
-        with self.cleaned(host):
-            driver, want = self.make_driver(host), self.make_want(host, 0)
-            _live_through(driver, want)  # what a driver opens once and keeps is open now
-            before = count()
-            for _ in range(ROUNDS):
-                _live_through(driver, want)
-            left = _first_true(count, lambda now: now <= before) - before
-            assert left <= 0, f"{left} file descriptors are left open"
+        left = self._left(host, "/proc/self/fd")
+        assert left <= 0, f"{left} file descriptors are left open"
 
     @law
     def test_no_thread_is_left_running(self, host: Host) -> None:
-        def count() -> int:
-            return len(os.listdir("/proc/self/task"))  # noqa: PTH208 - some go as we look
-
-        with self.cleaned(host):
-            driver, want = self.make_driver(host), self.make_want(host, 0)
-            _live_through(driver, want)  # what a driver starts once and keeps runs now
-            before = count()
-            for _ in range(ROUNDS):
-                _live_through(driver, want)
-            left = _first_true(count, lambda now: now <= before) - before
-            assert left <= 0, f"{left} threads are left running: {threading.enumerate()}"
+        left = self._left(host, "/proc/self/task")
+        assert left <= 0, f"{left} threads are left running: {threading.enumerate()}"
 
     @law
     def test_nothing_is_made_outside_of_the_hosts_places(self, host: Host) -> None:
@@ -339,6 +320,21 @@ class DriverConformance:
 
     def _two(self) -> range:
         return range(min(2, self.many))
+
+    def _left(self, host: Host, folder: str) -> int:
+        """Count what is in a folder of this process after some things were made and removed, and was not before."""
+
+        def count() -> int:
+            gc.collect()
+            return len(os.listdir(folder))  # noqa: PTH208 - some go as we look
+
+        with self.cleaned(host):
+            driver, want = self.make_driver(host), self.make_want(host, 0)
+            _live_through(driver, want)  # what a driver opens or starts once and keeps is there now
+            before = count()
+            for _ in range(ROUNDS):
+                _live_through(driver, want)
+            return _first_true(count, lambda now: now <= before) - before
 
     def _elsewhere(self, host: Host) -> set[str]:
         """List mounts that do not lie in the agent's places, and links and nftables tables that lack its name."""
