@@ -22,12 +22,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from holdfast.errors import Conflict, NotPermitted, UnfitHost
+from holdfast.errors import Conflict, NotPermitted, UnfitHost, explained, reason
+from holdfast.files import held, names_in, sync_folder
 
 PLACE = Path("/run/holdfast-names")
 FILE = "id"
 ID = re.compile("[0-9a-f]{8}")
 LARGEST = 65_536  # bytes of a record
+CLAIM = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of fcntl(2), over a whole file
 
 
 def read_id(root: Path) -> str:
@@ -39,7 +41,7 @@ def read_id(root: Path) -> str:
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except PermissionError as error:
-        raise NotPermitted(f"read '{place}': {(error.strerror or '').lower()} (become root)") from error
+        raise NotPermitted(f"read '{place}': {reason(error)} (become root)") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UnfitHost(f"read '{place}': {getattr(error, 'strerror', None) or error}") from error
     if not ID.fullmatch(text):
@@ -52,20 +54,17 @@ def make_id(root: Path) -> str:
     if known := read_id(root):
         return known
     draft = root / f".{FILE}.{os.urandom(4).hex()}"
-    try:
-        with draft.open("w") as file:
-            file.write(os.urandom(4).hex() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(FileExistsError):  # another process was quicker: its id is the one
-            os.link(draft, root / FILE)
-        folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        os.fsync(folder)
-        os.close(folder)
-    except OSError as error:
-        raise UnfitHost(f"write '{root / FILE}': {(error.strerror or str(error)).lower()}") from error
-    finally:
-        draft.unlink(missing_ok=True)
+    with explained(f"write '{root / FILE}'"):
+        try:
+            with draft.open("w") as file:
+                file.write(os.urandom(4).hex() + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(FileExistsError):  # another process was quicker: its id is the one
+                os.link(draft, root / FILE)
+            sync_folder(root)
+        finally:
+            draft.unlink(missing_ok=True)
     return read_id(root)
 
 
@@ -108,7 +107,7 @@ class Name:
             os.ftruncate(self._file, len(text))
         except OSError as error:  # what carries the id says the same
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise UnfitHost(f"write '{PLACE / self.name}': {(error.strerror or '').lower()}") from error
+                raise UnfitHost(f"write '{PLACE / self.name}': {reason(error)}") from error
 
     def forget(self) -> None:
         """Take the record away: its root has nothing on the host any more."""
@@ -158,20 +157,14 @@ def look_up(name: str) -> tuple[Record | None, bool]:
         file = os.open(PLACE / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None, False
-    try:
-        told = fcntl.fcntl(file, fcntl.F_OFD_GETLK, _claim(fcntl.F_WRLCK))
+    with held(file):
+        told = fcntl.fcntl(file, fcntl.F_OFD_GETLK, CLAIM)
         return _read(file), struct.unpack_from("h", told)[0] != fcntl.F_UNLCK
-    finally:
-        os.close(file)
 
 
 def names_of(root: Path) -> list[str]:
     """The names that are recorded for a root."""
-    try:
-        names = sorted(path.name for path in PLACE.iterdir())
-    except FileNotFoundError:
-        return []
-    found = [(name, look_up(name)[0]) for name in names]
+    found = [(name, look_up(name)[0]) for name in sorted(names_in(PLACE))]
     return [name for name, record in found if record is not None and record.is_of(root)]
 
 
@@ -189,17 +182,16 @@ def _take(name: str) -> int | Record | None:
     while True:
         try:
             PLACE.mkdir(mode=0o755, exist_ok=True)
-            file = os.open(
-                path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-            )  # a reader could lock it
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            file = os.open(path, flags, 0o600)  # a reader could lock it
         except (FileNotFoundError, FileExistsError) as error:
             if not PLACE.parent.is_dir() or (PLACE.exists() and not PLACE.is_dir()):
-                raise UnfitHost(f"lock '{path}': {(error.strerror or '').lower()}") from None
+                raise UnfitHost(f"lock '{path}': {reason(error)}") from None
             continue  # the folder was taken away just now, with the last name in it
         except OSError as error:
-            raise UnfitHost(f"lock '{path}': {(error.strerror or str(error)).lower()}") from error
+            raise UnfitHost(f"lock '{path}': {reason(error)}") from error
         try:
-            fcntl.fcntl(file, fcntl.F_OFD_SETLK, _claim(fcntl.F_WRLCK))
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, CLAIM)
         except BlockingIOError:
             holder = _read(file)
             os.close(file)
@@ -208,11 +200,6 @@ def _take(name: str) -> int | Record | None:
             if os.path.samestat(path.stat(), os.fstat(file)):
                 return file
         os.close(file)  # whoever had it has taken it away
-
-
-def _claim(kind: int) -> bytes:
-    """struct flock of fcntl(2) over the whole file."""
-    return struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0)
 
 
 def _read(file: int) -> Record | None:

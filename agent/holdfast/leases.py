@@ -104,8 +104,6 @@ class Leases:
         self._clock = clock
         self._lock = threading.Lock()
         self._by_address: dict[str, Lease] = {}
-        self._by_owner: dict[str, Lease] = {}
-        self._by_instance: dict[str, Lease] = {}
         self._last = 0
         self._read = False
 
@@ -137,7 +135,7 @@ class Leases:
         """
         with self._lock:
             self._load()
-            held = self._by_owner.get(owner) or self._by_instance.get(instance)
+            held = self._find(lambda each: each.owner == owner) or self._find(lambda each: each.instance == instance)
             if held is not None and wanted in (None, held.address) and _fits(held.address, subnet, gateway):
                 return self._write(Lease(held.address, owner, instance))
             address = self._claim(wanted, vacate) if wanted else self._next(subnet, gateway, vacate)
@@ -149,13 +147,14 @@ class Leases:
         """Let the address of an instance rest, if it has any; it stays its owner's."""
         with self._lock:
             self._load()
-            if (lease := self._by_instance.get(instance)) is not None:
+            if (lease := self._find(lambda each: each.instance == instance)) is not None:
                 self._rest(replace(lease, instance=NOBODY, freed=self._clock()))
 
     def release_all(self) -> None:
         """Let every address rest."""
         for lease in self.all():
-            self.release(lease.instance)
+            if not lease.rests:
+                self.release(lease.instance)
 
     def inherit(self, leases: Iterable[Lease]) -> None:
         """Let addresses rest here that rested in a network which had them before."""
@@ -164,6 +163,9 @@ class Leases:
             for lease in leases:
                 if lease.address not in self._by_address:
                     self._write(replace(lease, instance=NOBODY, freed=lease.freed if lease.rests else self._clock()))
+
+    def _find(self, fits: Callable[[Lease], bool]) -> Lease | None:
+        return next(filter(fits, self._by_address.values()), None)
 
     def _next(self, subnet: IPv4Network, gateway: str, vacate: Callable[[str], None]) -> str:
         """An address that nobody ever had, else the one that has rested longest."""
@@ -213,7 +215,8 @@ class Leases:
             if lease.rests:
                 os.utime(fresh, (lease.freed, lease.freed))
             fresh.replace(self._folder / lease.address)
-        return self._exchange(known, lease)
+        self._by_address[lease.address] = lease
+        return lease.address
 
     def _rest(self, lease: Lease) -> None:
         """Mark a lease on disk as one that rests, without a new file: on a full disk, too, what runs can go."""
@@ -221,25 +224,7 @@ class Leases:
         with contextlib.suppress(FileNotFoundError):
             os.utime(file, (lease.freed, lease.freed))
             file.chmod(RESTS)
-        self._exchange(self._by_address.get(lease.address), lease)
-
-    def _exchange(self, known: Lease | None, lease: Lease) -> str:
-        if known is not None:
-            self._forget(known)
-        self._remember(lease)
-        return lease.address
-
-    def _remember(self, lease: Lease) -> None:
         self._by_address[lease.address] = lease
-        if lease.owner != NOBODY:
-            self._by_owner[lease.owner] = lease
-        if lease.instance != NOBODY:
-            self._by_instance[lease.instance] = lease
-
-    def _forget(self, lease: Lease) -> None:
-        for index, key in ((self._by_owner, lease.owner), (self._by_instance, lease.instance)):
-            if index.get(key) == lease:
-                del index[key]
 
     def _load(self) -> None:
         if self._read:
@@ -250,7 +235,7 @@ class Leases:
                 case [*owners, instance] if len(owners) < 2:
                     user = NOBODY if stat.S_IMODE(file.stat().st_mode) == RESTS else instance
                     owner = owners[0] if owners else NOBODY
-                    self._remember(Lease(file.name, owner, user, changed_at(file, self._clock())))
+                    self._by_address[file.name] = Lease(file.name, owner, user, changed_at(file, self._clock()))
                 case _:
                     file.unlink()  # its giver died before it was written
         self._read = True

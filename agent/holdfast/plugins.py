@@ -23,20 +23,10 @@ from typing import Any, Literal, TypeVar, cast
 import pluggy
 from pydantic import BaseModel
 
-from holdfast import hookspecs
+from holdfast import guard, hookspecs
 from holdfast.config import Config
 from holdfast.drivers import Host, VolumeWant
 from holdfast.errors import TryAgain, UnfitHost, WrongConfig, WrongState
-from holdfast.guard import (
-    OBSERVE_DEADLINE,
-    Guarded,
-    Observation,
-    described,
-    found_by,
-    guarded,
-    is_interrupt,
-    observe_all,
-)
 from holdfast.hookspecs import API_VERSION, OLDEST_API
 from holdfast.keys import Table
 from holdfast.kinds import FIREWALL, KINDS, POLICY, ROOTFS, VOLUME, DriverKind, offers
@@ -84,14 +74,14 @@ class _Plugin:
     state: PluginState
     settings: Any = None
     optional: bool = False
-    guards: list[Guarded] = field(default_factory=list)
+    guards: list[guard.Guarded] = field(default_factory=list)
     faults: dict[str, str] = field(default_factory=dict)
     teller: Teller | None = None
 
     def now(self) -> PluginState:
         """Its state with what is wrong at the moment."""
         faults = [f"{what}: {error}" for what, error in self.faults.items()]
-        slow = [line for guard in self.guards for line in guard.slow()]
+        slow = [line for driver in self.guards for line in driver.slow()]
         if not faults and not slow:
             return self.state
         error = "; ".join([*filter(None, [self.state.error]), *faults, *slow])
@@ -125,12 +115,15 @@ class Plugins:
     wrong: list[Fault] = field(default_factory=list)
     noticed: Callable[[str, str], None] = lambda plugin, error: None
     expected: Mapping[str, str] = field(default_factory=dict)
-    _drivers: dict[DriverKind[Any], dict[str, Guarded]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
+    _drivers: dict[DriverKind[Any], dict[str, guard.Guarded]] = field(default_factory=lambda: {k: {} for k in KINDS})
     _plugins: dict[str, _Plugin] = field(default_factory=dict)
-    _manager: pluggy.PluginManager = field(default_factory=lambda: _new_manager())
-    _observer: Worker = field(default_factory=lambda: Worker("observe", OBSERVE_DEADLINE))
-    _trials: Worker = field(default_factory=lambda: Worker(ADJUST, OBSERVE_DEADLINE))
+    _manager: pluggy.PluginManager = field(default_factory=lambda: pluggy.PluginManager("holdfast"))
+    _observer: Worker = field(default_factory=lambda: Worker("observe", guard.OBSERVE_DEADLINE))
+    _trials: Worker = field(default_factory=lambda: Worker(ADJUST, guard.OBSERVE_DEADLINE))
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._manager.add_hookspecs(hookspecs)
 
     # -- what there is --
 
@@ -203,7 +196,7 @@ class Plugins:
         """Let the driver check, after making sure that no other driver has made a volume of that name."""
         chosen = self.driver(VOLUME, driver)
         for name, other in self.of_kind(VOLUME).items():
-            if name != driver and any(receipt.id == want.id for receipt in found_by(other) or ()):
+            if name != driver and any(receipt.id == want.id for receipt in guard.found_by(other) or ()):
                 raise WrongState(
                     f"volume {want.id!r}: driver {name!r} made it, and now driver {driver!r} is asked for "
                     "(give the volume another name, or remove the old one)"
@@ -218,15 +211,15 @@ class Plugins:
                 ends.append(driver.watch(tell))
         return ends
 
-    def observe(self) -> Observation:
+    def observe(self) -> guard.Observation:
         """All that drivers observe and tell. That one can't say is recorded as its plugin's fault."""
-        return observe_all(self._observer, self._all())
+        return guard.observe_all(self._observer, self._all())
 
     def findings(self) -> tuple[Finding, ...]:
         """What the drivers have to tell of the host (`drivers.Telling`)."""
         return self.observe().findings
 
-    def _all(self) -> list[Guarded]:
+    def _all(self) -> list[guard.Guarded]:
         return [driver for named in self._drivers.values() for driver in named.values()]
 
     # -- telling hooks --
@@ -241,7 +234,10 @@ class Plugins:
         What one raises is recorded. A plugin that falls too far behind is told no more until it has caught up.
         """
         for name, implementation in self._implementations(hook):
-            heard = self._teller(name).tell(partial(self._tell, name, hook, implementation, arguments))
+            plugin = self._plugins[name]
+            with self._lock:
+                plugin.teller = plugin.teller or Teller(name)
+            heard = plugin.teller.tell(partial(self._tell, name, hook, implementation, arguments))
             self._record(name, "hooks", "" if heard else f"{BACKLOG} calls behind; what came after is not told")
 
     def wait_told(self, timeout: float) -> bool:
@@ -249,12 +245,6 @@ class Plugins:
         until = time.monotonic() + timeout
         tellers = [plugin.teller for plugin in self._plugins.values() if plugin.teller]
         return all(teller.wait(max(until - time.monotonic(), 0.0)) for teller in tellers)
-
-    def _teller(self, name: str) -> Teller:
-        plugin = self._plugins[name]
-        with self._lock:
-            plugin.teller = plugin.teller or Teller(name)
-            return plugin.teller
 
     def _tell(self, name: str, hook: str, implementation: pluggy.HookImpl, arguments: Mapping[str, Any]) -> None:
         with suppress(UnfitHost):  # it is recorded
@@ -283,7 +273,11 @@ class Plugins:
         """
         what = f"configure '{app}/{container}'"
         for name, origin in self.expected.items():
-            raise UnfitHost(f"{what}: plugin '{name}': {self._why_not(name) or _gone(name, origin)}")
+            known = self._plugins.get(name)
+            raise UnfitHost(
+                f"{what}: plugin '{name}': "
+                + (f"could not be loaded: {known.state.error}" if known else _gone(name, origin))
+            )
         made = Adjusted(dict(config))
         about = {"app": app, "container": container, "labels": dict(labels)}
         for name, implementation in self._implementations(ADJUST):
@@ -308,10 +302,6 @@ class Plugins:
             return False
         return True
 
-    def _why_not(self, name: str) -> str:
-        """Say why a plugin that is installed is not loaded, "" for one that is not installed."""
-        return f"could not be loaded: {self._plugins[name].state.error}" if name in self._plugins else ""
-
     # -- calling hooks --
 
     def _implementations(self, hook: str) -> Iterator[tuple[str, pluggy.HookImpl]]:
@@ -328,18 +318,17 @@ class Plugins:
         wrong: Callable[[Any], str] = lambda result: "",
     ) -> Any:
         """Call one implementation. Whatever it raises is recorded and becomes UnfitHost; so does a wrong result."""
+        result, cause = None, None
         try:
             result = self._result(name, implementation, arguments)
             found = wrong(result)
         except BaseException as error:
-            if is_interrupt(error):
+            if guard.is_interrupt(error):
                 raise
-            found = described(error)
-            self._record(name, hook, found)
-            raise UnfitHost(f"plugin '{name}': {hook}: {found}") from error
+            found, cause = guard.described(error), error
         self._record(name, hook, found)
         if found:
-            raise UnfitHost(f"plugin '{name}': {hook}: {found}")
+            raise UnfitHost(f"plugin '{name}': {hook}: {found}") from cause
         return result
 
     def _result(self, name: str, implementation: pluggy.HookImpl, arguments: Mapping[str, Any]) -> Any:
@@ -385,48 +374,46 @@ class Plugins:
             plugin.state = replace(plugin.state, hooks=self._hooks_of(name))
             plugin.guards = worker.call(partial(self._offers, name))
         except BaseException as error:  # the edge at which a plugin's exceptions end
-            if is_interrupt(error):
+            if guard.is_interrupt(error):
                 raise
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)
-            plugin.state = replace(plugin.state, state="failed", error=described(error))
+            plugin.state = replace(plugin.state, state="failed", error=guard.described(error))
             return
         plugin.state = self._accept(plugin)
 
     def _settings(self, name: str, plugin: Any) -> Any:
         """Read a plugin's table in agent.toml with its own model. Raises WrongState if that fails."""
         model, table = getattr(plugin, "Settings", None), self.tables.get(name)
-        if model is None and table is not None:
-            self.wrong.append(Fault(("plugins", name), f"plugin '{name}' takes no settings (leave the table out)"))
         if model is None:
+            if table is not None:
+                self.wrong.append(
+                    Fault(("plugins", name), f"plugin '{name}' takes no settings (leave the table out)")
+                )
             return None
         if not isinstance(model, type) or not issubclass(model, Table):
             raise WrongState(f"Settings is {model!r} (expected a class derived from holdfast.keys.Table)")
         settings, faults = read_table(model, table or {})
         self.wrong.extend(Fault(("plugins", name, *fault.path), fault.message) for fault in faults)
-        if faults:
-            first = faults[0]
+        for first in faults:
             raise WrongState(f"agent.toml: {dotted(('plugins', name, *first.path))}: {first.message}")
         return settings
 
     def _hooks_of(self, name: str) -> tuple[str, ...]:
         """The hooks that a plugin implements, in call order. Raises WrongState for what can't be called alone."""
-        found = []
-        for hook in HOOKS:
-            for plugin, implementation in self._implementations(hook):
-                if plugin == name:
-                    found.append(hook)
-                    _refuse_unusual(hook, implementation)
-        return tuple(found)
+        own = [(hook, each) for hook in HOOKS for plugin, each in self._implementations(hook) if plugin == name]
+        for hook, implementation in own:
+            _refuse_unusual(hook, implementation)
+        return tuple(hook for hook, _ in own)
 
-    def _offers(self, name: str) -> list[Guarded]:
+    def _offers(self, name: str) -> list[guard.Guarded]:
         """All that a plugin registers; nothing of it counts when one of its hooks raises."""
         found: list[tuple[DriverKind[Any], Any]] = []
         for hook, kinds in offers():
             for plugin, implementation in self._implementations(hook):
                 if plugin == name:
                     self._result(name, implementation, {"register": _collector(kinds, found)})
-        return [guarded(driver, kind, partial(self._record, name), self._observer) for kind, driver in found]
+        return [guard.guarded(driver, kind, partial(self._record, name), self._observer) for kind, driver in found]
 
     def _accept(self, plugin: _Plugin) -> PluginState:
         """Take up what a plugin offers, but for names that are taken."""
@@ -472,12 +459,6 @@ def chosen_drivers(config: Config) -> Iterator[tuple[DriverKind[Any], KeyPath, s
     yield FIREWALL, ("network", "firewall"), config.network.firewall
     for index, name in enumerate(config.cgroup.policy):
         yield POLICY, ("cgroup", "policy", index), name
-
-
-def _new_manager() -> pluggy.PluginManager:
-    manager = pluggy.PluginManager("holdfast")
-    manager.add_hookspecs(hookspecs)
-    return manager
 
 
 @cache
