@@ -96,12 +96,8 @@ class View:
                 del trail[max(1, len(trail) - 1) :]
                 continue
             found = self._step(trail[-1], name)
-            if (
-                found.kind == "file"
-                and found.entries
-                and found.entries[0].is_symlink()
-                and found.path not in self._mounts
-            ):
+            is_link = found.kind == "file" and found.entries and found.entries[0].is_symlink()
+            if is_link and found.path not in self._mounts:
                 links += 1
                 if links > MAX_LINKS:
                     return Found(found.path, "blocked", found.content)

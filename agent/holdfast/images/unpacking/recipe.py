@@ -122,9 +122,8 @@ def rebuild(folder: Path, recipe: Path, out: BinaryIO) -> None:
             tempfile.TemporaryFile(dir=recipe.parent) as scratch,
             _Opener(folder) as files,
         ):
-            kept = _Kept(scratch.fileno())
-            kept.collect(_Frames(file))
-            _write_archive(_Frames(file), files, kept, out)
+            kept = _collect(_Frames(file), scratch.fileno())
+            _write_archive(_Frames(file), files, kept, scratch.fileno(), out)
     except (_Broken, zlib.error) as error:
         raise WrongState(f"rebuild layer {recipe.stem!r}: {error} (the layer on disk is damaged)") from error
 
@@ -215,39 +214,28 @@ class _Frames:
             yield _piece.unpack(self.read(_piece.size))
 
 
-class _Kept:
-    """What replaced files held, in a scratch file, by path and by the number of F and S frames before it."""
-
-    def __init__(self, scratch: int) -> None:
-        self._scratch = scratch
-        self._replaced: dict[bytes, list[tuple[int, int]]] = {}
-
-    def collect(self, frames: _Frames) -> None:
-        bases: list[int] = []
-        content = end = 0
-        for kind, number, path in frames:
-            if kind == b"L":
-                frames.copy(number, _nothing)
-            elif kind == b"S":
-                frames.copy(number * _piece.size, _nothing)
-            elif kind == b"K":
-                bases.append(end)
-                for offset, size in frames.kept():
-                    _write(self._scratch, frames.read(size), end + offset)
-                self._replaced.setdefault(path, []).append((content, end))
-                end += number
-            elif kind == b"R":
-                if number >= len(bases):
-                    raise _Broken("the recipe is damaged")
-                self._replaced.setdefault(path, []).append((content, bases[number]))
-            content += kind in (b"F", b"S")
-
-    def find(self, path: bytes, content: int) -> tuple[int, int] | None:
-        """Find descriptor and offset of what the content-th F or S frame (from 0) means, if that was replaced."""
-        for before, base in self._replaced.get(path, ()):
-            if before > content:
-                return self._scratch, base
-        return None
+def _collect(frames: _Frames, scratch: int) -> dict[bytes, list[tuple[int, int]]]:
+    """Write what replaced files held into scratch: path → how many F and S frames came before, and where it lies."""
+    found: dict[bytes, list[tuple[int, int]]] = {}
+    bases: list[int] = []
+    content = end = 0
+    for kind, number, path in frames:
+        if kind == b"L":
+            frames.copy(number, _nothing)
+        elif kind == b"S":
+            frames.copy(number * _piece.size, _nothing)
+        elif kind == b"K":
+            bases.append(end)
+            for offset, size in frames.kept():
+                _write(scratch, frames.read(size), end + offset)
+            found.setdefault(path, []).append((content, end))
+            end += number
+        elif kind == b"R":
+            if number >= len(bases):
+                raise _Broken("the recipe is damaged")
+            found.setdefault(path, []).append((content, bases[number]))
+        content += kind in (b"F", b"S")
+    return found
 
 
 class _Opener:
@@ -287,7 +275,9 @@ class _Opener:
         self._parent = parent, folder
 
 
-def _write_archive(frames: _Frames, files: _Opener, kept: _Kept, out: BinaryIO) -> None:
+def _write_archive(
+    frames: _Frames, files: _Opener, kept: dict[bytes, list[tuple[int, int]]], scratch: int, out: BinaryIO
+) -> None:
     written = content = 0
     for kind, number, path in frames:
         if kind == b"L":
@@ -295,7 +285,8 @@ def _write_archive(frames: _Frames, files: _Opener, kept: _Kept, out: BinaryIO) 
             written += number
         elif kind in (b"F", b"S"):
             pieces = frames.pieces(number) if kind == b"S" else iter([(0, number)])
-            written += _write_file(path, pieces, kept.find(path, content), files, out)
+            bases = (base for before, base in kept.get(path, ()) if before > content)  # if it was replaced
+            written += _write_file(path, pieces, next(((scratch, base) for base in bases), None), files, out)
             content += 1
         elif kind == b"K":
             for _, size in frames.kept():
