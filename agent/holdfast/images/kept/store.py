@@ -34,16 +34,7 @@ from holdfast.images.disk import Locks, spread, write_whole
 from holdfast.images.formats.layout import digest_of, reading
 from holdfast.images.formats.manifests import architecture, read_diff_ids, read_manifest
 from holdfast.images.formats.references import parse, to_digest
-from holdfast.images.kept.image import (
-    Freed,
-    Image,
-    InUse,
-    Name,
-    Source,
-    listing,
-    moment,
-    read_name,
-)
+from holdfast.images.kept.image import Freed, Image, InUse, Name, Source, listing, moment, read_name
 from holdfast.images.kept.layers import HEX, LayerStore
 
 PATIENCE = 5.0  # seconds
