@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from holdfast.config import Config
-    from holdfast.source import Revision
     from holdfast.source.part import Part
     from holdfast.spec import NodeFacts
 
@@ -78,12 +77,13 @@ def snapshot(paths: tuple[Path, ...], facts: NodeFacts) -> tuple[Part, Path]:
     One directory is a revision of its own, vars.toml at its top included; several paths are read as one revision. Of
     what lies beside a single file, only what it names is read: the folder as a whole may be anything.
     """
+    from holdfast.source.directory import DirectorySource
     from holdfast.source.part import Part
 
     part, top = Part(), Path()
     for path in paths:
         if path.is_dir():
-            revision = folder(path)
+            revision = DirectorySource(path).current()
             top = path if len(paths) == 1 else top
             at = Path() if len(paths) == 1 else path
             part.files |= {str(at / name): content for name, content in revision.files.items()}
@@ -93,13 +93,6 @@ def snapshot(paths: tuple[Path, ...], facts: NodeFacts) -> tuple[Part, Path]:
         else:
             state_file(part, path, facts)
     return part, top
-
-
-def folder(path: Path) -> Revision:
-    """What a revision of this directory would hold."""
-    from holdfast.source.directory import DirectorySource
-
-    return DirectorySource(path).current()
 
 
 def state_file(part: Part, path: Path, facts: NodeFacts) -> None:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
 from holdfast.cli import render
 from holdfast.cli.since import DURATION
 from holdfast.cli.targets import complete_target
-
-F = TypeVar("F", bound=Callable[..., Any])
-Decorator = Callable[[F], F]
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 TIMEOUT = 300.0  # seconds

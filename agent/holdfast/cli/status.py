@@ -121,7 +121,7 @@ def container_rows(name: str, container: Json, at: float, *, above: str) -> Iter
     head = f"  {name}"
     for instance in older:
         cells = [head, render.state(instance["state"]), *instance_cells(instance, at), "", limits(instance), ""]
-        yield cells, list(dict.fromkeys(instance_notes(instance)))
+        yield cells, instance_notes(instance)
         head = ""
     cells = [
         *instance_cells(newest, at),
@@ -196,9 +196,8 @@ def container_notes(container: Json, at: float, above: str) -> Iterator[str]:
         yield f"newer image: {name} ({digest[7:19]})"
 
 
-def instance_notes(instance: Json) -> Iterator[str]:
-    yield from instance["faults"]
-    yield from (f"warning: {warning}" for warning in instance["warnings"])
+def instance_notes(instance: Json) -> list[str]:
+    return list(dict.fromkeys([*instance["faults"], *(f"warning: {warning}" for warning in instance["warnings"])]))
 
 
 def silent(status: Json) -> list[str]:

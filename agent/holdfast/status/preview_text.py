@@ -54,6 +54,7 @@ def plan_json(
     the state files, but may not be what was meant.
     """
     steps: dict[str, tuple[str, Step]] = {}
+    last = rounds[-1] if rounds else Plan()
     for number, action in _actions(rounds):
         _, earlier = steps.pop(action.subject, ("", None))
         steps[action.subject] = action.app, _extended(earlier, action, number)
@@ -64,7 +65,7 @@ def plan_json(
         "empty": not steps,
         "rounds": sum(not plan.empty for plan in rounds),
         "apps": apps,
-        "waiting": {subject: why for subject, why in _last(rounds).waiting.items() if subject not in steps},
+        "waiting": {subject: why for subject, why in last.waiting.items() if subject not in steps},
         "drift": dict(rounds[0].drift) if rounds else {},
         "problems": [str(problem) for problem in problems],
         "foreign": dict(foreign or {}),
@@ -72,10 +73,6 @@ def plan_json(
         "hints": list(hints),
         "images": {app: list(needs) for app, needs in (images or {}).items()},
     }
-
-
-def _last(rounds: Sequence[Plan]) -> Plan:
-    return rounds[-1] if rounds else Plan()
 
 
 def _actions(rounds: Sequence[Plan]) -> Iterator[tuple[int, Action]]:
