@@ -328,6 +328,25 @@ def test_one_user_may_open_so_many_connections_and_no_more(client: Client, agent
     wait_for(answered, "the agent has noticed that they are gone")
 
 
+def test_connections_that_no_thread_could_answer_are_closed_and_do_not_count(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = threading.Thread.start
+
+    def starts(thread: threading.Thread) -> None:
+        if thread.name == "answer":
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    monkeypatch.setattr("holdfast.api.server.REST", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", starts)
+        for _ in range(PER_USER + 1):
+            with pytest.raises((NoAgent, ConnectionResetError)):
+                client.status()
+    assert client.status()["converged"]
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 50_000, '{"command": ' + "[" * 200_000])
 def test_a_body_that_is_nested_too_deeply_is_a_wrong_call(client: Client, text: str) -> None:
     answer = answer_to(client.path, "POST", "/v1/sync", text.encode())

@@ -21,6 +21,7 @@ from holdfast.errors import Conflict, TryAgain, UnfitHost, WrongConfig
 from holdfast.questions import Questions
 
 PER_USER = 128  # connections that one user may have open
+REST = 0.1  # seconds until the next try to accept a connection, after one that failed
 LAST_WORDS = 1.0  # seconds that answers have when the agent ends
 
 log = structlog.get_logger("holdfast")
@@ -62,11 +63,16 @@ class Server:
                     refuse(connection, count)
                     continue
                 self._open[connection] = uid
-                threading.Thread(target=self._serve, args=(connection,), name="answer", daemon=True).start()
-            except (OSError, RuntimeError) as error:  # no descriptor or no thread is left, say
+                try:
+                    threading.Thread(target=self._serve, args=(connection,), name="answer", daemon=True).start()
+                except RuntimeError:  # no thread is left
+                    del self._open[connection]
+                    connection.close()
+                    raise
+            except (OSError, RuntimeError) as error:  # no descriptor is left, say
                 if not self._over.is_set():
                     log.warning("connection not accepted", error=str(error))
-                    time.sleep(0.1)
+                    time.sleep(REST)
 
     def _serve(self, connection: socket.socket) -> None:
         try:
