@@ -46,11 +46,17 @@ def why_not_live() -> str | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest, so that no worker is left with it, and keep what waits for one lock together.
+    """Begin with what takes longest, so that no worker is left with it: first all that waits for one lock, which one
+    worker does, then the longest files.
 
     Give a test more time where everything takes longer.
     """
-    items.sort(key=lambda item: (item.path.name not in LONGEST, item.get_closest_marker("live") is None))
+
+    def late(item: pytest.Item) -> tuple[bool, bool, bool]:
+        alone = "mounts_alone" in getattr(item, "fixturenames", ())
+        return not alone, item.path.name not in LONGEST, item.get_closest_marker("live") is None
+
+    items.sort(key=late)
     for item in items:
         if "mounts_alone" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("mounts"))

@@ -232,3 +232,10 @@ def push(
     repository, _, name = rest.partition(":")
     layout = Layout(path)
     return Remote(host, ca=ca, login=login).put(layout, repository, name or "latest", layout.find(tag))
+
+
+def files_below(folder: Path) -> list[str]:
+    """Every file below a folder that is not there to be locked."""
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"
+    )

@@ -18,12 +18,15 @@ from hypothesis import settings
 from holdfast.cli import main
 from holdfast.drivers import Host
 from holdfast.hookspecs import hookimpl
+from holdfast.images.kept.store import ImageStore
 from holdfast.plugins import Plugins, load_plugins
 from holdfast.source.git import GitSource
 from holdfast.testing import temporary_host
+from layouts import Layout
 from paper import PaperAgent, Run, served
 from paper_plugins import Loose, Register, offering
 from repositories import Repository
+from tars import ROOTFS
 
 settings.register_profile("same", derandomize=True, database=None, deadline=None)
 if not os.environ.get("HOLDFAST_TEST_FUZZ"):
@@ -116,3 +119,23 @@ def git_source(repository: Repository, tmp_path: Path) -> Callable[..., GitSourc
         return GitSource(url, tmp_path / "root", **settings)  # type: ignore[arg-type]
 
     return git_source
+
+
+# -- images -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ImageStore:
+    return ImageStore(tmp_path / "images")
+
+
+@pytest.fixture
+def rootfs(tmp_path: Path) -> Path:
+    path = tmp_path / "rootfs.tar"
+    path.write_bytes(ROOTFS)
+    return path
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout(tmp_path / "shop")

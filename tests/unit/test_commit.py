@@ -22,11 +22,6 @@ NOTE = Note("holdfast commit shop/web", "why", "me", 1_000_000_000.5)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> ImageStore:
-    return ImageStore(tmp_path / "images")
-
-
-@pytest.fixture
 def base(store: ImageStore, tmp_path: Path) -> Image:
     make_layout(
         tmp_path / "base", [{"a": b"1"}, {"b": b"2"}], config={"Cmd": ["/a"], "Env": ["A=1", "B=2"]}, docker=True

@@ -17,36 +17,10 @@ from holdfast.errors import NotFound, WrongCall, WrongState
 from holdfast.images.formats.manifests import architecture
 from holdfast.images.incoming.load import import_rootfs, load_archive
 from holdfast.images.kept.store import ImageStore
-from layouts import Layout, digest_of
-from tars import entry, tar_of
+from layouts import Layout, digest_of, files_below
+from tars import ROOTFS, entry, tar_of
 
-ROOTFS = tar_of(
-    entry("bin/sh", b"shell", mode=0o755), entry("bin/ash", kind="link", linkname="sh"), entry("etc/passwd", b"root")
-)
 CHANGES = ['CMD ["/bin/sh", "-l"]', "ENV A=1", "USER nobody"]
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> ImageStore:
-    return ImageStore(tmp_path / "images")
-
-
-@pytest.fixture
-def rootfs(tmp_path: Path) -> Path:
-    path = tmp_path / "rootfs.tar"
-    path.write_bytes(ROOTFS)
-    return path
-
-
-@pytest.fixture
-def layout(tmp_path: Path) -> Layout:
-    return Layout(tmp_path / "shop")
-
-
-def files_below(folder: Path) -> list[str]:
-    return sorted(
-        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"
-    )
 
 
 def docker_archive(path: Path, *, tags: list[str] | None = None) -> Path:

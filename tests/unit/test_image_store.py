@@ -19,35 +19,8 @@ from holdfast.images.incoming.load import import_rootfs, load_archive
 from holdfast.images.kept.image import Freed, Image, Source
 from holdfast.images.kept.store import ImageStore
 from holdfast.images.unpacking.unpack import Expected
-from layouts import Layout, digest_of
-from tars import entry, tar_of
-
-ROOTFS = tar_of(
-    entry("bin/sh", b"shell", mode=0o755), entry("bin/ash", kind="link", linkname="sh"), entry("etc/passwd", b"root")
-)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> ImageStore:
-    return ImageStore(tmp_path / "images")
-
-
-@pytest.fixture
-def rootfs(tmp_path: Path) -> Path:
-    path = tmp_path / "rootfs.tar"
-    path.write_bytes(ROOTFS)
-    return path
-
-
-@pytest.fixture
-def layout(tmp_path: Path) -> Layout:
-    return Layout(tmp_path / "shop")
-
-
-def files_below(folder: Path) -> list[str]:
-    return sorted(
-        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"
-    )
+from layouts import Layout, digest_of, files_below
+from tars import ROOTFS, entry, tar_of
 
 
 def test_files_are_looked_up_without_mounting(store: ImageStore, rootfs: Path) -> None:
