@@ -282,14 +282,10 @@ def _linux(request: OciRequest) -> dict[str, Any]:
 
 
 def _namespaces(request: OciRequest) -> list[dict[str, str]]:
-    namespaces = [{"type": "mount"}, {"type": "uts"}, {"type": "cgroup"}]
-    if request.want.pid is None:
-        namespaces.append({"type": "pid"})
-    if request.want.ipc is None:
-        namespaces.append({"type": "ipc"})
-    if request.netns is not None:
-        namespaces.append({"type": "network", "path": str(request.netns)})
-    return namespaces
+    shared = {"pid": request.want.pid, "ipc": request.want.ipc}
+    own = ["mount", "uts", "cgroup", *(kind for kind, with_whom in shared.items() if with_whom is None)]
+    network = [] if request.netns is None else [{"type": "network", "path": str(request.netns)}]
+    return [*({"type": kind} for kind in own), *network]
 
 
 def _sysctls(request: OciRequest) -> dict[str, str]:

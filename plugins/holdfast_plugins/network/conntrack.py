@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from holdfast.errors import NotPermitted, UnfitHost
 from holdfast.observed import Finding
@@ -72,7 +73,6 @@ class Conntrack:
         self._able: bool | None = None
         self._asked_at = 0.0
         self._lock = threading.Lock()
-        self._socket: Socket | None = None
 
     def findings(self) -> list[Finding]:
         """Report what this kernel lacks. It is asked once, and again now and then if it lacks something."""
@@ -127,7 +127,7 @@ class Conntrack:
             if not self._can():
                 return []
             try:
-                answers = list(self._open().ask(self._subsystem << 8 | IPCTNL_MSG_CT_GET, FAMILY + body))
+                answers = list(self._socket.ask(self._subsystem << 8 | IPCTNL_MSG_CT_GET, FAMILY + body))
             except OSError as error:
                 raise _unfit("list flows", error.errno or 0) from error
             return [flow for answer in answers if (flow := _flow(answer[4:])) is not None]
@@ -135,13 +135,13 @@ class Conntrack:
     def _do(self, kind: int, bodies: Iterable[bytes]) -> set[int]:
         """Send requests; return the numbers of the errors that they met, and 0 for those that were done."""
         try:
-            return set(self._open().do(*(message(self._subsystem << 8 | kind, FAMILY + body) for body in bodies)))
+            return set(self._socket.do(*(message(self._subsystem << 8 | kind, FAMILY + body) for body in bodies)))
         except OSError as error:
             raise _unfit("ask for flows", error.errno or 0) from error
 
-    def _open(self) -> Socket:
-        self._socket = self._socket or Socket(NETLINK_NETFILTER)
-        return self._socket
+    @cached_property
+    def _socket(self) -> Socket:
+        return Socket(NETLINK_NETFILTER)
 
 
 def _unfit(what: str, code: int) -> UnfitHost:

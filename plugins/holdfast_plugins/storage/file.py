@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -20,18 +20,11 @@ from holdfast.errors import WrongCall, WrongState
 from holdfast.files import clear, held, mode_of, remove_tree, write_over
 from holdfast_plugins.storage.bind import bind_receipt
 
+#: The mode and owner of a mount's files (mode, uid, gid); where None, they are root's and readable by all.
+Look = Mapping[str, int | None]
 LONGEST_NAME = 255  # NAME_MAX
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """The mode and owner of a mount's files; by default they are root's and readable by all."""
-
-    mode: int | None
-    uid: int | None
-    gid: int | None
 
 
 class FileMount:
@@ -58,17 +51,17 @@ class FileMount:
             return bind_receipt(self.name, want, want.content, read_only=True)
         copy = self._copy(want.instance, mount.target)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        look = Look(mount.mode, mount.uid, mount.gid)
+        look = {"mode": mount.mode, "uid": mount.uid, "gid": mount.gid}
         _bring(copy, want.content, look)
         receipt = bind_receipt(self.name, want, copy, read_only=mount.read_only)
-        return replace(receipt, data={**receipt.data, "look": asdict(look)})
+        return replace(receipt, data={**receipt.data, "look": look})
 
     def refresh(self, receipt: Receipt, content: Path) -> None:
         """Rewrite the copy of a running instance in place: inodes stay, so the container sees it at once."""
         copy = Path(str(receipt.data["source"]))
         if not copy.is_relative_to(self.host.run_root):
             raise WrongCall(f"refresh {receipt.id!r}: it is mounted from the content store (on_change = 'restart')")
-        _bring(copy, content, Look(**receipt.data["look"]))
+        _bring(copy, content, receipt.data["look"])
 
     def observe(self) -> Iterable[Receipt]:
         """List the copies; how they are mounted can't be read back."""
@@ -128,11 +121,11 @@ def _bring_entries(folder: int, content: Path, look: Look) -> None:
 def _dress(descriptor: int, content: Path, look: Look) -> None:
     """Set owner and mode only where they differ, so that the time of change stays otherwise."""
     found, stored = os.fstat(descriptor), stat.S_IMODE(content.stat().st_mode) | stat.S_IWUSR
-    owner = (look.uid or 0, look.gid or 0)
+    owner = (look["uid"] or 0, look["gid"] or 0)
     if owner != (found.st_uid, found.st_gid):
         os.fchown(descriptor, *owner)
-    mode = stored if look.mode is None else look.mode
-    if look.mode is not None and stat.S_ISDIR(found.st_mode):  # whoever may read a directory may search it
+    mode = stored if look["mode"] is None else look["mode"]
+    if look["mode"] is not None and stat.S_ISDIR(found.st_mode):  # whoever may read a directory may search it
         mode |= (mode & 0o444) >> 2
     if mode != stat.S_IMODE(found.st_mode):
         os.fchmod(descriptor, mode)
