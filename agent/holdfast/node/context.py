@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,6 +19,7 @@ from holdfast.images.builds.build import Builder
 from holdfast.images.incoming.pull import Puller
 from holdfast.images.incoming.transfers import Transfers
 from holdfast.images.kept.store import ImageStore
+from holdfast.mounts import MountPoint
 from holdfast.observed import Instance, InstanceId, Json, Limits, Receipt
 from holdfast.plan.diff import folder_files
 from holdfast.plugins import Plugins
@@ -26,11 +27,11 @@ from holdfast.runtime.binaries import find_init, host_limits
 from holdfast.runtime.conmon import Run, Runtime, boot_id
 from holdfast.runtime.content import ContentStore
 from holdfast.runtime.limits_watch import LimitsWatch
-from holdfast.runtime.mountpoints import Mounted
 from holdfast.runtime.seccomp import Filters
 from holdfast.spec.model import App, Container, Network, Volume
 from holdfast.store import Store
 
+Judged = tuple[Sequence[MountPoint], int | None, tuple[str, ...]]  # all mounts, the pid, what is outdated
 ROOTFS = "rootfs:"  # how an image digest starts that is a directory of the host
 BARE = frozenset({"none", "host"})  # networks that are not made: loopback alone, and the host's own
 limits, init_program = cache(host_limits), cache(find_init)  # of this host, asked once
@@ -85,7 +86,9 @@ class Context:
     limits: dict[InstanceId, Limits] = field(default_factory=dict)
     limits_watch: LimitsWatch = field(default_factory=LimitsWatch)
     stale: dict[InstanceId, tuple[str, ...]] = field(default_factory=dict)  # see node.stale
-    stale_judged: dict[InstanceId, tuple[Mounted, int | None, tuple[str, ...]]] = field(default_factory=dict)
+    stale_judged: dict[InstanceId, tuple[Sequence[MountPoint], int | None, tuple[str, ...]]] = field(
+        default_factory=dict
+    )
     runs: dict[str, tuple[Receipt, Run]] = field(default_factory=dict)  # see run_of
     resolved: dict[str, tuple[str, str]] = field(default_factory=dict)
     policy_digests: dict[InstanceId, tuple[tuple[Container, tuple[str, ...]], str]] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from holdfast.node.context import Context
@@ -36,7 +36,7 @@ class Lookout:
         self._instances: dict[InstanceId, Instance] = {}  # those that are as recorded
         self._networks: dict[str, tuple[Receipt, NetworkState]] = {}
         self._volumes: list[Receipt] = []
-        self._wanted: dict[int, Container] = {}  # of the last full look, by identity
+        self._wanted: dict[int, Container] = {}  # those whose binds lack nothing, by identity
         self._firewall: tuple[Json | None, FirewallWant | None] = (None, None)
         self.skipped = False
 
@@ -50,10 +50,11 @@ class Lookout:
         if not self.skipped:
             return self._full(busy, deep=deep, wanted=wanted)
         self._full_by = min(self._full_by, time.monotonic() + LONGEST)
-        new = [
-            want for want in wanted if id(want) not in self._wanted
-        ]  # of the others, the full look has seen the binds
-        return self._from_records(busy, new)
+        new = {id(want): want for want in wanted if id(want) not in self._wanted}
+        lacking = lacking_binds(new.values())
+        if not lacking:
+            self._wanted |= new
+        return self._from_records(busy, lacking)
 
     def _may_skip(self) -> bool:
         due = time.monotonic() >= self._full_by
@@ -104,7 +105,7 @@ class Lookout:
         self._networks[receipt.id] = receipt, state
         return state
 
-    def _from_records(self, busy: frozenset[Subject], new: Sequence[Container]) -> Observed:
+    def _from_records(self, busy: frozenset[Subject], lacking: Mapping[str, str]) -> Observed:
         store, known, watching = self._context.store, self._instances, self._exits.watching
         instances = []
         for id, instance in list(store.instances.items()):
@@ -123,7 +124,7 @@ class Lookout:
             firewall=firewall,
             published=firewall.ports if firewall else (),
             limits=dict(self._context.limits),
-            lacking=lacking_binds(new),
+            lacking=lacking,
             busy=busy,
         )
         return self._last

@@ -35,8 +35,10 @@ def look(context: Context, instances: Iterable[Instance]) -> None:
     found = {}
     for each in (each for each in instances if each.phase == "running"):
         judged = known.get(each.id)
-        if judged is None or judged[:2] != (mounted, each.pid):  # else nothing was mounted since
-            judged = mounted, each.pid, tuple(_outdated(context, each, mounted))
+        if (
+            judged is None or judged[0] is not mounted.points or judged[1] != each.pid
+        ):  # else nothing was mounted since
+            judged = mounted.points, each.pid, tuple(_outdated(context, each, mounted))
         context.stale_judged[each.id] = judged
         found[each.id] = judged[2]
     before, context.stale = context.stale, {id: words for id, words in found.items() if words}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,21 +32,36 @@ _cache: tuple[tuple[int, int, int], tuple[str, ...]] = ((0, 0, 0), ())
 
 
 class Mounted:
-    """What this host has mounted."""
+    """What this host has mounted, read when it is first needed: most binds need no look at it."""
 
-    _newest: ClassVar[tuple[Sequence[MountPoint], Mounted] | None] = None
-
-    def __init__(self, points: Sequence[MountPoint]) -> None:
-        self.by_id = {each.id: each for each in points}
-        self.at = {each.point: each for each in points}  # the topmost at each point
+    _newest: ClassVar[tuple[Sequence[MountPoint], dict[int, MountPoint], dict[str, MountPoint]]] = (), {}, {}
 
     @classmethod
     def now(cls) -> Mounted:
-        """What is mounted now: the same object until that changes."""
-        points, newest = mount_points(), cls._newest
-        if newest is None or newest[0] is not points:
-            newest = cls._newest = points, cls(points)
-        return newest[1]
+        """What is mounted now."""
+        return cls()
+
+    @cached_property
+    def points(self) -> Sequence[MountPoint]:
+        """Every mount: the same object until that changes."""
+        return mount_points()
+
+    @property
+    def by_id(self) -> dict[int, MountPoint]:
+        """Every mount, by its id."""
+        return self._indexed()[1]
+
+    @property
+    def at(self) -> dict[str, MountPoint]:
+        """The topmost mount at each point."""
+        return self._indexed()[2]
+
+    def _indexed(self) -> tuple[Sequence[MountPoint], dict[int, MountPoint], dict[str, MountPoint]]:
+        newest = Mounted._newest
+        if newest[0] is not self.points:
+            newest = self.points, {each.id: each for each in self.points}, {each.point: each for each in self.points}
+            Mounted._newest = newest
+        return newest
 
     def covering(self, path: str) -> MountPoint | None:
         """The mount that a path without links is on, judged by mount points."""
