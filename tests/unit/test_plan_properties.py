@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from random import Random
 from typing import Any
 
@@ -337,6 +338,7 @@ def drawn(request: pytest.FixtureRequest) -> Drawn:
     return world(request.param)
 
 
+@cache
 def world(number: int) -> Drawn:
     return draw_world(Random(number).choice)
 
