@@ -1,8 +1,9 @@
 """inotify events of a directory → wakes: at once for a file renamed into place, after a short quiet for plain writes.
 
-Watched are the folders of the tree, every folder on the way to it (a link there may flip, the directory may be
-replaced), and what links in both lead through. Events only cost or save time: a pass that follows from one looks at
-the files that were named, and the passes that follow from nothing look at the whole tree.
+Built on watchdog's inotify descriptor and not on its observer: the observer pairs renames through a queue and two
+more threads, and is deaf to what happens on the way to its root (a flipped link, a directory replaced).
+Events only cost or save time: a pass that follows from one looks at the files that were named, and the passes that
+follow from nothing look at the whole tree.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import NamedTuple
 
-from holdfast.runtime import inotify as on
-from holdfast.runtime.inotify import Event, Inotify
+from watchdog.observers.inotify_c import CallbackId, InotifyConstants, InotifyEvent, InotifyFD, Mask, WatchDescriptor
+
 from holdfast.source.revision import is_noise
 
-GONE = on.DELETE_SELF | on.MOVE_SELF
-NAMES = GONE | on.CREATE | on.MOVED_TO | on.MOVED_FROM | on.DELETE
-CONTENT = NAMES | on.CLOSE_WRITE | on.MODIFY | on.ATTRIB
+ON = InotifyConstants
+GONE = ON.IN_DELETE_SELF | ON.IN_MOVE_SELF
+NAMES = GONE | ON.IN_CREATE | ON.IN_MOVED_TO | ON.IN_MOVED_FROM | ON.IN_DELETE
+CONTENT = NAMES | ON.IN_CLOSE_WRITE | ON.IN_MODIFY | ON.IN_ATTRIB
 
 LONGEST_QUIET = 25  # times the debounce: a file that is written all the time must not put the wake off for ever
 MOST_LINKS = 40  # as path_resolution(7) allows
@@ -36,7 +37,7 @@ class Step(NamedTuple):
 
 
 class DirectoryWatch:
-    """Watches a tree in a thread of its own.
+    """Watches a tree, every folder on the way to it, and what links in both lead through.
 
     Raises OSError when inotify has no instance or watch left (fs.inotify in sysctl(8)).
     """
@@ -45,108 +46,124 @@ class DirectoryWatch:
         self._path = path
         self._wake = wake
         self._debounce = debounce
-        self._lock = threading.Lock()
-        self._due: tuple[float, str] | None = None  # when the pending wake is due (monotonic), and why
+        self._changed = threading.Condition()
+        self._quiet_at: float | None = None  # when the pending wake is due, monotonic
         self._latest_at = 0.0
         self._woken_at = 0.0
+        self._reason = ""
         self._touched: set[str] | None = None  # files since somebody asked; None: it may be anything
         self._covered = False
         self._closed = False
-        self._content: frozenset[int] = frozenset()  # watches of the folders of the tree
-        self._steps: frozenset[tuple[int, str]] = frozenset()
-        self._watched: dict[int, str] = {}
-        self._inotify = Inotify()
+        self._covering = threading.Lock()
+        self._content: frozenset[WatchDescriptor] = frozenset()
+        self._steps: frozenset[tuple[WatchDescriptor, bytes]] = frozenset()
+        self._watched: dict[WatchDescriptor, str] = {}
+        self._round = 0
+        self._inotify = InotifyFD()
+        self._inotify.start()
         try:
             self._cover()
         except OSError:
-            self._inotify.close()
+            self._inotify.stop()
             raise
-        self._thread = threading.Thread(target=self._run, name="holdfast-watch", daemon=True)
-        self._thread.start()
+        self._quiet = threading.Thread(target=self._wait_quiet, name="holdfast-watch", daemon=True)
+        self._quiet.start()
 
     def poke(self) -> None:
-        self._look_again("asked to look", 0.0)
+        self._covered = False
+        self._note(None)
+        self._fire("asked to look")
 
     def look_again(self) -> None:
-        """Find anew what there is to watch, soon, and wake then."""
-        self._look_again("it is another directory", self._debounce)
-
-    def _look_again(self, reason: str, seconds: float) -> None:
-        self._lose_track()
-        with self._lock:
-            self._due = time.monotonic() + seconds, reason
-            if not self._closed:
-                self._inotify.interrupt()
+        """Find anew what there is to watch, soon and in a thread of the watch, and wake then."""
+        self._covered = False
+        self._note(None)
+        self._settle("it is another directory")
 
     def touched(self) -> set[str] | None:
         """The files of the tree that something has happened to since the last call; None when it may be more."""
-        with self._lock:
+        with self._changed:
             found, self._touched = self._touched, set()
             return found if self._covered and not self._closed else None
 
     def close(self) -> None:
-        with self._lock:
+        with self._changed:
             if self._closed:
                 return
             self._closed = True
-            self._inotify.interrupt()
-        self._thread.join()
-        self._inotify.close()
+            self._changed.notify()
+        self._inotify.stop()
+        self._inotify.join()
+        self._quiet.join()
 
-    def _run(self) -> None:
-        while not self._closed:
-            due = self._due
-            for event in self._inotify.events(None if due is None else max(due[0] - time.monotonic(), 0.0)):
-                self._hear(event)
-            if (due := self._due) is not None and due[0] <= time.monotonic():
-                self._fire(due[1])
+    # Called by InotifyFD, on its thread.
 
-    def _hear(self, event: Event) -> None:
-        watch, mask, name = event
-        if mask & on.OVERFLOW:
-            self._lose_track()
-            self._settle("too many changes to count")
-        if (folder := self._watched.get(watch)) is None:
+    def on_event(self, event: InotifyEvent) -> None:
+        decides = bool(event.mask & GONE) or (event.wd, event.name) in self._steps
+        name = os.fsdecode(event.name)
+        if not decides and (event.wd not in self._content or is_noise(name)):
             return
-        if mask & on.IGNORED:  # the folder is gone, or what was mounted there
-            self._lose_track()
-            return
-        decides = bool(mask & GONE) or (watch, name) in self._steps
-        if not decides and (watch not in self._content or is_noise(name)):
-            return
-        if decides or mask & on.ISDIR or (mask & (on.CREATE | on.MOVED_TO) and os.path.islink(f"{folder}/{name}")):
+        folder = self._watched.get(event.wd)
+        if decides or event.is_directory or self._is_new_link(event):
             self._covered = False
-        self._note(f"{folder}/{name}" if name and self._covered else None)
+        self._note(f"{folder}/{name}" if folder and name and self._covered else None)
         reason = f"{name or self._path} changed"
-        if mask & on.MOVED_TO and time.monotonic() - self._woken_at > self._debounce:
+        if event.is_moved_to and time.monotonic() - self._woken_at > self._debounce:
             self._fire(reason)
         else:
             self._settle(reason)
 
-    def _lose_track(self) -> None:
+    def on_watch_deleted(self, wd: WatchDescriptor) -> None:
         self._covered = False
         self._note(None)
 
+    def on_queue_overflow(self) -> None:
+        self._covered = False
+        self._note(None)
+        self._settle("too many changes to count")
+
     def _note(self, file: str | None) -> None:
-        with self._lock:
+        with self._changed:
             if file is None or self._touched is None:
                 self._touched = None
             else:
                 self._touched.add(file)
 
+    def _is_new_link(self, event: InotifyEvent) -> bool:
+        folder = self._watched.get(event.wd)
+        new = folder is not None and bool(event.mask & (ON.IN_CREATE | ON.IN_MOVED_TO))
+        return new and os.path.islink(os.path.join(folder or "", os.fsdecode(event.name)))
+
+    # Waking.
+
     def _settle(self, reason: str) -> None:
         """Wake when nothing more happens for the debounce time."""
         now = time.monotonic()
-        with self._lock:
-            if self._due is None:
+        with self._changed:
+            if self._quiet_at is None:
                 self._latest_at = now + LONGEST_QUIET * self._debounce
-            self._due = min(now + self._debounce, self._latest_at), reason
+                self._changed.notify()
+            self._quiet_at = min(now + self._debounce, self._latest_at)
+            self._reason = reason
+
+    def _wait_quiet(self) -> None:
+        while True:
+            with self._changed:
+                if self._closed:
+                    return
+                now = time.monotonic()
+                if self._quiet_at is None or self._quiet_at > now:
+                    self._changed.wait(None if self._quiet_at is None else self._quiet_at - now)
+                    continue
+                reason = self._reason
+            self._fire(reason)
 
     def _fire(self, reason: str) -> None:
-        with self._lock:
+        with self._changed:
             if self._closed:
                 return
-            self._due, self._woken_at = None, time.monotonic()
+            self._quiet_at = None
+            self._woken_at = time.monotonic()
         if not self._covered:
             try:
                 self._cover()
@@ -158,11 +175,12 @@ class DirectoryWatch:
 
     def _cover(self) -> None:
         """Watch what there is to watch by now, until looking again finds nothing new."""
-        before: object = None
-        while before != (found := self._survey()):
-            before = found
-            self._covered = True  # before adding: what others see meanwhile takes it back
-            self._apply(*found)
+        with self._covering:
+            before: object = None
+            while before != (found := self._survey()):
+                before = found
+                self._covered = True  # before adding: an event that comes meanwhile takes it back
+                self._apply(*found)
 
     def _survey(self) -> tuple[dict[str, int], frozenset[tuple[str, str]], frozenset[str]]:
         """What to watch (folder → mask), the lookups that decide where links lead, and the folders of the tree."""
@@ -181,15 +199,21 @@ class DirectoryWatch:
         return masks, frozenset(steps), frozenset(inner)
 
     def _apply(self, masks: dict[str, int], steps: frozenset[tuple[str, str]], inner: frozenset[str]) -> None:
-        watches: dict[str, int] = {}
-        for folder, mask in masks.items():
-            with suppress(FileNotFoundError, NotADirectoryError):  # gone again: the next survey differs
-                watches[folder] = self._inotify.watch(folder, mask | on.ONLYDIR | on.MASK_ADD)
-        stale, self._watched = self._watched, {watch: folder for folder, watch in watches.items()}
-        self._steps = frozenset((watches[folder], name) for folder, name in steps if folder in watches)
-        self._content = frozenset(watches[folder] for folder in inner if folder in watches)
-        for watch in stale.keys() - self._watched.keys():
-            self._inotify.remove(watch)
+        stale = [(wd, CallbackId(self._round)) for wd in self._watched]
+        self._round += 1  # the new callbacks stand beside the old ones until all are there: no event falls between
+        wds = {folder: wd for folder, mask in masks.items() if (wd := self._add(folder, mask)) is not None}
+        self._watched = {wd: folder for folder, wd in wds.items()}
+        self._steps = frozenset((wds[folder], os.fsencode(name)) for folder, name in steps if folder in wds)
+        self._content = frozenset(wds[folder] for folder in inner if folder in wds)
+        self._inotify.remove_callbacks(stale)
+
+    def _add(self, folder: str, mask: int) -> WatchDescriptor | None:
+        try:
+            return self._inotify.add_callback(
+                os.fsencode(folder), Mask(mask | ON.IN_ONLYDIR), self, CallbackId(self._round)
+            )
+        except (FileNotFoundError, NotADirectoryError):
+            return None  # gone again: the next survey differs
 
 
 def collect(root: str, folder: str, inner: set[str], ways: list[str]) -> None:
