@@ -236,6 +236,7 @@ def kill_container(stage: Stage) -> None:
     say(f"$ kill -9 {pid}")
     begun = time.monotonic()
     os.kill(pid, signal.SIGKILL)
+    stage.wait(lambda: stage.pids().get("site/server", pid) != pid, "the server runs again")
     stage.wait(lambda: "held faster" in page_or_nothing(stage), "the server answers again")
     took = time.monotonic() - begun
     now = stage.pids()

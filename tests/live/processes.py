@@ -63,3 +63,12 @@ def command_lines() -> Iterator[bytes]:
     """The command line of every process of this host."""
     for place in Path("/proc").glob("[0-9]*"):
         yield command_line(int(place.name))
+
+
+def open_files(pid: int) -> set[str]:
+    """What the descriptors of a process lead to, as proc(5) names it."""
+    found = set[str]()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # it is closed by now
+            found.add(str(link.readlink()))
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import pytest
 from ground import patient, wait_for
 from holdfast.drivers import Host
 from live.agent import HOLDFAST, LiveAgent
-from live.processes import has_ended
+from live.processes import has_ended, open_files
 
 pytestmark = pytest.mark.live
 
@@ -163,8 +162,8 @@ def test_a_shutdown_begins_as_soon_as_the_agent_has_ended(agent: LiveAgent) -> N
     back = agent.pid("shop/back")
     with subprocess.Popen([HOLDFAST, "--config", str(agent.config), "shutdown", "--now"]) as command:
         try:
-            waiting = re.compile(rf"-> FLOCK .* {command.pid} ")
-            agent.wait(lambda: bool(waiting.search(Path("/proc/locks").read_text())), "it waits for the agent's lock")
+            lock = str(agent.host.root / "agent.lock")
+            agent.wait(lambda: lock in open_files(command.pid), "it tries for the agent's lock")
             agent.stop()
             assert command.wait(patient(60)) == 0
         finally:
