@@ -17,6 +17,7 @@ import pytest
 from holdfast.drivers import Host
 from holdfast.mounts import MountTable
 from holdfast.runtime import cgroup
+from holdfast.runtime.inotify import MODIFY, Inotify
 from holdfast.runtime.limits_watch import LimitsWatch
 from holdfast.syscalls import CLONE_NEWNET, call
 from holdfast_plugins.network.links import LinkTable
@@ -165,6 +166,17 @@ def test_a_cgroup_that_was_made_anew_is_another(place: str) -> None:
     written(place).write_text("79")
     watch.hear([place])
     assert watch.read(place, 2)[0]["pids.max"] == "79"
+
+
+def test_a_watch_that_the_kernel_has_ended_can_be_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    inotify = Inotify(MODIFY)
+    watch = inotify.add(folder)
+    folder.rmdir()
+    assert list(inotify.wait(0)) == [(folder, "")]
+    assert inotify.remove(watch) is None
+    inotify.close()
 
 
 def test_limits_are_read_each_time_where_there_are_no_watches_left(place: str, tmp_path: Path) -> None:

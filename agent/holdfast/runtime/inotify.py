@@ -34,11 +34,11 @@ class Inotify:
         self._folders[watch] = folder
         return watch
 
-    def remove(self, watch: int) -> Path:
-        """End a watch; return its folder. Events that have come already are dropped."""
-        folder = self._folders.pop(watch)
+    def remove(self, watch: int) -> Path | None:
+        """End a watch; return its folder, None if the kernel has ended it. Events that have come are dropped."""
+        folder = self._folders.pop(watch, None)
         with suppress(OSError):  # the kernel has ended it
-            call("inotify_rm_watch", self._fd, watch, about=folder)
+            call("inotify_rm_watch", self._fd, watch)
         return folder
 
     def wait(self, timeout: float | None) -> Iterator[tuple[Path, str]]:

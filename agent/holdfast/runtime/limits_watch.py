@@ -65,7 +65,7 @@ class LimitsWatch:
             return
         while heard := list(self._inotify.wait(0)):
             for folder, _ in heard:
-                self._forget(self._paths.get(folder, ""))
+                self._forget(self._paths.pop(folder, ""))
         if self._inotify.overflowed:
             self._inotify.overflowed = False
             for path in list(self._known):
